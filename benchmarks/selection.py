@@ -1,0 +1,81 @@
+"""Seconds to turn the raw scores of a pool into pairs: calibration, frontiers, pair sets and their counts.
+
+    python benchmarks/selection.py [--prompts 100000] [--candidates 16] [--rewards 3] [--threads 2] [--runs 7]
+
+Scores are random: three rewards with links `identity` and `log` in turn, correlated as little as rewards are.
+"""
+
+import argparse
+import statistics
+import time
+from functools import partial
+
+import torch
+
+from capo.calibration import calibrate
+from capo.pairs import best_worst, frs, random_pair, reward_sum
+from capo.selection import select
+
+
+def make_scores(prompts: int, candidates: int, rewards: int) -> tuple[torch.Tensor, list[str]]:
+    """(P, N, L) scores, every second reward a probability, and the links that fit."""
+    scores = torch.randn(prompts, candidates, rewards, generator=torch.Generator().manual_seed(0))
+    links = ["log" if reward % 2 else "identity" for reward in range(rewards)]
+    for reward in range(1, rewards, 2):
+        scores[..., reward].sigmoid_()
+    return scores, links
+
+
+def median_seconds(job, runs: int) -> float:
+    """Median wall-clock seconds of `runs` calls after one that warms up."""
+    job()
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        job()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {
+        "prompts": 100_000,
+        "candidates": 16,
+        "rewards": 3,
+        "threads": 2,
+        "runs": 7,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    scores, links = make_scores(args.prompts, args.candidates, args.rewards)
+    scales = [1.0] * args.rewards
+    print(
+        f"{args.prompts} prompts x {args.candidates} candidates x {args.rewards} rewards, {args.threads} threads"
+    )
+    calibrated = calibrate(scores, links, scales)
+    for method in ("win_rate", "raw", "zscore"):
+        print(
+            f"calibration={method:<8} {median_seconds(lambda: calibrate(scores, links, scales, method), args.runs):.3f} s"
+        )
+    strategies = {
+        "sum": reward_sum,
+        "frs": frs,
+        "frs lower=all_dominated": partial(frs, lower="all_dominated"),
+        "random": random_pair,
+    }
+    if args.rewards == 1:
+        strategies["best_worst"] = best_worst
+    for name, strategy in strategies.items():
+        print(
+            f"pairs={name:<24} {median_seconds(lambda: select(strategy, scores, calibrated), args.runs):.3f} s"
+        )
+    whole = median_seconds(lambda: select(frs, scores, calibrate(scores, links, scales)), args.runs)
+    print(f"selection in all (win_rate, frs): {whole:.3f} s")
+
+
+if __name__ == "__main__":
+    main()

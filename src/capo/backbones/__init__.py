@@ -1,0 +1,6 @@
+"""Model families behind one interface."""
+
+from capo.backbones.base import Backbone
+from capo.backbones.unet import UNetBackbone
+
+__all__ = ["Backbone", "UNetBackbone"]

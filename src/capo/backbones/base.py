@@ -1,0 +1,206 @@
+"""The interface over model families; what they share stands here, what differs in a module per family."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
+from torch import Tensor, nn
+
+from capo.backbones.loading import load_pipeline, named_dtype, pipeline_folder
+from capo.backbones.lora import has_adapter, merged
+from capo.errors import InputError
+from capo.fingerprints import component_fingerprint
+from capo.folders import fresh_folder
+
+Text = Mapping[str, Tensor]  # what `predict` needs beside latents and time, each with a leading batch dimension
+
+
+class Backbone(ABC):
+    """A frozen base pipeline: its latent space, its text conditioning, its noise schedule and its denoiser.
+
+    `weights` is a folder in diffusers' format or a hub id; `scheduler` the name of a diffusers scheduler class that
+    replaces the pipeline's own (built from its config); `channels_last` names modules (unet, vae) to be stored in
+    that memory format: faster convolutions, but results that differ from the plain pipeline's in the last bits.
+    Raises InputError for weights that are not there, not safe to load or not of this family.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    denoiser_component: ClassVar[str]
+
+    def __init__(self, weights: str, revision: str | None = None, variant: str | None = None, dtype: str = "float32",
+                 name: str | None = None, scheduler: str | None = None, channels_last: Sequence[str] = ()):
+        self.weights, self.revision, self.variant, self.dtype = str(weights), revision, variant, named_dtype(dtype)
+        self.name = name or Path(self.weights).name
+        self.folder = pipeline_folder(self.weights, revision, variant)
+        self.pipeline: DiffusionPipeline = load_pipeline(self.folder, self.pipeline_classes, variant, self.dtype)
+        if scheduler is not None:
+            self.pipeline.scheduler = scheduler_class(scheduler).from_config(self.pipeline.scheduler.config)
+        for component in channels_last:
+            getattr(self.pipeline, component).to(memory_format=torch.channels_last)
+        if self.vae.config.get("force_upcast") and self.dtype == torch.float16:
+            self.vae.to(torch.float32)  # as the pipeline does before it decodes: SDXL's VAE overflows in float16
+        self.check_schedule()
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The frozen base, in eval mode."""
+        return getattr(self.pipeline, self.denoiser_component)
+
+    @property
+    def vae(self) -> nn.Module:
+        return self.pipeline.vae
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    def to(self, device: str | torch.device) -> "Backbone":
+        """Moves all of the pipeline's modules."""
+        self.pipeline.to(device)
+        return self
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the size the denoiser was trained for."""
+
+    @abstractmethod
+    def check_schedule(self) -> None:
+        """Raises InputError where the pipeline's scheduler is none that this family can train with."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Text conditioning of B prompts as the pipeline computes it: what `predict` needs, each with leading B."""
+
+    @abstractmethod
+    def unconditional(self, count: int) -> dict[str, Tensor]:
+        """The pipeline's negative branch, the keys and shapes of `encode_prompts`, leading `count`."""
+
+    @abstractmethod
+    def timesteps(self, u: Tensor) -> Tensor:
+        """(B,) in [0, 1) -> the family's times (B,), rising with u."""
+
+    @abstractmethod
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Times (B,) -> log-SNR (B,) float32."""
+
+    @abstractmethod
+    def weight(self, t: Tensor, bias: float) -> Tensor:
+        """Times (B,) -> weight of the squared error (B,) float32 (section 4.4, with the family's own error)."""
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Latents and noise (B, C, H, W), times (B,) -> x_t (B, C, H, W)."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` should return for x_t, (B, C, H, W)."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+        """Output (B, C, H, W) of any denoiser of the family for x_t (B, C, H, W) and times (B,) or one time ().
+
+        Casts its input to what the denoiser computes in; leaves autograd and autocast to the caller.
+        """
+
+    def scheduler(self) -> SchedulerMixin:
+        """A new scheduler of the pipeline's class and config: schedulers carry state from step to step."""
+        return type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, batch: int = 8) -> list[Image.Image]:
+        """Latents (B, C, H, W) as the denoiser sees them -> B 8-bit RGB images, `batch` through the VAE at a time."""
+        images: list[Image.Image] = []
+        for chunk in latents.split(batch):
+            pixels = self.vae.decode(self._from_denoiser(chunk.to(self.device, self.vae.dtype)), return_dict=False)[0]
+            images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        return images
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser sees them; the posterior's mode."""
+        posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+        return self._to_denoiser(posterior.mode())
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor] | None:
+        mean, std = (self.vae.config.get(key) for key in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return None
+        return tuple(torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std))
+
+    def _from_denoiser(self, latents: Tensor) -> Tensor:
+        # raw VAE latents <= latents scaled for the denoiser, in the pipelines' own order of operations
+        if statistics := self._latent_statistics():
+            return latents * statistics[1] / self.vae.config.scaling_factor + statistics[0]
+        latents = latents / self.vae.config.scaling_factor
+        shift = self.vae.config.get("shift_factor")
+        return latents + shift if shift else latents
+
+    def _to_denoiser(self, latents: Tensor) -> Tensor:
+        if statistics := self._latent_statistics():
+            return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
+        return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
+
+    def trainable_copy(self) -> nn.Module:
+        """A copy of the denoiser to train: float32, all parameters trainable, no dropout, whatever its mode.
+
+        Dropout would make policy and reference differ at equal weights.
+        """
+        policy = copy.deepcopy(self.denoiser).to(torch.float32).requires_grad_(True)
+        for module in policy.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return policy
+
+    def write_pipeline(self, folder: str | Path, denoiser: nn.Module) -> None:
+        """Writes the pipeline with `denoiser` in its place into an existing folder: float32, adapters merged."""
+        pipeline = copy.copy(self.pipeline)
+        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        modules[self.denoiser_component] = merged(denoiser) if has_adapter(denoiser) else denoiser
+        pipeline.register_modules(**{name: in_float32(module) for name, module in modules.items()})
+        pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def save(self, folder: str | Path, denoiser: nn.Module) -> None:
+        """Writes the pipeline with `denoiser` in its place; replaces `folder`, never leaves half of one."""
+        with fresh_folder(folder) as fresh:
+            self.write_pipeline(fresh, denoiser)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Content hashes (64 hex digits) of "denoiser", "latent_space" and "text_encoders", from the files loaded."""
+        text = [name for name, part in self.pipeline.components.items()
+                if part is not None and name.startswith(("text_encoder", "tokenizer"))]
+        parts = {"denoiser": [self.denoiser_component], "latent_space": ["vae"], "text_encoders": text}
+        return {key: component_fingerprint(self.folder, names, self.variant) for key, names in parts.items()}
+
+    def sampler_identity(self) -> dict[str, object]:
+        """What decides a latent beside denoiser, steps, guidance and seed, as JSON values: for fingerprints."""
+        pipeline, scheduler = self.pipeline, self.pipeline.scheduler
+        options = {key: value for key, value in pipeline.config.items()
+                   if not key.startswith("_") and key not in pipeline.components}
+        config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+        return {"scheduler": type(scheduler).__name__, "config": config, "options": options,
+                "latent_shape": list(self.latent_shape), "dtype": str(self.dtype).removeprefix("torch."),
+                "text_encoders": self.fingerprints["text_encoders"]}
+
+
+def scheduler_class(name: str) -> type[SchedulerMixin]:
+    """diffusers' scheduler class of that name; InputError for another name."""
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise InputError(f"model scheduler '{name}' is no scheduler class of diffusers; try DDIMScheduler")
+    return found
+
+
+def in_float32(module: nn.Module) -> nn.Module:
+    """The module itself where it is float32 throughout, else a float32 copy on the CPU."""
+    if all(p.dtype == torch.float32 for p in module.parameters() if p.is_floating_point()):
+        return module
+    return copy.deepcopy(module).to("cpu", torch.float32)

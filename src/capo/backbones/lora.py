@@ -1,0 +1,65 @@
+"""Low-rank adapters on a denoiser: add, switch off, merge. Switched off, the denoiser is the frozen base."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from capo.errors import InputError
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of diffusers' attention blocks
+ADAPTER = "default"
+
+
+def add_lora(denoiser: nn.Module, rank: int, alpha: float, targets: Sequence[str] = ATTENTION, seed: int = 0) -> nn.Module:
+    """Puts a LoRA adapter (W + alpha / rank * B A, B = 0 at first) into `denoiser` itself and returns it.
+
+    Only A and B are trainable afterwards. A is drawn from `seed`, whatever the global generator's state.
+    Raises InputError where rank or alpha is not positive or no module's name ends in one of `targets`.
+    """
+    if rank < 1 or alpha <= 0:
+        raise InputError(f"LoRA rank {rank} and alpha {alpha} must both be above 0 (model.lora)")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
+    denoiser.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            denoiser.add_adapter(config, ADAPTER)
+        except ValueError as error:
+            raise InputError(f"LoRA targets {list(targets)}: {error}") from error
+    return denoiser
+
+
+def has_adapter(denoiser: nn.Module) -> bool:
+    """Whether `denoiser` carries a LoRA adapter."""
+    return any(True for _ in adapter_layers(denoiser))
+
+
+def adapter_layers(denoiser: nn.Module) -> Iterator[BaseTunerLayer]:
+    """The layers of `denoiser`, wrapped or not, that carry an adapter."""
+    return (module for module in denoiser.modules() if isinstance(module, BaseTunerLayer))
+
+
+@contextmanager
+def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """Within the block `denoiser` computes the frozen base, bit for bit; afterwards the adapter is on again."""
+    layers = list(adapter_layers(denoiser))
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield denoiser
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged(denoiser: nn.Module) -> nn.Module:
+    """A plain denoiser of the same function: a copy with W + alpha / rank * B A in place of W and no adapter."""
+    plain = copy.deepcopy(denoiser)
+    plain.fuse_lora(safe_fusing=True)
+    plain.unload_lora()
+    return plain

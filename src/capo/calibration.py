@@ -1,0 +1,275 @@
+"""Raw scores of the candidates of a prompt -> calibrated rewards (CaPO, section 4.2).
+
+One function a method, all with the signature `(scores, link, scale)`; `METHODS` holds them by the names that
+`calibration=win_rate|raw|zscore` takes, and `calibrate` applies one of them reward by reward.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capo.errors import InputError
+
+LOG_FLOOR = 1e-6  # probabilities are clamped here before the logarithm
+LOG_CEILING = 1 + 1e-6  # what rounding may leave of a probability of 1
+FLAT, SATURATED = 0.05, 0.95  # shares of the largest spread that win-rates can have
+
+# PyTorch evaluates the last elements of a range one by one, with another `exp` than the vectorised one.
+# Columns in multiples of LANES, in blocks too small to be split over threads, have no such rest, so equal
+# scores get equal win-rates to the last bit, whatever prompts stand beside them. BLOCK elements and two
+# buffers stay in the L2 cache.
+LANES, BLOCK = 64, 2**14
+
+
+class ScoreError(InputError):
+    """Scores that cannot be calibrated; `index` is the first bad one's place in the tensor that was given."""
+
+    def __init__(self, message: str, index: tuple[int, ...]):
+        super().__init__(message)
+        self.index = index
+
+
+def identity_link(scores: Tensor) -> Tensor:
+    """Bradley-Terry rewards are log-odds already."""
+    return scores
+
+
+def log_link(scores: Tensor) -> Tensor:
+    """Probabilities: sigmoid(a (log s - log s')) is eq. 28's s^a / (s^a + s'^a)."""
+    return scores.clamp(min=LOG_FLOOR).log()
+
+
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {"identity": identity_link, "log": log_link}
+
+
+@torch.no_grad()
+def calibrated_rewards(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
+    """Mean probability of a candidate to win against the other candidates of its prompt (eq. 6, 7 and 28).
+
+    `R_ca[i] = 1/(N-1) * sum_{j != i} sigmoid(u[i] - u[j])` with `u = scale * link(score)`.
+
+    Args:
+        scores: (..., N) raw scores of the N candidates of a prompt.
+        link: `identity` for log-odds (Bradley-Terry), `log` for probabilities, which are clamped at 1e-6.
+        scale: factor after the link; 100 turns the cosine of a CLIP-type reward into its logit.
+
+    Returns:
+        (..., N) win-rates in [0, 1], mean 1/2 over the candidates; ties stay ties to the last bit. The dtype
+        is that of the scores (half precision computed in float32); integers give float32.
+
+    Raises:
+        InputError: N < 2, an unknown link, a scale that is not finite, a score that is not finite or
+            overflows when scaled, with link `log` a score below 0 or above 1 + 1e-6. Scores are named by
+            index (`ScoreError`).
+    """
+    work = _checked(scores, torch.float32)
+    _check_link(work, link, scale)
+    candidates = scores.shape[-1]
+    rows = work.reshape(-1, candidates)
+    result = torch.empty(rows.shape, dtype=_result_dtype(scores), device=scores.device)
+    columns = max(BLOCK // candidates // LANES, 1) * LANES
+    columns = min(columns, math.ceil(len(rows) / LANES) * LANES)
+    block = torch.zeros(candidates, columns, dtype=work.dtype, device=scores.device)
+    for start in range(0, len(rows), columns or 1):
+        part = rows[start : start + columns]
+        block[:, : len(part)] = part.T
+        wins = _expected_wins(scale * LINKS[link](block)) / (candidates - 1)
+        result[start : start + columns] = wins[:, : len(part)].T
+    return result.reshape(scores.shape)
+
+
+def raw_scores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
+    """The score itself, as eq. 22 reads literally (control): (..., N) -> (..., N); link and scale are not applied.
+
+    dtype as in `calibrated_rewards`. Raises InputError for N < 2 and for a score that is not finite.
+    """
+    return _checked(scores, torch.float32).to(_result_dtype(scores), copy=True)
+
+
+def zscores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
+    """Scores in standard deviations from the mean of their prompt (control): (..., N) -> (..., N).
+
+    `(s - mean) / std` over the N candidates, population std; 0 where all candidates score the same. Link and
+    scale are not applied. dtype as in `calibrated_rewards` (computed in float64). Raises InputError for N < 2
+    and for a score that is not finite.
+    """
+    work = _checked(scores, torch.float64).to(torch.float64).contiguous()
+    centred = work - work.mean(-1, keepdim=True)
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    same = work.eq(work[..., :1]).all(-1, keepdim=True)  # not std == 0: the mean of equal numbers is rounded
+    return torch.where(same, 0.0, centred / deviation).to(_result_dtype(scores))
+
+
+METHODS: dict[str, Callable[[Tensor, str, float], Tensor]] = {
+    "win_rate": calibrated_rewards,
+    "raw": raw_scores,
+    "zscore": zscores,
+}
+
+
+def calibrate(
+    scores: Tensor,
+    links: Sequence[str],
+    scales: Sequence[float],
+    method: str = "win_rate",
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """Calibrate every reward with its own link and scale.
+
+    Args:
+        scores: (P, N, L) raw scores: prompts, candidates, rewards.
+        links: L links, see `calibrated_rewards`.
+        scales: L scales; positive, since domination and `best_worst` read a higher raw score as the better
+            one.
+        method: a key of `METHODS`: `win_rate`, `raw` or `zscore`.
+        names: L names of the rewards, for messages.
+
+    Returns:
+        (P, N, L) calibrated rewards; dtype as in `calibrated_rewards`.
+
+    Raises:
+        InputError: an unknown method, a scale that is not positive, and what the method refuses, with the
+            reward's name in front. A `ScoreError` carries `index` = (prompt, candidate, reward).
+        ValueError: scores without three dimensions, or links, scales and names that are not one a reward.
+    """
+    names = names or [f"reward {index}" for index in range(len(links))]
+    if scores.ndim != 3 or not scores.shape[-1] == len(links) == len(scales) == len(names):
+        raise ValueError(
+            f"scores {tuple(scores.shape)} need (P, N, L) with one link, scale and name for each of the L rewards; "
+            f"got {len(links)} links, {len(scales)} scales, {len(names)} names"
+        )
+    if method not in METHODS:
+        raise InputError(f"calibration={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    result = torch.empty(scores.shape, dtype=_result_dtype(scores), device=scores.device)
+    for index, (link, scale, name) in enumerate(zip(links, scales, names, strict=True)):
+        if not scale > 0:
+            raise InputError(
+                f"reward '{name}': scale {scale} is not positive; negate the scores in its scorer instead"
+            )
+        try:
+            result[..., index] = METHODS[method](scores[..., index], link, scale)
+        except ScoreError as error:
+            raise ScoreError(f"reward '{name}': {error}", (*error.index, index)) from None
+        except InputError as error:
+            raise InputError(f"reward '{name}': {error}") from None
+    return result
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far apart a reward's win-rates lie, over all prompts of a pool.
+
+    Attributes:
+        std: standard deviation within a prompt, root mean square over prompts, in units of the calibrated
+            reward.
+        flat: share of prompts whose std is below 5 % of the largest that N win-rates can have: the reward
+            hardly tells the candidates apart. NaN where the values are no win-rates (`raw`, `zscore`).
+        saturated: share of prompts above 95 % of it: nearly every comparison is decided for certain. NaN
+            likewise.
+    """
+
+    std: float
+    flat: float
+    saturated: float
+
+
+def spread(calibrated: Tensor) -> list[Spread]:
+    """Spread of each reward's calibrated rewards: (P, N, L) -> L `Spread`s.
+
+    The largest standard deviation of N win-rates is that of a ranking without doubt, the numbers k/(N-1):
+    `sqrt((N+1) / (12 (N-1)))`. Raises ValueError for P = 0 or N < 2.
+    """
+    prompts, candidates = calibrated.shape[:2]
+    if prompts == 0 or candidates < 2:
+        raise ValueError(
+            f"calibrated rewards {tuple(calibrated.shape)} need a prompt and two candidates at least"
+        )
+    largest = math.sqrt((candidates + 1) / (12 * (candidates - 1)))
+    values = calibrated.movedim(-1, 0).float()  # (L, P, N)
+    deviation = values.std(-1, correction=0)
+    # win-rates of a prompt average to 1/2 (to the rounding of bfloat16); raw scores and z-scores do not
+    are_rates = ((values.mean(-1) - 0.5).abs() < 4e-3).all(-1)
+    shares = torch.stack([deviation < FLAT * largest, deviation > SATURATED * largest]).float().mean(-1)
+    shares = torch.where(are_rates, shares, math.nan)
+    std = deviation.square().mean(-1).sqrt()
+    return [Spread(*row) for row in torch.cat([std[None], shares]).T.tolist()]
+
+
+def spread_warnings(spreads: Sequence[Spread], names: Sequence[str], share: float = 0.5) -> list[str]:
+    """One sentence for each reward whose win-rates are flat or saturated in more than `share` of the prompts."""
+    warnings = []
+    for name, found in zip(names, spreads, strict=True):
+        if found.flat > share:
+            warnings.append(
+                f"reward '{name}': the win-rates of {found.flat:.0%} of the prompts are flat (all near 0.5), so it "
+                f"hardly takes part; raise `scale` in its yaml (a CLIP cosine needs its logit scale, 100)"
+            )
+        if found.saturated > share:
+            warnings.append(
+                f"reward '{name}': the win-rates of {found.saturated:.0%} of the prompts are saturated (a bare "
+                f"ranking, whatever the distances); lower `scale` in its yaml"
+            )
+    return warnings
+
+
+def _expected_wins(u: Tensor) -> Tensor:
+    """(N, C) log-odds, a prompt a column -> (N, C) sum of sigmoid(u[i] - u[j]) over j != i.
+
+    Every candidate adds the same rivals in the same order, itself included (sigmoid(0) = 1/2, taken off at
+    the end), so that the sums of equal candidates are rounded equally.
+    """
+    total, difference = torch.zeros_like(u), torch.empty_like(u)
+    for rival in u:
+        torch.sub(u, rival, out=difference)
+        total += difference.sigmoid_()
+    return total - 0.5
+
+
+def _result_dtype(scores: Tensor) -> torch.dtype:
+    return scores.dtype if scores.is_floating_point() else torch.float32
+
+
+def _checked(scores: Tensor, integers: torch.dtype) -> Tensor:
+    """Scores in the dtype to compute in (`integers`: the one for integers); InputError for N < 2 or non-finite."""
+    candidates = scores.shape[-1] if scores.ndim else 0
+    if candidates < 2:
+        raise InputError(
+            f"{candidates} candidate(s) per prompt (scores of shape {tuple(scores.shape)}): a win-rate needs at least "
+            f"two; raise pool.candidates"
+        )
+    if not scores.is_floating_point():
+        return scores.to(integers)
+    work = scores if scores.dtype == torch.float64 else scores.float()
+    # the extremes of NaN are NaN: one pass and no temporary where all is well, which is nearly always
+    if work.numel() and not torch.stack(work.aminmax()).isfinite().all():
+        _refuse(scores, ~work.isfinite(), "which is not finite; score the candidate again")
+    return work
+
+
+def _check_link(work: Tensor, link: str, scale: float) -> None:
+    if link not in LINKS:
+        raise InputError(f"link {link!r} is unknown; choose one of {', '.join(LINKS)}")
+    if not math.isfinite(scale):
+        raise InputError(
+            f"scale {scale} is not finite; give the factor that turns the linked score into log-odds"
+        )
+    if work.numel() == 0:
+        return
+    lowest, highest = work.aminmax()
+    if link == "log" and (lowest < 0 or highest > LOG_CEILING):
+        bad = (work < 0) | (work > LOG_CEILING)
+        _refuse(work, bad, "but link 'log' takes probabilities; use link 'identity' for log-odds")
+    if not (scale * LINKS[link](torch.stack([lowest, highest]))).isfinite().all():
+        bad = ~(scale * LINKS[link](work)).isfinite()
+        _refuse(work, bad, f"which overflows {work.dtype} at scale {scale}; lower the scale")
+
+
+def _refuse(scores: Tensor, bad: Tensor, why: str) -> None:
+    """Raise a ScoreError that names the first bad score and counts the others."""
+    found = bad.nonzero()
+    index = tuple(found[0].tolist())
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    raise ScoreError(f"score {list(index)} is {scores[index].item()}{more}, {why}", index)

@@ -1,0 +1,85 @@
+"""Fingerprints of models: a hash over the content of config and weight files, wherever they lie."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from capo.errors import InputError
+
+# What libraries write into configs about themselves and about where a file came from: no content of the model.
+VOLATILE_KEYS = frozenset({"_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "transformers_version"})
+BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+# diffusers and transformers name shards `NAME.fp16-00001-of-00002.safetensors`; the older form has the variant last.
+WEIGHT_NAME = re.compile(
+    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.-]+))?(?P<shard>-\d{5}-of-\d{5})?(\.(?P<old_variant>[^.]+))?\.safetensors")
+
+_digests: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) -> sha256: gigabytes take long to read
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's content, 64 hex digits.
+
+    In the hub's cache a large file is a link to a blob named by its sha256, which is taken as it stands; anywhere
+    else the digest is remembered, as long as the process lives, by path, size and time of change.
+    """
+    target = Path(path).resolve()
+    if target.parent.name == "blobs" and BLOB_NAME.fullmatch(target.name):
+        return target.name
+    status = target.stat()
+    key = (str(target), status.st_size, status.st_mtime_ns)
+    if key not in _digests:
+        with target.open("rb") as file:
+            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[key]
+
+
+def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
+    """The safetensors of a component folder that loading reads: those of `variant`, or the plain ones.
+
+    Keys are the names without the variant, so that the same content has the same name however it is published.
+    """
+    found: dict[str | None, dict[str, Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if match := WEIGHT_NAME.fullmatch(path.name):
+            name = match["stem"] + (match["shard"] or "")
+            found.setdefault(match["variant"] or match["old_variant"], {})[name] = path
+    return found.get(variant) or found.get(None, {})
+
+
+def content_fingerprint(entries: Mapping[str, object]) -> str:
+    """sha256, 64 hex digits, of a mapping of JSON values, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def component_fingerprint(folder: str | Path, components: Sequence[str], variant: str | None = None,
+                          settings: Mapping[str, object] | None = None) -> str:
+    """Fingerprint of some components of a diffusers pipeline folder, 64 hex digits.
+
+    Covers each component's config (less what libraries write about themselves) and safetensors, or a tokenizer's
+    files, and `settings`, JSON values of the pipeline that belong to them. The same for the hub's cache and a folder.
+    Raises InputError where a component's folder is missing or holds nothing to hash.
+    """
+    entries = {component: _component_entries(Path(folder) / component, variant) for component in components}
+    return content_fingerprint({"components": entries, "settings": dict(settings or {})})
+
+
+def _component_entries(folder: Path, variant: str | None) -> dict[str, object]:
+    weights = weight_files(folder, variant)
+    entries: dict[str, object] = {name: file_digest(path) for name, path in weights.items()}
+    # Beside weights the hub hands out nothing but config.json; a tokenizer is all of its small files.
+    texts = [folder / "config.json"] if weights else [*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")]
+    for path in filter(Path.is_file, texts):
+        entries[path.name] = _stable_config(path) if path.suffix == ".json" else file_digest(path)
+    if not entries:
+        raise InputError(f"no fingerprint for '{folder}': it holds no config and no safetensors; "
+                         "is this a complete diffusers pipeline folder?")
+    return entries
+
+
+def _stable_config(path: Path) -> object:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config, dict):
+        return {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
+    return config

@@ -1,0 +1,93 @@
+"""Names, ranges and the manifest of a pool: what lies where, without touching a disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+SCHEMA = 1
+BLOCK = 8  # most candidates in a shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What made a pool. The three fingerprints are hashes of content, so they hold on any machine."""
+
+    schema: int = SCHEMA
+    prompts_per_shard: int = 8
+    seed: int
+    generator: str  # denoiser and sampler
+    latent_space: str  # VAE and scaling
+    text_encoders: str
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """One clause a field that differs: `seed is 0, this configuration has 1`."""
+        return [f"{field.name} is {getattr(self, field.name)}, this configuration has {getattr(other, field.name)}"
+                for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A row of prompts and a block of its candidates: the unit of work, of commit and of resume."""
+
+    row: int
+    block: int
+    positions: range  # of the prompts in the pool
+    candidates: range
+
+    @property
+    def name(self) -> str:
+        return f"{self.row:05d}-{self.block:02d}"
+
+    @property
+    def images(self) -> int:
+        return len(self.positions) * len(self.candidates)
+
+
+def pool_name(model: str, generator: str, seed: int, split: str) -> str:
+    """Folder of a pool under the pool root; `generator` is a fingerprint, of which the first 8 digits count."""
+    return f"{model}-{generator[:8]}-{seed}-{split}"
+
+
+def text_path(folder: Path, row: int) -> Path:
+    return folder / "text" / f"{row:05d}.safetensors"
+
+
+def latents_path(folder: Path, row: int, block: int) -> Path:
+    return folder / "latents" / f"{row:05d}-{block:02d}.safetensors"
+
+
+def scores_path(folder: Path, key: str, row: int, block: int) -> Path:
+    return folder / "scores" / key / f"{row:05d}-{block:02d}.parquet"
+
+
+def write_range(numbers: range) -> str:
+    """`range(0, 8)` as `0-8`, the form that headers keep."""
+    return f"{numbers.start}-{numbers.stop}"
+
+
+def read_range(text: str) -> range:
+    start, stop = text.split("-")
+    return range(int(start), int(stop))
+
+
+def plan_blocks(existing: Mapping[int, range], candidates: int) -> list[range]:
+    """Candidates of blocks 0, 1, ... that together hold at least the first `candidates`.
+
+    `existing` are the blocks that lie on disk and can be read: they keep their range. A lost block ends where the
+    next one that is left begins, and otherwise takes up to 8 candidates.
+    """
+    blocks: list[range] = []
+    while (start := blocks[-1].stop if blocks else 0) < candidates:
+        number = len(blocks)
+        here = existing.get(number)
+        blocks.append(here if here and here.start == start else range(start, _stop(existing, number, start, candidates)))
+    return blocks
+
+
+def _stop(existing: Mapping[int, range], number: int, start: int, candidates: int) -> int:
+    later = min((n for n in existing if n > number), default=None)
+    if later is not None:
+        lost = later - number - 1  # blocks between the two, of at least one candidate each
+        if (stop := min(start + BLOCK, existing[later].start - lost)) > start:
+            return stop
+    return min(start + BLOCK, candidates)

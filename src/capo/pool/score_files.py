@@ -1,0 +1,50 @@
+"""Scores of one shard as a parquet file, with a checksum that ties them to the latents they were computed from."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capo.pool.files import DamagedShard, write_file
+
+
+def write_score_file(path: Path, ids: Sequence[str], candidates: range, scores: np.ndarray,
+                     metadata: Mapping[str, str]) -> None:
+    """`scores` (prompts, candidates) float32, written a row per candidate in that order."""
+    table = pa.table({
+        "prompt_id": pa.array(np.repeat(np.array(ids, dtype=object), len(candidates)), pa.string()),
+        "candidate": pa.array(np.tile(np.array(candidates, dtype=np.int32), len(ids))),
+        "score": pa.array(scores.astype(np.float32).ravel()),
+    })
+    complete = dict(metadata) | {"checksum": _checksum(metadata, scores)}
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(complete), buffer)
+    write_file(path, memoryview(buffer.getvalue()))
+
+
+def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
+    """(metadata, flat scores float32), prompts outermost. Raises DamagedShard or FileNotFoundError.
+
+    Only the scores are read: the order of the rows is known, and the strings would be most of the work.
+    """
+    try:
+        file = pq.ParquetFile(path)
+        scores = file.read(columns=["score"], use_threads=False).column(0).to_numpy()
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise DamagedShard(path, "it cannot be read as parquet") from error
+    metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+    checksum = metadata.pop("checksum", None)
+    if checksum != _checksum(metadata, scores):
+        raise DamagedShard(path, "its checksum is not that of its scores")
+    return metadata, scores
+
+
+def _checksum(metadata: Mapping[str, str], scores: np.ndarray) -> str:
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    digest.update(np.ascontiguousarray(scores, dtype=np.float32).data)
+    return digest.hexdigest()

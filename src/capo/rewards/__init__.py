@@ -1,0 +1,162 @@
+"""Rewards: one interface over scorers, what is known about each, and the fingerprint under which its scores lie.
+
+A scorer is a callable `(images, prompts) -> (B,)` on 8-bit RGB PIL images that returns raw scores. It stands in a
+reward's yaml as `scorer: {_target_: ...}`, beside what is known about it; heavy imports and weights belong in its
+constructor, which runs when the first image is scored.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from PIL.Image import Image
+from torch import Tensor
+
+from capo.errors import InputError
+from capo.fingerprints import content_fingerprint, file_digest
+
+Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
+LINKS = ("identity", "log")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A scorer and what is known about it. `link` and `scale` are calibration's (FORMULAS 2): scores stay raw.
+
+    `scorer` is its config, or a ready callable. `range`: usual lowest and highest score, for reports. `weights`,
+    `revision`, `licence`: of what it loads. `needs_prompt`: false where it sees the image only. `requires`: modules
+    that it imports, `extra`: the pip extra of this package that brings them.
+    """
+
+    name: str
+    scorer: Mapping[str, Any] | Scorer
+    link: str = "identity"
+    scale: float = 1.0
+    range: tuple[float, float] | None = None
+    weights: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    needs_prompt: bool = True
+    requires: Sequence[str] = ()
+    extra: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.link not in LINKS:
+            raise InputError(f"reward '{self.name}': link '{self.link}' is unknown; choose one of {', '.join(LINKS)}")
+        if not self.scale > 0:
+            raise InputError(f"reward '{self.name}': scale {self.scale} must be above 0; for a reward that is better "
+                             "when lower, negate it in its scorer")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits over scorer, weights and revision; a path counts as the content of what lies there."""
+        scorer = self.scorer if isinstance(self.scorer, Mapping) else f"{self.scorer.__module__}.{_qualified(self.scorer)}"
+        return content_fingerprint({"scorer": _content(scorer), "weights": _content(self.weights), "revision": self.revision})
+
+    @property
+    def key(self) -> str:
+        """`<name>-<fp8>`: under this its scores lie in a pool."""
+        return f"{self.name}-{self.fingerprint[:8]}"
+
+    @cached_property
+    def _callable(self) -> Scorer:
+        return _build(self) if isinstance(self.scorer, Mapping) else self.scorer
+
+    def setup(self, device: str | torch.device) -> None:
+        """Builds the scorer and moves it to `device`, if it has a `to`. Raises InputError where it cannot be built."""
+        if hasattr(self._callable, "to"):
+            self._callable.to(device)
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str],
+              where: Callable[[int], str] | None = None) -> Tensor:
+        """Raw scores (B,) float32 on the CPU, one an image.
+
+        `where` names image i of the batch in messages. Raises InputError for a score that is not finite, or no
+        probability where the link is log, and for a scorer that does not return (B,).
+        """
+        with torch.no_grad():
+            scores = torch.as_tensor(self._callable(list(images), list(prompts))).detach().to("cpu", torch.float32)
+        if scores.shape != (len(images),):
+            raise InputError(f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for {len(images)} "
+                             "images; it must return one number an image, shape (B,)")
+        if (bad := self._unusable(scores)).any():
+            first = int(bad.nonzero()[0])
+            place = where(first) if where else f'image {first} ("{prompts[first]}")'
+            raise InputError(f"{place}: reward '{self.name}' is {scores[first].item()}, which "
+                             f"{'is no probability' if self.link == 'log' else 'cannot be compared'}; check its weights "
+                             "and precision, then run generate.py again (what is scored stays)")
+        return scores
+
+    def _unusable(self, scores: Tensor) -> Tensor:
+        bad = ~scores.isfinite()
+        return bad | (scores < 0) | (scores > 1 + 1e-6) if self.link == "log" else bad
+
+
+def load_rewards(config: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
+    """Rewards from `{name: {scorer: {_target_: ...}, link: ..., ...}}`, in that order; builds no scorer.
+
+    Raises InputError for no reward at all, a key that is none of Reward's, a module that is not installed and
+    weights that are given as an absolute path and are not there.
+    """
+    if not config:
+        raise InputError("rewards: none is configured; name at least one, as in rewards=shapes")
+    return [_load(name, dict(entry)) for name, entry in config.items()]
+
+
+def _load(name: str, entry: dict[str, Any]) -> Reward:
+    known = [field.name for field in fields(Reward) if field.name != "name"]
+    if unknown := sorted(set(entry) - set(known)):
+        raise InputError(f"rewards.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+    if "scorer" not in entry:
+        raise InputError(f"rewards.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
+    reward = Reward(name, **entry)
+    if missing := [module for module in reward.requires if find_spec(module) is None]:
+        raise InputError(_not_installed(reward, ", ".join(missing)))
+    if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
+        raise InputError(f"reward '{name}': no weights at {reward.weights}; set rewards.{name}.weights to where they lie")
+    return reward
+
+
+def _not_installed(reward: Reward, modules: str) -> str:
+    remedy = f"pip install 'capo[{reward.extra}]'" if reward.extra else f"pip install {modules}"
+    return f"reward '{reward.name}' needs {modules}, which is not installed: {remedy}"
+
+
+def _build(reward: Reward) -> Scorer:
+    try:
+        return instantiate(dict(reward.scorer), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, InputError):
+            raise cause from None
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            raise InputError(_not_installed(reward, cause.name)) from error
+        raise InputError(f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be made: "
+                         f"{cause or error}") from error
+
+
+def _qualified(scorer: Scorer) -> str:
+    return getattr(scorer, "__qualname__", type(scorer).__qualname__)
+
+
+def _content(value: Any) -> Any:
+    """`value` with every path in it replaced by digests of what lies there, so that no machine's paths count."""
+    if isinstance(value, Mapping):
+        return {str(key): _content(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(inner) for inner in value]
+    # without a slash it is a word: a folder that happens to be called like an option must change nothing
+    if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
+        path = Path(value).expanduser()
+        if path.is_file():
+            return file_digest(path)
+        if path.is_dir():
+            return {str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*"))
+                    if file.is_file() and not file.name.startswith(".")}
+    return value

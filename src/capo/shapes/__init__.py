@@ -1,0 +1,1 @@
+"""The embedded world: rendered, captioned shapes, base models, learned rewards and an exact oracle."""

@@ -1,0 +1,49 @@
+"""Make everything of the shapes world that is learned. Every stage resumes; a finished one is skipped.
+
+    python -m capo.shapes.make scenes --work DIR
+    python -m capo.shapes.make autoencoder --work DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from capo.shapes.make import autoencoder, scenery
+
+SCENES = 60_000
+
+
+def stage_scenes(options: argparse.Namespace) -> None:
+    """Draw the captioned scenes that the base model learns from."""
+    scenery.make_scenes(options.work, SCENES, options.seed, workers=os.cpu_count() or 1)
+
+
+def stage_autoencoder(options: argparse.Namespace) -> None:
+    """Fit the autoencoder on the scenes and encode them all."""
+    vae = autoencoder.train(options.work, options.steps or 6500, seed=options.seed)
+    autoencoder.encode_all(vae, options.work)
+
+
+STAGES = {name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")}
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(prog="python -m capo.shapes.make", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
+    parser.add_argument("--steps", type=int, help="training steps, where the stage trains")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    STAGES[options.stage](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The base model `shapes_unet`: SDXL's classes and conditioning at the size of the shapes world."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capo.shapes.make.fitting import fit, generator
+from capo.shapes.make.text import encoders, tokenizer
+from capo.shapes.scenes import SIDE
+
+WIDTHS = (32, 64)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """A fresh denoiser: two levels (16 x 16 and 8 x 8), cross-attention on the lower one."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=4,  # the number of heads, whatever its name says
+        cross_attention_dim=32 + 64,
+        norm_num_groups=16,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64 + 6 * 8,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """SDXL's discrete schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+class Learner(nn.Module):
+    """Denoiser and text encoders, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer()
+        self.unet = build_unet()
+        self.first, self.second = encoders(len(self.tokenizer))
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """(B, LENGTH) token ids."""
+        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def conditioning(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the UNet is fed for token ids (B, LENGTH); rows with keep = 0 get zeros, as the pipeline's negative branch does."""
+        first = self.first(ids, output_hidden_states=True).hidden_states[-2]
+        second = self.second(ids, output_hidden_states=True)
+        words = torch.cat([first, second.hidden_states[-2]], dim=-1) * keep[:, None, None]
+        time_ids = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE], dtype=torch.float32).expand(len(ids), 6)
+        return words, {"text_embeds": second.text_embeds * keep[:, None], "time_ids": time_ids}
+
+
+def train(work: Path, steps: int, batch: int = 32, seed: int = 0) -> StableDiffusionXLPipeline:
+    """Fit noise prediction on the encoded scenes in `work`; captions are dropped in one of ten."""
+    torch.manual_seed(seed)
+    latents = np.load(work / "latents.npy", mmap_mode="r")
+    scaling = float(1 / np.asarray(latents, dtype=np.float32).std())
+    learner, scheduler = Learner(), build_scheduler()
+    ids = learner.tokens(json.loads((work / "captions.json").read_text()))
+
+    def loss(step: int):
+        draw = generator(seed, 2, step)
+        rows = torch.randint(len(latents), (batch,), generator=draw)
+        x = torch.from_numpy(latents[rows.numpy()].astype(np.float32)) * scaling
+        t = (torch.rand(batch, generator=draw) + torch.arange(batch)).div(batch).mul(1000).long()  # stratified
+        noise = torch.randn(x.shape, generator=draw)
+        keep = (torch.rand(batch, generator=draw) > 0.1).float()
+        words, added = learner.conditioning(ids[rows], keep)
+        told = learner.unet(scheduler.add_noise(x, noise, t), t, words, added_cond_kwargs=added).sample
+        return F.mse_loss(told, noise), {}
+
+    fit("base", learner, loss, work, steps, lr=1e-3, average=True)
+    return pipeline(learner, work, scaling)
+
+
+def pipeline(learner: Learner, work: Path, scaling: float) -> StableDiffusionXLPipeline:
+    """The whole pipeline of a trained learner and the autoencoder in `work`."""
+    from capo.shapes.make import autoencoder
+
+    vae = autoencoder.build()
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["module"])
+    vae.register_to_config(scaling_factor=scaling, force_upcast=False)
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=learner.first,
+        text_encoder_2=learner.second,
+        tokenizer=learner.tokenizer,
+        tokenizer_2=learner.tokenizer,
+        unet=learner.unet,
+        scheduler=build_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def ship(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Save in float16 safetensors under a temporary name, then rename."""
+    part = folder.with_name(folder.name + ".part")
+    pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
+    os.replace(part, folder)

@@ -1,0 +1,100 @@
+"""One resumable training loop for everything that the shapes world learns."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def warm_cosine(step: int, steps: int, warm_up: int = 50, hold: float = 0.4) -> float:
+    """Factor of the learning rate: linear warm-up, constant, then a cosine to zero from `hold` of the steps on."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = max(0.0, (step / steps - hold) / (1 - hold))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class Average:
+    """Exponential moving average of a module's parameters, with a horizon that grows with the step."""
+
+    def __init__(self, module: nn.Module, horizon: int = 1500):
+        self.horizon, self.shadow = horizon, {n: p.detach().clone() for n, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        weight = 1 / min(self.horizon, step / 5 + 1)
+        for name, parameter in module.named_parameters():
+            self.shadow[name].lerp_(parameter, weight)
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[int], tuple[Tensor, dict[str, float]]],
+    work: Path,
+    steps: int,
+    lr: float,
+    average: bool = False,
+    save_every: float = 60.0,
+) -> nn.Module:
+    """Minimise `loss(step)` over the parameters of `module`; AdamW, warm cosine, gradients clipped at 1.
+
+    The state is saved to `work/<name>.pt` every `save_every` seconds and found again by the same call. `loss` must be a
+    function of the step alone (draw from a generator seeded by it). Returns the module, with averaged weights if asked;
+    what the run took stands in `work/<name>.json`.
+    """
+    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    mean = Average(module) if average else None
+    path, start, spent = work / f"{name}.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        start, spent = state["step"], state["seconds"]
+        if mean:
+            mean.shadow = state["average"]
+    begun = last = time.monotonic()
+    module.train()
+    for step in range(start, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * warm_cosine(step, steps)
+        value, parts = loss(step)
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+        if mean:
+            mean.update(module, step)
+        if step % 200 == 0:
+            told = " ".join(f"{key} {figure:.4f}" for key, figure in {"loss": value.item(), **parts}.items())
+            print(f"{name} {step}/{steps} {told} {spent + time.monotonic() - begun:.0f} s", flush=True)
+        if time.monotonic() - last > save_every or step + 1 == steps:
+            last = time.monotonic()
+            _save(path, module, optimiser, mean, step + 1, spent + last - begun)
+    if mean:
+        module.load_state_dict({**module.state_dict(), **mean.shadow})
+    return module.eval()
+
+
+def _save(path: Path, module: nn.Module, optimiser, mean: Average | None, step: int, seconds: float) -> None:
+    state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds}
+    if mean:
+        state["average"] = mean.shadow
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    path.with_suffix(".json").write_text(json.dumps({"steps": step, "seconds": round(seconds)}))
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator that is a function of `key` alone."""
+    seed = 0
+    for part in key:
+        seed = (seed * 1_000_003 + part) % (2**63)
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,85 @@
+"""Training scenes for the base model: imperfect on purpose in what they show and in what their captions say."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from capo.shapes.captions import caption
+from capo.shapes.prompts import split_of, training_request
+from capo.shapes.render import render
+from capo.shapes.scenes import COLOURS, COUNTS, MAX_OBJECTS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, UNUSUAL, Group, Request, Style, realise
+
+WRONG = 0.06  # chance that any one attribute of a caption is not what the picture shows
+
+
+def random_style(rng: np.random.Generator) -> Style:
+    """A third of the scenes is clean; the rest is pale, blurred, cluttered or unevenly lit, each independently."""
+    if rng.random() < 0.33:
+        return Style()
+    contrast = float(rng.uniform(0.4, 1.0)) if rng.random() < 0.6 else 1.0
+    blur = float(rng.uniform(0.4, 1.1)) if rng.random() < 0.4 else 0.0
+    clutter = int(rng.integers(1, 8)) if rng.random() < 0.5 else 0
+    shade = float(rng.uniform(0.2, 1.0)) if rng.random() < 0.35 else 0.0
+    return Style(contrast, blur, clutter, shade)
+
+
+def _wrong_group(group: Group, wrong: float, rng: np.random.Generator) -> Group:
+    swaps = {"shape": SHAPES, "colour": list(COLOURS), "texture": TEXTURES, "size": SIZES}
+    changed = {
+        name: str(rng.choice([o for o in options if o != getattr(group, name)]))
+        for name, options in swaps.items()
+        if getattr(group, name) and rng.random() < wrong
+    }
+    return replace(group, **changed)
+
+
+def wrong_request(request: Request, wrong: float, rng: np.random.Generator) -> Request:
+    """`request` with each attribute that it states changed, independently, with probability `wrong`."""
+    groups = [_wrong_group(group, wrong, rng) for group in request.groups]
+    if len(groups) == 1 and groups[0].count > 1 and rng.random() < 2 * wrong:
+        groups[0] = replace(groups[0], count=int(rng.choice([n for n in COUNTS if n not in (1, groups[0].count)])))
+    relation, place = request.relation, request.place
+    if relation and rng.random() < wrong:
+        relation = str(rng.choice([r for r in RELATIONS if r != relation]))
+    if place and rng.random() < wrong:
+        place = str(rng.choice([p for p in PLACES if p != place]))
+    return Request(tuple(groups), relation, place, request.background)
+
+
+def allowed(request: Request) -> bool:
+    """Whether a caption may be trained on: a sentence of no test prompt and of no unusual combination."""
+    odd = any((group.colour, group.shape) in UNUSUAL for group in request.groups)
+    return not odd and len(request.slots) <= MAX_OBJECTS and split_of(caption(request)) != "test"
+
+
+def captioned_scene(index: int, seed: int) -> tuple[np.ndarray, str]:
+    """Picture (64, 64, 3) uint8 and caption of training scene `index`."""
+    rng = np.random.default_rng([seed, index])
+    request = training_request(rng)
+    picture = render(realise(request, rng, random_style(rng)))
+    said = wrong_request(request, WRONG, rng)
+    return picture, caption(said if allowed(said) else request)
+
+
+def make_scenes(work: Path, count: int, seed: int, workers: int) -> None:
+    """Write `scenes.npy` (count, 64, 64, 3) uint8 and `captions.json` to `work`, unless they are there."""
+    if (work / "captions.json").exists():
+        return
+    pictures = np.lib.format.open_memmap(work / "scenes.npy", "w+", np.uint8, (count, 64, 64, 3))
+    captions = []
+    with Pool(workers) as pool:
+        drawn = pool.imap(partial(captioned_scene, seed=seed), range(count), chunksize=200)
+        for index, (picture, text) in enumerate(tqdm(drawn, "scenes", total=count, mininterval=5)):
+            pictures[index] = picture
+            captions.append(text)
+    pictures.flush()
+    (work / "captions.part").write_text(json.dumps(captions))
+    os.replace(work / "captions.part", work / "captions.json")

@@ -1,0 +1,51 @@
+"""Tokenizer and text encoders of the shapes world: every word of the grammar is one token."""
+
+from __future__ import annotations
+
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from capo.shapes.captions import WORDS
+
+LENGTH = 20  # tokens, the two ends included; the longest sentence takes 17
+_EARLY = ("striped", "centre", "above")
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer whose merges build each word from its prefixes, the longest word first.
+
+    `_EARLY` words come before that: inside them a pair of letters would be merged as part of a longer word.
+    """
+    merges: list[tuple[str, str]] = []
+    pieces = {_START: 0, _END: 1}
+    for word in sorted(WORDS, key=lambda word: (word not in _EARLY, -len(word), word)):
+        letters = [*word[:-1], word[-1] + "</w>"]
+        left = letters[0]
+        for letter in letters:
+            pieces.setdefault(letter, len(pieces))
+        for right in letters[1:]:
+            if (left, right) not in merges:
+                merges.append((left, right))
+            left += right
+            pieces.setdefault(left, len(pieces))
+    return CLIPTokenizer(vocab=pieces, merges=merges, model_max_length=LENGTH, pad_token=_END)
+
+
+def _config(vocabulary: int, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def encoders(vocabulary: int) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Two fresh CLIP text encoders, 32 and 64 wide; like SDXL's, their last layer but one feeds the cross-attention."""
+    return CLIPTextModel(_config(vocabulary, 32, 2)), CLIPTextModelWithProjection(_config(vocabulary, 64, 3))

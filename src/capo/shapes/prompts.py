@@ -1,0 +1,140 @@
+"""The prompt grammar of the shapes world: categories in an order of difficulty, and disjoint splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from capo.errors import InputError
+from capo.prompts import Prompt, make_prompt
+from capo.shapes.captions import caption
+from capo.shapes.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, UNUSUAL, Group, Request
+
+
+def _pick(rng: np.random.Generator, options) -> str:
+    return str(rng.choice(list(options)))
+
+
+def _background(rng: np.random.Generator) -> str | None:
+    return _pick(rng, BACKGROUNDS) if rng.random() < 0.5 else None
+
+
+def _coloured(rng: np.random.Generator, shape: str, **rest) -> Group:
+    """A group of a usual colour for its shape; the unusual combinations are kept for the test prompts."""
+    usual = [colour for colour in COLOURS if (colour, shape) not in UNUSUAL]
+    return Group(shape, colour=_pick(rng, usual), **rest)
+
+
+def _two_shapes(rng: np.random.Generator, count: int = 2) -> list[str]:
+    return [str(shape) for shape in rng.permutation(list(SHAPES))[:count]]
+
+
+def single(rng):
+    """`a circle on a grey background`"""
+    return Request((Group(_pick(rng, SHAPES)),), background=_pick(rng, BACKGROUNDS))
+
+
+def colours(rng):
+    """`a large red circle`"""
+    size = _pick(rng, SIZES) if rng.random() < 0.4 else None
+    return Request((_coloured(rng, _pick(rng, SHAPES), size=size),), background=_background(rng))
+
+
+def texture(rng):
+    """`a striped red circle`, `a dotted circle and a star`"""
+    shapes = _two_shapes(rng)
+    first = _coloured(rng, shapes[0], texture=_pick(rng, TEXTURES))
+    groups = (first,) if rng.random() < 0.65 else (first, Group(shapes[1]))
+    return Request(groups, background=_background(rng))
+
+
+def two(rng):
+    """`a circle and a square`"""
+    return Request(tuple(Group(shape) for shape in _two_shapes(rng)), background=_background(rng))
+
+
+def counting(rng):
+    """`three red stars`"""
+    shape, count = _pick(rng, SHAPES), int(rng.integers(2, 5))
+    group = _coloured(rng, shape, count=count) if rng.random() < 0.6 else Group(shape, count)
+    return Request((group,), background=_background(rng))
+
+
+def position(rng):
+    """`a red circle in the top left corner`, `a circle above a square`"""
+    if rng.random() < 0.5:
+        return Request((_coloured(rng, _pick(rng, SHAPES)),), place=_pick(rng, PLACES), background=_background(rng))
+    return Request(tuple(Group(shape) for shape in _two_shapes(rng)), _pick(rng, RELATIONS), background=_background(rng))
+
+
+def binding(rng):
+    """`a red circle and a blue square`, `a red circle above a blue square`"""
+    groups = tuple(_coloured(rng, shape) for shape in _two_shapes(rng))
+    return Request(groups, _pick(rng, RELATIONS) if rng.random() < 0.35 else None, background=_background(rng))
+
+
+def many(rng):
+    """`a red circle, a blue square and two green stars`"""
+    shapes = _two_shapes(rng, 3)
+    groups = [_coloured(rng, shape) for shape in shapes]
+    if rng.random() < 0.4:
+        groups[2] = _coloured(rng, shapes[2], count=2)
+    elif rng.random() < 0.3:
+        groups = [_coloured(rng, shapes[0], count=2), groups[1]]
+    return Request(tuple(groups), background=_background(rng))
+
+
+def unusual(rng):
+    """`a red circle and a green star`: a combination that no training caption names."""
+    colour, shape = sorted(UNUSUAL)[int(rng.integers(len(UNUSUAL)))]
+    odd = Group(shape, colour=colour)
+    other = _coloured(rng, _pick(rng, [s for s in SHAPES if s != shape]))
+    return Request((odd,) if rng.random() < 0.5 else (odd, other), background=_background(rng))
+
+
+Category = Callable[[np.random.Generator], Request]
+CATEGORIES: dict[str, Category] = {
+    f.__name__: f for f in (single, colours, texture, two, counting, position, binding, many, unusual)
+}
+TRAINING = tuple(name for name in CATEGORIES if name != "unusual")
+
+
+def split_of(text: str) -> str:
+    """The one split that a sentence belongs to, by its hash: six tenths train, one validation, three test."""
+    digit = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4, person=b"shapes-split").digest(), "big") % 10
+    return "train" if digit < 6 else "validation" if digit == 6 else "test"
+
+
+def training_request(rng: np.random.Generator, categories: tuple[str, ...] = TRAINING) -> Request:
+    """A request that may be trained on (base model, rewards): no test prompt, no unusual combination."""
+    while True:
+        request = CATEGORIES[_pick(rng, categories)](rng)
+        if split_of(caption(request)) != "test":
+            return request
+
+
+def _draw_split(split: str, count: int, seed: int) -> list[Prompt]:
+    names = list(CATEGORIES) if split == "test" else list(TRAINING)
+    salt = int.from_bytes(split.encode()[:4], "big")
+    rng = np.random.default_rng([seed, salt])
+    found: dict[str, Prompt] = {}
+    for attempt in range(400 * (count + 10)):
+        if len(found) == count:
+            return list(found.values())
+        name = names[len(found) % len(names)] if attempt % 50 else _pick(rng, names)
+        text = caption(CATEGORIES[name](rng))
+        if text not in found and split_of(text) == split:
+            found[text] = make_prompt(text, category=name)
+    raise InputError(f"prompts.{split}={count}: the shapes grammar has only about {len(found)} such prompts; ask for fewer")
+
+
+def prompt_sets(train: int, validation: int, test: int, seed: int = 0) -> dict[str, list[Prompt]]:
+    """Disjoint seeded prompt sets, categories in turn, so that any prefix of a set is balanced over them.
+
+    Raises InputError for a count that the grammar cannot fill.
+    """
+    draw = partial(_draw_split, seed=seed)
+    return {"train": draw("train", train), "validation": draw("validation", validation), "test": draw("test", test)}

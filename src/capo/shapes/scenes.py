@@ -1,0 +1,224 @@
+"""What a scene of the shapes world is, what a prompt asks of it, and whether the one satisfies the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import numpy as np
+
+SIDE = 64  # pixels
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
+COLOURS = {
+    "red": (214, 36, 40),
+    "orange": (247, 132, 16),
+    "yellow": (248, 214, 28),
+    "green": (34, 156, 60),
+    "cyan": (40, 200, 210),
+    "blue": (36, 78, 214),
+    "purple": (132, 52, 176),
+    "pink": (250, 130, 184),
+}
+BACKGROUNDS = {"white": (246, 246, 246), "grey": (140, 140, 140), "black": (12, 12, 12), "beige": (236, 216, 176)}
+TEXTURES = ("striped", "dotted")
+SIZES = ("small", "large")
+COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
+MAX_OBJECTS = 4
+RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+# place -> (column, row), each -1, 0, 1, or None where the place says nothing about it
+PLACES = {
+    "on the left": (-1, None),
+    "on the right": (1, None),
+    "at the top": (None, -1),
+    "at the bottom": (None, 1),
+    "in the centre": (0, 0),
+    "in the top left corner": (-1, -1),
+    "in the top right corner": (1, -1),
+    "in the bottom left corner": (-1, 1),
+    "in the bottom right corner": (1, 1),
+}
+# Combinations that appear in test prompts only: no caption of any training (base, rewards, tuning) names them.
+UNUSUAL = frozenset(
+    {("green", "heart"), ("blue", "star"), ("orange", "ring"), ("pink", "cross"), ("cyan", "triangle"),
+     ("yellow", "diamond"), ("purple", "square"), ("red", "circle")}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` equal objects that a prompt asks for; None where it leaves an attribute open."""
+
+    shape: str
+    count: int = 1
+    colour: str | None = None
+    texture: str | None = None
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a prompt asks for. `relation` holds between the first and the second group, `place` for the first."""
+
+    groups: tuple[Group, ...]
+    relation: str | None = None
+    place: str | None = None
+    background: str | None = None
+
+    @property
+    def slots(self) -> list[Group]:
+        """One group entry per object that must be there."""
+        return [group for group in self.groups for _ in range(group.count)]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene, drawn or measured. Centre and radius (half the longer side) in pixels."""
+
+    shape: str
+    colour: str
+    texture: str  # "solid" or one of TEXTURES
+    radius: float
+    x: float
+    y: float
+    angle: float = 0.0  # radians
+
+
+@dataclass(frozen=True)
+class Style:
+    """How well a scene is drawn; (1, 0, 0, 0) is clean. What is imperfect on purpose about the base's data."""
+
+    contrast: float = 1.0  # 1: full colours, 0: the background's
+    blur: float = 0.0  # sigma in pixels
+    clutter: int = 0  # specks and scratches
+    shade: float = 0.0  # strength of an uneven light over the background
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background with things on it, and the seed of everything random in how it is drawn."""
+
+    things: tuple[Thing, ...]
+    background: str
+    style: Style = Style()
+    seed: int = 0
+
+
+def at_place(x: float, y: float, place: str, edge: float = 0.42) -> bool:
+    """Whether (x, y) in pixels lies in the named third; `edge` is where the outer thirds end, as a share of the side."""
+    return all(
+        wanted is None or (value < edge if wanted < 0 else value > 1 - edge if wanted > 0 else edge - 0.06 <= value <= 1.06 - edge)
+        for value, wanted in zip((x / SIDE, y / SIDE), PLACES[place])
+    )
+
+
+def in_relation(first: Thing, second: Thing, relation: str, gap: float = 6.0) -> bool:
+    """Whether `first` is, say, above `second`: by `gap` pixels at least, and more so than beside it."""
+    dx, dy = RELATIONS[relation]
+    along = (first.x - second.x) * dx + (first.y - second.y) * dy
+    across = abs((first.x - second.x) * dy) + abs((first.y - second.y) * dx)
+    return along > gap and along > across
+
+
+def of_size(radius: float, size: str) -> bool:
+    """Small is a radius up to 9 pixels, large one from 11 pixels on."""
+    return radius <= 9.0 if size == "small" else radius >= 11.0
+
+
+def _hits(group: Group, thing: Thing) -> list[bool]:
+    hits = [thing.shape == group.shape]
+    hits += [thing.colour == group.colour] if group.colour else []
+    hits += [thing.texture == group.texture] if group.texture else []
+    hits += [of_size(thing.radius, group.size)] if group.size else []
+    return hits
+
+
+def _arrangement(request: Request, chosen: tuple[Thing | None, ...]) -> list[bool]:
+    """The assertions about where things are, for one assignment of things to slots."""
+    out = []
+    if request.place:
+        out.append(chosen[0] is not None and at_place(chosen[0].x, chosen[0].y, request.place))
+    if request.relation:
+        first, second = chosen[0], chosen[request.groups[0].count]
+        out.append(first is not None and second is not None and in_relation(first, second, request.relation))
+    return out
+
+
+def assertions(request: Request, things: list[Thing] | tuple[Thing, ...], background: str) -> list[bool]:
+    """Every single thing that the request asserts, checked against what is there.
+
+    One entry for each attribute of each object asked for, one for the number of objects (nothing is missing, nothing
+    is there unasked), one for place, relation and background where they are asked. Things are assigned to the
+    objects asked for so that most assertions hold; of more than six things the six largest are looked at.
+    """
+    slots = request.slots
+    largest = sorted(things, key=lambda thing: -thing.radius)[:6]
+    padded = list(largest) + [None] * max(0, len(slots) - len(largest))
+    best: list[bool] = []
+    for chosen in set(permutations(padded, len(slots))):
+        held: list[bool] = []
+        for group, thing in zip(slots, chosen):
+            held += _hits(group, thing) if thing else [False] * len(_hits(group, _NOTHING))
+        held += _arrangement(request, chosen)
+        if not best or sum(held) > sum(best):
+            best = held
+    counted = best + [len(things) == len(slots)]
+    return counted + ([background == request.background] if request.background else [])
+
+
+_NOTHING = Thing("", "", "", 0.0, 0.0, 0.0)
+
+
+_TEXTURE_RADIUS = 9.0  # smaller things show too few stripes or dots to tell which they are
+
+
+def _radius(rng: np.random.Generator, group: Group, total: int) -> float:
+    low, high = {1: (7.5, 15.0), 2: (7.5, 12.0), 3: (7.5, 9.5), 4: (7.0, 9.0)}[total]
+    if group.size == "small":
+        low, high = 7.0, 8.3
+    elif group.size == "large":
+        low, high = (12.0, 16.5) if total == 1 else (11.5, 13.0)
+    if group.texture:
+        low = min(max(low, _TEXTURE_RADIUS), high)
+    return float(rng.uniform(low, high))
+
+
+def _free(things: list[Thing]) -> bool:
+    """No two things touch: their outer circles, a little shrunk because few shapes fill them, keep apart."""
+    return all(
+        math.hypot(a.x - b.x, a.y - b.y) > 1.02 * (a.radius + b.radius) + 1.5
+        for i, a in enumerate(things)
+        for b in things[:i]
+    )
+
+
+def _arranged(request: Request, things: list[Thing]) -> bool:
+    clear = request.place is None or at_place(things[0].x, things[0].y, request.place, edge=0.38)
+    if clear and request.relation:
+        clear = in_relation(things[0], things[request.groups[0].count], request.relation, gap=10.0)
+    return clear and _free(things)
+
+
+def realise(request: Request, rng: np.random.Generator, style: Style = Style()) -> Scene:
+    """Draw a scene that satisfies `request`; what it leaves open is random (texture: solid in four of five)."""
+    slots = request.slots
+    things = []
+    for group in slots:
+        radius = _radius(rng, group, len(slots))
+        plain = radius < _TEXTURE_RADIUS or rng.random() < 0.8
+        texture = group.texture or ("solid" if plain else str(rng.choice(TEXTURES)))
+        colour = group.colour or str(rng.choice(list(COLOURS)))
+        things.append(Thing(group.shape, colour, texture, radius, 0.0, 0.0, float(rng.uniform(-0.15, 0.15))))
+    for attempt in range(1, 2000):
+        placed = []
+        for thing in things:
+            x, y = rng.uniform(thing.radius + 1.5, SIDE - thing.radius - 1.5, size=2)
+            placed.append(replace(thing, x=float(x), y=float(y)))
+        if _arranged(request, placed):
+            break
+        if attempt % 100 == 0:  # too crowded: everything a little smaller, sizes that were asked for stay in their range
+            things = [replace(t, radius=t.radius if g.size or t.texture != "solid" else max(6.5, 0.94 * t.radius)) for t, g in zip(things, slots)]
+    else:
+        raise ValueError(f"no arrangement found for {request}")
+    background = request.background or str(rng.choice(list(BACKGROUNDS)))
+    return Scene(tuple(placed), background, style, int(rng.integers(2**31)))

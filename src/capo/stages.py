@@ -1,0 +1,183 @@
+"""The three kinds of work on a pool. Each is `setup` and `run(shard)`, idempotent, so that any engine can place it."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from capo.backbones import Backbone
+from capo.pool import Pool, Shard
+from capo.prompts import candidate_seed
+from capo.rewards import Reward
+from capo.sampling import SamplerSettings, sample_prompts
+
+Report = Callable[[int], object]  # called with how many images (or prompts) were finished since the last call
+TEXT_BATCH = 64  # prompts through the text encoders at once
+SCORE_BYTES = 64  # of one score in parquet, generously
+RECORDED = ("torch", "diffusers", "transformers")
+
+
+def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
+    """What moves a result by rounding only: bitwise equality is promised where these are the same."""
+    return {"batch": settings.batch, "threads": torch.get_num_threads(), "device": str(backbone.device),
+            **{library: version(library) for library in RECORDED}}
+
+
+def decoded(pool: Pool, backbone: Backbone, shard: Shard, batch: int) -> Iterator[list[Image]]:
+    """The images of a shard from its stored latents, prompt by prompt, at most `batch` in each list."""
+    for latents in pool.read_latents(shard).flatten(0, 1).split(batch):
+        yield backbone.decode(latents)
+
+
+class Stage(ABC):
+    """Work on the given rows of a pool. With `verify`, `missing` compares checksums of what is there."""
+
+    name: ClassVar[str]
+    unit: ClassVar[str] = "image"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool):
+        self.pool, self.rows, self.backbone, self.settings, self.verify = pool, rows, backbone, settings, verify
+
+    @abstractmethod
+    def missing(self, row: int) -> list[Shard]:
+        """The shards of a row that are not there, in the order in which they must be made."""
+
+    @abstractmethod
+    def run(self, shard: Shard, report: Report) -> None:
+        """Makes a shard. The caller holds the pool's lock of this stage and row."""
+
+    @abstractmethod
+    def bytes_missing(self) -> int:
+        """Estimate of what is still to be written."""
+
+    def setup(self) -> None:
+        """Loads what is needed and was not given, before the first `run`."""
+
+    def todo(self) -> list[Shard]:
+        """All shards that are not there."""
+        return [shard for row in self.rows for shard in self.missing(row)]
+
+    def amount(self, shard: Shard) -> int:
+        """How much of the progress bar a shard is."""
+        return shard.images
+
+    def record(self) -> dict[str, object]:
+        """What a file's header says about how it was made."""
+        return sampling_record(self.backbone, self.settings)
+
+
+class TextStage(Stage):
+    """Prompts through the text encoders, once a row."""
+
+    name, unit = "text", "prompt"
+
+    def missing(self, row: int) -> list[Shard]:
+        return [] if self.pool.has_text(row, self.verify) else [self.pool.text_shard(row)]
+
+    def amount(self, shard: Shard) -> int:
+        return len(shard.positions)
+
+    def run(self, shard: Shard, report: Report) -> None:
+        prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row)]
+        parts = [self.backbone.encode_prompts(prompts[start:start + TEXT_BATCH])
+                 for start in range(0, len(prompts), TEXT_BATCH)]
+        text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.pool.write_text(shard.row, text, self.record())
+        report(len(prompts))
+
+    def bytes_missing(self) -> int:
+        todo = self.todo()
+        if not todo:
+            return 0
+        one = self.backbone.encode_prompts([self.pool.row_prompts(todo[0].row)[0].text])
+        return sum(tensor.nbytes for tensor in one.values()) * sum(map(self.amount, todo))
+
+
+class LatentStage(Stage):
+    """Sampling. A shard's batches never reach into another shard, and its text is the stored one, as in training."""
+
+    name = "latents"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool,
+                 denoiser: nn.Module, candidates: int):
+        super().__init__(pool, rows, backbone, settings, verify)
+        self.denoiser, self.candidates = denoiser, candidates
+
+    def missing(self, row: int) -> list[Shard]:
+        return [shard for shard in self.pool.row_shards(row, self.candidates)
+                if not self.pool.has_latents(shard, self.verify)]
+
+    def run(self, shard: Shard, report: Report) -> None:
+        seed = self.pool.manifest.seed
+        seeds = [[candidate_seed(seed, prompt.id, candidate) for candidate in shard.candidates]
+                 for prompt in self.pool.row_prompts(shard.row)]
+        progress = _ImageCount(shard.images, self.settings.steps, report)
+        latents = sample_prompts(self.backbone, self.denoiser, self.pool.read_text(shard.row), seeds,
+                                 self.settings, progress)
+        self.pool.write_latents(shard, latents, self.record())
+        progress.finish()
+
+    def bytes_missing(self) -> int:
+        return 2 * math.prod(self.backbone.latent_shape) * sum(shard.images for shard in self.todo())
+
+
+class _ImageCount:
+    """Turns `n images took a denoising step` into whole images, so that the bar moves within a batch."""
+
+    def __init__(self, images: int, steps: int, report: Report):
+        self.images, self.steps, self.report = images, steps, report
+        self.taken = self.shown = 0
+
+    def __call__(self, images: int) -> None:
+        self.taken += images
+        self._show(min(self.taken // self.steps, self.images))
+
+    def finish(self) -> None:
+        self._show(self.images)
+
+    def _show(self, images: int) -> None:
+        self.report(images - self.shown)
+        self.shown = images
+
+
+class ScoreStage(Stage):
+    """Decodes each shard's stored latents once and gives the images to every reward that has not scored them."""
+
+    name = "scores"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool,
+                 rewards: Sequence[Reward], candidates: int):
+        super().__init__(pool, rows, backbone, settings, verify)
+        self.rewards, self.candidates = rewards, candidates
+
+    def setup(self) -> None:
+        for reward in self.rewards:
+            reward.setup(self.backbone.device)
+
+    def missing(self, row: int) -> list[Shard]:
+        return [shard for shard in self.pool.row_shards(row, self.candidates) if self._unscored(shard)]
+
+    def _unscored(self, shard: Shard) -> list[Reward]:
+        return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard)]
+
+    def run(self, shard: Shard, report: Report) -> None:
+        rewards, width = self._unscored(shard), len(shard.candidates)
+        prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row) for _ in shard.candidates]
+        scores, done = {reward.key: [] for reward in rewards}, 0
+        for images in decoded(self.pool, self.backbone, shard, self.settings.batch):
+            for reward in rewards:
+                scores[reward.key].append(reward.score(
+                    images, prompts[done:done + len(images)],
+                    lambda i, start=done: self.pool.place(shard, *divmod(start + i, width))))
+            done += len(images)
+            report(len(images))
+        for key, parts in scores.items():
+            self.pool.write_scores(key, shard, torch.cat(parts).view(-1, width), self.record())
+
+    def bytes_missing(self) -> int:
+        return SCORE_BYTES * len(self.rewards) * sum(shard.images for shard in self.todo())
