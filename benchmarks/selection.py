@@ -2,7 +2,7 @@
 
     python benchmarks/selection.py [--prompts 100000] [--candidates 16] [--rewards 3] [--threads 2] [--runs 7]
 
-Scores are random: three rewards with links `identity` and `log` in turn, correlated as little as rewards are.
+Scores are random and independent, their links `identity` and `log` in turn. Prints medians.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from capo.calibration import calibrate
+from capo.calibration import METHODS, calibrate
 from capo.pairs import best_worst, frs, random_pair, reward_sum
 from capo.selection import select
 
@@ -38,43 +38,32 @@ def median_seconds(job, runs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in {
-        "prompts": 100_000,
-        "candidates": 16,
-        "rewards": 3,
-        "threads": 2,
-        "runs": 7,
-    }.items():
+    defaults = {"prompts": 100_000, "candidates": 16, "rewards": 3, "threads": 2, "runs": 7}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scores, links = make_scores(args.prompts, args.candidates, args.rewards)
     scales = [1.0] * args.rewards
-    print(
-        f"{args.prompts} prompts x {args.candidates} candidates x {args.rewards} rewards, {args.threads} threads"
-    )
     calibrated = calibrate(scores, links, scales)
-    for method in ("win_rate", "raw", "zscore"):
-        print(
-            f"calibration={method:<8} {median_seconds(lambda: calibrate(scores, links, scales, method), args.runs):.3f} s"
-        )
     strategies = {
         "sum": reward_sum,
         "frs": frs,
         "frs lower=all_dominated": partial(frs, lower="all_dominated"),
         "random": random_pair,
+        **({"best_worst": best_worst} if args.rewards == 1 else {}),
     }
-    if args.rewards == 1:
-        strategies["best_worst"] = best_worst
-    for name, strategy in strategies.items():
-        print(
-            f"pairs={name:<24} {median_seconds(lambda: select(strategy, scores, calibrated), args.runs):.3f} s"
-        )
-    whole = median_seconds(lambda: select(frs, scores, calibrate(scores, links, scales)), args.runs)
-    print(f"selection in all (win_rate, frs): {whole:.3f} s")
+    jobs = {f"calibration={name}": partial(calibrate, scores, links, scales, name) for name in METHODS}
+    jobs |= {
+        f"pairs={name}": partial(select, strategy, scores, calibrated)
+        for name, strategy in strategies.items()
+    }
+    jobs["in all: win_rate, frs"] = lambda: select(frs, scores, calibrate(scores, links, scales))
+    sizes = f"{args.prompts} prompts x {args.candidates} candidates x {args.rewards} rewards"
+    print(f"{sizes}, {args.threads} threads, median of {args.runs} runs")
+    for name, job in jobs.items():
+        print(f"{name:<32} {median_seconds(job, args.runs):.3f} s", flush=True)
 
 
 if __name__ == "__main__":

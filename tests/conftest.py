@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may reach the network
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # read when huggingface_hub is imported: no test may reach the network
 
 from pathlib import Path
 
@@ -31,25 +33,51 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 
 def tiny_text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-                          projection_dim=width, num_hidden_layers=2, num_attention_heads=2,
-                          max_position_embeddings=CONTEXT, bos_token_id=tokenizer.bos_token_id,
-                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def tiny_unet() -> UNet2DConditionModel:
     """SDXL's conditioning (two text encoders of widths 8 and 16, text_time) on 4x8x8 latents."""
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4, attention_head_dim=2, use_linear_projection=True, cross_attention_dim=8 + 16,
-        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=16 + 6 * 4)
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        use_linear_projection=True,
+        cross_attention_dim=8 + 16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+    )
 
 
 def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4,
-                         sample_size=16, scaling_factor=0.7, mid_block_add_attention=False)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.7,
+        mid_block_add_attention=False,
+    )
 
 
 def build_tiny_pipeline(force_zeros_for_empty_prompt: bool = True) -> StableDiffusionXLPipeline:
@@ -58,20 +86,36 @@ def build_tiny_pipeline(force_zeros_for_empty_prompt: bool = True) -> StableDiff
         torch.manual_seed(0)
         tokenizer = tiny_tokenizer()
         pipeline = StableDiffusionXLPipeline(
-            vae=tiny_vae(), unet=tiny_unet(),
+            vae=tiny_vae(),
+            unet=tiny_unet(),
             text_encoder=CLIPTextModel(tiny_text_config(tokenizer, 8)),
             text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(tokenizer, 16)),
-            tokenizer=tokenizer, tokenizer_2=tiny_tokenizer(),
-            scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                    clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, add_watermarker=False)
+            tokenizer=tokenizer,
+            tokenizer_2=tiny_tokenizer(),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="session")
+def build_tiny():
+    """The function that builds a tiny pipeline, for tests that need another variety of it."""
+    return build_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """Folder of the tiny pipeline, as save_pretrained writes it. Read only: tests that change it copy it first."""
+    """Folder of the tiny pipeline, as save_pretrained writes it. Read only: copy it to change it."""
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     build_tiny_pipeline().save_pretrained(folder)
     return folder

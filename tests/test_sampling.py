@@ -5,7 +5,6 @@ from diffusers import StableDiffusionXLPipeline
 from capo.backbones import UNetBackbone
 from capo.errors import InputError
 from capo.sampling import SamplerSettings, candidate_generators, candidate_noise, sample, sample_prompts
-from conftest import build_tiny_pipeline
 
 PROMPTS = ["a red square", "a green circle left of the blue triangle"]
 SEEDS = [[11, 12, 13], [2**62 + 1, 5, 6]]
@@ -17,13 +16,28 @@ def plain_latents(folder, backbone, steps, guidance, **arguments):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = type(backbone.pipeline.scheduler).from_config(backbone.pipeline.scheduler.config)
     generators = [torch.Generator().manual_seed(seed) for row in SEEDS for seed in row]
-    return pipeline(PROMPTS, num_images_per_prompt=3, num_inference_steps=steps, guidance_scale=guidance,
-                    generator=generators, output_type="latent", **arguments).images
+    return pipeline(
+        PROMPTS,
+        num_images_per_prompt=3,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="latent",
+        **arguments,
+    ).images
 
 
 @pytest.mark.parametrize("guidance", [7.5, 1.0, 0.5])  # at most 1: no unconditional pass
-@pytest.mark.parametrize("scheduler", [None, "DDPMScheduler", "EulerDiscreteScheduler",
-                                       "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        None,
+        "DDPMScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+    ],
+)
 def test_latents_are_the_pipelines_bitwise(tiny_folder, scheduler, guidance):
     backbone = UNetBackbone(str(tiny_folder), scheduler=scheduler)
     text = backbone.encode_prompts(PROMPTS)
@@ -32,8 +46,8 @@ def test_latents_are_the_pipelines_bitwise(tiny_folder, scheduler, guidance):
     assert torch.equal(latents.flatten(0, 1), plain_latents(tiny_folder, backbone, 4, guidance))
 
 
-def test_encoded_empty_prompt_is_the_negative_branch_where_zeros_are_not_forced(tmp_path):
-    build_tiny_pipeline(force_zeros_for_empty_prompt=False).save_pretrained(tmp_path)
+def test_encoded_empty_prompt_is_the_negative_branch_where_zeros_are_not_forced(build_tiny, tmp_path):
+    build_tiny(force_zeros_for_empty_prompt=False).save_pretrained(tmp_path)
     backbone = UNetBackbone(str(tmp_path))
     text = backbone.encode_prompts([prompt for prompt in PROMPTS for _ in range(3)])
     seeds = [[seed] for row in SEEDS for seed in row]
@@ -41,8 +55,13 @@ def test_encoded_empty_prompt_is_the_negative_branch_where_zeros_are_not_forced(
     # the pipeline encodes the negative prompt once a prompt: six prompts here, as in our batch of six
     pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path)
     generators = [torch.Generator().manual_seed(seed) for row in seeds for seed in row]
-    plain = pipeline([prompt for prompt in PROMPTS for _ in range(3)], num_inference_steps=4, guidance_scale=5.0,
-                     generator=generators, output_type="latent").images
+    plain = pipeline(
+        [prompt for prompt in PROMPTS for _ in range(3)],
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        generator=generators,
+        output_type="latent",
+    ).images
     assert torch.equal(latents.flatten(0, 1), plain)
     assert not torch.equal(backbone.unconditional(1)["prompt_embeds"], torch.zeros(1, 12, 24))
 
@@ -50,8 +69,10 @@ def test_encoded_empty_prompt_is_the_negative_branch_where_zeros_are_not_forced(
 @pytest.mark.parametrize("batch", [1, 2, 4, 5])
 def test_batches_differ_by_rounding_only(tiny_backbone, batch):
     text = tiny_backbone.encode_prompts(PROMPTS)
-    whole, parts = (sample_prompts(tiny_backbone, tiny_backbone.denoiser, text, SEEDS, SamplerSettings(4, 5.0, size))
-                    for size in (6, batch))
+    whole, parts = (
+        sample_prompts(tiny_backbone, tiny_backbone.denoiser, text, SEEDS, SamplerSettings(4, 5.0, size))
+        for size in (6, batch)
+    )
     assert (whole - parts).abs().max() <= 1e-4
     assert (whole - whole.roll(1, dims=1)).abs().max() > 0.1  # a candidate in another's place would be seen
 
@@ -75,10 +96,12 @@ def test_any_denoiser_of_the_family_is_sampled(tiny_backbone):
 
 
 def test_two_calls_share_no_scheduler_state(tiny_folder):
-    # DPM-Solver++ carries the last predictions: a scheduler used twice would begin with those of the first call
+    # DPM-Solver++ carries its last predictions: used twice it would begin with those of the first call
     backbone = UNetBackbone(str(tiny_folder), scheduler="DPMSolverMultistepScheduler")
     text, noise = backbone.encode_prompts(PROMPTS[:1]), candidate_noise([1], backbone.latent_shape)
-    first, second = (sample(backbone, backbone.denoiser, text, noise, SamplerSettings(4, 5.0, 1)) for _ in range(2))
+    first, second = (
+        sample(backbone, backbone.denoiser, text, noise, SamplerSettings(4, 5.0, 1)) for _ in range(2)
+    )
     assert torch.equal(first, second)
     assert backbone.scheduler() is not backbone.scheduler()
 
@@ -86,7 +109,9 @@ def test_two_calls_share_no_scheduler_state(tiny_folder):
 def test_latents_are_fit_for_autograd_and_progress_counts_images(tiny_backbone):
     text, noise = tiny_backbone.encode_prompts(PROMPTS), candidate_noise([1, 2], tiny_backbone.latent_shape)
     steps = []
-    latents = sample(tiny_backbone, tiny_backbone.denoiser, text, noise, SamplerSettings(3, 5.0, 2), steps.append)
+    latents = sample(
+        tiny_backbone, tiny_backbone.denoiser, text, noise, SamplerSettings(3, 5.0, 2), steps.append
+    )
     assert steps == [2, 2, 2]  # three steps of two images
     weight = torch.ones((), requires_grad=True)
     (latents * weight).sum().backward()  # a tensor of inference mode would raise here
@@ -99,8 +124,14 @@ def test_scheduler_that_draws_noise_needs_generators(tiny_folder):
     with pytest.raises(InputError, match="DDPMScheduler draws noise.*generators"):
         sample(backbone, backbone.denoiser, text, candidate_noise([1], backbone.latent_shape), settings)
     generators = candidate_generators([1])
-    sample(backbone, backbone.denoiser, text, candidate_noise(generators, backbone.latent_shape), settings,
-           generators=generators)
+    sample(
+        backbone,
+        backbone.denoiser,
+        text,
+        candidate_noise(generators, backbone.latent_shape),
+        settings,
+        generators=generators,
+    )
 
 
 @pytest.mark.parametrize("settings", [(0, 5.0, 1), (3, 5.0, 0), (3, float("nan"), 1)])
@@ -117,8 +148,18 @@ def test_more_steps_than_the_schedule_has_are_refused(tiny_backbone):
 
 def test_noise_of_another_shape_is_refused(tiny_backbone):
     with pytest.raises(ValueError, match=r"\(1, 4, 4, 4\) does not fit latents \(4, 8, 8\)"):
-        sample(tiny_backbone, tiny_backbone.denoiser, tiny_backbone.encode_prompts(PROMPTS[:1]),
-               candidate_noise([1], (4, 4, 4)), SamplerSettings(2, 5.0, 1))
+        sample(
+            tiny_backbone,
+            tiny_backbone.denoiser,
+            tiny_backbone.encode_prompts(PROMPTS[:1]),
+            candidate_noise([1], (4, 4, 4)),
+            SamplerSettings(2, 5.0, 1),
+        )
     with pytest.raises(ValueError, match=r"same number of seeds, not \[1, 2\]"):
-        sample_prompts(tiny_backbone, tiny_backbone.denoiser, tiny_backbone.encode_prompts(PROMPTS), [[1, 2], [3]],
-                       SamplerSettings(2, 5.0, 1))
+        sample_prompts(
+            tiny_backbone,
+            tiny_backbone.denoiser,
+            tiny_backbone.encode_prompts(PROMPTS),
+            [[1, 2], [3]],
+            SamplerSettings(2, 5.0, 1),
+        )

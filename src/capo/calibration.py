@@ -32,17 +32,21 @@ class ScoreError(InputError):
         self.index = index
 
 
-def identity_link(scores: Tensor) -> Tensor:
-    """Bradley-Terry rewards are log-odds already."""
-    return scores
+@dataclass(frozen=True)
+class Link:
+    """What turns a score into log-odds, and the range of scores that it takes."""
+
+    to_log_odds: Callable[[Tensor], Tensor]
+    lowest: float = -math.inf
+    highest: float = math.inf
 
 
-def log_link(scores: Tensor) -> Tensor:
-    """Probabilities: sigmoid(a (log s - log s')) is eq. 28's s^a / (s^a + s'^a)."""
-    return scores.clamp(min=LOG_FLOOR).log()
-
-
-LINKS: dict[str, Callable[[Tensor], Tensor]] = {"identity": identity_link, "log": log_link}
+LINKS = {
+    # Bradley-Terry rewards are log-odds already
+    "identity": Link(lambda scores: scores),
+    # probabilities: sigmoid(a (log s - log s')) is eq. 28's s^a / (s^a + s'^a)
+    "log": Link(lambda scores: scores.clamp(min=LOG_FLOOR).log(), lowest=0.0, highest=LOG_CEILING),
+}
 
 
 @torch.no_grad()
@@ -65,7 +69,7 @@ def calibrated_rewards(scores: Tensor, link: str = "identity", scale: float = 1.
             overflows when scaled, with link `log` a score below 0 or above 1 + 1e-6. Scores are named by
             index (`ScoreError`).
     """
-    work = _checked(scores, torch.float32)
+    work = _checked(scores)
     _check_link(work, link, scale)
     candidates = scores.shape[-1]
     rows = work.reshape(-1, candidates)
@@ -76,17 +80,18 @@ def calibrated_rewards(scores: Tensor, link: str = "identity", scale: float = 1.
     for start in range(0, len(rows), columns or 1):
         part = rows[start : start + columns]
         block[:, : len(part)] = part.T
-        wins = _expected_wins(scale * LINKS[link](block)) / (candidates - 1)
+        wins = _expected_wins(scale * LINKS[link].to_log_odds(block)) / (candidates - 1)
         result[start : start + columns] = wins[:, : len(part)].T
     return result.reshape(scores.shape)
 
 
 def raw_scores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
-    """The score itself, as eq. 22 reads literally (control): (..., N) -> (..., N); link and scale are not applied.
+    """The score itself, as eq. 22 reads literally (control): (..., N) -> (..., N).
 
-    dtype as in `calibrated_rewards`. Raises InputError for N < 2 and for a score that is not finite.
+    Link and scale are not applied. dtype as in `calibrated_rewards`. Raises InputError for N < 2 and for a
+    score that is not finite.
     """
-    return _checked(scores, torch.float32).to(_result_dtype(scores), copy=True)
+    return _checked(scores).to(_result_dtype(scores), copy=True)
 
 
 def zscores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
@@ -96,7 +101,8 @@ def zscores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tenso
     scale are not applied. dtype as in `calibrated_rewards` (computed in float64). Raises InputError for N < 2
     and for a score that is not finite.
     """
-    work = _checked(scores, torch.float64).to(torch.float64).contiguous()
+    _checked(scores)
+    work = scores.double().contiguous()
     centred = work - work.mean(-1, keepdim=True)
     deviation = centred.square().mean(-1, keepdim=True).sqrt()
     same = work.eq(work[..., :1]).all(-1, keepdim=True)  # not std == 0: the mean of equal numbers is rounded
@@ -138,7 +144,7 @@ def calibrate(
     names = names or [f"reward {index}" for index in range(len(links))]
     if scores.ndim != 3 or not scores.shape[-1] == len(links) == len(scales) == len(names):
         raise ValueError(
-            f"scores {tuple(scores.shape)} need (P, N, L) with one link, scale and name for each of the L rewards; "
+            f"scores {tuple(scores.shape)} need (P, N, L) with a link, scale and name for each reward; "
             f"got {len(links)} links, {len(scales)} scales, {len(names)} names"
         )
     if method not in METHODS:
@@ -199,18 +205,18 @@ def spread(calibrated: Tensor) -> list[Spread]:
 
 
 def spread_warnings(spreads: Sequence[Spread], names: Sequence[str], share: float = 0.5) -> list[str]:
-    """One sentence for each reward whose win-rates are flat or saturated in more than `share` of the prompts."""
+    """A sentence on each reward that is flat or saturated in more than `share` of the prompts."""
     warnings = []
     for name, found in zip(names, spreads, strict=True):
         if found.flat > share:
             warnings.append(
-                f"reward '{name}': the win-rates of {found.flat:.0%} of the prompts are flat (all near 0.5), so it "
-                f"hardly takes part; raise `scale` in its yaml (a CLIP cosine needs its logit scale, 100)"
+                f"reward '{name}': the win-rates of {found.flat:.0%} of the prompts are flat (all near 0.5): "
+                f"it hardly takes part; raise `scale` in its yaml (a CLIP cosine needs its logit scale, 100)"
             )
         if found.saturated > share:
             warnings.append(
-                f"reward '{name}': the win-rates of {found.saturated:.0%} of the prompts are saturated (a bare "
-                f"ranking, whatever the distances); lower `scale` in its yaml"
+                f"reward '{name}': the win-rates of {found.saturated:.0%} of the prompts are saturated (a "
+                f"bare ranking, whatever the distances); lower `scale` in its yaml"
             )
     return warnings
 
@@ -232,16 +238,14 @@ def _result_dtype(scores: Tensor) -> torch.dtype:
     return scores.dtype if scores.is_floating_point() else torch.float32
 
 
-def _checked(scores: Tensor, integers: torch.dtype) -> Tensor:
-    """Scores in the dtype to compute in (`integers`: the one for integers); InputError for N < 2 or non-finite."""
+def _checked(scores: Tensor) -> Tensor:
+    """Scores in the dtype to compute in, float32 or float64; refuses N < 2 and scores that are not finite."""
     candidates = scores.shape[-1] if scores.ndim else 0
     if candidates < 2:
         raise InputError(
-            f"{candidates} candidate(s) per prompt (scores of shape {tuple(scores.shape)}): a win-rate needs at least "
-            f"two; raise pool.candidates"
+            f"{candidates} candidate(s) per prompt (scores of shape {tuple(scores.shape)}): a win-rate needs "
+            f"two at least; raise pool.candidates"
         )
-    if not scores.is_floating_point():
-        return scores.to(integers)
     work = scores if scores.dtype == torch.float64 else scores.float()
     # the extremes of NaN are NaN: one pass and no temporary where all is well, which is nearly always
     if work.numel() and not torch.stack(work.aminmax()).isfinite().all():
@@ -259,11 +263,12 @@ def _check_link(work: Tensor, link: str, scale: float) -> None:
     if work.numel() == 0:
         return
     lowest, highest = work.aminmax()
-    if link == "log" and (lowest < 0 or highest > LOG_CEILING):
-        bad = (work < 0) | (work > LOG_CEILING)
-        _refuse(work, bad, "but link 'log' takes probabilities; use link 'identity' for log-odds")
-    if not (scale * LINKS[link](torch.stack([lowest, highest]))).isfinite().all():
-        bad = ~(scale * LINKS[link](work)).isfinite()
+    taken = LINKS[link]
+    if lowest < taken.lowest or highest > taken.highest:
+        bad = (work < taken.lowest) | (work > taken.highest)
+        _refuse(work, bad, f"but link '{link}' takes probabilities only; link 'identity' takes log-odds")
+    if not (scale * taken.to_log_odds(torch.stack([lowest, highest]))).isfinite().all():
+        bad = ~(scale * taken.to_log_odds(work)).isfinite()
         _refuse(work, bad, f"which overflows {work.dtype} at scale {scale}; lower the scale")
 
 

@@ -1,4 +1,4 @@
-"""Tuned policies on disk: a diffusers pipeline folder or a LoRA file, readable without this package, with a card."""
+"""Tuned policies on disk: a diffusers pipeline folder or a LoRA file, with a card; readable without capo."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import nn
 from capo.backbones.base import Backbone
 from capo.backbones.lora import ADAPTER, has_adapter
 from capo.errors import InputError
-from capo.fingerprints import component_fingerprint, content_fingerprint, file_digest
+from capo.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
 from capo.folders import fresh_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
@@ -23,7 +23,7 @@ BASE_FILE = "base.json"  # beside a LoRA file: the weights it belongs to
 class ModelCard:
     """What the README of a policy says about its making.
 
-    win_rates: reward -> {"mean", "low", "high"} in 0-1 against the base; None while nothing has been evaluated.
+    win_rates: reward -> {"mean", "low", "high"} in 0-1 against the base; None before any evaluation.
     settings: further facts (beta, steps, ...) by name.
     """
 
@@ -33,7 +33,9 @@ class ModelCard:
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
-def export_policy(backbone: Backbone, denoiser: nn.Module, folder: str | Path, card: ModelCard, full: bool = False) -> Path:
+def export_policy(
+    backbone: Backbone, denoiser: nn.Module, folder: str | Path, card: ModelCard, full: bool = False
+) -> Path:
     """Writes the policy with its README, in float32; replaces `folder`, never leaves half of one.
 
     A denoiser with a LoRA adapter becomes the adapter's file and the name of its base, or with `full` a whole
@@ -58,9 +60,9 @@ def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
 
 
 def load_policy(backbone: Backbone, folder: str | Path) -> nn.Module:
-    """The denoiser of an exported policy, float32, frozen, on the backbone's device; a LoRA adapter stays unmerged.
+    """The denoiser of an exported policy: float32, frozen, on the backbone's device, an adapter unmerged.
 
-    Raises InputError where `folder` holds no policy, or an adapter of another base than `backbone`.
+    Raises InputError where `folder` holds no policy, one of another shape, or an adapter of another base.
     """
     folder, component = Path(folder), backbone.denoiser_component
     if (folder / LORA_FILE).is_file():
@@ -68,35 +70,67 @@ def load_policy(backbone: Backbone, folder: str | Path) -> nn.Module:
         policy = backbone.trainable_copy()
         loader = type(backbone.pipeline)
         state, alphas, metadata = loader.lora_state_dict(
-            str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True)
-        policy.load_lora_adapter(state, prefix=component, network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER)
+            str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True
+        )
+        policy.load_lora_adapter(
+            state, prefix=component, network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER
+        )
     elif (folder / component / "config.json").is_file():
-        policy = type(backbone.denoiser).from_pretrained(
-            folder / component, torch_dtype=torch.float32, use_safetensors=True)
+        policy = backbone.trainable_copy()
+        _take_weights(policy, folder / component)
     else:
-        raise InputError(f"policy '{folder.absolute()}': neither '{component}/config.json' nor '{LORA_FILE}' is there; "
-                         "give the `policy/` folder of a finished run")
+        raise InputError(
+            f"policy '{folder.absolute()}': neither '{component}/config.json' nor '{LORA_FILE}' is there; "
+            "give the `policy/` folder of a finished run"
+        )
     return policy.to(backbone.device).eval().requires_grad_(False)
 
 
+def _take_weights(policy: nn.Module, folder: Path) -> None:
+    stored = type(policy).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    try:
+        policy.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
+        raise InputError(f"policy '{folder.absolute()}' does not fit the model: {error}") from error
+
+
 def policy_fingerprint(backbone: Backbone, folder: str | Path) -> str:
-    """Content hash (64 hex digits) of an exported policy's denoiser, or of its adapter together with the base."""
+    """Content hash (64 hex digits) of an exported policy's denoiser, or of its adapter and its base."""
     adapter = Path(folder) / LORA_FILE
     if adapter.is_file():
-        return content_fingerprint({"base": backbone.fingerprints["denoiser"], "adapter": file_digest(adapter)})
+        return content_fingerprint(
+            {"base": backbone.fingerprints["denoiser"], "adapter": safetensors_fingerprint(adapter)}
+        )
     return component_fingerprint(folder, [backbone.denoiser_component])
 
 
 def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> None:
     component = backbone.denoiser_component
-    layers = {name: tensor.to("cpu", torch.float32).contiguous()
-              for name, tensor in get_peft_model_state_dict(denoiser, adapter_name=ADAPTER).items()}
-    metadata = denoiser.peft_config[ADAPTER].to_dict()  # without it a loader would take alpha for the rank
+    layers = {
+        name: tensor.to("cpu", torch.float32).contiguous()
+        for name, tensor in get_peft_model_state_dict(denoiser, adapter_name=ADAPTER).items()
+    }
+    # Without the metadata a loader would take alpha for the rank; a set has another order in every process.
+    metadata = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in denoiser.peft_config[ADAPTER].to_dict().items()
+    }
     type(backbone.pipeline).save_lora_weights(
-        folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata})
-    base = {"weights": backbone.weights, "revision": backbone.revision, "variant": backbone.variant,
-            "denoiser": backbone.fingerprints["denoiser"]}
+        folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
+    )
+    base = {
+        "weights": _base_weights(backbone),
+        "revision": backbone.revision,
+        "variant": backbone.variant,
+        "denoiser": backbone.fingerprints["denoiser"],
+    }
     (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+
+
+def _base_weights(backbone: Backbone) -> str:
+    """The hub id, or the folder however the reader's working directory may differ."""
+    folder = Path(backbone.weights).expanduser()
+    return str(folder.absolute()) if folder.exists() else backbone.weights
 
 
 def _check_base(backbone: Backbone, folder: Path) -> None:
@@ -105,8 +139,10 @@ def _check_base(backbone: Backbone, folder: Path) -> None:
     except OSError:
         return  # an adapter from elsewhere does not say: a shape that does not fit is the loader's error
     if base["denoiser"] != backbone.fingerprints["denoiser"]:
-        raise InputError(f"policy '{folder}' is a LoRA adapter of '{base['weights']}' (denoiser {base['denoiser'][:8]}), "
-                         f"not of '{backbone.weights}' ({backbone.fingerprints['denoiser'][:8]}); choose its base as model")
+        raise InputError(
+            f"policy '{folder}' is a LoRA adapter of '{base['weights']}' (denoiser {base['denoiser'][:8]}), "
+            f"not of '{backbone.weights}' ({backbone.fingerprints['denoiser'][:8]}); choose its base as model"
+        )
 
 
 def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
@@ -117,29 +153,70 @@ def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
     else:
         named = {"revision": backbone.revision, "variant": backbone.variant}
         options += "".join(f', {key}="{value}"' for key, value in named.items() if value)
-        loading = [f'pipe = {pipeline}.from_pretrained("{backbone.weights}", {options})', f'pipe.load_lora_weights("{name}")']
+        loading = [
+            f'pipe = {pipeline}.from_pretrained("{_base_weights(backbone)}", {options})',
+            f'pipe.load_lora_weights("{name}")',
+        ]
     return "\n".join(["import torch", f"from diffusers import {pipeline}", "", *loading])
 
 
 def _win_rate_lines(card: ModelCard) -> list[str]:
     if not card.win_rates:
         return ["Not evaluated."]
-    rows = [f"| {reward} | {100 * rate['mean']:.1f} | {100 * rate['low']:.1f} - {100 * rate['high']:.1f} |"
-            for reward, rate in card.win_rates.items()]
-    return ["Share of comparisons won against the base on held-out prompts, in %; 50 is the base itself.", "",
-            "| reward | win-rate | 95 % interval |", "|---|---|---|", *rows]
+    rows = [
+        f"| {reward} | {100 * rate['mean']:.1f} | {100 * rate['low']:.1f} - {100 * rate['high']:.1f} |"
+        for reward, rate in card.win_rates.items()
+    ]
+    return [
+        "Share of comparisons won against the base on held-out prompts, in %; 50 is the base itself.",
+        "",
+        "| reward | win-rate | 95 % interval |",
+        "|---|---|---|",
+        *rows,
+    ]
 
 
 def _readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
-    on_hub = not Path(backbone.weights).expanduser().exists()
-    front = ["---", "library_name: diffusers", "pipeline_tag: text-to-image",
-             *([f"base_model: {backbone.weights}"] if on_hub else []), "tags: [text-to-image, preference-alignment]", "---"]
-    facts = {"base": f"{backbone.name}, `{backbone.weights}`" + (f" at `{backbone.revision}`" if backbone.revision else ""),
-             "base denoiser": f"`{backbone.fingerprints['denoiser'][:8]}`", "objective": card.objective, "data": card.data,
-             "scheduler": type(backbone.pipeline.scheduler).__name__, **card.settings}
-    return "\n".join([
-        *front, "", f"# {backbone.name}, tuned with {card.objective}", "",
-        "## Loading it", "", "In the directory that holds this folder:", "",
-        "```python", _load_lines(backbone, folder, name), "```", "",
-        "## How it was made", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
-        "## Win-rates against the base", "", *_win_rate_lines(card), ""])
+    weights = _base_weights(backbone)
+    front = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        *([] if Path(weights).is_absolute() else [f"base_model: {weights}"]),
+        "tags: [text-to-image, preference-alignment]",
+        "---",
+    ]
+    facts = {
+        "base": f"{backbone.name}, `{weights}`" + (f" at `{backbone.revision}`" if backbone.revision else ""),
+        "base denoiser": f"`{backbone.fingerprints['denoiser'][:8]}`",
+        "objective": card.objective,
+        "data": card.data,
+        "scheduler": type(backbone.pipeline.scheduler).__name__,
+        **card.settings,
+    }
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# {backbone.name}, tuned with {card.objective}",
+            "",
+            "## Loading it",
+            "",
+            "In the directory that holds this folder:",
+            "",
+            "```python",
+            _load_lines(backbone, folder, name),
+            "```",
+            "",
+            "## How it was made",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in facts.items()),
+            "",
+            "## Win-rates against the base",
+            "",
+            *_win_rate_lines(card),
+            "",
+        ]
+    )

@@ -6,23 +6,41 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from capo.errors import InputError
 
-# What libraries write into configs about themselves and about where a file came from: no content of the model.
-VOLATILE_KEYS = frozenset({"_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "transformers_version"})
+# What libraries write into configs about themselves and the origin of a file: no content of the model.
+VOLATILE_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "_diffusers_version",
+        "transformers_version",
+        "is_local",
+        "local_files_only",
+    }
+)
+# tokenizer.json also keeps how the tokenizer was last called before it was saved.
+CALL_STATE = frozenset({"truncation", "padding"})
 BLOB_NAME = re.compile(r"[0-9a-f]{64}")
-# diffusers and transformers name shards `NAME.fp16-00001-of-00002.safetensors`; the older form has the variant last.
+# Shards are called `NAME.fp16-00001-of-00002.safetensors`; the older form has the variant last.
 WEIGHT_NAME = re.compile(
-    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.-]+))?(?P<shard>-\d{5}-of-\d{5})?(\.(?P<old_variant>[^.]+))?\.safetensors")
+    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.-]+))?(?P<shard>-\d{5}-of-\d{5})?(\.(?P<old_variant>[^.]+))?\.safetensors"
+)
 
-_digests: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) -> sha256: gigabytes take long to read
+# (path, size, mtime in ns) -> sha256: gigabytes take long to read
+_digests: dict[tuple[str, int, int], str] = {}
 
 
 def file_digest(path: str | Path) -> str:
     """sha256 of a file's content, 64 hex digits.
 
-    In the hub's cache a large file is a link to a blob named by its sha256, which is taken as it stands; anywhere
-    else the digest is remembered, as long as the process lives, by path, size and time of change.
+    In the hub's cache a large file is a link to a blob named by its sha256, which is taken as it stands;
+    anywhere else the digest is remembered, as long as the process lives, by path, size and time of change.
     """
     target = Path(path).resolve()
     if target.parent.name == "blobs" and BLOB_NAME.fullmatch(target.name):
@@ -38,7 +56,7 @@ def file_digest(path: str | Path) -> str:
 def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     """The safetensors of a component folder that loading reads: those of `variant`, or the plain ones.
 
-    Keys are the names without the variant, so that the same content has the same name however it is published.
+    Keys are the names without the variant: the same content has the same name however it is published.
     """
     found: dict[str | None, dict[str, Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -48,17 +66,40 @@ def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     return found.get(variant) or found.get(None, {})
 
 
+def safetensors_fingerprint(path: str | Path) -> str:
+    """Hash, 64 hex digits, of the tensors and metadata in a small safetensors file.
+
+    Not of its bytes: the order of the metadata's entries in the file differs from save to save.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        entries = {
+            name: [str(value.dtype), list(value.shape), _tensor_digest(value)]
+            for name, value in tensors.items()
+        }
+        return content_fingerprint({"metadata": file.metadata(), "tensors": entries})
+
+
+def _tensor_digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def content_fingerprint(entries: Mapping[str, object]) -> str:
     """sha256, 64 hex digits, of a mapping of JSON values, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def component_fingerprint(folder: str | Path, components: Sequence[str], variant: str | None = None,
-                          settings: Mapping[str, object] | None = None) -> str:
+def component_fingerprint(
+    folder: str | Path,
+    components: Sequence[str],
+    variant: str | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> str:
     """Fingerprint of some components of a diffusers pipeline folder, 64 hex digits.
 
-    Covers each component's config (less what libraries write about themselves) and safetensors, or a tokenizer's
-    files, and `settings`, JSON values of the pipeline that belong to them. The same for the hub's cache and a folder.
+    Covers each component's config (less what libraries write about themselves) and safetensors, or a
+    tokenizer's files, and `settings`, JSON values of the pipeline that belong to them. The same for the hub's
+    cache and a folder.
     Raises InputError where a component's folder is missing or holds nothing to hash.
     """
     entries = {component: _component_entries(Path(folder) / component, variant) for component in components}
@@ -69,17 +110,20 @@ def _component_entries(folder: Path, variant: str | None) -> dict[str, object]:
     weights = weight_files(folder, variant)
     entries: dict[str, object] = {name: file_digest(path) for name, path in weights.items()}
     # Beside weights the hub hands out nothing but config.json; a tokenizer is all of its small files.
-    texts = [folder / "config.json"] if weights else [*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")]
-    for path in filter(Path.is_file, texts):
+    patterns = ("config.json",) if weights else ("*.json", "*.txt", "*.model")
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
         entries[path.name] = _stable_config(path) if path.suffix == ".json" else file_digest(path)
     if not entries:
-        raise InputError(f"no fingerprint for '{folder}': it holds no config and no safetensors; "
-                         "is this a complete diffusers pipeline folder?")
+        raise InputError(
+            f"no fingerprint for '{folder}': it holds no config and no safetensors; "
+            "is this a complete diffusers pipeline folder?"
+        )
     return entries
 
 
 def _stable_config(path: Path) -> object:
     config = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(config, dict):
-        return {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
-    return config
+    if not isinstance(config, dict):
+        return config
+    volatile = VOLATILE_KEYS | (CALL_STATE if path.name == "tokenizer.json" else frozenset())
+    return {key: value for key, value in config.items() if key not in volatile}

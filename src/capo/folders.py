@@ -11,8 +11,8 @@ from pathlib import Path
 def fresh_folder(folder: str | Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder`, which takes its place when the block ends without an exception.
 
-    What stood there before is removed only after the new folder has been moved in; a block that raises leaves it
-    as it was.
+    What stood there before is removed only after the new folder has been moved in; a block that raises leaves
+    it as it was.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

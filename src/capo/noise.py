@@ -1,4 +1,4 @@
-"""Noise schedules as pure functions: u -> t, log-SNR, noisy latent, target, weight (CaPO, section 4.4 and A.3).
+"""Noise schedules as pure functions: u -> t, log-SNR, noisy latent, target, weight (CaPO, 4.4 and A.3).
 
 Two schedules: discrete variance-preserving (`vp_`: SD1.5, SDXL; networks that predict the noise) and
     rectified flow (`flow_`: SD3, Flux; networks that predict the velocity). `lam` is the log-SNR,
@@ -19,13 +19,13 @@ LOG_SNR_RANGE = (10.0, -10.0)  # of the draw `logsnr_uniform`, from u = 0 to u =
 
 
 def vp_log_snr(alphas_cumprod: Tensor) -> Tensor:
-    """lam = log(abar / (1 - abar)) of each entry: (T,) cumulative alphas in (0, 1) -> (T,), falling with t."""
+    """lam = log(abar / (1 - abar)): cumulative alphas in (0, 1), any shape -> same shape; falls with t."""
     abar = _at_least_float32(alphas_cumprod)
     return (abar.log() - (-abar).log1p()).to(alphas_cumprod.dtype)
 
 
 def vp_timestep(u: Tensor, steps: int) -> Tensor:
-    """t = floor(u T): u in [0, 1) -> int64 in 0 ... steps - 1, rising with u. Raises ValueError for steps < 1."""
+    """t = floor(u T): u in [0, 1), any shape -> int64 in 0 ... T - 1, T = steps. ValueError for steps < 1."""
     if steps < 1:
         raise ValueError(f"a schedule of {steps} steps has no timestep to draw")
     return (_at_least_float32(u) * steps).long().clamp(0, steps - 1)  # u T may be rounded up to T

@@ -56,7 +56,7 @@ class Requirements:
 def requires(
     *, reference: bool = True, predictions: bool = False, loser: bool = True
 ) -> Callable[[Objective], Objective]:
-    """Declare what an objective reads, as its attributes needs_reference, needs_predictions and needs_loser."""
+    """Declare what an objective reads: its attributes needs_reference, needs_predictions and needs_loser."""
 
     def declare(objective: Objective) -> Objective:
         objective.needs_reference = reference
@@ -78,7 +78,7 @@ def requirements(objective: Objective) -> Requirements:
         return Requirements(objective.needs_reference, objective.needs_predictions, objective.needs_loser)
     except AttributeError:
         raise InputError(
-            f"objective {objective!r} does not declare what it reads; decorate it with capo.objectives.requires"
+            f"{objective!r} does not declare what it reads; decorate it with capo.objectives.requires"
         ) from None
 
 
@@ -95,7 +95,10 @@ def implicit_rewards(errors: PairErrors) -> tuple[Tensor, Tensor]:
 
 
 def margin(errors: PairErrors) -> Tensor:
-    """h = R_theta(x+) - R_theta(x-), (B,): exactly 0 where policy and reference err alike. As `implicit_rewards`."""
+    """h = R_theta(x+) - R_theta(x-), (B,): exactly 0 where policy and reference err alike.
+
+    dtype and errors as for `implicit_rewards`.
+    """
     winner, loser = implicit_rewards(errors)
     return winner - loser
 
@@ -114,13 +117,13 @@ def dpo(errors: PairErrors, *, beta: float) -> Tensor:
 
 @requires()
 def ipo(errors: PairErrors, *, beta: float) -> Tensor:
-    """IPO: (1 - beta h)^2 per pair (eq. 22); 1 where policy = reference. Arguments and errors as for `dpo`."""
+    """IPO: (1 - beta h)^2 per pair (eq. 22); 1 where policy = reference. Arguments and errors as in `dpo`."""
     return (1 - _scaled_margin(errors, beta)).square().to(errors.policy_winner.dtype)
 
 
 @requires()
 def capo(errors: PairErrors, *, beta: float) -> Tensor:
-    """CaPO: (dR - beta h)^2 per pair (eq. 8), IPO with the calibrated gap for its target; dR^2 at policy = reference.
+    """CaPO: (dR - beta h)^2 per pair (eq. 8), IPO towards the calibrated gap; dR^2 where policy = reference.
 
     errors: all fields. beta > 0. Returns (B,) in the errors' dtype. Raises InputError for beta, ValueError
         for a field that is None.
@@ -131,7 +134,7 @@ def capo(errors: PairErrors, *, beta: float) -> Tensor:
 
 @requires(reference=False, loser=False)
 def sft(errors: PairErrors, *, beta: float | None = None) -> Tensor:
-    """Fine-tuning on the winner (control): m+ per pair, unweighted; beta is not used. Returns (B,), dtype kept."""
+    """Fine-tuning on the winner (control): m+ per pair, unweighted, (B,), dtype kept; beta is not used."""
     return errors.policy_winner
 
 

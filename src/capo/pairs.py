@@ -1,4 +1,4 @@
-"""Scores and calibrated rewards -> which candidates of a prompt may win and which may lose (CaPO, section 4.3).
+"""Scores and calibrated rewards -> who may win and who may lose among a prompt's candidates (CaPO, 4.3).
 
 A *strategy* is a function `(scores, calibrated, *, ...) -> PairSets`; each file of the Hydra group `pairs`
 names one. `capo.selection` applies a strategy to a whole pool and draws pairs from what it gives.
@@ -80,8 +80,8 @@ def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
     _check_shapes(scores, calibrated)
     if scores.shape[-1] != 1:
         raise InputError(
-            f"pairs=best_worst orders the candidates by one reward, but {scores.shape[-1]} are selected; keep one "
-            f"('rewards=[NAME]') or take pairs=sum, pairs=frs or pairs=random"
+            f"pairs=best_worst orders the candidates by one reward, but {scores.shape[-1]} are selected; "
+            f"keep one ('rewards=[NAME]') or take pairs=sum, pairs=frs or pairs=random"
         )
     _check_finite(scores)
     return _extremes(scores[..., 0])
@@ -111,8 +111,8 @@ def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairS
     Args:
         scores, calibrated: (P, N, L); domination is decided on the raw scores.
         lower: `frontier`: X+ = F+ \\ F-, X- = F- \\ F+ (figure 2). `all_dominated`, the paper's other reading
-            ("set of dominated data"): X+ = F+ and X- = all others, which gives dR <= 0 in some 5 % of the
-            pairs.
+            ("set of dominated data"): X+ = F+ and X- = all others, which gives dR <= 0 in 9 % of the pairs
+            (independent rewards; 4 % at a correlation of 0.5) instead of 0.7 % (0.06 %).
 
     Returns:
         Masks (P, N), not filtered by dR.
@@ -145,7 +145,7 @@ def random_pair(scores: Tensor, calibrated: Tensor) -> PairSets:
 
 
 def combined_rewards(calibrated: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """R_ca averaged over the rewards (section 4.3); the difference of two candidates is the gap dR of the pair.
+    """R_ca averaged over the rewards (section 4.3); the difference of two candidates is the pair's gap dR.
 
     Args:
         calibrated: (P, N, L) calibrated rewards.
@@ -162,8 +162,8 @@ def combined_rewards(calibrated: Tensor, weights: Sequence[float] | None = None)
     total = sum(weights)
     if len(weights) != rewards or not (all(weight >= 0 for weight in weights) and 0 < total < math.inf):
         raise InputError(
-            f"pairs: weights={weights} must be {rewards} finite numbers, one for each reward in their order, none "
-            f"negative and one at least positive"
+            f"pairs: weights={weights} must be {rewards} finite numbers, one for each reward in their order, "
+            f"none negative and one at least positive"
         )
     dtype = calibrated.dtype if calibrated.dtype == torch.float64 else torch.float32
     mean = torch.zeros(calibrated.shape[:-1], dtype=dtype, device=calibrated.device)
@@ -174,7 +174,7 @@ def combined_rewards(calibrated: Tensor, weights: Sequence[float] | None = None)
 
 
 def _domination(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(L, N, C) scores, a prompt a column -> bool (N, C): dominated by a candidate, dominating a candidate."""
+    """(L, N, C) scores, a prompt a column -> bool (N, C) twice: dominated by another, dominating another."""
     dominated, dominating = np.zeros((2, *columns.shape[1:]), dtype=bool)
     for offset in range(1, columns.shape[1]):  # every two candidates once: i and i + offset
         first, second = columns[:, :-offset], columns[:, offset:]
@@ -199,7 +199,7 @@ def _extremes(rewards: Tensor) -> PairSets:
 def _check_shapes(scores: Tensor, calibrated: Tensor) -> None:
     if scores.ndim != 3 or scores.shape != calibrated.shape:
         raise ValueError(
-            f"scores {tuple(scores.shape)} and calibrated rewards {tuple(calibrated.shape)} must both be (P, N, L)"
+            f"scores {tuple(scores.shape)} and calibrated {tuple(calibrated.shape)} must both be (P, N, L)"
         )
 
 

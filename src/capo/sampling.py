@@ -25,7 +25,9 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
-            raise InputError(f"sampling.steps {self.steps} and sampling.batch {self.batch} must be at least 1")
+            raise InputError(
+                f"sampling.steps {self.steps} and sampling.batch {self.batch} must be at least 1"
+            )
         if not math.isfinite(self.guidance):
             raise InputError(f"sampling.guidance {self.guidance} must be a finite number")
 
@@ -37,54 +39,75 @@ def candidate_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 def candidate_noise(seeds: Sequence[int] | Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
     """Standard normal noise (B, *shape) float32 on the CPU, each candidate from a generator of its own."""
-    generators = [seed if isinstance(seed, torch.Generator) else candidate_generators([seed])[0] for seed in seeds]
+    generators = [
+        seed if isinstance(seed, torch.Generator) else candidate_generators([seed])[0] for seed in seeds
+    ]
     return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
-def sample(backbone: Backbone, denoiser: nn.Module, text: Text, noise: Tensor, settings: SamplerSettings,
-           progress: Progress | None = None, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+def sample(
+    backbone: Backbone,
+    denoiser: nn.Module,
+    text: Text,
+    noise: Tensor,
+    settings: SamplerSettings,
+    progress: Progress | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
     """Latents (B, C, H, W) float32 on the backbone's device, from standard normal noise (B, C, H, W).
 
     text: what `encode_prompts` gives, leading B. All B images are one batch, guidance included, whatever
     `settings.batch` says. In float32 bit-equal to `pipeline(..., output_type="latent")` at the same batch.
-    generators: needed by schedulers that draw noise at each step (ancestral ones, DDPM): those the noise came from.
+    generators: those that drew the noise, for schedulers that draw more at each step (DDPM, ancestral).
     Raises InputError where they are needed and missing, or the scheduler refuses that number of steps.
     """
     if noise.shape[1:] != backbone.latent_shape or any(len(value) != len(noise) for value in text.values()):
-        raise ValueError(f"noise {tuple(noise.shape)} does not fit latents {backbone.latent_shape} and the text's batch "
-                         f"of {[len(value) for value in text.values()]}")
+        raise ValueError(
+            f"noise {tuple(noise.shape)} does not fit latents {backbone.latent_shape} and the text's batch "
+            f"of {[len(value) for value in text.values()]}"
+        )
     scheduler = backbone.scheduler()
     try:
         scheduler.set_timesteps(settings.steps, device=backbone.device)
     except ValueError as error:
-        raise InputError(f"sampling.steps {settings.steps}: {type(scheduler).__name__} refuses: {error}") from error
+        raise InputError(
+            f"sampling.steps {settings.steps}: {type(scheduler).__name__} refuses: {error}"
+        ) from error
+    step = _step_of(scheduler, generators)
+    conditions = _conditions(backbone, text, len(noise), settings.guidance)
     with torch.inference_mode():
-        latents = _denoise(backbone, denoiser, scheduler, text, noise, settings, progress, generators)
+        latents = noise.to(backbone.device, torch.float32) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            noisy = scheduler.scale_model_input(latents, t)
+            latents = step(_guided(backbone, denoiser, noisy, t, conditions, settings.guidance), t, latents)
+            if progress is not None:
+                progress(len(noise))
     return latents.clone()  # outside of inference mode: a tensor that autograd accepts again
 
 
-def _denoise(backbone: Backbone, denoiser: nn.Module, scheduler: SchedulerMixin, text: Text, noise: Tensor,
-             settings: SamplerSettings, progress: Progress | None, generators: Sequence[torch.Generator] | None) -> Tensor:
+def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> Text:
+    """Text on the backbone's device; above guidance 1 (2B, ...), the negative branch first, as in the pipelines."""
     text = {key: value.to(backbone.device) for key, value in text.items()}
-    guided = settings.guidance > 1  # as the pipelines decide it
-    if guided:
-        negative = backbone.unconditional(len(noise))
-        text = {key: torch.cat([negative[key].to(value.dtype), value]) for key, value in text.items()}
-    step = _step_of(scheduler, generators)
-    latents = noise.to(backbone.device, torch.float32) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        doubled = torch.cat([latents, latents]) if guided else latents
-        predicted = backbone.predict(denoiser, scheduler.scale_model_input(doubled, t), t, text).float()
-        if guided:
-            without, with_text = predicted.chunk(2)
-            predicted = without + settings.guidance * (with_text - without)
-        latents = step(predicted, t, latents)
-        if progress is not None:
-            progress(len(noise))
-    return latents
+    if guidance <= 1:
+        return text
+    negative = backbone.unconditional(count)
+    return {key: torch.cat([negative[key].to(value.dtype), value]) for key, value in text.items()}
 
 
-def _step_of(scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None) -> Callable[..., Tensor]:
+def _guided(
+    backbone: Backbone, denoiser: nn.Module, noisy: Tensor, t: Tensor, conditions: Text, guidance: float
+) -> Tensor:
+    """Prediction (B, C, H, W) float32 for noisy latents (B, C, H, W); both branches in one forward pass."""
+    if guidance <= 1:
+        return backbone.predict(denoiser, noisy, t, conditions).float()
+    both = backbone.predict(denoiser, torch.cat([noisy, noisy]), t, conditions).float()
+    without, with_text = both.chunk(2)
+    return without + guidance * (with_text - without)
+
+
+def _step_of(
+    scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None
+) -> Callable[..., Tensor]:
     """scheduler.step with what the pipelines pass to it: eta 0 and the generators, where it takes them."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
@@ -98,29 +121,40 @@ def _step_of(scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | 
     def step(predicted: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         latents = scheduler.step(predicted, t, latents, **options, return_dict=False)[0]
         if not torch.equal(probe.get_state(), untouched):
-            raise InputError(f"{type(scheduler).__name__} draws noise at each step: pass `generators`, one a candidate, "
-                             "or choose a deterministic scheduler (model.scheduler=DDIMScheduler)")
+            raise InputError(
+                f"{type(scheduler).__name__} draws noise at each step: pass `generators`, one a candidate, "
+                "or choose a deterministic scheduler (model.scheduler=DDIMScheduler)"
+            )
         return latents
 
     return step
 
 
-def sample_prompts(backbone: Backbone, denoiser: nn.Module, text: Text, seeds: Sequence[Sequence[int]],
-                   settings: SamplerSettings, progress: Progress | None = None) -> Tensor:
+def sample_prompts(
+    backbone: Backbone,
+    denoiser: nn.Module,
+    text: Text,
+    seeds: Sequence[Sequence[int]],
+    settings: SamplerSettings,
+    progress: Progress | None = None,
+) -> Tensor:
     """Latents (P, K, C, H, W) float32 on the CPU for P prompts (text with leading P) and their K seeds each.
 
-    Candidates of all prompts share batches of `settings.batch` images, prompt by prompt; the last may be smaller.
+    Candidates share batches of `settings.batch` images, prompt by prompt; the last batch may be smaller.
     """
     prompts, candidates = len(seeds), len(seeds[0])
     flat = [seed for row in seeds for seed in row]
     if len(flat) != prompts * candidates:
-        raise ValueError(f"every prompt needs the same number of seeds, not {sorted({len(row) for row in seeds})}")
+        raise ValueError(
+            f"every prompt needs the same number of seeds, not {sorted({len(row) for row in seeds})}"
+        )
     latents = torch.empty(len(flat), *backbone.latent_shape)
     for start in range(0, len(flat), settings.batch):
-        generators = candidate_generators(flat[start: start + settings.batch])
+        generators = candidate_generators(flat[start : start + settings.batch])
         rows = torch.arange(start, start + len(generators)) // candidates
         batch = {key: value[rows.to(value.device)] for key, value in text.items()}
         noise = candidate_noise(generators, backbone.latent_shape)
-        latents[start: start + len(generators)] = sample(
-            backbone, denoiser, batch, noise, settings, progress, generators)
+        latents[start : start + len(generators)] = sample(
+            backbone, denoiser, batch, noise, settings, progress, generators
+        )
     return latents.unflatten(0, (prompts, candidates))

@@ -1,6 +1,7 @@
 """The interface over model families; what they share stands here, what differs in a module per family."""
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import ClassVar
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,33 +20,49 @@ from capo.errors import InputError
 from capo.fingerprints import component_fingerprint
 from capo.folders import fresh_folder
 
-Text = Mapping[str, Tensor]  # what `predict` needs beside latents and time, each with a leading batch dimension
+# What `predict` needs beside latents and time, each tensor with a leading batch dimension.
+Text = Mapping[str, Tensor]
 
 
 class Backbone(ABC):
     """A frozen base pipeline: its latent space, its text conditioning, its noise schedule and its denoiser.
 
-    `weights` is a folder in diffusers' format or a hub id; `scheduler` the name of a diffusers scheduler class that
-    replaces the pipeline's own (built from its config); `channels_last` names modules (unet, vae) to be stored in
-    that memory format: faster convolutions, but results that differ from the plain pipeline's in the last bits.
-    Raises InputError for weights that are not there, not safe to load or not of this family.
+    Args:
+        weights: a folder in diffusers' format, or a hub id with its `revision` and `variant`.
+        dtype: what the weights are loaded in, whatever they are stored in.
+        name: what results call the model; by default the last part of `weights`.
+        scheduler: a diffusers class that replaces the pipeline's own scheduler, built from its config.
+        channels_last: modules (unet, vae) to be kept in that memory format: faster convolutions, but results
+            that differ from the plain pipeline's in the last bits.
+
+    Raises:
+        InputError: weights that are not there, not safe to load or not of this family.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]]
     denoiser_component: ClassVar[str]
 
-    def __init__(self, weights: str, revision: str | None = None, variant: str | None = None, dtype: str = "float32",
-                 name: str | None = None, scheduler: str | None = None, channels_last: Sequence[str] = ()):
-        self.weights, self.revision, self.variant, self.dtype = str(weights), revision, variant, named_dtype(dtype)
+    def __init__(
+        self,
+        weights: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: str = "float32",
+        name: str | None = None,
+        scheduler: str | None = None,
+        channels_last: Sequence[str] = (),
+    ):
+        self.weights, self.revision, self.variant = str(weights), revision, variant
+        self.dtype = named_dtype(dtype)
         self.name = name or Path(self.weights).name
         self.folder = pipeline_folder(self.weights, revision, variant)
-        self.pipeline: DiffusionPipeline = load_pipeline(self.folder, self.pipeline_classes, variant, self.dtype)
+        self.pipeline = load_pipeline(self.folder, self.pipeline_classes, variant, self.dtype)
         if scheduler is not None:
             self.pipeline.scheduler = scheduler_class(scheduler).from_config(self.pipeline.scheduler.config)
         for component in channels_last:
             getattr(self.pipeline, component).to(memory_format=torch.channels_last)
         if self.vae.config.get("force_upcast") and self.dtype == torch.float16:
-            self.vae.to(torch.float32)  # as the pipeline does before it decodes: SDXL's VAE overflows in float16
+            self.vae.float()  # as the pipeline does before it decodes: SDXL's VAE overflows in float16
         self.check_schedule()
 
     @property
@@ -77,7 +94,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Text conditioning of B prompts as the pipeline computes it: what `predict` needs, each with leading B."""
+        """Text conditioning of B prompts as the pipeline computes it: all that `predict` needs, leading B."""
 
     @abstractmethod
     def unconditional(self, count: int) -> dict[str, Tensor]:
@@ -93,7 +110,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def weight(self, t: Tensor, bias: float) -> Tensor:
-        """Times (B,) -> weight of the squared error (B,) float32 (section 4.4, with the family's own error)."""
+        """Times (B,) -> weight of the squared error (B,) float32 (section 4.4, on the family's own error)."""
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -105,7 +122,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
-        """Output (B, C, H, W) of any denoiser of the family for x_t (B, C, H, W) and times (B,) or one time ().
+        """Output (B, C, H, W) of any denoiser of the family for x_t (B, C, H, W), times (B,) or one time ().
 
         Casts its input to what the denoiser computes in; leaves autograd and autocast to the caller.
         """
@@ -116,16 +133,17 @@ class Backbone(ABC):
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch: int = 8) -> list[Image.Image]:
-        """Latents (B, C, H, W) as the denoiser sees them -> B 8-bit RGB images, `batch` through the VAE at a time."""
+        """Latents (B, C, H, W) as the denoiser sees them -> B 8-bit RGB images, `batch` at a time."""
         images: list[Image.Image] = []
         for chunk in latents.split(batch):
-            pixels = self.vae.decode(self._from_denoiser(chunk.to(self.device, self.vae.dtype)), return_dict=False)[0]
+            raw = self._from_denoiser(chunk.to(self.device, self.vae.dtype))
+            pixels = self.vae.decode(raw, return_dict=False)[0]
             images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         return images
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser sees them; the posterior's mode."""
+        """Pixels (B, 3, H, W) in [-1, 1] -> the posterior's mode (B, C, h, w) as the denoiser sees it."""
         posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
         return self._to_denoiser(posterior.mode())
 
@@ -153,19 +171,20 @@ class Backbone(ABC):
 
         Dropout would make policy and reference differ at equal weights.
         """
-        policy = copy.deepcopy(self.denoiser).to(torch.float32).requires_grad_(True)
+        policy = copy.deepcopy(self.denoiser).float().requires_grad_(True)
         for module in policy.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         return policy
 
     def write_pipeline(self, folder: str | Path, denoiser: nn.Module) -> None:
-        """Writes the pipeline with `denoiser` in its place into an existing folder: float32, adapters merged."""
+        """Writes the pipeline with `denoiser` in its place to an existing folder: float32, adapter merged."""
         pipeline = copy.copy(self.pipeline)
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         modules[self.denoiser_component] = merged(denoiser) if has_adapter(denoiser) else denoiser
         pipeline.register_modules(**{name: in_float32(module) for name, module in modules.items()})
         pipeline.save_pretrained(folder, safe_serialization=True)
+        _drop_origins(Path(folder))
 
     def save(self, folder: str | Path, denoiser: nn.Module) -> None:
         """Writes the pipeline with `denoiser` in its place; replaces `folder`, never leaves half of one."""
@@ -174,21 +193,32 @@ class Backbone(ABC):
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hashes (64 hex digits) of "denoiser", "latent_space" and "text_encoders", from the files loaded."""
-        text = [name for name, part in self.pipeline.components.items()
-                if part is not None and name.startswith(("text_encoder", "tokenizer"))]
+        """Content hashes, 64 hex digits, of the files of "denoiser", "latent_space" and "text_encoders"."""
+        text = [
+            name
+            for name, part in self.pipeline.components.items()
+            if part is not None and name.startswith(("text_encoder", "tokenizer"))
+        ]
         parts = {"denoiser": [self.denoiser_component], "latent_space": ["vae"], "text_encoders": text}
         return {key: component_fingerprint(self.folder, names, self.variant) for key, names in parts.items()}
 
     def sampler_identity(self) -> dict[str, object]:
-        """What decides a latent beside denoiser, steps, guidance and seed, as JSON values: for fingerprints."""
+        """JSON values that decide a latent beside denoiser, steps, guidance and seed: for fingerprints."""
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
-        options = {key: value for key, value in pipeline.config.items()
-                   if not key.startswith("_") and key not in pipeline.components}
+        options = {
+            key: value
+            for key, value in pipeline.config.items()
+            if not key.startswith("_") and key not in pipeline.components
+        }
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-        return {"scheduler": type(scheduler).__name__, "config": config, "options": options,
-                "latent_shape": list(self.latent_shape), "dtype": str(self.dtype).removeprefix("torch."),
-                "text_encoders": self.fingerprints["text_encoders"]}
+        return {
+            "scheduler": type(scheduler).__name__,
+            "config": config,
+            "options": options,
+            "latent_shape": list(self.latent_shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "text_encoders": self.fingerprints["text_encoders"],
+        }
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
@@ -203,4 +233,12 @@ def in_float32(module: nn.Module) -> nn.Module:
     """The module itself where it is float32 throughout, else a float32 copy on the CPU."""
     if all(p.dtype == torch.float32 for p in module.parameters() if p.is_floating_point()):
         return module
-    return copy.deepcopy(module).to("cpu", torch.float32)
+    return copy.deepcopy(module).to("cpu").float()
+
+
+def _drop_origins(folder: Path) -> None:
+    """Takes out of the configs where their weights were loaded from: a path of this machine."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

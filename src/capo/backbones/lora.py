@@ -15,7 +15,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of diffusers
 ADAPTER = "default"
 
 
-def add_lora(denoiser: nn.Module, rank: int, alpha: float, targets: Sequence[str] = ATTENTION, seed: int = 0) -> nn.Module:
+def add_lora(
+    denoiser: nn.Module, rank: int, alpha: float, targets: Sequence[str] = ATTENTION, seed: int = 0
+) -> nn.Module:
     """Puts a LoRA adapter (W + alpha / rank * B A, B = 0 at first) into `denoiser` itself and returns it.
 
     Only A and B are trainable afterwards. A is drawn from `seed`, whatever the global generator's state.
@@ -46,7 +48,7 @@ def adapter_layers(denoiser: nn.Module) -> Iterator[BaseTunerLayer]:
 
 @contextmanager
 def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """Within the block `denoiser` computes the frozen base, bit for bit; afterwards the adapter is on again."""
+    """Within the block `denoiser` computes the frozen base, bit for bit; then the adapter is on again."""
     layers = list(adapter_layers(denoiser))
     for layer in layers:
         layer.enable_adapters(False)
@@ -58,7 +60,7 @@ def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
 
 
 def merged(denoiser: nn.Module) -> nn.Module:
-    """A plain denoiser of the same function: a copy with W + alpha / rank * B A in place of W and no adapter."""
+    """A plain denoiser of the same function: a copy with W + alpha / rank * B A in place of W."""
     plain = copy.deepcopy(denoiser)
     plain.fuse_lora(safe_fusing=True)
     plain.unload_lora()

@@ -39,16 +39,12 @@ class DamagedShard(InputError):
 
 @dataclass(frozen=True)
 class Header:
-    """Of a safetensors file: `metadata`, `entries` (name -> dtype, shape, data_offsets), first byte of the data."""
+    """Of a safetensors file: `metadata`, `entries` (name -> dtype, shape, data_offsets), first byte of the data, bytes in all."""
 
     metadata: dict[str, str]
     entries: dict[str, dict]
     start: int
-
-    @property
-    def size(self) -> int:
-        """Bytes that the whole file must have."""
-        return self.start + max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
+    size: int
 
     def checksum(self, data: memoryview | bytes) -> str:
         """sha256 over the header, as sorted JSON without the checksum itself, and the data."""
@@ -89,7 +85,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                             dict(metadata)))
     header = parse_header(path, plain)
     data = plain[header.start:]
-    complete = {"__metadata__": header.metadata | {"checksum": header.checksum(data)}, **header.entries}
+    metadata = header.metadata | {"checksum": header.checksum(data)}
+    complete = {"__metadata__": dict(sorted(metadata.items())), **header.entries}  # sorted: the same bytes every time
     raw = json.dumps(complete).encode()
     raw += b" " * (-len(raw) % 8)  # the format aligns the data to 8 bytes
     write_file(path, len(raw).to_bytes(8, "little"), raw, data)
@@ -101,8 +98,9 @@ def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
     try:
         entries = json.loads(bytes(start_of_file[8:8 + length]))
         metadata = entries.pop("__metadata__", {})
-        return Header(metadata, dict(entries), 8 + length)
-    except (ValueError, AttributeError) as error:
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        return Header(metadata, dict(entries), 8 + length, 8 + length + end)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise DamagedShard(path, "its header cannot be read") from error
 
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ class PoolReader:
         self._forget()
 
     def _forget(self) -> None:
-        self._open: OrderedDict[Path, TensorFile] = OrderedDict()
-        self._verified: set[Path] = set()
+        self._open: OrderedDict[tuple, TensorFile] = OrderedDict()
+        self._verified: set[tuple] = set()
         self._stops: dict[int, list[int]] = {}  # row -> first candidate after each block that has been opened
 
     def __getstate__(self) -> dict:
@@ -49,7 +49,7 @@ class PoolReader:
     def text(self, position: int) -> dict[str, Tensor]:
         """What the denoiser needs of the prompt at `position`, without a leading batch dimension."""
         row, place = divmod(position, self.prompts_per_shard)
-        file = self._file(text_path(self.folder, row))
+        file = self._file(text_path, row)
         # a leading 1 is a tensor that is the same for every prompt of the row
         return {name: file.tensor(name, place if len(array) > 1 else 0) for name, array in file.arrays.items()}
 
@@ -57,21 +57,22 @@ class PoolReader:
         """View of one candidate's latent. Blocks before its own are opened once, to learn where they end."""
         stops = self._stops.setdefault(row, [])
         while not stops or stops[-1] <= candidate:
-            file = self._file(latents_path(self.folder, row, len(stops)))
+            file = self._file(latents_path, row, len(stops))
             stops.append(read_range(file.header.metadata["candidates"]).stop)
         block = bisect_right(stops, candidate)
         first = stops[block - 1] if block else 0
-        return self._file(latents_path(self.folder, row, block)).arrays["latents"][place, candidate - first]
+        return self._file(latents_path, row, block).arrays["latents"][place, candidate - first]
 
-    def _file(self, path: Path) -> TensorFile:
-        """The file at `path`, opened if need be; the one that was not used for longest is dropped for it."""
-        file = self._open.get(path)
+    def _file(self, locate: Callable[..., Path], *numbers: int) -> TensorFile:
+        """The file at `locate(folder, *numbers)`, opened if need be; the one longest not used is dropped for it."""
+        key = (locate, numbers)
+        file = self._open.get(key)
         if file is None:
-            file = TensorFile(path, verify=path not in self._verified)
-            self._verified.add(path)
+            file = TensorFile(locate(self.folder, *numbers), verify=key not in self._verified)
+            self._verified.add(key)
             while len(self._open) >= self.handles:
                 self._open.popitem(last=False)
-            self._open[path] = file
+            self._open[key] = file
         else:
-            self._open.move_to_end(path)
+            self._open.move_to_end(key)
         return file

@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capo.errors import InputError
 from capo.pool.files import DamagedShard, write_file
+from capo.pool.layout import read_range, scores_path
 
 
 def write_score_file(path: Path, ids: Sequence[str], candidates: range, scores: np.ndarray,
@@ -42,6 +44,28 @@ def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
     if checksum != _checksum(metadata, scores):
         raise DamagedShard(path, "its checksum is not that of its scores")
     return metadata, scores
+
+
+def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: int) -> np.ndarray:
+    """(prompts of the row, candidates) float32 of reward `key`, gathered over the row's blocks.
+
+    `digest` is that of the row's prompts. Raises InputError for scores that are missing, damaged or of other prompts.
+    """
+    blocks: list[np.ndarray] = []
+    covered = 0
+    while covered < candidates:
+        path = scores_path(folder, key, row, len(blocks))
+        try:
+            metadata, flat = read_score_file(path)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: reward '{key}' has not scored candidates {covered}-{candidates - 1} of the "
+                             "prompts of this row; generate.py with the same configuration does") from error
+        if metadata["prompts"] != digest:
+            raise DamagedShard(path, "it belongs to other prompts")
+        numbers = read_range(metadata["candidates"])
+        blocks.append(flat.reshape(-1, len(numbers)))
+        covered = numbers.stop
+    return np.concatenate(blocks, axis=1)[:, :candidates]
 
 
 def _checksum(metadata: Mapping[str, str], scores: np.ndarray) -> str:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from capo.errors import InputError
-from capo.pool.files import DamagedShard, TensorFile, file_lock, read_header, write_file, write_tensors
+from capo.pool.files import (
+    DamagedShard,
+    Header,
+    TensorFile,
+    file_lock,
+    read_header,
+    write_file,
+    write_tensors,
+)
 from capo.pool.layout import (
     BLOCK,
     SCHEMA,
@@ -26,7 +34,7 @@ from capo.pool.layout import (
     write_range,
 )
 from capo.pool.prompt_table import PromptTable
-from capo.pool.score_files import read_score_file, write_score_file
+from capo.pool.score_files import read_row_scores, read_score_file, write_score_file
 from capo.prompts import Prompt
 
 log = logging.getLogger(__name__)
@@ -133,12 +141,20 @@ class Pool:
         number = 0
         # a lost block leaves a hole, so the search goes on at least as far as blocks of full size would reach
         while (there := (path := latents_path(self.folder, row, number)).exists()) or number * BLOCK < candidates:
-            if there and (header := self._header(path)) is not None:
-                blocks[number] = read_range(header.metadata["candidates"])
+            if there and (numbers := self._stored_candidates(path)):
+                blocks[number] = numbers
             number += 1
         return blocks
 
-    def _header(self, path: Path, verify: bool = False):
+    def _stored_candidates(self, path: Path) -> range | None:
+        header = self._header(path)
+        try:
+            numbers = read_range(header.metadata["candidates"])
+            return numbers if len(numbers) == header.entries["latents"]["shape"][1] else None
+        except (AttributeError, KeyError, ValueError):  # no header, or a damaged one that still is JSON
+            return None
+
+    def _header(self, path: Path, verify: bool = False) -> Header | None:
         """Header of the file at `path`, or None where it is missing or damaged, which is reported once."""
         try:
             header = read_header(path)
@@ -159,7 +175,7 @@ class Pool:
     def _matches(self, path: Path, metadata: Mapping[str, str], expected: Mapping[str, str]) -> bool:
         wrong = [key for key, value in expected.items() if metadata.get(key) != value]
         if wrong:
-            self._report(path, f"its {', '.join(wrong)} is not that of this pool")
+            self._report(path, f"what it says of {', '.join(wrong)} is not what the pool has")
         return not wrong
 
     # --- text ---
@@ -222,8 +238,8 @@ class Pool:
         return f'prompt {shard.positions[prompt]} ("{text}"), candidate {shard.candidates[candidate]}'
 
     def check_latent_shape(self, shape: Sequence[int]) -> None:
-        """Raises InputError where the latents that are stored are not (C, H, W) = `shape`; looks at the first shard."""
-        for path in sorted((self.folder / "latents").glob("*.safetensors")):
+        """Raises InputError where the latents that are stored are not (C, H, W) = `shape`; looks at one shard."""
+        for path in (self.folder / "latents").glob("*.safetensors"):
             if (header := self._header(path)) is not None:
                 stored = header.entries["latents"]["shape"][2:]
                 if stored != list(shape):
@@ -276,25 +292,10 @@ class Pool:
         order = np.argsort(rows, kind="stable")
         for members in np.split(order, np.flatnonzero(np.diff(rows[order])) + 1):
             for number, key in enumerate(keys if len(members) else ()):
-                result[members, :, number] = self._row_scores(key, int(rows[members[0]]), candidates)[places[members]]
+                row = int(rows[members[0]])
+                scores = read_row_scores(self.folder, key, row, self._table.digest(row), candidates)
+                result[members, :, number] = scores[places[members]]
         return torch.from_numpy(result)
-
-    def _row_scores(self, key: str, row: int, candidates: int) -> np.ndarray:
-        """(prompts of the row, candidates) float32, gathered over blocks."""
-        digest, blocks, covered = self._table.digest(row), [], 0
-        while covered < candidates:
-            path = scores_path(self.folder, key, row, len(blocks))
-            try:
-                metadata, flat = read_score_file(path)
-            except FileNotFoundError as error:
-                raise InputError(f"{path}: reward '{key}' has not scored candidates {covered}-{candidates - 1} of the "
-                                 "prompts of this row; generate.py with the same configuration does") from error
-            if metadata["prompts"] != digest:
-                raise DamagedShard(path, "it belongs to other prompts")
-            numbers = read_range(metadata["candidates"])
-            blocks.append(flat.reshape(-1, len(numbers)))
-            covered = numbers.stop
-        return np.concatenate(blocks, axis=1)[:, :candidates]
 
 
 def _described(settings: Mapping[str, object]) -> dict[str, str]:

@@ -107,7 +107,7 @@ class Scene:
 def at_place(x: float, y: float, place: str, edge: float = 0.42) -> bool:
     """Whether (x, y) in pixels lies in the named third; `edge` is where the outer thirds end, as a share of the side."""
     return all(
-        wanted is None or (value < edge if wanted < 0 else value > 1 - edge if wanted > 0 else edge - 0.06 <= value <= 1.06 - edge)
+        wanted is None or (value < edge if wanted < 0 else value > 1 - edge if wanted > 0 else abs(value - 0.5) <= edge - 0.24)
         for value, wanted in zip((x / SIDE, y / SIDE), PLACES[place])
     )
 

@@ -1,0 +1,111 @@
+"""The border between Hydra's configuration and the package: beyond it there are objects and named values only."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from capo.backbones import Backbone
+from capo.errors import InputError
+from capo.generation import ImageGenerator, PoolPlan
+from capo.prompts import Prompt, check_splits
+from capo.rewards import Reward, load_rewards
+from capo.sampling import SamplerSettings
+
+
+def _shipped(name: str) -> str:
+    """Absolute path of what ships with the package under `shapes/weights/<name>`."""
+    return str(importlib.resources.files("capo.shapes") / "weights" / name)
+
+
+OmegaConf.register_new_resolver("shipped", _shipped, replace=True)
+
+
+@dataclass(frozen=True)
+class World:
+    """What every stage needs: the base and its sampler, prompts by split, rewards trained and rewards evaluated."""
+
+    generator: ImageGenerator
+    splits: dict[str, Sequence[Prompt]]
+    rewards: list[Reward]
+    evaluation_rewards: list[Reward]
+    plans: dict[str, PoolPlan]  # train, validation, test, zero
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base's pipeline."""
+        return self.generator.backbone
+
+
+def set_threads(threads: int | None) -> int:
+    """Torch threads of this process; default: cores divided by the processes that were started on this machine."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if threads is not None and threads < 1:
+        raise InputError(f"threads={threads} must be at least 1; leave it out for all cores")
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    return torch.get_num_threads()
+
+
+def build_world(cfg: DictConfig) -> World:
+    """Everything that generation, training and evaluation share. Cheap checks come before weights are loaded."""
+    splits = dict(instantiate(cfg.prompts))
+    check_splits(splits)
+    settings = SamplerSettings(**cfg.sampling)
+    rewards = rewards_of(cfg.rewards)
+    evaluated = rewards_of(cfg.evaluation.rewards)
+    plans = pool_plans(cfg, splits)
+    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+    backbone = instantiate(cfg.model.backbone, name=cfg.model.name).to(device)
+    return World(ImageGenerator.base(backbone, settings), splits, rewards, evaluated, plans)
+
+
+def rewards_of(cfg: DictConfig) -> list[Reward]:
+    """The rewards of a `rewards` group, in the order of their names, which no command line changes."""
+    return sorted(load_rewards(OmegaConf.to_container(cfg, resolve=True)), key=lambda reward: reward.name)
+
+
+def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str, PoolPlan]:
+    """The four pools of the base's images: candidates, validation, test, and test with other seeds (the zero line)."""
+
+    def plan(split: str, seed: int, candidates: int, prompts: Sequence[Prompt]) -> PoolPlan:
+        return PoolPlan(Path(cfg.pool.root), cfg.model.name, split, seed, prompts, candidates, cfg.pool.prompts_per_shard)
+
+    evaluation, test = cfg.evaluation, splits["test"]
+    return {
+        "train": plan("train", cfg.pool.seed, cfg.pool.candidates, splits["train"]),
+        "validation": plan("validation", evaluation.seed, cfg.validation.images, splits["validation"]),
+        "test": plan("test", evaluation.seed, evaluation.images, test),
+        "zero": plan("test", evaluation.seed + 1, evaluation.images, test[: evaluation.zero_prompts]),
+    }
+
+
+def build_oracle(cfg: DictConfig) -> Callable | None:
+    """The exact measurement that the model's world has, or None."""
+    return instantiate(cfg.evaluation.oracle) if cfg.evaluation.oracle else None
+
+
+def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
+    """Every `_target_` outside this package and the modules named in `trusted`, which a run's config may not call."""
+    found: list[str] = []
+
+    def walk(node) -> None:
+        if isinstance(node, dict):
+            target = node.get("_target_", "capo.")
+            inside = any(target == module or target.startswith(f"{module}.") for module in ("capo", *trusted))
+            if not inside and target != "capo.":
+                found.append(target)
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(OmegaConf.to_container(cfg, resolve=False))
+    return found

@@ -1,0 +1,190 @@
+"""The training step: policy and frozen reference on the same noisy latents, their errors, the objective's loss."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from capo.backbones import Backbone
+from capo.backbones.lora import add_lora, adapter_off
+from capo.data import PreferenceBatch
+from capo.errors import InputError
+from capo.objectives import Objective, PairErrors, margin, requirements
+
+TIME_BINS = 5
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How a pair's time is weighted: `sigmoid` with bias b (section 4.4), or `constant` (w = 1)."""
+
+    kind: str = "sigmoid"
+    bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("sigmoid", "constant"):
+            raise InputError(f"noise.weighting={self.kind!r} is unknown; choose sigmoid or constant")
+
+    def __call__(self, backbone: Backbone, t: Tensor) -> Tensor:
+        """Times (B,) -> weights (B,) float32."""
+        return backbone.weight(t, self.bias) if self.kind == "sigmoid" else torch.ones(len(t), device=t.device)
+
+
+def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """(B, C, H, W) twice -> (B,) float32: mean over channels, height and width of the squared difference.
+
+    In float32 whatever the network computed in: a target dR / beta is about 7e-4, the rounding of a bf16 error 1e-3.
+    """
+    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
+class PreferenceModule(L.LightningModule):
+    """Tunes a copy of the backbone's denoiser against the frozen base.
+
+    Args:
+        backbone: model family, noise schedule and base; kept out of the module tree, so that checkpoints hold the policy alone.
+        objective: a function of `capo.objectives`, its beta bound.
+        lr: learning rate of AdamW (weight decay 0) after `warm_up` steps of linear warm-up.
+        weighting: weight of a pair's time.
+        lora: {rank, alpha, seed} for a LoRA policy, whose reference is the policy with the adapter off; None: all weights.
+        gradient_clip: largest gradient norm; a larger one is scaled down. None: no limit.
+        max_bad_steps: consecutive steps with a gradient that is not finite after which training stops.
+    """
+
+    def __init__(
+        self, backbone: Backbone, objective: Objective, *, lr: float, warm_up: int, weighting: Weighting,
+        lora: dict | None = None, gradient_clip: float | None = None, max_bad_steps: int = 10, drift_every: int = 10,
+    ):  # fmt: skip
+        super().__init__()
+        self.strict_loading = False  # the reference is not in a checkpoint
+        self.policy: nn.Module = add_lora(backbone.trainable_copy(), **lora) if lora else backbone.trainable_copy()
+        self.__dict__["_backbone"] = backbone
+        self.__dict__["_reference"] = None if lora else backbone.denoiser
+        self.objective, self.needs = objective, requirements(objective)
+        self.beta: float | None = objective.keywords.get("beta") if isinstance(objective, functools.partial) else None
+        self.lr, self.warm_up, self.weighting = lr, warm_up, weighting
+        self.gradient_clip, self.max_bad_steps, self.drift_every = gradient_clip, max_bad_steps, drift_every
+        self.bad_steps = self.bad_in_a_row = 0
+        self._step_began = 0.0
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen base and everything that belongs to its family."""
+        return self.__dict__["_backbone"]
+
+    def setup(self, stage: str) -> None:
+        self.backbone.denoiser.to(self.device)
+
+    @contextmanager
+    def reference(self):
+        """Context that yields the frozen base's denoiser, without gradients."""
+        separate = self.__dict__["_reference"]
+        with torch.no_grad(), nullcontext() if separate is not None else adapter_off(self.policy):
+            yield separate if separate is not None else self.policy
+
+    def pair_errors(self, batch: PreferenceBatch) -> PairErrors:
+        """The errors of policy and reference on a batch of pairs: one forward pass of 2B through each."""
+        kinds = 2 if self.needs.loser else 1
+        t = self.backbone.timesteps(batch.u)
+        times = t.repeat_interleave(kinds)
+        latents, noise = batch.latents[:, :kinds].flatten(0, 1), batch.noise[:, :kinds].flatten(0, 1)
+        text = {name: value.repeat_interleave(kinds, dim=0) for name, value in batch.text.items()}
+        noisy, target = self.backbone.add_noise(latents, noise, times), self.backbone.target(latents, noise, times)
+        policy = self._errors(self.policy, noisy, times, text, target, kinds)
+        known = {"policy_winner": policy[:, 0], "weight": self.weighting(self.backbone, t)}
+        if self.needs.loser:
+            known |= {"policy_loser": policy[:, 1], "gap": batch.calibrated_rewards[:, 0] - batch.calibrated_rewards[:, 1]}
+        if self.needs.reference:
+            with self.reference() as network:
+                frozen = self._errors(network, noisy, times, text, target, kinds)
+            known |= {"reference_winner": frozen[:, 0], "reference_loser": frozen[:, 1]}
+        return PairErrors(**known)
+
+    def _errors(self, network, noisy, times, text, target, kinds) -> Tensor:
+        return denoising_error(self.backbone.predict(network, noisy, times, text), target).unflatten(0, (-1, kinds))
+
+    def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:
+        """Mean loss over the pairs of a batch."""
+        errors = self.pair_errors(batch)
+        loss = self.objective(errors).mean()
+        size = len(batch.prompt_ids)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        figures = training_figures(errors, self.beta)
+        if self.global_step % self.drift_every == 0 and self.needs.reference:
+            figures |= drift_by_time(errors, batch.u)
+        self.log_dict(figures, batch_size=size)
+        return loss
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip; drop the gradients of a step where their norm is not finite, so that the optimiser does not move."""
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or math.inf)
+        self.log("train/gradient_norm", norm)
+        if torch.isfinite(norm):
+            self.bad_in_a_row = 0
+            return
+        self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
+        optimizer.zero_grad(set_to_none=True)
+        self.print(f"step {self.global_step}: the gradient norm is {norm.item()}; the step is skipped ({self.bad_steps} so far)")
+        if self.bad_in_a_row >= self.max_bad_steps:
+            raise InputError(
+                f"{self.bad_in_a_row} steps in a row had a gradient that is not finite; the last checkpoint is kept. "
+                f"Lower trainer.lr (now {self.lr}) or raise objective.beta's divisor by a smaller objective.beta (now {self.beta})"
+            )
+
+    def on_train_batch_start(self, batch: PreferenceBatch, index: int) -> None:
+        self._step_began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs, batch: PreferenceBatch, index: int) -> None:
+        pairs = len(batch.prompt_ids) * self.trainer.world_size
+        self.log("time/pairs_per_second", pairs / (time.perf_counter() - self._step_began))
+        self.log("train/skipped_steps", float(self.bad_steps))
+
+    def configure_optimizers(self):
+        """AdamW without weight decay and a linear warm-up; a LoRA policy trains its adapter alone."""
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
+        warm = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / max(1, self.warm_up)))
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": warm, "interval": "step"}}
+
+
+@torch.no_grad()
+def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor]:
+    """What every step logs: margin h, beta h against dR, implicit accuracy, drift m - r of winner and loser.
+
+    `saturated` is the share of pairs with |beta h| >= 1, the largest dR there is and IPO's target. Objectives without a
+    reference have errors only.
+    """
+    figures = {"train/error_winner": errors.policy_winner.mean(), "train/weight": errors.weight.mean()}
+    if errors.reference_winner is None or errors.policy_loser is None:
+        return figures
+    h = margin(errors)
+    figures |= {
+        "train/h": h.mean(),
+        "train/dR": errors.gap.mean(),
+        "train/accuracy": ((h > 0).float() + 0.5 * (h == 0).float()).mean(),
+        "train/drift_winner": (errors.policy_winner - errors.reference_winner).mean(),
+        "train/drift_loser": (errors.policy_loser - errors.reference_loser).mean(),
+    }
+    if beta is not None:
+        figures |= {"train/beta_h": beta * h.mean(), "train/saturated": ((beta * h).abs() >= 1).float().mean()}
+    return figures
+
+
+@torch.no_grad()
+def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, Tensor]:
+    """Mean drift m - r of winner and loser in each fifth of the times that the batch has drawn."""
+    figures = {}
+    drifts = {"winner": errors.policy_winner - errors.reference_winner, "loser": errors.policy_loser - errors.reference_loser}
+    bins = (u * TIME_BINS).long()
+    for number in bins.unique().tolist():
+        for kind, drift in drifts.items():
+            figures[f"drift/{kind}/u{number / TIME_BINS:.1f}"] = drift[bins == number].mean()
+    return figures

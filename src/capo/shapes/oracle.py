@@ -1,0 +1,244 @@
+"""The oracle: what is really on a picture, measured from its pixels. Reported beside the rewards, never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import (
+    binary_dilation,
+    binary_erosion,
+    binary_fill_holes,
+    distance_transform_edt,
+    find_objects,
+    gaussian_filter,
+    map_coordinates,
+)
+from torch import Tensor
+
+from capo.shapes.captions import parse
+from capo.shapes.foreground import FAINT, SPECK, fit_background, pieces, to_pixels
+from capo.shapes.rating import rating
+from capo.shapes.render import signed_distance
+from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Thing, assertions
+
+UNKNOWN = "unknown"  # the shape of a thing that looks like none of SHAPES
+MATCH = 0.76  # least soft intersection over union with a template
+_PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
+_CONTRASTS = np.linspace(0.28, 1.1, 13, dtype=np.float32)
+
+
+def _colour(away: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Palette index of pixels given as offsets (n, 3) from the background, and where that colour and its shade lie.
+
+    Contrast c moves a colour to c (colour - background); a texture's dark parts are at 0.45 of the colour before that.
+    The colour whose line between the two comes closest to most pixels wins.
+    """
+    away = away[:: max(1, len(away) // 32)]
+    lit = _CONTRASTS[:, None, None] * (_PALETTE - background)
+    dark = _CONTRASTS[:, None, None] * (0.45 * _PALETTE - background)
+    line, offset = dark - lit, away[:, None, None] - lit
+    share = np.clip((offset * line).sum(-1) / ((line**2).sum(-1) + 1e-6), 0, 1)
+    distance = np.sqrt(((offset - share[..., None] * line) ** 2).sum(-1)) + 6.0 * share
+    cost = np.partition(distance, int(0.55 * len(away)), axis=0)[: int(0.55 * len(away)) + 1].mean(0)
+    contrast, colour = np.unravel_index(cost.argmin(), cost.shape)
+    return int(colour), lit[contrast, colour], dark[contrast, colour]
+
+
+def _belongs(away: np.ndarray, lit: np.ndarray, dark: np.ndarray) -> np.ndarray:
+    """Which offsets (..., 3) from the background are mixtures of background, colour and its shade."""
+    plane, _ = np.linalg.qr(np.stack([lit, dark], axis=1))
+    normal = np.cross(plane[:, 0], plane[:, 1])
+    along = away @ lit / (lit @ lit)
+    beside = np.linalg.norm(away - np.clip(along, 0, 1.2)[..., None] * lit, axis=-1)
+    return (np.abs(away @ normal) < 26) & ((along > 0.05) | (away @ dark > 0)) | (beside < 30)
+
+
+_GRID = 28  # cells of the frame in which outlines are compared
+_REACH = 1.1  # half its side, in units of the square root of the outline's area
+_TURNS = np.linspace(-0.24, 0.24, 7)
+
+
+@lru_cache(maxsize=1)
+def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Outlines of all shapes, angles and two softnesses (n, cells), their sums (n,), each shape's area at radius 1, and
+    the centroids (n, 2) at radius 1.
+
+    The frame of an outline has its origin at the centroid and the square root of the area as its unit.
+    """
+    fine = (np.arange(200) + 0.5) / 200 * 2.6 - 1.3
+    x, y = np.meshgrid(fine, fine)
+    areas, templates, centres = [], [], []
+    ticks = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * _REACH
+    for shape in SHAPES:
+        inside = signed_distance(shape, x, y, 1.0) < 0
+        area, centre = inside.mean() * 2.6**2, (x[inside].mean(), y[inside].mean())
+        areas.append(area)
+        for turn in _TURNS:
+            cos, sin = np.cos(turn), np.sin(turn)
+            a, b = np.meshgrid(ticks * np.sqrt(area), ticks * np.sqrt(area))
+            u, v = cos * a + sin * b + centre[0], cos * b - sin * a + centre[1]
+            sharp = np.clip(0.5 - 9.0 * signed_distance(shape, u, v, 1.0), 0, 1)
+            templates += [sharp.ravel(), gaussian_filter(sharp, 0.09 / (2 * _REACH / _GRID)).ravel()]
+            centres += [(cos * centre[0] - sin * centre[1], sin * centre[0] + cos * centre[1])] * 2
+    stack = np.array(templates, dtype=np.float32)
+    return stack, stack.sum(1), np.array(areas), np.array(centres)
+
+
+def _shape(cover: np.ndarray) -> tuple[str, float, float, float, float]:
+    """Best shape for a soft mask (h, w): name, match, radius, and x and y of the centre it is drawn around."""
+    area = cover.sum()
+    x, y = cover.sum(0) @ np.arange(cover.shape[1]) / area, cover.sum(1) @ np.arange(cover.shape[0]) / area
+    templates, sums, areas, centres = _templates()
+    ticks = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * _REACH * np.sqrt(area)
+    grid = np.meshgrid(y + ticks, x + ticks, indexing="ij")
+    seen = map_coordinates(cover, grid, order=1, mode="constant").ravel()
+    both = np.minimum(templates, seen).sum(1)
+    match = both / (sums + seen.sum() - both)
+    best = int(match.argmax())
+    shape = best // (len(match) // len(SHAPES))
+    radius = float(np.sqrt(area / areas[shape]))
+    x, y = x + 0.5 - radius * centres[best, 0], y + 0.5 - radius * centres[best, 1]
+    return SHAPES[shape], float(match[best]), radius, float(x), float(y)
+
+
+def _explained(values: np.ndarray, way: np.ndarray) -> float:
+    """Share of the variance of `values` that lies between pixel rows of coordinate `way`."""
+    bins = np.round(way - way.min()).astype(int)
+    counts = np.bincount(bins)
+    means = np.bincount(bins, values) / np.maximum(counts, 1)
+    return float((counts * (means - values.mean()) ** 2).sum() / (len(values) * values.var() + 1e-9))
+
+
+def _texture(shade: np.ndarray, body: np.ndarray) -> str:
+    """`solid`, `striped` or `dotted`, from the darkness (h, w; 0 lit, 1 shaded) inside a thing.
+
+    What changes with the distance from the outline is blur and is taken away first. Stripes differ from row to row and
+    not from column to column, dots do both alike.
+    """
+    depth = np.minimum(np.round(distance_transform_edt(body)).astype(int), 6)
+    inside = depth >= (3 if (depth >= 3).sum() > 30 else 2)
+    if inside.sum() < 12:
+        return "solid"
+    layers, values = depth[inside], shade[inside]
+    values = values - (np.bincount(layers, values) / np.maximum(np.bincount(layers), 1))[layers]
+    if values.std() < 0.13:
+        return "solid"
+    y, x = np.nonzero(inside)
+    rows = max(_explained(values, y * np.cos(t) - x * np.sin(t)) for t in _TURNS)
+    columns = max(_explained(values, x * np.cos(t) + y * np.sin(t)) for t in _TURNS)
+    return "striped" if rows - columns > 0.3 else "dotted"
+
+
+def _core(mask: np.ndarray) -> np.ndarray:
+    inner = binary_erosion(mask)
+    return inner if inner.sum() >= 12 else mask
+
+
+def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | None:
+    """Soft mask (h, w) of the largest thing in `own` that reaches half of `level`; specks on it are filled in."""
+    parts = pieces(own & (far > 0.5 * level), 12)
+    if not parts:
+        return None
+    body = parts[0]
+    holes = binary_fill_holes(body) & ~body
+    for hole in pieces(holes, 1) if holes.any() else []:
+        body = body | hole if hole.sum() <= 14 else body
+    rim = body & ~binary_erosion(body, border_value=1)
+    edge = binary_dilation(body) & ~body
+    soft = np.clip(far / level, 0, 1)
+    return np.where(rim, np.maximum(soft, 0.5), body) + np.where(edge, np.minimum(soft, 0.5), 0.0)
+
+
+def _thing(mask: np.ndarray, away: np.ndarray, background: np.ndarray) -> tuple[Thing | None, float, np.ndarray]:
+    """What most of a connected mask (h, w) shows, how well it matches, and the pixels that are not its own."""
+    colour, lit, dark = _colour(away[_core(mask)], background)
+    own = mask & _belongs(away, lit, dark)
+    far = np.linalg.norm(away, axis=-1)
+    best, body = ("", 0.0, 0.0, 0.0, 0.0), None
+    for level in (np.linalg.norm(lit), min(np.linalg.norm(lit), np.linalg.norm(dark))):  # solid; textured
+        cover = None if best[1] > 0.88 else _outline(own, far, level)
+        told = best if cover is None else _shape(cover)
+        if told[1] > best[1]:
+            best, body = told, cover >= 0.5
+    if body is None:
+        return None, 0.0, np.zeros_like(mask)
+    rest = mask & ~binary_dilation(body, iterations=2)
+    shape, match, radius, x, y = best
+    size = binary_fill_holes(body).sum()
+    if size < (SPECK if match >= MATCH else 2 * SPECK) or not binary_erosion(binary_fill_holes(body), iterations=2).any():
+        return None, 0.0, rest
+    line = dark - lit
+    texture = _texture(np.clip((away - lit) @ line / (line @ line), 0, 1), body)
+    return Thing(shape if match >= MATCH else UNKNOWN, list(COLOURS)[colour], texture, radius, x, y), match, rest
+
+
+def _halves(mask: np.ndarray) -> list[np.ndarray]:
+    """A mask cut where it is narrow, if eroding it leaves more than one core."""
+    inner = mask
+    for _ in range(4):
+        inner = binary_erosion(inner)
+        cores = pieces(inner, 10)
+        if len(cores) > 1:
+            nearest = np.argmin([distance_transform_edt(~core) for core in cores], axis=0)
+            return [mask & (nearest == index) for index in range(len(cores))]
+    return []
+
+
+def _look(mask: np.ndarray, away: np.ndarray, background: np.ndarray, depth: int = 0) -> list[tuple[Thing, float]]:
+    """Things on one connected part of the foreground, each with its match."""
+    window = tuple(slice(max(0, side.start - 2), side.stop + 2) for side in find_objects(mask.astype(np.int8))[0])
+    thing, match, rest = _thing(mask[window], away[window], background)
+    found = []
+    if thing:
+        top, left = window[0].start, window[1].start
+        found.append((replace(thing, x=thing.x + left, y=thing.y + top), match))
+    if depth < 2:
+        whole = np.zeros_like(mask)
+        whole[window] = binary_erosion(rest)
+        for piece in pieces(whole, 12):
+            found += _look(piece, away, background, depth + 1)
+        if thing and match < 0.85:
+            parts = [got for half in _halves(mask) for got in _look(half, away, background, 2)]
+            if len(parts) > 1 and min(m for _, m in parts) > max(match, MATCH):
+                return parts
+    return found
+
+
+def measure(image: Image.Image | np.ndarray) -> tuple[list[Thing], str]:
+    """The things on a picture (64, 64, 3) and the name of its background, from the pixels alone."""
+    pixels = to_pixels(image)
+    name, light = fit_background(pixels)
+    away, colour = pixels - light, np.array(BACKGROUNDS[name], dtype=np.float32)
+    parts = pieces(np.linalg.norm(away, axis=-1) > FAINT, 20)
+    return [thing for part in parts for thing, _ in _look(part, away, colour)], name
+
+
+def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
+    """Every assertion of the prompt, checked on the picture; InputError for a prompt outside the grammar."""
+    request = parse(prompt)
+    return assertions(request, *measure(image))
+
+
+def alignment(image: Image.Image | np.ndarray, prompt: str) -> float:
+    """1.0 if the picture shows all that the prompt asserts and nothing more, else 0.0 (strict, as GenEval counts)."""
+    return float(all(held(image, prompt)))
+
+
+def assertion_share(image: Image.Image | np.ndarray, prompt: str) -> float:
+    """Share of the prompt's assertions that hold, in [0, 1]."""
+    return float(np.mean(held(image, prompt)))
+
+
+def measures(images: Sequence[Image.Image | np.ndarray], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """`alignment` (0 or 1), `assertions` (share that holds) and `looks` (the rating rule, 1-10) of B pictures, each (B,)."""
+    checks = [held(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return {
+        "alignment": torch.tensor([float(all(check)) for check in checks]),
+        "assertions": torch.tensor([float(np.mean(check)) for check in checks]),
+        "looks": torch.tensor([rating(image) for image in images]),
+    }

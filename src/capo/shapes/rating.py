@@ -1,0 +1,49 @@
+"""The rating rule: how good a picture looks to the raters of the shapes world, whatever was asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
+
+from capo.shapes.foreground import FAINT, SPECK, fit_background, pieces, to_pixels
+
+
+def _warmth(pixels: np.ndarray) -> np.ndarray:
+    """1 for red, orange and yellow, 0.7 for pink, about 0.4 for green and purple, 0 for cyan and blue; (n, 3) -> (n,)."""
+    return np.clip(0.5 + (pixels[:, 0] - pixels[:, 2]) / 320, 0, 1)
+
+
+def _sharpness(pixels: np.ndarray, far: np.ndarray, things: np.ndarray) -> float:
+    """1 where outlines step from background to thing within a pixel, 0 where that takes four."""
+    step = np.zeros_like(far)
+    step[:, 1:] = np.linalg.norm(np.diff(pixels, axis=1), axis=-1)
+    step[1:] = np.maximum(step[1:], np.linalg.norm(np.diff(pixels, axis=0), axis=-1))
+    band = binary_dilation(things) & ~binary_erosion(things)
+    ratio = np.percentile(step[band], 80) / np.percentile(far[things], 70)
+    return float(np.clip((ratio - 0.25) / 0.5, 0, 1))
+
+
+def rating(image: Image.Image | np.ndarray) -> float:
+    """Looks of a picture (64, 64, 3), from its pixels alone, in [1, 10]:
+
+        1 + 9 (0.30 vivid + 0.25 warm + 0.20 sharp + 0.15 tidy + 0.10 large)
+
+    vivid: mean distance (RGB) of the things from the background, 160 or more counts as 1; warm: mean of red against
+    blue over the things; sharp: how steep the outlines are; tidy: exp(-clutter / 40 pixels), clutter being whatever
+    stands out and is too small for a thing; large: square root of the things' share of the picture, 0.15 counts as 1.
+    A picture without things gets 1.
+    """
+    pixels = to_pixels(image)
+    far = np.linalg.norm(pixels - fit_background(pixels)[1], axis=-1)
+    stands_out = far > FAINT
+    bodies = [part for part in pieces(stands_out, 20) if binary_erosion(binary_fill_holes(part), iterations=2).any() and part.sum() >= SPECK]
+    if not bodies:
+        return 1.0
+    things = np.any(bodies, axis=0)
+    vivid = np.clip(far[things] / 160, 0, 1).mean()
+    tidy = np.exp(-(stands_out & ~things).sum() / 40)
+    large = min(1.0, np.sqrt(things.mean() / 0.15))
+    sharp = _sharpness(pixels, far, things)
+    warm = _warmth(pixels[things]).mean()
+    return float(1 + 9 * (0.30 * vivid + 0.25 * warm + 0.20 * sharp + 0.15 * tidy + 0.10 * large))

@@ -1,0 +1,132 @@
+"""From a filled pool to the best policy: selection, the summary of what is optimised, the fit, the choice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+from rich.table import Table
+
+from capo.calibration import Spread, calibrate, spread, spread_warnings
+from capo.data import PairDataset, PreferenceData
+from capo.errors import InputError
+from capo.module import PreferenceModule
+from capo.pairs import Strategy
+from capo.pool import Pool, PoolReader
+from capo.prompts import Prompt
+from capo.rewards import Reward
+from capo.selection import Selection, select
+from capo.validation import MONITOR, WinRateValidation
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A scored pool, calibrated and selected.
+
+    Attributes:
+        dataset: what training draws pairs from.
+        spreads: per reward, of its calibrated values.
+        rewards: their names, in the same order.
+    """
+
+    dataset: PairDataset
+    spreads: list[Spread]
+    rewards: list[str]
+
+    @property
+    def selection(self) -> Selection:
+        """Winners, losers and gaps."""
+        return self.dataset.selection
+
+
+def select_candidates(pool: Pool, prompts: Sequence[Prompt], candidates: int, rewards: Sequence[Reward], strategy: Strategy,
+                      calibration: str, seed: int, shared_noise: bool) -> Candidates:
+    """Raw scores of a complete pool -> calibrated rewards -> pairs.
+
+    Raises InputError for a strategy that does not fit the rewards, an unknown calibration, a score that cannot be used,
+    and where no prompt has a pair with dR > 0.
+    """
+    positions = pool.positions(prompts)
+    scores = pool.scores([reward.key for reward in rewards], candidates, positions)
+    calibrated = calibrate(scores, [r.link for r in rewards], [r.scale for r in rewards], calibration, [r.name for r in rewards])
+    selection = select(strategy, scores, calibrated)
+    if not selection.usable.any():
+        raise InputError(
+            f"none of {len(prompts)} prompts has a pair with dR > 0: use more candidates (pool.candidates={candidates}), "
+            "fewer rewards, pairs=sum or pairs.lower=all_dominated"
+        )
+    dataset = PairDataset(PoolReader(pool), positions, prompts, selection, seed, shared_noise)
+    return Candidates(dataset, spread(calibrated), [reward.name for reward in rewards])
+
+
+def print_summary(facts: dict[str, object], candidates: Candidates, module: PreferenceModule, console: Console) -> None:
+    """What is being optimised, before the first step is taken."""
+    found = candidates.selection.statistics()
+    table = Table(title="what is being optimised", show_header=False, title_justify="left")
+    trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
+    rows = facts | {
+        "error": "mean over channels, height and width, float32; loss: mean over pairs",
+        "trained parameters": f"{trained:,}",
+        "prompts": f"{found.usable} kept, {found.prompts - found.usable} skipped (no pair with dR > 0)",
+        "X+ / X-": f"{found.winners:.1f} / {found.losers:.1f} candidates a prompt, {found.pairs:.1f} pairs to draw from",
+    }
+    for name, spread_ in zip(candidates.rewards, candidates.spreads):
+        shares = "" if spread_.flat != spread_.flat else f", flat {spread_.flat:.0%}, saturated {spread_.saturated:.0%} of prompts"
+        rows[f"spread of {name}"] = f"{spread_.std:.3f}{shares}"
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    for warning in spread_warnings(candidates.spreads, candidates.rewards):
+        console.print(f"[yellow]{warning}")
+
+
+def beta_warning(objective: str, beta: float | None, ranges: dict[str, Sequence[float]], model: str) -> str | None:
+    """One sentence where beta lies outside of what was measured for the model, else None."""
+    if beta is None or objective not in ranges:
+        return None
+    low, high = ranges[objective]
+    if low <= beta <= high:
+        return None
+    return f"objective.beta={beta:g} lies outside {low:g}-{high:g}, the range that was measured for {objective} on {model}"
+
+
+def fit(module: PreferenceModule, data: PreferenceData, validation: WinRateValidation, loggers: list[Logger], folder: Path, *,
+        max_steps: int, log_every: int, accelerator: str, devices: int | str, precision: str, accumulate: int) -> ModelCheckpoint:
+    """Train for `max_steps` optimiser steps; the checkpoint with the highest validation win-rate is kept beside the last."""
+    checkpoints = ModelCheckpoint(
+        folder / "checkpoints", filename="{step:06d}", monitor=MONITOR, mode="max", save_top_k=1, save_last=True,
+        every_n_train_steps=validation.every, auto_insert_metric_name=False, enable_version_counter=False,
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator=accelerator, devices=devices, precision=precision, max_steps=max_steps, max_epochs=-1,
+        accumulate_grad_batches=accumulate, logger=loggers, log_every_n_steps=log_every, default_root_dir=folder,
+        callbacks=[validation, checkpoints, TQDMProgressBar(refresh_rate=1, leave=True)], use_distributed_sampler=False,
+        enable_model_summary=False, num_sanity_val_steps=0, inference_mode=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    if checkpoints.best_model_score is None:
+        raise InputError(f"no validation took place in {max_steps} steps; set validation.every to at most trainer.max_steps")
+    return checkpoints
+
+
+def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
+    """Put the best checkpoint's weights into the module; returns its validation win-rate."""
+    state = torch.load(checkpoints.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["state_dict"], strict=True)
+    module.policy.eval().requires_grad_(False)
+    return float(checkpoints.best_model_score)
+
+
+def write_outcome(folder: Path, outcome: dict[str, object]) -> None:
+    """`outcome.json`: what the run came to; its presence says that training has finished."""
+    part = folder / "outcome.json.part"
+    part.write_text(json.dumps(outcome, indent=2) + "\n")
+    os.replace(part, folder / "outcome.json")

@@ -1,0 +1,145 @@
+"""During training: sample fixed prompts and seeds, score, compare with the base's images, draw a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from capo.backbones import Backbone
+from capo.generation import pool_images
+from capo.metrics import WinRate
+from capo.pool import Pool
+from capo.prompts import Prompt, candidate_seed
+from capo.report import image_grid
+from capo.rewards import Reward
+from capo.sampling import SamplerSettings, sample_prompts
+
+MONITOR = "val/win_rate"
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The base's side of every comparison.
+
+    Attributes:
+        prompts: P prompts, with text conditioning `text` (leading P) and seeds (P x K) of their images.
+        base_scores: reward -> (P, K) raw scores of the base's images for the same seeds.
+        pictures: the base's first image of the first prompts, for the grid.
+    """
+
+    prompts: Sequence[Prompt]
+    text: dict[str, Tensor]
+    seeds: list[list[int]]
+    base_scores: dict[str, Tensor]
+    pictures: list[Image]
+
+
+def validation_set(pool: Pool, prompts: Sequence[Prompt], images: int, rewards: Sequence[Reward], backbone: Backbone,
+                   pictures: int) -> ValidationSet:
+    """Read from the base's pool, which must be complete, what validation compares with."""
+    positions = pool.positions(prompts)
+    scores = pool.scores([reward.key for reward in rewards], images, positions)
+    parts = [pool.read_text(row) for row in pool.text_shards(positions)]
+    rows = [position for row in pool.text_shards(positions) for position in pool.text_shard(row).positions]
+    places = torch.tensor([rows.index(position) for position in positions])
+    text = {name: torch.cat([part[name] for part in parts])[places] for name in parts[0]}
+    seeds = [[candidate_seed(pool.manifest.seed, prompt.id, index) for index in range(images)] for prompt in prompts]
+    return ValidationSet(
+        list(prompts), text, seeds,
+        {reward.name: scores[..., number] for number, reward in enumerate(rewards)},
+        first_pictures(pool, backbone, positions[:pictures]),
+    )  # fmt: skip
+
+
+def first_pictures(pool: Pool, backbone: Backbone, positions: Sequence[int]) -> list[Image]:
+    """The first candidate of the prompts at `positions`, decoded from the stored latents."""
+    found: dict[int, Image] = {}
+    for shard in pool.shards(1, positions):
+        if shard.candidates.start == 0:
+            found |= {place: images[0] for place, images in zip(shard.positions, pool_images(pool, backbone, shard))}
+    return [found[position] for position in positions]
+
+
+class WinRateValidation(L.Callback):
+    """Every `every` optimiser steps: win-rates of the policy against the base, logged, and a grid of images.
+
+    `val/win_rate`, the mean over rewards, is what checkpoints are compared by. Images are rounded to float16 before they
+    are decoded, as those of a pool are. Each process takes its share of the prompts; the metric adds them up.
+    """
+
+    def __init__(self, base: ValidationSet, backbone: Backbone, rewards: Sequence[Reward], settings: SamplerSettings,
+                 every: int, folder: Path):
+        self.base, self.backbone, self.rewards, self.settings = base, backbone, list(rewards), settings
+        self.every, self.folder = every, Path(folder)
+        self._validated = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
+        step = trainer.global_step
+        last = trainer.max_steps > 0 and step == trainer.max_steps
+        if step == self._validated or not (step % self.every == 0 or last):
+            return
+        self._validated = step
+        begun = time.perf_counter()
+        figures = self.validate(trainer, module.policy, step)
+        module.log_dict(figures, logger=False)
+        figures["time/validation_seconds"] = time.perf_counter() - begun
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=step)
+        rates = "  ".join(f"{name.removeprefix('val/win_rate/')} {value:.3f}" for name, value in figures.items()
+                          if name.startswith("val/win_rate/"))
+        module.print(f"step {step}: win-rate against the base {figures[MONITOR]:.3f}  ({rates})")
+
+    @torch.no_grad()
+    def validate(self, trainer: L.Trainer, policy: torch.nn.Module, step: int) -> dict[str, float]:
+        """Win-rates and mean scores of `policy` on the validation prompts."""
+        was_training = policy.training
+        policy.eval()
+        mine = range(trainer.global_rank, len(self.base.prompts), trainer.world_size)
+        latents = self._sample(policy, mine, trainer.is_global_zero)
+        policy.train(was_training)
+        images = self.backbone.decode(latents.flatten(0, 1), batch=self.settings.batch)
+        figures = self._figures(images, mine, policy)
+        if trainer.is_global_zero:
+            self._draw(images, mine, step)
+        return figures
+
+    def _sample(self, policy, mine: range, progress: bool) -> Tensor:
+        seeds = [self.base.seeds[row] for row in mine]
+        text = {name: value[list(mine)] for name, value in self.base.text.items()}
+        total = len(seeds) * len(seeds[0]) * self.settings.steps
+        with tqdm(total=total, desc="validation", unit="image step", leave=False, disable=not progress) as bar:
+            latents = sample_prompts(self.backbone, policy, text, seeds, self.settings, bar.update)
+        return latents.to(torch.float16).float()
+
+    def _figures(self, images: list[Image], mine: range, policy) -> dict[str, float]:
+        per_prompt = len(images) // len(mine)
+        prompts = [self.base.prompts[row].text for row in mine for _ in range(per_prompt)]
+        figures: dict[str, float] = {}
+        for reward in self.rewards:
+            scores = reward.score(images, prompts).view(len(mine), per_prompt)
+            rate = WinRate()
+            rate.update(scores, self.base.base_scores[reward.name][list(mine)])
+            figures[f"val/win_rate/{reward.name}"] = float(rate.compute())
+            figures[f"val/score/{reward.name}"] = float(scores.mean())
+        rates = [value for name, value in figures.items() if name.startswith("val/win_rate/")]
+        return {MONITOR: sum(rates) / len(rates), **figures}
+
+    def _draw(self, images: list[Image], mine: range, step: int) -> None:
+        per_prompt = len(images) // len(mine)
+        rows = [number for number, row in enumerate(mine) if row < len(self.base.pictures)]
+        image_grid([self.base.pictures[mine[row]] for row in rows], [images[row * per_prompt] for row in rows],
+                   [self.base.prompts[mine[row]].text for row in rows], self.folder / f"step{step:06d}.png")
+
+    def state_dict(self) -> dict[str, int]:
+        return {"validated": self._validated}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._validated = state["validated"]

@@ -1,0 +1,154 @@
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+from capo.backbones import UNetBackbone
+from capo.backbones.lora import add_lora, has_adapter, merged
+from capo.errors import InputError
+from capo.export import ModelCard, export_policy, load_policy, policy_fingerprint, write_card
+from capo.sampling import SamplerSettings, sample_prompts
+
+CARD = ModelCard(objective="capo", data="8 prompts of nowhere", settings={"beta": 30})
+PROMPTS, SEEDS, SETTINGS = ["a red square", "the blue circle"], [[1], [2]], SamplerSettings(3, 5.0, 2)
+
+
+def tuned(denoiser):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return denoiser
+
+
+def latents_of(backbone, denoiser):
+    return sample_prompts(backbone, denoiser, backbone.encode_prompts(PROMPTS), SEEDS, SETTINGS).flatten(0, 1)
+
+
+def plain_latents(pipeline):
+    return pipeline(
+        PROMPTS,
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        output_type="latent",
+        generator=[torch.Generator().manual_seed(seed) for [seed] in SEEDS],
+    ).images
+
+
+def run_readme(folder, monkeypatch):
+    """Executes the README's Python block where it says: in the directory that holds the folder."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder.parent)
+    names = {}
+    exec(code, names)  # noqa: S102
+    return names["pipe"]
+
+
+def test_full_policy_loads_by_the_readmes_line_and_gives_our_latents(tiny_backbone, tmp_path, monkeypatch):
+    policy = tuned(tiny_backbone.trainable_copy())
+    folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD)
+    ours = latents_of(tiny_backbone, policy)
+    assert torch.equal(plain_latents(run_readme(folder, monkeypatch)), ours)
+    assert torch.equal(plain_latents(StableDiffusionXLPipeline.from_pretrained(folder)), ours)
+    assert not torch.equal(latents_of(tiny_backbone, tiny_backbone.denoiser), ours)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    loaded = load_policy(tiny_backbone, folder)
+    assert torch.equal(latents_of(tiny_backbone, loaded), ours) and not any(
+        p.requires_grad for p in loaded.parameters()
+    )
+
+
+def test_exported_folder_holds_no_path(tiny_backbone, tmp_path):
+    folder = export_policy(tiny_backbone, tiny_backbone.denoiser, tmp_path / "policy", CARD)
+    origins = [str(tmp_path.parent), str(tiny_backbone.folder), "_name_or_path"]
+    assert [path for path in folder.rglob("*.json") for origin in origins if origin in path.read_text()] == []
+
+
+def test_lora_file_loads_by_the_readmes_lines_and_gives_our_latents(tiny_backbone, tmp_path, monkeypatch):
+    policy = tuned(add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5))  # alpha is not the rank
+    folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "base.json",
+        "pytorch_lora_weights.safetensors",
+    ]
+    assert json.loads((folder / "base.json").read_text())["weights"] == tiny_backbone.weights
+    ours = latents_of(tiny_backbone, policy)
+    assert torch.equal(plain_latents(run_readme(folder, monkeypatch)), ours)
+    assert not torch.equal(latents_of(tiny_backbone, tiny_backbone.denoiser), ours)
+    loaded = load_policy(tiny_backbone, folder)
+    assert has_adapter(loaded) and torch.equal(latents_of(tiny_backbone, loaded), ours)
+
+
+def test_full_export_of_a_lora_policy_is_merged(tiny_backbone, tmp_path):
+    policy = tuned(add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5))
+    folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD, full=True)
+    unet = StableDiffusionXLPipeline.from_pretrained(folder).unet
+    assert all(
+        torch.equal(value, unet.state_dict()[name]) for name, value in merged(policy).state_dict().items()
+    )
+    assert not (folder / "pytorch_lora_weights.safetensors").exists() and has_adapter(policy)
+
+
+def test_adapter_of_another_base_is_refused(tiny_backbone, tmp_path):
+    policy = add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5)
+    folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD)
+    tiny_backbone.save(tmp_path / "other", tuned(tiny_backbone.trainable_copy()))
+    with pytest.raises(InputError, match="LoRA adapter of '.*/pipeline'.*not of '.*/other'"):
+        load_policy(UNetBackbone(str(tmp_path / "other")), folder)
+
+
+def test_policy_of_another_architecture_is_refused(tiny_backbone, tmp_path):
+    folder = export_policy(tiny_backbone, tiny_backbone.denoiser, tmp_path / "policy", CARD)
+    config = dict(tiny_backbone.denoiser.config) | {"layers_per_block": 2}
+    type(tiny_backbone.denoiser).from_config(config).save_pretrained(folder / "unet")
+    with pytest.raises(InputError, match="does not fit the model"):
+        load_policy(tiny_backbone, folder)
+
+
+def test_folder_without_policy_is_refused(tiny_backbone, tmp_path):
+    with pytest.raises(InputError, match="neither 'unet/config.json' nor 'pytorch_lora_weights.safetensors'"):
+        load_policy(tiny_backbone, tmp_path)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_fingerprint_follows_the_policy(tiny_backbone, tmp_path, lora):
+    def exported(name, change):
+        policy = tiny_backbone.trainable_copy()
+        policy = add_lora(policy, rank=2, alpha=5) if lora else policy
+        return export_policy(tiny_backbone, tuned(policy) if change else policy, tmp_path / name, CARD)
+
+    base, same, other = (
+        policy_fingerprint(tiny_backbone, exported(*kind)) for kind in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert base == same != other and len(base) == 64
+
+
+def test_card_names_base_objective_data_and_win_rates(tiny_backbone, tmp_path):
+    folder = export_policy(tiny_backbone, tiny_backbone.trainable_copy(), tmp_path / "policy", CARD)
+    text = (folder / "README.md").read_text()
+    assert (
+        "Not evaluated." in text and "| beta | 30 |" in text and "base_model" not in text
+    )  # a folder is no hub id
+    for fact in (tiny_backbone.weights, "capo", "8 prompts of nowhere", "DDIMScheduler"):
+        assert fact in text
+    rates = {"looks": {"mean": 0.6125, "low": 0.59, "high": 0.6349}}
+    write_card(tiny_backbone, folder, ModelCard("capo", "8 prompts of nowhere", rates))
+    text = (folder / "README.md").read_text()
+    assert (
+        "| looks | 61.3 | 59.0 - 63.5 |" in text and "Not evaluated." not in text
+    )  # 61.25 rounds to 61.3 or 61.2
+
+
+def test_export_replaces_an_older_policy(tiny_backbone, tmp_path):
+    folder = export_policy(tiny_backbone, tiny_backbone.denoiser, tmp_path / "policy", CARD)
+    policy = tuned(add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5))
+    export_policy(tiny_backbone, policy, folder, CARD)
+    assert not (folder / "unet").exists()
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith("unet.") and value.dtype == torch.float32 for key, value in weights.items())
+    shutil.rmtree(folder)

@@ -1,0 +1,221 @@
+import dataclasses
+import math
+from functools import partial
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from capo.errors import InputError
+from capo.objectives import (
+    PairErrors,
+    Requirements,
+    capo,
+    dpo,
+    implicit_rewards,
+    ipo,
+    margin,
+    requirements,
+    requires,
+    sft,
+)
+
+PAIRWISE = [dpo, ipo, capo]
+
+
+def random_errors(seed: int = 0, count: int = 50, dtype: torch.dtype = torch.float64) -> PairErrors:
+    """Errors in (0, 1), weights in (0, 1), gaps in (0, 1)."""
+    values = torch.rand(6, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return PairErrors(*values)
+
+
+def at_start() -> PairErrors:
+    """Policy = reference."""
+    errors = random_errors()
+    policy = {"policy_winner": errors.reference_winner.clone(), "policy_loser": errors.reference_loser.clone()}
+    return dataclasses.replace(errors, **policy)
+
+
+# one pair: m+ = 0.2, r+ = 0.3, m- = 0.6, r- = 0.4, w = 0.5, dR = 0.25
+# R+ = -0.5 (0.2 - 0.3) = 0.05, R- = -0.5 (0.6 - 0.4) = -0.1, h = 0.15
+ONE = PairErrors(*torch.tensor([[0.2], [0.3], [0.6], [0.4], [0.5], [0.25]], dtype=torch.float64))
+
+
+def test_hand_worked_margin():
+    winner, loser = implicit_rewards(ONE)
+    assert winner.item() == pytest.approx(0.05) and loser.item() == pytest.approx(-0.1)
+    assert margin(ONE).item() == pytest.approx(0.15)
+
+
+def test_hand_worked_losses():
+    # beta h = 20 * 0.15 = 3: softplus(-3) = log(1 + e^-3), (1 - 3)^2 = 4, (0.25 - 3)^2 = 7.5625
+    assert dpo(ONE, beta=20.0).item() == pytest.approx(math.log(1 + math.exp(-3)))
+    assert ipo(ONE, beta=20.0).item() == pytest.approx(4.0)
+    assert capo(ONE, beta=20.0).item() == pytest.approx(7.5625)
+    assert sft(ONE).item() == 0.2
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (dpo, lambda e: torch.full_like(e.gap, math.log(2))),
+        (ipo, lambda e: torch.ones_like(e.gap)),
+        (capo, lambda e: e.gap**2),
+        (sft, lambda e: e.policy_winner),
+    ],
+)
+def test_loss_at_the_start(objective, expected):
+    errors = at_start()
+    assert torch.allclose(objective(errors, beta=500.0), expected(errors), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_margin_is_exactly_zero_where_policy_is_the_reference(dtype):
+    errors = PairErrors(*(value.to(dtype) for value in dataclasses.astuple(at_start())))
+    assert torch.equal(margin(errors), torch.zeros_like(margin(errors)))
+
+
+def test_capo_with_a_gap_of_one_is_ipo_bitwise():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        errors = random_errors(dtype=dtype)
+        errors = dataclasses.replace(errors, gap=torch.ones_like(errors.gap))
+        assert torch.equal(capo(errors, beta=30.0), ipo(errors, beta=30.0))
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+def test_a_constant_weight_is_a_factor_of_beta(objective):
+    errors = random_errors()
+    weighted = dataclasses.replace(errors, weight=torch.full_like(errors.weight, 0.25))
+    plain = dataclasses.replace(errors, weight=torch.ones_like(errors.weight))
+    assert torch.allclose(objective(weighted, beta=40.0), objective(plain, beta=10.0), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("objective", "slope"),
+    [
+        (dpo, lambda e, beta: torch.full_like(e.gap, -beta / 2)),
+        (ipo, lambda e, beta: torch.full_like(e.gap, -2 * beta)),
+        (capo, lambda e, beta: -2 * beta * e.gap),
+    ],
+)
+def test_gradient_at_the_start(objective, slope):
+    # h = -w (m+ - r+) + w (m- - r-), so dh/dm+ = -w and dh/dm- = w
+    errors = at_start()
+    errors.policy_winner.requires_grad_()
+    errors.policy_loser.requires_grad_()
+    loss = objective(errors, beta=30.0)
+    winner, loser = torch.autograd.grad(loss.sum(), (errors.policy_winner, errors.policy_loser))
+    expected = slope(errors, 30.0)
+    assert torch.allclose(winner, expected * -errors.weight) and torch.allclose(loser, expected * errors.weight)
+    assert (winner > 0).all() and (loser < 0).all()
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+def test_one_small_step_raises_the_margin(objective):
+    generator = torch.Generator().manual_seed(0)
+    network = torch.nn.Linear(6, 6).double()
+    inputs, targets = torch.randn(2, 2, 1, 6, generator=generator, dtype=torch.float64)  # winner, loser
+
+    def errors_of(reference: torch.Tensor | None = None) -> PairErrors:
+        found = (network(inputs) - targets).square().mean(-1)
+        reference = found.detach() if reference is None else reference
+        one = torch.ones(1, dtype=torch.float64)
+        return PairErrors(found[0], reference[0], found[1], reference[1], weight=0.7 * one, gap=0.2 * one)
+
+    errors = errors_of()
+    objective(errors, beta=5.0).mean().backward()
+    reference = torch.stack([errors.reference_winner, errors.reference_loser])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter -= 1e-4 * parameter.grad
+    assert margin(errors_of(reference)).item() > 0
+
+
+def test_swapping_winner_and_loser():
+    errors = random_errors()
+    swapped = PairErrors(errors.policy_loser, errors.reference_loser, errors.policy_winner, errors.reference_winner,
+                         errors.weight, -errors.gap)  # fmt: skip
+    assert torch.equal(margin(swapped), -margin(errors))
+    # softplus(beta h), written out
+    assert torch.allclose(dpo(swapped, beta=9.0), torch.log1p(torch.exp(9.0 * margin(errors))))
+    assert torch.allclose(capo(swapped, beta=9.0), capo(errors, beta=9.0), rtol=1e-14)
+
+
+def test_dpo_is_exact_far_out():
+    errors = dataclasses.replace(ONE, weight=torch.tensor([1.0], dtype=torch.float64))  # h = 0.3
+    # softplus(x) = max(x, 0) + log1p(e^-|x|) at x = -beta h = -24 and, with beta = 5000, -1500
+    assert dpo(errors, beta=80.0).item() == pytest.approx(math.log1p(math.exp(-24)), rel=1e-9)
+    assert dpo(errors, beta=5000.0).item() == 0.0
+    swapped = PairErrors(ONE.policy_loser, ONE.reference_loser, ONE.policy_winner, ONE.reference_winner,
+                         errors.weight, ONE.gap)  # fmt: skip
+    assert dpo(swapped, beta=80.0).item() - 24 == pytest.approx(math.log1p(math.exp(-24)), rel=1e-3)
+    assert dpo(swapped, beta=5000.0).item() == pytest.approx(1500.0)
+
+
+@pytest.mark.parametrize("objective", [*PAIRWISE, sft])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_is_kept_and_losses_are_per_pair(objective, dtype):
+    errors = random_errors(dtype=dtype)
+    loss = objective(errors, beta=3.0)
+    assert loss.dtype == dtype and loss.shape == (50,)
+    in_float = PairErrors(*(value.float() for value in dataclasses.astuple(errors)))
+    if dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(loss, objective(in_float, beta=3.0).to(dtype))
+    for pair in range(3):  # a pair does not depend on the others
+        alone = PairErrors(*(value[pair : pair + 1] for value in dataclasses.astuple(errors)))
+        assert torch.allclose(objective(alone, beta=3.0), loss[pair])
+
+
+def test_a_gap_of_another_dtype_does_not_change_the_loss_dtype():
+    errors = random_errors(dtype=torch.float32)
+    errors = dataclasses.replace(errors, gap=errors.gap.double())
+    assert capo(errors, beta=3.0).dtype == torch.float32
+
+
+# ---- what an objective reads
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+def test_requirements_are_read_through_partials(objective):
+    expected = Requirements(reference=True, predictions=False, loser=True)
+    assert requirements(objective) == requirements(partial(partial(objective), beta=5)) == expected
+    assert (objective.needs_reference, objective.needs_predictions) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "capo", "sft"])
+def test_objectives_bind_through_hydra(name):
+    objective = instantiate({"_target_": f"capo.objectives.{name}", "_partial_": True, "beta": 20.0})
+    assert requirements(objective).reference == (name != "sft")
+    direct = {"dpo": dpo, "ipo": ipo, "capo": capo, "sft": sft}[name]
+    assert torch.equal(objective(ONE), direct(ONE, beta=20.0))
+
+
+def test_sft_needs_neither_reference_nor_loser_nor_beta():
+    assert requirements(sft) == Requirements(reference=False, predictions=False, loser=False)
+    only = PairErrors(policy_winner=ONE.policy_winner)
+    assert torch.equal(sft(only, beta=None), ONE.policy_winner)
+
+
+def test_undeclared_objectives_are_refused():
+    def mine(errors, *, beta):
+        return errors.policy_winner
+
+    with pytest.raises(InputError, match="mine.*capo.objectives.requires"):
+        requirements(partial(mine, beta=1.0))
+    assert requirements(requires(predictions=True)(mine)) == Requirements(True, True, True)
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+def test_missing_fields_are_named(objective):
+    with pytest.raises(ValueError, match="no reference_winner, weight"):
+        objective(dataclasses.replace(ONE, reference_winner=None, weight=None), beta=1.0)
+    with pytest.raises(ValueError, match="no gap"):
+        capo(dataclasses.replace(ONE, gap=None), beta=1.0)
+    assert dpo(dataclasses.replace(ONE, gap=None), beta=1.0).shape == (1,)
+
+
+@pytest.mark.parametrize("objective", PAIRWISE)
+@pytest.mark.parametrize("beta", [None, 0.0, -1.0, math.nan])
+def test_beta_must_be_positive(objective, beta):
+    with pytest.raises(InputError, match="objective.beta=.* must be a positive number"):
+        objective(ONE, beta=beta)

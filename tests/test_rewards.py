@@ -1,0 +1,138 @@
+import pytest
+import torch
+from PIL import Image
+
+from capo.errors import InputError
+from capo.rewards import Reward, load_rewards
+
+RED, GREY = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (51, 51, 51))
+built = []
+
+
+class Redness:
+    """Share of red of the first pixel, times `factor`; knows where it was moved to."""
+
+    def __init__(self, factor=1.0, weights=None):
+        built.append(factor)
+        self.factor, self.device = factor, None
+
+    def to(self, device):
+        self.device = device
+
+    def __call__(self, images, prompts):
+        assert len(images) == len(prompts)
+        return torch.tensor([self.factor * image.getpixel((0, 0))[0] / 255 for image in images], dtype=torch.float64)
+
+
+class NeedsMissingModule:
+    def __init__(self):
+        raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
+
+
+class NeedsMissingWeights:
+    def __init__(self):
+        raise InputError("no weights at /nowhere: put them there")
+
+
+def target(cls=Redness, **arguments):
+    return {"_target_": f"{__name__}.{cls.__name__}", **arguments}
+
+
+def test_score_is_the_scorers_in_float32():
+    scores = Reward("red", target(factor=2.0)).score([RED, GREY], ["a", "b"])
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.tensor([2.0, 2 * 51 / 255]))  # red 255 and 51 of 255
+
+
+def test_the_scorer_is_built_once_and_late():
+    built.clear()
+    reward, = load_rewards({"red": {"scorer": target(factor=3.0)}})
+    assert reward.key.startswith("red-")
+    assert built == []
+    reward.setup("cpu")
+    reward.score([RED], [""])
+    reward.score([RED], [""])
+    assert built == [3.0]
+    assert reward._callable.device == "cpu"
+
+
+def test_load_keeps_the_order_and_the_facts():
+    config = {"looks": {"scorer": target(), "link": "identity", "scale": 10, "range": [0, 1], "needs_prompt": False},
+              "alignment": {"scorer": target(factor=0.5), "link": "log", "licence": "MIT", "revision": "v2"}}
+    looks, alignment = load_rewards(config)
+    assert (looks.name, looks.scale, list(looks.range), looks.needs_prompt) == ("looks", 10, [0, 1], False)
+    assert (alignment.name, alignment.link, alignment.licence, alignment.revision) == ("alignment", "log", "MIT", "v2")
+
+
+def test_fingerprint_follows_what_scores_are_made_with():
+    base = Reward("red", target(factor=2.0), weights="hub/name", revision="1")
+    assert base.key == f"red-{base.fingerprint[:8]}"
+    assert Reward("red", target(factor=2.0), "log", 3.0, weights="hub/name", revision="1").key == base.key
+    others = [Reward("red", target(factor=2.5), weights="hub/name", revision="1"),
+              Reward("red", target(factor=2.0), weights="hub/other", revision="1"),
+              Reward("red", target(factor=2.0), weights="hub/name", revision="2"),
+              Reward("red", target(NeedsMissingModule), weights="hub/name", revision="1")]
+    assert len({reward.fingerprint for reward in [base, *others]}) == 5
+
+
+def test_fingerprint_of_local_weights_is_their_content(tmp_path):
+    def fingerprint(folder, content):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(content)
+        path = str(tmp_path / folder)
+        return Reward("red", target(weights=path), weights=path).fingerprint
+
+    first, moved, changed = fingerprint("a", b"12"), fingerprint("b", b"12"), fingerprint("c", b"13")
+    assert first == moved
+    assert first != changed
+
+
+@pytest.mark.parametrize(("link", "value", "message"), [
+    ("identity", float("nan"), r'image 1 \("b"\): reward \'red\' is nan, which cannot be compared; check its weights'),
+    ("identity", float("inf"), "is inf, which cannot be compared"),
+    ("log", -0.25, "is -0.25, which is no probability"),
+    ("log", 1.5, "is 1.5, which is no probability"),
+])
+def test_a_score_that_cannot_be_used_is_named(link, value, message):
+    reward = Reward("red", lambda images, prompts: torch.tensor([0.5, value]), link=link)
+    with pytest.raises(InputError, match=message):
+        reward.score([RED, GREY], ["a", "b"])
+    with pytest.raises(InputError, match="^prompt 17, candidate 4: reward 'red'"):
+        reward.score([RED, GREY], ["a", "b"], lambda index: f"prompt 17, candidate {index + 3}")
+
+
+def test_identity_scores_may_be_negative():
+    scores = Reward("red", lambda images, prompts: torch.tensor([-2.0, 7.0])).score([RED, GREY], ["a", "b"])
+    assert scores.tolist() == [-2.0, 7.0]
+
+
+def test_one_number_an_image():
+    reward = Reward("red", lambda images, prompts: torch.zeros(len(images), 1))
+    with pytest.raises(InputError, match=r"'red': its scorer returned shape \(2, 1\) for 2 images; .*shape \(B,\)"):
+        reward.score([RED, GREY], ["a", "b"])
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({}, "rewards: none is configured"),
+    ({"red": {"scorer": {"_target_": "x"}, "lnk": "log"}}, r"rewards\.red: unknown key lnk; known are scorer, link"),
+    ({"red": {"link": "log"}}, r"rewards\.red: it has no scorer"),
+    ({"red": {"scorer": {"_target_": "x"}, "link": "logit"}}, "'red': link 'logit' is unknown; choose one of identity, log"),
+    ({"red": {"scorer": {"_target_": "x"}, "scale": -1}}, "'red': scale -1 must be above 0"),
+    ({"red": {"scorer": {"_target_": "x"}, "weights": "/nowhere/w.safetensors"}}, "'red': no weights at /nowhere/w.safetens"),
+    ({"red": {"scorer": {"_target_": "x"}, "requires": ["torch", "no_such_module"], "extra": "hps"}},
+     r"'red' needs no_such_module, which is not installed: pip install 'capo\[hps\]'"),
+])
+def test_configs_that_cannot_be_used(config, message):
+    with pytest.raises(InputError, match=message):
+        load_rewards(config)
+
+
+@pytest.mark.parametrize(("scorer", "message"), [
+    (target(NeedsMissingModule), r"'red' needs open_clip, which is not installed: pip install 'capo\[clip\]'"),
+    (target(NeedsMissingWeights), "^no weights at /nowhere: put them there"),
+    (target(facter=1), r"'red': its scorer .*Redness cannot be made: .*facter"),
+    ({"_target_": "capo.no_such.Scorer"}, r"'red': its scorer capo.no_such.Scorer cannot be made"),
+])
+def test_scorers_that_cannot_be_built(scorer, message):
+    with pytest.raises(InputError, match=message):
+        Reward("red", scorer, extra="clip").setup("cpu")

@@ -1,0 +1,120 @@
+"""Tune a base model: candidate pool -> calibrated pairs -> policy, the best by validation win-rate, and its evaluation.
+
+    python train.py objective=capo pairs=frs
+    python train.py -m objective.beta=10,30,100
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from capo import training
+from capo.config import World, build_oracle, build_world, set_threads
+from capo.data import PreferenceData
+from capo.evaluation import evaluate
+from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
+from capo.generation import fill_pool
+from capo.module import PreferenceModule, Weighting
+from capo.report import image_grid
+from capo.validation import WinRateValidation, validation_set
+
+console = Console()
+
+
+def objective_name(cfg: DictConfig) -> str:
+    """The function's name, as the group `objective` has it."""
+    return cfg.objective._target_.rsplit(".", 1)[-1]
+
+
+def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidation:
+    """Make the base's validation images and a first picture of them."""
+    settings, plan = cfg.validation, world.plans["validation"]
+    pool = fill_pool(plan, world.generator, world.rewards, verify=False)
+    base = validation_set(pool, plan.prompts, settings.images, world.rewards, world.backbone, settings.pictures)
+    image_grid(base.pictures, base.pictures, [p.text for p in base.prompts[: settings.pictures]], folder / "step000000.png")
+    console.print(f"validation pictures of the base: {folder / 'step000000.png'}")
+    return WinRateValidation(base, world.backbone, world.rewards, world.generator.settings, settings.every, folder)
+
+
+def module_of(cfg: DictConfig, world: World) -> PreferenceModule:
+    """Policy, reference and objective."""
+    lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
+    trainer = cfg.trainer
+    return PreferenceModule(
+        world.backbone, instantiate(cfg.objective), lr=trainer.lr, warm_up=trainer.warm_up, lora=lora,
+        weighting=Weighting(cfg.noise.weighting, cfg.noise.bias), gradient_clip=trainer.gradient_clip,
+        max_bad_steps=trainer.max_bad_steps,
+    )  # fmt: skip
+
+
+def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
+    """What the summary and the model card say of the optimisation."""
+    weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
+    trainer = cfg.trainer
+    return {
+        "objective": objective_name(cfg),
+        "effective beta": "none" if module.beta is None else f"{module.beta:g}, on mean errors, no further factor",
+        "pairs": cfg.pairs._target_.rsplit(".", 1)[-1],
+        "calibration": cfg.calibration,
+        "weighting": weighting,
+        "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
+        "learning rate": f"{trainer.lr:g}, AdamW, linear warm-up over {trainer.warm_up} steps",
+        "steps": f"{trainer.max_steps} of {trainer.batch * trainer.accumulate} pairs",
+        "policy": f"LoRA {dict(cfg.model.lora)}" if cfg.model.lora else "all weights",
+    }
+
+
+def tune(cfg: DictConfig, world: World, folder: Path) -> tuple[PreferenceModule, float, dict[str, object]]:
+    """Fill the pools, select pairs, fit, keep the best. Returns module, its validation win-rate and the facts."""
+    module = module_of(cfg, world)  # before any image is drawn: a bad objective or beta ends here
+    strategy = instantiate(cfg.pairs)
+    training.check_strategy(strategy, len(world.rewards))
+    validation = validation_of(cfg, world, folder / "validation")
+    plan = world.plans["train"]
+    pool = fill_pool(plan, world.generator, world.rewards, verify=False)
+    candidates = training.select_candidates(
+        pool, plan.prompts, plan.candidates, world.rewards, strategy, cfg.calibration, cfg.seed, cfg.noise.shared
+    )
+    facts = facts_of(cfg, module)
+    training.print_summary(facts, candidates, module, console)
+    if warning := training.beta_warning(facts["objective"], module.beta, dict(cfg.model.beta_range), cfg.model.name):
+        console.print(f"[yellow]{warning}")
+    trainer = cfg.trainer
+    best = training.fit(
+        module, PreferenceData(candidates.dataset, trainer.batch, cfg.data.workers), validation,
+        list(instantiate(cfg.logger).values()), folder, max_steps=trainer.max_steps, log_every=trainer.log_every,
+        accelerator=trainer.accelerator, devices=trainer.devices, precision=trainer.precision, accumulate=trainer.accumulate,
+    )  # fmt: skip
+    return module, training.load_best(module, best), facts
+
+
+def run(cfg: DictConfig) -> float:
+    """One training run, whole; returns the best validation win-rate."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    set_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    world = build_world(cfg)
+    module, win_rate, facts = tune(cfg, world, folder)
+    data = f"{len(world.plans['train'].prompts)} prompts x {cfg.pool.candidates} candidates of the base, scored by " + ", ".join(
+        reward.name for reward in world.rewards
+    )
+    card = ModelCard(str(facts["objective"]), data, settings=facts)
+    policy = export_policy(world.backbone, module.policy, folder / "policy", card, full=cfg.export == "full")
+    training.write_outcome(folder, {MONITOR_KEY: win_rate, "policy": policy_fingerprint(world.backbone, policy)})
+    if cfg.evaluate:
+        found = evaluate_run(cfg, world, folder)
+        write_card(world.backbone, policy, dataclasses.replace(card, win_rates=found["win_rate"]))
+    console.print(f"best validation win-rate {win_rate:.3f}; everything of this run is in {folder}")
+    return win_rate
