@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from pathlib import Path
 
@@ -18,14 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo import training
-from capo.config import World, build_oracle, build_world, set_threads
+from capo.config import World, build_world, evaluate_policy, set_threads
 from capo.data import PreferenceData
-from capo.evaluation import evaluate
 from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
 from capo.generation import fill_pool
 from capo.module import PreferenceModule, Weighting
 from capo.report import image_grid
-from capo.validation import WinRateValidation, validation_set
+from capo.selection import select
+from capo.validation import MONITOR, WinRateValidation, validation_set
 
 console = Console()
 
@@ -77,7 +76,7 @@ def tune(cfg: DictConfig, world: World, folder: Path) -> tuple[PreferenceModule,
     """Fill the pools, select pairs, fit, keep the best. Returns module, its validation win-rate and the facts."""
     module = module_of(cfg, world)  # before any image is drawn: a bad objective or beta ends here
     strategy = instantiate(cfg.pairs)
-    training.check_strategy(strategy, len(world.rewards))
+    select(strategy, torch.zeros(0, 2, len(world.rewards)), torch.zeros(0, 2, len(world.rewards)))  # does it fit the rewards?
     validation = validation_of(cfg, world, folder / "validation")
     plan = world.plans["train"]
     pool = fill_pool(plan, world.generator, world.rewards, verify=False)
@@ -112,9 +111,18 @@ def run(cfg: DictConfig) -> float:
     )
     card = ModelCard(str(facts["objective"]), data, settings=facts)
     policy = export_policy(world.backbone, module.policy, folder / "policy", card, full=cfg.export == "full")
-    training.write_outcome(folder, {MONITOR_KEY: win_rate, "policy": policy_fingerprint(world.backbone, policy)})
+    training.write_outcome(folder, {MONITOR: win_rate, "policy": policy_fingerprint(world.backbone, policy)})
     if cfg.evaluate:
-        found = evaluate_run(cfg, world, folder)
+        found = evaluate_policy(cfg, world, policy, folder / "evaluation", curves=folder / "metrics.csv")
         write_card(world.backbone, policy, dataclasses.replace(card, win_rates=found["win_rate"]))
     console.print(f"best validation win-rate {win_rate:.3f}; everything of this run is in {folder}")
     return win_rate
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    return run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 import torch
@@ -136,12 +135,10 @@ def test_card_names_base_objective_data_and_win_rates(tiny_backbone, tmp_path):
     )  # a folder is no hub id
     for fact in (tiny_backbone.weights, "capo", "8 prompts of nowhere", "DDIMScheduler"):
         assert fact in text
-    rates = {"looks": {"mean": 0.6125, "low": 0.59, "high": 0.6349}}
+    rates = {"looks": {"mean": 0.6127, "low": 0.59, "high": 0.6349}}
     write_card(tiny_backbone, folder, ModelCard("capo", "8 prompts of nowhere", rates))
     text = (folder / "README.md").read_text()
-    assert (
-        "| looks | 61.3 | 59.0 - 63.5 |" in text and "Not evaluated." not in text
-    )  # 61.25 rounds to 61.3 or 61.2
+    assert "| looks | 61.3 | 59.0 - 63.5 |" in text and "Not evaluated." not in text
 
 
 def test_export_replaces_an_older_policy(tiny_backbone, tmp_path):
@@ -151,4 +148,3 @@ def test_export_replaces_an_older_policy(tiny_backbone, tmp_path):
     assert not (folder / "unet").exists()
     weights = load_file(folder / "pytorch_lora_weights.safetensors")
     assert all(key.startswith("unet.") and value.dtype == torch.float32 for key, value in weights.items())
-    shutil.rmtree(folder)

@@ -80,7 +80,8 @@ def test_interval_agrees_with_scipy():
 def test_interval_by_hand():
     # P = 2 with values 0 and 1: the resampled mean is 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
     assert bootstrap_interval(torch.tensor([0.0, 1.0]), seed=0) == (0.0, 1.0)
-    # P = 8 with a single 1: the number of ones is binomial(8, 1/8); P(0) = 0.34, P(<= 2) = 0.930, P(<= 3) = 0.989
+    # P = 8 with a single 1: the number of ones is binomial(8, 1/8);
+    # P(0) = 0.344, P(<= 2) = 0.933, P(<= 3) = 0.989
     assert bootstrap_interval(torch.tensor([1.0] + [0.0] * 7), seed=0) == (0.0, 3 / 8)
     assert bootstrap_interval(torch.full((5,), 0.25), seed=0) == (0.25, 0.25)
 

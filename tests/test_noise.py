@@ -50,7 +50,11 @@ def test_timestep_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("steps", [1, 7, 1000, 2**24 + 1])
 def test_timestep_stays_below_the_number_of_steps(dtype, steps):
-    last = torch.nextafter(torch.ones(1), torch.zeros(1)).to(dtype) if dtype != torch.float16 else torch.tensor([0.9995]).half()
+    last = (
+        torch.nextafter(torch.ones(1), torch.zeros(1)).to(dtype)
+        if dtype != torch.float16
+        else torch.tensor([0.9995]).half()
+    )
     assert 0 <= noise.vp_timestep(last, steps).item() <= steps - 1
 
 
@@ -123,7 +127,9 @@ def test_log_snr_is_uniform_where_the_name_says_so():
 @pytest.mark.parametrize("draw", ["logsnr_uniform", "uniform", "logit_normal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_flow_times_rise_with_u_and_stay_inside(draw, dtype):
-    u = torch.cat([torch.zeros(1, dtype=dtype), GRID.to(dtype)[::20], 1 - torch.tensor([2.0**-24], dtype=dtype)])
+    u = torch.cat(
+        [torch.zeros(1, dtype=dtype), GRID.to(dtype)[::20], 1 - torch.tensor([2.0**-24], dtype=dtype)]
+    )
     t = noise.flow_time(u, draw)
     assert t.dtype == dtype
     assert (t.diff() >= 0).all()
@@ -132,7 +138,7 @@ def test_flow_times_rise_with_u_and_stay_inside(draw, dtype):
 
 
 def test_unknown_draw():
-    with pytest.raises(InputError, match="noise.draw='normal'.*logsnr_uniform, uniform, logit_normal"):
+    with pytest.raises(InputError, match=r"noise.draw='normal'.*logsnr_uniform, uniform, logit_normal"):
         noise.flow_time(GRID, "normal")
 
 
@@ -155,8 +161,9 @@ def test_sigmoid_weight_falls_with_the_log_snr():
 
 @pytest.mark.parametrize("bias", [-1.0, 0.0, 2.0])
 def test_velocity_weight_is_the_sigmoid_weight_on_the_noise(bias):
-    # eps_hat - eps = (1 - t)(v_hat - v) at the same x_t, and d lam / dt = -2 / (t (1 - t)), so a time t ~ U(0, 1) weighs
-    # the velocity's squared error by sigmoid(b - lam) (1 - t)^2 |d lam / dt|: 2 e^(b/2) times the velocity weight
+    # eps_hat - eps = (1 - t)(v_hat - v) at the same x_t, and d lam / dt = -2 / (t (1 - t)), so a time t ~
+    # U(0, 1) weighs the velocity's squared error by sigmoid(b - lam) (1 - t)^2 |d lam / dt|: 2 e^(b/2) times
+    # the velocity weight
     t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     log_snr = noise.flow_log_snr(t)
     on_noise = noise.sigmoid_weight(log_snr, bias) * (1 - t) ** 2 * 2 / (t * (1 - t))
@@ -204,4 +211,6 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert torch.equal(function(values), function(values.float()).to(dtype))
     x, eps = normal(19, 4, 2, 2).to(dtype), normal(19, 4, 2, 2, seed=1).to(dtype)
     for function in (noise.vp_add_noise, noise.flow_add_noise):
-        assert torch.equal(function(x, eps, values), function(x.float(), eps.float(), values.float()).to(dtype))
+        assert torch.equal(
+            function(x, eps, values), function(x.float(), eps.float(), values.float()).to(dtype)
+        )

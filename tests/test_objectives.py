@@ -25,15 +25,32 @@ PAIRWISE = [dpo, ipo, capo]
 
 def random_errors(seed: int = 0, count: int = 50, dtype: torch.dtype = torch.float64) -> PairErrors:
     """Errors in (0, 1), weights in (0, 1), gaps in (0, 1)."""
-    values = torch.rand(6, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    values = torch.rand(6, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
     return PairErrors(*values)
 
 
 def at_start() -> PairErrors:
     """Policy = reference."""
     errors = random_errors()
-    policy = {"policy_winner": errors.reference_winner.clone(), "policy_loser": errors.reference_loser.clone()}
+    policy = {
+        "policy_winner": errors.reference_winner.clone(),
+        "policy_loser": errors.reference_loser.clone(),
+    }
     return dataclasses.replace(errors, **policy)
+
+
+def swap(errors: PairErrors) -> PairErrors:
+    """Winner and loser exchanged, the gap negated."""
+    return PairErrors(
+        policy_winner=errors.policy_loser,
+        reference_winner=errors.reference_loser,
+        policy_loser=errors.policy_winner,
+        reference_loser=errors.reference_winner,
+        weight=errors.weight,
+        gap=-errors.gap,
+    )
 
 
 # one pair: m+ = 0.2, r+ = 0.3, m- = 0.6, r- = 0.4, w = 0.5, dR = 0.25
@@ -106,7 +123,9 @@ def test_gradient_at_the_start(objective, slope):
     loss = objective(errors, beta=30.0)
     winner, loser = torch.autograd.grad(loss.sum(), (errors.policy_winner, errors.policy_loser))
     expected = slope(errors, 30.0)
-    assert torch.allclose(winner, expected * -errors.weight) and torch.allclose(loser, expected * errors.weight)
+    assert torch.allclose(winner, expected * -errors.weight) and torch.allclose(
+        loser, expected * errors.weight
+    )
     assert (winner > 0).all() and (loser < 0).all()
 
 
@@ -133,8 +152,7 @@ def test_one_small_step_raises_the_margin(objective):
 
 def test_swapping_winner_and_loser():
     errors = random_errors()
-    swapped = PairErrors(errors.policy_loser, errors.reference_loser, errors.policy_winner, errors.reference_winner,
-                         errors.weight, -errors.gap)  # fmt: skip
+    swapped = swap(errors)
     assert torch.equal(margin(swapped), -margin(errors))
     # softplus(beta h), written out
     assert torch.allclose(dpo(swapped, beta=9.0), torch.log1p(torch.exp(9.0 * margin(errors))))
@@ -146,8 +164,7 @@ def test_dpo_is_exact_far_out():
     # softplus(x) = max(x, 0) + log1p(e^-|x|) at x = -beta h = -24 and, with beta = 5000, -1500
     assert dpo(errors, beta=80.0).item() == pytest.approx(math.log1p(math.exp(-24)), rel=1e-9)
     assert dpo(errors, beta=5000.0).item() == 0.0
-    swapped = PairErrors(ONE.policy_loser, ONE.reference_loser, ONE.policy_winner, ONE.reference_winner,
-                         errors.weight, ONE.gap)  # fmt: skip
+    swapped = swap(errors)
     assert dpo(swapped, beta=80.0).item() - 24 == pytest.approx(math.log1p(math.exp(-24)), rel=1e-3)
     assert dpo(swapped, beta=5000.0).item() == pytest.approx(1500.0)
 
@@ -200,7 +217,7 @@ def test_undeclared_objectives_are_refused():
     def mine(errors, *, beta):
         return errors.policy_winner
 
-    with pytest.raises(InputError, match="mine.*capo.objectives.requires"):
+    with pytest.raises(InputError, match=r"mine.*capo.objectives.requires"):
         requirements(partial(mine, beta=1.0))
     assert requirements(requires(predictions=True)(mine)) == Requirements(True, True, True)
 
@@ -217,5 +234,5 @@ def test_missing_fields_are_named(objective):
 @pytest.mark.parametrize("objective", PAIRWISE)
 @pytest.mark.parametrize("beta", [None, 0.0, -1.0, math.nan])
 def test_beta_must_be_positive(objective, beta):
-    with pytest.raises(InputError, match="objective.beta=.* must be a positive number"):
+    with pytest.raises(InputError, match=r"objective.beta=.* must be a positive number"):
         objective(ONE, beta=beta)

@@ -21,7 +21,7 @@ def test_prompt_id_tells_case_and_order_apart():
 
 
 def test_candidate_seed_by_hand():
-    # printf '7/0123456789abcdef/3' | b2sum -l 64 gives bca4c0320a926f80; without its last bit 6796600448234633152
+    # printf '7/0123456789abcdef/3' | b2sum -l 64 is bca4c0320a926f80, less its last bit 6796600448234633152
     assert candidate_seed(7, "0123456789abcdef", 3) == 6796600448234633152
 
 
@@ -51,7 +51,8 @@ def test_check_splits_accepts_disjoint_sets():
 
 @pytest.fixture
 def files(tmp_path):
-    for name, text in {"train": "a circle\n\na  square\n", "validation": "\ufeffa star", "test": "ein Gem\u00fcse\r\n"}.items():
+    texts = {"train": "a circle\n\na  square\n", "validation": "\ufeffa star", "test": "ein Gem\u00fcse\r\n"}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     return {name: tmp_path / name for name in ("train", "validation", "test")}
 

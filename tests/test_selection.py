@@ -11,7 +11,13 @@ from capo.errors import InputError
 from capo.pairs import PairSets, best_worst, combined_rewards, frs, random_pair, reward_sum
 from capo.selection import Selection, count_pairs, draw_pair, gap_weights, pair_matrix, select
 
-STRATEGIES = [reward_sum, frs, random_pair, partial(frs, lower="all_dominated"), partial(reward_sum, weights=[1, 0, 5])]
+STRATEGIES = [
+    reward_sum,
+    frs,
+    random_pair,
+    partial(frs, lower="all_dominated"),
+    partial(reward_sum, weights=[1, 0, 5]),
+]
 
 
 def independent_scores(prompts: int, candidates: int, rewards: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +91,10 @@ def test_counts_are_those_of_the_matrix_across_blocks(strategy):
 
 def test_weights_of_the_strategy_are_those_of_the_gap():
     scores, calibrated = independent_scores(20, 8, 2)
-    plain, weighted = select(reward_sum, scores, calibrated), select(partial(reward_sum, weights=[1, 3]), scores, calibrated)
+    plain, weighted = (
+        select(reward_sum, scores, calibrated),
+        select(partial(reward_sum, weights=[1, 3]), scores, calibrated),
+    )
     assert torch.allclose(plain.rewards, calibrated.mean(-1))
     assert torch.allclose(weighted.rewards, (calibrated[..., 0] + 3 * calibrated[..., 1]) / 4)
     assert (weighted.usable == weighted.winners.ne(weighted.losers).any(1)).all()

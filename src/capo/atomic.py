@@ -11,7 +11,7 @@ from capo.errors import InputError
 def write_whole(path: str | Path, data: str | bytes) -> None:
     """Writes `data` (text as UTF-8) beside `path`, syncs and renames it; makes the folder if need be.
 
-    Raises InputError where the folder cannot be written or the disk is full; what stood there before then stays.
+    Raises InputError where the folder cannot be written or the disk is full; what stood there then stays.
     """
     path = Path(path)
     try:
@@ -22,11 +22,15 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(unfinished, 0o644)  # mkstemp's files are closed to everyone else, which a result should not be
+            os.chmod(
+                unfinished, 0o644
+            )  # mkstemp's files are closed to everyone else, which a result should not be
             os.replace(unfinished, path)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(unfinished)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room there, or choose another "
-                         "output directory (hydra.run.dir)") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): make room there, or choose another "
+            "output directory (hydra.run.dir)"
+        ) from error

@@ -1,6 +1,6 @@
 """Small charts as inline SVG: intervals around a line, and training curves from a metrics.csv.
 
-Colours are CSS classes (`series-0` ...) and variables of the page that holds them, so that light and dark both read.
+Colours are CSS classes (`series-0` ...) and variables of the page that holds them: light and dark both read.
 """
 
 import csv
@@ -13,10 +13,15 @@ from markupsafe import Markup, escape
 
 POINTS = 160  # points of a curve at most; more steps than that are averaged
 SERIES = 10  # curves in a chart at most, one a colour
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 46, 10, 10, 24  # of a chart and its margins, in its own units
+WIDTH, HEIGHT = 360, 200  # of a chart, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24  # its margins
 CLOCK = "time/"  # columns of metrics.csv that depend on the machine's speed
-TOGETHER = {"train/drift_winner": "train/drift", "train/drift_loser": "train/drift",  # read best against each other
-            "train/beta_h": "train/beta_h, dR", "train/dR": "train/beta_h, dR"}
+TOGETHER = {
+    "train/drift_winner": "train/drift",
+    "train/drift_loser": "train/drift",  # read best against each other
+    "train/beta_h": "train/beta_h, dR",
+    "train/dR": "train/beta_h, dR",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """The curves that share a chart; `reference` is a value to draw a line at; `left_out` counts curves beyond SERIES."""
+    """The curves that share a chart; `reference`: a value to draw a line at; `left_out`: curves beyond SERIES."""
 
     title: str
     curves: Sequence[Curve]
@@ -37,30 +42,38 @@ class Chart:
     left_out: int = 0
 
 
-def half_width(intervals: Iterable[tuple[float, float]], centre: float, step: float = 0.1, most: float = math.inf) -> float:
+def half_width(
+    intervals: Iterable[tuple[float, float]], centre: float, step: float = 0.1, most: float = math.inf
+) -> float:
     """Smallest multiple of `step`, up to `most`, that reaches from `centre` past every (low, high)."""
     reach = max((abs(value - centre) for pair in intervals for value in pair), default=0.0)
     return min(max(math.ceil(reach / step - 1e-9), 1) * step, most)
 
 
-def interval_bar(low: float, mean: float, high: float, centre: float, half: float,
-                 band: tuple[float, float] | None = None) -> Markup:
+def interval_bar(
+    low: float, mean: float, high: float, centre: float, half: float, band: tuple[float, float] | None = None
+) -> Markup:
     """An interval with its mean on an axis from centre - half to centre + half, a line at `centre`.
 
     `band`: a second interval, drawn broad and pale behind (the zero line). As wide as its container.
     """
+
     def place(value: float) -> float:
         return min(max(50 + 50 * (value - centre) / half, 0), 100)
 
     side = "up" if low > centre else "down" if high < centre else "level"
-    back = "" if band is None else (f'<rect class="band" x="{place(band[0]):.2f}%" y="2" height="18" '
-                                    f'width="{place(band[1]) - place(band[0]):.2f}%"/>')
-    return Markup(f'<svg class="interval {side}" width="100%" height="22" role="img" aria-label="{mean:.3f}, '
-                  f'95 % interval {low:.3f} to {high:.3f}">'
-                  f'<line class="axis" x1="0" x2="100%" y1="11" y2="11"/>{back}'
-                  f'<line class="centre" x1="50%" x2="50%" y1="0" y2="22"/>'
-                  f'<rect class="span" x="{place(low):.2f}%" y="8" height="6" width="{place(high) - place(low):.2f}%"/>'
-                  f'<circle class="dot" cx="{place(mean):.2f}%" cy="11" r="5"/></svg>')
+    back = ""
+    if band is not None:
+        start, stop = map(place, band)
+        back = f'<rect class="band" x="{start:.2f}%" y="2" height="18" width="{stop - start:.2f}%"/>'
+    return Markup(
+        f'<svg class="interval {side}" width="100%" height="22" role="img" aria-label="{mean:.3f}, '
+        f'95 % interval {low:.3f} to {high:.3f}">'
+        f'<line class="axis" x1="0" x2="100%" y1="11" y2="11"/>{back}'
+        f'<line class="centre" x1="50%" x2="50%" y1="0" y2="22"/>'
+        f'<rect class="span" x="{place(low):.2f}%" y="8" height="6" width="{place(high) - place(low):.2f}%"/>'
+        f'<circle class="dot" cx="{place(mean):.2f}%" cy="11" r="5"/></svg>'
+    )
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -75,28 +88,34 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def read_curves(path: str | Path) -> list[Chart]:
-    """Charts of all numeric columns of a metrics.csv, those of validation first; none where there is no such file.
+    """Charts of all numeric columns of a metrics.csv, those of validation first; none where there is no file.
 
-    `a/b/c` and `a/b` share the chart `a/b`, and so do those of TOGETHER. Rows without a step, empty cells and what is not finite are passed over.
+    `a/b/c` and `a/b` share the chart `a/b`, and so do those of TOGETHER. Rows without a step, empty cells and
+    what is not finite are passed over.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except FileNotFoundError:
         return []
-    names = [name for name in (rows[0] if rows else ()) if name and name not in ("step", "epoch") and not name.startswith(CLOCK)]
     groups: dict[str, list[Curve]] = {}
-    for name in names:
+    for name in filter(_is_shown, rows[0] if rows else ()):
         group = TOGETHER.get(name) or "/".join(name.split("/")[:2])
         if points := _points(rows, name):
             groups.setdefault(group, []).append(Curve(_label(name, group), thinned(points)))
-    charts = [Chart(title, curves[:SERIES], 0.5 if _is_share(title) else None, max(len(curves) - SERIES, 0))
-              for title, curves in groups.items()]
+    charts = [
+        Chart(title, curves[:SERIES], 0.5 if _is_share(title) else None, max(len(curves) - SERIES, 0))
+        for title, curves in groups.items()
+    ]
     return sorted(charts, key=lambda chart: not chart.title.startswith("val"))
 
 
+def _is_shown(name: str | None) -> bool:
+    return name not in (None, "", "step", "epoch") and not name.startswith(CLOCK)
+
+
 def _label(name: str, group: str) -> str:
-    return name[len(group) + 1:] if name.startswith(f"{group}/") else name.rsplit("/", 1)[-1]
+    return name[len(group) + 1 :] if name.startswith(f"{group}/") else name.rsplit("/", 1)[-1]
 
 
 def _is_share(title: str) -> bool:
@@ -118,23 +137,26 @@ def _number(cell: str | None) -> float:
 def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
     """At most `most` points: means over runs of equal length (the last may be shorter)."""
     run = math.ceil(len(points) / most) or 1
-    chunks = [points[start:start + run] for start in range(0, len(points), run)]
-    return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
+    chunks = [points[start : start + run] for start in range(0, len(points), run)]
+    return [
+        (sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks
+    ]
 
 
 def line_chart(chart: Chart) -> Markup:
     """The curves over steps, with round ticks and, where there are several, a legend."""
     xs = [x for curve in chart.curves for x, _ in curve.points]
-    ys = [y for curve in chart.curves for _, y in curve.points] + ([] if chart.reference is None else [chart.reference])
-    x_range, y_range = _padded(xs, 0.0), _padded(ys, 0.06)
-    place = _Placement(x_range, y_range)
-    parts = [*(_y_tick(place, value) for value in ticks(*y_range)), *(_x_tick(place, value) for value in ticks(*x_range))]
-    if chart.reference is not None:
-        y = place.y(chart.reference)
-        parts.append(f'<line class="centre" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    ys = [y for curve in chart.curves for _, y in curve.points]
+    references = [] if chart.reference is None else [chart.reference]
+    place = _Placement(_padded(xs, 0.0), _padded(ys + references, 0.06))
+    parts = [_y_tick(place, value) for value in ticks(*place.y_range)]
+    parts += [_x_tick(place, value) for value in ticks(*place.x_range)]
+    parts += [_level(place, value, "centre") for value in references]
     parts += [_polyline(place, curve, number) for number, curve in enumerate(chart.curves)]
-    svg = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
-    return Markup(svg + _legend(chart))
+    start = (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">'
+    )
+    return Markup(start + "".join(parts) + "</svg>" + _legend(chart))
 
 
 @dataclass(frozen=True)
@@ -158,10 +180,14 @@ def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _y_tick(place: _Placement, value: float) -> str:
+def _level(place: _Placement, value: float, kind: str) -> str:
     y = place.y(value)
-    return (f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.4g}</text>')
+    return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _y_tick(place: _Placement, value: float) -> str:
+    text = f'<text x="{LEFT - 6}" y="{place.y(value) + 3.5:.1f}" text-anchor="end">{value:.4g}</text>'
+    return _level(place, value, "grid") + text
 
 
 def _x_tick(place: _Placement, value: float) -> str:
@@ -179,6 +205,8 @@ def _polyline(place: _Placement, curve: Curve, number: int) -> str:
 def _legend(chart: Chart) -> str:
     if len(chart.curves) < 2 and not chart.left_out:
         return ""
-    entries = [f'<li class="series-{number}">{escape(curve.label)}</li>' for number, curve in enumerate(chart.curves)]
+    entries = [
+        f'<li class="series-{number}">{escape(curve.label)}</li>' for number, curve in enumerate(chart.curves)
+    ]
     more = [f"<li>and {chart.left_out} more in metrics.csv</li>"] if chart.left_out else []
     return f'<ul class="legend">{"".join(entries + more)}</ul>'

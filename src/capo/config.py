@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones import Backbone
 from capo.errors import InputError
+from capo.evaluation import evaluate
+from capo.export import load_policy, policy_fingerprint
 from capo.generation import ImageGenerator, PoolPlan
 from capo.prompts import Prompt, check_splits
 from capo.rewards import Reward, load_rewards
@@ -25,7 +28,13 @@ def _shipped(name: str) -> str:
     return str(importlib.resources.files("capo.shapes") / "weights" / name)
 
 
+def _evaluation_folder(run: str | None) -> str:
+    """Where an evaluation keeps Hydra's own output: in the run that it evaluates, else in a folder of its own."""
+    return f"{run}/evaluation" if run else datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-evaluate")
+
+
 OmegaConf.register_new_resolver("shipped", _shipped, replace=True)
+OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder, replace=True, use_cache=True)
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,15 @@ def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str
     }
 
 
-def build_oracle(cfg: DictConfig) -> Callable | None:
-    """The exact measurement that the model's world has, or None."""
-    return instantiate(cfg.evaluation.oracle) if cfg.evaluation.oracle else None
+def evaluate_policy(cfg: DictConfig, world: World, policy: Path, folder: Path, curves: Path | None = None) -> dict:
+    """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate`."""
+    oracle = instantiate(cfg.evaluation.oracle) if cfg.evaluation.oracle else None
+    backbone, settings = world.backbone, world.generator.settings
+    tuned = ImageGenerator(backbone, load_policy(backbone, policy), policy_fingerprint(backbone, policy), settings)
+    return evaluate(
+        folder, world.plans["test"], tuned, world.evaluation_rewards, zero=world.plans["zero"], oracle=oracle,
+        title=f"{cfg.model.name}: tuned against base", config=OmegaConf.to_yaml(cfg, resolve=True), curves=curves,
+    )  # fmt: skip
 
 
 def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
@@ -109,3 +124,25 @@ def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
 
     walk(OmegaConf.to_container(cfg, resolve=False))
     return found
+
+
+def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a finished run, with what the command line names in its place.
+
+    Raises InputError for a folder that is no run, a run that has not finished, and a run whose config would call code
+    outside this package that `trust` does not name.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"run={folder} is no run: it has no config.yaml; give the directory that train.py printed")
+    if not (folder / "outcome.json").is_file():
+        raise InputError(f"run={folder} has not finished: it has no outcome.json; train it to its end first")
+    own = OmegaConf.load(folder / "config.yaml")
+    if foreign := foreign_targets(own, cfg.trust):
+        raise InputError(
+            f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, say trust=[{foreign[0].split('.')[0]}]"
+        )
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~").split("@")[-1]
+        if key not in ("run", "runs", "policy", "base", "trust") and not key.startswith("hydra"):
+            OmegaConf.update(own, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return own

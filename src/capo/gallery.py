@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from capo.atomic import write_whole
+from capo.drawn import Scores, Side
 from capo.metrics import win_rate
 
 SMALL = 160  # pixels: up to here a page gets an image as it is, without loss
@@ -22,7 +23,7 @@ PAD, LINE = 8, 15  # pixels of a grid: between cells, and from one line of text 
 
 @dataclass(frozen=True)
 class Change:
-    """One reward or oracle measure on one prompt: mean over its images; `rate` is the win-rate, None for a measure."""
+    """A reward or oracle measure on one prompt: means over its images; `rate`: win-rate, None for a measure."""
 
     name: str
     base: float
@@ -46,32 +47,65 @@ class Exhibit:
     places: Mapping[str, int]
 
 
-def gains(policy_scores: Mapping[str, Tensor], base_scores: Mapping[str, Tensor]) -> Tensor:
-    """(P,) win-rate of each prompt less 1/2, averaged over the rewards; scores {reward: (P, K)}, no calibration."""
+def gains(policy_scores: Scores, base_scores: Scores) -> Tensor:
+    """(P,) win-rate of each prompt less 1/2, averaged over the rewards; of raw scores, without calibration."""
     rates = [win_rate(policy_scores[name], base_scores[name]).double() for name in policy_scores]
     return torch.stack(rates).mean(0) - 0.5
 
 
-def ranking(policy_scores: Mapping[str, Tensor], base_scores: Mapping[str, Tensor]) -> list[int]:
+def ranking(policy_scores: Scores, base_scores: Scores) -> list[int]:
     """Prompts from the largest gain to the smallest.
 
-    K images a prompt give few distinct gains: among equals the mean score change counts, in standard deviations
-    of the base's scores, and at last the order of the prompts.
+    K images a prompt give few distinct gains: among equals the mean score change counts, in standard
+    deviations of the base's scores, and at last the order of the prompts.
     """
-    moved = [(policy_scores[name].double().mean(1) - base.double().mean(1)) / base.double().std().clamp_min(1e-12)
-             for name, base in base_scores.items()]
-    keys = zip(gains(policy_scores, base_scores).tolist(), torch.stack(moved).mean(0).tolist(), strict=True)
-    return [place for place, _ in sorted(enumerate(keys), key=lambda entry: (-entry[1][0], -entry[1][1], entry[0]))]
+    moved = [
+        (policy_scores[name].double().mean(1) - base.double().mean(1)) / base.double().std().clamp_min(1e-12)
+        for name, base in base_scores.items()
+    ]
+    first, second = gains(policy_scores, base_scores).tolist(), torch.stack(moved).mean(0).tolist()
+    return sorted(range(len(first)), key=lambda place: (-first[place], -second[place], place))
 
 
 def chosen_prompts(order: Sequence[int], count: int) -> dict[str, list[int]]:
-    """Prompts to show: `count` from the front of `order` (gain), from its back, worst first (loss), and unselected ones.
+    """Prompts to show, at most `count` each: the front of `order` (gain), its back, worst first (loss), and plain.
 
-    `plain` are spread evenly over the prompts as they stand, so that one sees what was not picked.
+    `plain` are spread evenly over the prompts as they stand, so that one sees what nobody picked.
     """
     count = min(count, len(order))
     plain = [place * len(order) // count for place in range(count)]
     return {"gain": list(order[:count]), "loss": list(order[::-1][:count]), "plain": plain}
+
+
+def exhibits(policy: Side, base: Side, count: int) -> list[Exhibit]:
+    """The prompts to show, `count` in each order, as they stand in the set; their images are decoded."""
+    chosen = chosen_prompts(ranking(policy.scores, base.scores), count)
+    margins = gains(policy.scores, base.scores)
+
+    def exhibit(row: int) -> Exhibit:
+        prompt = policy.drawn.plan.prompts[row]
+        places = {order: rows.index(row) for order, rows in chosen.items() if row in rows}
+        images = base.drawn.images(row), policy.drawn.images(row)
+        return Exhibit(
+            prompt.text, prompt.category, margins[row].item(), changes(policy, base, row), *images, places
+        )
+
+    return [exhibit(row) for row in sorted({row for rows in chosen.values() for row in rows})]
+
+
+def changes(policy: Side, base: Side, row: int) -> list[Change]:
+    """Rewards, then measures, of the prompt number `row`."""
+
+    def change(name: str, ours: Tensor, theirs: Tensor, rate: float | None = None) -> Change:
+        return Change(name, theirs[row].double().mean().item(), ours[row].double().mean().item(), rate)
+
+    found = []
+    for name, ours in policy.scores.items():
+        theirs = base.scores[name]
+        found.append(change(name, ours, theirs, win_rate(ours[row, None], theirs[row, None]).item()))
+    for name, ours in (policy.measures or {}).items():
+        found.append(change(f"oracle: {name}", ours, base.measures[name]))
+    return found
 
 
 def data_uri(image: Image.Image) -> str:
@@ -88,21 +122,32 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def image_grid(base_images: Sequence[Image.Image], policy_images: Sequence[Image.Image] | None,
-               prompts: Sequence[str], path: str | Path, columns: int = 8, cell: int = 128) -> None:
+def image_grid(
+    base_images: Sequence[Image.Image],
+    policy_images: Sequence[Image.Image] | None,
+    prompts: Sequence[str],
+    path: str | Path,
+    columns: int = 8,
+    cell: int = 128,
+) -> None:
     """Writes a PNG: a column a prompt, the base's image above the policy's, the prompt's text below.
 
-    Image i of both belongs to `prompts[i]` and one seed. With `policy_images` None the base stands alone. Images are
-    brought to `cell` pixels: whole multiples where they are smaller. More than `columns` prompts go into further rows.
-    Raises ValueError for numbers that do not agree, or no image.
+    Image i of both belongs to `prompts[i]` and one seed. With `policy_images` None the base stands alone. Images
+    are brought to `cell` pixels: whole multiples where they are smaller. More than `columns` prompts go into
+    further bands. Raises ValueError for numbers that do not agree, or no image.
     """
     rows = {"base": base_images} | ({} if policy_images is None else {"tuned": policy_images})
     if not prompts or any(len(images) != len(prompts) for images in rows.values()):
-        raise ValueError(f"a grid needs an image for each prompt: {len(prompts)} prompts, "
-                         f"{ {name: len(images) for name, images in rows.items()} } images")
-    columns = min(columns, len(prompts))
-    sheets = [_sheet({name: images[start:start + columns] for name, images in rows.items()},
-                     prompts[start:start + columns], columns, cell) for start in range(0, len(prompts), columns)]
+        raise ValueError(
+            f"a grid needs an image for each prompt: {len(prompts)} prompts, "
+            f"{ {name: len(images) for name, images in rows.items()} } images"
+        )
+    columns = math.ceil(len(prompts) / math.ceil(len(prompts) / columns))  # bands of equal length
+    sheets = []
+    for part in (slice(start, start + columns) for start in range(0, len(prompts), columns)):
+        sheets.append(
+            _sheet({name: images[part] for name, images in rows.items()}, prompts[part], columns, cell)
+        )
     whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), PAPER)
     top = 0
     for sheet in sheets:
@@ -113,9 +158,11 @@ def image_grid(base_images: Sequence[Image.Image], policy_images: Sequence[Image
     write_whole(path, buffer.getvalue())
 
 
-def _sheet(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], columns: int, cell: int) -> Image.Image:
+def _sheet(
+    rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], columns: int, cell: int
+) -> Image.Image:
     """One band of a grid: the rows' images in columns of width `cell`, their prompts below."""
-    font, margin = ImageFont.load_default(12), 44
+    font, margin = ImageFont.load_default(12), 50
     labels = [wrapped(prompt, font, cell) for prompt in prompts]
     height = len(rows) * (cell + PAD) + max(map(len, labels)) * LINE + 2 * PAD
     sheet = Image.new("RGB", (margin + columns * (cell + PAD), height), PAPER)
@@ -129,22 +176,23 @@ def _sheet(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], co
             sheet.paste(picture, (margin + column * (cell + PAD) + offset[0], top + offset[1]))
     for column, lines in enumerate(labels):
         for number, line in enumerate(lines):
-            draw.text((margin + column * (cell + PAD), len(rows) * (cell + PAD) + PAD + number * LINE), line, INK, font)
+            left, top = margin + column * (cell + PAD), len(rows) * (cell + PAD) + PAD + number * LINE
+            draw.text((left, top), line, INK, font)
     return sheet
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """The image at most `cell` pixels a side: enlarged by whole factors, so that its pixels stay pixels, or reduced."""
+    """The image at most `cell` pixels a side: enlarged by whole factors, which keeps its pixels, or reduced."""
     image = image.convert("RGB")
     factor = cell // max(image.size)
     if factor >= 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    scale = cell / max(image.size)
-    return image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.LANCZOS)
+    image.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+    return image
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 6) -> list[str]:
-    """`text` in lines of at most `width` pixels; a word that is too long is cut, and so is what is past `lines`."""
+    """`text` in lines of at most `width` pixels; too long a word is cut, and so is what is past `lines`."""
     result = [""]
     for word in text.split():
         while font.getlength(word) > width:
@@ -153,4 +201,4 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 6)
         longer = f"{result[-1]} {word}".strip()
         result = [*result[:-1], longer] if font.getlength(longer) <= width else [*result, word]
     result = [line for line in result if line] or [""]
-    return result if len(result) <= lines else [*result[:lines - 1], result[lines - 1][:-2] + "..."]
+    return result if len(result) <= lines else [*result[: lines - 1], result[lines - 1][:-2] + "..."]

@@ -1,4 +1,4 @@
-"""Fill a pool: text, latents, scores. Each is a stage that works shard by shard, skips what is there and can be cut off."""
+"""Fill a pool with text, latents and scores, shard by shard; what is there is skipped."""
 
 import shutil
 import time
@@ -25,7 +25,7 @@ STAGES = ("text", "latents", "scores")
 
 
 def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, settings: SamplerSettings) -> str:
-    """64 hex digits over what decides a latent beside prompt and seed: denoiser, sampler, steps, guidance, precision.
+    """64 hex digits over what decides a latent beside prompt and seed: denoiser, sampler, steps, guidance.
 
     The batch is left out: it moves a latent by rounding only, and stands in each shard's header.
     """
@@ -35,7 +35,7 @@ def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, setting
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """What draws the images of a pool: a backbone's pipeline with `denoiser`, base or policy, in the denoiser's place."""
+    """What draws a pool's images: a backbone's pipeline with `denoiser`, base or policy, in it."""
 
     backbone: Backbone
     denoiser: nn.Module
@@ -57,8 +57,8 @@ class ImageGenerator:
 class PoolPlan:
     """What a pool shall hold, and where: `candidates` images of each of `prompts`, under `root`.
 
-    `model` and `split` are for the folder's name; `seed` is that of the images. Raises InputError for no prompts
-    and for fewer than two candidates, which cannot be compared.
+    `model` and `split` are for the folder's name; `seed` is that of the images. Raises InputError for no
+    prompts and for fewer than two candidates, which cannot be compared.
     """
 
     root: Path
@@ -72,7 +72,7 @@ class PoolPlan:
     def __post_init__(self) -> None:
         if self.candidates < 2:
             raise InputError(f"pool of split '{self.split}': {self.candidates} candidates a prompt; "
-                             "nothing can be compared with fewer than 2 (pool.candidates, or images a prompt)")
+                             "fewer than 2 cannot be compared (pool.candidates, or images a prompt)")
         if self.prompts_per_shard < 1:
             raise InputError(f"pool.prompts_per_shard={self.prompts_per_shard} must be at least 1")
         if not self.prompts:
@@ -85,8 +85,9 @@ def open_pool(plan: PoolPlan, generator: ImageGenerator) -> Pool:
     Raises InputError for a pool there that was made otherwise, and a root that cannot be written.
     """
     fingerprints = generator.backbone.fingerprints
-    manifest = Manifest(prompts_per_shard=plan.prompts_per_shard, seed=plan.seed, generator=generator.fingerprint,
-                        latent_space=fingerprints["latent_space"], text_encoders=fingerprints["text_encoders"])
+    manifest = Manifest(prompts_per_shard=plan.prompts_per_shard, seed=plan.seed,
+                        generator=generator.fingerprint, latent_space=fingerprints["latent_space"],
+                        text_encoders=fingerprints["text_encoders"])
     folder = Path(plan.root) / pool_name(plan.model, manifest.generator, plan.seed, plan.split)
     pool = Pool.create(folder, manifest)
     pool.append_prompts(plan.prompts, plan.split)
@@ -98,10 +99,11 @@ def fill_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Rewar
               stages: Sequence[str] = STAGES, progress: bool = True, verify: bool = True) -> Pool:
     """Makes what is missing of the plan's pool: the rows of its prompts, that many candidates, all `rewards`.
 
-    Any number of processes may do so at once. Rows are filled whole, so prompts of an earlier plan that share a row
-    are filled with them. With `verify` the checksum of everything that is there already is compared, and damaged
-    shards are made again; without it only headers and sizes are looked at. Raises InputError for a stage that needs
-    an earlier one left out of `stages`, too little disk space (before any work), a latent or score that is not finite.
+    Any number of processes may do so at once. Rows are filled whole, so prompts of an earlier plan that share
+    a row are filled with them. With `verify` the checksum of everything that is there is compared, and
+    damaged shards are made again; without it only headers and sizes are looked at. Raises InputError for a
+    stage that needs an earlier one left out of `stages`, for too little disk space (before any work), and for
+    a latent or score that is not finite.
     """
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"stage {', '.join(sorted(unknown))} is unknown; choose from {', '.join(STAGES)}")
@@ -113,13 +115,15 @@ def fill_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Rewar
         if stage in wanted:
             run_stage(stage, progress)
         elif stage.todo():
-            raise InputError(f"pool {pool.folder}: {stage.name} of {len(stage.todo())} shards is not there, which "
+            raise InputError(f"pool {pool.folder}: {len(stage.todo())} shards lack their {stage.name}, which "
                              f"{wanted[-1].name} needs: run generate.py stage={stage.name} first")
     return pool
 
 
-def _stages(pool: Pool, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool) -> list[Stage]:
-    rows, backbone, settings = pool.text_shards(pool.positions(plan.prompts)), generator.backbone, generator.settings
+def _stages(pool: Pool, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward],
+            verify: bool) -> list[Stage]:
+    rows = pool.text_shards(pool.positions(plan.prompts))
+    backbone, settings = generator.backbone, generator.settings
     return [TextStage(pool, rows, backbone, settings, verify),
             LatentStage(pool, rows, backbone, settings, verify, generator.denoiser, plan.candidates),
             ScoreStage(pool, rows, backbone, settings, verify, rewards, plan.candidates)]
@@ -135,16 +139,16 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
         return
     stage.setup()
     made: set[Shard] = set()
-    with tqdm(total=sum(map(stage.amount, todo)), unit=stage.unit, desc=f"{stage.name} of {stage.pool.folder.name}",
-              disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(total=sum(map(stage.amount, todo)), desc=f"{stage.name} of {stage.pool.folder.name}",
+              unit=stage.unit, disable=not progress, dynamic_ncols=True) as bar:
         while todo:
             busy = [shard for shard in todo if not _attempt(stage, shard, made, bar)]
             if busy:
                 time.sleep(WAIT)
             todo = busy or stage.todo()
             if lost := made.intersection(todo):
-                raise RuntimeError(f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} was written "
-                                   "and is not there: the disk does not keep what is written to it")
+                raise RuntimeError(f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} "
+                                   "was written and is not there: the disk does not keep what it is given")
 
 
 def _attempt(stage: Stage, shard: Shard, made: set[Shard], bar: tqdm) -> bool:
@@ -166,8 +170,8 @@ def _check_space(pool: Pool, stages: Sequence[Stage]) -> None:
     needed = sum(stage.bytes_missing() for stage in stages)
     free = shutil.disk_usage(pool.folder).free
     if needed > free:
-        raise InputError(f"pool {pool.folder} needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are free: make "
-                         "room, set pool.root to a larger disk, or ask for fewer candidates or prompts")
+        raise InputError(f"pool {pool.folder} needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB "
+                         "are free: make room, set pool.root to a larger disk, or ask for fewer candidates")
 
 
 def pool_images(pool: Pool, backbone: Backbone, shard: Shard, batch: int = 32) -> list[list[Image]]:

@@ -34,7 +34,8 @@ def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
     >= duplicates would dominate each other and F+ would be empty.)
 
     Args:
-        scores: (P, N, L) raw scores. Raw, since float32 win-rates saturate and make ties that are not there.
+        scores: (P, N, L) raw scores. Raw, since win-rates have ties that the scores have not, from rounding and
+            from the floor of the log link.
 
     Returns:
         Two bool masks (P, N).
@@ -73,7 +74,7 @@ def frontiers(scores: Tensor) -> tuple[Tensor, Tensor]:
 def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
     """The best candidate wins and the worst loses, by the one reward there is; ties: the lowest index.
 
-    scores, calibrated: (P, N, 1) -> one-hot masks (P, N). Decided on the raw score, as win-rates saturate.
+    scores, calibrated: (P, N, 1) -> one-hot masks (P, N). Decided on the raw score, as win-rates are rounded.
         Raises InputError for more than one reward or a score that is not finite, ValueError for shapes that
         do not fit.
     """

@@ -43,7 +43,7 @@ def candidate_seed(pool_seed: int, prompt_id: str, index: int) -> int:
 
 
 def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:
-    """Raises InputError for a split without prompts, an empty prompt, or a prompt that stands twice, in one or two splits.
+    """Raises InputError for a split without prompts, an empty prompt, or a prompt that stands twice anywhere.
 
     A validation or test prompt that was trained on would make its win-rate worthless without a sign of it.
     """
@@ -56,15 +56,16 @@ def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:
             if not prompt.text:
                 raise InputError(f"{place} is empty: take it out")
             if prompt.id in places:
-                raise InputError(f'{place} ("{prompt.text}") is also {places[prompt.id]}: take one of the two out '
-                                 "(white space does not count)")
+                raise InputError(f'{place} ("{prompt.text}") is also {places[prompt.id]}: take one of the '
+                                 "two out (white space does not count)")
             places[prompt.id] = place
 
 
 def text_files(train: str | Path, validation: str | Path, test: str | Path) -> dict[str, list[Prompt]]:
     """Prompt sets from UTF-8 text files, one prompt a line; lines without text are passed over.
 
-    Raises InputError for a file that cannot be read, is not UTF-8 text or holds no prompt, and for whatever `check_splits` refuses.
+    Raises InputError for a file that cannot be read, is not UTF-8 text or holds no prompt, and for whatever
+    `check_splits` refuses.
     """
     files = {"train": train, "validation": validation, "test": test}
     splits = {split: _read_lines(split, Path(file).expanduser()) for split, file in files.items()}
@@ -79,7 +80,8 @@ def _read_lines(split: str, file: Path) -> list[Prompt]:
         raise InputError(f"prompts.{split}={file}: cannot be read ({error.strerror}); "
                          "give the path of a text file with one prompt a line") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"prompts.{split}={file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise InputError(f"prompts.{split}={file}: not UTF-8 text (byte {error.start}); save it as "
+                         "UTF-8") from error
     prompts = [make_prompt(line) for line in lines if normalise(line)]
     if not prompts:
         raise InputError(f"prompts.{split}={file}: no prompt in it; write one prompt a line")

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from capo.charts import half_width, interval_bar, line_chart, read_curves
 from capo.gallery import Exhibit, data_uri, image_grid
@@ -16,8 +17,14 @@ from capo.rewards import Reward
 __all__ = ["Report", "image_grid", "print_results", "render_report", "results_tables"]
 
 ORDERS = {"gain": "largest gains", "loss": "largest losses", "plain": "unselected"}
-FINGERPRINTS = {"policy": "policy", "base": "base", "policy_generator": "policy with sampler",
-                "base_generator": "base with sampler", "latent_space": "latent space", "text_encoders": "text encoders"}
+FINGERPRINTS = {
+    "policy": "policy",
+    "base": "base",
+    "policy_generator": "policy with sampler",
+    "base_generator": "base with sampler",
+    "latent_space": "latent space",
+    "text_encoders": "text encoders",
+}
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,29 @@ class Report:
 
 def render_report(report: Report) -> str:
     """The page as HTML: everything inside, nothing fetched. The same report gives the same text."""
-    environment = Environment(loader=PackageLoader("capo"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "number": number, "signed": signed, "uri": data_uri}
+    environment = Environment(
+        loader=PackageLoader("capo"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        function.__name__: function for function in (percent, number, fixed, moved, data_uri)
+    }
     charts = [] if report.curves is None else read_curves(report.curves)
     scale, rows = headline(report.results)
     return environment.get_template("report.html.j2").render(
-        report=report, results=report.results, orders=ORDERS, fingerprints=FINGERPRINTS, scale=scale, headline=rows,
-        oracle=oracle_sections(report.results), remarks=remarks(report.results),
-        charts=[(chart.title, line_chart(chart)) for chart in charts])
+        report=report,
+        results=report.results,
+        orders=ORDERS,
+        fingerprints=FINGERPRINTS,
+        scale=scale,
+        headline=rows,
+        oracle=oracle_sections(report.results),
+        remarks=remarks(report.results),
+        charts=[(chart.title, line_chart(chart)) for chart in charts],
+    )
 
 
 def percent(rate: float) -> str:
@@ -66,9 +87,14 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
 
 
-def signed(value: float) -> str:
-    """A change: `+0.031`, `-1.2`."""
-    return ("+" if value >= 0 else "") + number(value)
+def fixed(value: float) -> str:
+    """Three digits after the point, for columns that are read downwards."""
+    return f"{value:.3f}"
+
+
+def moved(value: float) -> str:
+    """`fixed` with its sign."""
+    return f"{value:+.3f}"
 
 
 def headline(results: Mapping) -> tuple[float, list[dict]]:
@@ -79,8 +105,16 @@ def headline(results: Mapping) -> tuple[float, list[dict]]:
     rows = []
     for name, rate in results["win_rate"].items():
         band = (zero[name]["low"], zero[name]["high"]) if name in zero else None
-        rows.append({"name": name, "rate": rate, "zero": zero.get(name), "score": results["score"][name],
-                     "verdict": verdict(rate, 0.5), "bar": interval_bar(rate["low"], rate["mean"], rate["high"], 0.5, half, band)})
+        rows.append(
+            {
+                "name": name,
+                "rate": rate,
+                "zero": zero.get(name),
+                "score": results["score"][name],
+                "verdict": verdict(rate, 0.5),
+                "bar": interval_bar(rate["low"], rate["mean"], rate["high"], 0.5, half, band),
+            }
+        )
     return half, rows
 
 
@@ -97,9 +131,16 @@ def oracle_sections(results: Mapping) -> list[dict]:
         entries |= {name: found[measure] for name, found in results["oracle_by_category"].items()}
         extent = max(abs(entry[side]) for entry in entries.values() for side in ("low", "high"))
         half = half_width([(-extent, extent)], 0.0, step=0.05 if extent < 0.5 else 0.5)
-        rows = [{"name": name, **entry, "change": entry["policy"] - entry["base"], "verdict": verdict(entry, 0.0),
-                 "bar": interval_bar(entry["low"], entry["policy"] - entry["base"], entry["high"], 0.0, half)}
-                for name, entry in entries.items()]
+        rows = [
+            {
+                "name": name,
+                **entry,
+                "change": entry["policy"] - entry["base"],
+                "verdict": verdict(entry, 0.0),
+                "bar": interval_bar(entry["low"], entry["policy"] - entry["base"], entry["high"], 0.0, half),
+            }
+            for name, entry in entries.items()
+        ]
         sections.append({"name": measure, "half": half, "rows": rows})
     return sections
 
@@ -110,12 +151,16 @@ def remarks(results: Mapping) -> list[str]:
     for name, rate in results["win_rate"].items():
         measured = results.get("oracle", {}).get(name)
         if measured and rate["low"] > 0.5 and measured["high"] < 0:
-            found.append(f"{name}: the reward prefers the policy ({percent(rate['mean'])}), while the oracle measures a fall "
-                         f"from {number(measured['base'])} to {number(measured['policy'])}: reward hacking.")
+            found.append(
+                f"{name}: the reward prefers the policy ({percent(rate['mean'])}), while the oracle measures "
+                f"a fall from {number(measured['base'])} to {number(measured['policy'])}: reward hacking."
+            )
     for name, rate in results["zero"].items():
         if verdict(rate, 0.5) != "unclear":
-            found.append(f"{name}: the zero line's interval ({percent(rate['low'])} to {percent(rate['high'])}) does not hold "
-                         "50 %, although both sides are the base: read differences of that size as noise.")
+            found.append(
+                f"{name}: the zero line's interval ({percent(rate['low'])} to {percent(rate['high'])}) does "
+                "not hold 50 %, although both sides are the base: read differences of that size as noise."
+            )
     return found
 
 
@@ -131,25 +176,51 @@ def print_results(results: Mapping, console: Console | None = None) -> None:
 def results_tables(results: Mapping) -> list[Table]:
     """Win-rates in % against the base, and the oracle's measures, by category."""
     title = f"policy against base: {results['prompts']} prompts x {results['images_per_prompt']} images"
-    rates = Table("reward", "win-rate %", "95 % interval", "zero line %", "mean score", title=title, box=box.SIMPLE_HEAD)
+    table = Table(
+        "reward", "win-rate %", "95 % interval", "zero line %", "mean score", title=title, box=box.SIMPLE_HEAD
+    )
     for name, rate in results["win_rate"].items():
         zero, score = results["zero"].get(name), results["score"][name]
-        rates.add_row(name, f"{100 * rate['mean']:.1f}", _span(rate), f"{100 * zero['mean']:.1f} ({_span(zero)})" if zero else "-",
-                      f"{number(score['base'])} → {number(score['policy'])}", style=_style(verdict(rate, 0.5)))
-    tables = [rates]
-    for section in oracle_sections(results):
-        table = Table(f"oracle: {section['name']}", "base", "policy", "change", "95 % interval", box=box.SIMPLE_HEAD)
-        for row in section["rows"]:
-            table.add_row(row["name"], number(row["base"]), number(row["policy"]), signed(row["change"]),
-                          f"{signed(row['low'])} to {signed(row['high'])}", style=_style(row["verdict"]))
-        tables.append(table)
-    return tables
+        table.add_row(
+            name,
+            f"{100 * rate['mean']:.1f}",
+            _span(rate),
+            f"{100 * zero['mean']:.1f} ({_span(zero)})" if zero else "-",
+            f"{number(score['base'])} → {number(score['policy'])}",
+            style=_style(verdict(rate, 0.5)),
+        )
+    sections = oracle_sections(results)
+    return [table] if not sections else [table, _oracle_table(sections), _category_table(sections)]
+
+
+def _oracle_table(sections: Sequence[Mapping]) -> Table:
+    table = Table("oracle", "base", "policy", "change", "95 % interval", box=box.SIMPLE_HEAD)
+    for section in sections:
+        row = section["rows"][0]
+        table.add_row(
+            section["name"],
+            fixed(row["base"]),
+            fixed(row["policy"]),
+            moved(row["change"]),
+            f"{moved(row['low'])} to {moved(row['high'])}",
+            style=_style(row["verdict"]),
+        )
+    return table
+
+
+def _category_table(sections: Sequence[Mapping]) -> Table:
+    table = Table("oracle by category", *(section["name"] for section in sections), box=box.SIMPLE_HEAD)
+    for rows in zip(*(section["rows"][1:] for section in sections), strict=True):
+        cells = [
+            Text(f"{fixed(row['base'])} → {fixed(row['policy'])}", _style(row["verdict"])) for row in rows
+        ]
+        table.add_row(rows[0]["name"], *cells)
+    return table
 
 
 def _span(rate: Mapping[str, float]) -> str:
-    return f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f}"
+    return f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}"
 
 
 def _style(outcome: str) -> str:
     return {"above": "green", "below": "red", "unclear": ""}[outcome]
-

@@ -86,7 +86,7 @@ def sample(
 
 
 def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> Text:
-    """Text on the backbone's device; above guidance 1 (2B, ...), the negative branch first, as in the pipelines."""
+    """Text on the backbone's device; above guidance 1 (2B, ...), negative branch first, as in pipelines."""
     text = {key: value.to(backbone.device) for key, value in text.items()}
     if guidance <= 1:
         return text

@@ -1,4 +1,4 @@
-"""The three kinds of work on a pool. Each is `setup` and `run(shard)`, idempotent, so that any engine can place it."""
+"""The three kinds of work on a pool: `setup`, and `run(shard)`, idempotent, which any engine can place."""
 
 import math
 from abc import ABC, abstractmethod
@@ -40,8 +40,10 @@ class Stage(ABC):
     name: ClassVar[str]
     unit: ClassVar[str] = "image"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool):
-        self.pool, self.rows, self.backbone, self.settings, self.verify = pool, rows, backbone, settings, verify
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
+                 verify: bool):
+        self.pool, self.rows, self.verify = pool, rows, verify
+        self.backbone, self.settings = backbone, settings
 
     @abstractmethod
     def missing(self, row: int) -> list[Shard]:
@@ -99,12 +101,12 @@ class TextStage(Stage):
 
 
 class LatentStage(Stage):
-    """Sampling. A shard's batches never reach into another shard, and its text is the stored one, as in training."""
+    """Sampling. Batches never reach into another shard, and the text is the stored one, as in training."""
 
     name = "latents"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool,
-                 denoiser: nn.Module, candidates: int):
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
+                 verify: bool, denoiser: nn.Module, candidates: int):
         super().__init__(pool, rows, backbone, settings, verify)
         self.denoiser, self.candidates = denoiser, candidates
 
@@ -146,12 +148,12 @@ class _ImageCount:
 
 
 class ScoreStage(Stage):
-    """Decodes each shard's stored latents once and gives the images to every reward that has not scored them."""
+    """Decodes a shard's stored latents once and gives the images to every reward that has not scored them."""
 
     name = "scores"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool,
-                 rewards: Sequence[Reward], candidates: int):
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
+                 verify: bool, rewards: Sequence[Reward], candidates: int):
         super().__init__(pool, rows, backbone, settings, verify)
         self.rewards, self.candidates = rewards, candidates
 

@@ -1,17 +1,18 @@
 """Candidate pools: the only package that knows how candidates lie on disk.
 
     POOL/manifest.json                           `Manifest`: created once, never rewritten
-    POOL/prompts.parquet                         prompt_id, prompt, split, position; replaced whole when prompts are appended
-    POOL/text/00000.safetensors                  what the denoiser needs of each prompt of the row; a tensor that is the
-                                                 same for all of them stands there once, with a leading 1
-    POOL/latents/00000-00.safetensors            `latents` (prompts, candidates, C, H, W) float16, as the denoiser sees them
+    POOL/prompts.parquet                         prompt_id, prompt, split, position; replaced whole on append
+    POOL/text/00000.safetensors                  what the denoiser needs of each prompt of the row; a tensor
+                                                 that is the same for all stands there once, with a leading 1
+    POOL/latents/00000-00.safetensors            `latents` (prompts, candidates, C, H, W) float16, scaled as
+                                                 the denoiser sees them
     POOL/scores/<reward>-<fp8>/00000-00.parquet  prompt_id, candidate, score: raw, in the order of the latents
     POOL/.locks/                                 empty but for the locks of processes that are writing
 
-A *row* is a range of prompts: position // prompts_per_shard is its number, the first of a file's two. A *shard* is
-a row's block of up to 8 candidates. Appended prompts begin a new row, so positions may have gaps; added candidates
-begin a new block, whose first candidate stands in its header. A file is written once, whole, and rewritten only
-when it is damaged.
+A *row* is a range of prompts: position // prompts_per_shard is its number, the first of a file's two. A
+*shard* is a row's block of up to 8 candidates. Appended prompts begin a new row, so positions may have gaps;
+added candidates begin a new block, whose first candidate stands in its header. A file is written once, whole,
+and rewritten only when it is damaged.
 """
 
 from capo.pool.files import DamagedShard

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, checksums that say so, and locks that a dead process does not keep."""
+"""Files that are there whole or not at all, checksums that say so, locks that no dead process keeps."""
 
 import fcntl
 import hashlib
@@ -21,30 +21,30 @@ from capo.errors import InputError
 
 # safetensors' name -> what numpy reads it as, what torch makes of that (numpy has no bfloat16)
 DTYPES = {
-    "F64": (np.float64, torch.float64), "F32": (np.float32, torch.float32), "F16": (np.float16, torch.float16),
-    "BF16": (np.int16, torch.bfloat16), "I64": (np.int64, torch.int64), "I32": (np.int32, torch.int32),
-    "I16": (np.int16, torch.int16), "I8": (np.int8, torch.int8), "U8": (np.uint8, torch.uint8),
-    "BOOL": (np.bool_, torch.bool),
+    "F64": (np.float64, torch.float64), "F32": (np.float32, torch.float32),
+    "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16),
+    "I64": (np.int64, torch.int64), "I32": (np.int32, torch.int32), "I16": (np.int16, torch.int16),
+    "I8": (np.int8, torch.int8), "U8": (np.uint8, torch.uint8), "BOOL": (np.bool_, torch.bool),
 }
 LOCK_POLL = 0.1  # seconds
 
 
 class DamagedShard(InputError):
-    """A file of a pool is truncated or has changed since it was written; the message names it and the remedy."""
+    """A file of a pool is truncated or changed after it was written; the message names file and remedy."""
 
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = path, reason
-        super().__init__(f"{path} is damaged: {reason}; generate.py with the same configuration makes it again")
+        super().__init__(f"{path} is damaged: {reason}; generate.py of the same configuration makes it again")
 
 
 @dataclass(frozen=True)
 class Header:
-    """Of a safetensors file: `metadata`, `entries` (name -> dtype, shape, data_offsets), first byte of the data, bytes in all."""
+    """What stands at the start of a safetensors file."""
 
     metadata: dict[str, str]
-    entries: dict[str, dict]
-    start: int
-    size: int
+    entries: dict[str, dict]  # name -> dtype, shape, data_offsets
+    start: int  # of the data, in bytes
+    size: int  # of the whole file, in bytes
 
     def checksum(self, data: memoryview | bytes) -> str:
         """sha256 over the header, as sorted JSON without the checksum itself, and the data."""
@@ -57,8 +57,8 @@ class Header:
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
     """Writes under a temporary name, syncs and renames. The caller holds the lock that belongs to `path`.
 
-    So whatever lies under the temporary name is from a process that died, and is overwritten. Raises InputError
-    when the disk is full or must not be written.
+    So whatever lies under the temporary name is from a process that died, and is overwritten. Raises
+    InputError when the disk is full or must not be written.
     """
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -73,20 +73,21 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise InputError(f"{path} cannot be written ({error.strerror}): make room there, or set pool.root "
-                             "to a folder that can be written") from error
+            raise InputError(f"{path} cannot be written ({error.strerror}): make room, or set pool.root to "
+                             "a folder that can be written") from error
         raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file with `metadata` and a checksum in its header; any safetensors reader reads it."""
     # cloned: safetensors refuses tensors that share memory, as expanded ones do
-    plain = memoryview(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                            dict(metadata)))
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = memoryview(save(owned, dict(metadata)))
     header = parse_header(path, plain)
     data = plain[header.start:]
     metadata = header.metadata | {"checksum": header.checksum(data)}
-    complete = {"__metadata__": dict(sorted(metadata.items())), **header.entries}  # sorted: the same bytes every time
+    # sorted, because safetensors' own order is random: the same content gives the same bytes
+    complete = {"__metadata__": dict(sorted(metadata.items())), **header.entries}
     raw = json.dumps(complete).encode()
     raw += b" " * (-len(raw) % 8)  # the format aligns the data to 8 bytes
     write_file(path, len(raw).to_bytes(8, "little"), raw, data)
@@ -105,7 +106,7 @@ def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """Header of the file at `path`, its size checked, its data not read. Raises DamagedShard, FileNotFoundError."""
+    """Header of the file at `path`; checks its size, not its data. Raises DamagedShard, FileNotFoundError."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
@@ -116,19 +117,21 @@ def read_header(path: Path) -> Header:
 
 
 class TensorFile:
-    """A safetensors file mapped into memory: `arrays` are views by name, read from disk when they are indexed.
+    """A safetensors file mapped into memory: `arrays` are views by name, read when they are indexed.
 
-    Slices through `safetensors.safe_open` cost 40 us each, a view of the mapping 2: with latents of some kilobytes
-    that is the reading. With `verify` the whole data is read once and its checksum compared. Raises DamagedShard
-    or FileNotFoundError.
+    Slices through `safetensors.safe_open` cost 40 us each, a view of the mapping 2: with latents of some
+    kilobytes that is the reading. With `verify` the whole data is read once and its checksum compared. Raises
+    DamagedShard or FileNotFoundError.
     """
 
     def __init__(self, path: Path, verify: bool):
         self.header = read_header(path)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if verify and self.header.checksum(memoryview(self._map)[self.header.start:]) != self.header.metadata.get("checksum"):
-            raise DamagedShard(path, "its checksum is not that of its data")
+        if verify:
+            data = memoryview(self._map)[self.header.start:]
+            if self.header.checksum(data) != self.header.metadata.get("checksum"):
+                raise DamagedShard(path, "its checksum is not that of its data")
         self.arrays = {name: self._view(entry) for name, entry in self.header.entries.items()}
 
     def _view(self, entry: dict) -> np.ndarray:
@@ -148,7 +151,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Yields whether this process now holds the advisory lock `path`; with `wait`, only once it does.
 
     The system drops the lock of a process that dies. The file is removed on release, so that a pool keeps no
-    litter; who finds that the file locked is no longer the one under that name has lost the race and tries again.
+    litter; who finds that what it locked is no longer the file of that name has lost and tries again.
     """
     while (handle := _try_lock(path)) is None and wait:
         time.sleep(LOCK_POLL)
@@ -167,7 +170,8 @@ def _try_lock(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be written ({error.strerror}): set pool.root to a folder that can") from error
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}): set pool.root to a folder "
+                         "that can be written") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):

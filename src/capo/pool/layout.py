@@ -1,7 +1,7 @@
 """Names, ranges and the manifest of a pool: what lies where, without touching a disk."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SCHEMA = 1
@@ -21,8 +21,9 @@ class Manifest:
 
     def differences(self, other: "Manifest") -> list[str]:
         """One clause a field that differs: `seed is 0, this configuration has 1`."""
-        return [f"{field.name} is {getattr(self, field.name)}, this configuration has {getattr(other, field.name)}"
-                for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+        mine, its = asdict(self), asdict(other)
+        return [f"{name} is {mine[name]}, this configuration has {its[name]}"
+                for name in mine if mine[name] != its[name]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Shard:
 
 
 def pool_name(model: str, generator: str, seed: int, split: str) -> str:
-    """Folder of a pool under the pool root; `generator` is a fingerprint, of which the first 8 digits count."""
+    """Folder of a pool under the pool root; of the fingerprint `generator` the first 8 digits count."""
     return f"{model}-{generator[:8]}-{seed}-{split}"
 
 
@@ -73,14 +74,16 @@ def read_range(text: str) -> range:
 def plan_blocks(existing: Mapping[int, range], candidates: int) -> list[range]:
     """Candidates of blocks 0, 1, ... that together hold at least the first `candidates`.
 
-    `existing` are the blocks that lie on disk and can be read: they keep their range. A lost block ends where the
-    next one that is left begins, and otherwise takes up to 8 candidates.
+    `existing` are the blocks that lie on disk and can be read: they keep their range. A lost block ends where
+    the next one that is left begins, and otherwise takes up to 8 candidates.
     """
     blocks: list[range] = []
     while (start := blocks[-1].stop if blocks else 0) < candidates:
         number = len(blocks)
         here = existing.get(number)
-        blocks.append(here if here and here.start == start else range(start, _stop(existing, number, start, candidates)))
+        if not here or here.start != start:
+            here = range(start, _stop(existing, number, start, candidates))
+        blocks.append(here)
     return blocks
 
 

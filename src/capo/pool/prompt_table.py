@@ -12,13 +12,14 @@ from capo.errors import InputError
 from capo.pool.files import write_file
 from capo.prompts import Prompt
 
-SCHEMA = pa.schema({"prompt_id": pa.string(), "prompt": pa.string(), "split": pa.string(), "position": pa.int64()})
+SCHEMA = pa.schema({"prompt_id": pa.string(), "prompt": pa.string(), "split": pa.string(),
+                    "position": pa.int64()})
 
 
 class PromptTable:
     """The file prompts.parquet of a pool: read once, replaced whole when prompts are appended.
 
-    `prompts` lists (prompt, position); a row is the prompts whose position // prompts_per_shard is its number.
+    `prompts` lists (prompt, position); a row is the prompts with its number as position // prompts_per_shard.
     Categories are not kept. Raises InputError for a file that cannot be read.
     """
 
@@ -43,7 +44,7 @@ class PromptTable:
             self._rows.setdefault(position // self.prompts_per_shard, []).append(prompt)
 
     def append(self, prompts: Sequence[Prompt], split: str, lock: AbstractContextManager) -> None:
-        """Adds the prompts that are not there yet, beginning a new row; takes `lock` only if there are any."""
+        """Adds the prompts that are not there yet, beginning a new row; takes `lock` only if it must."""
         if all(prompt.id in self._positions for prompt in prompts):
             return
         with lock:
@@ -51,7 +52,8 @@ class PromptTable:
             fresh = {prompt.id: prompt.text for prompt in prompts if prompt.id not in self._positions}
             first = (max(self._rows, default=-1) + 1) * self.prompts_per_shard
             if fresh:
-                self._write(list(fresh), list(fresh.values()), [split] * len(fresh), range(first, first + len(fresh)))
+                positions = range(first, first + len(fresh))
+                self._write(list(fresh), list(fresh.values()), [split] * len(fresh), positions)
         self._read()
 
     def _write(self, *added: Sequence) -> None:
@@ -65,7 +67,7 @@ class PromptTable:
         prompts = list(prompts)
         for prompt in prompts:
             if prompt.id not in self._positions:
-                raise InputError(f'pool {self.path.parent} has no prompt "{prompt.text}": generate.py adds it')
+                raise InputError(f'pool {self.path.parent} lacks prompt "{prompt.text}": generate.py adds it')
         return [self._positions[prompt.id] for prompt in prompts]
 
     def rows(self, positions: Iterable[int] | None = None) -> list[int]:

@@ -17,10 +17,10 @@ HANDLES = 256  # files open at once, at most; many systems allow a process 1024
 
 
 class PoolReader:
-    """Reads single candidates and texts of a complete pool; each file's checksum is verified when it is first opened.
+    """Reads single candidates and texts of a complete pool, each file's checksum when it is first opened.
 
-    Cheap to pickle: a loader's worker opens its own files. Raises DamagedShard (an InputError) for a file that has
-    changed since it was written, FileNotFoundError for one that was never made.
+    Cheap to pickle: a loader's worker opens its own files. Raises DamagedShard (an InputError) for a file
+    that has changed since it was written, FileNotFoundError for one that was never made.
     """
 
     def __init__(self, pool: Pool, handles: int = HANDLES):
@@ -44,14 +44,16 @@ class PoolReader:
     def latents(self, position: int, candidates: Sequence[int]) -> Tensor:
         """(k, C, H, W) float16 of the prompt at `position`, in the order of `candidates`."""
         row, place = divmod(position, self.prompts_per_shard)
-        return torch.from_numpy(np.stack([self._candidate(row, place, candidate) for candidate in candidates]))
+        views = [self._candidate(row, place, candidate) for candidate in candidates]
+        return torch.from_numpy(np.stack(views))
 
     def text(self, position: int) -> dict[str, Tensor]:
         """What the denoiser needs of the prompt at `position`, without a leading batch dimension."""
         row, place = divmod(position, self.prompts_per_shard)
         file = self._file(text_path, row)
         # a leading 1 is a tensor that is the same for every prompt of the row
-        return {name: file.tensor(name, place if len(array) > 1 else 0) for name, array in file.arrays.items()}
+        return {name: file.tensor(name, place if len(array) > 1 else 0)
+                for name, array in file.arrays.items()}
 
     def _candidate(self, row: int, place: int, candidate: int) -> np.ndarray:
         """View of one candidate's latent. Blocks before its own are opened once, to learn where they end."""
@@ -64,7 +66,7 @@ class PoolReader:
         return self._file(latents_path, row, block).arrays["latents"][place, candidate - first]
 
     def _file(self, locate: Callable[..., Path], *numbers: int) -> TensorFile:
-        """The file at `locate(folder, *numbers)`, opened if need be; the one longest not used is dropped for it."""
+        """The file at `locate(folder, *numbers)`, opened if need be in place of the one longest unused."""
         key = (locate, numbers)
         file = self._open.get(key)
         if file is None:

@@ -1,4 +1,4 @@
-"""Scores of one shard as a parquet file, with a checksum that ties them to the latents they were computed from."""
+"""Scores of a shard as a parquet file, with a checksum, and that of the latents they were computed from."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -35,11 +35,11 @@ def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
     try:
         file = pq.ParquetFile(path)
         scores = file.read(columns=["score"], use_threads=False).column(0).to_numpy()
+        metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, LookupError, ValueError) as error:
         raise DamagedShard(path, "it cannot be read as parquet") from error
-    metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
     checksum = metadata.pop("checksum", None)
     if checksum != _checksum(metadata, scores):
         raise DamagedShard(path, "its checksum is not that of its scores")
@@ -49,7 +49,8 @@ def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
 def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: int) -> np.ndarray:
     """(prompts of the row, candidates) float32 of reward `key`, gathered over the row's blocks.
 
-    `digest` is that of the row's prompts. Raises InputError for scores that are missing, damaged or of other prompts.
+    `digest` is that of the row's prompts. Raises InputError for scores that are missing, damaged or of other
+    prompts.
     """
     blocks: list[np.ndarray] = []
     covered = 0
@@ -58,8 +59,8 @@ def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: i
         try:
             metadata, flat = read_score_file(path)
         except FileNotFoundError as error:
-            raise InputError(f"{path}: reward '{key}' has not scored candidates {covered}-{candidates - 1} of the "
-                             "prompts of this row; generate.py with the same configuration does") from error
+            raise InputError(f"{path}: reward '{key}' has not scored candidates {covered}-{candidates - 1} "
+                             "of this row's prompts; generate.py of the same configuration does") from error
         if metadata["prompts"] != digest:
             raise DamagedShard(path, "it belongs to other prompts")
         numbers = read_range(metadata["candidates"])

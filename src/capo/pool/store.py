@@ -1,7 +1,6 @@
 """The pool itself: what is there, what is missing, and writing it shard by shard."""
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -12,15 +11,8 @@ import torch
 from torch import Tensor
 
 from capo.errors import InputError
-from capo.pool.files import (
-    DamagedShard,
-    Header,
-    TensorFile,
-    file_lock,
-    read_header,
-    write_file,
-    write_tensors,
-)
+from capo.pool.files import DamagedShard, TensorFile, file_lock, write_file, write_tensors
+from capo.pool.inspection import Inspection
 from capo.pool.layout import (
     BLOCK,
     SCHEMA,
@@ -37,21 +29,18 @@ from capo.pool.prompt_table import PromptTable
 from capo.pool.score_files import read_row_scores, read_score_file, write_score_file
 from capo.prompts import Prompt
 
-log = logging.getLogger(__name__)
-
 
 class Pool:
     """Candidates of prompts, with scores, in a folder. Opened with `open`, made or found again with `create`.
 
-    A file is there, whole and made by what the manifest says, or it is not: `has_...` answers that, and says by a
-    log line why a file that lies there does not count. Writing needs the lock of (kind, row).
+    A file is there, whole and made by what the manifest says, or it is not: `has_...` answers that, and a log
+    line says why a file that lies there does not count. Writing needs the lock of (kind, row).
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest):
         self.folder = Path(folder)
         self.manifest = manifest
-        self._verified: set[tuple[Path, int]] = set()  # (path, time of change) whose checksum was found right
-        self._reported: set[Path] = set()
+        self._inspection = Inspection()
         self._table = PromptTable(self.folder / "prompts.parquet", manifest.prompts_per_shard)
 
     # --- the folder ---
@@ -63,17 +52,18 @@ class Pool:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.get("schema") != SCHEMA:
-                raise InputError(f"{path}: the pool has schema {values.get('schema')}, this version reads {SCHEMA}; "
-                                 "use another pool.root")
+                raise InputError(f"{path}: the pool has schema {values.get('schema')}, this version reads "
+                                 f"{SCHEMA}; use another pool.root")
             return cls(folder, Manifest(**values))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{folder} is no pool: it has no manifest.json; generate.py makes one") from error
+            raise InputError(f"{folder} is no pool (no manifest.json); generate.py makes one") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise InputError(f"{path} cannot be read ({error}); remove the pool or use another pool.root") from error
+            raise InputError(f"{path} cannot be read ({error}); remove the pool or use another "
+                             "pool.root") from error
 
     @classmethod
     def create(cls, folder: str | Path, manifest: Manifest) -> "Pool":
-        """A new pool, or the one in `folder` if `manifest` is its own. Raises InputError that lists what differs."""
+        """A new pool, or the one in `folder` if `manifest` is its own; else InputError with what differs."""
         path = Path(folder) / "manifest.json"
         if not path.exists():
             with file_lock(path.parent / ".locks" / "manifest", wait=True):
@@ -86,9 +76,9 @@ class Pool:
         return pool
 
     def lock(self, kind: str, row: int | None = None, wait: bool = False) -> AbstractContextManager[bool]:
-        """Context that yields whether this process now holds the lock of `kind` ("text", "latents", "scores") in `row`.
+        """Context that yields whether this process now holds the lock of `kind` (a stage's name) in `row`.
 
-        One lock covers all blocks of a row, because what a new block begins with depends on those before it.
+        One lock covers all blocks of a row, because where a new block begins depends on those before it.
         """
         return file_lock(self.folder / ".locks" / (kind if row is None else f"{kind}-{row:05d}"), wait)
 
@@ -100,7 +90,7 @@ class Pool:
         return self._table.prompts
 
     def append_prompts(self, prompts: Sequence[Prompt], split: str) -> list[int]:
-        """Adds the prompts that are not there yet, beginning a new row; returns the positions of all of `prompts`.
+        """Adds the prompts that are not there yet, beginning a new row; positions of all of `prompts`.
 
         Nothing is written when all are there.
         """
@@ -126,7 +116,7 @@ class Pool:
     # --- what is there ---
 
     def shards(self, candidates: int, positions: Iterable[int] | None = None) -> list[Shard]:
-        """The shards that hold, or shall hold, the first `candidates` of all prompts or of the rows of `positions`."""
+        """Shards that hold, or shall hold, the first `candidates` of all rows, or of those of `positions`."""
         return [shard for row in self.text_shards(positions) for shard in self.row_shards(row, candidates)]
 
     def row_shards(self, row: int, candidates: int) -> list[Shard]:
@@ -140,43 +130,21 @@ class Pool:
         blocks: dict[int, range] = {}
         number = 0
         # a lost block leaves a hole, so the search goes on at least as far as blocks of full size would reach
-        while (there := (path := latents_path(self.folder, row, number)).exists()) or number * BLOCK < candidates:
-            if there and (numbers := self._stored_candidates(path)):
+        path = latents_path(self.folder, row, number)
+        while path.exists() or number * BLOCK < candidates:
+            if numbers := self._stored_candidates(path):
                 blocks[number] = numbers
             number += 1
+            path = latents_path(self.folder, row, number)
         return blocks
 
     def _stored_candidates(self, path: Path) -> range | None:
-        header = self._header(path)
+        header = self._inspection.header(path)
         try:
             numbers = read_range(header.metadata["candidates"])
             return numbers if len(numbers) == header.entries["latents"]["shape"][1] else None
         except (AttributeError, KeyError, ValueError):  # no header, or a damaged one that still is JSON
             return None
-
-    def _header(self, path: Path, verify: bool = False) -> Header | None:
-        """Header of the file at `path`, or None where it is missing or damaged, which is reported once."""
-        try:
-            header = read_header(path)
-            if verify and (version := (path, path.stat().st_mtime_ns)) not in self._verified:
-                TensorFile(path, verify=True)
-                self._verified.add(version)
-            return header
-        except FileNotFoundError:
-            return None
-        except DamagedShard as error:
-            return self._report(path, error.reason)
-
-    def _report(self, path: Path, reason: str) -> None:
-        if path not in self._reported:
-            log.warning("%s does not count: %s; it has to be made again", path, reason)
-            self._reported.add(path)
-
-    def _matches(self, path: Path, metadata: Mapping[str, str], expected: Mapping[str, str]) -> bool:
-        wrong = [key for key, value in expected.items() if metadata.get(key) != value]
-        if wrong:
-            self._report(path, f"what it says of {', '.join(wrong)} is not what the pool has")
-        return not wrong
 
     # --- text ---
 
@@ -184,24 +152,27 @@ class Pool:
         return {"fingerprint": self.manifest.text_encoders, "prompts": self._table.digest(row)}
 
     def has_text(self, row: int, verify: bool = False) -> bool:
-        """Whether the text of a row is there; with `verify` its checksum is compared (once, while it is unchanged)."""
+        """Whether the text of a row is there; with `verify`, its checksum is compared once."""
         path = text_path(self.folder, row)
-        header = self._header(path, verify)
-        return header is not None and self._matches(path, header.metadata, self._text_identity(row))
+        header = self._inspection.header(path, verify)
+        expected = self._text_identity(row)
+        return header is not None and self._inspection.matches(path, header.metadata, expected)
 
     def write_text(self, row: int, text: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
-        """Stores `text` (leading dimension: the row's prompts) in the dtype it has; `settings` go into the header."""
+        """Stores `text` (leading dimension: the row's prompts) in its own dtype, `settings` in the header."""
         count = len(self._table.row(row))
         if wrong := {name: tuple(tensor.shape) for name, tensor in text.items() if len(tensor) != count}:
             raise ValueError(f"row {row} has {count} prompts, its text {wrong}")
-        stored = {name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor for name, tensor in text.items()}
+        stored = {name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor
+                  for name, tensor in text.items()}
         write_tensors(text_path(self.folder, row), stored, self._text_identity(row) | _described(settings))
 
     def read_text(self, row: int) -> dict[str, Tensor]:
         """The text of a row, leading dimension: its prompts."""
         file = TensorFile(text_path(self.folder, row), verify=True)
         count = len(self._table.row(row))
-        return {name: file.tensor(name).expand(count, *array.shape[1:]) for name, array in file.arrays.items()}
+        return {name: file.tensor(name).expand(count, *array.shape[1:])
+                for name, array in file.arrays.items()}
 
     # --- latents ---
 
@@ -210,16 +181,17 @@ class Pool:
                 "candidates": write_range(shard.candidates)}
 
     def has_latents(self, shard: Shard, verify: bool = False) -> bool:
-        """Whether a shard is there; with `verify` its checksum is compared (once, while it is unchanged)."""
+        """Whether a shard's latents are there; with `verify`, their checksum is compared once."""
         path = latents_path(self.folder, shard.row, shard.block)
-        header = self._header(path, verify)
-        return header is not None and self._matches(path, header.metadata, self._latents_identity(shard))
+        header = self._inspection.header(path, verify)
+        expected = self._latents_identity(shard)
+        return header is not None and self._inspection.matches(path, header.metadata, expected)
 
     def write_latents(self, shard: Shard, latents: Tensor, settings: Mapping[str, object]) -> None:
-        """Stores (prompts, candidates, C, H, W) as float16. Raises InputError for values that are not finite in it."""
+        """Stores (prompts, candidates, C, H, W) as float16; InputError for values not finite in it."""
         expected = (len(shard.positions), len(shard.candidates))
         if latents.ndim != 5 or latents.shape[:2] != expected:
-            raise ValueError(f"latents {tuple(latents.shape)} for shard {shard.name}, which has {expected} of them")
+            raise ValueError(f"latents {tuple(latents.shape)} for shard {shard.name} of {expected} images")
         half = latents.to(torch.float16)
         if not (finite := half.isfinite().flatten(2).all(2)).all():
             place, candidate = (~finite).nonzero()[0].tolist()
@@ -238,13 +210,13 @@ class Pool:
         return f'prompt {shard.positions[prompt]} ("{text}"), candidate {shard.candidates[candidate]}'
 
     def check_latent_shape(self, shape: Sequence[int]) -> None:
-        """Raises InputError where the latents that are stored are not (C, H, W) = `shape`; looks at one shard."""
+        """Raises InputError where the stored latents are not of `shape` (C, H, W); looks at one shard."""
         for path in (self.folder / "latents").glob("*.safetensors"):
-            if (header := self._header(path)) is not None:
+            if (header := self._inspection.header(path)) is not None:
                 stored = header.entries["latents"]["shape"][2:]
                 if stored != list(shape):
-                    raise InputError(f"pool {self.folder} holds latents of shape {tuple(stored)}, the model works on "
-                                     f"{tuple(shape)}: use the model or the image size that the pool was made with")
+                    raise InputError(f"pool {self.folder} holds latents of shape {tuple(stored)}, the model "
+                                     f"works on {tuple(shape)}: use the model and the size it was made with")
                 return
 
     # --- scores ---
@@ -254,7 +226,7 @@ class Pool:
                 "candidates": write_range(shard.candidates), "latents": latents}
 
     def _latents_checksum(self, shard: Shard) -> str | None:
-        header = self._header(latents_path(self.folder, shard.row, shard.block))
+        header = self._inspection.header(latents_path(self.folder, shard.row, shard.block))
         return header.metadata["checksum"] if header else None
 
     def has_scores(self, key: str, shard: Shard) -> bool:
@@ -268,9 +240,9 @@ class Pool:
         except FileNotFoundError:
             return False
         except DamagedShard as error:
-            self._report(path, error.reason)
+            self._inspection.report(path, error.reason)
             return False
-        return self._matches(path, metadata, self._scores_identity(key, shard, latents))
+        return self._inspection.matches(path, metadata, self._scores_identity(key, shard, latents))
 
     def write_scores(self, key: str, shard: Shard, scores: Tensor, settings: Mapping[str, object]) -> None:
         """Stores (prompts, candidates) raw scores of the latents that lie there."""
@@ -282,11 +254,13 @@ class Pool:
         write_score_file(path, ids, shard.candidates, scores.cpu().float().numpy(), metadata)
 
     def scores(self, keys: Sequence[str], candidates: int, positions: Sequence[int] | None = None) -> Tensor:
-        """(P, N, L) float32 raw scores: prompts at `positions` (all, in order), first `candidates`, rewards `keys`.
+        """Raw scores (P, N, L) float32: prompts at `positions` (all), first `candidates`, rewards `keys`.
 
         Raises InputError that names a reward and row whose scores are missing or damaged.
         """
-        chosen = np.array([place for _, place in self.prompts] if positions is None else positions, dtype=np.int64)
+        if positions is None:
+            positions = [position for _, position in self.prompts]
+        chosen = np.array(positions, dtype=np.int64)
         rows, places = np.divmod(chosen, self.manifest.prompts_per_shard)
         result = np.empty((len(chosen), candidates, len(keys)), dtype=np.float32)
         order = np.argsort(rows, kind="stable")

@@ -1,8 +1,8 @@
-"""Rewards: one interface over scorers, what is known about each, and the fingerprint under which its scores lie.
+"""Rewards: one interface over scorers, what is known about each, and the fingerprint its scores lie under.
 
-A scorer is a callable `(images, prompts) -> (B,)` on 8-bit RGB PIL images that returns raw scores. It stands in a
-reward's yaml as `scorer: {_target_: ...}`, beside what is known about it; heavy imports and weights belong in its
-constructor, which runs when the first image is scored.
+A scorer is a callable `(images, prompts) -> (B,)` on 8-bit RGB PIL images that returns raw scores. It stands
+in a reward's yaml as `scorer: {_target_: ...}`, beside what is known about it; heavy imports and weights
+belong in its constructor, which runs when the first image is scored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,37 +27,34 @@ LINKS = ("identity", "log")
 
 @dataclass(frozen=True)
 class Reward:
-    """A scorer and what is known about it. `link` and `scale` are calibration's (FORMULAS 2): scores stay raw.
-
-    `scorer` is its config, or a ready callable. `range`: usual lowest and highest score, for reports. `weights`,
-    `revision`, `licence`: of what it loads. `needs_prompt`: false where it sees the image only. `requires`: modules
-    that it imports, `extra`: the pip extra of this package that brings them.
-    """
+    """A scorer and what is known about it; its scores stay raw, `link` and `scale` are for calibration."""
 
     name: str
-    scorer: Mapping[str, Any] | Scorer
+    scorer: Mapping[str, Any] | Scorer  # its config, or a ready callable
     link: str = "identity"
     scale: float = 1.0
-    range: tuple[float, float] | None = None
+    range: tuple[float, float] | None = None  # usual lowest and highest score, for reports
     weights: str | None = None
     revision: str | None = None
     licence: str | None = None
-    needs_prompt: bool = True
-    requires: Sequence[str] = ()
-    extra: str | None = None
+    needs_prompt: bool = True  # false where the scorer sees the image only
+    requires: Sequence[str] = ()  # modules that the scorer imports
+    extra: str | None = None  # the pip extra of this package that brings them
 
     def __post_init__(self) -> None:
         if self.link not in LINKS:
-            raise InputError(f"reward '{self.name}': link '{self.link}' is unknown; choose one of {', '.join(LINKS)}")
+            raise InputError(f"reward '{self.name}': link '{self.link}' is unknown; choose one of "
+                             f"{', '.join(LINKS)}")
         if not self.scale > 0:
-            raise InputError(f"reward '{self.name}': scale {self.scale} must be above 0; for a reward that is better "
-                             "when lower, negate it in its scorer")
+            raise InputError(f"reward '{self.name}': scale {self.scale} must be above 0; for a reward that "
+                             "is better when lower, negate it in its scorer")
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits over scorer, weights and revision; a path counts as the content of what lies there."""
-        scorer = self.scorer if isinstance(self.scorer, Mapping) else f"{self.scorer.__module__}.{_qualified(self.scorer)}"
-        return content_fingerprint({"scorer": _content(scorer), "weights": _content(self.weights), "revision": self.revision})
+        """64 hex digits over scorer, weights and revision; a path counts as the content that lies there."""
+        scorer = _content(self.scorer) if isinstance(self.scorer, Mapping) else _qualified_name(self.scorer)
+        weights = _content(self.weights)
+        return content_fingerprint({"scorer": scorer, "weights": weights, "revision": self.revision})
 
     @property
     def key(self) -> str:
@@ -69,7 +66,7 @@ class Reward:
         return _build(self) if isinstance(self.scorer, Mapping) else self.scorer
 
     def setup(self, device: str | torch.device) -> None:
-        """Builds the scorer and moves it to `device`, if it has a `to`. Raises InputError where it cannot be built."""
+        """Builds the scorer, moves it to `device` if it has a `to`; InputError where it cannot be built."""
         if hasattr(self._callable, "to"):
             self._callable.to(device)
 
@@ -77,20 +74,21 @@ class Reward:
               where: Callable[[int], str] | None = None) -> Tensor:
         """Raw scores (B,) float32 on the CPU, one an image.
 
-        `where` names image i of the batch in messages. Raises InputError for a score that is not finite, or no
-        probability where the link is log, and for a scorer that does not return (B,).
+        `where` names image i of the batch in messages. Raises InputError for a score that is not finite, or
+        no probability where the link is log, and for a scorer that does not return (B,).
         """
         with torch.no_grad():
-            scores = torch.as_tensor(self._callable(list(images), list(prompts))).detach().to("cpu", torch.float32)
+            raw = self._callable(list(images), list(prompts))
+        scores = torch.as_tensor(raw).detach().to("cpu", torch.float32)
         if scores.shape != (len(images),):
-            raise InputError(f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for {len(images)} "
-                             "images; it must return one number an image, shape (B,)")
+            raise InputError(f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for "
+                             f"{len(images)} images; it must return one number an image, shape (B,)")
         if (bad := self._unusable(scores)).any():
             first = int(bad.nonzero()[0])
             place = where(first) if where else f'image {first} ("{prompts[first]}")'
-            raise InputError(f"{place}: reward '{self.name}' is {scores[first].item()}, which "
-                             f"{'is no probability' if self.link == 'log' else 'cannot be compared'}; check its weights "
-                             "and precision, then run generate.py again (what is scored stays)")
+            fault = "is no probability" if self.link == "log" else "cannot be compared"
+            raise InputError(f"{place}: reward '{self.name}' is {scores[first].item()}, which {fault}; check "
+                             "its weights and precision, then run generate.py again (what is scored stays)")
         return scores
 
     def _unusable(self, scores: Tensor) -> Tensor:
@@ -119,7 +117,8 @@ def _load(name: str, entry: dict[str, Any]) -> Reward:
     if missing := [module for module in reward.requires if find_spec(module) is None]:
         raise InputError(_not_installed(reward, ", ".join(missing)))
     if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
-        raise InputError(f"reward '{name}': no weights at {reward.weights}; set rewards.{name}.weights to where they lie")
+        raise InputError(f"reward '{name}': no weights at {reward.weights}; set rewards.{name}.weights to "
+                         "where they lie")
     return reward
 
 
@@ -137,16 +136,16 @@ def _build(reward: Reward) -> Scorer:
             raise cause from None
         if isinstance(cause, ModuleNotFoundError) and cause.name:
             raise InputError(_not_installed(reward, cause.name)) from error
-        raise InputError(f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be made: "
-                         f"{cause or error}") from error
+        raise InputError(f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be made "
+                         f"({cause or error}); compare its arguments with the class") from error
 
 
-def _qualified(scorer: Scorer) -> str:
-    return getattr(scorer, "__qualname__", type(scorer).__qualname__)
+def _qualified_name(scorer: Scorer) -> str:
+    return f"{scorer.__module__}.{getattr(scorer, '__qualname__', type(scorer).__qualname__)}"
 
 
 def _content(value: Any) -> Any:
-    """`value` with every path in it replaced by digests of what lies there, so that no machine's paths count."""
+    """`value` with every path in it replaced by digests of what lies there: no machine's paths count."""
     if isinstance(value, Mapping):
         return {str(key): _content(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

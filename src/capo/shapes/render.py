@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from capo.shapes.scenes import BACKGROUNDS, COLOURS, SIDE, Scene, Thing
+
+
+Outline = Callable[[str, np.ndarray, np.ndarray, float], np.ndarray]  # shape, offsets u and v, radius -> distance
 
 
 def _star() -> np.ndarray:
@@ -72,7 +77,7 @@ def _paint(thing: Thing, u: np.ndarray, v: np.ndarray, rng: np.random.Generator)
     return colour * (1 - 0.55 * dark[..., None])
 
 
-def _draw(canvas: np.ndarray, thing: Thing, rng: np.random.Generator) -> None:
+def _draw(canvas: np.ndarray, thing: Thing, rng: np.random.Generator, outline: Outline) -> None:
     reach = thing.radius * 1.2 + 2
     x0, x1 = max(0, int(thing.x - reach)), min(SIDE, int(thing.x + reach) + 2)
     y0, y1 = max(0, int(thing.y - reach)), min(SIDE, int(thing.y + reach) + 2)
@@ -81,7 +86,7 @@ def _draw(canvas: np.ndarray, thing: Thing, rng: np.random.Generator) -> None:
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
     u = cos * dx[None] + sin * dy[:, None]
     v = -sin * dx[None] + cos * dy[:, None]
-    cover = np.clip(0.5 - signed_distance(thing.shape, u, v, thing.radius), 0, 1)[..., None]
+    cover = np.clip(0.5 - outline(thing.shape, u, v, thing.radius), 0, 1)[..., None]
     window = canvas[y0:y1, x0:x1]
     window += cover * (_paint(thing, u, v, rng) - window)
 
@@ -97,13 +102,16 @@ def _clutter(canvas: np.ndarray, count: int, rng: np.random.Generator) -> None:
             canvas[max(i, 0) : i + 2, max(j, 0) : j + 2] = shade
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draw a scene: (64, 64, 3) uint8 RGB. A function of the scene alone (its seed draws phases and clutter)."""
+def render(scene: Scene, outline: Outline = signed_distance) -> np.ndarray:
+    """Draw a scene: (64, 64, 3) uint8 RGB. A function of the scene alone (its seed draws phases and clutter).
+
+    `outline` gives the distances for the shape names in the scene, should they be other than SHAPES.
+    """
     rng = np.random.default_rng(scene.seed)
     background = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
     canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
     for thing in scene.things:
-        _draw(canvas, thing, rng)
+        _draw(canvas, thing, rng, outline)
     style = scene.style
     canvas = background + style.contrast * (canvas - background)
     if style.shade:

@@ -2,6 +2,8 @@
 
     python -m capo.shapes.make scenes --work DIR
     python -m capo.shapes.make autoencoder --work DIR
+    python -m capo.shapes.make base --work DIR
+    python -m capo.shapes.make rewards --work DIR
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from capo.shapes.make import autoencoder, scenery
+from capo.shapes.make import autoencoder, base, lineups, rewards, scenery
 
 SCENES = 60_000
+LINEUPS = 8_000
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def stage_scenes(options: argparse.Namespace) -> None:
@@ -24,8 +28,27 @@ def stage_scenes(options: argparse.Namespace) -> None:
 
 def stage_autoencoder(options: argparse.Namespace) -> None:
     """Fit the autoencoder on the scenes and encode them all."""
-    vae = autoencoder.train(options.work, options.steps or 6500, seed=options.seed)
+    vae = autoencoder.train(options.work, options.steps or 8100, seed=options.seed)
     autoencoder.encode_all(vae, options.work)
+
+
+def stage_base(options: argparse.Namespace) -> None:
+    """Fit denoiser and text encoders on the encoded scenes and ship the pipeline."""
+    base.ship(base.train(options.work, options.steps or 10_000, seed=options.seed), WEIGHTS / "unet")
+
+
+def stage_rewards(options: argparse.Namespace) -> None:
+    """Fit the three rewards on line-ups, half of them through the autoencoder, and ship them."""
+    vae = autoencoder.build()
+    vae.load_state_dict(torch.load(options.work / "autoencoder.pt", weights_only=True)["module"])
+    tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae.eval(), workers=os.cpu_count() or 1)
+    steps = options.steps or 12_000
+    looks = rewards.train_looks(options.work, tables, steps // 3, options.seed)
+    alignment = rewards.train_alignment(options.work, tables, steps, options.seed)
+    preference = rewards.train_preference(options.work, tables, steps // 3, options.seed, alignment)
+    for name, module in (("alignment", alignment), ("looks", looks), ("preference", preference)):
+        rewards.ship(module, WEIGHTS / "rewards" / f"{name}.safetensors")
+    print(rewards.figures(tables, alignment, looks, preference))
 
 
 STAGES = {name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")}

@@ -23,8 +23,8 @@ def build_unet() -> UNet2DConditionModel:
     """A fresh denoiser: two levels (16 x 16 and 8 x 8), cross-attention on the lower one."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=8,
+        out_channels=8,
         block_out_channels=WIDTHS,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -1,0 +1,39 @@
+"""Make or complete the pools that `train.py` of the same configuration needs: candidates, validation, test and zero line.
+
+    python generate.py pool.candidates=32
+    python generate.py stage=scores rewards=looks
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from capo.config import build_world, set_threads
+from capo.errors import InputError
+from capo.generation import STAGES, fill_pool
+
+console = Console()
+
+
+def run(cfg: DictConfig) -> None:
+    """Fill the four pools, or run one stage of each."""
+    if cfg.stage not in ("all", *STAGES):
+        raise InputError(f"stage={cfg.stage} is unknown; choose all, {', '.join(STAGES)}")
+    set_threads(cfg.threads)
+    world = build_world(cfg)
+    stages = STAGES if cfg.stage == "all" else (cfg.stage,)
+    for name, plan in world.plans.items():
+        rewards = world.rewards if name in ("train", "validation") else world.evaluation_rewards
+        pool = fill_pool(plan, world.generator, rewards, stages=stages)
+        console.print(f"{name}: {len(plan.prompts)} prompts x {plan.candidates} images in {pool.folder}")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="generate")
+def main(cfg: DictConfig) -> None:
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The simulated annotators whose choices the preference reward learns: one taste each, and a common leaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from capo.shapes.scenes import COLOURS, SIDE
+
+ANNOTATORS = 12
+_COOL = np.array([name in ("green", "cyan", "blue", "purple") for name in COLOURS])
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What a point of each quality is worth to an annotator, in log-odds of choosing the picture."""
+
+    faithful: float  # all assertions of the prompt instead of none
+    exact: float  # the last assertion, beyond its share
+    looks: float  # a point of the rating rule
+    large: float  # four pixels of mean radius
+    centred: float  # things around the middle instead of at an edge
+    cool: float  # green, cyan, blue or purple instead of warm
+    plain: float  # no texture
+
+
+def tastes(seed: int) -> list[Taste]:
+    """ANNOTATORS tastes around a leaning towards faithful, good-looking, large, centred and, against the rating rule, cool."""
+    rng = np.random.default_rng([seed, 7])
+    centre = np.array([5.0, 0.8, 0.8, 0.5, 0.6, 0.8, 0.2])
+    spread = np.array([2.0, 0.4, 0.3, 0.4, 0.5, 0.7, 0.4])
+    return [Taste(*map(float, centre + spread * rng.normal(size=7))) for _ in range(ANNOTATORS)]
+
+
+def qualities(things: np.ndarray) -> np.ndarray:
+    """Large, centred, cool and plain (..., 4) of things (..., n, 6) as line-ups record them; 0 for a picture without any."""
+    there = things[..., 0] >= 0
+    count = np.maximum(there.sum(-1), 1)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return (values * there).sum(-1) / count
+
+    off = np.hypot(mean(things[..., 0]) - SIDE / 2, mean(things[..., 1]) - SIDE / 2)
+    cool = _COOL[np.maximum(things[..., 4], 0).astype(int)]
+    found = [mean(things[..., 2]) / 4, 1 - off / (SIDE / 2), mean(cool), mean(things[..., 5] == 0)]
+    return np.stack(found, axis=-1) * there.any(-1)[..., None]
+
+
+def worths(taste: Taste, share: np.ndarray, ratings: np.ndarray, things: np.ndarray) -> np.ndarray:
+    """What pictures are worth to an annotator, in log-odds.
+
+    `share` (...,) of the prompt's assertions that hold, `ratings` (...,) by the rating rule, `things` (..., n, 6).
+    """
+    own = qualities(things) @ np.array([taste.large, taste.centred, taste.cool, taste.plain])
+    return taste.faithful * share + taste.exact * (share == 1) + taste.looks * ratings + own
+
+
+def majority(share: np.ndarray, ratings: np.ndarray, things: np.ndarray, seed: int) -> np.ndarray:
+    """Share of annotators that would rather choose the first of each pair; inputs have a last (or last but two) axis of 2.
+
+    `share`, `ratings` (P, 2), `things` (P, 2, n, 6) -> (P,), without the noise of single choices.
+    """
+    votes = [np.diff(worths(taste, share, ratings, things), axis=-1)[..., 0] < 0 for taste in tastes(seed)]
+    return np.mean(votes, axis=0)

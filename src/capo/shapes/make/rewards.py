@@ -1,0 +1,165 @@
+"""Training of the three rewards of the shapes world, on line-ups labelled by construction.
+
+The oracle has no part in it: labels come from what was drawn. `looks` learns noisy ratings of the rating rule,
+`preference` the choices of simulated annotators.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capo.shapes.make.annotators import majority, tastes, worths
+from capo.shapes.make.autoencoder import to_tensor
+from capo.shapes.make.fitting import fit, generator
+from capo.shapes.make.lineups import SIZE
+from capo.shapes.rewards import CELLS, Judge, Rater, Verifier
+from capo.shapes.scenes import COLOURS, SHAPES, SIDE, TEXTURES
+
+HELD_OUT = 300  # last line-ups, never trained on
+_OWN = (0, 0, 2, 3)  # the caption that each picture of a line-up was drawn for
+Tables = Mapping[str, np.ndarray]
+
+
+def _rows(tables: Tables, batch: int, draw: torch.Generator) -> np.ndarray:
+    return torch.randint(len(tables["words"]) - HELD_OUT, (batch,), generator=draw).sort().values.numpy()
+
+
+def inventory_loss(told: Tensor, things: Tensor) -> Tensor:
+    """How well the eye names what stands in each cell: the centre's cell of a thing stands for it.
+
+    `told` (B, 64, 22): presence, shape or none, colour, texture, radius; `things` (B, n, 6), -1 beyond the last.
+    """
+    image, slot = (things[..., 0] >= 0).nonzero(as_tuple=True)
+    thing = things[image, slot]
+    column, row = ((thing[:, axis] / SIDE * CELLS).long().clamp(0, CELLS - 1) for axis in (0, 1))
+    cell = row * CELLS + column
+    presence = torch.zeros(told.shape[:2])
+    presence[image, cell] = 1.0
+    here = told[image, cell]
+    shape, colour, texture = here[:, 1:-1].split([len(SHAPES) + 1, len(COLOURS), 1 + len(TEXTURES)], dim=1)
+    named = sum(F.cross_entropy(part, thing[:, 3 + i].long()) for i, part in enumerate((shape, colour, texture)))
+    return F.binary_cross_entropy_with_logits(told[..., 0], presence) * 4 + named + F.l1_loss(here[:, -1], thing[:, 2] / 8)
+
+
+def words_loss(logits: Tensor, wrong: Tensor) -> Tensor:
+    """Binary cross-entropy that each word is right, (B, LENGTH) logits, where `wrong` is 0 or 1 and there is a word."""
+    known = (wrong >= 0) & logits.isfinite()
+    return F.binary_cross_entropy_with_logits(logits[known], 1 - wrong[known].float())
+
+
+def holds_loss(logits: Tensor, holds: Tensor) -> Tensor:
+    """Binary cross-entropy (B,) of the product of all probabilities, (B, n) logits, against 0 or 1."""
+    log_p = F.logsigmoid(logits).sum(1).clamp(max=-1e-5)
+    return -torch.where(holds > 0, log_p, torch.log(-torch.expm1(log_p)))
+
+
+def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 12) -> Verifier:
+    """Fit the verifier: every picture with its own caption and with one of the others of its line-up."""
+    torch.manual_seed(seed)
+    module = Verifier()
+
+    def loss(step: int):
+        draw = generator(seed, 4, step)
+        rows = _rows(tables, batch, draw)
+        other = torch.randint(1, SIZE, (batch, SIZE), generator=draw)
+        said = torch.stack([torch.tensor(_OWN).expand(batch, SIZE), (torch.tensor(_OWN) + other) % SIZE], dim=-1).numpy()
+        at = rows[:, None, None], np.arange(SIZE)[None, :, None], said
+        cells = module.eye(to_tensor(tables["pictures"][rows].reshape(-1, SIDE, SIDE, 3)))
+        words = torch.from_numpy(tables["words"][rows[:, None, None], said]).flatten(0, 2)
+        logits = module.words_right(cells, words)
+        holds = torch.from_numpy(tables["share"][at] == 1).flatten()
+        whole = holds_loss(logits, holds).mean()
+        word = words_loss(logits[:, 1:], torch.from_numpy(tables["wrong"][at]).flatten(0, 2))
+        seen = inventory_loss(module.eye.inventory(cells), torch.from_numpy(tables["things"][rows]).flatten(0, 1))
+        right = ((F.logsigmoid(logits).sum(1) > np.log(0.5)) == holds).float().mean().item()
+        parts = {"whole": whole.item(), "words": word.item(), "inventory": seen.item(), "accuracy": right}
+        return whole + 2 * word + 0.3 * seen, parts
+
+    return fit("reward_alignment", module, loss, work, steps, lr=1.5e-3)
+
+
+def train_looks(work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 32) -> Rater:
+    """Fit the rater to single raters' ratings: the rule, plus noise of 1.2 points, rounded."""
+    torch.manual_seed(seed + 1)
+    module = Rater()
+
+    def loss(step: int):
+        draw = generator(seed, 5, step)
+        rows = _rows(tables, batch, draw)
+        rule = torch.from_numpy(tables["ratings"][rows]).flatten()
+        given = (rule + 1.2 * torch.randn(rule.shape, generator=draw)).round().clamp(1, 10)
+        told = module(to_tensor(tables["pictures"][rows].reshape(-1, SIDE, SIDE, 3)))
+        return F.mse_loss(told, given), {"off_rule": (told - rule).abs().mean().item()}
+
+    return fit("reward_looks", module, loss, work, steps, lr=3e-3)
+
+
+def train_preference(work: Path, tables: Tables, steps: int, seed: int, verifier: Verifier, batch: int = 12) -> Judge:
+    """Fit the judge, starting from the verifier's trunk, to choices between pictures of a line-up for one caption."""
+    torch.manual_seed(seed + 2)
+    module = Judge()
+    known = module.state_dict()
+    module.load_state_dict({**known, **{k: v for k, v in verifier.state_dict().items() if k in known}})
+    people = tastes(seed)
+
+    def loss(step: int):
+        draw = generator(seed, 6, step)
+        rows = _rows(tables, batch, draw)
+        said = torch.randint(SIZE, (batch,), generator=draw).numpy()
+        cells = module.eye(to_tensor(tables["pictures"][rows].reshape(-1, SIDE, SIDE, 3)))
+        words = torch.from_numpy(tables["words"][rows, said]).repeat_interleave(SIZE, dim=0)
+        told = module.weigh(cells, words).view(batch, SIZE)
+        chooser = people[int(torch.randint(len(people), (1,), generator=draw))]
+        share = tables["share"][rows[:, None], np.arange(SIZE)[None], said[:, None]]
+        worth = torch.from_numpy(worths(chooser, share, tables["ratings"][rows], tables["things"][rows])).float()
+        first, second = torch.triu_indices(SIZE, SIZE, 1)
+        odds = worth[:, first] - worth[:, second]
+        chosen = (torch.rand(odds.shape, generator=draw) < odds.sigmoid()).float()
+        told = told[:, first] - told[:, second]
+        agrees = ((told > 0) == (chosen > 0)).float().mean().item()
+        return F.binary_cross_entropy_with_logits(told, chosen), {"agrees": agrees}
+
+    return fit("reward_preference", module, loss, work, steps, lr=7e-4)
+
+
+@torch.inference_mode()
+def figures(tables: Tables, alignment: Verifier, looks: Rater, preference: Judge, seed: int = 0) -> dict[str, float]:
+    """How the rewards do on the line-ups that were held out; labels by construction, the oracle has no part in it."""
+    held = {name: np.asarray(table[-HELD_OUT:]) for name, table in tables.items()}
+    pixels = to_tensor(held["pictures"].reshape(-1, SIDE, SIDE, 3))
+    words = torch.from_numpy(held["words"]).repeat_interleave(SIZE, dim=0)  # (pictures, captions, words)
+    p, worth = (torch.stack([net(pixels, words[:, j]) for j in range(SIZE)], 1).unflatten(0, (-1, SIZE)) for net in (alignment, preference))
+    told, holds = looks(pixels).numpy(), held["share"] == 1
+    first, second = torch.triu_indices(SIZE, SIZE, 1).numpy()
+    agrees = []
+    for j in range(SIZE):
+        pair = [held["share"][:, :, j], held["ratings"]]
+        pair = [np.stack([x[:, first], x[:, second]], -1).reshape(-1, 2) for x in pair]
+        things = np.stack([held["things"][:, first], held["things"][:, second]], 2).reshape(-1, 2, *held["things"].shape[2:])
+        votes = majority(*pair, things, seed)
+        agrees.append(((worth[:, first, j] > worth[:, second, j]).flatten().numpy() == (votes > 0.5))[votes != 0.5])
+    own = np.arange(HELD_OUT)[:, None], np.arange(SIZE), np.array(_OWN)
+    return {
+        "alignment_accuracy": float(((p.numpy() > 0.5) == holds).mean()),
+        "alignment_own_mean": float(p.numpy()[own].mean()),
+        "alignment_own_holds": float(holds[own].mean()),
+        "looks_rank_correlation": float(spearmanr(told, held["ratings"].ravel()).statistic),
+        "preference_agrees": float(np.concatenate(agrees).mean()),
+    }
+
+
+def ship(module: nn.Module, path: Path) -> None:
+    """Save a reward in float16 under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}, part)
+    os.replace(part, path)

@@ -1,0 +1,181 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from capo.comparison import compare_runs, head_to_head, run_folders
+from capo.errors import InputError
+from capo.pool import Manifest, Pool
+from capo.prompts import make_prompt
+
+PROMPTS = [make_prompt(text) for text in ("a circle", "a square", "a star")]
+KEYS = {"alignment": "alignment-00000000", "looks": "looks-11111111"}
+
+
+def policy_pool(folder, generator, scores, seed=0):
+    """A pool of one row and as many candidates as `scores` {reward: (P, K)} has; latents do not matter."""
+    made = {"seed": seed, "generator": generator, "latent_space": "l", "text_encoders": "t"}
+    pool = Pool.create(
+        folder / "evaluation" / "pool" / f"tiny-{generator[:8]}-{seed}-test",
+        Manifest(prompts_per_shard=4, **made),
+    )
+    pool.append_prompts(PROMPTS, "test")
+    [shard] = pool.shards(len(scores["alignment"][0]))
+    pool.write_latents(shard, torch.zeros(len(PROMPTS), len(shard.candidates), 1, 2, 2), {})
+    for name, values in scores.items():
+        pool.write_scores(KEYS[name], shard, torch.tensor(values), {})
+
+
+def write_run(folder, scores, generator="a" * 64, mean=0.6, **changes):
+    """What a run directory holds after its evaluation, as far as comparisons read it."""
+    policy_pool(folder, generator, scores)
+    settings = {
+        "prompts": [prompt.id for prompt in PROMPTS],
+        "seed": 0,
+        "images_per_prompt": 2,
+        "rewards": KEYS,
+        "policy_generator": generator,
+    }
+    results = {
+        "win_rate": {name: {"mean": mean, "low": mean - 0.05, "high": mean + 0.05} for name in KEYS},
+        "oracle": {"alignment": {"policy": 0.75, "base": 0.5, "low": 0.2, "high": 0.3}},
+    }
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "evaluation" / "settings.json").write_text(json.dumps(settings | changes))
+    (folder / "evaluation" / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+FIRST = {"alignment": [[3.0, 1.0], [2.0, 2.0], [0.0, 1.0]], "looks": [[1.0, 1.0]] * 3}
+SECOND = {"alignment": [[1.0, 2.0], [2.0, 2.0], [5.0, 6.0]], "looks": [[0.0, 0.0], [0.0, 0.0], [0.0, 2.0]]}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of different policies."""
+    return write_run(tmp_path / "0", FIRST), write_run(tmp_path / "1", SECOND, "b" * 64, mean=0.45)
+
+
+def printed(folders):
+    console = Console(record=True, width=100, file=io.StringIO())
+    compared = compare_runs(folders, console)
+    return compared, console.export_text()
+
+
+# ---- head to head
+
+
+def test_hand_worked_head_to_head(runs):
+    found = head_to_head(*runs)
+    # alignment, prompt 1: 3 beats 1 and 2, 1 ties with 1 and loses to 2: 2.5 of 4;
+    # prompt 2: all tie; prompt 3: all lost
+    assert found["alignment"]["mean"] == pytest.approx((0.625 + 0.5 + 0.0) / 3)
+    # looks: 1 beats 0 everywhere but for the third prompt, where each of two loses to 2: 2 of 4
+    assert found["looks"]["mean"] == pytest.approx((1 + 1 + 0.5) / 3)
+    # a resample is the third prompt alone with probability 1/27 = 3.7 % > 2.5 %, without it with 8/27
+    assert (found["looks"]["low"], found["looks"]["high"]) == (0.5, 1.0)
+
+
+def test_swapping_the_runs_gives_the_complement(runs):
+    forward, backward = head_to_head(*runs), head_to_head(*reversed(runs))
+    for name in KEYS:
+        assert forward[name]["mean"] + backward[name]["mean"] == pytest.approx(1)
+    assert head_to_head(runs[0], runs[0])["alignment"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_prompts_are_matched_by_identity_not_by_their_place_in_the_pool(tmp_path, runs):
+    backwards = [prompt.id for prompt in reversed(PROMPTS)]
+    first = write_run(tmp_path / "2", FIRST, "c" * 64, prompts=backwards)
+    second = write_run(tmp_path / "3", SECOND, "d" * 64, prompts=backwards)
+    found, expected = head_to_head(first, second), head_to_head(*runs)
+    assert found["alignment"]["mean"] == pytest.approx(expected["alignment"]["mean"])
+
+
+def test_the_images_of_the_finished_evaluation_count(runs):
+    expected = head_to_head(*runs)
+    # an interrupted evaluation of another policy, and one of another seed; both sort before what counts
+    policy_pool(runs[1], "a" * 64, FIRST)
+    policy_pool(runs[1], "b" * 64, FIRST, seed=-1)
+    assert head_to_head(*runs) == expected
+
+
+def test_images_that_are_gone(runs):
+    for manifest in (runs[0] / "evaluation" / "pool").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(InputError, match="no longer holds the images of results.json; remove"):
+        head_to_head(*runs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("images_per_prompt", 4),
+        ("prompts", [PROMPTS[0].id]),
+        ("rewards", {"alignment": "alignment-22222222"}),
+    ],
+)
+def test_runs_of_other_prompts_seeds_images_or_rewards_are_refused(tmp_path, runs, key, value):
+    other = write_run(tmp_path / "2", SECOND, "c" * 64, **{key: value})
+    with pytest.raises(InputError, match=f"evaluated with other {key}; evaluate both with the same"):
+        head_to_head(runs[0], other)
+
+
+# ---- table
+
+
+def test_two_runs_in_tables(runs):
+    compared, text = printed(runs)
+    stored = [json.loads((run / "evaluation" / "results.json").read_text()) for run in runs]
+    assert compared["results"] == dict(zip(map(str, runs), stored))
+    assert compared["head_to_head"] == head_to_head(*runs)
+    assert "60.0 (55.0–65.0)" in text and "45.0 (40.0–50.0)" in text
+    assert "0.500 → 0.750" in text
+    assert "37.5 (0.0–62.5)" in text  # 1.125 / 3; prompts 1 or 3 alone are 1/27 of the resamples each
+
+
+def test_more_runs_have_no_duel_and_may_have_other_rewards(tmp_path, runs):
+    third = write_run(tmp_path / "2", SECOND, "c" * 64)
+    path = third / "evaluation" / "results.json"
+    path.write_text(json.dumps({"win_rate": {"novelty": {"mean": 0.7, "low": 0.6, "high": 0.8}}}))
+    compared, text = printed([*runs, third])
+    assert compared["head_to_head"] is None and len(compared["results"]) == 3
+    assert "novelty" in text and "70.0 (60.0–80.0)" in text
+
+
+def test_a_run_without_results_is_named(tmp_path, runs):
+    (tmp_path / "2").mkdir()
+    with pytest.raises(InputError, match="2 has not been evaluated.*run evaluate.py run=.*/2"):
+        printed([*runs, tmp_path / "2"])
+    (runs[1] / "evaluation" / "results.json").write_text("{")
+    with pytest.raises(InputError, match="1/evaluation/results.json cannot be read"):
+        printed(runs)
+
+
+# ---- which runs
+
+
+def test_a_list_is_taken_as_it_stands():
+    assert run_folders(["b", "a"]) == [Path("b"), Path("a")]
+
+
+def test_jobs_of_a_multirun_in_their_order(tmp_path):
+    for number in (10, 2, 0):
+        write_run(tmp_path / str(number), FIRST)
+    (tmp_path / "1").mkdir()  # a job that failed: it has a configuration, but no result
+    (tmp_path / "1" / "config.yaml").write_text("seed: 0\n")
+    expected = [tmp_path / "0", tmp_path / "2", tmp_path / "10"]
+    assert run_folders(str(tmp_path)) == run_folders([str(tmp_path)]) == expected
+    assert run_folders(str(tmp_path / "2")) == [tmp_path / "2"]
+
+
+def test_no_run_at_all(tmp_path):
+    with pytest.raises(InputError, match="no run directory there"):
+        run_folders(str(tmp_path))
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(InputError, match="none of its 1 jobs has been evaluated"):
+        run_folders(str(tmp_path))
