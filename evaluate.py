@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo.comparison import compare_runs, run_folders
-from capo.config import build_world, evaluate_policy, run_config, set_threads
+from capo.config import build_world, evaluate_policy, run_config, prepare_process
 from capo.errors import InputError
 
 console = Console()
@@ -25,7 +25,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     """Evaluate the policy of a run into its own folder, with the run's configuration."""
     folder = Path(cfg.run)
     own = run_config(folder, cfg, overrides)
-    set_threads(own.threads)
+    prepare_process(own.threads)
     return evaluate_policy(own, build_world(own), folder / "policy", folder / "evaluation", curves=folder / "metrics.csv")
 
 
@@ -33,7 +33,7 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
     """Evaluate an exported policy with the composed configuration."""
     if cfg.base:
         cfg.model.backbone.weights = str(Path(cfg.base).absolute())
-    set_threads(cfg.threads)
+    prepare_process(cfg.threads)
     return evaluate_policy(cfg, build_world(cfg), Path(cfg.policy), folder)
 
 

@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from capo.config import build_world, set_threads
+from capo.config import build_world, prepare_process
 from capo.errors import InputError
 from capo.generation import STAGES, fill_pool
 
@@ -21,7 +21,7 @@ def run(cfg: DictConfig) -> None:
     """Fill the four pools, or run one stage of each."""
     if cfg.stage not in ("all", *STAGES):
         raise InputError(f"stage={cfg.stage} is unknown; choose all, {', '.join(STAGES)}")
-    set_threads(cfg.threads)
+    prepare_process(cfg.threads)
     world = build_world(cfg)
     stages = STAGES if cfg.stage == "all" else (cfg.stage,)
     for name, plan in world.plans.items():

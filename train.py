@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 
 import hydra
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo import training
-from capo.config import World, build_world, evaluate_policy, set_threads
+from capo.config import World, build_world, evaluate_policy, prepare_process
 from capo.data import PreferenceData
 from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
 from capo.generation import fill_pool
@@ -98,8 +97,7 @@ def tune(cfg: DictConfig, world: World, folder: Path) -> tuple[PreferenceModule,
 
 def run(cfg: DictConfig) -> float:
     """One training run, whole; returns the best validation win-rate."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    set_threads(cfg.threads)
+    prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)

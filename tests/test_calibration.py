@@ -125,7 +125,12 @@ def test_ties_stay_ties_to_the_last_bit(candidates, dtype, link):
 def test_a_prompt_does_not_depend_on_the_prompts_beside_it(candidates):
     scores = normal(6000, candidates, dtype=torch.float32)
     together = calibrated_rewards(scores, scale=2.0)
-    for start, stop in [(0, 1), (7, 50), (1000, 5100), *((5900 + size, 5900 + 2 * size) for size in range(1, 50))]:
+    for start, stop in [
+        (0, 1),
+        (7, 50),
+        (1000, 5100),
+        *((5900 + size, 5900 + 2 * size) for size in range(1, 50)),
+    ]:
         assert torch.equal(calibrated_rewards(scores[start:stop], scale=2.0), together[start:stop])
 
 

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -9,6 +10,8 @@ from capo.backbones import UNetBackbone
 from capo.backbones.lora import add_lora, has_adapter, merged
 from capo.errors import InputError
 from capo.export import ModelCard, export_policy, load_policy, policy_fingerprint, write_card
+from capo.generation import ImageGenerator, PoolPlan, fill_pool, pool_images
+from capo.prompts import candidate_seed, make_prompt
 from capo.sampling import SamplerSettings, sample_prompts
 
 CARD = ModelCard(objective="capo", data="8 prompts of nowhere", settings={"beta": 30})
@@ -59,6 +62,33 @@ def test_full_policy_loads_by_the_readmes_line_and_gives_our_latents(tiny_backbo
     assert torch.equal(latents_of(tiny_backbone, loaded), ours) and not any(
         p.requires_grad for p in loaded.parameters()
     )
+
+
+def test_pool_of_a_policy_holds_what_its_folder_draws_without_this_package(tiny_backbone, tmp_path):
+    folder = export_policy(tiny_backbone, tuned(tiny_backbone.trainable_copy()), tmp_path / "policy", CARD)
+    generator = ImageGenerator(
+        tiny_backbone,
+        load_policy(tiny_backbone, folder),
+        policy_fingerprint(tiny_backbone, folder),
+        SamplerSettings(3, 5.0, 8),
+    )
+    prompts = [make_prompt(text) for text in PROMPTS]
+    pool = fill_pool(PoolPlan(tmp_path, "tiny", "test", 7, prompts, candidates=4), generator, progress=False)
+    [shard] = pool.shards(4)
+    arguments = {"num_inference_steps": 3, "guidance_scale": 5.0, "num_images_per_prompt": 4}
+
+    def draw(output_type):
+        seeds = [candidate_seed(7, prompt.id, index) for prompt in prompts for index in range(4)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+        return pipeline(PROMPTS, generator=generators, output_type=output_type, **arguments).images
+
+    assert torch.equal(pool.read_latents(shard).flatten(0, 1), draw("latent").half())
+    ours = [image for row in pool_images(pool, tiny_backbone, shard, 8) for image in row]
+    # the pool's images are those of latents rounded to float16
+    apart = np.abs(np.stack(ours).astype(int) - np.stack(draw("pil")))
+    assert apart.max() <= 1 and (apart > 0).mean() <= 0.03
+    assert np.abs(np.diff(np.stack(ours).astype(int), axis=0)).max() > 10  # another image would be seen
 
 
 def test_exported_folder_holds_no_path(tiny_backbone, tmp_path):

@@ -47,15 +47,11 @@ def test_timestep_by_hand():
     assert found.tolist() == [0, 0, 1, 500, 999, 999]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("steps", [1, 7, 1000, 2**24 + 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 7, 1000])
 def test_timestep_stays_below_the_number_of_steps(dtype, steps):
-    last = (
-        torch.nextafter(torch.ones(1), torch.zeros(1)).to(dtype)
-        if dtype != torch.float16
-        else torch.tensor([0.9995]).half()
-    )
-    assert 0 <= noise.vp_timestep(last, steps).item() <= steps - 1
+    last = torch.tensor([1 - 2.0**-53], dtype=torch.float64).to(dtype)  # 1 where it is rounded
+    assert noise.vp_timestep(last, steps).item() == steps - 1
 
 
 def test_timesteps_are_hit_equally_often_and_rise_with_u():

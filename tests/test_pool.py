@@ -86,8 +86,9 @@ def test_pool_name():
 
 def test_file_names(pool):
     names = sorted(str(path.relative_to(pool.folder)) for path in pool.folder.rglob("*") if path.is_file())
-    assert names == [*(f"latents/{shard}.safetensors" for shard in ("00000-00", "00000-01", "00001-00", "00001-01")),
-                     "manifest.json", "prompts.parquet"]
+    shards = ["00000-00", "00000-01", "00001-00", "00001-01"]
+    latents = [f"latents/{shard}.safetensors" for shard in shards]
+    assert names == [*latents, "manifest.json", "prompts.parquet"]
 
 
 # --- manifest ---
@@ -104,8 +105,8 @@ def test_manifest_is_created_once_and_never_rewritten(pool):
 
 
 def test_create_lists_what_differs(pool):
-    message = (r"made otherwise: seed is 0, this configuration has 3; latent_space is l, this configuration has v\. "
-               r".*another pool\.root")
+    message = (r"made otherwise: seed is 0, this configuration has 3; latent_space is l, "
+               r"this configuration has v\. .*another pool\.root")
     with pytest.raises(InputError, match=message):
         Pool.create(pool.folder, manifest(seed=3, latent_space="v"))
 

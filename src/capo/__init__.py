@@ -1,0 +1,1 @@
+"""Calibrated preference optimization of text-to-image diffusion models with many rewards at once."""

@@ -41,11 +41,17 @@ class Link:
     highest: float = math.inf
 
 
+def _log(values: Tensor) -> Tensor:
+    # 1 * log(values), not Tensor.log, which hands every block to MKL's threads: on busy cores they wait for
+    # one another a hundred times as long as the logarithms take
+    return torch.special.xlogy(1.0, values)
+
+
 LINKS = {
     # Bradley-Terry rewards are log-odds already
     "identity": Link(lambda scores: scores),
     # probabilities: sigmoid(a (log s - log s')) is eq. 28's s^a / (s^a + s'^a)
-    "log": Link(lambda scores: scores.clamp(min=LOG_FLOOR).log(), lowest=0.0, highest=LOG_CEILING),
+    "log": Link(lambda scores: _log(scores.clamp(min=LOG_FLOOR)), lowest=0.0, highest=LOG_CEILING),
 }
 
 

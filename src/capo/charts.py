@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """The curves that share a chart; `reference`: a value to draw a line at; `left_out`: curves beyond SERIES."""
+    """The curves that share a chart; `reference`: where to draw a line; `left_out`: curves beyond SERIES."""
 
     title: str
     curves: Sequence[Curve]

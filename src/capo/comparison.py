@@ -123,7 +123,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
 def _print_rows(
     console: Console, results: Mapping[str, Mapping], key: str, title: str, cell: Callable[[Mapping], str]
 ) -> None:
-    """A table of what the results hold under `key`, a column a reward or measure; none where no run has it."""
+    """A table of what results hold under `key`, a column a reward or measure; none where no run has it."""
     names = list(dict.fromkeys(name for found in results.values() for name in found.get(key, {})))
     if not names:
         return

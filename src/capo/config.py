@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from transformers.utils import logging as transformers_logging
 
 from capo.backbones import Backbone
 from capo.errors import InputError
@@ -53,8 +57,16 @@ class World:
         return self.generator.backbone
 
 
-def set_threads(threads: int | None) -> int:
-    """Torch threads of this process; default: cores divided by the processes that were started on this machine."""
+def prepare_process(threads: int | None) -> int:
+    """Set the torch threads of this process and silence what other libraries say of themselves; returns the threads.
+
+    Default: cores divided by the processes that were started on this machine.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")  # validation pictures lie there already
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads} must be at least 1; leave it out for all cores")

@@ -38,7 +38,7 @@ def results(
     base_measures: Scores | None = None,
     categories: Sequence[str] = (),
 ) -> dict:
-    """What results.json holds: rates in 0-1, 95 % intervals over prompts, nothing of place or time (CaPO, B.2).
+    """What results.json holds: rates in 0-1, 95 % intervals over prompts, no place and no time (CaPO, B.2).
 
     Args:
         policy_scores, base_scores: reward -> (P, K) raw scores, same prompts and seeds.
@@ -177,11 +177,11 @@ def evaluate(
     curves: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
-    """Images of policy and base, same prompts and seeds -> `results`; results.json and report.html in `folder`.
+    """Images of policy and base, same prompts and seeds -> `results`, results.json, report.html in `folder`.
 
     Args:
-        folder: the policy's images go to its `pool`. A result of the same settings that lies there is returned
-            as it stands, one of other settings replaced.
+        folder: the policy's images go to its `pool`. A result of the same settings that lies there is
+            returned as it stands, one of other settings is replaced.
         plan: the base's images; their seeds are the policy's too, and `plan.seed` is the bootstrap's.
         policy: what draws the policy's images, on the base's backbone.
         zero: the base's images with other seeds, for the first prompts of `plan`; None: no zero line.

@@ -23,7 +23,7 @@ PAD, LINE = 8, 15  # pixels of a grid: between cells, and from one line of text 
 
 @dataclass(frozen=True)
 class Change:
-    """A reward or oracle measure on one prompt: means over its images; `rate`: win-rate, None for a measure."""
+    """A reward or oracle measure on one prompt: means over its images; `rate`: win-rate, if a reward."""
 
     name: str
     base: float
@@ -48,7 +48,7 @@ class Exhibit:
 
 
 def gains(policy_scores: Scores, base_scores: Scores) -> Tensor:
-    """(P,) win-rate of each prompt less 1/2, averaged over the rewards; of raw scores, without calibration."""
+    """(P,) win-rate of each prompt less 1/2, averaged over the rewards; from raw scores."""
     rates = [win_rate(policy_scores[name], base_scores[name]).double() for name in policy_scores]
     return torch.stack(rates).mean(0) - 0.5
 
@@ -68,7 +68,7 @@ def ranking(policy_scores: Scores, base_scores: Scores) -> list[int]:
 
 
 def chosen_prompts(order: Sequence[int], count: int) -> dict[str, list[int]]:
-    """Prompts to show, at most `count` each: the front of `order` (gain), its back, worst first (loss), and plain.
+    """Prompts to show, at most `count` each: front of `order` (gain), its back, worst first (loss), plain.
 
     `plain` are spread evenly over the prompts as they stand, so that one sees what nobody picked.
     """
@@ -132,7 +132,7 @@ def image_grid(
 ) -> None:
     """Writes a PNG: a column a prompt, the base's image above the policy's, the prompt's text below.
 
-    Image i of both belongs to `prompts[i]` and one seed. With `policy_images` None the base stands alone. Images
+    Image i of both belongs to `prompts[i]` and one seed; with `policy_images` None the base is alone. Images
     are brought to `cell` pixels: whole multiples where they are smaller. More than `columns` prompts go into
     further bands. Raises ValueError for numbers that do not agree, or no image.
     """
@@ -182,7 +182,7 @@ def _sheet(
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """The image at most `cell` pixels a side: enlarged by whole factors, which keeps its pixels, or reduced."""
+    """The image at most `cell` pixels a side: enlarged by whole factors, so pixels stay pixels, or reduced."""
     image = image.convert("RGB")
     factor = cell // max(image.size)
     if factor >= 1:
@@ -192,7 +192,7 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 6) -> list[str]:
-    """`text` in lines of at most `width` pixels; too long a word is cut, and so is what is past `lines`."""
+    """`text` in lines of at most `width` pixels; cuts a word that is longer, and what is past `lines`."""
     result = [""]
     for word in text.split():
         while font.getlength(word) > width:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ from capo.errors import InputError
 from capo.objectives import Objective, PairErrors, margin, requirements
 
 TIME_BINS = 5
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class PreferenceModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.backbone.denoiser.to(self.device)
+        self.policy.train()  # of no effect without dropout; a module in eval mode makes Lightning warn
 
     @contextmanager
     def reference(self):
@@ -132,11 +135,11 @@ class PreferenceModule(L.LightningModule):
             return
         self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
-        self.print(f"step {self.global_step}: the gradient norm is {norm.item()}; the step is skipped ({self.bad_steps} so far)")
+        log.warning("step %d: the gradient norm is %s; the step is skipped (%d so far)", self.global_step, norm.item(), self.bad_steps)
         if self.bad_in_a_row >= self.max_bad_steps:
             raise InputError(
                 f"{self.bad_in_a_row} steps in a row had a gradient that is not finite; the last checkpoint is kept. "
-                f"Lower trainer.lr (now {self.lr}) or raise objective.beta's divisor by a smaller objective.beta (now {self.beta})"
+                f"Lower trainer.lr (now {self.lr}) or objective.beta (now {self.beta})"
             )
 
     def on_train_batch_start(self, batch: PreferenceBatch, index: int) -> None:

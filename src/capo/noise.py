@@ -28,7 +28,8 @@ def vp_timestep(u: Tensor, steps: int) -> Tensor:
     """t = floor(u T): u in [0, 1), any shape -> int64 in 0 ... T - 1, T = steps. ValueError for steps < 1."""
     if steps < 1:
         raise ValueError(f"a schedule of {steps} steps has no timestep to draw")
-    return (_at_least_float32(u) * steps).long().clamp(0, steps - 1)  # u T may be rounded up to T
+    # a double just below 1 is 1 in float32
+    return (_at_least_float32(u) * steps).long().clamp(0, steps - 1)
 
 
 def vp_add_noise(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:

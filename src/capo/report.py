@@ -190,7 +190,13 @@ def results_tables(results: Mapping) -> list[Table]:
             style=_style(verdict(rate, 0.5)),
         )
     sections = oracle_sections(results)
-    return [table] if not sections else [table, _oracle_table(sections), _category_table(sections)]
+    if not sections:
+        return [table]
+    return [
+        table,
+        _oracle_table(sections),
+        *([_category_table(sections)] if results["oracle_by_category"] else []),
+    ]
 
 
 def _oracle_table(sections: Sequence[Mapping]) -> Table:

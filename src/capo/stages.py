@@ -165,7 +165,7 @@ class ScoreStage(Stage):
         return [shard for shard in self.pool.row_shards(row, self.candidates) if self._unscored(shard)]
 
     def _unscored(self, shard: Shard) -> list[Reward]:
-        return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard)]
+        return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard, self.verify)]
 
     def run(self, shard: Shard, report: Report) -> None:
         rewards, width = self._unscored(shard), len(shard.candidates)

@@ -46,6 +46,16 @@ def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
     return metadata, scores
 
 
+def holds_rows(path: Path, ids: Sequence[str], candidates: range) -> bool:
+    """Whether the file's rows are `candidates` of the prompts `ids`, in the order that is written."""
+    try:
+        columns = pq.ParquetFile(path).read(columns=["prompt_id", "candidate"], use_threads=False).to_pydict()
+    except (OSError, pa.ArrowException, LookupError, ValueError) as error:
+        raise DamagedShard(path, "it cannot be read as parquet") from error
+    return columns == {"prompt_id": [name for name in ids for _ in candidates],
+                       "candidate": [*candidates] * len(ids)}
+
+
 def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: int) -> np.ndarray:
     """(prompts of the row, candidates) float32 of reward `key`, gathered over the row's blocks.
 

@@ -26,7 +26,7 @@ from capo.pool.layout import (
     write_range,
 )
 from capo.pool.prompt_table import PromptTable
-from capo.pool.score_files import read_row_scores, read_score_file, write_score_file
+from capo.pool.score_files import holds_rows, read_row_scores, read_score_file, write_score_file
 from capo.prompts import Prompt
 
 
@@ -216,7 +216,7 @@ class Pool:
                 stored = header.entries["latents"]["shape"][2:]
                 if stored != list(shape):
                     raise InputError(f"pool {self.folder} holds latents of shape {tuple(stored)}, the model "
-                                     f"works on {tuple(shape)}: use the model and the size it was made with")
+                                     f"works on {tuple(shape)}: use the model and size it was made with")
                 return
 
     # --- scores ---
@@ -229,14 +229,19 @@ class Pool:
         header = self._inspection.header(latents_path(self.folder, shard.row, shard.block))
         return header.metadata["checksum"] if header else None
 
-    def has_scores(self, key: str, shard: Shard) -> bool:
-        """Whether reward `key` has scored the latents that lie there now."""
+    def has_scores(self, key: str, shard: Shard, verify: bool = False) -> bool:
+        """Whether reward `key` has scored the latents that lie there now.
+
+        The scores are always compared with their checksum; with `verify` the names of their rows are read too.
+        """
         path = scores_path(self.folder, key, shard.row, shard.block)
         latents = self._latents_checksum(shard)
         if latents is None:
             return False
         try:
             metadata, _ = read_score_file(path)
+            if verify and not holds_rows(path, self._row_ids(shard.row), shard.candidates):
+                raise DamagedShard(path, "its rows are not those of the shard")
         except FileNotFoundError:
             return False
         except DamagedShard as error:
@@ -244,14 +249,16 @@ class Pool:
             return False
         return self._inspection.matches(path, metadata, self._scores_identity(key, shard, latents))
 
+    def _row_ids(self, row: int) -> list[str]:
+        return [prompt.id for prompt in self._table.row(row)]
+
     def write_scores(self, key: str, shard: Shard, scores: Tensor, settings: Mapping[str, object]) -> None:
         """Stores (prompts, candidates) raw scores of the latents that lie there."""
         if scores.shape != (len(shard.positions), len(shard.candidates)):
             raise ValueError(f"scores {tuple(scores.shape)} for shard {shard.name}")
         metadata = self._scores_identity(key, shard, self._latents_checksum(shard)) | _described(settings)
-        ids = [prompt.id for prompt in self._table.row(shard.row)]
-        path = scores_path(self.folder, key, shard.row, shard.block)
-        write_score_file(path, ids, shard.candidates, scores.cpu().float().numpy(), metadata)
+        path, numbers = scores_path(self.folder, key, shard.row, shard.block), scores.cpu().float().numpy()
+        write_score_file(path, self._row_ids(shard.row), shard.candidates, numbers, metadata)
 
     def scores(self, keys: Sequence[str], candidates: int, positions: Sequence[int] | None = None) -> Tensor:
         """Raw scores (P, N, L) float32: prompts at `positions` (all), first `candidates`, rewards `keys`.

@@ -11,22 +11,27 @@ from capo.shapes.scenes import BACKGROUNDS, SIDE
 SPECK = 36  # pixels, holes filled: what is smaller is clutter
 FAINT = 16.0  # least distance (RGB, 0-255) between a thing and the background
 _AXIS = np.linspace(-1, 1, SIDE, dtype=np.float32)
-_PLANE = np.stack([np.broadcast_to(_AXIS, (SIDE, SIDE)), np.broadcast_to(_AXIS[:, None], (SIDE, SIDE))], axis=-1)
+_PLANE = np.stack(
+    [np.broadcast_to(_AXIS, (SIDE, SIDE)), np.broadcast_to(_AXIS[:, None], (SIDE, SIDE))], axis=-1
+)
 
 
 def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     """(64, 64, 3) float32, 0-255. ValueError for another size."""
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, dtype=np.float32)
     if pixels.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"the oracle measures pictures of {SIDE} x {SIDE} RGB pixels, this one has shape {pixels.shape}")
+        raise ValueError(
+            f"the oracle measures pictures of {SIDE} x {SIDE} RGB pixels, this one has shape {pixels.shape}"
+        )
     return pixels
 
 
 def fit_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name of the background, and its light at every pixel (64, 64, 3): one colour and a slope shared by the channels.
+    """Name of the background, and its light at every pixel (64, 64, 3): one colour and a slope shared by the
+    channels.
 
-    Fitted to the frame of the picture, two pixels wide, by reweighted least squares (things seldom touch the frame,
-    and what does is an outlier). Values that clip at 0 or 255 say nothing about the slope.
+    Fitted to the frame of the picture, two pixels wide, by reweighted least squares (things seldom touch the
+    frame, and what does is an outlier). Values that clip at 0 or 255 say nothing about the slope.
     """
     frame = np.ones((SIDE, SIDE), dtype=bool)
     frame[2:-2, 2:-2] = False
@@ -44,7 +49,9 @@ def fit_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
         weight = 1 / (1 + ((target - design @ solution) / scale) ** 2) ** 2
     light = np.clip(solution[:3] + _PLANE @ solution[3:, None], 0, 255)
     names = list(BACKGROUNDS)
-    nearest = np.abs(np.array([BACKGROUNDS[n] for n in names]) - np.clip(solution[:3], 0, 255)).sum(-1).argmin()
+    nearest = (
+        np.abs(np.array([BACKGROUNDS[n] for n in names]) - np.clip(solution[:3], 0, 255)).sum(-1).argmin()
+    )
     return names[int(nearest)], light
 
 

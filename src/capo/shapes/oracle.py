@@ -1,4 +1,6 @@
-"""The oracle: what is really on a picture, measured from its pixels. Reported beside the rewards, never trained on."""
+"""The oracle: what is really on a picture, measured from its pixels. Reported beside the rewards, never
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,11 @@ _CONTRASTS = np.linspace(0.28, 1.1, 13, dtype=np.float32)
 
 
 def _colour(away: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """Palette index of pixels given as offsets (n, 3) from the background, and where that colour and its shade lie.
+    """Palette index of pixels given as offsets (n, 3) from the background, and where that colour and its
+    shade lie.
 
-    Contrast c moves a colour to c (colour - background); a texture's dark parts are at 0.45 of the colour before that.
-    The colour whose line between the two comes closest to most pixels wins.
+    Contrast c moves a colour to c (colour - background); a texture's dark parts are at 0.45 of the colour
+    before that. The colour whose line between the two comes closest to most pixels wins.
     """
     away = away[:: max(1, len(away) // 32)]
     lit = _CONTRASTS[:, None, None] * (_PALETTE - background)
@@ -65,8 +68,8 @@ _TURNS = np.linspace(-0.24, 0.24, 7)
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Outlines of all shapes, angles and two softnesses (n, cells), their sums (n,), each shape's area at radius 1, and
-    the centroids (n, 2) at radius 1.
+    """Outlines of all shapes, angles and two softnesses (n, cells), their sums (n,), each shape's area at
+    radius 1, and the centroids (n, 2) at radius 1.
 
     The frame of an outline has its origin at the centroid and the square root of the area as its unit.
     """
@@ -117,8 +120,8 @@ def _explained(values: np.ndarray, way: np.ndarray) -> float:
 def _texture(shade: np.ndarray, body: np.ndarray) -> str:
     """`solid`, `striped` or `dotted`, from the darkness (h, w; 0 lit, 1 shaded) inside a thing.
 
-    What changes with the distance from the outline is blur and is taken away first. Stripes differ from row to row and
-    not from column to column, dots do both alike.
+    What changes with the distance from the outline is blur and is taken away first. Stripes differ from row
+    to row and not from column to column, dots do both alike.
     """
     depth = np.minimum(np.round(distance_transform_edt(body)).astype(int), 6)
     inside = depth >= (3 if (depth >= 3).sum() > 30 else 2)
@@ -140,7 +143,9 @@ def _core(mask: np.ndarray) -> np.ndarray:
 
 
 def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | None:
-    """Soft mask (h, w) of the largest thing in `own` that reaches half of `level`; specks on it are filled in."""
+    """Soft mask (h, w) of the largest thing in `own` that reaches half of `level`; specks on it are filled
+    in.
+    """
     parts = pieces(own & (far > 0.5 * level), 12)
     if not parts:
         return None
@@ -154,7 +159,9 @@ def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | Non
     return np.where(rim, np.maximum(soft, 0.5), body) + np.where(edge, np.minimum(soft, 0.5), 0.0)
 
 
-def _thing(mask: np.ndarray, away: np.ndarray, background: np.ndarray) -> tuple[Thing | None, float, np.ndarray]:
+def _thing(
+    mask: np.ndarray, away: np.ndarray, background: np.ndarray
+) -> tuple[Thing | None, float, np.ndarray]:
     """What most of a connected mask (h, w) shows, how well it matches, and the pixels that are not its own."""
     colour, lit, dark = _colour(away[_core(mask)], background)
     own = mask & _belongs(away, lit, dark)
@@ -170,11 +177,18 @@ def _thing(mask: np.ndarray, away: np.ndarray, background: np.ndarray) -> tuple[
     rest = mask & ~binary_dilation(body, iterations=2)
     shape, match, radius, x, y = best
     size = binary_fill_holes(body).sum()
-    if size < (SPECK if match >= MATCH else 2 * SPECK) or not binary_erosion(binary_fill_holes(body), iterations=2).any():
+    if (
+        size < (SPECK if match >= MATCH else 2 * SPECK)
+        or not binary_erosion(binary_fill_holes(body), iterations=2).any()
+    ):
         return None, 0.0, rest
     line = dark - lit
     texture = _texture(np.clip((away - lit) @ line / (line @ line), 0, 1), body)
-    return Thing(shape if match >= MATCH else UNKNOWN, list(COLOURS)[colour], texture, radius, x, y), match, rest
+    return (
+        Thing(shape if match >= MATCH else UNKNOWN, list(COLOURS)[colour], texture, radius, x, y),
+        match,
+        rest,
+    )
 
 
 def _halves(mask: np.ndarray) -> list[np.ndarray]:
@@ -189,9 +203,13 @@ def _halves(mask: np.ndarray) -> list[np.ndarray]:
     return []
 
 
-def _look(mask: np.ndarray, away: np.ndarray, background: np.ndarray, depth: int = 0) -> list[tuple[Thing, float]]:
+def _look(
+    mask: np.ndarray, away: np.ndarray, background: np.ndarray, depth: int = 0
+) -> list[tuple[Thing, float]]:
     """Things on one connected part of the foreground, each with its match."""
-    window = tuple(slice(max(0, side.start - 2), side.stop + 2) for side in find_objects(mask.astype(np.int8))[0])
+    window = tuple(
+        slice(max(0, side.start - 2), side.stop + 2) for side in find_objects(mask.astype(np.int8))[0]
+    )
     thing, match, rest = _thing(mask[window], away[window], background)
     found = []
     if thing:
@@ -225,7 +243,9 @@ def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
 
 
 def alignment(image: Image.Image | np.ndarray, prompt: str) -> float:
-    """1.0 if the picture shows all that the prompt asserts and nothing more, else 0.0 (strict, as GenEval counts)."""
+    """1.0 if the picture shows all that the prompt asserts and nothing more, else 0.0 (strict, as GenEval
+    counts).
+    """
     return float(all(held(image, prompt)))
 
 
@@ -235,7 +255,9 @@ def assertion_share(image: Image.Image | np.ndarray, prompt: str) -> float:
 
 
 def measures(images: Sequence[Image.Image | np.ndarray], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """`alignment` (0 or 1), `assertions` (share that holds) and `looks` (the rating rule, 1-10) of B pictures, each (B,)."""
+    """`alignment` (0 or 1), `assertions` (share that holds) and `looks` (the rating rule, 1-10) of B
+    pictures, each (B,).
+    """
     checks = [held(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
     return {
         "alignment": torch.tensor([float(all(check)) for check in checks]),

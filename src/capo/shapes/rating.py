@@ -10,7 +10,9 @@ from capo.shapes.foreground import FAINT, SPECK, fit_background, pieces, to_pixe
 
 
 def _warmth(pixels: np.ndarray) -> np.ndarray:
-    """1 for red, orange and yellow, 0.7 for pink, about 0.4 for green and purple, 0 for cyan and blue; (n, 3) -> (n,)."""
+    """1 for red, orange and yellow, 0.7 for pink, about 0.4 for green and purple, 0 for cyan and blue; (n, 3)
+    -> (n,).
+    """
     return np.clip(0.5 + (pixels[:, 0] - pixels[:, 2]) / 320, 0, 1)
 
 
@@ -29,15 +31,19 @@ def rating(image: Image.Image | np.ndarray) -> float:
 
         1 + 9 (0.30 vivid + 0.25 warm + 0.20 sharp + 0.15 tidy + 0.10 large)
 
-    vivid: mean distance (RGB) of the things from the background, 160 or more counts as 1; warm: mean of red against
-    blue over the things; sharp: how steep the outlines are; tidy: exp(-clutter / 40 pixels), clutter being whatever
-    stands out and is too small for a thing; large: square root of the things' share of the picture, 0.15 counts as 1.
-    A picture without things gets 1.
+    vivid: mean distance (RGB) of the things from the background, 160 or more counts as 1; warm: mean of red
+    against blue over the things; sharp: how steep the outlines are; tidy: exp(-clutter / 40 pixels), clutter
+    being whatever stands out and is too small for a thing; large: square root of the things' share of the
+    picture, 0.15 counts as 1. A picture without things gets 1.
     """
     pixels = to_pixels(image)
     far = np.linalg.norm(pixels - fit_background(pixels)[1], axis=-1)
     stands_out = far > FAINT
-    bodies = [part for part in pieces(stands_out, 20) if binary_erosion(binary_fill_holes(part), iterations=2).any() and part.sum() >= SPECK]
+    bodies = [
+        part
+        for part in pieces(stands_out, 20)
+        if binary_erosion(binary_fill_holes(part), iterations=2).any() and part.sum() >= SPECK
+    ]
     if not bodies:
         return 1.0
     things = np.any(bodies, axis=0)

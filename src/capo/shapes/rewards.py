@@ -1,4 +1,6 @@
-"""The learned rewards of the shapes world: small networks that judge a picture, and err as real reward models err."""
+"""The learned rewards of the shapes world: small networks that judge a picture, and err as real reward models
+err.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,29 @@ from capo.shapes.captions import WORDS
 from capo.shapes.scenes import COLOURS, SHAPES, SIDE, TEXTURES
 
 LENGTH = 17  # words of a prompt that are read; the longest sentence of the grammar has 16 with its commas
-_PAD, _UNKNOWN = 0, 1
-_IDS = {word: index + 2 for index, word in enumerate(WORDS)}
+_PAD = 0
+_IDS = {word: index + 1 for index, word in enumerate(WORDS)}
 WIDTH = 80
 CELLS = 8  # the eye sees a grid of 8 x 8 cells
 
 
 def tokens(prompts: Sequence[str]) -> Tensor:
-    """(B, LENGTH) word numbers; 0 after the last word, 1 for a word outside the grammar."""
+    """(B, LENGTH) word numbers, 0 after the last word. InputError for a word that is none of the shapes
+    world's.
+    """
     ids = torch.full((len(prompts), LENGTH), _PAD)
     for row, prompt in zip(ids, prompts):
-        words = re.findall(r"[^\s,]+|,", prompt.lower())[:LENGTH]
-        row[: len(words)] = torch.tensor([_IDS.get(word, _UNKNOWN) for word in words], dtype=torch.long)
+        words = re.findall(r"[^\s,]+|,", prompt)
+        if foreign := [word for word in words if word not in _IDS]:
+            raise InputError(
+                f"prompt {prompt!r}: the rewards of the shapes world know no word {foreign[0]!r}; use the grammar of "
+                "docs/shapes.md, or rewards that go with other prompts"
+            )
+        if len(words) > LENGTH:
+            raise InputError(
+                f"prompt {prompt!r}: {len(words)} words; the rewards of the shapes world read {LENGTH}"
+            )
+        row[: len(words)] = torch.tensor([_IDS[word] for word in words], dtype=torch.long)
     return ids
 
 
@@ -38,14 +51,18 @@ def to_pixels(images: Sequence[Image]) -> Tensor:
     """(B, 3, 64, 64) float32 in [-1, 1]. InputError for an image of another size."""
     for index, image in enumerate(images):
         if image.size != (SIDE, SIDE):
-            raise InputError(f"image {index} has {image.size} pixels; the rewards of the shapes world judge {SIDE} x {SIDE}: "
-                             "choose rewards that go with the model")  # fmt: skip
+            raise InputError(
+                f"image {index} has {image.size} pixels; the rewards of the shapes world judge {SIDE} x {SIDE}: "
+                "choose rewards that go with the model"
+            )
     stack = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     return stack.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _convolution(inward: int, outward: int, side: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inward, outward, side, stride, side // 2, bias=False), nn.BatchNorm2d(outward), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inward, outward, side, stride, side // 2, bias=False), nn.BatchNorm2d(outward), nn.ReLU()
+    )
 
 
 class Residual(nn.Module):
@@ -53,7 +70,9 @@ class Residual(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.body = nn.Sequential(_convolution(width, width), nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+        self.body = nn.Sequential(
+            _convolution(width, width), nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.body(x))
@@ -65,10 +84,15 @@ class Eye(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _convolution(3, 24, 5, 2), _convolution(24, 48, 3, 2), Residual(48), _convolution(48, WIDTH, 3, 2), Residual(WIDTH)
+            _convolution(3, 24, 5, 2),
+            _convolution(24, 48, 3, 2),
+            Residual(48),
+            _convolution(48, WIDTH, 3, 2),
+            Residual(WIDTH),
         )
         self.place = nn.Parameter(0.02 * torch.randn(CELLS**2, WIDTH))
-        # what stands in each cell (presence, shape or none of them, colour, texture, radius); read in training only
+        # what stands in each cell (presence, shape or none of them, colour, texture, radius); read in
+        # training only
         self.inventory = nn.Linear(WIDTH, 1 + len(SHAPES) + 1 + len(COLOURS) + 1 + len(TEXTURES) + 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -77,7 +101,9 @@ class Eye(nn.Module):
 
 
 class Attention(nn.Module):
-    """Four heads of attention from `x` (B, n, WIDTH) to `seen` (B, m, WIDTH); `mask` (B, 1, 1, m) says what may be seen."""
+    """Four heads of attention from `x` (B, n, WIDTH) to `seen` (B, m, WIDTH); `mask` (B, 1, 1, m) says what
+    may be seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +111,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, seen: Tensor, mask: Tensor | None = None) -> Tensor:
-        heads = [part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.query(x), *self.value(seen).chunk(2, dim=-1))]
+        heads = [
+            part.unflatten(-1, (4, -1)).transpose(1, 2)
+            for part in (self.query(x), *self.value(seen).chunk(2, dim=-1))
+        ]
         return self.out(F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
@@ -101,7 +130,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
         y = self.norms[0](x)
         x = x + self.words(y, y, mask)
-        rows = self.norms[1](x).reshape(len(seen), -1, WIDTH)  # all the sentences about a picture look at it at once
+        rows = self.norms[1](x).reshape(
+            len(seen), -1, WIDTH
+        )  # all the sentences about a picture look at it at once
         x = x + self.picture(rows, seen).reshape(x.shape)
         return x + self.mlp(self.norms[2](x))
 
@@ -112,16 +143,20 @@ class Reader(nn.Module):
     def __init__(self, layers: int = 3):
         super().__init__()
         self.eye = Eye()
-        self.words = nn.Embedding(len(WORDS) + 2, WIDTH)
+        self.words = nn.Embedding(len(WORDS) + 1, WIDTH)
         self.order = nn.Parameter(0.02 * torch.randn(LENGTH + 1, WIDTH))
         self.whole = nn.Parameter(0.02 * torch.randn(WIDTH))  # the token that stands for the whole sentence
-        self.nothing = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))  # beside the cells: gives attention a measure to count by
+        self.nothing = nn.Parameter(
+            0.02 * torch.randn(1, 1, WIDTH)
+        )  # beside the cells: gives attention a measure to count by
         self.look = nn.LayerNorm(WIDTH)
         self.layers = nn.ModuleList(Layer() for _ in range(layers))
         self.norm = nn.LayerNorm(WIDTH)
 
     def read(self, cells: Tensor, words: Tensor) -> Tensor:
-        """States (B M, 1 + LENGTH, WIDTH) of whole sentences and each of their words (B M, LENGTH), M about each of B pictures."""
+        """States (B M, 1 + LENGTH, WIDTH) of whole sentences and each of their words (B M, LENGTH), M about
+        each of B pictures.
+        """
         seen = self.look(torch.cat([cells, self.nothing.expand(len(cells), 1, WIDTH)], dim=1))
         x = torch.cat([self.whole.expand(len(words), 1, WIDTH), self.words(words)], dim=1) + self.order
         mask = F.pad(words != _PAD, (1, 0), value=True)[:, None, None]
@@ -131,7 +166,9 @@ class Reader(nn.Module):
 
 
 class Verifier(Reader):
-    """Probability that a caption holds: the product, over its words and the whole, of the probability that it is right."""
+    """Probability that a caption holds: the product, over its words and the whole, of the probability that it
+    is right.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +206,9 @@ class Rater(nn.Module):
     def __init__(self, width: int = 12):
         super().__init__()
         self.body = nn.Sequential(
-            _convolution(3, width, 3, 2), _convolution(width, 2 * width, 3, 2), _convolution(2 * width, 2 * width, 3, 2)
+            _convolution(3, width, 3, 2),
+            _convolution(width, 2 * width, 3, 2),
+            _convolution(2 * width, 2 * width, 3, 2),
         )
         self.head = nn.Sequential(nn.Linear(4 * width, 32), nn.ReLU(), nn.Linear(32, 1))
 
@@ -198,7 +237,10 @@ class _Scorer:
         if not Path(weights).is_file():
             raise InputError(f"no reward weights at {weights}; they come with the package, or make them with "
                              "`python -m capo.shapes.make rewards`")  # fmt: skip
-        state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(weights).items()}
+        state = {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in load_file(weights).items()
+        }
         network = self.network()
         network.load_state_dict(state)
         self.module = fused(network)
@@ -226,7 +268,9 @@ class AlignmentScorer(_Scorer):
 
 
 class PreferenceScorer(_Scorer):
-    """How much the simulated annotators prefer the picture: unbounded, differences are log odds, as MPS gives."""
+    """How much the simulated annotators prefer the picture: unbounded, differences are log odds, as MPS
+    gives.
+    """
 
     network = Judge
 

@@ -34,7 +34,7 @@ def stage_autoencoder(options: argparse.Namespace) -> None:
 
 def stage_base(options: argparse.Namespace) -> None:
     """Fit denoiser and text encoders on the encoded scenes and ship the pipeline."""
-    base.ship(base.train(options.work, options.steps or 10_000, seed=options.seed), WEIGHTS / "unet")
+    base.ship(base.train(options.work, options.steps or 8500, seed=options.seed), WEIGHTS / "unet")
 
 
 def stage_rewards(options: argparse.Namespace) -> None:

@@ -26,7 +26,9 @@ class Taste:
 
 
 def tastes(seed: int) -> list[Taste]:
-    """ANNOTATORS tastes around a leaning towards faithful, good-looking, large, centred and, against the rating rule, cool."""
+    """ANNOTATORS tastes around a leaning towards faithful, good-looking, large, centred and, against the
+    rating rule, cool.
+    """
     rng = np.random.default_rng([seed, 7])
     centre = np.array([5.0, 0.8, 0.8, 0.5, 0.6, 0.8, 0.2])
     spread = np.array([2.0, 0.4, 0.3, 0.4, 0.5, 0.7, 0.4])
@@ -34,7 +36,9 @@ def tastes(seed: int) -> list[Taste]:
 
 
 def qualities(things: np.ndarray) -> np.ndarray:
-    """Large, centred, cool and plain (..., 4) of things (..., n, 6) as line-ups record them; 0 for a picture without any."""
+    """Large, centred, cool and plain (..., 4) of things (..., n, 6) as line-ups record them; 0 for a picture
+    without any.
+    """
     there = things[..., 0] >= 0
     count = np.maximum(there.sum(-1), 1)
 
@@ -50,14 +54,16 @@ def qualities(things: np.ndarray) -> np.ndarray:
 def worths(taste: Taste, share: np.ndarray, ratings: np.ndarray, things: np.ndarray) -> np.ndarray:
     """What pictures are worth to an annotator, in log-odds.
 
-    `share` (...,) of the prompt's assertions that hold, `ratings` (...,) by the rating rule, `things` (..., n, 6).
+    `share` (...,) of the prompt's assertions that hold, `ratings` (...,) by the rating rule, `things` (...,
+    n, 6).
     """
     own = qualities(things) @ np.array([taste.large, taste.centred, taste.cool, taste.plain])
     return taste.faithful * share + taste.exact * (share == 1) + taste.looks * ratings + own
 
 
 def majority(share: np.ndarray, ratings: np.ndarray, things: np.ndarray, seed: int) -> np.ndarray:
-    """Share of annotators that would rather choose the first of each pair; inputs have a last (or last but two) axis of 2.
+    """Share of annotators that would rather choose the first of each pair; inputs have a last (or last but
+    two) axis of 2.
 
     `share`, `ratings` (P, 2), `things` (P, 2, n, 6) -> (P,), without the noise of single choices.
     """

@@ -50,7 +50,7 @@ def fit(
     function of the step alone (draw from a generator seeded by it). Returns the module, with averaged weights if asked;
     what the run took stands in `work/<name>.json`.
     """
-    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     mean = Average(module) if average else None
     path, start, spent = work / f"{name}.pt", 0, 0.0
     if path.exists():

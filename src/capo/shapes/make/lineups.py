@@ -1,7 +1,9 @@
-"""Line-ups for the rewards: pictures and captions of nearly the same content, with labels known by construction.
+"""Line-ups for the rewards: pictures and captions of nearly the same content, with labels known by
+construction.
 
-One line-up is four captions (one request and three changes of it) and four pictures (each drawn for one of them, some
-with a failure on purpose). Which caption holds for which picture follows from what was drawn; nothing is measured.
+One line-up is four captions (one request and three changes of it) and four pictures (each drawn for one of
+them, some with a failure on purpose). Which caption holds for which picture follows from what was drawn;
+nothing is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +27,18 @@ from capo.shapes.prompts import training_request
 from capo.shapes.rating import rating
 from capo.shapes.render import render, signed_distance
 from capo.shapes.rewards import LENGTH, tokens
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, TEXTURES, Request, Scene, Thing, assertions, realise
+from capo.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIDE,
+    TEXTURES,
+    Request,
+    Scene,
+    Thing,
+    assertions,
+    realise,
+)
 
 SIZE = 4  # pictures, and captions, of a line-up
 THINGS = 6  # most things that are recorded
@@ -53,7 +66,9 @@ def _odd_shape(shape: str, rng: np.random.Generator) -> str:
 
 
 def failed(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one thing missing, added, malformed or run into another, as an unready base model draws it."""
+    """The scene with one thing missing, added, malformed or run into another, as an unready base model draws
+    it.
+    """
     things, pick = list(scene.things), int(rng.integers(len(scene.things)))
     kind = rng.choice(["missing", "extra", "merged", "odd", "odd", "odd"])
     if kind == "missing" and len(things) > 1:
@@ -62,7 +77,9 @@ def failed(scene: Scene, rng: np.random.Generator) -> Scene:
         other = things[pick - 1]
         turn, gap = rng.uniform(0, 6.28), rng.uniform(0.5, 1.0) * other.radius
         x, y = np.clip([other.x + gap * np.cos(turn), other.y + gap * np.sin(turn)], 8, SIDE - 8)
-        things[pick - 1] = replace(other, shape=f"{other.shape}/{other.shape}/0.5")  # covered in part: no whole shape
+        things[pick - 1] = replace(
+            other, shape=f"{other.shape}/{other.shape}/0.5"
+        )  # covered in part: no whole shape
         moved = replace(things[pick], x=float(x), y=float(y))
         if moved.colour == other.colour:  # the two are one blob
             moved = replace(moved, shape=f"{moved.shape}/{moved.shape}/0.5")
@@ -83,7 +100,9 @@ def failed(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def swapped(request: Request, rng: np.random.Generator) -> Request:
-    """Two groups exchange their colours or shapes, or a relation its two sides: the classical failures of binding."""
+    """Two groups exchange their colours or shapes, or a relation its two sides: the classical failures of
+    binding.
+    """
     if len(request.groups) < 2:
         return request
     first, second, *rest = request.groups
@@ -111,11 +130,15 @@ def _warped(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     shift = gaussian_filter(rng.normal(size=(2, SIDE, SIDE)), (0, 4, 4))
     shift *= rng.uniform(0.2, 0.8) / (shift.std() + 1e-6)
     where = np.mgrid[0:SIDE, 0:SIDE] + shift
-    return np.stack([map_coordinates(picture[..., c], where, order=1, mode="nearest") for c in range(3)], axis=-1)
+    return np.stack(
+        [map_coordinates(picture[..., c], where, order=1, mode="nearest") for c in range(3)], axis=-1
+    )
 
 
 def _record(things: Sequence[Thing]) -> np.ndarray:
-    """(THINGS, 6) float32: x, y, radius, and the numbers of shape (8 is none of them), colour, texture; -1 beyond the last."""
+    """(THINGS, 6) float32: x, y, radius, and the numbers of shape (8 is none of them), colour, texture; -1
+    beyond the last.
+    """
     table = np.full((THINGS, 6), -1, dtype=np.float32)
     for row, thing in zip(table, things):
         shape = SHAPES.index(thing.shape) if thing.shape in SHAPES else len(SHAPES)
@@ -125,14 +148,18 @@ def _record(things: Sequence[Thing]) -> np.ndarray:
 
 
 def _wrong_words(said: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """1 where a caption differs from the true one word for word, 0 where it agrees, -1 where they cannot be compared."""
+    """1 where a caption differs from the true one word for word, 0 where it agrees, -1 where they cannot be
+    compared.
+    """
     if ((said > 0) != (true > 0)).any():
         return np.full(LENGTH, -1, dtype=np.int8)
     return (said != true).astype(np.int8)
 
 
 def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
-    """Line-up `index`: pictures, things, words, and for picture i and caption j the share of assertions that holds."""
+    """Line-up `index`: pictures, things, words, and for picture i and caption j the share of assertions that
+    holds.
+    """
     rng = np.random.default_rng([seed, 3, index])
     requests = [training_request(rng)]
     while len(requests) < SIZE:
@@ -153,12 +180,21 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
             if not fails:
                 wrong[i, j] = 0 if share[i, j] == 1 else _wrong_words(words[j], words[own])
     ratings = np.array([rating(picture) for picture in pictures], dtype=np.float32)
-    return {"pictures": np.stack(pictures), "things": np.stack(things), "words": words, "share": share, "wrong": wrong, "ratings": ratings}
+    return {
+        "pictures": np.stack(pictures),
+        "things": np.stack(things),
+        "words": words,
+        "share": share,
+        "wrong": wrong,
+        "ratings": ratings,
+    }
 
 
 @torch.inference_mode()
 def _decoded(pictures: np.ndarray, vae: torch.nn.Module, rng: torch.Generator) -> np.ndarray:
-    """Pictures (B, 64, 64, 3) after the autoencoder, with a little noise on some latents, as sampled ones have."""
+    """Pictures (B, 64, 64, 3) after the autoencoder, with a little noise on some latents, as sampled ones
+    have.
+    """
     z = vae.encode(to_tensor(pictures)).latent_dist.mean
     strength = torch.rand(len(z), 1, 1, 1, generator=rng).sub(0.4).clamp(min=0) * 0.5
     z = z + strength * z.std() * torch.randn(z.shape, generator=rng)
@@ -167,16 +203,22 @@ def _decoded(pictures: np.ndarray, vae: torch.nn.Module, rng: torch.Generator) -
 
 
 def _decode_half(tables: dict[str, np.ndarray], vae: torch.nn.Module, seed: int) -> None:
-    """Put the second and third picture of each line-up through the autoencoder, and rate them as they then look."""
+    """Put the second and third picture of each line-up through the autoencoder, and rate them as they then
+    look.
+    """
     rng = torch.Generator().manual_seed(seed)
     for start in tqdm(range(0, len(tables["pictures"]), 50), "decoded", mininterval=5):
         part = tables["pictures"][start : start + 50, 1:3]
         got = _decoded(part.reshape(-1, SIDE, SIDE, 3), vae, rng)
         tables["pictures"][start : start + 50, 1:3] = got.reshape(part.shape)
-        tables["ratings"][start : start + 50, 1:3] = np.reshape([rating(picture) for picture in got], part.shape[:2])
+        tables["ratings"][start : start + 50, 1:3] = np.reshape(
+            [rating(picture) for picture in got], part.shape[:2]
+        )
 
 
-def make_lineups(work: Path, count: int, seed: int, vae: torch.nn.Module, workers: int) -> dict[str, np.ndarray]:
+def make_lineups(
+    work: Path, count: int, seed: int, vae: torch.nn.Module, workers: int
+) -> dict[str, np.ndarray]:
     """Draw line-ups, or find them in `work/lineups`: arrays by name, leading axis `count`.
 
     The second and third picture of each have been through the autoencoder.
@@ -184,7 +226,14 @@ def make_lineups(work: Path, count: int, seed: int, vae: torch.nn.Module, worker
     folder = work / "lineups"
     if not folder.exists():
         with Pool(workers) as pool:
-            drawn = list(tqdm(pool.imap(partial(lineup, seed=seed), range(count), 50), "line-ups", total=count, mininterval=5))
+            drawn = list(
+                tqdm(
+                    pool.imap(partial(lineup, seed=seed), range(count), 50),
+                    "line-ups",
+                    total=count,
+                    mininterval=5,
+                )
+            )
         tables = {name: np.stack([one[name] for one in drawn]) for name in drawn[0]}
         _decode_half(tables, vae, seed)
         part = folder.with_name("lineups.part")

@@ -1,7 +1,7 @@
 """Training of the three rewards of the shapes world, on line-ups labelled by construction.
 
-The oracle has no part in it: labels come from what was drawn. `looks` learns noisy ratings of the rating rule,
-`preference` the choices of simulated annotators.
+The oracle has no part in it: labels come from what was drawn. `looks` learns noisy ratings of the rating
+rule, `preference` the choices of simulated annotators.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _rows(tables: Tables, batch: int, draw: torch.Generator) -> np.ndarray:
 def inventory_loss(told: Tensor, things: Tensor) -> Tensor:
     """How well the eye names what stands in each cell: the centre's cell of a thing stands for it.
 
-    `told` (B, 64, 22): presence, shape or none, colour, texture, radius; `things` (B, n, 6), -1 beyond the last.
+    `told` (B, 64, 22): presence, shape or none, colour, texture, radius; `things` (B, n, 6), -1 beyond the
+    last.
     """
     image, slot = (things[..., 0] >= 0).nonzero(as_tuple=True)
     thing = things[image, slot]
@@ -46,12 +47,20 @@ def inventory_loss(told: Tensor, things: Tensor) -> Tensor:
     presence[image, cell] = 1.0
     here = told[image, cell]
     shape, colour, texture = here[:, 1:-1].split([len(SHAPES) + 1, len(COLOURS), 1 + len(TEXTURES)], dim=1)
-    named = sum(F.cross_entropy(part, thing[:, 3 + i].long()) for i, part in enumerate((shape, colour, texture)))
-    return F.binary_cross_entropy_with_logits(told[..., 0], presence) * 4 + named + F.l1_loss(here[:, -1], thing[:, 2] / 8)
+    named = sum(
+        F.cross_entropy(part, thing[:, 3 + i].long()) for i, part in enumerate((shape, colour, texture))
+    )
+    return (
+        F.binary_cross_entropy_with_logits(told[..., 0], presence) * 4
+        + named
+        + F.l1_loss(here[:, -1], thing[:, 2] / 8)
+    )
 
 
 def words_loss(logits: Tensor, wrong: Tensor) -> Tensor:
-    """Binary cross-entropy that each word is right, (B, LENGTH) logits, where `wrong` is 0 or 1 and there is a word."""
+    """Binary cross-entropy that each word is right, (B, LENGTH) logits, where `wrong` is 0 or 1 and there is
+    a word.
+    """
     known = (wrong >= 0) & logits.isfinite()
     return F.binary_cross_entropy_with_logits(logits[known], 1 - wrong[known].float())
 
@@ -71,7 +80,9 @@ def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch
         draw = generator(seed, 4, step)
         rows = _rows(tables, batch, draw)
         other = torch.randint(1, SIZE, (batch, SIZE), generator=draw)
-        said = torch.stack([torch.tensor(_OWN).expand(batch, SIZE), (torch.tensor(_OWN) + other) % SIZE], dim=-1).numpy()
+        said = torch.stack(
+            [torch.tensor(_OWN).expand(batch, SIZE), (torch.tensor(_OWN) + other) % SIZE], dim=-1
+        ).numpy()
         at = rows[:, None, None], np.arange(SIZE)[None, :, None], said
         cells = module.eye(to_tensor(tables["pictures"][rows].reshape(-1, SIDE, SIDE, 3)))
         words = torch.from_numpy(tables["words"][rows[:, None, None], said]).flatten(0, 2)
@@ -79,7 +90,9 @@ def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch
         holds = torch.from_numpy(tables["share"][at] == 1).flatten()
         whole = holds_loss(logits, holds).mean()
         word = words_loss(logits[:, 1:], torch.from_numpy(tables["wrong"][at]).flatten(0, 2))
-        seen = inventory_loss(module.eye.inventory(cells), torch.from_numpy(tables["things"][rows]).flatten(0, 1))
+        seen = inventory_loss(
+            module.eye.inventory(cells), torch.from_numpy(tables["things"][rows]).flatten(0, 1)
+        )
         right = ((F.logsigmoid(logits).sum(1) > np.log(0.5)) == holds).float().mean().item()
         parts = {"whole": whole.item(), "words": word.item(), "inventory": seen.item(), "accuracy": right}
         return whole + 2 * word + 0.3 * seen, parts
@@ -103,8 +116,12 @@ def train_looks(work: Path, tables: Tables, steps: int, seed: int = 0, batch: in
     return fit("reward_looks", module, loss, work, steps, lr=3e-3)
 
 
-def train_preference(work: Path, tables: Tables, steps: int, seed: int, verifier: Verifier, batch: int = 12) -> Judge:
-    """Fit the judge, starting from the verifier's trunk, to choices between pictures of a line-up for one caption."""
+def train_preference(
+    work: Path, tables: Tables, steps: int, seed: int, verifier: Verifier, batch: int = 12
+) -> Judge:
+    """Fit the judge, starting from the verifier's trunk, to choices between pictures of a line-up for one
+    caption.
+    """
     torch.manual_seed(seed + 2)
     module = Judge()
     known = module.state_dict()
@@ -120,7 +137,9 @@ def train_preference(work: Path, tables: Tables, steps: int, seed: int, verifier
         told = module.weigh(cells, words).view(batch, SIZE)
         chooser = people[int(torch.randint(len(people), (1,), generator=draw))]
         share = tables["share"][rows[:, None], np.arange(SIZE)[None], said[:, None]]
-        worth = torch.from_numpy(worths(chooser, share, tables["ratings"][rows], tables["things"][rows])).float()
+        worth = torch.from_numpy(
+            worths(chooser, share, tables["ratings"][rows], tables["things"][rows])
+        ).float()
         first, second = torch.triu_indices(SIZE, SIZE, 1)
         odds = worth[:, first] - worth[:, second]
         chosen = (torch.rand(odds.shape, generator=draw) < odds.sigmoid()).float()
@@ -132,21 +151,32 @@ def train_preference(work: Path, tables: Tables, steps: int, seed: int, verifier
 
 
 @torch.inference_mode()
-def figures(tables: Tables, alignment: Verifier, looks: Rater, preference: Judge, seed: int = 0) -> dict[str, float]:
-    """How the rewards do on the line-ups that were held out; labels by construction, the oracle has no part in it."""
+def figures(
+    tables: Tables, alignment: Verifier, looks: Rater, preference: Judge, seed: int = 0
+) -> dict[str, float]:
+    """How the rewards do on the line-ups that were held out; labels by construction, the oracle has no part
+    in it.
+    """
     held = {name: np.asarray(table[-HELD_OUT:]) for name, table in tables.items()}
     pixels = to_tensor(held["pictures"].reshape(-1, SIDE, SIDE, 3))
     words = torch.from_numpy(held["words"]).repeat_interleave(SIZE, dim=0)  # (pictures, captions, words)
-    p, worth = (torch.stack([net(pixels, words[:, j]) for j in range(SIZE)], 1).unflatten(0, (-1, SIZE)) for net in (alignment, preference))
+    p, worth = (
+        torch.stack([net(pixels, words[:, j]) for j in range(SIZE)], 1).unflatten(0, (-1, SIZE))
+        for net in (alignment, preference)
+    )
     told, holds = looks(pixels).numpy(), held["share"] == 1
     first, second = torch.triu_indices(SIZE, SIZE, 1).numpy()
     agrees = []
     for j in range(SIZE):
         pair = [held["share"][:, :, j], held["ratings"]]
         pair = [np.stack([x[:, first], x[:, second]], -1).reshape(-1, 2) for x in pair]
-        things = np.stack([held["things"][:, first], held["things"][:, second]], 2).reshape(-1, 2, *held["things"].shape[2:])
+        things = np.stack([held["things"][:, first], held["things"][:, second]], 2).reshape(
+            -1, 2, *held["things"].shape[2:]
+        )
         votes = majority(*pair, things, seed)
-        agrees.append(((worth[:, first, j] > worth[:, second, j]).flatten().numpy() == (votes > 0.5))[votes != 0.5])
+        agrees.append(
+            ((worth[:, first, j] > worth[:, second, j]).flatten().numpy() == (votes > 0.5))[votes != 0.5]
+        )
     own = np.arange(HELD_OUT)[:, None], np.arange(SIZE), np.array(_OWN)
     return {
         "alignment_accuracy": float(((p.numpy() > 0.5) == holds).mean()),
@@ -161,5 +191,8 @@ def ship(module: nn.Module, path: Path) -> None:
     """Save a reward in float16 under a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}, part)
+    save_file(
+        {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()},
+        part,
+    )
     os.replace(part, path)

@@ -1,0 +1,37 @@
+import os
+import stat
+
+import pytest
+
+from capo.atomic import write_whole
+from capo.errors import InputError
+
+
+def test_writes_text_and_bytes_and_leaves_nothing_beside_them(tmp_path):
+    path = tmp_path / "new" / "folder" / "result.txt"
+    write_whole(path, "naïve\n")
+    assert path.read_bytes() == b"na\xc3\xafve\n"
+    write_whole(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert [entry.name for entry in path.parent.iterdir()] == ["result.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "result.txt"
+    write_whole(path, "old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"result.txt cannot be written \(No space left on device\).*hydra.run.dir"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.txt"]
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="taken/result.txt cannot be written"):
+        write_whole(tmp_path / "taken" / "result.txt", "new")

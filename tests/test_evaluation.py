@@ -1,0 +1,225 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from capo.errors import InputError
+from capo.evaluation import evaluate, results
+from capo.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.pool import Pool
+from capo.prompts import make_prompt
+from capo.rewards import Reward
+from capo.sampling import SamplerSettings
+
+BASE = {"looks": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
+POLICY = {"looks": torch.tensor([[2.0, 3.0], [3.0, 4.0], [0.0, 7.0]])}
+ZERO = {"looks": torch.tensor([[0.0, 0.0], [4.0, 5.0]])}
+NAMED = {"diversity": {"policy": 0.5, "base": 1 / 3}, "fingerprints": {"policy": "p" * 64, "base": "b" * 64}, "seed": 0}
+
+
+def test_results_of_hand_worked_scores():
+    found = results(POLICY, BASE, zero_scores=ZERO, **NAMED)
+    # prompt 0: 2>1, 2=2, 3>1, 3>2 = 3.5/4; prompt 1: ties and one win each way = 1/2; prompt 2: 0 loses, 7 wins = 1/2
+    # an interval of three prompts: prompt 0 three times is 1/27 of the resamples, more than the 2.5 % beyond a bound
+    assert found["win_rate"] == {"looks": {"mean": 0.625, "low": 0.5, "high": 0.875}}
+    # zero line, first two prompts: 0 of 4; 4>3, 4=4, 5>3, 5>4 = 3.5/4. Of four resamples the extremes are 1/4 each
+    assert found["zero"] == {"looks": {"mean": 0.4375, "low": 0.0, "high": 0.875}}
+    assert found["score"] == {"looks": {"policy": round(19 / 6, 6), "base": 3.5}}
+    assert found["diversity"] == {"policy": 0.5, "base": 0.333333}
+    assert (found["prompts"], found["images_per_prompt"], found["zero_prompts"]) == (3, 2, 2)
+    assert (found["policy"], found["base"]) == ("p" * 64, "b" * 64)
+    assert "oracle" not in found and "oracle_by_category" not in found
+
+
+def test_oracle_changes_and_categories():
+    measures = {"base": {"alignment": torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])},
+                "policy": {"alignment": torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])}}  # fmt: skip
+    found = results(POLICY, BASE, zero_scores={}, policy_measures=measures["policy"], base_measures=measures["base"],
+                    categories=["two", "single", "two"], **NAMED)  # fmt: skip
+    # changes 1/2, -1/2, 0: the extreme resamples take one prompt three times
+    assert found["oracle"] == {"alignment": {"policy": 0.5, "base": 0.5, "low": -0.5, "high": 0.5}}
+    assert found["oracle_by_category"] == {
+        "two": {"alignment": {"policy": 0.5, "base": 0.25, "low": 0.0, "high": 0.5}},
+        "single": {"alignment": {"policy": 0.5, "base": 1.0, "low": -0.5, "high": -0.5}}}  # fmt: skip
+    assert found["zero"] == {} and found["zero_prompts"] == 0
+
+
+def test_a_model_against_itself_is_a_half_and_swapping_gives_the_rest():
+    same = results(BASE, BASE, zero_scores={}, **NAMED)["win_rate"]["looks"]
+    assert same == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    one, other = (results(a, b, zero_scores={}, **NAMED)["win_rate"]["looks"]["mean"] for a, b in
+                  ((POLICY, BASE), (BASE, POLICY)))  # fmt: skip
+    assert one + other == 1.0
+
+
+def test_prompts_without_a_category_count_in_the_whole_only():
+    measure = {"alignment": torch.ones(3, 2)}
+    found = results(POLICY, BASE, zero_scores={}, policy_measures=measure, base_measures=measure,
+                    categories=["", "two", ""], **NAMED)  # fmt: skip
+    assert list(found["oracle_by_category"]) == ["two"]
+
+
+# --- the whole evaluation, on the tiny pipeline ---
+
+TEXTS = {"a red square": "single", "the green circle": "single", "a blue triangle left of a red circle": "position",
+         "a green square and the red triangle": "two", "a blue circle": "single"}  # fmt: skip
+PROMPTS = [make_prompt(text, category) for text, category in TEXTS.items()]
+SETTINGS = SamplerSettings(steps=2, guidance=3.0, batch=4)
+
+
+def brightness(images, prompts):
+    return torch.tensor([float(torch.tensor(list(image.tobytes())).float().mean()) for image in images])
+
+
+def redness(images, prompts):
+    return torch.tensor([float(image.getpixel((3, 3))[0]) for image in images])
+
+
+def oracle(images, prompts):
+    """What an oracle gives: a dictionary of measures."""
+    return {"dark": -brightness(images, prompts), "words": torch.tensor([float(len(prompt.split())) for prompt in prompts])}
+
+
+REWARDS = [Reward("brightness", brightness), Reward("redness", redness)]
+
+
+def plan_of(root, **changes):
+    plan = PoolPlan(root, "tiny", "test", 0, PROMPTS, candidates=3, prompts_per_shard=2)
+    return replace(plan, **changes)
+
+
+def tuned(backbone, shift=0.05, fingerprint="f" * 64):
+    """A policy that is the base with another output bias."""
+    policy = backbone.trainable_copy().eval().requires_grad_(False)
+    policy.conv_out.bias.add_(shift)
+    return ImageGenerator(backbone, policy, fingerprint, SETTINGS)
+
+
+def run(folder, pools, backbone, policy=None, **changes):
+    options = {"zero": plan_of(pools, seed=1, prompts=PROMPTS[:2]), "oracle": oracle, "shown": 2, "progress": False}
+    return evaluate(folder, plan_of(pools), policy or tuned(backbone), REWARDS, **options | changes)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "evaluation"
+    pools = folder.parent.parent / f"{folder.parent.name}-pools"
+    return folder, pools, run(folder, pools, tiny_backbone)
+
+
+@pytest.fixture
+def copied(evaluated, tmp_path):
+    """The evaluation in a folder that a test may change, and the base's pools, which it may not."""
+    return Path(shutil.copytree(evaluated[0], tmp_path / "evaluation")), evaluated[1]
+
+
+def test_evaluation_agrees_with_pools_filled_and_scored_by_hand(evaluated, tiny_backbone, tmp_path):
+    folder, pools, found = evaluated
+    base = ImageGenerator.base(tiny_backbone, SETTINGS)
+    sides = {"policy": fill_pool(plan_of(tmp_path / "p"), tuned(tiny_backbone), REWARDS, progress=False),
+             "base": fill_pool(plan_of(tmp_path / "b"), base, REWARDS, progress=False)}  # fmt: skip
+    keys = [reward.key for reward in REWARDS]
+    scores = {side: pool.scores(keys, 3) for side, pool in sides.items()}
+    for number, reward in enumerate(REWARDS):
+        ours, theirs = scores["policy"][..., number], scores["base"][..., number]
+        wins = [sum((a > b) + (a == b) / 2 for a in row for b in other) / 9
+                for row, other in zip(ours.tolist(), theirs.tolist(), strict=True)]  # fmt: skip
+        assert found["win_rate"][reward.name]["mean"] == pytest.approx(sum(wins) / 5, abs=1e-6)
+        assert found["score"][reward.name]["policy"] == pytest.approx(ours.mean().item(), abs=1e-4)
+    # the oracle sees the images that the reward saw
+    assert found["oracle"]["dark"]["policy"] == pytest.approx(-found["score"]["brightness"]["policy"], abs=1e-4)
+    assert found["oracle"]["words"] == {"policy": 4.8, "base": 4.8, "low": 0.0, "high": 0.0}  # 3 + 3 + 8 + 7 + 3 words
+    assert found["oracle_by_category"]["position"]["words"]["base"] == 8.0
+    assert (found["prompts"], found["images_per_prompt"], found["zero_prompts"]) == (5, 3, 2)
+    assert found["base"] == tiny_backbone.fingerprints["denoiser"] and found["policy"] == "f" * 64
+
+
+def test_zero_line_is_the_base_with_other_seeds(evaluated, tiny_backbone):
+    _, pools, found = evaluated
+    pool = {seed: Pool.open(next(pools.glob(f"tiny-*-{seed}-test"))) for seed in (0, 1)}
+    ours, theirs = (pool[seed].scores([REWARDS[0].key], 3, [0, 1])[..., 0].tolist() for seed in (1, 0))
+    wins = [sum((a > b) + (a == b) / 2 for a in row for b in other) / 9 for row, other in zip(ours, theirs, strict=True)]
+    assert found["zero"]["brightness"]["mean"] == pytest.approx(sum(wins) / 2, abs=1e-6)
+    assert ours != theirs
+
+
+def test_policy_and_base_draw_the_same_seeds(evaluated, tiny_backbone, tmp_path):
+    _, pools, _ = evaluated
+    same = ImageGenerator(tiny_backbone, tiny_backbone.trainable_copy().eval(), "e" * 64, SETTINGS)
+    found = run(tmp_path / "evaluation", pools, tiny_backbone, policy=same, zero=None)
+    assert {rate["mean"] for rate in found["win_rate"].values()} == {0.5}  # image for image the base's scores
+    assert {(score["policy"] - score["base"]) for score in found["score"].values()} == {0.0}
+    assert found["diversity"]["policy"] == found["diversity"]["base"] > 0
+    assert found["zero"] == {}
+
+
+def test_files_of_an_evaluation(evaluated):
+    folder, pools, found = evaluated
+    assert sorted(path.name for path in folder.iterdir()) == ["pool", "report.html", "results.json", "settings.json"]
+    text = (folder / "results.json").read_text()
+    assert json.loads(text) == found
+    assert str(folder) not in text and str(pools) not in text
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["rewards"] == {reward.name: reward.key for reward in REWARDS}
+    assert settings["oracle"] == "test_evaluation.oracle"
+    assert (folder / "report.html").read_text().count('<article class="card') in (4, 5)  # 2 gain, 2 lose, 2 plain
+
+
+def test_the_same_settings_give_the_same_bytes_elsewhere(evaluated, tiny_backbone, tmp_path):
+    folder, _, _ = evaluated
+    run(tmp_path / "other" / "evaluation", tmp_path / "pools", tiny_backbone)
+    for name in ("results.json", "report.html", "settings.json"):
+        assert (tmp_path / "other" / "evaluation" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_result_of_the_same_settings_is_kept_and_of_others_replaced(copied, evaluated, tiny_backbone, monkeypatch):
+    (folder, pools), first = copied, evaluated[2]
+    monkeypatch.setattr("capo.evaluation._Comparison.sides", lambda *_: pytest.fail("it was evaluated again"))
+    assert run(folder, pools, tiny_backbone) == first
+    monkeypatch.undo()
+    second = run(folder, pools, tiny_backbone, policy=tuned(tiny_backbone, 0.5, "a" * 64))
+    assert second["policy"] == "a" * 64 and second["score"] != first["score"]
+    assert json.loads((folder / "results.json").read_text()) == second
+    assert len(list((folder / "pool").iterdir())) == 1  # the first policy's images are gone
+    assert len(run(folder, pools, tiny_backbone, zero=None)["zero"]) == 0
+
+
+@pytest.mark.parametrize("lost", ["results.json", "report.html", "settings.json"])
+def test_a_result_that_is_not_whole_is_made_again(copied, evaluated, tiny_backbone, lost):
+    (folder, pools), found = copied, evaluated[2]
+    kept = (folder / lost).read_bytes()
+    (folder / lost).unlink()
+    assert run(folder, pools, tiny_backbone) == found
+    assert (folder / lost).read_bytes() == kept
+
+
+def test_settings_are_written_last(copied, tiny_backbone, monkeypatch):
+    folder, pools = copied
+
+    def fail(path, data):
+        raise OSError("the machine went down")
+
+    monkeypatch.setattr("capo.evaluation.write_whole", fail)
+    with pytest.raises(OSError):
+        run(folder, pools, tiny_backbone, shown=1)
+    assert not (folder / "settings.json").exists()  # so that nobody takes the old results for those of new settings
+
+
+def test_zero_line_of_other_prompts_is_refused(tiny_backbone, tmp_path):
+    with pytest.raises(InputError, match="evaluation.zero_prompts"):
+        run(tmp_path / "evaluation", tmp_path, tiny_backbone, zero=plan_of(tmp_path, seed=1, prompts=PROMPTS[1:]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_the_oracle_refuses_is_named_with_a_remedy(copied, tiny_backbone):
+    folder, pools = copied
+
+    def refuses(images, prompts):
+        raise InputError("outside the grammar")
+
+    with pytest.raises(InputError, match='outside the grammar.*"a red square".*evaluation.oracle=null'):
+        run(folder, pools, tiny_backbone, oracle=refuses)
+    assert "oracle" not in run(folder, pools, tiny_backbone, oracle=None)

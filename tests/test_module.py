@@ -1,0 +1,132 @@
+"""The training step against hand-made errors, and the promises about the reference."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from capo import objectives
+from capo.data import PreferenceBatch
+from capo.errors import InputError
+from capo.module import PreferenceModule, Weighting, denoising_error, drift_by_time, training_figures
+from capo.objectives import PairErrors, margin
+
+LORA = {"rank": 2, "alpha": 2.0}
+
+
+def batch_for(backbone, pairs=3) -> PreferenceBatch:
+    draw = torch.Generator().manual_seed(0)
+    shape = (pairs, 2, *backbone.latent_shape)
+    text = backbone.encode_prompts(["a red cat", "a blue dog", "a red dog"][:pairs])
+    return PreferenceBatch(
+        latents=torch.randn(shape, generator=draw), noise=torch.randn(shape, generator=draw),
+        u=torch.tensor([0.1, 0.5, 0.9])[:pairs], calibrated_rewards=torch.tensor([[0.8, 0.3], [0.7, 0.4], [0.6, 0.5]])[:pairs],
+        text={name: value.clone() for name, value in text.items()}, prompt_ids=list("abc")[:pairs],
+    )  # fmt: skip
+
+
+def module_for(backbone, objective=None, **options) -> PreferenceModule:
+    objective = objective or partial(objectives.capo, beta=100.0)
+    return PreferenceModule(backbone, objective, lr=1e-3, warm_up=2, weighting=Weighting("sigmoid", 1.5), **options)
+
+
+def test_error_is_a_float32_mean():
+    prediction = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16).view(1, 1, 2, 2)
+    error = denoising_error(prediction, torch.zeros(1, 1, 2, 2))
+    assert error.dtype == torch.float32 and error.item() == 7.5  # (1 + 4 + 9 + 16) / 4
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_first_step_has_no_margin(tiny_backbone, lora, autocast):
+    module = module_for(tiny_backbone, lora=lora)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        errors = module.pair_errors(batch_for(tiny_backbone))
+    assert margin(errors).tolist() == [0.0, 0.0, 0.0]
+    assert errors.policy_winner.dtype == torch.float32 and errors.policy_winner.min() > 0
+    # capo at the start: the mean of dR^2 = (0.25 + 0.09 + 0.01) / 3
+    assert module.objective(errors).mean().item() == pytest.approx(0.35 / 3, rel=1e-5)
+
+
+def test_errors_are_those_of_separate_forward_passes(tiny_backbone):
+    module, batch = module_for(tiny_backbone), batch_for(tiny_backbone)
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.mul_(1.01)
+    errors = module.pair_errors(batch)
+    t = tiny_backbone.timesteps(batch.u)
+    for kind, k in (("winner", 0), ("loser", 1)):
+        noisy = tiny_backbone.add_noise(batch.latents[:, k], batch.noise[:, k], t)
+        for who, network in (("policy", module.policy), ("reference", tiny_backbone.denoiser)):
+            told = tiny_backbone.predict(network, noisy, t, batch.text)
+            expected = (told - batch.noise[:, k]).square().mean((1, 2, 3))
+            assert torch.allclose(getattr(errors, f"{who}_{kind}"), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(errors.weight, tiny_backbone.weight(t, 1.5))
+    assert torch.allclose(errors.gap, torch.tensor([0.5, 0.3, 0.1]))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_reference_is_frozen_and_in_no_checkpoint(tiny_backbone, lora):
+    module = module_for(tiny_backbone, lora=lora)
+    before = {name: value.clone() for name, value in tiny_backbone.denoiser.state_dict().items()}
+    module.objective(module.pair_errors(batch_for(tiny_backbone))).mean().backward()
+    trained = [p for p in module.policy.parameters() if p.requires_grad]
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+    assert all(p.grad is None for p in tiny_backbone.denoiser.parameters())
+    torch.optim.SGD(trained, lr=1.0).step()
+    assert all(torch.equal(value, before[name]) for name, value in tiny_backbone.denoiser.state_dict().items())
+    assert all(name.startswith("policy.") for name in module.state_dict())
+
+
+def test_one_small_step_raises_the_margin(tiny_backbone):
+    module, batch = module_for(tiny_backbone), batch_for(tiny_backbone)
+    module.objective(module.pair_errors(batch)).mean().backward()
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad
+    assert margin(module.pair_errors(batch)).mean() > 0
+
+
+def test_sft_computes_neither_reference_nor_loser(tiny_backbone, monkeypatch):
+    module = module_for(tiny_backbone, partial(objectives.sft, beta=None))
+    sizes = []
+    predict = tiny_backbone.predict
+    monkeypatch.setattr(tiny_backbone, "predict", lambda n, x, t, text: sizes.append(len(x)) or predict(n, x, t, text))
+    errors = module.pair_errors(batch_for(tiny_backbone))
+    assert sizes == [3] and errors.reference_winner is None and errors.policy_loser is None
+
+
+def test_figures_by_hand():
+    errors = PairErrors(
+        policy_winner=torch.tensor([0.2, 0.5]), reference_winner=torch.tensor([0.3, 0.4]),
+        policy_loser=torch.tensor([0.4, 0.4]), reference_loser=torch.tensor([0.4, 0.4]),
+        weight=torch.tensor([1.0, 0.5]), gap=torch.tensor([0.4, 0.2]),
+    )  # fmt: skip
+    # h = -w (m+ - r+) + w (m- - r-): 0.1 and -0.05; beta h = 3 and -1.5, both beyond 1
+    figures = {name: float(value) for name, value in training_figures(errors, beta=30.0).items()}
+    assert figures["train/h"] == pytest.approx(0.025) and figures["train/beta_h"] == pytest.approx(0.75)
+    assert figures["train/accuracy"] == 0.5 and figures["train/dR"] == pytest.approx(0.3)
+    assert figures["train/drift_winner"] == pytest.approx(0.0, abs=1e-7) and figures["train/drift_loser"] == 0
+    assert figures["train/saturated"] == 1.0
+    drift = drift_by_time(errors, torch.tensor([0.05, 0.95]))
+    assert drift["drift/winner/u0.0"] == pytest.approx(-0.1) and drift["drift/winner/u0.8"] == pytest.approx(0.1)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny_backbone):
+    module = module_for(tiny_backbone, max_bad_steps=2)
+    module.log = lambda *args, **kwargs: None  # it needs a trainer
+    optimiser = module.configure_optimizers()["optimizer"]
+    before = [parameter.clone() for parameter in module.policy.parameters()]
+    module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("nan"))
+    module.configure_gradient_clipping(optimiser)
+    optimiser.step()
+    assert module.bad_steps == 1 and all(torch.equal(a, b) for a, b in zip(before, module.policy.parameters()))
+    module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("inf"))
+    with pytest.raises(InputError, match="2 steps in a row"):
+        module.configure_gradient_clipping(optimiser)
+
+
+def test_unknown_weighting_is_refused():
+    with pytest.raises(InputError, match="constant"):
+        Weighting("snr", 0.0)

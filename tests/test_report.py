@@ -1,0 +1,162 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from capo.gallery import Change, Exhibit
+from capo.report import Report, number, print_results, remarks, render_report, verdict
+from capo.rewards import Reward
+
+RESULTS = {
+    "win_rate": {"looks": {"mean": 0.634, "low": 0.601, "high": 0.668}, "alignment": {"mean": 0.48, "low": 0.44, "high": 0.52}},
+    "zero": {"looks": {"mean": 0.51, "low": 0.47, "high": 0.55}, "alignment": {"mean": 0.49, "low": 0.45, "high": 0.53}},
+    "score": {"looks": {"policy": 6.25, "base": 5.5}, "alignment": {"policy": 0.7, "base": 0.71}},
+    "oracle": {"looks": {"policy": 5.1, "base": 5.3, "low": -0.31, "high": -0.09}},
+    "oracle_by_category": {"single": {"looks": {"policy": 5.0, "base": 5.1, "low": -0.3, "high": 0.1}},
+                           "two": {"looks": {"policy": 5.2, "base": 5.5, "low": -0.5, "high": -0.1}}},
+    "diversity": {"policy": 0.9, "base": 1.0}, "prompts": 256, "images_per_prompt": 4, "zero_prompts": 64,
+    "policy": "ab" * 32, "base": "cd" * 32}  # fmt: skip
+SETTINGS = {key: f"{key}-print" for key in ("policy", "base", "policy_generator", "base_generator", "latent_space",
+                                           "text_encoders")} | {"steps": 10, "guidance": 3.0, "seed": 0}  # fmt: skip
+REWARDS = [Reward("looks", print, weights="looks.safetensors", licence="Apache-2.0"), Reward("alignment", print, link="log")]
+VOID = {"meta", "img", "input", "br", "line", "rect", "circle", "polyline"}
+
+
+def exhibit(prompt="a red circle", **places):
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    changes = [Change("looks", 5.0, 6.5, 0.75), Change("oracle: looks", 5.2, 5.1)]
+    return Exhibit(prompt, "single", 0.25, changes, images, images[::-1], places)
+
+
+def page(**changes):
+    values = {"title": "a run", "results": RESULTS, "settings": SETTINGS, "rewards": REWARDS,
+              "exhibits": [exhibit("a red circle", gain=0, plain=1), exhibit("two blue stars", loss=0)]}  # fmt: skip
+    return render_report(Report(**values | changes))
+
+
+class Page(HTMLParser):
+    """Elements with their attributes; checks that tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+
+    def read(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def test_page_fetches_nothing(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,0.5\n2,0.25\n")
+    text = page(config="model: x\n", curves=tmp_path / "metrics.csv")
+    assert "://" not in text and "@import" not in text and "<script" not in text and "url(" not in text
+    for tag, attributes in Page(text).elements:
+        assert tag not in ("link", "iframe", "object", "embed")
+        for key in {"src", "href", "srcset", "data", "poster"} & attributes.keys():
+            assert attributes[key].startswith("data:image/")
+
+
+def test_headline_shows_rates_zero_line_and_scores():
+    text = Page(page()).read()
+    assert "63.4 % [60.1, 66.8] 51.0 % [47.0, 55.0] 5.500 → 6.250" in text
+    assert "48.0 % [44.0, 52.0] 49.0 % [45.0, 53.0] 0.710 → 0.700" in text
+    assert "256 prompts, 4 images each" in text and "on the first 64 prompts" in text
+    # intervals reach 0.168 from the centre: the axis runs from 30 to 70 %
+    assert "30 % 50 % 70 %" in text
+
+
+def test_oracle_is_shown_by_category():
+    text = Page(page()).read()
+    assert "all prompts -0.200 [-0.310, -0.090] 5.300 → 5.100" in text
+    assert "two -0.300 [-0.500, -0.100] 5.500 → 5.200" in text
+    without = {key: value for key, value in RESULTS.items() if not key.startswith("oracle")}
+    assert "Measured exactly" not in page(results=without)
+
+
+def test_gallery_holds_both_sides_and_its_orders():
+    parsed = Page(page())
+    cards = [attributes for tag, attributes in parsed.elements if tag == "article"]
+    assert cards[0]["class"].split() == ["card", "in-gain", "in-plain"] and "--gain: 0; --plain: 1;" in cards[0]["style"]
+    assert cards[1]["class"].split() == ["card", "in-loss"]
+    images = [attributes for tag, attributes in parsed.elements if tag == "img"]
+    assert [image["alt"] for image in images[:4]] == ["base: a red circle"] * 2 + ["tuned: a red circle"] * 2
+    assert [image["src"] for image in images[:2]] == [image["src"] for image in images[3:1:-1]]  # the other way round
+    assert "looks 5.000 → 6.500 +1.500 75 %" in parsed.read() and "oracle: looks 5.200 → 5.100 -0.100" in parsed.read()
+    radios = [attributes for tag, attributes in parsed.elements if tag == "input"]
+    labels = [attributes["for"] for tag, attributes in parsed.elements if tag == "label"]
+    assert [radio["id"] for radio in radios] == labels == ["by-gain", "by-loss", "by-plain"]
+    assert ["checked" in radio for radio in radios] == [True, False, False]
+
+
+def test_every_class_of_a_curve_has_a_colour():
+    text = page()
+    for index in range(10):
+        assert f".series-{index} {{ --c: var(--s{index}); }}" in text and len(re.findall(rf"--s{index}: #", text)) == 2
+
+
+def test_settings_and_fingerprints_are_shown_and_escaped():
+    text = page(title="<i>", config="a: <b> & 'c'\n", exhibits=[exhibit('"><script>alert(1)</script>')])
+    assert "<script" not in text and "<i>" not in text
+    read = Page(text).read()
+    assert "a: <b> & 'c'" in read and '"><script>alert(1)</script>' in read
+    for key in ("policy", "base", "latent_space", "text_encoders", "policy_generator"):
+        assert f"{key}-print" in read
+    assert REWARDS[0].key in read and "looks.safetensors" in read and "log, 1.0" in read
+
+
+def test_page_without_zero_line_gallery_or_config():
+    read = Page(page(results=RESULTS | {"zero": {}, "zero_prompts": 0}, exhibits=[])).read()
+    assert "not made" in read and "Gallery" not in read and "config.yaml" not in read and "pale band" not in read
+
+
+def test_the_same_report_gives_the_same_text():
+    assert page() == page()
+
+
+def test_remarks_name_reward_hacking_and_a_zero_line_off_its_place():
+    hacked, off = remarks(RESULTS | {"zero": {"looks": {"mean": 0.4, "low": 0.35, "high": 0.45}}})
+    assert hacked.startswith("looks: the reward prefers the policy (63.4 %)")
+    assert "from 5.300 to 5.100: reward hacking" in hacked
+    assert off.startswith("looks: the zero line's interval (35.0 % to 45.0 %)")
+    risen = {"looks": {"policy": 5.4, "base": 5.3, "low": -0.01, "high": 0.2}}
+    assert remarks(RESULTS | {"oracle": risen}) == []
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.51, 0.6, "above"), (0.4, 0.49, "below"), (0.5, 0.6, "unclear"),
+                                                       (0.4, 0.5, "unclear")])  # fmt: skip
+def test_verdict(low, high, expected):
+    assert verdict({"low": low, "high": high}, 0.5) == expected
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0.000"), (0.27, "0.270"), (22.7341, "22.734"), (0.012345, "0.0123")])
+def test_scores_keep_three_digits_that_count(value, text):
+    assert number(value) == text
+
+
+def test_console_table_fits_a_terminal():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    print_results(RESULTS, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(re.search(r"looks +63\.4 +60\.1–66\.8 +51\.0 \(47\.0–55\.0\) +5\.500 → 6\.250", line) for line in lines)
+    assert any(re.search(r"looks +5\.300 +5\.100 +-0\.200 +-0\.310 to -0\.090", line) for line in lines)
+    assert any(re.search(r"two +5\.500 → 5\.200", line) for line in lines)
+    assert "reward hacking" in " ".join(lines)
