@@ -196,8 +196,7 @@ def test_text_keeps_its_dtypes_and_stores_constants_once(pool):
     pool.write_text(0, text, SETTINGS)
     assert pool.has_text(0, verify=True)
     with safe_open(pool.folder / "text" / "00000.safetensors", "pt") as file:
-        assert {name: file.get_tensor(name).shape[0] for name in file.keys()} == {
-            "embeds": 2, "pooled": 2, "time_ids": 1}
+        assert [len(file.get_tensor(name)) for name in ("embeds", "pooled", "time_ids")] == [2, 2, 1]
     reader = PoolReader(pool)
     singly = {name: torch.stack([reader.text(position)[name] for position in (0, 1)]) for name in text}
     for read in (pool.read_text(0), singly):

@@ -182,7 +182,7 @@ def _sheet(
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """The image at most `cell` pixels a side: enlarged by whole factors, so pixels stay pixels, or reduced."""
+    """The image at most `cell` pixels a side: enlarged by whole factors (pixels stay pixels) or reduced."""
     image = image.convert("RGB")
     factor = cell // max(image.size)
     if factor >= 1:

@@ -30,6 +30,7 @@ from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Thing, assertions
 
 UNKNOWN = "unknown"  # the shape of a thing that looks like none of SHAPES
 MATCH = 0.76  # least soft intersection over union with a template
+PALE = 26.0  # distance from the background (RGB, 0-255) that most of a thing must reach
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _CONTRASTS = np.linspace(0.28, 1.1, 13, dtype=np.float32)
 
@@ -159,6 +160,13 @@ def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | Non
     return np.where(rim, np.maximum(soft, 0.5), body) + np.where(edge, np.minimum(soft, 0.5), 0.0)
 
 
+def _is_clutter(body: np.ndarray, far: np.ndarray, match: float) -> bool:
+    """Whether a body (h, w) is too small, thin or faint for a thing; what looks like no shape must be larger."""
+    filled = binary_fill_holes(body)
+    small = filled.sum() < (SPECK if match >= MATCH else 2 * SPECK)
+    return small or not binary_erosion(filled, iterations=2).any() or np.percentile(far[body], 75) < PALE
+
+
 def _thing(
     mask: np.ndarray, away: np.ndarray, background: np.ndarray
 ) -> tuple[Thing | None, float, np.ndarray]:
@@ -176,19 +184,12 @@ def _thing(
         return None, 0.0, np.zeros_like(mask)
     rest = mask & ~binary_dilation(body, iterations=2)
     shape, match, radius, x, y = best
-    size = binary_fill_holes(body).sum()
-    if (
-        size < (SPECK if match >= MATCH else 2 * SPECK)
-        or not binary_erosion(binary_fill_holes(body), iterations=2).any()
-    ):
+    if _is_clutter(body, far, match):
         return None, 0.0, rest
     line = dark - lit
     texture = _texture(np.clip((away - lit) @ line / (line @ line), 0, 1), body)
-    return (
-        Thing(shape if match >= MATCH else UNKNOWN, list(COLOURS)[colour], texture, radius, x, y),
-        match,
-        rest,
-    )
+    name = shape if match >= MATCH else UNKNOWN
+    return Thing(name, list(COLOURS)[colour], texture, radius, x, y), match, rest
 
 
 def _halves(mask: np.ndarray) -> list[np.ndarray]:

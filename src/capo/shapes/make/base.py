@@ -48,8 +48,7 @@ def build_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
+        timestep_spacing="trailing",  # so that the first step sees nothing but noise, as the sampler starts from
     )
 
 

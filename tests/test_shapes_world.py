@@ -1,0 +1,71 @@
+"""The embedded default with its shipped weights: the main job in small, and its promises to the bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from capo.pool import Pool
+from capo.prompts import candidate_seed
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+SMALL = ["experiment=quick", "trainer.max_steps=8", "validation.every=4", "prompts.train=16", "prompts.test=16", "pool.candidates=4"]
+
+
+def run(script: str, *overrides: str) -> str:
+    command = [sys.executable, str(ROOT / script), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=overrides[-1].split("=", 1)[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of one seed with different loader workers, in one pool root; the folder that holds both."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for name, workers in (("first", 0), ("second", 2)):
+        (folder / name).mkdir()
+        run("train.py", *SMALL, f"data.workers={workers}", f"pool.root={folder / 'pools'}", f"hydra.run.dir={folder / name}")
+    return folder
+
+
+def test_same_seed_same_bytes(runs):
+    first, second = ((runs / name / "evaluation" / "results.json").read_bytes() for name in ("first", "second"))
+    assert first == second
+    found = json.loads(first)
+    assert set(found["win_rate"]) == set(found["zero"]) == {"alignment", "looks", "preference"}
+    assert {"alignment", "looks"} <= set(found["oracle"]) and found["prompts"] == 16
+
+
+def test_the_plain_pipeline_draws_the_images_of_the_evaluation(runs):
+    pipe = StableDiffusionXLPipeline.from_pretrained(runs / "first" / "policy", dtype=torch.float32, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    pool = Pool.open(next((runs / "first" / "evaluation" / "pool").glob("*/manifest.json")).parent)
+    settings = json.loads((runs / "first" / "evaluation" / "settings.json").read_text())
+    shard = pool.shards(settings["images_per_prompt"])[0]
+    prompts = pool.row_prompts(shard.row)
+    seeds = [candidate_seed(settings["seed"], prompt.id, index) for prompt in prompts for index in shard.candidates]
+    call = {
+        "prompt": [prompt.text for prompt in prompts], "num_images_per_prompt": len(shard.candidates),
+        "num_inference_steps": settings["steps"], "guidance_scale": settings["guidance"],
+    }  # fmt: skip
+    latents = pipe(**call, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="latent").images
+    stored = pool.read_latents(shard).flatten(0, 1)
+    assert torch.equal(latents.half(), stored)
+    images = pipe(**call, generator=[torch.Generator().manual_seed(s) for s in seeds]).images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(stored.float() / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    ours = pipe.image_processor.postprocess(decoded, output_type="pil")
+    apart = np.abs(np.stack([np.asarray(i, dtype=int) for i in images]) - np.stack([np.asarray(i, dtype=int) for i in ours]))
+    assert apart.max() <= 1 and (apart > 0).mean() <= 0.03
+
+
+def test_two_runs_compare_head_to_head(runs):
+    told = run("evaluate.py", f"runs=[{runs / 'first'},{runs / 'second'}]", f"hydra.run.dir={runs}")
+    assert "against" in told and "50.0" in told  # the same policy twice
