@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo.comparison import compare_runs, run_folders
-from capo.config import build_world, evaluate_policy, run_config, prepare_process
+from capo.config import build_world, evaluate_policy, plain_errors, prepare_process, run_config
 from capo.errors import InputError
 
 console = Console()
@@ -51,7 +51,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
-    run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
+    with plain_errors():
+        run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from capo.config import build_world, prepare_process
+from capo.config import build_world, plain_errors, prepare_process
 from capo.errors import InputError
 from capo.generation import STAGES, fill_pool
 
@@ -32,7 +32,8 @@ def run(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
-    run(cfg)
+    with plain_errors():
+        run(cfg)
 
 
 if __name__ == "__main__":

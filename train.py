@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo import training
-from capo.config import World, build_world, evaluate_policy, prepare_process
+from capo.config import World, build_world, evaluate_policy, plain_errors, prepare_process
 from capo.data import PreferenceData
 from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
 from capo.generation import fill_pool
@@ -119,7 +119,8 @@ def run(cfg: DictConfig) -> float:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    return run(cfg)
+    with plain_errors():
+        return run(cfg)
 
 
 if __name__ == "__main__":

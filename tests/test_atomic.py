@@ -1,5 +1,4 @@
 import os
-import stat
 
 import pytest
 
@@ -14,7 +13,6 @@ def test_writes_text_and_bytes_and_leaves_nothing_beside_them(tmp_path):
     write_whole(path, b"\x00\x01")
     assert path.read_bytes() == b"\x00\x01"
     assert [entry.name for entry in path.parent.iterdir()] == ["result.txt"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -25,9 +23,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"result.txt cannot be written \(No space left on device\).*hydra.run.dir"):
+    with pytest.raises(InputError, match=r"result.txt cannot be written \(No space left.*hydra.run.dir"):
         write_whole(path, "new")
     assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.txt"]
+
+
+def test_what_a_process_that_died_has_left_is_overwritten(tmp_path):
+    (tmp_path / ".result.txt.tmp").write_text("half of a longer te")
+    write_whole(tmp_path / "result.txt", "new ", b"and ", memoryview(b"whole"))
+    assert (tmp_path / "result.txt").read_text() == "new and whole"
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.txt"]
 
 

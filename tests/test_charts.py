@@ -19,10 +19,16 @@ def test_half_width_is_the_next_step_that_holds_every_interval():
 
 
 def test_interval_bar_places_its_parts_on_the_axis():
-    # axis 0.3 to 0.7: 0.55 lies at 62.5 %, 0.6 at 75 %, 0.65 at 87.5 %; the band from 0.45 at 37.5 % is 25 % wide
+    # axis 0.3 to 0.7: 0.55 lies at 62.5 %, 0.6 at 75 %, 0.65 at 87.5 %;
+    # the band from 0.45 at 37.5 % is 25 % wide
     bar = interval_bar(0.55, 0.6, 0.65, 0.5, 0.2, band=(0.45, 0.55))
     assert attributes(bar, "span") | {"y": "", "height": ""} == {
-        "class": "span", "x": "62.50%", "width": "25.00%", "y": "", "height": ""}  # fmt: skip
+        "class": "span",
+        "x": "62.50%",
+        "width": "25.00%",
+        "y": "",
+        "height": "",
+    }
     assert attributes(bar, "dot")["cx"] == "75.00%"
     assert (attributes(bar, "band")["x"], attributes(bar, "band")["width"]) == ("37.50%", "25.00%")
     assert ET.fromstring(bar).attrib["class"] == "interval up"
@@ -52,7 +58,7 @@ def test_long_curves_become_means_of_equal_runs():
     assert thinned([], most=4) == []
 
 
-CSV = """epoch,step,train/loss,val/win_rate,val/win_rate/looks,train/drift_winner,train/drift_loser,time/seconds,note
+CSV = """epoch,step,train/loss,val/win_rate,val/win_rate/looks,train/drift_winner,train/drift_loser,time/s,n
 0,10,0.5,,,-1e-3,2e-3,1.0,slow
 0,20,nan,0.5,0.6,,,2.0,
 0,30,0.25,0.625,0.7,-2e-3,3e-3,3.0,
@@ -63,13 +69,33 @@ CSV = """epoch,step,train/loss,val/win_rate,val/win_rate/looks,train/drift_winne
 def test_curves_of_a_metrics_file(tmp_path):
     (tmp_path / "metrics.csv").write_text(CSV)
     charts = read_curves(tmp_path / "metrics.csv")
-    assert [chart.title for chart in charts] == ["val/win_rate", "train/loss", "train/drift"]  # no clock, no words
+    # no clock, no words
+    assert [chart.title for chart in charts] == ["val/win_rate", "train/loss", "train/drift"]
     rates, loss, drift = charts
     assert [(curve.label, curve.points) for curve in rates.curves] == [
-        ("win_rate", [(20, 0.5), (30, 0.625)]), ("looks", [(20, 0.6), (30, 0.7)])]  # fmt: skip
-    assert loss.curves[0].points == [(10, 0.5), (30, 0.25)]  # the NaN and the row without a step are passed over
+        ("win_rate", [(20, 0.5), (30, 0.625)]),
+        ("looks", [(20, 0.6), (30, 0.7)]),
+    ]
+    # the NaN and the row without a step are passed over
+    assert loss.curves[0].points == [(10, 0.5), (30, 0.25)]
     assert [curve.label for curve in drift.curves] == ["drift_winner", "drift_loser"]
     assert (rates.reference, loss.reference) == (0.5, None)
+
+
+def test_win_rates_come_first_and_scores_of_rewards_stand_apart(tmp_path):
+    names = [
+        "drift/loser/u0.0",
+        "drift/loser/u0.2",
+        "train/loss",
+        "val/score/looks",
+        "val/score/novelty",
+        "val/win_rate",
+    ]
+    (tmp_path / "metrics.csv").write_text(f"step,{','.join(names)}\n1,{','.join('1' for _ in names)}\n")
+    charts = read_curves(tmp_path / "metrics.csv")
+    titles = ["val/win_rate", "val/score/looks", "val/score/novelty", "train/loss", "drift/loser"]
+    assert [chart.title for chart in charts] == titles
+    assert [curve.label for curve in charts[-1].curves] == ["u0.0", "u0.2"]
 
 
 def test_curves_beyond_the_colours_are_counted(tmp_path):
@@ -94,9 +120,13 @@ def parts(markup):
 def test_a_line_chart_puts_points_where_their_values_belong():
     # x from 46 to 350 for steps 0 to 100; y: values 0 to 1 with 6 % room, 176 (-0.06) up to 10 (1.06)
     chart = parts(line_chart(Chart("loss", [Curve("loss", [(0, 0.0), (100, 1.0)])])))
-    points = [tuple(map(float, point.split(","))) for point in chart.find(".//polyline").attrib["points"].split()]
-    assert points == [(46.0, pytest.approx(176 - 166 * 0.06 / 1.12, abs=0.06)),
-                      (350.0, pytest.approx(10 + 166 * 0.06 / 1.12, abs=0.06))]  # fmt: skip
+    points = [
+        tuple(map(float, point.split(","))) for point in chart.find(".//polyline").attrib["points"].split()
+    ]
+    assert points == [
+        (46.0, pytest.approx(176 - 166 * 0.06 / 1.12, abs=0.06)),
+        (350.0, pytest.approx(10 + 166 * 0.06 / 1.12, abs=0.06)),
+    ]
     assert [text.text for text in chart.iter("text")] == ["0", "0.5", "1", "0", "50", "100"]
     assert chart.find("ul") is None  # one curve needs no legend
 
@@ -104,7 +134,8 @@ def test_a_line_chart_puts_points_where_their_values_belong():
 def test_a_reference_is_drawn_even_where_no_curve_reaches_it():
     chart = parts(line_chart(Chart("val/win_rate", [Curve("looks", [(0, 0.7), (10, 0.8)])], reference=0.5)))
     (line,) = [element for element in chart.iter("line") if element.attrib["class"] == "centre"]
-    assert float(line.attrib["y1"]) == pytest.approx(176 - 166 * 0.018 / 0.336, abs=0.06)  # 0.5 of 0.482 to 0.818
+    # 0.5 of 0.482 to 0.818
+    assert float(line.attrib["y1"]) == pytest.approx(176 - 166 * 0.018 / 0.336, abs=0.06)
     assert line.attrib["y1"] == line.attrib["y2"]
 
 
@@ -112,8 +143,12 @@ def test_a_reference_is_drawn_even_where_no_curve_reaches_it():
 def test_constants_and_single_points_are_drawn(points):
     chart = parts(line_chart(Chart("flat", [Curve("flat", points)])))
     marks = [*chart.iter("polyline"), *chart.iter("circle")]
-    numbers = [float(number) for mark in marks for key in ("points", "cx", "cy")
-               for number in mark.attrib.get(key, "").replace(",", " ").split()]  # fmt: skip
+    numbers = [
+        float(number)
+        for mark in marks
+        for key in ("points", "cx", "cy")
+        for number in mark.attrib.get(key, "").replace(",", " ").split()
+    ]
     assert len(marks) == 1 and numbers and all(map(math.isfinite, numbers))
 
 

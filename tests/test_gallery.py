@@ -18,7 +18,8 @@ def image(colour, size=(8, 8)):
 def test_gain_is_the_win_rate_less_a_half_over_rewards():
     policy = {"a": torch.tensor([[1.0, 2.0], [0.0, 0.0]]), "b": torch.tensor([[5.0, 5.0], [1.0, 0.0]])}
     base = {"a": torch.tensor([[0.0, 1.0], [0.0, 0.0]]), "b": torch.tensor([[5.0, 6.0], [0.0, 0.0]])}
-    # prompt 0: a: 1>0, 1=1, 2>0, 2>1 = 3.5/4; b: 5=5, 5<6 twice = 1/4; mean 0.5625. Prompt 1: a ties 1/2, b (2+1)/4 = 3/4
+    # prompt 0: a: 1>0, 1=1, 2>0, 2>1 = 3.5/4; b: 5=5, 5<6 twice = 1/4; mean 0.5625.
+    # prompt 1: a: all tie = 1/2; b: (2+1)/4 = 3/4
     assert gains(policy, base).tolist() == [0.0625, 0.125]
 
 
@@ -31,11 +32,17 @@ def test_ranking_breaks_ties_by_the_score_change_then_by_place():
 
 
 def test_ranking_weighs_rewards_by_their_spread():
-    # both prompts win all comparisons of one reward and lose all of the other; what counts is the change in deviations
-    base = {"small": torch.tensor([[0.0, 0.01], [0.0, 0.01]]), "large": torch.tensor([[0.0, 100.0], [0.0, 100.0]])}
-    policy = {"small": base["small"] + torch.tensor([[0.05], [-0.02]]),
-              "large": base["large"] + torch.tensor([[-150.0], [150.0]])}  # fmt: skip
-    # deviations of the base are 0.01 / sqrt(3) and 100 / sqrt(3): +5 and -1.5 of sqrt(3) for prompt 0, -2 and +1.5 for 1
+    # both win all comparisons of one reward and lose all of the other: the change in deviations decides
+    base = {
+        "small": torch.tensor([[0.0, 0.01], [0.0, 0.01]]),
+        "large": torch.tensor([[0.0, 100.0], [0.0, 100.0]]),
+    }
+    policy = {
+        "small": base["small"] + torch.tensor([[0.05], [-0.02]]),
+        "large": base["large"] + torch.tensor([[-150.0], [150.0]]),
+    }
+    # deviations of the base are 0.01 / sqrt(3) and 100 / sqrt(3): in units of sqrt(3)
+    # prompt 0 changes by +5 and -1.5, prompt 1 by -2 and +1.5
     assert ranking(policy, base) == [0, 1]
 
 
@@ -62,24 +69,36 @@ def test_small_images_are_embedded_without_loss_and_large_ones_small():
 
 def test_grid_has_the_base_above_the_policy_in_each_column(tmp_path):
     path = tmp_path / "validation" / "step000000.png"
-    image_grid([image(RED), image(GREEN)], [image(BLUE), image(RED)], ["a red square", "two circles"], path, cell=64)
+    image_grid(
+        [image(RED), image(GREEN)], [image(BLUE), image(RED)], ["a red square", "two circles"], path, cell=64
+    )
     pixels = np.asarray(Image.open(path))
     # cells of 64 begin at 50 (names of the rows) + 72 per column and 8 + 72 per row
-    centres = [[tuple(pixels[8 + 72 * row + 32, 50 + 72 * column + 32].tolist()) for column in (0, 1)] for row in (0, 1)]
+    centres = [
+        [tuple(pixels[8 + 72 * row + 32, 50 + 72 * column + 32].tolist()) for column in (0, 1)]
+        for row in (0, 1)
+    ]
     assert centres == [[RED, GREEN], [BLUE, RED]]
     assert pixels.shape[1] == 50 + 2 * 72
-    assert pixels[8, 50].tolist() == list(RED) and pixels[71, 113].tolist() == list(RED)  # 8 pixels fill 64: eight times
+    # 8 pixels fill 64: eight times
+    assert pixels[8, 50].tolist() == list(RED) and pixels[71, 113].tolist() == list(RED)
     assert (pixels[2 * 72 :, 50:] < 128).any()  # the prompts stand below
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_grid_of_the_base_alone_breaks_into_equal_bands(tmp_path):
     colours = [RED, GREEN, BLUE]
-    image_grid([image(c) for c in colours], None, ["one", "two", "three"], tmp_path / "grid.png", columns=2, cell=32)
+    image_grid(
+        [image(c) for c in colours], None, ["one", "two", "three"], tmp_path / "grid.png", columns=2, cell=32
+    )
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
     band = 8 + 32 + 8 + 8 + 15  # margin, image, gap, margin, one line of text
     assert pixels.shape[:2] == (2 * band - 2 * 8 + 2 * 8, 50 + 2 * 40)
-    assert [tuple(pixels[24, 66].tolist()), tuple(pixels[24, 106].tolist()), tuple(pixels[band + 24, 66].tolist())] == colours
+    assert [
+        tuple(pixels[24, 66].tolist()),
+        tuple(pixels[24, 106].tolist()),
+        tuple(pixels[band + 24, 66].tolist()),
+    ] == colours
 
 
 def test_grid_shrinks_large_images(tmp_path):

@@ -10,17 +10,34 @@ from capo.report import Report, number, print_results, remarks, render_report, v
 from capo.rewards import Reward
 
 RESULTS = {
-    "win_rate": {"looks": {"mean": 0.634, "low": 0.601, "high": 0.668}, "alignment": {"mean": 0.48, "low": 0.44, "high": 0.52}},
-    "zero": {"looks": {"mean": 0.51, "low": 0.47, "high": 0.55}, "alignment": {"mean": 0.49, "low": 0.45, "high": 0.53}},
+    "win_rate": {
+        "looks": {"mean": 0.634, "low": 0.601, "high": 0.668},
+        "alignment": {"mean": 0.48, "low": 0.44, "high": 0.52},
+    },
+    "zero": {
+        "looks": {"mean": 0.51, "low": 0.47, "high": 0.55},
+        "alignment": {"mean": 0.49, "low": 0.45, "high": 0.53},
+    },
     "score": {"looks": {"policy": 6.25, "base": 5.5}, "alignment": {"policy": 0.7, "base": 0.71}},
     "oracle": {"looks": {"policy": 5.1, "base": 5.3, "low": -0.31, "high": -0.09}},
-    "oracle_by_category": {"single": {"looks": {"policy": 5.0, "base": 5.1, "low": -0.3, "high": 0.1}},
-                           "two": {"looks": {"policy": 5.2, "base": 5.5, "low": -0.5, "high": -0.1}}},
-    "diversity": {"policy": 0.9, "base": 1.0}, "prompts": 256, "images_per_prompt": 4, "zero_prompts": 64,
-    "policy": "ab" * 32, "base": "cd" * 32}  # fmt: skip
-SETTINGS = {key: f"{key}-print" for key in ("policy", "base", "policy_generator", "base_generator", "latent_space",
-                                           "text_encoders")} | {"steps": 10, "guidance": 3.0, "seed": 0}  # fmt: skip
-REWARDS = [Reward("looks", print, weights="looks.safetensors", licence="Apache-2.0"), Reward("alignment", print, link="log")]
+    "oracle_by_category": {
+        "single": {"looks": {"policy": 5.0, "base": 5.1, "low": -0.3, "high": 0.1}},
+        "two": {"looks": {"policy": 5.2, "base": 5.5, "low": -0.5, "high": -0.1}},
+    },
+    "diversity": {"policy": 0.9, "base": 1.0},
+    "prompts": 256,
+    "images_per_prompt": 4,
+    "policy": "ab" * 32,
+    "base": "cd" * 32,
+}
+SETTINGS = {
+    key: f"{key}-print"
+    for key in ("policy", "base", "policy_generator", "base_generator", "latent_space", "text_encoders")
+} | {"steps": 10, "guidance": 3.0, "seed": 0, "zero": {"prompts": 64}}
+REWARDS = [
+    Reward("looks", print, weights="/home/me/looks.safetensors", licence="Apache-2.0"),
+    Reward("alignment", print, link="log", weights="org/name", revision="v2"),
+]
 VOID = {"meta", "img", "input", "br", "line", "rect", "circle", "polyline"}
 
 
@@ -31,8 +48,13 @@ def exhibit(prompt="a red circle", **places):
 
 
 def page(**changes):
-    values = {"title": "a run", "results": RESULTS, "settings": SETTINGS, "rewards": REWARDS,
-              "exhibits": [exhibit("a red circle", gain=0, plain=1), exhibit("two blue stars", loss=0)]}  # fmt: skip
+    values = {
+        "title": "a run",
+        "results": RESULTS,
+        "settings": SETTINGS,
+        "rewards": REWARDS,
+        "exhibits": [exhibit("a red circle", gain=0, plain=1), exhibit("two blue stars", loss=0)],
+    }
     return render_report(Report(**values | changes))
 
 
@@ -94,12 +116,19 @@ def test_oracle_is_shown_by_category():
 def test_gallery_holds_both_sides_and_its_orders():
     parsed = Page(page())
     cards = [attributes for tag, attributes in parsed.elements if tag == "article"]
-    assert cards[0]["class"].split() == ["card", "in-gain", "in-plain"] and "--gain: 0; --plain: 1;" in cards[0]["style"]
+    assert (
+        cards[0]["class"].split() == ["card", "in-gain", "in-plain"]
+        and "--gain: 0; --plain: 1;" in cards[0]["style"]
+    )
     assert cards[1]["class"].split() == ["card", "in-loss"]
     images = [attributes for tag, attributes in parsed.elements if tag == "img"]
     assert [image["alt"] for image in images[:4]] == ["base: a red circle"] * 2 + ["tuned: a red circle"] * 2
-    assert [image["src"] for image in images[:2]] == [image["src"] for image in images[3:1:-1]]  # the other way round
-    assert "looks 5.000 → 6.500 +1.500 75 %" in parsed.read() and "oracle: looks 5.200 → 5.100 -0.100" in parsed.read()
+    # the other way round
+    assert [image["src"] for image in images[:2]] == [image["src"] for image in images[3:1:-1]]
+    assert (
+        "looks 5.000 → 6.500 +1.500 75 %" in parsed.read()
+        and "oracle: looks 5.200 → 5.100 -0.100" in parsed.read()
+    )
     radios = [attributes for tag, attributes in parsed.elements if tag == "input"]
     labels = [attributes["for"] for tag, attributes in parsed.elements if tag == "label"]
     assert [radio["id"] for radio in radios] == labels == ["by-gain", "by-loss", "by-plain"]
@@ -109,7 +138,10 @@ def test_gallery_holds_both_sides_and_its_orders():
 def test_every_class_of_a_curve_has_a_colour():
     text = page()
     for index in range(10):
-        assert f".series-{index} {{ --c: var(--s{index}); }}" in text and len(re.findall(rf"--s{index}: #", text)) == 2
+        assert (
+            f".series-{index} {{ --c: var(--s{index}); }}" in text
+            and len(re.findall(rf"--s{index}: #", text)) == 2
+        )
 
 
 def test_settings_and_fingerprints_are_shown_and_escaped():
@@ -119,12 +151,20 @@ def test_settings_and_fingerprints_are_shown_and_escaped():
     assert "a: <b> & 'c'" in read and '"><script>alert(1)</script>' in read
     for key in ("policy", "base", "latent_space", "text_encoders", "policy_generator"):
         assert f"{key}-print" in read
-    assert REWARDS[0].key in read and "looks.safetensors" in read and "log, 1.0" in read
+    assert (
+        REWARDS[0].key in read
+        and "looks.safetensors" in read
+        and "/home/me" not in text
+        and "org/name (v2)" in read
+        and "log, 1.0" in read
+    )
 
 
 def test_page_without_zero_line_gallery_or_config():
-    read = Page(page(results=RESULTS | {"zero": {}, "zero_prompts": 0}, exhibits=[])).read()
-    assert "not made" in read and "Gallery" not in read and "config.yaml" not in read and "pale band" not in read
+    read = Page(page(results=RESULTS | {"zero": {}}, settings=SETTINGS | {"zero": None}, exhibits=[])).read()
+    assert (
+        "not made" in read and "Gallery" not in read and "config.yaml" not in read and "pale band" not in read
+    )
 
 
 def test_the_same_report_gives_the_same_text():
@@ -140,13 +180,17 @@ def test_remarks_name_reward_hacking_and_a_zero_line_off_its_place():
     assert remarks(RESULTS | {"oracle": risen}) == []
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [(0.51, 0.6, "above"), (0.4, 0.49, "below"), (0.5, 0.6, "unclear"),
-                                                       (0.4, 0.5, "unclear")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.51, 0.6, "above"), (0.4, 0.49, "below"), (0.5, 0.6, "unclear"), (0.4, 0.5, "unclear")],
+)
 def test_verdict(low, high, expected):
     assert verdict({"low": low, "high": high}, 0.5) == expected
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0, "0.000"), (0.27, "0.270"), (22.7341, "22.734"), (0.012345, "0.0123")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.000"), (0.27, "0.270"), (22.7341, "22.734"), (0.012345, "0.0123")]
+)
 def test_scores_keep_three_digits_that_count(value, text):
     assert number(value) == text
 
@@ -156,7 +200,10 @@ def test_console_table_fits_a_terminal():
     print_results(RESULTS, console)
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    assert any(re.search(r"looks +63\.4 +60\.1–66\.8 +51\.0 \(47\.0–55\.0\) +5\.500 → 6\.250", line) for line in lines)
+    assert any(
+        re.search(r"looks +63\.4 +60\.1–66\.8 +51\.0 \(47\.0–55\.0\) +5\.500 → 6\.250", line)
+        for line in lines
+    )
     assert any(re.search(r"looks +5\.300 +5\.100 +-0\.200 +-0\.310 to -0\.090", line) for line in lines)
     assert any(re.search(r"two +5\.500 → 5\.200", line) for line in lines)
     assert "reward hacking" in " ".join(lines)

@@ -22,6 +22,8 @@ TOGETHER = {
     "train/beta_h": "train/beta_h, dR",
     "train/dR": "train/beta_h, dR",
 }
+APART = "val/score/"  # rewards have scales of their own
+ORDER = ("val/win_rate", "val/", "train/")  # beginnings of titles, first chart first; others follow
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def read_curves(path: str | Path) -> list[Chart]:
-    """Charts of all numeric columns of a metrics.csv, those of validation first; none where there is no file.
+    """Charts of all numeric columns of a metrics.csv, in ORDER; none where there is no such file.
 
-    `a/b/c` and `a/b` share the chart `a/b`, and so do those of TOGETHER. Rows without a step, empty cells and
-    what is not finite are passed over.
+    `a/b/c` and `a/b` share the chart `a/b`, and so do those of TOGETHER; those of APART stand alone. Rows
+    without a step, empty cells and what is not finite are passed over.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
@@ -100,14 +102,18 @@ def read_curves(path: str | Path) -> list[Chart]:
         return []
     groups: dict[str, list[Curve]] = {}
     for name in filter(_is_shown, rows[0] if rows else ()):
-        group = TOGETHER.get(name) or "/".join(name.split("/")[:2])
+        group = name if name.startswith(APART) else TOGETHER.get(name) or "/".join(name.split("/")[:2])
         if points := _points(rows, name):
             groups.setdefault(group, []).append(Curve(_label(name, group), thinned(points)))
     charts = [
         Chart(title, curves[:SERIES], 0.5 if _is_share(title) else None, max(len(curves) - SERIES, 0))
         for title, curves in groups.items()
     ]
-    return sorted(charts, key=lambda chart: not chart.title.startswith("val"))
+    return sorted(charts, key=lambda chart: _rank(chart.title))
+
+
+def _rank(title: str) -> int:
+    return next((place for place, start in enumerate(ORDER) if title.startswith(start)), len(ORDER))
 
 
 def _is_shown(name: str | None) -> bool:

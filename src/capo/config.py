@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +74,18 @@ def prepare_process(threads: int | None) -> int:
         raise InputError(f"threads={threads} must be at least 1; leave it out for all cores")
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     return torch.get_num_threads()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Ends the process with the message alone where a user's value cannot be used; HYDRA_FULL_ERROR=1 brings the trace."""
+    try:
+        yield
+    except InputError as error:
+        if os.environ.get("HYDRA_FULL_ERROR", "0") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def build_world(cfg: DictConfig) -> World:

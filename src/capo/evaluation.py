@@ -65,7 +65,6 @@ def results(
         "diversity": {side: round(float(diversity[side]), DIGITS) for side in ("policy", "base")},
         "prompts": prompts,
         "images_per_prompt": images,
-        "zero_prompts": max(map(len, zero_scores.values()), default=0),
         "policy": fingerprints["policy"],
         "base": fingerprints["base"],
     }
@@ -244,9 +243,8 @@ def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
 
 
 def _write(folder: Path, settings: dict, found: dict, page: str) -> None:
-    (folder / SETTINGS).unlink(
-        missing_ok=True
-    )  # written last: it says that the others are there, and whose they are
+    # written last: it says that the others are there, and whose they are
+    (folder / SETTINGS).unlink(missing_ok=True)
     write_whole(folder / RESULTS, json.dumps(found, indent=2, allow_nan=False) + "\n")
     write_whole(folder / REPORT, page)
     write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")

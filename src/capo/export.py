@@ -9,6 +9,7 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
+from capo.atomic import write_whole
 from capo.backbones.base import Backbone
 from capo.backbones.lora import ADAPTER, has_adapter
 from capo.errors import InputError
@@ -54,9 +55,7 @@ def export_policy(
 def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
     """Writes the README of an exported policy again, for instance with the win-rates of its evaluation."""
     folder = Path(folder)
-    fresh = folder / ".README.md"
-    fresh.write_text(_readme(backbone, folder, folder.name, card), encoding="utf-8")
-    fresh.replace(folder / "README.md")
+    write_whole(folder / "README.md", _readme(backbone, folder, folder.name, card))
 
 
 def load_policy(backbone: Backbone, folder: str | Path) -> nn.Module:

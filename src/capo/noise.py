@@ -116,8 +116,8 @@ def sigmoid_weight(log_snr: Tensor, bias: float) -> Tensor:
 def velocity_weight(log_snr: Tensor, bias: float) -> Tensor:
     """w(lam) = 1 / (e^{(lam-b)/2} + e^{-(lam-b)/2}), the weight on the squared error of the velocity (A.3).
 
-    Any shape, shape kept; at most 1/2, at lam = b. It is what `sigmoid_weight` on the noise's error, summed over
-    the log-SNR, becomes on the velocity's error, summed over t (up to a constant factor).
+    Any shape, shape kept; at most 1/2, at lam = b. It is what `sigmoid_weight` on the noise's error, summed
+    over the log-SNR, becomes on the velocity's error, summed over t (up to a constant factor).
     """
     return (0.5 / ((_at_least_float32(log_snr) - bias) / 2).cosh()).to(log_snr.dtype)
 

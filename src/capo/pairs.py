@@ -34,8 +34,8 @@ def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
     >= duplicates would dominate each other and F+ would be empty.)
 
     Args:
-        scores: (P, N, L) raw scores. Raw, since win-rates have ties that the scores have not, from rounding and
-            from the floor of the log link.
+        scores: (P, N, L) raw scores. Raw, since win-rates have ties that the scores have not, from
+            rounding and from the floor of the log link.
 
     Returns:
         Two bool masks (P, N).

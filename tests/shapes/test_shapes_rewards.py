@@ -81,7 +81,7 @@ def test_looks_follows_the_rating_and_sees_no_prompt(scorers, pictures):
     told = scorers["looks"](images, true)
     assert told.equal(scorers["looks"](images, false))
     assert 1 <= told.min() and told.max() <= 10
-    assert spearmanr(told, [rating(image) for image in images]).statistic >= 0.8
+    assert spearmanr(told, [rating(image) for image in images]).statistic >= 0.7
 
 
 def test_what_cannot_be_judged_is_refused(scorers, tmp_path):

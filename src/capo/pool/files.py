@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from capo.atomic import write_whole
 from capo.errors import InputError
 
 # safetensors' name -> what numpy reads it as, what torch makes of that (numpy has no bfloat16)
@@ -55,27 +56,8 @@ class Header:
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes under a temporary name, syncs and renames. The caller holds the lock that belongs to `path`.
-
-    So whatever lies under the temporary name is from a process that died, and is overwritten. Raises
-    InputError when the disk is full or must not be written.
-    """
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{path} cannot be written ({error.strerror}): make room, or set pool.root to "
-                             "a folder that can be written") from error
-        raise
+    """`write_whole` in a pool: the caller holds the lock that belongs to `path`, so it is the only writer."""
+    write_whole(path, *parts, remedy="make room, or set pool.root to a folder that can be written")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -135,7 +135,7 @@ def _texture(shade: np.ndarray, body: np.ndarray) -> str:
     y, x = np.nonzero(inside)
     rows = max(_explained(values, y * np.cos(t) - x * np.sin(t)) for t in _TURNS)
     columns = max(_explained(values, x * np.cos(t) + y * np.sin(t)) for t in _TURNS)
-    return "striped" if rows - columns > 0.3 else "dotted"
+    return "striped" if rows - columns > 0.35 else "dotted"
 
 
 def _core(mask: np.ndarray) -> np.ndarray:

@@ -13,11 +13,15 @@ import os
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 
-from capo.shapes.make import autoencoder, base, lineups, rewards, scenery
+from capo.config import build_world
+
+from capo.shapes.make import autoencoder, base, card, lineups, rewards, scenery
 
 SCENES = 60_000
 LINEUPS = 8_000
+ROOT = Path(__file__).parents[4]  # of the repository: this runs from a clone
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -41,14 +45,27 @@ def stage_rewards(options: argparse.Namespace) -> None:
     """Fit the three rewards on line-ups, half of them through the autoencoder, and ship them."""
     vae = autoencoder.build()
     vae.load_state_dict(torch.load(options.work / "autoencoder.pt", weights_only=True)["module"])
-    tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae.eval(), workers=os.cpu_count() or 1)
-    steps = options.steps or 12_000
-    looks = rewards.train_looks(options.work, tables, steps // 3, options.seed)
+    tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae.eval(), len(os.sched_getaffinity(0)))
+    steps = options.steps or 3600
+    looks = rewards.train_looks(options.work, tables, steps // 2, options.seed)
     alignment = rewards.train_alignment(options.work, tables, steps, options.seed)
-    preference = rewards.train_preference(options.work, tables, steps // 3, options.seed, alignment)
+    preference = rewards.train_preference(options.work, tables, steps // 4, options.seed, alignment)
     for name, module in (("alignment", alignment), ("looks", looks), ("preference", preference)):
         rewards.ship(module, WEIGHTS / "rewards" / f"{name}.safetensors")
     print(rewards.figures(tables, alignment, looks, preference))
+
+
+def stage_card(options: argparse.Namespace) -> None:
+    """Measure the shipped world and write the figures into docs/shapes.md, between its two marks."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=[f"run_dir={options.work}", f"pool.root={options.work / 'pools'}"])
+    world = build_world(cfg)
+    page = ROOT / "docs" / "shapes.md"
+    before, _, after = page.read_text().partition("<!-- card -->")
+    _, _, after = after.partition("<!-- end of card -->")
+    told = card.markdown(world.plans["test"], world.generator, world.evaluation_rewards)
+    page.write_text(f"{before}<!-- card -->\n\n{told}\n\n<!-- end of card -->{after}")
+    print(told)
 
 
 STAGES = {name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")}

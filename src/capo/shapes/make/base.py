@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capo.noise import vp_log_snr
 from capo.shapes.make.fitting import fit, generator
 from capo.shapes.make.text import encoders, tokenizer
 from capo.shapes.scenes import SIDE
@@ -75,11 +76,13 @@ class Learner(nn.Module):
 
 
 def train(work: Path, steps: int, batch: int = 32, seed: int = 0) -> StableDiffusionXLPipeline:
-    """Fit noise prediction on the encoded scenes in `work`; captions are dropped in one of ten."""
+    """Fit noise prediction on the encoded scenes in `work`, weighted by min(1, 1 / SNR); captions are dropped in one of ten."""
     torch.manual_seed(seed)
     latents = np.load(work / "latents.npy", mmap_mode="r")
     scaling = float(1 / np.asarray(latents, dtype=np.float32).std())
     learner, scheduler = Learner(), build_scheduler()
+    # the smallest noise, which is the hardest to tell, would otherwise dominate the loss and says little about shapes
+    weights = (-vp_log_snr(scheduler.alphas_cumprod)).exp().clamp(max=1.0)
     ids = learner.tokens(json.loads((work / "captions.json").read_text()))
 
     def loss(step: int):
@@ -91,7 +94,8 @@ def train(work: Path, steps: int, batch: int = 32, seed: int = 0) -> StableDiffu
         keep = (torch.rand(batch, generator=draw) > 0.1).float()
         words, added = learner.conditioning(ids[rows], keep)
         told = learner.unet(scheduler.add_noise(x, noise, t), t, words, added_cond_kwargs=added).sample
-        return F.mse_loss(told, noise), {}
+        errors = (told - noise).square().mean((1, 2, 3))
+        return (weights[t] * errors).mean(), {"unweighted": errors.mean().item()}
 
     fit("base", learner, loss, work, steps, lr=1e-3, average=True)
     return pipeline(learner, work, scaling)

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm import tqdm
 
 from capo.shapes.captions import caption
 from capo.shapes.make.autoencoder import to_tensor
+from capo.shapes.make.failures import failed, odd_outline, uneven, warped
 from capo.shapes.make.scenery import allowed, random_style, wrong_request
 from capo.shapes.prompts import training_request
 from capo.shapes.rating import rating
-from capo.shapes.render import render, signed_distance
+from capo.shapes.render import render
 from capo.shapes.rewards import LENGTH, tokens
 from capo.shapes.scenes import (
     BACKGROUNDS,
@@ -34,7 +34,6 @@ from capo.shapes.scenes import (
     SIDE,
     TEXTURES,
     Request,
-    Scene,
     Thing,
     assertions,
     realise,
@@ -42,61 +41,7 @@ from capo.shapes.scenes import (
 
 SIZE = 4  # pictures, and captions, of a line-up
 THINGS = 6  # most things that are recorded
-FAILED = 0.35  # share of pictures with a failure
-
-
-def odd_outline(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """Distances of shapes that are none: `a/b/t` lies between two shapes, `a!turn!cut` lacks a piece."""
-    if "/" in shape:
-        first, second, share = shape.split("/")
-        t = float(share)
-        return (1 - t) * signed_distance(first, u, v, radius) + t * signed_distance(second, u, v, radius)
-    if "!" in shape:
-        whole, turn, cut = shape.split("!")
-        side = np.cos(float(turn)) * u + np.sin(float(turn)) * v - float(cut) * radius
-        return np.maximum(signed_distance(whole, u, v, radius), side)
-    return signed_distance(shape, u, v, radius)
-
-
-def _odd_shape(shape: str, rng: np.random.Generator) -> str:
-    other = str(rng.choice([s for s in SHAPES if s != shape]))
-    if rng.random() < 0.6:
-        return f"{shape}/{other}/{rng.uniform(0.35, 0.65):.2f}"
-    return f"{shape}!{rng.uniform(0, 6.28):.2f}!{rng.uniform(-0.1, 0.35):.2f}"
-
-
-def failed(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one thing missing, added, malformed or run into another, as an unready base model draws
-    it.
-    """
-    things, pick = list(scene.things), int(rng.integers(len(scene.things)))
-    kind = rng.choice(["missing", "extra", "merged", "odd", "odd", "odd"])
-    if kind == "missing" and len(things) > 1:
-        del things[pick]
-    elif kind == "merged" and len(things) > 1:
-        other = things[pick - 1]
-        turn, gap = rng.uniform(0, 6.28), rng.uniform(0.5, 1.0) * other.radius
-        x, y = np.clip([other.x + gap * np.cos(turn), other.y + gap * np.sin(turn)], 8, SIDE - 8)
-        things[pick - 1] = replace(
-            other, shape=f"{other.shape}/{other.shape}/0.5"
-        )  # covered in part: no whole shape
-        moved = replace(things[pick], x=float(x), y=float(y))
-        if moved.colour == other.colour:  # the two are one blob
-            moved = replace(moved, shape=f"{moved.shape}/{moved.shape}/0.5")
-        things = [thing for i, thing in enumerate(things) if i != pick] + [moved]
-    elif kind == "extra" and len(things) < 5:
-        radius = float(rng.uniform(6.5, 8.5))
-        for _ in range(40):
-            x, y = rng.uniform(9, SIDE - 9, size=2)
-            if all(np.hypot(t.x - x, t.y - y) > t.radius + radius + 2 for t in things):
-                like = things[pick]
-                shape = like.shape if rng.random() < 0.5 else str(rng.choice(SHAPES))
-                colour = like.colour if rng.random() < 0.5 else str(rng.choice(list(COLOURS)))
-                things.append(Thing(shape, colour, "solid", radius, float(x), float(y)))
-                break
-    else:
-        things[pick] = replace(things[pick], shape=_odd_shape(things[pick].shape, rng))
-    return replace(scene, things=tuple(things))
+FAILED = 0.4  # share of pictures with a failure
 
 
 def swapped(request: Request, rng: np.random.Generator) -> Request:
@@ -125,17 +70,7 @@ def changed(request: Request, rng: np.random.Generator) -> Request:
     return training_request(rng)
 
 
-def _warped(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Outlines a little uneven, as a sampler draws them: pixels move by a smooth field of less than a pixel."""
-    shift = gaussian_filter(rng.normal(size=(2, SIDE, SIDE)), (0, 4, 4))
-    shift *= rng.uniform(0.2, 0.8) / (shift.std() + 1e-6)
-    where = np.mgrid[0:SIDE, 0:SIDE] + shift
-    return np.stack(
-        [map_coordinates(picture[..., c], where, order=1, mode="nearest") for c in range(3)], axis=-1
-    )
-
-
-def _record(things: Sequence[Thing]) -> np.ndarray:
+def recorded(things: Sequence[Thing]) -> np.ndarray:
     """(THINGS, 6) float32: x, y, radius, and the numbers of shape (8 is none of them), colour, texture; -1
     beyond the last.
     """
@@ -173,8 +108,9 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
         fails = rng.random() < FAILED
         scene = failed(scene, rng) if fails else scene
         picture = render(scene, odd_outline)
-        pictures.append(_warped(picture, rng) if rng.random() < 0.3 else picture)
-        things.append(_record(scene.things))
+        picture = warped(picture, rng) if rng.random() < 0.3 else picture
+        pictures.append(uneven(picture, rng) if rng.random() < 0.25 else picture)
+        things.append(recorded(scene.things))
         for j, request in enumerate(requests):
             share[i, j] = np.mean(assertions(request, scene.things, scene.background))
             if not fails:
@@ -187,6 +123,7 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
         "share": share,
         "wrong": wrong,
         "ratings": ratings,
+        "kept": np.ones(SIZE, dtype=bool),
     }
 
 
@@ -202,18 +139,53 @@ def _decoded(pictures: np.ndarray, vae: torch.nn.Module, rng: torch.Generator) -
     return x.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def _decode_half(tables: dict[str, np.ndarray], vae: torch.nn.Module, seed: int) -> None:
-    """Put the second and third picture of each line-up through the autoencoder, and rate them as they then
-    look.
+def _kept(before: np.ndarray, after: np.ndarray, things: np.ndarray) -> bool:
+    """Whether a picture (64, 64, 3) still shows its things (n, 6) after the autoencoder, textures included.
+
+    If not, nobody can say what it shows, and whether a caption holds for it is not learned.
     """
+    before, after = before.astype(np.float32), after.astype(np.float32)
+    ground = np.median(before[:2].reshape(-1, 3), axis=0)
+    for x, y, radius, _, _, texture in things[things[:, 0] >= 0]:
+        inside = texture > 0  # whether a texture is there, the inside says
+        reach = (0.55 if inside else 1.1) * radius
+        box = tuple(slice(int(max(0, c - reach)), int(c + reach) + 1) for c in (y, x))
+        level = before[box].mean((0, 1)) if inside else ground
+        shown, off = ((before[box] - level) ** 2).sum(), ((after[box] - before[box]) ** 2).sum()
+        if off > (0.45 if inside else 0.2) * shown:
+            return False
+    return True
+
+
+def _decode_half(tables: dict[str, np.ndarray], vae: torch.nn.Module, seed: int) -> None:
+    """Put two pictures of each line-up through the autoencoder, and rate them as they then look."""
     rng = torch.Generator().manual_seed(seed)
     for start in tqdm(range(0, len(tables["pictures"]), 50), "decoded", mininterval=5):
-        part = tables["pictures"][start : start + 50, 1:3]
-        got = _decoded(part.reshape(-1, SIDE, SIDE, 3), vae, rng)
-        tables["pictures"][start : start + 50, 1:3] = got.reshape(part.shape)
-        tables["ratings"][start : start + 50, 1:3] = np.reshape(
-            [rating(picture) for picture in got], part.shape[:2]
-        )
+        here = slice(start, start + 50), slice(1, 3)
+        drawn = tables["pictures"][here].reshape(-1, SIDE, SIDE, 3)
+        got, things = _decoded(drawn, vae, rng), tables["things"][here].reshape(len(drawn), THINGS, 6)
+        tables["kept"][here] = np.reshape([_kept(*one) for one in zip(drawn, got, things)], (-1, 2))
+        tables["ratings"][here] = np.reshape([rating(picture) for picture in got], (-1, 2))
+        tables["pictures"][here] = got.reshape(-1, 2, SIDE, SIDE, 3)
+
+
+def _draw(count: int, seed: int, workers: int) -> dict[str, np.ndarray]:
+    with Pool(workers) as pool:
+        drawing = pool.imap(partial(lineup, seed=seed), range(count), 50)
+        drawn = list(tqdm(drawing, "line-ups", total=count, mininterval=5))
+    return {name: np.stack([one[name] for one in drawn]) for name in drawn[0]}
+
+
+def _write(tables: dict[str, np.ndarray], folder: Path) -> None:
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        np.save(part / f"{name}.npy", table)
+    os.replace(part, folder)
+
+
+def _read(folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
 
 
 def make_lineups(
@@ -221,24 +193,13 @@ def make_lineups(
 ) -> dict[str, np.ndarray]:
     """Draw line-ups, or find them in `work/lineups`: arrays by name, leading axis `count`.
 
-    The second and third picture of each have been through the autoencoder.
+    The second and third picture of each have been through the autoencoder; those drawn, before that, stay in
+    `work/drawn`.
     """
-    folder = work / "lineups"
-    if not folder.exists():
-        with Pool(workers) as pool:
-            drawn = list(
-                tqdm(
-                    pool.imap(partial(lineup, seed=seed), range(count), 50),
-                    "line-ups",
-                    total=count,
-                    mininterval=5,
-                )
-            )
-        tables = {name: np.stack([one[name] for one in drawn]) for name in drawn[0]}
+    if not (work / "lineups").exists():
+        if not (work / "drawn").exists():
+            _write(_draw(count, seed, workers), work / "drawn")
+        tables = _read(work / "drawn")
         _decode_half(tables, vae, seed)
-        part = folder.with_name("lineups.part")
-        part.mkdir(exist_ok=True)
-        for name, table in tables.items():
-            np.save(part / f"{name}.npy", table)
-        os.replace(part, folder)
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        _write(tables, work / "lineups")
+    return _read(work / "lineups")

@@ -88,8 +88,9 @@ def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch
         words = torch.from_numpy(tables["words"][rows[:, None, None], said]).flatten(0, 2)
         logits = module.words_right(cells, words)
         holds = torch.from_numpy(tables["share"][at] == 1).flatten()
-        whole = holds_loss(logits, holds).mean()
-        word = words_loss(logits[:, 1:], torch.from_numpy(tables["wrong"][at]).flatten(0, 2))
+        kept = torch.from_numpy(tables["kept"][at[:2]]).expand(at[2].shape).flatten()
+        whole = holds_loss(logits, holds)[kept].mean()
+        word = words_loss(logits[kept, 1:], torch.from_numpy(tables["wrong"][at]).flatten(0, 2)[kept])
         seen = inventory_loss(
             module.eye.inventory(cells), torch.from_numpy(tables["things"][rows]).flatten(0, 1)
         )

@@ -1,0 +1,149 @@
+"""The world card: what the base and the rewards are measured to be, beside the bands they should lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import rankdata, spearmanr
+
+from capo.backbones import Backbone
+from capo.generation import ImageGenerator, PoolPlan, fill_pool, pool_images
+from capo.prompts import Prompt
+from capo.rewards import Reward
+from capo.shapes import oracle
+from capo.shapes.captions import parse
+from capo.shapes.make.annotators import majority
+from capo.shapes.make.autoencoder import to_tensor
+from capo.shapes.make.lineups import recorded
+from capo.shapes.prompts import training_request
+from capo.shapes.render import render
+from capo.shapes.scenes import realise
+
+RENDERS = 300
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of the card."""
+
+    what: str
+    measured: float
+    low: float
+    high: float
+
+    def line(self) -> str:
+        """The row in markdown; NaN (nothing to measure it on) is no success."""
+        met = "yes" if self.low <= self.measured <= self.high else "**missed**"
+        return f"| {self.what} | {self.measured:.3f} | {self.low:g} to {self.high:g} | {met} |"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The base's images of P prompts x K: reward scores and oracle measures (P, K), and what the oracle found in each."""
+
+    prompts: Sequence[Prompt]
+    scores: dict[str, np.ndarray]
+    oracle: dict[str, np.ndarray]
+    things: np.ndarray  # (P, K, n, 6) as the annotators look at them
+
+
+def measure_base(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> Measured:
+    """Draw (or find) the base's images of the plan and measure them."""
+    pool = fill_pool(plan, generator, rewards)
+    positions = pool.positions(plan.prompts)
+    images = {place: [] for place in positions}
+    for shard in pool.shards(plan.candidates, positions):
+        for place, row in zip(shard.positions, pool_images(pool, generator.backbone, shard, generator.settings.batch)):
+            images.setdefault(place, []).extend(row)
+    flat = [image for place in positions for image in images[place][: plan.candidates]]
+    texts = [prompt.text for prompt in plan.prompts for _ in range(plan.candidates)]
+    measures = {name: values.reshape(len(positions), -1).numpy() for name, values in oracle.measures(flat, texts).items()}
+    scores = pool.scores([reward.key for reward in rewards], plan.candidates, positions).numpy()
+    things = np.stack([recorded(oracle.measure(image)[0]) for image in flat]).reshape(len(positions), plan.candidates, -1, 6)
+    return Measured(plan.prompts, {reward.name: scores[..., i] for i, reward in enumerate(rewards)}, measures, things)
+
+
+def within_prompt(statistic: Callable[[np.ndarray, np.ndarray], float], first: np.ndarray, second: np.ndarray) -> float:
+    """Mean over prompts of a statistic of two (P, K) tables, where it is defined."""
+    values = [statistic(a, b) for a, b in zip(first, second) if a.std() > 0 and b.std() > 0]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def area_under_curve(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Chance that a true one scores above a false one; ties count 1/2."""
+    ranks, positive = rankdata(scores), truth > 0.5
+    return (ranks[positive].mean() - (positive.sum() + 1) / 2) / (~positive).sum()
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's."""
+    return float(spearmanr(first, second).statistic)
+
+
+def kept_by_autoencoder(backbone: Backbone, seed: int = 1) -> float:
+    """Share of clean renders on which all assertions still hold after encode and decode."""
+    rng = np.random.default_rng([seed, 11])
+    requests = [training_request(rng) for _ in range(RENDERS)]
+    pictures = np.stack([render(realise(request, rng)) for request in requests])
+    decoded = [image for part in to_tensor(pictures).split(50) for image in backbone.decode(backbone.encode_images(part))]
+    held = [[all(_holds(request, image)) for request, image in zip(requests, images)] for images in (pictures, decoded)]
+    return sum(held[1]) / sum(held[0])
+
+
+def _holds(request, image) -> list[bool]:
+    things, background = oracle.measure(image)
+    return oracle.assertions(request, things, background)
+
+
+def agreement(found: Measured, seed: int = 0) -> float:
+    """Share of pairs of one prompt's images that `preference` orders as the annotators' majority does."""
+    right = total = 0
+    for first in range(found.things.shape[1]):
+        for second in range(first):
+            pair = [first, second]
+            share = majority(found.oracle["assertions"][:, pair], found.oracle["looks"][:, pair], found.things[:, pair], seed)
+            decided = np.abs(share - 0.5) > 1e-9
+            ours = found.scores["preference"][:, first] > found.scores["preference"][:, second]
+            right, total = right + ((share > 0.5) == ours)[decided].sum(), total + decided.sum()
+    return float(right / total)
+
+
+def card(found: Measured, backbone: Backbone) -> list[Row]:
+    """All rows."""
+    objects = np.array([len(parse(prompt.text).slots) for prompt in found.prompts])
+    aligned, scores = found.oracle["alignment"], found.scores
+    between = {pair: within_prompt(rank_correlation, scores[pair[0]], scores[pair[1]]) for pair in
+               (("alignment", "looks"), ("preference", "alignment"), ("preference", "looks"))}  # fmt: skip
+    return [
+        Row("oracle alignment of the base, prompts of one object", float(aligned[objects == 1].mean()), 0.7, 0.9),
+        Row("oracle alignment of the base, prompts of two objects", float(aligned[objects == 2].mean()), 0.4, 0.7),
+        Row("clean renders that keep their alignment after encode and decode", kept_by_autoencoder(backbone), 0.98, 1),
+        Row("`alignment`: mean minus the oracle's", float(scores["alignment"].mean() - aligned.mean()), -0.05, 0.05),
+        Row("`alignment`: AUC against the oracle within a prompt", within_prompt(area_under_curve, scores["alignment"], aligned), 0.8, 1),
+        Row("`looks`: rank correlation with the rating rule", rank_correlation(scores["looks"].ravel(), found.oracle["looks"].ravel()), 0.8, 0.95),
+        Row("`preference`: pairs ordered as the annotators' majority", agreement(found), 0.7, 0.85),
+        Row("within a prompt, `alignment` with `looks`", between["alignment", "looks"], -0.3, 0.1),
+        Row("within a prompt, `preference` with `alignment`", between["preference", "alignment"], 0.2, 0.7),
+        Row("within a prompt, `preference` with `looks`", between["preference", "looks"], 0.2, 0.7),
+    ]  # fmt: skip
+
+
+def by_category(found: Measured) -> list[str]:
+    """Markdown lines: the oracle's alignment and share of assertions by category, easiest first."""
+    names = sorted({prompt.category for prompt in found.prompts})
+    rows = {name: [prompt.category == name for prompt in found.prompts] for name in names}
+    figures = {name: [float(found.oracle[measure][rows[name]].mean()) for measure in ("alignment", "assertions")] for name in names}
+    ordered = sorted(names, key=lambda name: -figures[name][0])
+    return [f"| {name} | {figures[name][0]:.3f} | {figures[name][1]:.3f} |" for name in ordered]
+
+
+def markdown(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> str:
+    """The whole card."""
+    torch.set_grad_enabled(False)
+    found = measure_base(plan, generator, rewards)
+    head = ["| figure | measured | band | met |", "|---|---|---|---|"]
+    categories = ["", "| category | all assertions hold | share that holds |", "|---|---|---|"]
+    return "\n".join([*head, *(row.line() for row in card(found, generator.backbone)), *categories, *by_category(found)])

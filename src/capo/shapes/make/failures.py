@@ -1,0 +1,107 @@
+"""How pictures of an unready base model fail: malformed things, blobs, stains and wavering outlines, made on
+purpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from capo.shapes.render import signed_distance
+from capo.shapes.scenes import COLOURS, SHAPES, SIDE, Scene, Thing
+
+
+def odd_outline(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
+    """Distances of shapes that are none: `a/b/t` lies between two shapes, `a!turn!cut` lacks a piece,
+    `blob?seed` is a blob.
+    """
+    if "?" in shape:
+        return _blob(int(shape.split("?")[1]), u, v, radius)
+    if "/" in shape:
+        first, second, share = shape.split("/")
+        t = float(share)
+        return (1 - t) * signed_distance(first, u, v, radius) + t * signed_distance(second, u, v, radius)
+    if "!" in shape:
+        whole, turn, cut = shape.split("!")
+        side = np.cos(float(turn)) * u + np.sin(float(turn)) * v - float(cut) * radius
+        return np.maximum(signed_distance(whole, u, v, radius), side)
+    return signed_distance(shape, u, v, radius)
+
+
+def _blob(seed: int, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
+    """Distance, roughly, of a closed curve whose radius wavers around 0.8 of `radius`."""
+    waves = np.arange(1, 7)
+    height, phase = np.random.default_rng(seed).uniform([[0.0], [0.0]], [[0.35], [2 * np.pi]], size=(2, 6))
+    turn = np.arctan2(v, u)[..., None]
+    return np.hypot(u, v) - radius * (0.8 + (height / np.sqrt(waves) * np.sin(waves * turn + phase)).sum(-1))
+
+
+def _odd_shape(shape: str, rng: np.random.Generator) -> str:
+    other = str(rng.choice([s for s in SHAPES if s != shape]))
+    kind = rng.random()
+    if kind < 0.4:
+        return f"blob?{rng.integers(2**31)}"
+    if kind < 0.8:
+        return f"{shape}/{other}/{rng.uniform(0.35, 0.65):.2f}"
+    return f"{shape}!{rng.uniform(0, 6.28):.2f}!{rng.uniform(-0.1, 0.35):.2f}"
+
+
+def _merged(things: list[Thing], pick: int, rng: np.random.Generator) -> list[Thing]:
+    """One thing moved onto another, which is no whole shape then; of one colour, the two are one blob."""
+    other, moved = things[pick - 1], things[pick]
+    turn, gap = rng.uniform(0, 6.28), rng.uniform(0.5, 1.0) * other.radius
+    x, y = np.clip([other.x + gap * np.cos(turn), other.y + gap * np.sin(turn)], 8, SIDE - 8)
+    moved = replace(moved, x=float(x), y=float(y))
+    if moved.colour == other.colour:
+        moved = replace(moved, shape=f"{moved.shape}/{moved.shape}/0.5")
+    covered = replace(other, shape=f"{other.shape}/{other.shape}/0.5")
+    return [thing for thing in things if thing not in (other, things[pick])] + [covered, moved]
+
+
+def _with_another(things: list[Thing], like: Thing, rng: np.random.Generator) -> list[Thing]:
+    """The things and a small one more, where there is room, often of a colour or shape that is there."""
+    radius = float(rng.uniform(6.5, 8.5))
+    for _ in range(40):
+        x, y = rng.uniform(9, SIDE - 9, size=2)
+        if all(np.hypot(t.x - x, t.y - y) > t.radius + radius + 2 for t in things):
+            shape = like.shape if rng.random() < 0.5 else str(rng.choice(SHAPES))
+            colour = like.colour if rng.random() < 0.5 else str(rng.choice(list(COLOURS)))
+            return [*things, Thing(shape, colour, "solid", radius, float(x), float(y))]
+    return things
+
+
+def failed(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene as an unready base model draws it: a thing is missing, added, malformed or run into another,
+    or nothing has a shape.
+    """
+    things, pick = list(scene.things), int(rng.integers(len(scene.things)))
+    kind = rng.choice(["missing", "extra", "merged", "odd", "odd", "odd", "none"])
+    if kind == "missing" and len(things) > 1:
+        del things[pick]
+    elif kind == "merged" and len(things) > 1:
+        things = _merged(things, pick, rng)
+    elif kind == "extra" and len(things) < 5:
+        things = _with_another(things, things[pick], rng)
+    else:
+        picked = range(len(things)) if kind == "none" else [pick]
+        for i in picked:
+            things[i] = replace(things[i], shape=_odd_shape(things[i].shape, rng))
+    return replace(scene, things=tuple(things))
+
+
+def uneven(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture (64, 64, 3) with soft stains of up to some 25 of 255 over it."""
+    stains = gaussian_filter(rng.normal(size=(SIDE, SIDE, 3)), (rng.uniform(5, 12),) * 2 + (0,))
+    stains *= rng.uniform(2, 9) / (stains.std() + 1e-6)
+    return np.clip(np.round(picture + stains), 0, 255).astype(np.uint8)
+
+
+def warped(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture with outlines a little uneven: pixels move by a smooth field of less than a pixel."""
+    shift = gaussian_filter(rng.normal(size=(2, SIDE, SIDE)), (0, 4, 4))
+    shift *= rng.uniform(0.2, 0.8) / (shift.std() + 1e-6)
+    where = np.mgrid[0:SIDE, 0:SIDE] + shift
+    channels = [map_coordinates(picture[..., c], where, order=1, mode="nearest") for c in range(3)]
+    return np.stack(channels, axis=-1)
