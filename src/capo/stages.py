@@ -1,5 +1,6 @@
 """The three kinds of work on a pool: `setup`, and `run(shard)`, idempotent, which any engine can place."""
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,15 @@ SCORE_BYTES = 64  # of one score in parquet, generously
 RECORDED = ("torch", "diffusers", "transformers")
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in RECORDED}
+
+
 def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
     """What moves a result by rounding only: bitwise equality is promised where these are the same."""
     return {"batch": settings.batch, "threads": torch.get_num_threads(), "device": str(backbone.device),
-            **{library: version(library) for library in RECORDED}}
+            **_versions()}
 
 
 def decoded(pool: Pool, backbone: Backbone, shard: Shard, batch: int) -> Iterator[list[Image]]:

@@ -82,6 +82,7 @@ class WinRateValidation(L.Callback):
         self._validated = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
+        """Validate every `every` steps and after the last one."""
         step = trainer.global_step
         last = trainer.max_steps > 0 and step == trainer.max_steps
         if step == self._validated or not (step % self.every == 0 or last):
