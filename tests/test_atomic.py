@@ -29,6 +29,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.txt"]
 
 
+def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "result.txt"
+    write_whole(path, "old")
+    with path.open() as reader:  # whoever reads while it is written sees the old content whole
+        write_whole(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+
+
 def test_what_a_process_that_died_has_left_is_overwritten(tmp_path):
     (tmp_path / ".result.txt.tmp").write_text("half of a longer te")
     write_whole(tmp_path / "result.txt", "new ", b"and ", memoryview(b"whole"))

@@ -42,13 +42,13 @@ def test_interval_bar_stays_on_its_axis():
 
 
 def test_ticks_are_round_and_inside():
-    assert ticks(0.0, 1.0) == [0, 0.5, 1.0]  # 0.25 apart is rounded up to 0.5
-    assert ticks(0.43, 0.71) == [0.5, 0.6, 0.7]  # 0.07 apart: rounded up to 0.1
-    assert ticks(-0.0011, 0.0011) == [-0.001, 0, 0.001]
+    assert ticks(0.0, 1.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]  # 3/4 of 0.25 apart is rounded up to 0.2
+    assert ticks(0.43, 0.71) == [0.5, 0.6, 0.7]  # 3/4 of 0.07: up to 0.1
+    assert ticks(-0.0011, 0.0011) == [-0.001, -0.0005, 0, 0.0005, 0.001]
     assert ticks(3.0, 3.0) == [3.0]
-    for low, high in [(0, 800), (1e-7, 3e-6), (-5.5, 123.4)]:
+    for low, high in [(0, 800), (1e-7, 3e-6), (-5.5, 123.4), (4, 99), (0.51, 0.98)]:
         found = ticks(low, high)
-        assert 2 <= len(found) <= 5 and low <= found[0] and found[-1] <= high
+        assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high
 
 
 def test_long_curves_become_means_of_equal_runs():
@@ -127,7 +127,7 @@ def test_a_line_chart_puts_points_where_their_values_belong():
         (46.0, pytest.approx(176 - 166 * 0.06 / 1.12, abs=0.06)),
         (350.0, pytest.approx(10 + 166 * 0.06 / 1.12, abs=0.06)),
     ]
-    assert [text.text for text in chart.iter("text")] == ["0", "0.5", "1", "0", "50", "100"]
+    assert [text.text for text in chart.iter("text")] == ["0", "0.5", "1", "0", "20", "40", "60", "80", "100"]
     assert chart.find("ul") is None  # one curve needs no legend
 
 

@@ -135,6 +135,20 @@ def test_gallery_holds_both_sides_and_its_orders():
     assert ["checked" in radio for radio in radios] == [True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("policy", "shown", "verdict"),
+    [
+        (0.5004, "+0.000", "unclear"),
+        (0.4996, "+0.000", "unclear"),
+        (0.501, "+0.001", "above"),
+        (0.4, "-0.100", "below"),
+    ],
+)
+def test_a_change_that_rounds_to_nothing_has_no_colour(policy, shown, verdict):
+    card = Exhibit("a", "", 0.0, [Change("looks", 0.5, policy, 0.5)], [], [], {"gain": 0})
+    assert f'<td class="{verdict}">{shown}</td>' in page(exhibits=[card])
+
+
 def test_every_class_of_a_curve_has_a_colour():
     text = page()
     for index in range(10):

@@ -79,10 +79,13 @@ def interval_bar(
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    """About `count` round numbers within [low, high], 1, 2 or 5 times a power of ten apart.
+
+    They may stand a quarter closer than `count` asks for: then every range gets at least two.
+    """
     if not high > low:
         return [low]
-    rough = (high - low) / count
+    rough = 0.75 * (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

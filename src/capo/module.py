@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from capo.backbones import Backbone
-from capo.backbones.lora import add_lora, adapter_off
+from capo.backbones.lora import adapter_off, add_lora
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.objectives import Objective, PairErrors, margin, requirements

@@ -93,8 +93,8 @@ def fixed(value: float) -> str:
 
 
 def moved(value: float) -> str:
-    """`fixed` with its sign."""
-    return f"{value:+.3f}"
+    """`fixed` with its sign; what rounds to nothing is `+0.000`."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def headline(results: Mapping) -> tuple[float, list[dict]]:

@@ -3,7 +3,7 @@ import pytest
 
 from capo.shapes.captions import WORDS, parse
 from capo.shapes.make.failures import failed, odd_outline, uneven
-from capo.shapes.make.lineups import SIZE, _kept, recorded, lineup
+from capo.shapes.make.lineups import SIZE, _kept, lineup, recorded
 from capo.shapes.prompts import split_of
 from capo.shapes.render import render, signed_distance
 from capo.shapes.scenes import SHAPES, UNUSUAL, Scene, Thing, assertions

@@ -13,7 +13,18 @@ from capo.shapes.oracle import UNKNOWN, alignment, assertion_share, measure, mea
 from capo.shapes.prompts import CATEGORIES
 from capo.shapes.rating import rating
 from capo.shapes.render import render
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Group, Request, Scene, Style, Thing, realise
+from capo.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    Group,
+    Request,
+    Scene,
+    Style,
+    Thing,
+    realise,
+)
 
 
 def canvas(background="white"):

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from capo.shapes.prompts import CATEGORIES
-from capo.shapes.scenes import UNUSUAL, Group, Request, Thing, assertions, at_place, in_relation, of_size, realise
+from capo.shapes.scenes import (
+    UNUSUAL,
+    Group,
+    Request,
+    Thing,
+    assertions,
+    at_place,
+    in_relation,
+    of_size,
+    realise,
+)
 
 
 def thing(shape="circle", colour="red", texture="solid", radius=8.0, x=32.0, y=32.0):

@@ -5,7 +5,19 @@ from __future__ import annotations
 import re
 
 from capo.errors import InputError
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, COUNTS, MAX_OBJECTS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, Group, Request
+from capo.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    MAX_OBJECTS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Group,
+    Request,
+)
 
 _PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 WORDS = sorted(

@@ -11,7 +11,18 @@ import numpy as np
 from capo.errors import InputError
 from capo.prompts import Prompt, make_prompt
 from capo.shapes.captions import caption
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, UNUSUAL, Group, Request
+from capo.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    UNUSUAL,
+    Group,
+    Request,
+)
 
 
 def _pick(rng: np.random.Generator, options) -> str:

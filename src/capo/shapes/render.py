@@ -9,7 +9,6 @@ from scipy.ndimage import gaussian_filter
 
 from capo.shapes.scenes import BACKGROUNDS, COLOURS, SIDE, Scene, Thing
 
-
 Outline = Callable[[str, np.ndarray, np.ndarray, float], np.ndarray]  # shape, offsets u and v, radius -> distance
 
 

@@ -16,7 +16,6 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from capo.config import build_world
-
 from capo.shapes.make import autoencoder, base, card, lineups, rewards, scenery
 
 SCENES = 60_000
@@ -32,8 +31,8 @@ def stage_scenes(options: argparse.Namespace) -> None:
 
 def stage_autoencoder(options: argparse.Namespace) -> None:
     """Fit the autoencoder on the scenes and encode them all."""
-    vae = autoencoder.train(options.work, options.steps or 8100, seed=options.seed)
-    autoencoder.encode_all(vae, options.work)
+    autoencoder.train(options.work, options.steps or 8100, seed=options.seed)
+    autoencoder.encode_all(options.work)
 
 
 def stage_base(options: argparse.Namespace) -> None:
@@ -43,9 +42,8 @@ def stage_base(options: argparse.Namespace) -> None:
 
 def stage_rewards(options: argparse.Namespace) -> None:
     """Fit the three rewards on line-ups, half of them through the autoencoder, and ship them."""
-    vae = autoencoder.build()
-    vae.load_state_dict(torch.load(options.work / "autoencoder.pt", weights_only=True)["module"])
-    tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae.eval(), len(os.sched_getaffinity(0)))
+    vae = autoencoder.load(options.work)
+    tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae, len(os.sched_getaffinity(0)))
     steps = options.steps or 3600
     looks = rewards.train_looks(options.work, tables, steps // 2, options.seed)
     alignment = rewards.train_alignment(options.work, tables, steps, options.seed)

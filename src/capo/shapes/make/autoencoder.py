@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from capo.shapes.make.fitting import fit, generator
 
@@ -87,14 +88,40 @@ def _fit(name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, di
     return fit(name, module, loss, work, steps, lr=1e-3)
 
 
+@torch.no_grad()
+def whitened(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
+    """The same autoencoder with latents of mean 0 and variance 1 in each channel, measured on pictures (B, 3, 64, 64).
+
+    Trained channels differ in scale by a factor of eight, which one scaling factor cannot mend; the affine map is folded into
+    the two 1 x 1 convolutions at the bottleneck, so that nothing else has to know of it.
+    """
+    means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(100)])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    inward, outward, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    inward.weight[:channels] /= std[:, None, None, None]
+    inward.bias[:channels] = (inward.bias[:channels] - mean) / std
+    inward.bias[channels:] -= 2 * std.log()  # the posterior's log variances
+    outward.bias += outward.weight[:, :, 0, 0] @ mean
+    outward.weight *= std[None, :, None, None]
+    return vae
+
+
+def load(work: Path) -> AutoencoderKL:
+    """The trained autoencoder in `work`, whitened on its first scenes, in eval mode."""
+    vae = build()
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["module"])
+    scenes = np.load(work / "scenes.npy", mmap_mode="r")
+    return whitened(vae.eval(), to_tensor(scenes[:2000]))
+
+
 @torch.inference_mode()
-def encode_all(vae: AutoencoderKL, work: Path, batch: int = 100) -> tuple[np.ndarray, float]:
-    """Latent means of all scenes, (count, 8, 16, 16) float16, unscaled, and 1 / their standard deviation."""
+def encode_all(work: Path, batch: int = 100) -> np.ndarray:
+    """Latents (count, 8, 16, 16) float16 of all scenes in `work`; encoded once."""
     path = work / "latents.npy"
     if not path.exists():
-        scenes = np.load(work / "scenes.npy", mmap_mode="r")
-        parts = [vae.encode(to_tensor(scenes[i : i + batch])).latent_dist.mean.half().numpy() for i in range(0, len(scenes), batch)]
+        vae, scenes = load(work), np.load(work / "scenes.npy", mmap_mode="r")
+        starts = tqdm(range(0, len(scenes), batch), "latents", mininterval=5)
+        parts = [vae.encode(to_tensor(scenes[i : i + batch])).latent_dist.mean.half().numpy() for i in starts]
         np.save(work / "latents.part.npy", np.concatenate(parts))
         (work / "latents.part.npy").rename(path)
-    latents = np.load(path)
-    return latents, float(1 / latents.astype(np.float32).std())
+    return np.load(path, mmap_mode="r")

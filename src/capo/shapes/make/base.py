@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from capo.noise import vp_log_snr
+from capo.shapes.make import autoencoder
 from capo.shapes.make.fitting import fit, generator
 from capo.shapes.make.text import encoders, tokenizer
 from capo.shapes.scenes import SIDE
@@ -78,8 +78,7 @@ class Learner(nn.Module):
 def train(work: Path, steps: int, batch: int = 32, seed: int = 0) -> StableDiffusionXLPipeline:
     """Fit noise prediction on the encoded scenes in `work`, weighted by min(1, 1 / SNR); captions are dropped in one of ten."""
     torch.manual_seed(seed)
-    latents = np.load(work / "latents.npy", mmap_mode="r")
-    scaling = float(1 / np.asarray(latents, dtype=np.float32).std())
+    latents = autoencoder.encode_all(work)
     learner, scheduler = Learner(), build_scheduler()
     # the smallest noise, which is the hardest to tell, would otherwise dominate the loss and says little about shapes
     weights = (-vp_log_snr(scheduler.alphas_cumprod)).exp().clamp(max=1.0)
@@ -88,7 +87,7 @@ def train(work: Path, steps: int, batch: int = 32, seed: int = 0) -> StableDiffu
     def loss(step: int):
         draw = generator(seed, 2, step)
         rows = torch.randint(len(latents), (batch,), generator=draw)
-        x = torch.from_numpy(latents[rows.numpy()].astype(np.float32)) * scaling
+        x = torch.from_numpy(latents[rows.numpy()].astype(np.float32))
         t = (torch.rand(batch, generator=draw) + torch.arange(batch)).div(batch).mul(1000).long()  # stratified
         noise = torch.randn(x.shape, generator=draw)
         keep = (torch.rand(batch, generator=draw) > 0.1).float()
@@ -98,16 +97,12 @@ def train(work: Path, steps: int, batch: int = 32, seed: int = 0) -> StableDiffu
         return (weights[t] * errors).mean(), {"unweighted": errors.mean().item()}
 
     fit("base", learner, loss, work, steps, lr=1e-3, average=True)
-    return pipeline(learner, work, scaling)
+    return pipeline(learner, autoencoder.load(work))
 
 
-def pipeline(learner: Learner, work: Path, scaling: float) -> StableDiffusionXLPipeline:
-    """The whole pipeline of a trained learner and the autoencoder in `work`."""
-    from capo.shapes.make import autoencoder
-
-    vae = autoencoder.build()
-    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["module"])
-    vae.register_to_config(scaling_factor=scaling, force_upcast=False)
+def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """The whole pipeline of a trained learner and its autoencoder, whose latents have variance 1."""
+    vae.register_to_config(scaling_factor=1.0, force_upcast=False)
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=learner.first,

@@ -15,7 +15,21 @@ from tqdm import tqdm
 from capo.shapes.captions import caption
 from capo.shapes.prompts import split_of, training_request
 from capo.shapes.render import render
-from capo.shapes.scenes import COLOURS, COUNTS, MAX_OBJECTS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, UNUSUAL, Group, Request, Style, realise
+from capo.shapes.scenes import (
+    COLOURS,
+    COUNTS,
+    MAX_OBJECTS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    UNUSUAL,
+    Group,
+    Request,
+    Style,
+    realise,
+)
 
 WRONG = 0.06  # chance that any one attribute of a caption is not what the picture shows
 
