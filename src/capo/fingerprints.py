@@ -29,7 +29,8 @@ CALL_STATE = frozenset({"truncation", "padding"})
 BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 # Shards are called `NAME.fp16-00001-of-00002.safetensors`; the older form has the variant last.
 WEIGHT_NAME = re.compile(
-    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.-]+))?(?P<shard>-\d{5}-of-\d{5})?(\.(?P<old_variant>[^.]+))?\.safetensors"
+    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.-]+))?"
+    r"(?P<shard>-\d{5}-of-\d{5})?(\.(?P<old_variant>[^.]+))?\.safetensors"
 )
 
 # (path, size, mtime in ns) -> sha256: gigabytes take long to read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
+from capo.atomic import write_whole
 from capo.calibration import Spread, calibrate, spread, spread_warnings
 from capo.data import PairDataset, PreferenceData
 from capo.errors import InputError
@@ -127,6 +127,4 @@ def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
 
 def write_outcome(folder: Path, outcome: dict[str, object]) -> None:
     """`outcome.json`: what the run came to; its presence says that training has finished."""
-    part = folder / "outcome.json.part"
-    part.write_text(json.dumps(outcome, indent=2) + "\n")
-    os.replace(part, folder / "outcome.json")
+    write_whole(folder / "outcome.json", json.dumps(outcome, indent=2) + "\n")

@@ -232,7 +232,8 @@ class Pool:
     def has_scores(self, key: str, shard: Shard, verify: bool = False) -> bool:
         """Whether reward `key` has scored the latents that lie there now.
 
-        The scores are always compared with their checksum; with `verify` the names of their rows are read too.
+        The scores are always compared with their checksum; with `verify` the names of their rows are read
+        too.
         """
         path = scores_path(self.folder, key, shard.row, shard.block)
         latents = self._latents_checksum(shard)
