@@ -138,9 +138,8 @@ def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
 
     def walk(node) -> None:
         if isinstance(node, dict):
-            target = node.get("_target_", "capo.")
-            inside = any(target == module or target.startswith(f"{module}.") for module in ("capo", *trusted))
-            if not inside and target != "capo.":
+            target = node.get("_target_")
+            if target and not any(target == module or target.startswith(f"{module}.") for module in ("capo", *trusted)):
                 found.append(target)
             for value in node.values():
                 walk(value)

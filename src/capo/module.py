@@ -17,6 +17,7 @@ from capo.backbones import Backbone
 from capo.backbones.lora import adapter_off, add_lora
 from capo.data import PreferenceBatch
 from capo.errors import InputError
+from capo.noise import constant_weight
 from capo.objectives import Objective, PairErrors, margin, requirements
 
 TIME_BINS = 5
@@ -36,7 +37,7 @@ class Weighting:
 
     def __call__(self, backbone: Backbone, t: Tensor) -> Tensor:
         """Times (B,) -> weights (B,) float32."""
-        return backbone.weight(t, self.bias) if self.kind == "sigmoid" else torch.ones(len(t), device=t.device)
+        return backbone.weight(t, self.bias) if self.kind == "sigmoid" else constant_weight(backbone.log_snr(t))
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from hydra.utils import instantiate
 from PIL.Image import Image
 from torch import Tensor
 
+from capo.calibration import LINKS
 from capo.errors import InputError
 from capo.fingerprints import content_fingerprint, file_digest
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
-LINKS = ("identity", "log")
 
 
 @dataclass(frozen=True)
