@@ -25,7 +25,7 @@ def run(cfg: DictConfig) -> None:
     world = build_world(cfg)
     stages = STAGES if cfg.stage == "all" else (cfg.stage,)
     for name, plan in world.plans.items():
-        rewards = world.rewards if name in ("train", "validation") else world.evaluation_rewards
+        rewards = {"test": [*world.evaluation_rewards, *world.oracle], "zero": world.evaluation_rewards}.get(name, world.rewards)
         pool = fill_pool(plan, world.generator, rewards, stages=stages)
         console.print(f"{name}: {len(plan.prompts)} prompts x {plan.candidates} images in {pool.folder}")
 

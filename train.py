@@ -18,6 +18,7 @@ from rich.console import Console
 from capo import training
 from capo.config import World, build_world, evaluate_policy, plain_errors, prepare_process
 from capo.data import PreferenceData
+from capo.drawn import Drawn
 from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
 from capo.generation import fill_pool
 from capo.module import PreferenceModule, Weighting
@@ -35,9 +36,9 @@ def objective_name(cfg: DictConfig) -> str:
 
 def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidation:
     """Make the base's validation images and a first picture of them."""
-    settings, plan = cfg.validation, world.plans["validation"]
-    pool = fill_pool(plan, world.generator, world.rewards, verify=False)
-    base = validation_set(pool, plan.prompts, settings.images, world.rewards, world.backbone, settings.pictures)
+    settings = cfg.validation
+    drawn = Drawn.fill(world.plans["validation"], world.generator, world.rewards, progress=True)
+    base = validation_set(drawn, world.rewards, settings.pictures)
     image_grid(base.pictures, base.pictures, [p.text for p in base.prompts[: settings.pictures]], folder / "step000000.png")
     console.print(f"validation pictures of the base: {folder / 'step000000.png'}")
     return WinRateValidation(base, world.backbone, world.rewards, world.generator.settings, settings.every, folder)

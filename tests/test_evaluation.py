@@ -108,15 +108,16 @@ def redness(images, prompts):
     return torch.tensor([float(image.getpixel((3, 3))[0]) for image in images])
 
 
-def oracle(images, prompts):
-    """What an oracle gives: a dictionary of measures."""
-    return {
-        "dark": -brightness(images, prompts),
-        "words": torch.tensor([float(len(prompt.split())) for prompt in prompts]),
-    }
+def darkness(images, prompts):
+    return -brightness(images, prompts)
+
+
+def words(images, prompts):
+    return torch.tensor([float(len(prompt.split())) for prompt in prompts])
 
 
 REWARDS = [Reward("brightness", brightness), Reward("redness", redness)]
+ORACLE = [Reward("dark", darkness), Reward("words", words)]
 
 
 def plan_of(root, **changes):
@@ -134,7 +135,7 @@ def tuned(backbone, shift=0.05, fingerprint="f" * 64):
 def run(folder, pools, backbone, policy=None, **changes):
     options = {
         "zero": plan_of(pools, seed=1, prompts=PROMPTS[:2]),
-        "oracle": oracle,
+        "oracle": ORACLE,
         "shown": 2,
         "progress": False,
     }
@@ -229,7 +230,7 @@ def test_files_of_an_evaluation(evaluated):
     ]
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["rewards"] == {reward.name: reward.key for reward in REWARDS}
-    assert settings["oracle"] == "test_evaluation.oracle"
+    assert settings["oracle"] == {measure.name: measure.key for measure in ORACLE}
     # 2 gain, 2 lose, 2 plain
     assert (folder / "report.html").read_text().count('<article class="card') in (4, 5)
 
@@ -288,12 +289,6 @@ def test_zero_line_of_other_prompts_is_refused(tiny_backbone, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prompt_that_the_oracle_refuses_is_named_with_a_remedy(copied, tiny_backbone):
+def test_without_an_oracle_nothing_is_said_of_one(copied, tiny_backbone):
     folder, pools = copied
-
-    def refuses(images, prompts):
-        raise InputError("outside the grammar")
-
-    with pytest.raises(InputError, match='outside the grammar.*"a red square".*evaluation.oracle=null'):
-        run(folder, pools, tiny_backbone, oracle=refuses)
-    assert "oracle" not in run(folder, pools, tiny_backbone, oracle=None)
+    assert not [key for key in run(folder, pools, tiny_backbone, oracle=[]) if "oracle" in key]

@@ -18,7 +18,7 @@ from torch import nn
 from capo import generation
 from capo.backbones import UNetBackbone
 from capo.errors import InputError
-from capo.generation import ImageGenerator, PoolPlan, fill_pool, generator_fingerprint, open_pool, pool_images
+from capo.generation import ImageGenerator, PoolPlan, fill_pool, generator_fingerprint, open_pool
 from capo.pool import PoolReader
 from capo.prompts import candidate_seed, make_prompt
 from capo.rewards import Reward
@@ -53,7 +53,7 @@ class FakeBackbone:
     def predict(self, denoiser, noisy, t, text):
         return torch.tanh(noisy + text["embeds"][:, :, None, None] * text["constant"][:, :1, None, None])
 
-    def decode(self, latents):
+    def decode(self, latents, batch=8):
         pixels = (latents.float().sigmoid() * 255).byte()
         return [Image.fromarray(latent[0].numpy()).convert("RGB") for latent in pixels]
 
@@ -141,13 +141,24 @@ def test_the_text_is_what_the_backbone_encoded(plan, tiny):
 def test_rewards_see_the_stored_latents_decoded(plan, tiny):
     pool = fill(plan, tiny)
     shard = pool.shards(10)[1]
-    images = pool_images(pool, tiny.backbone, shard, SETTINGS.batch)
-    assert [len(row) for row in images] == [2, 2]
-    latents = PoolReader(pool).latents(1, [8, 9])
-    assert [image.tobytes() for image in images[1]] == [
-        image.tobytes() for image in tiny.backbone.decode(latents)]
-    expected = torch.stack([brightness(row, []) for row in images])
-    assert torch.equal(pool.scores([BRIGHTNESS.key], 10)[:2, 8:, 0], expected)
+    images = tiny.backbone.decode(pool.read_latents(shard).flatten(0, 1), SETTINGS.batch)
+    assert torch.equal(pool.scores([BRIGHTNESS.key], 10)[:2, 8:, 0], brightness(images, []).view(2, 2))
+
+
+def test_batches_in_lanes_give_the_same_pool(plan, tiny, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = fill(plan, tiny)
+        torch.set_num_threads(3)
+        settings = dataclasses.replace(SETTINGS, parallel="batches")
+        shared = fill(dataclasses.replace(plan, root=tmp_path / "lanes"), dataclasses.replace(tiny, settings=settings))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(alone.shards(10), shared.shards(10), strict=True):
+        assert torch.equal(alone.read_latents(one), shared.read_latents(other))
+    assert torch.equal(alone.scores([BRIGHTNESS.key], 10), shared.scores([BRIGHTNESS.key], 10))
 
 
 def test_nothing_is_made_twice(plan, generator, work):

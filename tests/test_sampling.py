@@ -134,7 +134,7 @@ def test_scheduler_that_draws_noise_needs_generators(tiny_folder):
     )
 
 
-@pytest.mark.parametrize("settings", [(0, 5.0, 1), (3, 5.0, 0), (3, float("nan"), 1)])
+@pytest.mark.parametrize("settings", [(0, 5.0, 1), (3, 5.0, 0), (3, float("nan"), 1), (3, 5.0, 1, "both")])
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(InputError, match="sampling"):
         SamplerSettings(*settings)
@@ -163,3 +163,19 @@ def test_noise_of_another_shape_is_refused(tiny_backbone):
             [[1, 2], [3]],
             SamplerSettings(2, 5.0, 1),
         )
+
+
+def test_threads_that_share_batches_give_the_latents_of_one_thread(tiny_backbone):
+    text, seeds, steps = tiny_backbone.encode_prompts(PROMPTS), [[1, 2, 3], [4, 5, 6]], []
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = sample_prompts(tiny_backbone, tiny_backbone.denoiser, text, seeds, SamplerSettings(3, 5.0, 2))
+        torch.set_num_threads(2)
+        settings = SamplerSettings(3, 5.0, 2, parallel="batches")
+        shared = sample_prompts(tiny_backbone, tiny_backbone.denoiser, text, seeds, settings, steps.append)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, shared)
+    assert sum(steps) == 6 * 3

@@ -51,6 +51,7 @@ class World:
     splits: dict[str, Sequence[Prompt]]
     rewards: list[Reward]
     evaluation_rewards: list[Reward]
+    oracle: list[Reward]  # measured in evaluations beside the rewards; empty where the model's world has none
     plans: dict[str, PoolPlan]  # train, validation, test, zero
 
     @property
@@ -95,10 +96,11 @@ def build_world(cfg: DictConfig) -> World:
     settings = SamplerSettings(**cfg.sampling)
     rewards = rewards_of(cfg.rewards)
     evaluated = rewards_of(cfg.evaluation.rewards)
+    oracle = rewards_of(cfg.evaluation.oracle) if cfg.evaluation.oracle else []
     plans = pool_plans(cfg, splits)
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     backbone = instantiate(cfg.model.backbone, name=cfg.model.name).to(device)
-    return World(ImageGenerator.base(backbone, settings), splits, rewards, evaluated, plans)
+    return World(ImageGenerator.base(backbone, settings), splits, rewards, evaluated, oracle, plans)
 
 
 def rewards_of(cfg: DictConfig) -> list[Reward]:
@@ -123,11 +125,10 @@ def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str
 
 def evaluate_policy(cfg: DictConfig, world: World, policy: Path, folder: Path, curves: Path | None = None) -> dict:
     """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate`."""
-    oracle = instantiate(cfg.evaluation.oracle) if cfg.evaluation.oracle else None
     backbone, settings = world.backbone, world.generator.settings
     tuned = ImageGenerator(backbone, load_policy(backbone, policy), policy_fingerprint(backbone, policy), settings)
     return evaluate(
-        folder, world.plans["test"], tuned, world.evaluation_rewards, zero=world.plans["zero"], oracle=oracle,
+        folder, world.plans["test"], tuned, world.evaluation_rewards, zero=world.plans["zero"], oracle=world.oracle,
         title=f"{cfg.model.name}: tuned against base", config=OmegaConf.to_yaml(cfg, resolve=True), curves=curves,
     )  # fmt: skip
 

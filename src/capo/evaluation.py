@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
 from capo.atomic import write_whole
-from capo.drawn import Drawn, Oracle, Scores, Side
+from capo.drawn import Drawn, Scores, Side
 from capo.errors import InputError
 from capo.gallery import exhibits
 from capo.generation import ImageGenerator, PoolPlan
@@ -34,8 +35,8 @@ def results(
     diversity: Mapping[str, float],
     fingerprints: Mapping[str, str],
     seed: int,
-    policy_measures: Scores | None = None,
-    base_measures: Scores | None = None,
+    policy_measures: Scores = MappingProxyType({}),
+    base_measures: Scores = MappingProxyType({}),
     categories: Sequence[str] = (),
 ) -> dict:
     """What results.json holds: rates in 0-1, 95 % intervals over prompts, no place and no time (CaPO, B.2).
@@ -47,13 +48,13 @@ def results(
         diversity: "policy" and "base" (`latent_diversity`, averaged over prompts).
         fingerprints: "policy" and "base", of their denoisers.
         seed: of the bootstrap.
-        policy_measures, base_measures: oracle measure -> (P, K); None where there is no oracle.
+        policy_measures, base_measures: oracle measure -> (P, K); empty where there is no oracle.
         categories: (P,) of the prompts; a prompt of category "" counts in the whole only.
     """
     prompts, images = next(iter(policy_scores.values())).shape
     rates = {name: win_rate(policy_scores[name], base) for name, base in base_scores.items()}
     zero = {name: win_rate(scores, base_scores[name][: len(scores)]) for name, scores in zero_scores.items()}
-    measured = {} if policy_measures is None else _measured(policy_measures, base_measures, categories, seed)
+    measured = _measured(policy_measures, base_measures, categories, seed) if policy_measures else {}
     return {
         "win_rate": {name: _with_interval(rate, seed) for name, rate in rates.items()},
         "zero": {name: _with_interval(rate, seed) for name, rate in zero.items()},
@@ -115,7 +116,7 @@ class _Comparison:
     policy: ImageGenerator
     rewards: Sequence[Reward]
     zero: PoolPlan | None
-    oracle: Oracle | None
+    oracle: Sequence[Reward]
 
     @property
     def base(self) -> ImageGenerator:
@@ -143,7 +144,7 @@ class _Comparison:
             "steps": self.policy.settings.steps,
             "guidance": self.policy.settings.guidance,
             "rewards": {reward.name: reward.key for reward in self.rewards},
-            "oracle": _name(self.oracle),
+            "oracle": {measure.name: measure.key for measure in self.oracle},
             **seen,
             "zero": unlike,
             "categories": hashlib.sha256(identity.encode()).hexdigest(),
@@ -152,12 +153,13 @@ class _Comparison:
 
     def sides(self, images: Path, progress: bool) -> tuple[Side, Side, dict[str, Tensor]]:
         """Policy, base, and the scores of the zero line; what is missing of their images is made first."""
-        base = Drawn.fill(self.plan, self.base, self.rewards, progress)
+        judges = [*self.rewards, *self.oracle]
+        base = Drawn.fill(self.plan, self.base, judges, progress)
         other = self.zero and Drawn.fill(self.zero, self.base, self.rewards, progress)
-        tuned = Drawn.fill(replace(self.plan, root=images), self.policy, self.rewards, progress)
+        tuned = Drawn.fill(replace(self.plan, root=images), self.policy, judges, progress)
         return (
-            tuned.side(self.rewards, self.oracle, "policy", progress),
-            base.side(self.rewards, self.oracle, "base", progress),
+            tuned.side(self.rewards, self.oracle),
+            base.side(self.rewards, self.oracle),
             other.scores(self.rewards) if other else {},
         )
 
@@ -169,7 +171,7 @@ def evaluate(
     rewards: Sequence[Reward],
     *,
     zero: PoolPlan | None = None,
-    oracle: Oracle | None = None,
+    oracle: Sequence[Reward] = (),
     title: str | None = None,
     shown: int = 12,
     config: str | None = None,
@@ -184,6 +186,7 @@ def evaluate(
         plan: the base's images; their seeds are the policy's too, and `plan.seed` is the bootstrap's.
         policy: what draws the policy's images, on the base's backbone.
         zero: the base's images with other seeds, for the first prompts of `plan`; None: no zero line.
+        oracle: measures that are exact, or that nothing was tuned on; reported beside the rewards.
         title, shown, config, curves: of the report: its heading, how many prompts an order of the gallery
             shows, the text of the run's config.yaml, and its metrics.csv (which need not be there).
 
@@ -220,15 +223,6 @@ def _results_of(tuned: Side, base: Side, zero_scores: Scores, settings: Mapping)
         base_measures=base.measures,
         categories=[prompt.category for prompt in tuned.drawn.plan.prompts],
     )
-
-
-def _name(oracle: Oracle | None) -> str | None:
-    """Module and name of a function or of a callable's class; `functools.partial` is looked through."""
-    if oracle is None:
-        return None
-    function = getattr(oracle, "func", oracle)  # Hydra's `_partial_: true` wraps it
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from PIL.Image import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from capo.pool import Manifest, Pool, Shard, pool_name
 from capo.prompts import Prompt
 from capo.rewards import Reward
 from capo.sampling import SamplerSettings
-from capo.stages import LatentStage, ScoreStage, Stage, TextStage, decoded
+from capo.stages import LatentStage, ScoreStage, Stage, TextStage
 
 WAIT = 0.5  # seconds until shards that another process works on are looked at again
 STAGES = ("text", "latents", "scores")
@@ -172,13 +171,3 @@ def _check_space(pool: Pool, stages: Sequence[Stage]) -> None:
     if needed > free:
         raise InputError(f"pool {pool.folder} needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB "
                          "are free: make room, set pool.root to a larger disk, or ask for fewer candidates")
-
-
-def pool_images(pool: Pool, backbone: Backbone, shard: Shard, batch: int = 32) -> list[list[Image]]:
-    """The images of a shard, decoded from its stored latents: a list of candidates for each prompt.
-
-    The images that rewards have scored, bit for bit, if `batch` is that of the sampling.
-    """
-    images = [image for chunk in decoded(pool, backbone, shard, batch) for image in chunk]
-    width = len(shard.candidates)
-    return [images[start:start + width] for start in range(0, len(images), width)]

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from diffusers import SchedulerMixin
@@ -11,19 +12,30 @@ from torch import Tensor, nn
 
 from capo.backbones.base import Backbone, Text
 from capo.errors import InputError
+from capo.lanes import BATCHES, OPERATIONS, in_lanes
 
 Progress = Callable[[int], object]  # called after each denoising step with the number of images that took it
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Denoising steps, guidance scale (up to 1: no unconditional pass) and images in one batch."""
+    """How images are drawn.
+
+    Attributes:
+        steps: of denoising.
+        guidance: its scale; up to 1: no unconditional pass.
+        batch: images in one forward pass, before guidance doubles them.
+        parallel: what the threads of a CPU share: `operations`, or whole `batches` (`capo.lanes`).
+    """
 
     steps: int
     guidance: float
     batch: int
+    parallel: str = OPERATIONS
 
     def __post_init__(self) -> None:
+        if self.parallel not in (OPERATIONS, BATCHES):
+            raise InputError(f"sampling.parallel={self.parallel!r} is unknown; choose {OPERATIONS} or {BATCHES}")
         if self.steps < 1 or self.batch < 1:
             raise InputError(
                 f"sampling.steps {self.steps} and sampling.batch {self.batch} must be at least 1"
@@ -148,13 +160,19 @@ def sample_prompts(
         raise ValueError(
             f"every prompt needs the same number of seeds, not {sorted({len(row) for row in seeds})}"
         )
-    latents = torch.empty(len(flat), *backbone.latent_shape)
-    for start in range(0, len(flat), settings.batch):
+    lock = Lock()
+
+    def report(images: int) -> None:
+        with lock:
+            progress(images)
+
+    def batch(start: int) -> Tensor:
         generators = candidate_generators(flat[start : start + settings.batch])
         rows = torch.arange(start, start + len(generators)) // candidates
-        batch = {key: value[rows.to(value.device)] for key, value in text.items()}
+        conditions = {key: value[rows.to(value.device)] for key, value in text.items()}
         noise = candidate_noise(generators, backbone.latent_shape)
-        latents[start : start + len(generators)] = sample(
-            backbone, denoiser, batch, noise, settings, progress, generators
-        )
+        return sample(backbone, denoiser, conditions, noise, settings, progress and report, generators).cpu()
+
+    starts = range(0, len(flat), settings.batch)
+    latents = torch.cat(in_lanes(batch, starts, settings.parallel, backbone.device))
     return latents.unflatten(0, (prompts, candidates))

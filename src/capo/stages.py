@@ -3,15 +3,16 @@
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from threading import Lock
 from typing import ClassVar
 
 import torch
-from PIL.Image import Image
-from torch import nn
+from torch import Tensor, nn
 
 from capo.backbones import Backbone
+from capo.lanes import BATCHES, in_lanes
 from capo.pool import Pool, Shard
 from capo.prompts import candidate_seed
 from capo.rewards import Reward
@@ -30,14 +31,9 @@ def _versions() -> dict[str, str]:
 
 def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
     """What moves a result by rounding only: bitwise equality is promised where these are the same."""
-    return {"batch": settings.batch, "threads": torch.get_num_threads(), "device": str(backbone.device),
+    threads = 1 if settings.parallel == BATCHES else torch.get_num_threads()
+    return {"batch": settings.batch, "threads": threads, "device": str(backbone.device),
             **_versions()}
-
-
-def decoded(pool: Pool, backbone: Backbone, shard: Shard, batch: int) -> Iterator[list[Image]]:
-    """The images of a shard from its stored latents, prompt by prompt, at most `batch` in each list."""
-    for latents in pool.read_latents(shard).flatten(0, 1).split(batch):
-        yield backbone.decode(latents)
 
 
 class Stage(ABC):
@@ -174,18 +170,23 @@ class ScoreStage(Stage):
         return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard, self.verify)]
 
     def run(self, shard: Shard, report: Report) -> None:
-        rewards, width = self._unscored(shard), len(shard.candidates)
+        rewards, width, batch = self._unscored(shard), len(shard.candidates), self.settings.batch
         prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row) for _ in shard.candidates]
-        scores, done = {reward.key: [] for reward in rewards}, 0
-        for images in decoded(self.pool, self.backbone, shard, self.settings.batch):
-            for reward in rewards:
-                scores[reward.key].append(reward.score(
-                    images, prompts[done:done + len(images)],
-                    lambda i, start=done: self.pool.place(shard, *divmod(start + i, width))))
-            done += len(images)
-            report(len(images))
-        for key, parts in scores.items():
-            self.pool.write_scores(key, shard, torch.cat(parts).view(-1, width), self.record())
+        latents = self.pool.read_latents(shard).flatten(0, 1)
+        lock = Lock()
+
+        def judged(start: int) -> list[Tensor]:
+            images = self.backbone.decode(latents[start:start + batch], batch)
+            scores = [reward.score(images, prompts[start:start + batch],
+                                   lambda i: self.pool.place(shard, *divmod(start + i, width)))
+                      for reward in rewards]
+            with lock:
+                report(len(images))
+            return scores
+
+        parts = in_lanes(judged, range(0, len(latents), batch), self.settings.parallel, self.backbone.device)
+        for reward, scores in zip(rewards, zip(*parts, strict=True), strict=True):
+            self.pool.write_scores(reward.key, shard, torch.cat(scores).view(-1, width), self.record())
 
     def bytes_missing(self) -> int:
         return SCORE_BYTES * len(self.rewards) * sum(shard.images for shard in self.todo())

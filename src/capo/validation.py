@@ -14,9 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from capo.backbones import Backbone
-from capo.generation import pool_images
+from capo.drawn import Drawn
 from capo.metrics import WinRate
-from capo.pool import Pool
 from capo.prompts import Prompt, candidate_seed
 from capo.report import image_grid
 from capo.rewards import Reward
@@ -42,30 +41,16 @@ class ValidationSet:
     pictures: list[Image]
 
 
-def validation_set(pool: Pool, prompts: Sequence[Prompt], images: int, rewards: Sequence[Reward], backbone: Backbone,
-                   pictures: int) -> ValidationSet:
-    """Read from the base's pool, which must be complete, what validation compares with."""
-    positions = pool.positions(prompts)
-    scores = pool.scores([reward.key for reward in rewards], images, positions)
+def validation_set(base: Drawn, rewards: Sequence[Reward], pictures: int) -> ValidationSet:
+    """Read from the base's images, which must be complete, what validation compares with."""
+    pool, plan, positions = base.pool, base.plan, base.positions
     parts = [pool.read_text(row) for row in pool.text_shards(positions)]
     rows = [position for row in pool.text_shards(positions) for position in pool.text_shard(row).positions]
     places = torch.tensor([rows.index(position) for position in positions])
     text = {name: torch.cat([part[name] for part in parts])[places] for name in parts[0]}
-    seeds = [[candidate_seed(pool.manifest.seed, prompt.id, index) for index in range(images)] for prompt in prompts]
-    return ValidationSet(
-        list(prompts), text, seeds,
-        {reward.name: scores[..., number] for number, reward in enumerate(rewards)},
-        first_pictures(pool, backbone, positions[:pictures]),
-    )  # fmt: skip
-
-
-def first_pictures(pool: Pool, backbone: Backbone, positions: Sequence[int]) -> list[Image]:
-    """The first candidate of the prompts at `positions`, decoded from the stored latents."""
-    found: dict[int, Image] = {}
-    for shard in pool.shards(1, positions):
-        if shard.candidates.start == 0:
-            found |= {place: images[0] for place, images in zip(shard.positions, pool_images(pool, backbone, shard))}
-    return [found[position] for position in positions]
+    seeds = [[candidate_seed(plan.seed, prompt.id, index) for index in range(plan.candidates)] for prompt in plan.prompts]
+    shown = [base.images(row)[0] for row in range(min(pictures, len(plan.prompts)))]
+    return ValidationSet(list(plan.prompts), text, seeds, base.scores(rewards), shown)
 
 
 class WinRateValidation(L.Callback):

@@ -6,10 +6,19 @@ import torch
 from PIL import Image, ImageDraw
 
 from capo.errors import InputError
+from capo.shapes import oracle
 from capo.shapes.captions import caption
 from capo.shapes.foreground import fit_background, pieces
 from capo.shapes.make.scenery import random_style
-from capo.shapes.oracle import UNKNOWN, alignment, assertion_share, measure, measures
+from capo.shapes.oracle import (
+    UNKNOWN,
+    alignment,
+    alignments,
+    assertion_share,
+    assertion_shares,
+    measure,
+    ratings,
+)
 from capo.shapes.prompts import CATEGORIES
 from capo.shapes.rating import rating
 from capo.shapes.render import render
@@ -124,22 +133,25 @@ def test_a_changed_attribute_is_noticed():
         assert alignment(picture, caption(Request((Group("heart", colour=other),)))) == 0.0
 
 
-def test_measures_gives_all_three_by_picture():
+def test_the_three_measures_look_at_a_picture_once(monkeypatch):
     image, draw = canvas()
     draw.ellipse((20, 20, 44, 44), fill=COLOURS["red"])
-    got = measures([image, image], ["a red circle", "a blue circle on a white background"])
-    assert {name: tensor.shape for name, tensor in got.items()} == dict.fromkeys(("alignment", "assertions", "looks"), (2,))
-    assert got["alignment"].tolist() == [1.0, 0.0]
-    assert got["assertions"].tolist() == pytest.approx([1.0, 3 / 4])  # of shape, colour, count, background
-    assert got["looks"].tolist() == pytest.approx([rating(image)] * 2)
-    assert all(tensor.dtype == torch.float32 for tensor in got.values())
+    looked = []
+    monkeypatch.setattr(oracle, "measure", lambda pixels: looked.append(1) or measure(pixels))
+    asked = [image, image], ["a red circle", "a blue circle on a white background"]
+    found = {scorer: scorer(*asked) for scorer in (alignments, assertion_shares, ratings)}
+    assert found[alignments].tolist() == [1.0, 0.0]
+    assert found[assertion_shares].tolist() == pytest.approx([1.0, 3 / 4])  # of shape, colour, count, background
+    assert found[ratings].tolist() == pytest.approx([rating(image)] * 2)
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert len(looked) <= 1  # none, if another test has shown the same picture
 
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match=r"64 x 64 RGB pixels, this one has shape \(32, 64, 3\)"):
         measure(Image.new("RGB", (64, 32)))
-    with pytest.raises(InputError, match="a purple hexagon"):
-        measures([Image.new("RGB", (64, 64))], ["a purple hexagon"])
+    with pytest.raises(InputError, match="a purple hexagon.*evaluation.oracle=null"):
+        alignments([Image.new("RGB", (64, 64))], ["a purple hexagon"])
 
 
 def test_the_background_is_found_under_a_slope():

@@ -63,17 +63,16 @@ class UNetBackbone(Backbone):
         """Zeros where the pipeline forces them for an empty prompt, else the encoded empty prompt."""
         # Encoded `count` at once, as the pipeline does it, because rounding depends on the batch.
         encoded = 1 if self.pipeline.config.force_zeros_for_empty_prompt else count
-        if encoded not in self._negatives:
+        negatives = self._negatives.get(encoded)
+        if negatives is None:
             with torch.no_grad():
                 _, embeds, _, pooled = self.pipeline.encode_prompt(
                     [""] * encoded, device=self.device, do_classifier_free_guidance=True
                 )
+            negatives = self._text(embeds, pooled)
             self._negatives.clear()
-            self._negatives[encoded] = self._text(embeds, pooled)
-        return {
-            key: value.to(self.device).expand(count, *value.shape[1:])
-            for key, value in self._negatives[encoded].items()
-        }
+            self._negatives[encoded] = negatives
+        return {key: value.to(self.device).expand(count, *value.shape[1:]) for key, value in negatives.items()}
 
     def _text(self, embeds: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         _, height, width = self.latent_shape

@@ -22,11 +22,12 @@ from scipy.ndimage import (
 )
 from torch import Tensor
 
+from capo.errors import InputError
 from capo.shapes.captions import parse
 from capo.shapes.foreground import FAINT, SPECK, fit_background, pieces, to_pixels
 from capo.shapes.rating import rating
 from capo.shapes.render import signed_distance
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Thing, assertions
+from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, Thing, assertions
 
 UNKNOWN = "unknown"  # the shape of a thing that looks like none of SHAPES
 MATCH = 0.76  # least soft intersection over union with a template
@@ -237,16 +238,23 @@ def measure(image: Image.Image | np.ndarray) -> tuple[list[Thing], str]:
     return [thing for part in parts for thing, _ in _look(part, away, colour)], name
 
 
+@lru_cache(maxsize=256)
+def _measured(pixels: bytes) -> tuple[list[Thing], str]:
+    """`measure`, once for all that is asked about a picture."""
+    return measure(np.frombuffer(pixels, dtype=np.float32).reshape(SIDE, SIDE, 3))
+
+
 def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
     """Every assertion of the prompt, checked on the picture; InputError for a prompt outside the grammar."""
-    request = parse(prompt)
-    return assertions(request, *measure(image))
+    try:
+        request = parse(prompt)
+    except InputError as error:
+        raise InputError(f"{error}; evaluation.oracle=null leaves the oracle out") from error
+    return assertions(request, *_measured(to_pixels(image).tobytes()))
 
 
 def alignment(image: Image.Image | np.ndarray, prompt: str) -> float:
-    """1.0 if the picture shows all that the prompt asserts and nothing more, else 0.0 (strict, as GenEval
-    counts).
-    """
+    """1.0 if the picture shows all that the prompt asserts and nothing more, else 0.0 (strict, as GenEval counts)."""
     return float(all(held(image, prompt)))
 
 
@@ -255,13 +263,16 @@ def assertion_share(image: Image.Image | np.ndarray, prompt: str) -> float:
     return float(np.mean(held(image, prompt)))
 
 
-def measures(images: Sequence[Image.Image | np.ndarray], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """`alignment` (0 or 1), `assertions` (share that holds) and `looks` (the rating rule, 1-10) of B
-    pictures, each (B,).
-    """
-    checks = [held(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return {
-        "alignment": torch.tensor([float(all(check)) for check in checks]),
-        "assertions": torch.tensor([float(np.mean(check)) for check in checks]),
-        "looks": torch.tensor([rating(image) for image in images]),
-    }
+def alignments(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """`alignment` of B pictures, (B,)."""
+    return torch.tensor([alignment(*pair) for pair in zip(images, prompts, strict=True)])
+
+
+def assertion_shares(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """`assertion_share` of B pictures, (B,)."""
+    return torch.tensor([assertion_share(*pair) for pair in zip(images, prompts, strict=True)])
+
+
+def ratings(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """The rating rule, 1-10, of B pictures, (B,); blind to the prompts."""
+    return torch.tensor([rating(image) for image in images])

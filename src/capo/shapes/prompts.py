@@ -113,6 +113,9 @@ CATEGORIES: dict[str, Category] = {
 TRAINING = tuple(name for name in CATEGORIES if name != "unusual")
 
 
+EXHAUSTED = 300  # draws in a row without a new sentence of the split: a category has no more, or hardly any
+
+
 def split_of(text: str) -> str:
     """The one split that a sentence belongs to, by its hash: six tenths train, one validation, three test."""
     digit = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4, person=b"shapes-split").digest(), "big") % 10
@@ -132,14 +135,22 @@ def _draw_split(split: str, count: int, seed: int) -> list[Prompt]:
     salt = int.from_bytes(split.encode()[:4], "big")
     rng = np.random.default_rng([seed, salt])
     found: dict[str, Prompt] = {}
-    for attempt in range(400 * (count + 10)):
-        if len(found) == count:
-            return list(found.values())
-        name = names[len(found) % len(names)] if attempt % 50 else _pick(rng, names)
+    misses = dict.fromkeys(names, 0)  # in a row
+    while len(found) < count:
+        if not names:
+            raise InputError(
+                f"prompts.{split}={count}: the shapes grammar has only about {len(found)} such prompts; ask for fewer"
+            )
+        name = names[len(found) % len(names)]
         text = caption(CATEGORIES[name](rng))
         if text not in found and split_of(text) == split:
             found[text] = make_prompt(text, category=name)
-    raise InputError(f"prompts.{split}={count}: the shapes grammar has only about {len(found)} such prompts; ask for fewer")
+            misses[name] = 0
+            continue
+        misses[name] += 1
+        if misses[name] == EXHAUSTED:
+            names.remove(name)
+    return list(found.values())
 
 
 def prompt_sets(train: int, validation: int, test: int, seed: int = 0) -> dict[str, list[Prompt]]:

@@ -67,12 +67,12 @@ def _paint(thing: Thing, u: np.ndarray, v: np.ndarray, rng: np.random.Generator)
     colour = np.array(COLOURS[thing.colour], dtype=np.float32)
     dark = np.zeros_like(u)
     if thing.texture == "striped":
-        period = 5.5
+        period = 6.0
         dark = np.clip(0.5 + 1.6 * np.sin(2 * np.pi * (v / period + rng.random())), 0, 1)
     elif thing.texture == "dotted":
-        spacing = 5.5
+        spacing = 7.5
         nearest = [(w / spacing + rng.random() + 0.5) % 1.0 - 0.5 for w in (u, v)]
-        dark = np.clip(1.9 - np.hypot(*nearest) * spacing, 0, 1)
+        dark = np.clip(2.6 - np.hypot(*nearest) * spacing, 0, 1)
     return colour * (1 - 0.55 * dark[..., None])
 
 

@@ -203,7 +203,7 @@ class Judge(Reader):
 class Rater(nn.Module):
     """A rating between 1 and 10 from the pixels alone."""
 
-    def __init__(self, width: int = 12):
+    def __init__(self, width: int = 16):
         super().__init__()
         self.body = nn.Sequential(
             _convolution(3, width, 3, 2),

@@ -169,13 +169,13 @@ def assertions(request: Request, things: list[Thing] | tuple[Thing, ...], backgr
 _NOTHING = Thing("", "", "", 0.0, 0.0, 0.0)
 
 
-_TEXTURE_RADIUS = 9.0  # smaller things show too few stripes or dots to tell which they are
+_TEXTURE_RADIUS = 10.0  # smaller things show too few stripes or dots to tell which they are
 
 
 def _radius(rng: np.random.Generator, group: Group, total: int) -> float:
-    low, high = {1: (7.5, 15.0), 2: (7.5, 12.0), 3: (7.5, 9.5), 4: (7.0, 9.0)}[total]
+    low, high = {1: (9.5, 16.0), 2: (8.5, 12.5), 3: (8.0, 10.5), 4: (7.5, 10.0)}[total]
     if group.size == "small":
-        low, high = 7.0, 8.3
+        low, high = 7.5, 8.6
     elif group.size == "large":
         low, high = (12.0, 16.5) if total == 1 else (11.5, 13.0)
     if group.texture:
@@ -217,7 +217,7 @@ def realise(request: Request, rng: np.random.Generator, style: Style = Style()) 
         if _arranged(request, placed):
             break
         if attempt % 100 == 0:  # too crowded: everything a little smaller, sizes that were asked for stay in their range
-            things = [replace(t, radius=t.radius if g.size or t.texture != "solid" else max(6.5, 0.94 * t.radius)) for t, g in zip(things, slots)]
+            things = [replace(t, radius=t.radius if g.size or t.texture != "solid" else max(7.0, 0.94 * t.radius)) for t, g in zip(things, slots)]
     else:
         raise ValueError(f"no arrangement found for {request}")
     background = request.background or str(rng.choice(list(BACKGROUNDS)))

@@ -2,7 +2,7 @@
 
     python -m capo.shapes.make scenes --work DIR
     python -m capo.shapes.make autoencoder --work DIR
-    python -m capo.shapes.make base --work DIR
+    python -m capo.shapes.make base --work DIR       (or torchrun --nproc-per-node 2 -m capo.shapes.make base ...)
     python -m capo.shapes.make rewards --work DIR
 """
 
@@ -17,9 +17,10 @@ from hydra import compose, initialize_config_dir
 
 from capo.config import build_world
 from capo.shapes.make import autoencoder, base, card, lineups, rewards, scenery
+from capo.shapes.make.fitting import process
 
-SCENES = 60_000
-LINEUPS = 8_000
+SCENES = 50_000
+LINEUPS = 10_000
 ROOT = Path(__file__).parents[4]  # of the repository: this runs from a clone
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -37,7 +38,9 @@ def stage_autoencoder(options: argparse.Namespace) -> None:
 
 def stage_base(options: argparse.Namespace) -> None:
     """Fit denoiser and text encoders on the encoded scenes and ship the pipeline."""
-    base.ship(base.train(options.work, options.steps or 8500, seed=options.seed), WEIGHTS / "unet")
+    pipe = base.train(options.work, options.steps or 16_000, seed=options.seed, start=options.start)
+    if process()[0] == 0:
+        base.ship(pipe, WEIGHTS / "unet")
 
 
 def stage_rewards(options: argparse.Namespace) -> None:
@@ -45,7 +48,7 @@ def stage_rewards(options: argparse.Namespace) -> None:
     vae = autoencoder.load(options.work)
     tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae, len(os.sched_getaffinity(0)))
     steps = options.steps or 3600
-    looks = rewards.train_looks(options.work, tables, steps // 2, options.seed)
+    looks = rewards.train_looks(options.work, tables, 2 * steps // 3, options.seed)
     alignment = rewards.train_alignment(options.work, tables, steps, options.seed)
     preference = rewards.train_preference(options.work, tables, steps // 4, options.seed, alignment)
     for name, module in (("alignment", alignment), ("looks", looks), ("preference", preference)):
@@ -61,7 +64,8 @@ def stage_card(options: argparse.Namespace) -> None:
     page = ROOT / "docs" / "shapes.md"
     before, _, after = page.read_text().partition("<!-- card -->")
     _, _, after = after.partition("<!-- end of card -->")
-    told = card.markdown(world.plans["test"], world.generator, world.evaluation_rewards)
+    found = card.measure_base(world.plans["test"], world.generator, world.evaluation_rewards, world.oracle)
+    told = card.markdown(found, world.backbone)
     page.write_text(f"{before}<!-- card -->\n\n{told}\n\n<!-- end of card -->{after}")
     print(told)
 
@@ -75,10 +79,13 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
     parser.add_argument("--steps", type=int, help="training steps, where the stage trains")
+    parser.add_argument("--start", type=Path, help="base only: state of an earlier run whose weights are the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        torch.distributed.init_process_group("gloo")
     options.work.mkdir(parents=True, exist_ok=True)
     STAGES[options.stage](options)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from capo.noise import vp_log_snr
 from capo.shapes.make import autoencoder
-from capo.shapes.make.fitting import fit, generator
+from capo.shapes.make.fitting import fit, generator, share
 from capo.shapes.make.text import encoders, tokenizer
 from capo.shapes.scenes import SIDE
 
@@ -75,29 +75,52 @@ class Learner(nn.Module):
         return words, {"text_embeds": second.text_embeds * keep[:, None], "time_ids": time_ids}
 
 
-def train(work: Path, steps: int, batch: int = 32, seed: int = 0) -> StableDiffusionXLPipeline:
-    """Fit noise prediction on the encoded scenes in `work`, weighted by min(1, 1 / SNR); captions are dropped in one of ten."""
+def train(
+    work: Path, steps: int, batch: int = 32, seed: int = 0, start: Path | None = None
+) -> StableDiffusionXLPipeline:
+    """Fit noise prediction on the encoded scenes in `work`; captions are dropped in one of ten.
+
+    The error of the noise is weighted by 1 + 1 / SNR, at most 100: that is the error of the velocity. Unweighted, the loss is
+    all about the smallest noise, which is the hardest to tell and says little about shapes, and next to nothing about the
+    largest, where places and backgrounds are decided.
+
+    Args:
+        start: state of an earlier run (`base.pt`) whose averaged weights are where this one starts.
+    """
     torch.manual_seed(seed)
     latents = autoencoder.encode_all(work)
     learner, scheduler = Learner(), build_scheduler()
-    # the smallest noise, which is the hardest to tell, would otherwise dominate the loss and says little about shapes
-    weights = (-vp_log_snr(scheduler.alphas_cumprod)).exp().clamp(max=1.0)
+    if start:
+        learner.load_state_dict(torch.load(start, weights_only=True)["average"], strict=False)
+    log_snr = vp_log_snr(scheduler.alphas_cumprod)
+    weights = (1 + (-log_snr).exp()).clamp(max=100.0)
     ids = learner.tokens(json.loads((work / "captions.json").read_text()))
 
     def loss(step: int):
-        draw = generator(seed, 2, step)
-        rows = torch.randint(len(latents), (batch,), generator=draw)
+        draw, mine = generator(seed, 2, step), share(batch)
+        rows = torch.randint(len(latents), (batch,), generator=draw)[mine]
         x = torch.from_numpy(latents[rows.numpy()].astype(np.float32))
-        t = (torch.rand(batch, generator=draw) + torch.arange(batch)).div(batch).mul(1000).long()  # stratified
-        noise = torch.randn(x.shape, generator=draw)
-        keep = (torch.rand(batch, generator=draw) > 0.1).float()
+        t = timesteps(log_snr, batch, draw)[mine]
+        noise = torch.randn(batch, *x.shape[1:], generator=draw)[mine]
+        keep = (torch.rand(batch, generator=draw) > 0.1).float()[mine]
         words, added = learner.conditioning(ids[rows], keep)
         told = learner.unet(scheduler.add_noise(x, noise, t), t, words, added_cond_kwargs=added).sample
         errors = (told - noise).square().mean((1, 2, 3))
-        return (weights[t] * errors).mean(), {"unweighted": errors.mean().item()}
+        return (weights[t] * errors).mean() / weights.mean(), {"unweighted": errors.mean().item()}
 
     fit("base", learner, loss, work, steps, lr=1e-3, average=True)
     return pipeline(learner, autoencoder.load(work))
+
+
+def timesteps(log_snr: Tensor, batch: int, draw: torch.Generator) -> Tensor:
+    """(batch,) timesteps, stratified, in random order: a quarter uniform, the others normal in log-SNR around -0.5.
+
+    That is where shapes are decided; a uniform draw spends two thirds of its time where noise hides everything or nothing.
+    """
+    u = (torch.rand(batch, generator=draw) + torch.arange(batch)) / batch
+    u = u[torch.randperm(batch, generator=draw)]
+    middle = torch.searchsorted(-log_snr, 0.5 - 2 * torch.special.ndtri(u)).clamp(max=len(log_snr) - 1)
+    return torch.where(torch.arange(batch) % 4 == 0, (u * len(log_snr)).long(), middle)
 
 
 def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusionXLPipeline:

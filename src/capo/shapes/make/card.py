@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.stats import rankdata, spearmanr
 
 from capo.backbones import Backbone
-from capo.generation import ImageGenerator, PoolPlan, fill_pool, pool_images
+from capo.drawn import Drawn
+from capo.generation import ImageGenerator, PoolPlan
 from capo.prompts import Prompt
 from capo.rewards import Reward
 from capo.shapes import oracle
@@ -50,20 +50,17 @@ class Measured:
     things: np.ndarray  # (P, K, n, 6) as the annotators look at them
 
 
-def measure_base(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> Measured:
+def measure_base(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], measures: Sequence[Reward]) -> Measured:
     """Draw (or find) the base's images of the plan and measure them."""
-    pool = fill_pool(plan, generator, rewards)
-    positions = pool.positions(plan.prompts)
-    images = {place: [] for place in positions}
-    for shard in pool.shards(plan.candidates, positions):
-        for place, row in zip(shard.positions, pool_images(pool, generator.backbone, shard, generator.settings.batch)):
-            images.setdefault(place, []).extend(row)
-    flat = [image for place in positions for image in images[place][: plan.candidates]]
-    texts = [prompt.text for prompt in plan.prompts for _ in range(plan.candidates)]
-    measures = {name: values.reshape(len(positions), -1).numpy() for name, values in oracle.measures(flat, texts).items()}
-    scores = pool.scores([reward.key for reward in rewards], plan.candidates, positions).numpy()
-    things = np.stack([recorded(oracle.measure(image)[0]) for image in flat]).reshape(len(positions), plan.candidates, -1, 6)
-    return Measured(plan.prompts, {reward.name: scores[..., i] for i, reward in enumerate(rewards)}, measures, things)
+    drawn = Drawn.fill(plan, generator, [*rewards, *measures], progress=True)
+    side = drawn.side(rewards, measures)
+    things = np.stack([[recorded(oracle.measure(image)[0]) for image in drawn.images(row)] for row in range(len(plan.prompts))])
+    return Measured(
+        plan.prompts,
+        {name: scores.numpy() for name, scores in side.scores.items()},
+        {name: values.numpy() for name, values in side.measures.items()},
+        things,
+    )
 
 
 def within_prompt(statistic: Callable[[np.ndarray, np.ndarray], float], first: np.ndarray, second: np.ndarray) -> float:
@@ -140,10 +137,8 @@ def by_category(found: Measured) -> list[str]:
     return [f"| {name} | {figures[name][0]:.3f} | {figures[name][1]:.3f} |" for name in ordered]
 
 
-def markdown(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> str:
+def markdown(found: Measured, backbone: Backbone) -> str:
     """The whole card."""
-    torch.set_grad_enabled(False)
-    found = measure_base(plan, generator, rewards)
     head = ["| figure | measured | band | met |", "|---|---|---|---|"]
     categories = ["", "| category | all assertions hold | share that holds |", "|---|---|---|"]
-    return "\n".join([*head, *(row.line() for row in card(found, generator.backbone)), *categories, *by_category(found)])
+    return "\n".join([*head, *(row.line() for row in card(found, backbone)), *categories, *by_category(found)])

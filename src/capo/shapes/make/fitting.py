@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def warm_cosine(step: int, steps: int, warm_up: int = 50, hold: float = 0.4) -> float:
@@ -47,9 +49,11 @@ def fit(
     """Minimise `loss(step)` over the parameters of `module`; AdamW, warm cosine, gradients clipped at 1.
 
     The state is saved to `work/<name>.pt` every `save_every` seconds and found again by the same call. `loss` must be a
-    function of the step alone (draw from a generator seeded by it). Returns the module, with averaged weights if asked;
-    what the run took stands in `work/<name>.json`.
+    function of the step alone (draw from a generator seeded by it). Under torchrun each process takes the loss of its share
+    of the batch (`share`), and gradients are averaged. Returns the module, with averaged weights if asked; what the run took
+    stands in `work/<name>.json`.
     """
+    rank, processes = process()
     optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     mean = Average(module) if average else None
     path, start, spent = work / f"{name}.pt", 0, 0.0
@@ -68,19 +72,39 @@ def fit(
         value, parts = loss(step)
         optimiser.zero_grad(set_to_none=True)
         value.backward()
+        if processes > 1:
+            _average_gradients(module, processes)
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
         if mean:
             mean.update(module, step)
-        if step % 200 == 0:
+        if step % 200 == 0 and rank == 0:
             told = " ".join(f"{key} {figure:.4f}" for key, figure in {"loss": value.item(), **parts}.items())
             print(f"{name} {step}/{steps} {told} {spent + time.monotonic() - begun:.0f} s", flush=True)
-        if time.monotonic() - last > save_every or step + 1 == steps:
+        if rank == 0 and (time.monotonic() - last > save_every or step + 1 == steps):
             last = time.monotonic()
             _save(path, module, optimiser, mean, step + 1, spent + last - begun)
     if mean:
         module.load_state_dict({**module.state_dict(), **mean.shadow})
     return module.eval()
+
+
+def process() -> tuple[int, int]:
+    """The number of this process among those that torchrun started, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(batch: int) -> slice:
+    """The rows of a batch that this process takes."""
+    rank, processes = process()
+    return slice(rank * batch // processes, (rank + 1) * batch // processes)
+
+
+def _average_gradients(module: nn.Module, processes: int) -> None:
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat / processes, gradients)
 
 
 def _save(path: Path, module: nn.Module, optimiser, mean: Average | None, step: int, seconds: float) -> None:

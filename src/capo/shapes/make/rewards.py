@@ -196,4 +196,5 @@ def ship(module: nn.Module, path: Path) -> None:
         {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()},
         part,
     )
+    part.chmod(0o644)  # safetensors makes it readable by its owner alone
     os.replace(part, path)
