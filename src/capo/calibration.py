@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from capo.errors import InputError
+from capo.lanes import over_rows
 
 LOG_FLOOR = 1e-6  # probabilities are clamped here before the logarithm
 LOG_CEILING = 1 + 1e-6  # what rounding may leave of a probability of 1
@@ -82,12 +83,16 @@ def calibrated_rewards(scores: Tensor, link: str = "identity", scale: float = 1.
     result = torch.empty(rows.shape, dtype=_result_dtype(scores), device=scores.device)
     columns = max(BLOCK // candidates // LANES, 1) * LANES
     columns = min(columns, math.ceil(len(rows) / LANES) * LANES)
-    block = torch.zeros(candidates, columns, dtype=work.dtype, device=scores.device)
-    for start in range(0, len(rows), columns or 1):
-        part = rows[start : start + columns]
-        block[:, : len(part)] = part.T
-        wins = _expected_wins(scale * LINKS[link].to_log_odds(block)) / (candidates - 1)
-        result[start : start + columns] = wins[:, : len(part)].T
+
+    def calibrate_rows(where: slice) -> None:
+        block = torch.zeros(candidates, columns, dtype=work.dtype, device=scores.device)
+        for start in range(where.start, where.stop, columns or 1):
+            part = rows[start : min(start + columns, where.stop)]
+            block[:, : len(part)] = part.T
+            wins = _expected_wins(scale * LINKS[link].to_log_odds(block)) / (candidates - 1)
+            result[start : start + len(part)] = wins[:, : len(part)].T
+
+    over_rows(calibrate_rows, len(rows), 4 * columns or 1, scores.device)
     return result.reshape(scores.shape)
 
 

@@ -1,5 +1,6 @@
 """How the threads of a CPU share work: all on one operation at a time, or each on a batch of its own."""
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,11 +18,26 @@ def in_lanes(function: Callable[[Part], Result], parts: Iterable[Part], parallel
     networks spend their time in operations too short to be worth sharing out. What comes out is then the same, bit for bit,
     whatever the number of threads. With "operations", and on any other device, one part after another.
     """
-    threads = torch.get_num_threads()
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     if parallel == OPERATIONS or device.type != "cpu":
         return [function(part) for part in parts]
+
+    def lane(part: Part) -> Result:
+        with torch.set_grad_enabled(gradients):  # which every thread has for itself
+            return function(part)
+
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, parts))
+            return list(pool.map(lane, parts))
     finally:
         torch.set_num_threads(threads)  # a lane's setting is every later thread's too
+
+
+def over_rows(function: Callable[[slice], None], rows: int, least: int, device: torch.device) -> None:
+    """function(slice) for slices that cover range(rows): one a thread of a CPU, each of `least` rows or more."""
+    lanes = min(torch.get_num_threads(), rows // least) if device.type == "cpu" else 1
+    if lanes < 2:
+        function(slice(0, rows))
+        return
+    size = math.ceil(rows / lanes)
+    in_lanes(function, [slice(start, min(start + size, rows)) for start in range(0, rows, size)], BATCHES, device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from capo.errors import InputError
+from capo.lanes import over_rows
 
 BLOCK = 2**15  # candidates whose scores are compared at a time, so that the comparisons stay in the L2 cache
 
@@ -54,10 +55,14 @@ def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
     )
     dominated, dominating = np.zeros((2, prompts, candidates), dtype=bool)
     count = max(BLOCK // candidates, 1)
-    for rows in (slice(start, start + count) for start in range(0, prompts, count)):
-        columns = np.ascontiguousarray(values[rows].transpose(2, 1, 0))
-        below, above = _domination(columns)
-        dominated[rows], dominating[rows] = below.T, above.T
+
+    def compare_rows(where: slice) -> None:
+        for start in range(where.start, where.stop, count):
+            rows = slice(start, min(start + count, where.stop))
+            below, above = _domination(np.ascontiguousarray(values[rows].transpose(2, 1, 0)))
+            dominated[rows], dominating[rows] = below.T, above.T
+
+    over_rows(compare_rows, prompts, 4 * count, torch.device("cpu"))
     return torch.from_numpy(~dominated).to(scores.device), torch.from_numpy(~dominating).to(scores.device)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capo.lanes import over_rows
 from capo.pairs import PairSets, Strategy, combined_rewards
 
 # Candidates compared at a time: PyTorch splits 2^15 elements over threads, and waiting for one another costs
@@ -119,13 +120,18 @@ def count_pairs(sets: PairSets, rewards: Tensor) -> Tensor:
     prompts, candidates = rewards.shape
     counts = torch.zeros(prompts, dtype=torch.int64, device=rewards.device)
     block = max(BLOCK // candidates, 1)
-    for rows in (slice(start, start + block) for start in range(0, prompts, block)):
-        high = rewards[rows].masked_fill(~sets.winners[rows], -math.inf).T.contiguous()
-        low = rewards[rows].masked_fill(~sets.losers[rows], math.inf).T.contiguous()
-        beaten, above = torch.zeros_like(high), torch.empty_like(high)
-        for loser in low:  # compared into floats, since comparisons into bools are not vectorised
-            beaten += torch.gt(high, loser, out=above)
-        counts[rows] = beaten.sum(0).long()
+
+    def count_rows(where: slice) -> None:
+        for start in range(where.start, where.stop, block):
+            rows = slice(start, min(start + block, where.stop))
+            high = rewards[rows].masked_fill(~sets.winners[rows], -math.inf).T.contiguous()
+            low = rewards[rows].masked_fill(~sets.losers[rows], math.inf).T.contiguous()
+            beaten, above = torch.zeros_like(high), torch.empty_like(high)
+            for loser in low:  # compared into floats, since comparisons into bools are not vectorised
+                beaten += torch.gt(high, loser, out=above)
+            counts[rows] = beaten.sum(0).long()
+
+    over_rows(count_rows, prompts, 4 * block, rewards.device)
     return counts
 
 

@@ -1,0 +1,65 @@
+import threading
+
+import pytest
+import torch
+
+from capo.calibration import calibrate
+from capo.lanes import in_lanes, over_rows
+from capo.pairs import frs
+from capo.selection import select
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def three_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_lanes_keep_the_order_and_have_one_thread_each(three_threads):
+    meet = threading.Barrier(3, timeout=20)  # passed only if three parts are worked on at once
+
+    def part(number):
+        meet.wait()
+        return number, torch.get_num_threads(), torch.is_grad_enabled()
+
+    with torch.no_grad():
+        assert in_lanes(part, range(6), "batches", CPU) == [(number, 1, False) for number in range(6)]
+    assert torch.get_num_threads() == 3
+    assert in_lanes(lambda _: threading.current_thread(), [0, 1], "operations", CPU) == [threading.main_thread()] * 2
+
+
+def test_what_goes_wrong_in_a_lane_is_raised_and_the_threads_are_back(three_threads):
+    def part(number):
+        raise OSError(f"part {number}")
+
+    with pytest.raises(OSError, match="part 0"):
+        in_lanes(part, range(3), "batches", CPU)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 10, 31])
+def test_rows_are_covered_once(three_threads, rows):
+    seen = torch.zeros(rows)
+
+    def add(where):
+        seen[where] += 1
+
+    over_rows(add, rows, 5, CPU)
+    assert torch.equal(seen, torch.ones(rows))
+
+
+def test_selection_is_the_same_for_any_number_of_threads(three_threads):
+    scores = torch.randn(30_000, 6, 2, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+
+    def selected():
+        return select(frs, scores, calibrate(scores, ["identity"] * 2, [1.0] * 2))
+
+    shared = selected()
+    torch.set_num_threads(1)
+    alone = selected()
+    for name in ("winners", "losers", "rewards", "pairs"):
+        assert torch.equal(getattr(shared, name), getattr(alone, name)), name
