@@ -23,6 +23,7 @@ from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
 from capo.generation import fill_pool
 from capo.module import PreferenceModule, Weighting
 from capo.report import image_grid
+from capo.runs import Progress, open_run, read_outcome, write_outcome
 from capo.selection import select
 from capo.validation import MONITOR, WinRateValidation, validation_set
 
@@ -96,24 +97,40 @@ def tune(cfg: DictConfig, world: World, folder: Path) -> tuple[PreferenceModule,
     return module, training.load_best(module, best), facts
 
 
-def run(cfg: DictConfig) -> float:
-    """One training run, whole; returns the best validation win-rate."""
-    prepare_process(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    world = build_world(cfg)
+def train(cfg: DictConfig, world: World, folder: Path) -> None:
+    """Tune, export, and write down that training has finished."""
     module, win_rate, facts = tune(cfg, world, folder)
     data = f"{len(world.plans['train'].prompts)} prompts x {cfg.pool.candidates} candidates of the base, scored by " + ", ".join(
         reward.name for reward in world.rewards
     )
     card = ModelCard(str(facts["objective"]), data, settings=facts)
     policy = export_policy(world.backbone, module.policy, folder / "policy", card, full=cfg.export == "full")
-    training.write_outcome(folder, {MONITOR: win_rate, "policy": policy_fingerprint(world.backbone, policy)})
-    if cfg.evaluate:
-        found = evaluate_policy(cfg, world, policy, folder / "evaluation", curves=folder / "metrics.csv")
-        write_card(world.backbone, policy, dataclasses.replace(card, win_rates=found["win_rate"]))
+    write_outcome(folder, {MONITOR: win_rate, "policy": policy_fingerprint(world.backbone, policy), "card": dataclasses.asdict(card)})
+
+
+def evaluate_run(cfg: DictConfig, world: World, folder: Path) -> None:
+    """Compare the run's policy with the base, and put the win-rates on its card."""
+    policy = folder / "policy"
+    found = evaluate_policy(cfg, world, policy, folder / "evaluation", curves=folder / "metrics.csv")
+    write_card(world.backbone, policy, dataclasses.replace(ModelCard(**read_outcome(folder)["card"]), win_rates=found["win_rate"]))
+
+
+def run(cfg: DictConfig) -> float:
+    """One training run, whole, or what is missing of it; returns the best validation win-rate."""
+    prepare_process(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    folder = Path(cfg.run_dir)
+    progress = open_run(folder, cfg)
+    evaluated = (folder / "evaluation" / "results.json").is_file()
+    if progress is Progress.FINISHED:
+        console.print(f"{folder} holds this run already, finished")
+    if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
+        world = build_world(cfg)
+        if progress is not Progress.FINISHED:
+            train(cfg, world, folder)
+        if cfg.evaluate:
+            evaluate_run(cfg, world, folder)
+    win_rate = read_outcome(folder)[MONITOR]
     console.print(f"best validation win-rate {win_rate:.3f}; everything of this run is in {folder}")
     return win_rate
 

@@ -1,6 +1,7 @@
 """A tiny pipeline of the real classes: everything that SDXL has, at a size that a test can afford."""
 
 import os
+import sys
 
 os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
@@ -13,7 +14,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
 from capo.backbones import UNetBackbone
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the three scripts
 
 WORDS = ("a", "and", "blue", "circle", "green", "left", "of", "red", "square", "the", "triangle")
 CONTEXT = 12  # tokens a prompt; CLIP has 77
@@ -125,3 +132,34 @@ def tiny_folder(tmp_path_factory) -> Path:
 def tiny_backbone(tiny_folder) -> UNetBackbone:
     """The tiny pipeline behind the backbone interface. Read only: train a `trainable_copy()` of it."""
     return UNetBackbone(str(tiny_folder), name="tiny")
+
+
+RUN_PROMPTS = {"train": "a red cat\na blue dog\na red dog\na blue cat\n", "validation": "red cat\nblue dog\n", "test": "cat\ndog\n"}
+
+
+def brightness(channel: int) -> dict:
+    return {"scorer": {"_target_": "fake_rewards.Brightness", "channel": channel}, "scale": 20.0}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_folder, tmp_path_factory):
+    """Makes the configuration of a run on the tiny pipeline; all share one pool root."""
+    folder = tmp_path_factory.mktemp("runs")
+    for split, text in RUN_PROMPTS.items():
+        (folder / f"{split}.txt").write_text(text)
+
+    def make(name: str, *overrides: str, config: str = "train", rewards: int = 2):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose(config, overrides=[
+                f"run_dir={folder / name}", f"model.backbone.weights={tiny_folder}", f"pool.root={folder / 'pools'}", "prompts=text",
+                *(f"prompts.{split}={folder / split}.txt" for split in RUN_PROMPTS), "pool.candidates=4", "sampling.steps=2",
+                "trainer.max_steps=2", "trainer.batch=2", "trainer.log_every=1", "validation.every=2", "validation.images=2",
+                "evaluation.images=2", "evaluation.zero_prompts=2", "evaluation.oracle=null", "threads=1", "model.name=tiny", *overrides,
+            ])  # fmt: skip
+        scorers = {name: brightness(channel) for channel, name in enumerate(("r", "g", "b")[:rewards])}
+        OmegaConf.update(cfg, "rewards", scorers, merge=False)
+        OmegaConf.update(cfg, "evaluation.rewards", {"r": brightness(0)}, merge=False)
+        return cfg
+
+    make.folder = folder
+    return make

@@ -18,37 +18,6 @@ import evaluate as evaluate_script  # noqa: E402
 import generate as generate_script  # noqa: E402
 import train as train_script  # noqa: E402
 
-PROMPTS = {"train": "a red cat\na blue dog\na red dog\na blue cat\n", "validation": "red cat\nblue dog\n", "test": "cat\ndog\n"}
-
-
-def brightness(channel: int) -> dict:
-    return {"scorer": {"_target_": "fake_rewards.Brightness", "channel": channel}, "scale": 20.0}
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tiny_folder, tmp_path_factory):
-    """Makes the configuration of a run on the tiny pipeline; all share one pool root."""
-    folder = tmp_path_factory.mktemp("runs")
-    for split, text in PROMPTS.items():
-        (folder / f"{split}.txt").write_text(text)
-
-    def make(name: str, *overrides: str, config: str = "train", rewards: int = 2):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose(config, overrides=[
-                f"run_dir={folder / name}", f"model.backbone.weights={tiny_folder}", f"pool.root={folder / 'pools'}", "prompts=text",
-                *(f"prompts.{split}={folder / split}.txt" for split in PROMPTS), "pool.candidates=4", "sampling.steps=2",
-                "trainer.max_steps=2", "trainer.batch=2", "trainer.log_every=1", "validation.every=2", "validation.images=2",
-                "evaluation.images=2", "evaluation.zero_prompts=2", "evaluation.oracle=null", "threads=1", "model.name=tiny", *overrides,
-            ])  # fmt: skip
-        scorers = {name: brightness(channel) for channel, name in enumerate(("r", "g", "b")[:rewards])}
-        OmegaConf.update(cfg, "rewards", scorers, merge=False)
-        OmegaConf.update(cfg, "evaluation.rewards", {"r": brightness(0)}, merge=False)
-        return cfg
-
-    make.folder = folder
-    return make
-
-
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "capo", "sft"])
 @pytest.mark.parametrize("pairs", ["best_worst", "sum", "frs", "random"])
 def test_every_objective_runs_with_every_selection(tiny_run, objective, pairs):

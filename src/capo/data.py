@@ -130,10 +130,12 @@ class PreferenceData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        # batches that a run before this one has seen; Lightning itself would begin at the first
+        seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
         rows = self.dataset.selection.usable.nonzero().flatten().tolist()
         return DataLoader(
             self.dataset,
-            batch_sampler=VisitSampler(rows, self.dataset.seed, self.batch, rank, world),
+            batch_sampler=VisitSampler(rows, self.dataset.seed, self.batch, rank, world, start=seen),
             collate_fn=collate,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),

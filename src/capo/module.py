@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import time
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -75,7 +75,7 @@ class PreferenceModule(L.LightningModule):
         self.lr, self.warm_up, self.weighting = lr, warm_up, weighting
         self.gradient_clip, self.max_bad_steps, self.drift_every = gradient_clip, max_bad_steps, drift_every
         self.bad_steps = self.bad_in_a_row = 0
-        self._step_began = 0.0
+        self._figures: dict[str, list[Tensor | float]] = {}
 
     @property
     def backbone(self) -> Backbone:
@@ -118,23 +118,31 @@ class PreferenceModule(L.LightningModule):
         """Mean loss over the pairs of a batch."""
         errors = self.pair_errors(batch)
         loss = self.objective(errors).mean()
-        size = len(batch.prompt_ids)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        figures = training_figures(errors, self.beta)
+        self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
+        self._note({"train/loss": loss.detach(), **training_figures(errors, self.beta)})
         if self.global_step % self.drift_every == 0 and self.needs.reference:
-            figures |= drift_by_time(errors, batch.u)
-        self.log_dict(figures, batch_size=size)
+            self._note(drift_by_time(errors, batch.u))
         return loss
+
+    def _note(self, figures: Mapping[str, Tensor | float]) -> None:
+        for name, value in figures.items():
+            self._figures.setdefault(name, []).append(value)
+
+    def take_figures(self) -> dict[str, float]:
+        """What the batches since the last call came to: the mean of each figure."""
+        taken = {name: sum(float(value) for value in values) / len(values) for name, values in self._figures.items()}
+        self._figures.clear()
+        return taken
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip; drop the gradients of a step where their norm is not finite, so that the optimiser does not move."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip or math.inf)
-        self.log("train/gradient_norm", norm)
-        if torch.isfinite(norm):
-            self.bad_in_a_row = 0
+        bad = not torch.isfinite(norm)
+        self.bad_steps, self.bad_in_a_row = self.bad_steps + bad, bad * (self.bad_in_a_row + 1)
+        self._note({"train/gradient_norm": norm, "train/skipped_steps": self.bad_steps})
+        if not bad:
             return
-        self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
         log.warning("step %d: the gradient norm is %s; the step is skipped (%d so far)", self.global_step, norm.item(), self.bad_steps)
         if self.bad_in_a_row >= self.max_bad_steps:
@@ -143,13 +151,12 @@ class PreferenceModule(L.LightningModule):
                 f"Lower trainer.lr (now {self.lr}) or objective.beta (now {self.beta})"
             )
 
-    def on_train_batch_start(self, batch: PreferenceBatch, index: int) -> None:
-        self._step_began = time.perf_counter()
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Steps that were skipped are counted on by a run that goes on."""
+        checkpoint["bad_steps"] = self.bad_steps, self.bad_in_a_row
 
-    def on_train_batch_end(self, outputs, batch: PreferenceBatch, index: int) -> None:
-        pairs = len(batch.prompt_ids) * self.trainer.world_size
-        self.log("time/pairs_per_second", pairs / (time.perf_counter() - self._step_began))
-        self.log("train/skipped_steps", float(self.bad_steps))
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.bad_steps, self.bad_in_a_row = checkpoint["bad_steps"]
 
     def configure_optimizers(self):
         """AdamW without weight decay and a linear warm-up; a LoRA policy trains its adapter alone."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +20,7 @@ from capo.atomic import write_whole
 from capo.calibration import Spread, calibrate, spread, spread_warnings
 from capo.data import PairDataset, PreferenceData
 from capo.errors import InputError
+from capo.loggers import CurvesFile
 from capo.module import PreferenceModule
 from capo.pairs import Strategy
 from capo.pool import Pool, PoolReader
@@ -98,20 +101,87 @@ def beta_warning(objective: str, beta: float | None, ranges: dict[str, Sequence[
     return f"objective.beta={beta:g} lies outside {low:g}-{high:g}, the range that was measured for {objective} on {model}"
 
 
+class Curves(L.Callback):
+    """Hands the figures of a step to the loggers, every `every` steps, before the step's checkpoint is written.
+
+    Lightning's own logging comes after the checkpoint: a run that goes on from there would lack a row.
+    """
+
+    def __init__(self, every: int):
+        self.every, self._seen, self._pairs, self._began = every, 0, 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, index: int) -> None:
+        if self._pairs == 0:
+            self._began = time.perf_counter()
+        self._pairs += len(batch.prompt_ids) * trainer.world_size
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
+        """Nothing until the optimiser has moved."""
+        step = trainer.global_step
+        if step == self._seen:
+            return
+        seconds, pairs = time.perf_counter() - self._began, self._pairs
+        self._seen, self._pairs = step, 0
+        figures = module.take_figures() | {"time/pairs_per_second": pairs / seconds}
+        if step % self.every == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        """What was logged is on the disk before the checkpoint that comes after it."""
+        for logger in trainer.loggers:
+            logger.save()
+
+
+class ValidatedCheckpoint(ModelCheckpoint):
+    """A checkpoint after each validation, the one after the last step included."""
+
+    def __init__(self, validation: WinRateValidation, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._validation = validation
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
+        if self._validation.validated == trainer.global_step:
+            super().on_train_batch_end(trainer, module, outputs, batch, index)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name beside its own, syncs and renames."""
+
+    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+        state = io.BytesIO()
+        torch.save(checkpoint, state)
+        write_whole(path, state.getbuffer())
+
+
 def fit(module: PreferenceModule, data: PreferenceData, validation: WinRateValidation, loggers: list[Logger], folder: Path, *,
         max_steps: int, log_every: int, accelerator: str, devices: int | str, precision: str, accumulate: int) -> ModelCheckpoint:
-    """Train for `max_steps` optimiser steps; the checkpoint with the highest validation win-rate is kept beside the last."""
-    checkpoints = ModelCheckpoint(
-        folder / "checkpoints", filename="{step:06d}", monitor=MONITOR, mode="max", save_top_k=1, save_last=True,
-        every_n_train_steps=validation.every, auto_insert_metric_name=False, enable_version_counter=False,
+    """Train for `max_steps` optimiser steps; the checkpoint with the highest validation win-rate is kept beside the last.
+
+    Goes on from `checkpoints/last.ckpt` where there is one: weights, optimiser, order, visits and curves are then those of a
+    run that was never cut off.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    begun = last.is_file()
+    step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"] if begun else 0
+    for logger in loggers:
+        if isinstance(logger, CurvesFile) and logger.rows:
+            logger.drop_after(step)
+    checkpoints = ValidatedCheckpoint(
+        validation, folder / "checkpoints", filename="{step:06d}", monitor=MONITOR, mode="max", save_top_k=1, save_last=True,
+        every_n_train_steps=1, auto_insert_metric_name=False, enable_version_counter=False,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator=accelerator, devices=devices, precision=precision, max_steps=max_steps, max_epochs=-1,
-        accumulate_grad_batches=accumulate, logger=loggers, log_every_n_steps=log_every, default_root_dir=folder,
-        callbacks=[validation, checkpoints, TQDMProgressBar(refresh_rate=1, leave=True)], use_distributed_sampler=False,
+        accumulate_grad_batches=accumulate, logger=loggers, default_root_dir=folder,
+        callbacks=[Curves(log_every), validation, checkpoints, TQDMProgressBar(refresh_rate=1, leave=True)], use_distributed_sampler=False,
+        plugins=[WholeCheckpoints()],
         enable_model_summary=False, num_sanity_val_steps=0, inference_mode=False,
     )  # fmt: skip
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
     if checkpoints.best_model_score is None:
         raise InputError(f"no validation took place in {max_steps} steps; set validation.every to at most trainer.max_steps")
     return checkpoints
@@ -123,8 +193,3 @@ def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
     module.load_state_dict(state["state_dict"], strict=True)
     module.policy.eval().requires_grad_(False)
     return float(checkpoints.best_model_score)
-
-
-def write_outcome(folder: Path, outcome: dict[str, object]) -> None:
-    """`outcome.json`: what the run came to; its presence says that training has finished."""
-    write_whole(folder / "outcome.json", json.dumps(outcome, indent=2) + "\n")

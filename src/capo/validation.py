@@ -64,15 +64,15 @@ class WinRateValidation(L.Callback):
                  every: int, folder: Path):
         self.base, self.backbone, self.rewards, self.settings = base, backbone, list(rewards), settings
         self.every, self.folder = every, Path(folder)
-        self._validated = 0
+        self.validated = 0  # the last step after which this was done
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
         """Validate every `every` steps and after the last one."""
         step = trainer.global_step
         last = trainer.max_steps > 0 and step == trainer.max_steps
-        if step == self._validated or not (step % self.every == 0 or last):
+        if step == self.validated or not (step % self.every == 0 or last):
             return
-        self._validated = step
+        self.validated = step
         begun = time.perf_counter()
         figures = self.validate(trainer, module.policy, step)
         module.log_dict(figures, logger=False)
@@ -125,7 +125,7 @@ class WinRateValidation(L.Callback):
                    [self.base.prompts[mine[row]].text for row in rows], self.folder / f"step{step:06d}.png")
 
     def state_dict(self) -> dict[str, int]:
-        return {"validated": self._validated}
+        return {"validated": self.validated}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._validated = state["validated"]
+        self.validated = state["validated"]
