@@ -55,7 +55,7 @@ def _read(folder: Path, name: str) -> dict:
         ) from error
 
 
-def _policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
+def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
     """reward -> (P, K) scores of a run's own images, prompts in the order of its settings."""
     pool = _policy_pool(folder, settings)
     places = {prompt.id: place for prompt, place in pool.prompts}
@@ -92,7 +92,7 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
             f"{first} and {second} were evaluated with other {', '.join(differing)}; "
             "evaluate both with the same"
         )
-    ours, theirs = _policy_scores(first, settings[0]), _policy_scores(second, settings[1])
+    ours, theirs = policy_scores(first, settings[0]), policy_scores(second, settings[1])
     found = {}
     for name in ours:
         rates = win_rate(ours[name], theirs[name])
