@@ -7,11 +7,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -21,18 +27,20 @@ from capo.data import PreferenceData
 from capo.drawn import Drawn
 from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
 from capo.generation import fill_pool
+from capo.loggers import RunIdentity, WandbRun
 from capo.module import PreferenceModule, Weighting
 from capo.report import image_grid
 from capo.runs import Progress, open_run, read_outcome, write_outcome
 from capo.selection import select
+from capo.sweep import found_figures, run_job, sweep_name
 from capo.validation import MONITOR, WinRateValidation, validation_set
 
 console = Console()
 
 
-def objective_name(cfg: DictConfig) -> str:
-    """The function's name, as the group `objective` has it."""
-    return cfg.objective._target_.rsplit(".", 1)[-1]
+def target_name(node: DictConfig) -> str:
+    """The name of the function that a group's choice calls."""
+    return node._target_.rsplit(".", 1)[-1]
 
 
 def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidation:
@@ -61,9 +69,9 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
     weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
     trainer = cfg.trainer
     return {
-        "objective": objective_name(cfg),
+        "objective": target_name(cfg.objective),
         "effective beta": "none" if module.beta is None else f"{module.beta:g}, on mean errors, no further factor",
-        "pairs": cfg.pairs._target_.rsplit(".", 1)[-1],
+        "pairs": target_name(cfg.pairs),
         "calibration": cfg.calibration,
         "weighting": weighting,
         "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
@@ -73,7 +81,35 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
     }
 
 
-def tune(cfg: DictConfig, world: World, folder: Path) -> tuple[PreferenceModule, float, dict[str, object]]:
+def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
+    """How trackers find the run: flat axes, tags, and the sweep that it is a job of."""
+    objective, pairs, rewards = target_name(cfg.objective), target_name(cfg.pairs), sorted(cfg.rewards)
+    axes = {
+        "objective": objective, "beta": cfg.objective.beta, "bias": cfg.noise.bias, "pairs": pairs, "rewards": "+".join(rewards),
+        "model": cfg.model.name, "lr": cfg.trainer.lr, "seed": cfg.seed,
+    }  # fmt: skip
+    return RunIdentity(axes, OmegaConf.to_container(cfg, resolve=True), group, [objective, pairs, cfg.model.name, *rewards])
+
+
+@contextmanager
+def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[Logger]]:
+    """The loggers; those that track runs get the run's identity before it, its figures after it, and are closed."""
+    loggers = list(instantiate(cfg.logger).values())
+    tracking = [logger for logger in loggers if isinstance(logger, WandbRun)]
+    try:
+        for logger in tracking:
+            logger.begin(identity_of(cfg, group))
+        yield loggers
+        for logger in tracking:
+            logger.summarise(found_figures(folder))
+    finally:
+        for logger in tracking:
+            logger.close()
+
+
+def tune(
+    cfg: DictConfig, world: World, folder: Path, loggers: Sequence[Logger]
+) -> tuple[PreferenceModule, float, dict[str, object]]:
     """Fill the pools, select pairs, fit, keep the best. Returns module, its validation win-rate and the facts."""
     module = module_of(cfg, world)  # before any image is drawn: a bad objective or beta ends here
     strategy = instantiate(cfg.pairs)
@@ -91,15 +127,15 @@ def tune(cfg: DictConfig, world: World, folder: Path) -> tuple[PreferenceModule,
     trainer = cfg.trainer
     best = training.fit(
         module, PreferenceData(candidates.dataset, trainer.batch, cfg.data.workers), validation,
-        list(instantiate(cfg.logger).values()), folder, max_steps=trainer.max_steps, log_every=trainer.log_every,
+        loggers, folder, max_steps=trainer.max_steps, log_every=trainer.log_every,
         accelerator=trainer.accelerator, devices=trainer.devices, precision=trainer.precision, accumulate=trainer.accumulate,
     )  # fmt: skip
     return module, training.load_best(module, best), facts
 
 
-def train(cfg: DictConfig, world: World, folder: Path) -> None:
+def train(cfg: DictConfig, world: World, folder: Path, loggers: Sequence[Logger]) -> None:
     """Tune, export, and write down that training has finished."""
-    module, win_rate, facts = tune(cfg, world, folder)
+    module, win_rate, facts = tune(cfg, world, folder, loggers)
     data = f"{len(world.plans['train'].prompts)} prompts x {cfg.pool.candidates} candidates of the base, scored by " + ", ".join(
         reward.name for reward in world.rewards
     )
@@ -115,8 +151,11 @@ def evaluate_run(cfg: DictConfig, world: World, folder: Path) -> None:
     write_card(world.backbone, policy, dataclasses.replace(ModelCard(**read_outcome(folder)["card"]), win_rates=found["win_rate"]))
 
 
-def run(cfg: DictConfig) -> float:
-    """One training run, whole, or what is missing of it; returns the best validation win-rate."""
+def run(cfg: DictConfig, group: str | None = None) -> float:
+    """One training run, whole, or what is missing of it; returns the best validation win-rate.
+
+    `group` names the sweep that it is a job of.
+    """
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     folder = Path(cfg.run_dir)
@@ -126,10 +165,11 @@ def run(cfg: DictConfig) -> float:
         console.print(f"{folder} holds this run already, finished")
     if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
         world = build_world(cfg)
-        if progress is not Progress.FINISHED:
-            train(cfg, world, folder)
-        if cfg.evaluate:
-            evaluate_run(cfg, world, folder)
+        with trackers(cfg, group, folder) as loggers:
+            if progress is not Progress.FINISHED:
+                train(cfg, world, folder, loggers)
+            if cfg.evaluate:
+                evaluate_run(cfg, world, folder)
     win_rate = read_outcome(folder)[MONITOR]
     console.print(f"best validation win-rate {win_rate:.3f}; everything of this run is in {folder}")
     return win_rate
@@ -137,7 +177,10 @@ def run(cfg: DictConfig) -> float:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
+    own = HydraConfig.get()
     with plain_errors():
+        if own.mode is RunMode.MULTIRUN:
+            return run_job(partial(run, cfg, sweep_name(Path(own.sweep.dir))), Path(cfg.run_dir))
         return run(cfg)
 
 

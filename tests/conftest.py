@@ -163,3 +163,33 @@ def tiny_run(tiny_folder, tmp_path_factory):
 
     make.folder = folder
     return make
+
+
+@pytest.fixture(scope="module")
+def command_line(tiny_run, tiny_folder, tmp_path_factory):
+    """Arguments that make the entry scripts run on the tiny pipeline, pools in the root of `tiny_run`'s."""
+    groups = tmp_path_factory.mktemp("groups")
+    (groups / "rewards").mkdir()
+    OmegaConf.save({"r": brightness(0), "g": brightness(1)}, groups / "rewards" / "fake.yaml")
+    values = {
+        "hydra.searchpath": f"[file://{groups}]", "rewards": "fake", "rewards@evaluation.rewards": "fake", "model.name": "tiny",
+        "model.backbone.weights": tiny_folder, "pool.root": tiny_run.folder / "pools", "prompts": "text",
+        **{f"prompts.{split}": tiny_run.folder / f"{split}.txt" for split in RUN_PROMPTS},
+        "pool.candidates": 4, "sampling.steps": 2, "trainer.max_steps": 2, "trainer.batch": 2, "trainer.log_every": 1,
+        "validation.every": 1, "validation.images": 2, "evaluation.images": 2, "evaluation.zero_prompts": 2,
+        "evaluation.oracle": "null", "threads": 1,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture
+def typed(command_line, monkeypatch):
+    """Calls an entry script's `main` as if `python SCRIPT *arguments` had been typed, on the tiny pipeline."""
+
+    def call(script, *arguments: str) -> None:
+        flags = [argument for argument in arguments if argument.startswith("-")]
+        values = [argument for argument in arguments if argument not in flags]
+        monkeypatch.setattr(sys, "argv", [script.__file__, "--config-path", str(ROOT / "conf"), *flags, *command_line, *values])
+        script.main()
+
+    return call

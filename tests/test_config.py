@@ -15,7 +15,7 @@ from capo.config import foreign_targets, run_config
 from capo.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"}
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from capo.atomic import write_whole
 
@@ -81,9 +86,89 @@ def csv_logger(folder: str | Path) -> Logger:
 
 def tensorboard_logger(folder: str | Path) -> Logger:
     """`folder/tensorboard/`; needs the extra `tensorboard`."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-
     return TensorBoardLogger(folder, name="tensorboard", version="")
+
+
+def log_picture(loggers: Sequence[Logger], name: str, path: Path, step: int) -> None:
+    """The picture at `path` to every logger that shows pictures."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            with Image.open(path) as image:
+                logger.experiment.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """How a run is found among others.
+
+    Attributes:
+        axes: what people sweep, flat: objective, beta, bias, pairs, rewards, model, lr, seed.
+        config: everything that was configured, as `config.yaml` holds it.
+        group: the sweep that it is a job of, or None.
+        tags: objective, pairs, model, rewards.
+    """
+
+    axes: Mapping[str, object]
+    config: Mapping[str, object]
+    group: str | None = None
+    tags: Sequence[str] = ()
+    job_type: str = "train"
+
+
+class WandbRun(WandbLogger):
+    """One W&B run for one run directory: the same id whenever it goes on, ended by `close`.
+
+    `folder/wandb.json` holds id, group, job_type, tags, config and summary for whoever has not the server.
+    """
+
+    def __init__(self, folder: str | Path, project: str, **options: object):
+        super().__init__(project=project, save_dir=str(folder))
+        self.record_path, self._options = Path(folder) / "wandb.json", options
+        self._record: dict[str, object] = {}
+
+    def begin(self, identity: RunIdentity) -> None:
+        """Start the run, or go on with the one whose id `wandb.json` holds."""
+        import wandb
+
+        online = wandb_is_online()
+        if not online:
+            print(f"W&B: offline (no key, or WANDB_MODE says so); `wandb sync {self.save_dir}/wandb/offline-*` uploads the run")
+        before = json.loads(self.record_path.read_text(encoding="utf-8")) if self.record_path.is_file() else {}
+        self._record = {
+            "id": before.get("id") or secrets.token_hex(4),
+            "group": identity.group,
+            "job_type": identity.job_type,
+            "tags": list(identity.tags),
+            "config": {**identity.axes, "run": identity.config},
+            "summary": before.get("summary", {}),
+        }
+        self._write()  # before the server hears of it: whatever ends this process, the next one goes on with this id
+        given = {key: self._record[key] for key in ("id", "group", "job_type", "tags", "config")}
+        if not online:
+            given["settings"] = wandb.Settings(silent=True)  # the line above has said it all
+        self._experiment = wandb.init(
+            project=self.name, dir=self.save_dir, mode="online" if online else "offline", resume="allow", reinit="create_new",
+            **(given | self._options),
+        )  # fmt: skip
+        self._experiment.define_metric("trainer/global_step")
+        self._experiment.define_metric("*", step_metric="trainer/global_step")
+
+    def summarise(self, figures: Mapping[str, float]) -> None:
+        """The run's outcome: as summaries, as a table `outcome`, and in `wandb.json`."""
+        self._record["summary"] = dict(figures)
+        self.log_table("outcome", columns=["figure", "value"], data=[[name, float(value)] for name, value in figures.items()])
+        self.experiment.summary.update(dict(figures))
+        self._write()
+
+    def close(self) -> None:
+        """End the run, so that the next one of this process is another."""
+        if self._experiment is not None:
+            self._experiment.finish()
+
+    def _write(self) -> None:
+        write_whole(self.record_path, json.dumps(self._record, indent=2) + "\n")
 
 
 def wandb_is_online() -> bool:
@@ -96,11 +181,9 @@ def wandb_is_online() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 
-def wandb_logger(folder: str | Path, project: str, **options) -> Logger:
-    """A W&B run, online where `wandb_is_online`, else offline under `folder/wandb/`, which one line says."""
-    from lightning.pytorch.loggers import WandbLogger
+def wandb_logger(folder: str | Path, project: str, **options: object) -> Logger:
+    """A W&B run, online where `wandb_is_online`, else offline under `folder/wandb/`, which one line says.
 
-    online = wandb_is_online()
-    if not online:
-        print(f"W&B: offline (no key, or WANDB_MODE says so); `wandb sync {folder}/wandb/offline-*` uploads the run")
-    return WandbLogger(project=project, save_dir=str(folder), offline=not online, **options)
+    `options` go to `wandb.init` and win over what the run says of itself: entity, group, name, notes ...
+    """
+    return WandbRun(folder, project, **options)

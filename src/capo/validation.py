@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from capo.backbones import Backbone
 from capo.drawn import Drawn
+from capo.loggers import log_picture
 from capo.metrics import WinRate
 from capo.prompts import Prompt, candidate_seed
 from capo.report import image_grid
@@ -94,7 +95,7 @@ class WinRateValidation(L.Callback):
         images = self.backbone.decode(latents.flatten(0, 1), batch=self.settings.batch)
         figures = self._figures(images, mine, policy)
         if trainer.is_global_zero:
-            self._draw(images, mine, step)
+            log_picture(trainer.loggers, "validation", self._draw(images, mine, step), step)
         return figures
 
     def _sample(self, policy, mine: range, progress: bool) -> Tensor:
@@ -118,11 +119,13 @@ class WinRateValidation(L.Callback):
         rates = [value for name, value in figures.items() if name.startswith("val/win_rate/")]
         return {MONITOR: sum(rates) / len(rates), **figures}
 
-    def _draw(self, images: list[Image], mine: range, step: int) -> None:
+    def _draw(self, images: list[Image], mine: range, step: int) -> Path:
         per_prompt = len(images) // len(mine)
         rows = [number for number, row in enumerate(mine) if row < len(self.base.pictures)]
+        path = self.folder / f"step{step:06d}.png"
         image_grid([self.base.pictures[mine[row]] for row in rows], [images[row * per_prompt] for row in rows],
-                   [self.base.prompts[mine[row]].text for row in rows], self.folder / f"step{step:06d}.png")
+                   [self.base.prompts[mine[row]].text for row in rows], path)
+        return path
 
     def state_dict(self) -> dict[str, int]:
         return {"validated": self.validated}

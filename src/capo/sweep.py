@@ -1,0 +1,198 @@
+"""What the jobs of a multirun found, as one table, file, picture and page in the sweep's directory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from capo.atomic import write_whole
+from capo.comparison import EVALUATION, RESULTS
+from capo.errors import InputError
+from capo.runs import CONFIG, OUTCOME, read_outcome
+from capo.sweep_report import render_page, sweep_picture
+
+ERROR = "error.txt"  # of a job that failed
+FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
+TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
+SHARES = ("mean", "low", "high")
+
+
+def sweep_name(folder: Path) -> str:
+    """A sweep's directory as a name: without `multirun`, and without what lies above the working directory."""
+    folder = folder.absolute()
+    parts = folder.relative_to(Path.cwd()).parts if folder.is_relative_to(Path.cwd()) else (folder.name,)
+    return "/".join(parts[1:] if len(parts) > 1 and parts[0] == "multirun" else parts)
+
+
+def run_job(task: Callable[[], float], folder: Path) -> float:
+    """`task()`, or NaN and `folder/error.txt` with what it raised: one failed job must not end a sweep's others."""
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        return task()
+    except (Exception, SystemExit) as error:
+        text = str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error))
+        write_whole(folder / ERROR, text.rstrip() + "\n")
+        print(f"error in {folder}: {text.rstrip()}", file=sys.stderr)
+        return math.nan
+
+
+def found_figures(folder: Path) -> dict[str, float]:
+    """What a run came to, under the names of `sweep.csv`'s columns; what it has not (yet) is left out.
+
+    `val/win_rate`; `test/win_rate/<reward>` with `/low` and `/high`; `zero/<reward>`; `oracle/<measure>` of the policy, with
+    `/base`.
+    """
+    figures: dict[str, float] = {}
+    if (folder / OUTCOME).is_file():
+        figures |= {name: value for name, value in read_outcome(folder).items() if name.startswith("val/")}
+    path = folder / EVALUATION / RESULTS
+    if path.is_file():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for name, rate in results["win_rate"].items():
+            column = f"test/win_rate/{name}"
+            figures |= {column if share == "mean" else f"{column}/{share}": rate[share] for share in SHARES}
+        figures |= {f"zero/{name}": rate["mean"] for name, rate in results["zero"].items()}
+        for name, measure in results.get("oracle", {}).items():
+            figures |= {f"oracle/{name}": measure["policy"], f"oracle/{name}/base": measure["base"]}
+    return figures
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep: its directory, what the command line gave it, how it ended, what it found."""
+
+    folder: Path
+    overrides: Mapping[str, str]
+    status: str
+    error: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The directory's name, by default the job's number."""
+        return self.folder.name
+
+
+def read_job(folder: Path) -> Job:
+    """What a job's directory says of it."""
+    overrides = {}
+    for override in OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml")):
+        key, _, value = override.partition("=")
+        overrides[key.lstrip("+")] = value
+    if (folder / ERROR).is_file():
+        return Job(folder, overrides, FAILED, _summary((folder / ERROR).read_text(encoding="utf-8")), found_figures(folder))
+    return Job(folder, overrides, FINISHED if (folder / OUTCOME).is_file() else UNFINISHED, figures=found_figures(folder))
+
+
+def _summary(text: str) -> str:
+    """An error in one line: a message as it is, of a trace its last line."""
+    lines = [line.strip() for line in text.strip().splitlines()] or ["unknown"]
+    return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines)
+
+
+def read_jobs(sweep: Path) -> list[Job]:
+    """The training jobs in a sweep's directory, 2 before 10."""
+    folders = [path.parents[1] for path in sweep.glob("*/.hydra/overrides.yaml")]
+    jobs = [folder for folder in folders if (folder / CONFIG).is_file() or (folder / ERROR).is_file()]
+    return [read_job(folder) for folder in sorted(jobs, key=lambda folder: (len(folder.name), folder.name))]
+
+
+def varying_keys(jobs: Sequence[Job]) -> list[str]:
+    """The override keys that differ between jobs, in the order of the command line."""
+    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def sweep_rows(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, object]]]:
+    """Columns and rows of `sweep.csv`: job, status, error, each varying key verbatim, figures."""
+    keys = varying_keys(jobs)
+    figures = list(dict.fromkeys(name for job in jobs for name in job.figures))
+    rows = [
+        {"job": job.name, "status": job.status, "error": job.error}
+        | {key: job.overrides.get(key, "") for key in keys}
+        | {name: job.figures.get(name, "") for name in figures}
+        for job in jobs
+    ]
+    return ["job", "status", "error", *keys, *figures], rows
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """`rows` as CSV."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def console_table(jobs: Sequence[Job], title: str) -> Table:
+    """A row a job: what varies, validation and test win-rates in % with intervals, oracle."""
+    keys = varying_keys(jobs)
+    names = list(dict.fromkeys(name for job in jobs for name in job.figures))
+    rewards = [name for name in names if name.startswith("test/win_rate/") and name.count("/") == 2]
+    measures = [name for name in names if name.startswith("oracle/") and name.count("/") == 1]
+    heads = [f"{name.rsplit('/', 1)[-1]} %" for name in rewards] + [name.replace("/", " ") for name in measures]
+    table = Table("job", *(Column(key, overflow="fold", min_width=len(key)) for key in keys), "validation %", *heads, title=title, box=box.SIMPLE_HEAD)
+    for job in jobs:
+        given = [job.overrides.get(key, "") for key in keys]
+        if job.status != FINISHED:
+            table.add_row(job.name, *given, job.status, style="red")
+            continue
+        cells = [_rate(job.figures, "val/win_rate"), *(_rate(job.figures, name) for name in rewards)]
+        table.add_row(job.name, *given, *cells, *(_move(job.figures, name) for name in measures))
+    return table
+
+
+def _rate(figures: Mapping[str, float], name: str) -> str:
+    if name not in figures:
+        return "-"
+    span = f" ({100 * figures[f'{name}/low']:.1f}–{100 * figures[f'{name}/high']:.1f})" if f"{name}/low" in figures else ""
+    return f"{100 * figures[name]:.1f}{span}"
+
+
+def _move(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[f'{name}/base']:.3f} → {figures[name]:.3f}" if name in figures else "-"
+
+
+class SweepReport(Callback):
+    """After a multirun of `train.py`: the table on the console, `sweep.csv`, `sweep.png`, `sweep.html`.
+
+    Ends the process with exit code 1 where a job has failed or is unfinished.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        jobs = read_jobs(folder)
+        if jobs:
+            self.write(folder, jobs)
+        if any(job.status != FINISHED for job in jobs):
+            raise SystemExit(1)
+
+    def write(self, folder: Path, jobs: Sequence[Job]) -> None:
+        """All four."""
+        columns, rows = sweep_rows(jobs)
+        keys = varying_keys(jobs)
+        write_table(folder / TABLE, columns, rows)
+        picture = sweep_picture(rows, keys)
+        if picture is not None:
+            write_whole(folder / PICTURE, picture)
+        write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
+        console = Console()
+        console.print(console_table(jobs, str(folder)))
+        for job in jobs:
+            if job.error:
+                console.print(f"job {job.name}: {job.error}", style="red", highlight=False, markup=False)
+        console.print(f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}")

@@ -1,0 +1,184 @@
+"""What a sweep found, to look at: win-rates over the swept axis, or one reward against another, and a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Row = Mapping[str, object]  # of sweep.csv
+VALIDATION, TEST = "val/win_rate", "test/win_rate/"
+PANELS = 3  # pairs of rewards at most
+WIDE = 5  # a positive axis whose ends are this factor apart is logarithmic
+COLOURS = ("#2563a8", "#cf5f27", "#2a8a5a", "#8b5bb5", "#a9842a", "#c2477f", "#3b8794", "#7a5c48", "#5a6170", "#98a22e")
+
+
+def reward_names(rows: Sequence[Row]) -> list[str]:
+    """The rewards that the rows have test win-rates of."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [name.removeprefix(TEST) for name in columns if name.startswith(TEST) and name.count("/") == 2]
+
+
+def number_of(value: object) -> float:
+    """The value as a number; NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def swept_axis(rows: Sequence[Row], keys: Sequence[str]) -> str | None:
+    """The key that a curve runs along: of the numeric ones that with most values, else the first of all."""
+    numeric = [key for key in keys if all(math.isfinite(number_of(row[key])) for row in rows)]
+    return max(numeric, key=lambda key: len({row[key] for row in rows}), default=next(iter(keys), None))
+
+
+def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, list[Row]]:
+    """The rows in order along `axis`, grouped by the values of the other keys: `key=value, ...` -> rows."""
+    others = [key for key in keys if key != axis]
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: number_of(row[axis])):
+        groups.setdefault(", ".join(f"{key}={row[key]}" for key in others), []).append(row)
+    return groups
+
+
+def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
+    """PNG: win-rates over the axis where one key varies, rewards against each other where several do.
+
+    None where nothing varies or no job has a win-rate.
+    """
+    done = [row for row in rows if math.isfinite(number_of(row.get(VALIDATION)))]
+    axis = swept_axis(done, keys) if done else None
+    if axis is None:
+        return None
+    rewards = reward_names(done)
+    pairs = list(itertools.combinations(rewards, 2))[:PANELS]
+    if len(keys) > 1 and pairs:
+        figure = _frontiers(done, keys, axis, pairs)
+    else:
+        figure = _over_axis(done, keys, axis, rewards)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
+
+
+def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Sequence[str]) -> Figure:
+    """Win-rate of each reward, with its interval, over one key; validation alone where nothing was evaluated."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    place = _places(rows, axis, axes)
+    names = {f"{TEST}{name}": name for name in rewards}
+    for label, group in curves(rows, keys, axis).items():
+        for number, (column, name) in enumerate(names.items()):
+            _line(axes, [place(row) for row in group], group, column, COLOURS[number % len(COLOURS)], name)
+            zero = [number_of(row.get(f"zero/{name}")) for row in group]
+            axes.plot([place(row) for row in group], zero, ":", color=COLOURS[number % len(COLOURS)], linewidth=1)
+        xs, ys = [place(row) for row in group], [100 * number_of(row[VALIDATION]) for row in group]
+        axes.plot(xs, ys, "--o", markersize=3, linewidth=1, label=f"validation, mean {label}".strip(), color=None if label else "#8d94a1")
+    axes.axhline(50, color="#8d94a1", linewidth=1, linestyle="--")
+    axes.set_xlabel(axis)
+    axes.set_ylabel("win-rate against the base, %")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _places(rows: Sequence[Row], axis: str, axes: Axes):
+    """Where a row stands on the axis; sets a logarithmic or named one up."""
+    values = [number_of(row[axis]) for row in rows]
+    if not all(map(math.isfinite, values)):
+        names = list(dict.fromkeys(str(row[axis]) for row in rows))
+        axes.set_xticks(range(len(names)), names)
+        return lambda row: names.index(str(row[axis]))
+    if min(values) > 0 and max(values) / min(values) >= WIDE:
+        axes.set_xscale("log")
+    axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+    axes.minorticks_off()
+    return lambda row: number_of(row[axis])
+
+
+def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, colour: str, label: str) -> None:
+    ys = [100 * number_of(row.get(column)) for row in rows]
+    axes.errorbar(xs, ys, yerr=_errors(rows, column), fmt="-o", markersize=5, capsize=3, color=colour, label=label)
+
+
+def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
+    """Distances from the mean down and up to the interval's ends, in points."""
+    middle = [number_of(row.get(column)) for row in rows]
+    low = [number_of(row.get(f"{column}/low")) for row in rows]
+    high = [number_of(row.get(f"{column}/high")) for row in rows]
+    return [[100 * (m - end) for m, end in zip(middle, low)], [100 * (end - m) for m, end in zip(middle, high)]]
+
+
+def _frontiers(rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Sequence[tuple[str, str]]) -> Figure:
+    """A panel a pair of rewards: one's win-rate against the other's, a line along `axis` for each setting of the rest."""
+    figure = Figure(figsize=(5 * len(pairs) + 0.5, 5.2), layout="constrained")
+    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for axes, (first, second) in zip(panels, pairs):
+        columns = [f"{TEST}{first}", f"{TEST}{second}"]
+        for number, (label, group) in enumerate(curves(rows, keys, axis).items()):
+            xs, ys = ([100 * number_of(row.get(column)) for row in group] for column in columns)
+            axes.errorbar(xs, ys, xerr=_errors(group, columns[0]), yerr=_errors(group, columns[1]), fmt="-o", markersize=4,
+                          elinewidth=0.6, color=COLOURS[number % len(COLOURS)], label=label)
+            for x, y, row in zip(xs, ys, group):
+                if math.isfinite(x) and math.isfinite(y):
+                    axes.annotate(str(row[axis]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.axhline(50, color="#8d94a1", linewidth=1, linestyle="--")
+        axes.axvline(50, color="#8d94a1", linewidth=1, linestyle="--")
+        axes.set_xlabel(f"{first}: win-rate against the base, %")
+        axes.set_ylabel(f"{second}: win-rate, %")
+    panels[0].legend(frameon=False, title=f"points: {axis}", fontsize=8)
+    return figure
+
+
+def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: bytes | None) -> str:
+    """One offline page: the picture, and a row a job with a link to its report."""
+    environment = Environment(
+        loader=PackageLoader("capo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    columns = dict.fromkeys(name for row in rows for name in row)
+    rewards = reward_names(rows)
+    measures = [name.removeprefix("oracle/") for name in columns if name.startswith("oracle/") and name.count("/") == 1]
+    jobs = [_job(row, keys, rewards, measures) for row in rows]
+    return environment.get_template("sweep.html.j2").render(
+        title=title, keys=keys, rewards=rewards, measures=measures, jobs=jobs, zero=any(name.startswith("zero/") for name in columns),
+        finished=sum(job["status"] == "finished" for job in jobs), picture=picture and base64.b64encode(picture).decode(),
+    )  # fmt: skip
+
+
+def _job(row: Row, keys: Sequence[str], rewards: Sequence[str], measures: Sequence[str]) -> dict[str, object]:
+    """What the page shows of a job."""
+    evaluated = any(math.isfinite(number_of(row.get(f"{TEST}{name}"))) for name in rewards)
+    return {
+        "name": row["job"],
+        "status": row["status"],
+        "error": row["error"],
+        "given": [row[key] for key in keys],
+        "report": f"{row['job']}/evaluation/report.html" if evaluated else None,
+        "validation": _percent(row.get(VALIDATION)),
+        "rates": [_rate(row, f"{TEST}{name}") for name in rewards],
+        "zero": [_percent(row.get(f"zero/{name}")) for name in rewards],
+        "measures": [_move(row, f"oracle/{name}") for name in measures],
+    }
+
+
+def _percent(value: object) -> str:
+    share = number_of(value)
+    return f"{100 * share:.1f}" if math.isfinite(share) else "-"
+
+
+def _rate(row: Row, column: str) -> dict[str, str]:
+    low, high = number_of(row.get(f"{column}/low")), number_of(row.get(f"{column}/high"))
+    verdict = "above" if low > 0.5 else "below" if high < 0.5 else "unclear"
+    span = f"{_percent(low)}–{_percent(high)}" if math.isfinite(low) else ""
+    return {"rate": _percent(row.get(column)), "span": span, "verdict": verdict}
+
+
+def _move(row: Row, column: str) -> str:
+    base, policy = number_of(row.get(f"{column}/base")), number_of(row.get(column))
+    return f"{base:.3f} → {policy:.3f}" if math.isfinite(base) and math.isfinite(policy) else "-"

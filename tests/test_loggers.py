@@ -1,0 +1,113 @@
+"""What trackers get to know of a run, read back from what they keep."""
+
+import csv
+import json
+import struct
+import time
+from pathlib import Path
+
+import pytest
+
+import train as train_script
+from capo.loggers import CurvesFile, wandb_is_online
+
+BLOCK = 32768  # a .wandb file is a log in blocks: 7 bytes of file header, then records: checksum, length, kind, data
+
+
+def wandb_records(path: Path):
+    """The records of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if BLOCK - place % BLOCK < 7:  # too little for a header: the block's rest is empty
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def ended_records(path: Path) -> list:
+    """The records of a run that has ended: its writer is a process of its own and may be a moment behind."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        records = list(wandb_records(path))
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
+def collected(folder: Path) -> dict:
+    """Group, config, summary and history keys of the offline runs in a run directory."""
+    found = {"ids": [], "config": {}, "summary": {}, "history": set()}
+    for path in sorted(folder.glob("wandb/offline-*/*.wandb")):
+        for record in ended_records(path):
+            if record.HasField("run"):
+                found["ids"].append(record.run.run_id)
+                found |= {"group": record.run.run_group, "job_type": record.run.job_type, "tags": set(record.run.tags)}
+                found["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            for item in record.summary.update:
+                found["summary"]["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+            found["history"] |= {"/".join(item.nested_key) or item.key for item in record.history.item}
+    return found
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tmp_path, offline):
+    sweep = tmp_path / "ablation"
+    typed(train_script, "-m", "objective.beta=10,30", "logger=wandb", f"hydra.sweep.dir={sweep}")
+    with (sweep / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ids = set()
+    for number, beta in enumerate((10, 30)):
+        found, record = collected(sweep / str(number)), json.loads((sweep / str(number) / "wandb.json").read_text())
+        ids |= set(found["ids"])
+        assert found["ids"] == [record["id"]]
+        assert found["group"] == record["group"] == "ablation" and found["job_type"] == record["job_type"] == "train"
+        assert found["tags"] == set(record["tags"]) == {"capo", "frs", "tiny", "r", "g"}
+        axes = {"objective": "capo", "beta": beta, "bias": 1.5, "pairs": "frs", "rewards": "g+r", "model": "tiny", "lr": 5e-5, "seed": 0}
+        for key, value in axes.items():
+            assert found["config"][key] == record["config"][key] == value, key
+        for key in ("val/win_rate", "test/win_rate/g", "test/win_rate/g/low", "zero/r"):
+            assert found["summary"][key] == record["summary"][key] == float(rows[number][key]), key
+        assert {"train/loss", "val/win_rate/r", "validation/_type", "outcome/_type"} <= found["history"]
+    assert len(ids) == 2
+
+
+def test_a_run_that_goes_on_keeps_its_id(typed, tmp_path, offline):
+    arguments = ["logger=wandb", "evaluate=false", f"hydra.run.dir={tmp_path / 'run'}"]
+    typed(train_script, *arguments)
+    time.sleep(1)  # a directory is named after the second in which it was made
+    typed(train_script, *arguments, "trainer.max_steps=3")
+    ids = collected(tmp_path / "run")["ids"]
+    assert len(ids) == 2 and len(set(ids)) == 1
+
+
+def test_only_a_key_goes_online(monkeypatch):
+    for mode, key, online in (("", None, False), ("", "x" * 40, True), ("offline", "x" * 40, False), ("online", None, True)):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        assert wandb_is_online() is online
+
+
+def test_curves_are_kept_and_cut(tmp_path):
+    curves = CurvesFile(tmp_path)
+    for step in range(1, 4):
+        curves.log_metrics({"loss": step / 2}, step)
+    curves.save()
+    again = CurvesFile(tmp_path)
+    again.drop_after(2)
+    again.log_metrics({"accuracy": 1.0}, 3)
+    again.finalize("success")
+    assert (tmp_path / "metrics.csv").read_text() == "accuracy,loss,step\n,0.5,1\n,1.0,2\n1.0,,3\n"

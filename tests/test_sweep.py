@@ -1,0 +1,163 @@
+"""Sweeps: one table of all jobs, a failed one among them."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+import train as train_script
+from capo.errors import InputError
+from capo.sweep import (
+    FAILED, FINISHED, UNFINISHED, console_table, read_jobs, run_job, sweep_name, sweep_rows, varying_keys, write_table,
+)  # fmt: skip
+from capo.sweep_report import curves, render_page, swept_axis, sweep_picture
+
+RESULTS = {
+    "win_rate": {"looks": {"mean": 0.7, "low": 0.6, "high": 0.8}, "alignment": {"mean": 0.45, "low": 0.4, "high": 0.49}},
+    "zero": {"looks": {"mean": 0.51, "low": 0.4, "high": 0.6}, "alignment": {"mean": 0.5, "low": 0.4, "high": 0.6}},
+    "oracle": {"alignment": {"policy": 0.61, "base": 0.7, "low": -0.12, "high": -0.05}},
+}  # fmt: skip
+FIGURES = [
+    "val/win_rate", "test/win_rate/looks", "test/win_rate/looks/low", "test/win_rate/looks/high", "test/win_rate/alignment",
+    "test/win_rate/alignment/low", "test/win_rate/alignment/high", "zero/looks", "zero/alignment", "oracle/alignment",
+    "oracle/alignment/base",
+]  # fmt: skip
+
+
+def make_job(sweep: Path, name: str, overrides: list[str], win_rate: float | None = 0.6, error: str = "") -> None:
+    folder = sweep / name
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
+    (folder / "config.yaml").touch()
+    if error:
+        (folder / "error.txt").write_text(error)
+    elif win_rate is not None:
+        (folder / "outcome.json").write_text(json.dumps({"val/win_rate": win_rate, "policy": "x"}))
+        (folder / "evaluation").mkdir()
+        (folder / "evaluation" / "results.json").write_text(json.dumps(RESULTS))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    trace = "Traceback (most recent call last):\n  File x\nValueError: beta\n"
+    make_job(tmp_path, "0", ["objective.beta=10", "+pairs=frs", "seed=1"])
+    make_job(tmp_path, "2", ["objective.beta=100", "+pairs=frs", "seed=1"], win_rate=0.7)
+    make_job(tmp_path, "10", ["objective.beta=10", "+pairs=sum", "seed=1"], error=trace)
+    make_job(tmp_path, "11", ["objective.beta=100", "+pairs=sum", "seed=1"], win_rate=None)
+    return tmp_path
+
+
+def test_rows_hold_every_job_under_the_promised_columns(sweep):
+    jobs = read_jobs(sweep)
+    assert [(job.name, job.status) for job in jobs] == [("0", FINISHED), ("2", FINISHED), ("10", FAILED), ("11", UNFINISHED)]
+    assert varying_keys(jobs) == ["objective.beta", "pairs"]  # seed is the same in all
+    columns, rows = sweep_rows(jobs)
+    assert columns == ["job", "status", "error", "objective.beta", "pairs", *FIGURES]
+    assert rows[1]["objective.beta"] == "100" and rows[1]["val/win_rate"] == 0.7 and rows[1]["test/win_rate/looks/high"] == 0.8
+    assert rows[2]["error"] == "ValueError: beta" and rows[2]["val/win_rate"] == ""
+    write_table(sweep / "sweep.csv", columns, rows)
+    with (sweep / "sweep.csv").open() as file:
+        assert [row["oracle/alignment"] for row in csv.DictReader(file)] == ["0.61", "0.61", "", ""]
+
+
+def test_the_console_and_the_page_show_figures_and_errors(sweep):
+    jobs = read_jobs(sweep)
+    table = console_table(jobs, "sweep")
+    assert [str(column.header) for column in table.columns] == [
+        "job", "objective.beta", "pairs", "validation %", "looks %", "alignment %", "oracle alignment",
+    ]  # fmt: skip
+    assert list(table.columns[4].cells) == ["70.0 (60.0–80.0)"] * 2 + ["", ""]
+    assert list(table.columns[6].cells)[0] == "0.700 → 0.610"
+    page = render_page("a sweep", sweep_rows(jobs)[1], varying_keys(jobs), b"png")
+    for text in ('href="2/evaluation/report.html"', "ValueError: beta", "unfinished", "45.0", "40.0–49.0", "0.700 → 0.610",
+                 "4 jobs, 2 finished", "data:image/png;base64,cG5n", 'class="below"'):  # fmt: skip
+        assert text in page, text
+    assert "http" not in page and 'href="10/' not in page
+
+
+def row(**values) -> dict:
+    return {"job": "0", "status": "finished", "error": "", "val/win_rate": 0.6, **values}
+
+
+@pytest.mark.parametrize("given, expected", [
+    ([{"beta": "10", "seed": "0"}, {"beta": "30", "seed": "1"}, {"beta": "100", "seed": "0"}], "beta"),
+    ([{"pairs": "frs", "beta": "1"}, {"pairs": "sum", "beta": "1"}], "beta"),
+    ([{"pairs": "frs"}, {"pairs": "sum"}], "pairs"),
+])  # fmt: skip
+def test_the_axis_is_the_numeric_key_with_most_values(given, expected):
+    assert swept_axis([row(**values) for values in given], list(given[0])) == expected
+    assert swept_axis([], []) is None
+
+
+def test_curves_follow_the_axis_and_part_by_the_other_keys():
+    rows = [row(beta=beta, pairs=pairs) for pairs in ("frs", "sum") for beta in ("100", "30", "9")]
+    found = curves(rows, ["beta", "pairs"], "beta")
+    assert {name: [entry["beta"] for entry in group] for name, group in found.items()} == {
+        "pairs=frs": ["9", "30", "100"], "pairs=sum": ["9", "30", "100"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [["objective.beta"], ["pairs"], ["objective.beta", "pairs"]])
+def test_a_picture_of_whatever_varies(sweep, tmp_path, keys):
+    picture = sweep_picture(sweep_rows(read_jobs(sweep))[1], keys)
+    (tmp_path / "picture.png").write_bytes(picture)
+    with Image.open(tmp_path / "picture.png") as image:
+        assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 10
+
+
+def test_no_picture_where_nothing_varies_or_nothing_finished():
+    assert sweep_picture([row()], []) is None
+    assert sweep_picture([{"job": "0", "status": "failed", "error": "x", "beta": "1", "val/win_rate": ""}], ["beta"]) is None
+
+
+def test_a_failed_job_leaves_its_error_and_nan(tmp_path, capsys):
+    def fail(error):
+        raise error
+
+    assert math.isnan(run_job(lambda: fail(InputError("beta=-1 must be above 0")), tmp_path))
+    assert (tmp_path / "error.txt").read_text() == "beta=-1 must be above 0\n"
+    assert math.isnan(run_job(lambda: fail(SystemExit(3)), tmp_path))
+    assert "SystemExit: 3" in (tmp_path / "error.txt").read_text()
+    assert "beta=-1" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        run_job(lambda: fail(KeyboardInterrupt()), tmp_path)
+    assert run_job(lambda: 0.5, tmp_path) == 0.5 and not (tmp_path / "error.txt").exists()
+
+
+def test_a_sweeps_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sweep_name(Path("multirun/2026-01-02/03-04-05")) == "2026-01-02/03-04-05"
+    assert sweep_name(Path("ablation")) == "ablation" and sweep_name(Path("/elsewhere/ablation")) == "ablation"
+
+
+def read_table(sweep: Path) -> list[dict]:
+    with (sweep / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_multirun_with_a_failing_job_ends_with_its_table(typed, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    arguments = ["-m", "objective.beta=10,30", "pairs=frs,best_worst", f"hydra.sweep.dir={sweep}"]
+    with pytest.raises(SystemExit) as ended:
+        typed(train_script, *arguments)
+    assert ended.value.code == 1
+    rows = read_table(sweep)
+    assert [row["status"] for row in rows] == [FINISHED, FAILED, FINISHED, FAILED]
+    assert [(row["objective.beta"], row["pairs"]) for row in rows] == [("10", "frs"), ("10", "best_worst"), ("30", "frs"), ("30", "best_worst")]
+    assert "best_worst orders the candidates by one reward" in rows[1]["error"]
+    found = json.loads((sweep / "0" / "evaluation" / "results.json").read_text())["win_rate"]["g"]
+    assert [float(rows[0][f"test/win_rate/g{end}"]) for end in ("", "/low", "/high")] == [found["mean"], found["low"], found["high"]]
+    assert (sweep / "sweep.png").is_file() and (sweep / "sweep.html").is_file()
+    assert "best_worst orders" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_jobs_in_parallel_give_the_serial_table(typed, tmp_path):
+    for name, launcher in {"serial": "basic", "parallel": "joblib"}.items():
+        typed(train_script, "-m", "objective.beta=10,30", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path / name}",
+              f"pool.root={tmp_path / name / 'pools'}")  # fmt: skip
+    assert read_table(tmp_path / "serial") == read_table(tmp_path / "parallel")
