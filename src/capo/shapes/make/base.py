@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from capo.folders import fresh_folder
 from capo.noise import vp_add_noise, vp_log_snr
 from capo.shapes.make import autoencoder
 from capo.shapes.make.fitting import fit, generator, share
@@ -138,7 +138,8 @@ def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
 
 
 def ship(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Save in float16 safetensors under a temporary name, then rename."""
-    part = folder.with_name(folder.name + ".part")
-    pipe.to(torch.float16).save_pretrained(part, safe_serialization=True)
-    os.replace(part, folder)
+    """Save in float16 safetensors; what lay there is replaced as a whole."""
+    with fresh_folder(folder) as fresh:
+        pipe.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+        for file in fresh.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
