@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import signal
 import threading
 
@@ -15,6 +16,7 @@ from capo.errors import InputError
 from capo.pool import DamagedShard, Manifest, Pool, PoolReader, pool_name
 from capo.pool.files import TensorFile, file_lock
 from capo.pool.layout import plan_blocks
+from capo.pool.reader import most_handles
 from capo.pool.score_files import read_score_file
 from capo.prompts import make_prompt
 
@@ -431,3 +433,35 @@ def test_damaged_scores_are_found_or_the_same(pool):
     assert not pool.has_scores("a-0", pool.shards(10)[3])
     with pytest.raises(DamagedShard, match="00001-01.parquet is damaged: it cannot be read as parquet"):
         pool.scores(["a-0"], 10)
+
+
+def test_scores_are_read_again_only_when_their_file_has_changed(pool, monkeypatch):
+    write_scores(pool, "a-0", 1.0)
+    first, read = pool.shards(10)[0], []
+
+    def counted(path):
+        read.append(path.name)
+        return read_score_file(path)
+
+    monkeypatch.setattr("capo.pool.store.read_score_file", counted)
+    assert all(pool.has_scores("a-0", first) for _ in range(3))
+    assert pool.has_scores("a-0", first, verify=True)  # another question: the names of the rows too
+    assert read == ["00000-00.parquet"] * 2
+    path = pool.folder / "scores" / "a-0" / "00000-00.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    os.utime(path, ns=(0, 0))  # whatever the clock's grain
+    assert not pool.has_scores("a-0", first) and not pool.has_scores("a-0", first)
+    assert len(read) == 4  # what does not count is looked at again
+
+
+def test_an_empty_file_is_damaged(pool):
+    (pool.folder / "latents" / "00000-00.safetensors").write_bytes(b"")
+    with pytest.raises(DamagedShard, match="00000-00.safetensors is damaged: it is empty"):
+        PoolReader(pool).latents(0, [0])
+    assert not pool.has_latents(pool.shards(10)[0])
+
+
+def test_a_reader_leaves_open_files_to_others(monkeypatch):
+    for allowed, expected in ((1024, 256), (20_000, 4096), (resource.RLIM_INFINITY, 4096), (3, 1)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, allowed=allowed: (allowed, allowed))
+        assert most_handles() == expected

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
 import time
@@ -92,7 +93,13 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
-        header = parse_header(path, length + file.read(min(int.from_bytes(length, "little"), size)))
+        start = length + file.read(min(int.from_bytes(length, "little"), size))
+    return whole_header(path, start, size)
+
+
+def whole_header(path: Path, start_of_file: memoryview | bytes, size: int) -> Header:
+    """`parse_header` of a file of `size` bytes. Raises DamagedShard as it does, and for another size."""
+    header = parse_header(path, start_of_file)
     if header.size != size:
         raise DamagedShard(path, f"it has {size} bytes instead of {header.size}")
     return header
@@ -107,25 +114,30 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, verify: bool):
-        self.header = read_header(path)
+        # opened once: pools of more files than may stay open are reopened at nearly every visit
         with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except ValueError as error:
+                raise DamagedShard(path, "it is empty") from error
+        self.header = whole_header(path, memoryview(self._map), len(self._map))
         if verify:
             data = memoryview(self._map)[self.header.start:]
             if self.header.checksum(data) != self.header.metadata.get("checksum"):
                 raise DamagedShard(path, "its checksum is not that of its data")
         self.arrays = {name: self._view(entry) for name, entry in self.header.entries.items()}
+        self._dtypes = {name: DTYPES[entry["dtype"]][1] for name, entry in self.header.entries.items()}
 
     def _view(self, entry: dict) -> np.ndarray:
         kind, shape = DTYPES[entry["dtype"]][0], entry["shape"]
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         offset = self.header.start + entry["data_offsets"][0]
         return np.frombuffer(self._map, kind, count, offset).reshape(shape)
 
     def tensor(self, name: str, index=...) -> Tensor:
         """A copy of `arrays[name][index]` with the dtype that was stored."""
-        copy = torch.from_numpy(np.array(self.arrays[name][index]))
-        return copy.view(DTYPES[self.header.entries[name]["dtype"]][1])
+        copy, dtype = torch.from_numpy(np.array(self.arrays[name][index])), self._dtypes[name]
+        return copy if copy.dtype == dtype else copy.view(dtype)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Which files of a pool count: whole, unchanged, and made by what the pool says."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 from capo.pool.files import DamagedShard, Header, TensorFile, read_header
@@ -10,19 +10,29 @@ log = logging.getLogger(__name__)
 
 
 class Inspection:
-    """Looks at files; remembers whose checksum was right, and reports only once why a file does not count."""
+    """Looks at files; remembers what was found right, and reports only once why a file does not count."""
 
     def __init__(self):
-        self._verified: set[tuple[Path, int]] = set()  # (path, time of change)
+        self._confirmed: set[tuple] = set()  # (path, its inode and time of change, what was asked)
         self._reported: set[Path] = set()
+
+    def confirmed(self, path: Path, question: Hashable, look: Callable[[], bool]) -> bool:
+        """`look()`, but once it was true for `question`, not again before the file changes. False without one."""
+        try:
+            file = path.stat()
+        except FileNotFoundError:
+            return False
+        key = str(path), file.st_ino, file.st_mtime_ns, question
+        if key not in self._confirmed and look():
+            self._confirmed.add(key)
+        return key in self._confirmed
 
     def header(self, path: Path, verify: bool = False) -> Header | None:
         """Header of a safetensors file, None where it is missing or damaged; `verify` reads the data too."""
         try:
             header = read_header(path)
-            if verify and (version := (path, path.stat().st_mtime_ns)) not in self._verified:
-                TensorFile(path, verify=True)
-                self._verified.add(version)
+            if verify:
+                self.confirmed(path, "checksum", lambda: bool(TensorFile(path, verify=True)))
             return header
         except FileNotFoundError:
             return None

@@ -160,7 +160,7 @@ class Pool:
 
     def write_text(self, row: int, text: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
         """Stores `text` (leading dimension: the row's prompts) in its own dtype, `settings` in the header."""
-        count = len(self._table.row(row))
+        count = len(self._table.row_positions(row))
         if wrong := {name: tuple(tensor.shape) for name, tensor in text.items() if len(tensor) != count}:
             raise ValueError(f"row {row} has {count} prompts, its text {wrong}")
         stored = {name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor
@@ -170,7 +170,7 @@ class Pool:
     def read_text(self, row: int) -> dict[str, Tensor]:
         """The text of a row, leading dimension: its prompts."""
         file = TensorFile(text_path(self.folder, row), verify=True)
-        count = len(self._table.row(row))
+        count = len(self._table.row_positions(row))
         return {name: file.tensor(name).expand(count, *array.shape[1:])
                 for name, array in file.arrays.items()}
 
@@ -232,26 +232,30 @@ class Pool:
     def has_scores(self, key: str, shard: Shard, verify: bool = False) -> bool:
         """Whether reward `key` has scored the latents that lie there now.
 
-        The scores are always compared with their checksum; with `verify` the names of their rows are read
-        too.
+        The scores are always compared with their checksum, once as long as the file does not change; with
+        `verify` the names of their rows are read too.
         """
         path = scores_path(self.folder, key, shard.row, shard.block)
         latents = self._latents_checksum(shard)
         if latents is None:
             return False
+        identity = self._scores_identity(key, shard, latents)
+        ids = self._table.row_ids(shard.row) if verify else None
+        return self._inspection.confirmed(path, (verify, *identity.values()),
+                                          lambda: self._are_scores(path, identity, shard.candidates, ids))
+
+    def _are_scores(self, path: Path, identity: Mapping[str, str], candidates: range,
+                    ids: Sequence[str] | None) -> bool:
         try:
             metadata, _ = read_score_file(path)
-            if verify and not holds_rows(path, self._row_ids(shard.row), shard.candidates):
+            if ids is not None and not holds_rows(path, ids, candidates):
                 raise DamagedShard(path, "its rows are not those of the shard")
         except FileNotFoundError:
             return False
         except DamagedShard as error:
             self._inspection.report(path, error.reason)
             return False
-        return self._inspection.matches(path, metadata, self._scores_identity(key, shard, latents))
-
-    def _row_ids(self, row: int) -> list[str]:
-        return [prompt.id for prompt in self._table.row(row)]
+        return self._inspection.matches(path, metadata, identity)
 
     def write_scores(self, key: str, shard: Shard, scores: Tensor, settings: Mapping[str, object]) -> None:
         """Stores (prompts, candidates) raw scores of the latents that lie there."""
@@ -259,7 +263,7 @@ class Pool:
             raise ValueError(f"scores {tuple(scores.shape)} for shard {shard.name}")
         metadata = self._scores_identity(key, shard, self._latents_checksum(shard)) | _described(settings)
         path, numbers = scores_path(self.folder, key, shard.row, shard.block), scores.cpu().float().numpy()
-        write_score_file(path, self._row_ids(shard.row), shard.candidates, numbers, metadata)
+        write_score_file(path, self._table.row_ids(shard.row), shard.candidates, numbers, metadata)
 
     def scores(self, keys: Sequence[str], candidates: int, positions: Sequence[int] | None = None) -> Tensor:
         """Raw scores (P, N, L) float32: prompts at `positions` (all), first `candidates`, rewards `keys`.
@@ -267,7 +271,7 @@ class Pool:
         Raises InputError that names a reward and row whose scores are missing or damaged.
         """
         if positions is None:
-            positions = [position for _, position in self.prompts]
+            positions = self._table.positions()
         chosen = np.array(positions, dtype=np.int64)
         rows, places = np.divmod(chosen, self.manifest.prompts_per_shard)
         result = np.empty((len(chosen), candidates, len(keys)), dtype=np.float32)

@@ -1,0 +1,114 @@
+"""Images per second of our sampling, against a loop over the plain diffusers pipeline.
+
+    python benchmarks/sampling.py [--prompts 4] [--batch 16] [--runs 5] [--threads 2] [--model shapes_unet]
+
+`pipeline` is what a user would write: for each prompt `pipe([prompt] * batch, ...)`, with the same steps, guidance,
+scheduler and noise, which gives PIL images. Against it:
+
+- `sampling`: `capo.sampling.sample_prompts` and the pool's decoding, in memory, with the texts encoded once a prompt.
+- `pool`: `capo.generation.fill_pool`, as `generate.py` calls it, with a reward that costs nothing: the same images with
+  everything that a pool is on disk, locks, checksums and syncs included.
+
+All of them give `batch` images of each prompt. They take turns; prints medians, medians of each round's ratios, and how
+far the pixels of `sampling` are from the pipeline's (no pool's float16 between).
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from PIL.Image import Image
+
+from capo.backbones import Backbone
+from capo.config import prepare_process
+from capo.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.lanes import in_lanes
+from capo.prompts import Prompt, candidate_seed
+from capo.rewards import Reward
+from capo.sampling import SamplerSettings, candidate_generators, sample_prompts
+from configuration import configuration
+from timing import in_turn, print_rates
+
+SEED = 0
+
+
+def free_reward(images: Sequence[Image], prompts: Sequence[str]) -> torch.Tensor:
+    """No score at all, so that a pool's images are decoded for nothing else."""
+    return torch.zeros(len(images))
+
+
+def seeds_of(prompt: Prompt, count: int) -> list[int]:
+    """The seeds of a pool's candidates."""
+    return [candidate_seed(SEED, prompt.id, index) for index in range(count)]
+
+
+def plain_pipeline(backbone: Backbone, prompts: Sequence[Prompt], settings: SamplerSettings) -> list[Image]:
+    """A call of the pipeline for each prompt."""
+    images: list[Image] = []
+    for prompt in prompts:
+        images += backbone.pipeline(
+            [prompt.text] * settings.batch, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+            generator=candidate_generators(seeds_of(prompt, settings.batch)),
+        ).images  # fmt: skip
+    return images
+
+
+def our_sampling(backbone: Backbone, prompts: Sequence[Prompt], settings: SamplerSettings) -> list[Image]:
+    """Text, latents and decoding as a pool's stages do them, without the pool."""
+    text = backbone.encode_prompts([prompt.text for prompt in prompts])
+    seeds = [seeds_of(prompt, settings.batch) for prompt in prompts]
+    latents = sample_prompts(backbone, backbone.denoiser, text, seeds, settings).flatten(0, 1)
+    parts = latents.split(settings.batch)
+    decoded = in_lanes(lambda part: backbone.decode(part, settings.batch), parts, settings.parallel, backbone.device)
+    return [image for images in decoded for image in images]
+
+
+def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable[[], object]:
+    """Fills a pool in a new folder each time."""
+    reward = Reward("free", free_reward, needs_prompt=False)
+
+    def job() -> None:
+        with tempfile.TemporaryDirectory() as root:
+            plan = PoolPlan(Path(root), generator.backbone.name, "train", SEED, prompts, generator.settings.batch)
+            fill_pool(plan, generator, [reward], progress=False)
+
+    return job
+
+
+def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
+    """Largest difference of two lists of images, in steps of 255."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(int(np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)).max()) for a, b in pairs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    defaults = {"prompts": 4, "batch": 16, "runs": 5, "threads": 2}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--model", default="shapes_unet", help="of conf/model; default shapes_unet")
+    args = parser.parse_args(arguments)
+    prepare_process(args.threads)
+    cfg = configuration(args.model, args.prompts)
+    settings = SamplerSettings(**{**cfg.sampling, "batch": args.batch})
+    backbone, prompts = instantiate(cfg.model.backbone, name=cfg.model.name), instantiate(cfg.prompts)["train"]
+    backbone.pipeline.set_progress_bar_config(disable=True)
+    jobs = {
+        "sampling": lambda: our_sampling(backbone, prompts, settings),
+        "pool": whole_pool(ImageGenerator.base(backbone, settings), prompts),
+        "pipeline": lambda: plain_pipeline(backbone, prompts, settings),
+    }
+    difference = apart(jobs["sampling"](), jobs["pipeline"]())
+    seconds = in_turn(jobs, args.runs)
+    print(f"{args.model}, {args.prompts} prompts x {args.batch} images, {settings.steps} steps, guidance "
+          f"{settings.guidance:g}, parallel={settings.parallel}, {args.threads} threads, median of {args.runs} runs")
+    print_rates(seconds, args.prompts * args.batch, "images", "sampling")
+    print(f"pixels of sampling and pipeline: {difference} of 255 apart at most")
+
+
+if __name__ == "__main__":
+    main()

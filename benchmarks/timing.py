@@ -1,0 +1,36 @@
+"""Jobs timed in turn, round by round: what slows the machine for a while slows all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+
+def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Wall-clock seconds of `runs` calls of every job, after one call each that warms up.
+
+    Every round begins with another job, so that none always follows the same one.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    names = list(jobs)
+    for run in range(-1, runs):
+        first = run % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            jobs[name]()
+            if run >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as long the others took: the median over rounds, each round's ratio for itself."""
+    return statistics.median(other / own for own, other in zip(seconds, others, strict=True))
+
+
+def print_rates(seconds: Mapping[str, Sequence[float]], amount: float, unit: str, ours: str) -> None:
+    """A row a job: median of `amount` units a second, and how many times as fast `ours` is."""
+    width = max(map(len, seconds))
+    print(f"{'':<{width}}  {unit + '/s':>12}  {'ours is':>8}")
+    for name, found in seconds.items():
+        rate, ratio = amount / statistics.median(found), median_ratio(seconds[ours], found)
+        print(f"{name:<{width}}  {rate:>12.1f}  {ratio:>6.2f} x", flush=True)
