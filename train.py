@@ -22,16 +22,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo import training
-from capo.config import World, build_world, evaluate_policy, plain_errors, prepare_process
+from capo.config import World, build_world, check_ready, evaluate_policy, prepare_process
 from capo.data import PreferenceData
 from capo.drawn import Drawn
+from capo.entry import plain_errors, start
 from capo.export import ModelCard, export_policy, policy_fingerprint, write_card
 from capo.generation import fill_pool
 from capo.loggers import RunIdentity, WandbRun
 from capo.module import PreferenceModule, Weighting
 from capo.report import image_grid
-from capo.runs import Progress, open_run, read_outcome, write_outcome
-from capo.selection import select
+from capo.runs import OUTCOME, Progress, open_run, read_outcome, write_outcome
 from capo.sweep import found_figures, run_job, sweep_name
 from capo.validation import MONITOR, WinRateValidation, validation_set
 
@@ -113,7 +113,6 @@ def tune(
     """Fill the pools, select pairs, fit, keep the best. Returns module, its validation win-rate and the facts."""
     module = module_of(cfg, world)  # before any image is drawn: a bad objective or beta ends here
     strategy = instantiate(cfg.pairs)
-    select(strategy, torch.zeros(0, 2, len(world.rewards)), torch.zeros(0, 2, len(world.rewards)))  # does it fit the rewards?
     validation = validation_of(cfg, world, folder / "validation")
     plan = world.plans["train"]
     pool = fill_pool(plan, world.generator, world.rewards, verify=False)
@@ -156,9 +155,10 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
 
     `group` names the sweep that it is a job of.
     """
+    folder = Path(cfg.run_dir)
+    check_ready(cfg, finished=(folder / OUTCOME).is_file())
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
-    folder = Path(cfg.run_dir)
     progress = open_run(folder, cfg)
     evaluated = (folder / "evaluation" / "results.json").is_file()
     if progress is Progress.FINISHED:
@@ -185,4 +185,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
