@@ -15,8 +15,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from capo.comparison import compare_runs, run_folders
-from capo.config import build_world, evaluate_policy, plain_errors, prepare_process, run_config
+from capo.config import build_world, check_ready, evaluate_policy, prepare_process, run_config
+from capo.entry import plain_errors, start
 from capo.errors import InputError
+from capo.values import check_values
 
 console = Console()
 
@@ -25,6 +27,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     """Evaluate the policy of a run into its own folder, with the run's configuration."""
     folder = Path(cfg.run)
     own = run_config(folder, cfg, overrides)
+    check_ready(own)
     prepare_process(own.threads)
     return evaluate_policy(own, build_world(own), folder / "policy", folder / "evaluation", curves=folder / "metrics.csv")
 
@@ -33,12 +36,14 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
     """Evaluate an exported policy with the composed configuration."""
     if cfg.base:
         cfg.model.backbone.weights = str(Path(cfg.base).absolute())
+    check_ready(cfg)
     prepare_process(cfg.threads)
     return evaluate_policy(cfg, build_world(cfg), Path(cfg.policy), folder)
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     """One of the three: a run, several runs, a policy folder."""
+    check_values(cfg)
     if cfg.runs:
         return compare_runs(run_folders(cfg.runs), console)
     if cfg.run:
@@ -51,9 +56,9 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
-    with plain_errors():
+    with plain_errors("the same command" if cfg.run else None):
         run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -10,7 +10,8 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from capo.config import build_world, plain_errors, prepare_process
+from capo.config import build_world, check_ready, prepare_process
+from capo.entry import plain_errors, start
 from capo.errors import InputError
 from capo.generation import STAGES, fill_pool
 
@@ -21,6 +22,7 @@ def run(cfg: DictConfig) -> None:
     """Fill the four pools, or run one stage of each."""
     if cfg.stage not in ("all", *STAGES):
         raise InputError(f"stage={cfg.stage} is unknown; choose all, {', '.join(STAGES)}")
+    check_ready(cfg)
     prepare_process(cfg.threads)
     world = build_world(cfg)
     stages = STAGES if cfg.stage == "all" else (cfg.stage,)
@@ -32,9 +34,9 @@ def run(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
-    with plain_errors():
+    with plain_errors("the same command"):
         run(cfg)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

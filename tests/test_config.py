@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from capo.config import foreign_targets, run_config
 from capo.errors import InputError
+from capo.values import check_values
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"}
@@ -44,7 +45,9 @@ def test_the_groups_are_those_that_users_know():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_target_takes_its_arguments(choice):
     files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if choice == "prompts=text" else []
-    found = list(targets(OmegaConf.to_container(composed("train", choice, *files), resolve=True)))
+    cfg = composed("train", choice, *files)
+    check_values(cfg)
+    found = list(targets(OmegaConf.to_container(cfg, resolve=True)))
     assert found
     for node in found:
         signature = inspect.signature(get_object(node["_target_"]))
@@ -59,6 +62,21 @@ def test_a_model_brings_its_own_and_the_command_line_wins():
     cfg = composed("train", "rewards=[looks]", "model=shapes_unet")
     assert list(cfg.rewards) == ["looks"]
     assert sorted(cfg.evaluation.rewards) == ["alignment", "looks", "preference"]
+
+
+def test_sdxl_brings_rewards_prompts_sampler_and_trainer():
+    cfg = composed("train", "model=sdxl")
+    assert list(cfg.rewards) == list(cfg.evaluation.rewards) == ["mps", "vqascore", "vila"]
+    assert cfg.prompts._target_ == "capo.prompts.text_files"
+    # the paper, B.1 and B.2: DDIM, 50 steps, guidance 7.5; 256 pairs a step, 1000 steps of warm-up, 10 000 at most; b = 1.5
+    assert (cfg.model.backbone.scheduler, cfg.sampling.steps, cfg.sampling.guidance) == ("DDIMScheduler", 50, 7.5)
+    assert cfg.trainer.batch * cfg.trainer.accumulate == 256
+    assert (cfg.trainer.lr, cfg.trainer.warm_up, cfg.trainer.max_steps, cfg.noise.bias) == (1e-5, 1000, 10000, 1.5)
+    for name, beta in cfg.model.beta.items():
+        low, high = cfg.model.beta_range[name]
+        assert low <= beta <= high
+    cfg = composed("train", "model=sdxl", "rewards=looks", "prompts=shapes", "trainer.warm_up=7", "objective=dpo")
+    assert list(cfg.rewards) == ["looks"] and cfg.trainer.warm_up == 7 and cfg.objective.beta == 3000
 
 
 def test_each_objective_has_the_models_beta():

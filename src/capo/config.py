@@ -5,28 +5,33 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from hydra.utils import instantiate
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
 from capo.backbones import Backbone
+from capo.backbones.loading import DTYPES, MissingWeights, find_pipeline, pipeline_index
+from capo.entry import plain_errors as plain_errors
 from capo.errors import InputError
 from capo.evaluation import evaluate
 from capo.export import load_policy, policy_fingerprint
 from capo.generation import ImageGenerator, PoolPlan
+from capo.objectives import requirements
 from capo.prompts import Prompt, check_splits
 from capo.rewards import Reward, load_rewards
+from capo.runs import CONFIG, OUTCOME, read_config
 from capo.sampling import SamplerSettings
+from capo.selection import select
+from capo.values import check_values
 
 
 def _shipped(name: str) -> str:
@@ -36,7 +41,7 @@ def _shipped(name: str) -> str:
 
 def _evaluation_folder(run: str | None) -> str:
     """Where an evaluation keeps Hydra's own output: in the run that it evaluates, else in a folder of its own."""
-    return f"{run}/evaluation" if run else datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-evaluate")
+    return f"{run}/evaluation" if run and (Path(run) / CONFIG).is_file() else datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-evaluate")
 
 
 OmegaConf.register_new_resolver("shipped", _shipped, replace=True)
@@ -77,35 +82,97 @@ def prepare_process(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Ends the process with the message alone where a user's value cannot be used; HYDRA_FULL_ERROR=1 brings the trace."""
+def check_ready(cfg: DictConfig, finished: bool = False) -> None:
+    """Find out what keeps `cfg` from running before anything is loaded, downloaded or written.
+
+    In this order: values, the model's weights, rewards, prompts, pairs and objective; of a run that has `finished` the values
+    alone. Raises InputError.
+    """
+    check_values(cfg)
+    if finished:
+        return
+    check_weights(cfg)
+    rewards, _, _ = all_rewards(cfg)
+    pool_plans(cfg, prompt_splits(cfg))
+    requirements(built(cfg.objective))
+    nothing = torch.zeros(0, cfg.pool.candidates, len(rewards))
+    select(built(cfg.pairs), nothing, nothing)  # does the strategy fit the rewards?
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise InputError(f"trainer.accelerator={cfg.trainer.accelerator}: torch sees no such device here; auto takes what there is")
+
+
+def check_weights(cfg: DictConfig) -> None:
+    """InputError where the model's weights are neither here nor to be had, or are another family's."""
+    model = cfg.model
+    weights = model.backbone.get("weights")
+    if weights is None:
+        return
     try:
-        yield
-    except InputError as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        folder = find_pipeline(weights, model.backbone.get("revision"), model.backbone.get("variant"))
+    except MissingWeights as error:
+        note = memory_note(model.parameters, model.backbone.get("dtype", "float32")) if model.get("parameters") else ""
+        raise InputError(f"model={model.name}: {error}{note}") from error
+    classes = getattr(get_class(model.backbone._target_), "pipeline_classes", None)
+    if folder and classes:
+        pipeline_index(folder, classes)
+
+
+def memory_note(parameters: int, dtype: str) -> str:
+    """What tuning a denoiser keeps in memory, from bytes a parameter; activations come on top."""
+    base = DTYPES[dtype].itemsize
+    full, adapter = 4 + 4 + 8 + base, 4 + base
+
+    def gigabytes(each: int) -> str:
+        return f"{each * parameters / 1e9:.1f} GB"
+
+    return (
+        f"\n  memory for tuning {parameters:,} parameters, besides activations: weights 4 + gradients 4 + Adam 8 bytes each, "
+        f"{gigabytes(16)}, and the frozen reference ({dtype}) {base}, {gigabytes(base)}: {gigabytes(full)}; with experiment=lora "
+        f"frozen weights 4 + base {base}, {gigabytes(adapter)}, and the adapter"
+    )
+
+
+def built(node: DictConfig, **given: object) -> object:
+    """What `_target_` makes; a user's value that it refuses stays an InputError."""
+    try:
+        return instantiate(node, **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+
+
+def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
+    """The prompt sets by split. Raises InputError for sets that are not given or cannot be used."""
+    if missing := sorted(key for key in cfg.prompts if OmegaConf.is_missing(cfg.prompts, key)):
+        keys = ", ".join(f"prompts.{key}" for key in missing)
+        raise InputError(f"{keys}: not given; each is the path of a UTF-8 text file with one prompt a line, e.g. prompts.{missing[0]}=FILE")
+    splits = dict(built(cfg.prompts))
+    check_splits(splits)
+    return splits
 
 
 def build_world(cfg: DictConfig) -> World:
     """Everything that generation, training and evaluation share. Cheap checks come before weights are loaded."""
-    splits = dict(instantiate(cfg.prompts))
-    check_splits(splits)
+    splits = prompt_splits(cfg)
     settings = SamplerSettings(**cfg.sampling)
-    rewards = rewards_of(cfg.rewards)
-    evaluated = rewards_of(cfg.evaluation.rewards)
-    oracle = rewards_of(cfg.evaluation.oracle) if cfg.evaluation.oracle else []
+    rewards, evaluated, oracle = all_rewards(cfg)
     plans = pool_plans(cfg, splits)
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-    backbone = instantiate(cfg.model.backbone, name=cfg.model.name).to(device)
+    backbone = built(cfg.model.backbone, name=cfg.model.name).to(device)
     return World(ImageGenerator.base(backbone, settings), splits, rewards, evaluated, oracle, plans)
 
 
-def rewards_of(cfg: DictConfig) -> list[Reward]:
-    """The rewards of a `rewards` group, in the order of their names, which no command line changes."""
-    return sorted(load_rewards(OmegaConf.to_container(cfg, resolve=True)), key=lambda reward: reward.name)
+def all_rewards(cfg: DictConfig) -> tuple[list[Reward], list[Reward], list[Reward]]:
+    """The rewards that are trained, those that are evaluated, and the oracle's measures; no scorer is built."""
+    oracle = rewards_of(cfg, "evaluation.oracle") if cfg.evaluation.oracle else []
+    return rewards_of(cfg, "rewards"), rewards_of(cfg, "evaluation.rewards"), oracle
+
+
+def rewards_of(cfg: DictConfig, place: str) -> list[Reward]:
+    """The rewards at a key, in the order of their names, which no command line changes."""
+    entries = OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True)
+    return sorted(load_rewards(entries, place), key=lambda reward: reward.name)
 
 
 def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str, PoolPlan]:
@@ -158,11 +225,11 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     Raises InputError for a folder that is no run, a run that has not finished, and a run whose config would call code
     outside this package that `trust` does not name.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise InputError(f"run={folder} is no run: it has no config.yaml; give the directory that train.py printed")
-    if not (folder / "outcome.json").is_file():
+    own = read_config(folder)
+    if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; train it to its end first")
-    own = OmegaConf.load(folder / "config.yaml")
     if foreign := foreign_targets(own, cfg.trust):
         raise InputError(
             f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, say trust=[{foreign[0].split('.')[0]}]"

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+from yaml import YAMLError
 
 from capo.atomic import write_whole
 from capo.errors import InputError
 
 CONFIG, OUTCOME = "config.yaml", "outcome.json"
+LAYOUT = 1  # of a run directory: what lies in it under which name, and which keys config.yaml has
+WRITER = "written_by"  # key of config.yaml: layout, and the version of this package
 # what may differ: where things lie, who watches, and what happens after training
 FREE = ("run_dir", "logger", "data.workers", "pool.root", "evaluate", "export", "hydra")
 MISSING = "(not there)"
@@ -40,6 +48,29 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
+def read_config(folder: Path) -> DictConfig:
+    """The configuration of the run in `folder`. Raises InputError where it cannot be read, or is of another layout."""
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[DictConfig, str]:
+    """The configuration, and the version of this package that wrote it."""
+    path, here = folder / CONFIG, version("capo")
+    try:
+        cfg = OmegaConf.load(path)
+        writer = cfg.pop(WRITER, {"layout": LAYOUT, "capo": here})  # the first runs do not say
+        layout, capo = writer["layout"], writer["capo"]
+    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it, or choose another directory") from error
+    if layout != LAYOUT:
+        raise InputError(
+            f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout {LAYOUT}: use that version "
+            f"for it (pip install capo=={capo}), or train again in another hydra.run.dir; its policy alone is an ordinary "
+            "diffusers folder (evaluate.py policy=FOLDER)"
+        )
+    return cfg, capo
+
+
 def open_run(folder: Path, cfg: DictConfig) -> Progress:
     """Begin, continue or recognise the run of `cfg` in `folder`; writes `config.yaml`.
 
@@ -50,21 +81,41 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
     new = OmegaConf.to_container(cfg, resolve=True)
     progress = Progress.NEW
     if path.is_file():
-        old = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        stored, capo = _read(folder)
+        old = OmegaConf.to_container(stored, resolve=True)
         before, after = old["trainer"]["max_steps"], new["trainer"]["max_steps"]
         longer = isinstance(before, int) and isinstance(after, int) and after > before
         if longer:
             old["trainer"]["max_steps"] = after
         if found := differences(old, new):
             raise InputError(
-                f"{folder} holds a run of another configuration:\n  " + "\n  ".join(found)
+                f"{folder} holds a run of another configuration" + ("" if capo == version("capo") else f", written by capo {capo}")
+                + ":\n  " + "\n  ".join(found)
                 + "\ngive the same values to go on with it, or another hydra.run.dir"
             )  # fmt: skip
         progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
         if longer:
             (folder / OUTCOME).unlink(missing_ok=True)
-    write_whole(path, OmegaConf.to_yaml(cfg, resolve=True))
+    written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo")}})
+    write_whole(path, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
     return progress
+
+
+def check_checkpoint(path: Path, module: nn.Module) -> None:
+    """InputError where the checkpoint at `path` cannot be read or holds the weights of another model than `module`.
+
+    A run whose weights were exchanged under the same name would otherwise go on from none of its own.
+    """
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); remove it, and training begins again") from error
+    own, shapes = module.state_dict(), {name: tensor.shape for name, tensor in stored.items()}
+    if other := sorted({name for name in own if shapes.get(name) != own[name].shape} | (shapes.keys() - own.keys())):
+        raise InputError(
+            f"{path} is a checkpoint of another model ({len(other)} of {len(own)} tensors do not fit, the first {other[0]}); "
+            "configure the model of this run, or choose another hydra.run.dir"
+        )
 
 
 def read_outcome(folder: Path) -> dict[str, object]:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from capo.errors import InputError
 from capo.fingerprints import weight_files
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_TIMEOUT = 5.0  # seconds that the hub has for an answer
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -23,10 +26,32 @@ def named_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
+class MissingWeights(InputError):
+    """Weights that are neither in a folder nor in the hub's cache, and that the hub does not hand out either."""
+
+
 def pipeline_folder(weights: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The local folder of a pipeline: `weights` itself, or the hub's snapshot of that id (downloaded).
+    """The local folder of a pipeline: `weights` itself, or the hub's snapshot of that id (downloaded if need be).
 
     Raises InputError that says what was looked for where neither is to be had.
+    """
+    if folder := find_pipeline(weights, revision, variant):
+        return folder
+    try:
+        return Path(
+            DiffusionPipeline.download(str(weights), revision=revision, variant=variant, use_safetensors=True)
+        )
+    except Exception as error:  # the errors of the hub's client have no class in common
+        raise InputError(
+            f"weights '{weights}': the download from {constants.ENDPOINT} ended ({_first_line(error)}); what has "
+            f"come is kept in {constants.HF_HUB_CACHE}, and the same command goes on"
+        ) from error
+
+
+def find_pipeline(weights: str, revision: str | None = None, variant: str | None = None) -> Path | None:
+    """Where a pipeline lies on this machine; None where it does not, but the hub would hand it out.
+
+    Loads and downloads nothing. Raises InputError where it is not to be had: MissingWeights for a hub id.
     """
     folder = Path(weights).expanduser()
     if folder.is_dir():
@@ -36,17 +61,79 @@ def pipeline_folder(weights: str, revision: str | None = None, variant: str | No
             f"weights '{weights}': no such folder (looked at '{folder.absolute()}'); give the folder of a "
             "diffusers pipeline (it holds a model_index.json) or a hub id such as 'owner/name'"
         )
+    snapshot, in_cache = _in_cache(str(weights), revision, variant)
+    if snapshot is not None:
+        return snapshot
+    if refusal := _hub_refusal(str(weights), revision):
+        raise MissingWeights(_not_here(str(weights), revision, variant, in_cache, refusal))
+    return None
+
+
+def _in_cache(weights: str, revision: str | None, variant: str | None) -> tuple[Path | None, str]:
+    """The snapshot in the hub's cache if it is whole, else None and why it does not count."""
     try:
-        return Path(
-            DiffusionPipeline.download(str(weights), revision=revision, variant=variant, use_safetensors=True)
-        )
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
-        raise InputError(
-            f"weights '{weights}': no folder '{folder.absolute()}', and hub repository '{weights}' "
-            f"(revision {revision or 'main'}, variant {variant or 'none'}, safetensors) could not be had. "
-            f"Check the name; with a network, `hf download {weights}` (after `hf auth login` where the model "
-            f"is gated); without one, copy the pipeline's folder here and give its path. Cause: {error}"
-        ) from error
+        snapshot = Path(snapshot_download(weights, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None, "not in it"
+    lacking = lacking_parts(snapshot, variant)
+    return (None, f"there, but without {', '.join(lacking)}") if lacking else (snapshot, "")
+
+
+def lacking_parts(folder: Path, variant: str | None = None) -> list[str]:
+    """What a pipeline folder lacks of what its model_index.json names, as after a download that was cut off."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ["model_index.json"]
+    names = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_") and entry[0]]
+    models = [name for name in names if (folder / name / "config.json").is_file()]
+    lacking = [name for name in names if not any((folder / name).glob("*"))]
+    lacking += [f"the weights of {name}" for name in models if not _has_weights(folder / name, variant)]
+    if variant and not any(f".{variant}" in path.name for name in models for path in (folder / name).glob("*.safetensors")):
+        lacking.append(f"files of variant {variant}")
+    return lacking
+
+
+def _has_weights(folder: Path, variant: str | None) -> bool:
+    """Whether a model's weights are whole: every shard that an index of theirs names, or a file of any kind."""
+    for path in folder.glob(f"*.safetensors.index.{variant}.json" if variant else "*.safetensors.index.json"):
+        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    return bool(weight_files(folder, variant)) or any(any(folder.glob(pattern)) for pattern in PICKLES)
+
+
+def _hub_refusal(weights: str, revision: str | None) -> str | None:
+    """Why the hub does not hand the repository out; None where it does."""
+    if is_offline_mode():
+        return "not asked, because HF_HUB_OFFLINE says so"
+    try:
+        information = HfApi().model_info(weights, revision=revision, timeout=HUB_TIMEOUT)
+        if information.gated:
+            HfApi().auth_check(weights)
+    except HfHubHTTPError as error:
+        return f"answers: {_first_line(error)}"
+    except Exception as error:  # the others of the hub's client have no class in common
+        return f"cannot be reached: {_first_line(error)}"
+    return None
+
+
+def _not_here(weights: str, revision: str | None, variant: str | None, in_cache: str, refusal: str) -> str:
+    wanted = ["*.json", "*.txt", f"*.{variant}.safetensors"] if variant else []
+    command = " ".join([f"hf download {weights}", *([f"--revision {revision}"] if revision else []),
+                        *(f"--include '{pattern}'" for pattern in wanted)])  # fmt: skip
+    return (
+        f"weights '{weights}' (revision {revision or 'main'}, variant {variant or 'none'}, safetensors) are not here\n"
+        f"  looked in: folder {Path(weights).absolute()} (not there); hub cache {constants.HF_HUB_CACHE} ({in_cache}); "
+        f"{constants.ENDPOINT} ({refusal})\n"
+        f"  provide them in one of three ways:\n"
+        f"    from the hub: the same command with a network, or {command} (after hf auth login where the model is gated)\n"
+        f"    as a folder in diffusers' format: model.backbone.weights=FOLDER\n"
+        f"    as a hub cache copied from another machine: HF_HOME=FOLDER before the command"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:

@@ -96,28 +96,41 @@ class Reward:
         return bad | (scores < 0) | (scores > 1 + 1e-6) if self.link == "log" else bad
 
 
-def load_rewards(config: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
+def load_rewards(config: Mapping[str, Mapping[str, Any]], place: str = "rewards") -> list[Reward]:
     """Rewards from `{name: {scorer: {_target_: ...}, link: ..., ...}}`, in that order; builds no scorer.
 
-    Raises InputError for no reward at all, a key that is none of Reward's, a module that is not installed and
-    weights that are given as an absolute path and are not there.
+    `place` is their key in the configuration, for messages. Raises InputError for no reward at all, a key that is
+    none of Reward's, a reward without a scorer, a module that is not installed and weights that are given as an
+    absolute path and are not there.
     """
     if not config:
-        raise InputError("rewards: none is configured; name at least one, as in rewards=shapes")
-    return [_load(name, dict(entry)) for name, entry in config.items()]
+        raise InputError(f"{place}: none is configured; name at least one, as in rewards=shapes")
+    if without := [name for name, entry in config.items() if "scorer" in entry and not entry["scorer"]]:
+        raise InputError(_no_scorer(without, place))
+    return [_load(name, dict(entry), place) for name, entry in config.items()]
 
 
-def _load(name: str, entry: dict[str, Any]) -> Reward:
+def _no_scorer(names: Sequence[str], place: str) -> str:
+    first = names[0]
+    group = "rewards" if place == "rewards" else f"rewards@{place}"
+    return (
+        f"{place}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} no scorer in this version. Bring your own, a "
+        f"callable (images, prompts) -> (B,): `scorer: {{_target_: module.Class}}` in conf/rewards/{first}.yaml, or "
+        f"+{place}.{first}.scorer._target_=module.Class on the command line; or choose other rewards ({group}=shapes)"
+    )
+
+
+def _load(name: str, entry: dict[str, Any], place: str) -> Reward:
     known = [field.name for field in fields(Reward) if field.name != "name"]
     if unknown := sorted(set(entry) - set(known)):
-        raise InputError(f"rewards.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+        raise InputError(f"{place}.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     if "scorer" not in entry:
-        raise InputError(f"rewards.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
+        raise InputError(f"{place}.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
     reward = Reward(name, **entry)
     if missing := [module for module in reward.requires if find_spec(module) is None]:
         raise InputError(_not_installed(reward, ", ".join(missing)))
     if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
-        raise InputError(f"reward '{name}': no weights at {reward.weights}; set rewards.{name}.weights to "
+        raise InputError(f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to "
                          "where they lie")
     return reward
 
