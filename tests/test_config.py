@@ -6,12 +6,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from capo.config import foreign_targets, run_config
+from capo.config import foreign_targets, prepare_process, run_config
 from capo.errors import InputError
 from capo.values import check_values
 
@@ -120,3 +121,15 @@ def test_a_runs_own_config_counts_but_for_what_is_named(tmp_path):
     named = ["evaluation.images=5"]
     own = run_config(tmp_path, composed("evaluate", *named), [f"run={tmp_path}", *named])
     assert own.evaluation.images == 5 and own.sampling.steps == 7
+
+
+@pytest.mark.parametrize("given, processes, told, expected", [(3, None, "1", 3), (None, None, "1", 1), (None, "2", "1", 4), (None, None, None, 8)])
+def test_threads_of_a_process(monkeypatch, given, processes, told, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    before = torch.get_num_threads()
+    for name, value in (("LOCAL_WORLD_SIZE", processes), ("OMP_NUM_THREADS", told)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    try:
+        assert prepare_process(given) == expected
+    finally:
+        torch.set_num_threads(before)

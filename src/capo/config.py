@@ -68,18 +68,25 @@ class World:
 def prepare_process(threads: int | None) -> int:
     """Set the torch threads of this process and silence what other libraries say of themselves; returns the threads.
 
-    Default: cores divided by the processes that were started on this machine.
+    Default: cores divided by the processes that a launcher started on this machine; where there is none, OMP_NUM_THREADS
+    counts, by which joblib tells the jobs of a sweep their share.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run that goes on
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads} must be at least 1; leave it out for all cores")
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    torch.set_num_threads(threads or _default_threads())
     return torch.get_num_threads()
+
+
+def _default_threads() -> int:
+    processes, told = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("OMP_NUM_THREADS", "")
+    if processes is None and told.isdigit() and int(told) > 0:
+        return int(told)
+    return max(1, (os.cpu_count() or 1) // int(processes or 1))
 
 
 def check_ready(cfg: DictConfig, finished: bool = False) -> None:
