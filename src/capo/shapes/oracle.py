@@ -24,7 +24,7 @@ from torch import Tensor
 
 from capo.errors import InputError
 from capo.shapes.captions import parse
-from capo.shapes.foreground import FAINT, SPECK, fit_background, pieces, to_pixels
+from capo.shapes.foreground import CROSS, FAINT, SPECK, fit_background, pieces, to_pixels
 from capo.shapes.rating import rating
 from capo.shapes.render import signed_distance
 from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, Thing, assertions
@@ -140,7 +140,7 @@ def _texture(shade: np.ndarray, body: np.ndarray) -> str:
 
 
 def _core(mask: np.ndarray) -> np.ndarray:
-    inner = binary_erosion(mask)
+    inner = binary_erosion(mask, CROSS)
     return inner if inner.sum() >= 12 else mask
 
 
@@ -152,20 +152,20 @@ def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | Non
     if not parts:
         return None
     body = parts[0]
-    holes = binary_fill_holes(body) & ~body
+    holes = binary_fill_holes(body, CROSS) & ~body
     for hole in pieces(holes, 1) if holes.any() else []:
         body = body | hole if hole.sum() <= 14 else body
-    rim = body & ~binary_erosion(body, border_value=1)
-    edge = binary_dilation(body) & ~body
+    rim = body & ~binary_erosion(body, CROSS, border_value=1)
+    edge = binary_dilation(body, CROSS) & ~body
     soft = np.clip(far / level, 0, 1)
     return np.where(rim, np.maximum(soft, 0.5), body) + np.where(edge, np.minimum(soft, 0.5), 0.0)
 
 
 def _is_clutter(body: np.ndarray, far: np.ndarray, match: float) -> bool:
     """Whether a body (h, w) is too small, thin or faint for a thing; what looks like no shape must be larger."""
-    filled = binary_fill_holes(body)
+    filled = binary_fill_holes(body, CROSS)
     small = filled.sum() < (SPECK if match >= MATCH else 2 * SPECK)
-    return small or not binary_erosion(filled, iterations=2).any() or np.percentile(far[body], 75) < PALE
+    return small or not binary_erosion(filled, CROSS, iterations=2).any() or np.percentile(far[body], 75) < PALE
 
 
 def _thing(
@@ -183,7 +183,7 @@ def _thing(
             best, body = told, cover >= 0.5
     if body is None:
         return None, 0.0, np.zeros_like(mask)
-    rest = mask & ~binary_dilation(body, iterations=2)
+    rest = mask & ~binary_dilation(body, CROSS, iterations=2)
     shape, match, radius, x, y = best
     if _is_clutter(body, far, match):
         return None, 0.0, rest
@@ -197,7 +197,7 @@ def _halves(mask: np.ndarray) -> list[np.ndarray]:
     """A mask cut where it is narrow, if eroding it leaves more than one core."""
     inner = mask
     for _ in range(4):
-        inner = binary_erosion(inner)
+        inner = binary_erosion(inner, CROSS)
         cores = pieces(inner, 10)
         if len(cores) > 1:
             nearest = np.argmin([distance_transform_edt(~core) for core in cores], axis=0)
@@ -219,7 +219,7 @@ def _look(
         found.append((replace(thing, x=thing.x + left, y=thing.y + top), match))
     if depth < 2:
         whole = np.zeros_like(mask)
-        whole[window] = binary_erosion(rest)
+        whole[window] = binary_erosion(rest, CROSS)
         for piece in pieces(whole, 12):
             found += _look(piece, away, background, depth + 1)
         if thing and match < 0.85:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
 
-from capo.shapes.foreground import FAINT, SPECK, fit_background, pieces, to_pixels
+from capo.shapes.foreground import CROSS, FAINT, SPECK, fit_background, pieces, to_pixels
 
 
 def _warmth(pixels: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def _sharpness(pixels: np.ndarray, far: np.ndarray, things: np.ndarray) -> float
     step = np.zeros_like(far)
     step[:, 1:] = np.linalg.norm(np.diff(pixels, axis=1), axis=-1)
     step[1:] = np.maximum(step[1:], np.linalg.norm(np.diff(pixels, axis=0), axis=-1))
-    band = binary_dilation(things) & ~binary_erosion(things)
+    band = binary_dilation(things, CROSS) & ~binary_erosion(things, CROSS)
     ratio = np.percentile(step[band], 80) / np.percentile(far[things], 70)
     return float(np.clip((ratio - 0.25) / 0.5, 0, 1))
 
@@ -42,7 +42,7 @@ def rating(image: Image.Image | np.ndarray) -> float:
     bodies = [
         part
         for part in pieces(stands_out, 20)
-        if binary_erosion(binary_fill_holes(part), iterations=2).any() and part.sum() >= SPECK
+        if binary_erosion(binary_fill_holes(part, CROSS), CROSS, iterations=2).any() and part.sum() >= SPECK
     ]
     if not bodies:
         return 1.0
