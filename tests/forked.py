@@ -77,7 +77,10 @@ class Helper:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 def _serve() -> None:

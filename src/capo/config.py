@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from capo.backbones import Backbone
 from capo.backbones.loading import DTYPES, MissingWeights, find_pipeline, pipeline_index
-from capo.entry import plain_errors as plain_errors
 from capo.errors import InputError
 from capo.evaluation import evaluate
 from capo.export import load_policy, policy_fingerprint

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 from capo.atomic import write_whole
 from capo.comparison import EVALUATION, RESULTS
-from capo.entry import was_interrupted
+from capo.entry import disk_fault, was_interrupted
 from capo.errors import InputError
 from capo.runs import CONFIG, OUTCOME, read_outcome
 from capo.sweep_report import render_page, sweep_picture
@@ -46,7 +46,8 @@ def run_job(task: Callable[[], float], folder: Path) -> float:
     except (Exception, SystemExit) as error:
         if was_interrupted(error):
             raise
-        text = str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error))
+        message = str(error) if isinstance(error, InputError) else disk_fault(error)
+        text = message or "".join(traceback.format_exception(error))
         write_whole(folder / ERROR, text.rstrip() + "\n")
         print(f"error in {folder}: {text.rstrip()}", file=sys.stderr)
         return math.nan

@@ -26,6 +26,7 @@ from capo.pairs import Strategy
 from capo.pool import Pool, PoolReader
 from capo.prompts import Prompt
 from capo.rewards import Reward
+from capo.runs import check_checkpoint
 from capo.selection import Selection, select
 from capo.validation import MONITOR, WinRateValidation
 
@@ -166,6 +167,8 @@ def fit(module: PreferenceModule, data: PreferenceData, validation: WinRateValid
     """
     last = folder / "checkpoints" / "last.ckpt"
     begun = last.is_file()
+    if begun:
+        check_checkpoint(last, module)
     step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"] if begun else 0
     for logger in loggers:
         if isinstance(logger, CurvesFile) and logger.rows:

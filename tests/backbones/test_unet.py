@@ -1,4 +1,6 @@
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
@@ -265,3 +267,22 @@ def test_unknown_scheduler_and_dtype_are_refused(tiny_folder):
         UNetBackbone(str(tiny_folder), scheduler="AutoencoderKL")
     with pytest.raises(InputError, match="model dtype 'fp16'.*float16"):
         UNetBackbone(str(tiny_folder), dtype="fp16")
+
+
+def test_lanes_take_turns_at_the_tokenizer(tiny_folder, monkeypatch):
+    backbone = UNetBackbone(str(tiny_folder))
+    backbone.pipeline.register_to_config(force_zeros_for_empty_prompt=False)  # then each count is encoded anew
+    encode, busy = backbone.pipeline.encode_prompt, []
+
+    def slow(*args, **kwargs):
+        busy.append(len(busy))
+        assert len(busy) == 1, "two lanes encode at once"
+        time.sleep(0.01)
+        found = encode(*args, **kwargs)
+        busy.pop()
+        return found
+
+    monkeypatch.setattr(backbone.pipeline, "encode_prompt", slow)
+    with ThreadPoolExecutor(4) as lanes:
+        found = list(lanes.map(backbone.unconditional, [1, 2, 3, 4] * 3))
+    assert [len(text["prompt_embeds"]) for text in found] == [1, 2, 3, 4] * 3

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from capo import noise as schedules
 from capo.backbones.base import Backbone, Text
 from capo.errors import InputError
+
+
+ENCODING = Lock()  # a tokenizer keeps the padding of the call that it is in: lanes must not call it at the same time
 
 
 class UNetBackbone(Backbone):
@@ -63,15 +67,16 @@ class UNetBackbone(Backbone):
         """Zeros where the pipeline forces them for an empty prompt, else the encoded empty prompt."""
         # Encoded `count` at once, as the pipeline does it, because rounding depends on the batch.
         encoded = 1 if self.pipeline.config.force_zeros_for_empty_prompt else count
-        negatives = self._negatives.get(encoded)
-        if negatives is None:
-            with torch.no_grad():
-                _, embeds, _, pooled = self.pipeline.encode_prompt(
-                    [""] * encoded, device=self.device, do_classifier_free_guidance=True
-                )
-            negatives = self._text(embeds, pooled)
-            self._negatives.clear()
-            self._negatives[encoded] = negatives
+        with ENCODING:
+            negatives = self._negatives.get(encoded)
+            if negatives is None:
+                with torch.no_grad():
+                    _, embeds, _, pooled = self.pipeline.encode_prompt(
+                        [""] * encoded, device=self.device, do_classifier_free_guidance=True
+                    )
+                negatives = self._text(embeds, pooled)
+                self._negatives.clear()
+                self._negatives[encoded] = negatives
         return {key: value.to(self.device).expand(count, *value.shape[1:]) for key, value in negatives.items()}
 
     def _text(self, embeds: Tensor, pooled: Tensor) -> dict[str, Tensor]:
