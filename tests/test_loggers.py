@@ -64,7 +64,8 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
-def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tmp_path, offline):
+def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tiny_run, tmp_path, offline):
+    cfg = tiny_run("unused")
     sweep = tmp_path / "ablation"
     typed(train_script, "-m", "objective.beta=10,30", "logger=wandb", f"hydra.sweep.dir={sweep}")
     with (sweep / "sweep.csv").open() as file:
@@ -76,7 +77,10 @@ def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tmp_path, offline):
         assert found["ids"] == [record["id"]]
         assert found["group"] == record["group"] == "ablation" and found["job_type"] == record["job_type"] == "train"
         assert found["tags"] == set(record["tags"]) == {"capo", "frs", "tiny", "r", "g"}
-        axes = {"objective": "capo", "beta": beta, "bias": 1.5, "pairs": "frs", "rewards": "g+r", "model": "tiny", "lr": 5e-5, "seed": 0}
+        axes = {
+            "objective": "capo", "beta": beta, "bias": cfg.noise.bias, "pairs": "frs", "rewards": "g+r", "model": "tiny",
+            "lr": cfg.trainer.lr, "seed": 0,
+        }  # fmt: skip
         for key, value in axes.items():
             assert found["config"][key] == record["config"][key] == value, key
         for key in ("val/win_rate", "test/win_rate/g", "test/win_rate/g/low", "zero/r"):
