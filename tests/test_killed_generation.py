@@ -63,7 +63,9 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    """Every file but the locks: one of a process that was killed lies there, held by nobody, until its row is locked again."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.parent.name != ".locks")
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def count(root: Path, pattern: str) -> int:
