@@ -149,7 +149,8 @@ def console_table(jobs: Sequence[Job], title: str) -> Table:
     rewards = [name for name in names if name.startswith("test/win_rate/") and name.count("/") == 2]
     measures = [name for name in names if name.startswith("oracle/") and name.count("/") == 1]
     heads = [f"{name.rsplit('/', 1)[-1]} %" for name in rewards] + [name.replace("/", " ") for name in measures]
-    table = Table("job", *(Column(key, overflow="fold", min_width=len(key)) for key in keys), "validation %", *heads, title=title, box=box.SIMPLE_HEAD)
+    columns = [Column(head, overflow="fold") for head in ("validation %", *heads)]  # a narrow console wraps figures, never cuts them
+    table = Table("job", *(Column(key, overflow="fold", min_width=len(key)) for key in keys), *columns, title=title, box=box.SIMPLE_HEAD)
     for job in jobs:
         given = [job.overrides.get(key, "") for key in keys]
         if job.status != FINISHED:
