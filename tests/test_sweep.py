@@ -12,7 +12,7 @@ from PIL import Image
 import train as train_script
 from capo.errors import InputError
 from capo.sweep import (
-    FAILED, FINISHED, UNFINISHED, console_table, read_jobs, run_job, sweep_name, sweep_rows, varying_keys, write_table,
+    FAILED, FINISHED, UNFINISHED, console_tables, read_jobs, run_job, sweep_name, sweep_rows, varying_keys, write_table,
 )  # fmt: skip
 from capo.sweep_report import curves, render_page, swept_axis, sweep_picture
 
@@ -66,12 +66,14 @@ def test_rows_hold_every_job_under_the_promised_columns(sweep):
 
 def test_the_console_and_the_page_show_figures_and_errors(sweep):
     jobs = read_jobs(sweep)
-    table = console_table(jobs, "sweep")
-    assert [str(column.header) for column in table.columns] == [
-        "job", "objective.beta", "pairs", "validation %", "looks %", "alignment %", "oracle alignment",
-    ]  # fmt: skip
-    assert list(table.columns[4].cells) == ["70.0 (60.0–80.0)"] * 2 + ["", ""]
-    assert list(table.columns[6].cells)[0] == "0.700 → 0.610"
+    rates, zero, oracle = console_tables(jobs, "sweep")
+    given = ["job", "objective.beta", "pairs"]
+    assert [str(column.header) for column in rates.columns] == [*given, "validation %", "looks %", "alignment %"]
+    assert [str(column.header) for column in zero.columns] == [*given, "looks", "alignment"]
+    assert [str(column.header) for column in oracle.columns] == [*given, "alignment"]
+    assert list(rates.columns[4].cells) == ["70.0 (60.0–80.0)"] * 2 + ["", ""]
+    assert list(rates.columns[3].cells) == ["60.0", "70.0", "failed", "unfinished"]
+    assert list(zero.columns[3].cells)[0] == "51.0" and list(oracle.columns[3].cells)[0] == "0.700 → 0.610"
     page = render_page("a sweep", sweep_rows(jobs)[1], varying_keys(jobs), b"png")
     for text in ('href="2/evaluation/report.html"', "ValueError: beta", "unfinished", "45.0", "40.0–49.0", "0.700 → 0.610",
                  "4 jobs, 2 finished", "data:image/png;base64,cG5n", 'class="below"'):  # fmt: skip

@@ -142,22 +142,32 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, 
     write_whole(path, text.getvalue())
 
 
-def console_table(jobs: Sequence[Job], title: str) -> Table:
-    """A row a job: what varies, validation and test win-rates in % with intervals, oracle."""
-    keys = varying_keys(jobs)
+def console_tables(jobs: Sequence[Job], title: str) -> list[Table]:
+    """A row a job: what varies, validation and test win-rates in % with intervals; then zero lines, then the oracle, where there are any."""
     names = list(dict.fromkeys(name for job in jobs for name in job.figures))
-    rewards = [name for name in names if name.startswith("test/win_rate/") and name.count("/") == 2]
-    measures = [name for name in names if name.startswith("oracle/") and name.count("/") == 1]
-    heads = [f"{name.rsplit('/', 1)[-1]} %" for name in rewards] + [name.replace("/", " ") for name in measures]
-    columns = [Column(head, overflow="fold") for head in ("validation %", *heads)]  # a narrow console wraps figures, never cuts them
-    table = Table("job", *(Column(key, overflow="fold", min_width=len(key)) for key in keys), *columns, title=title, box=box.SIMPLE_HEAD)
+
+    def last(start: str, slashes: int) -> dict[str, str]:
+        return {name.rsplit("/", 1)[-1]: name for name in names if name.startswith(start) and name.count("/") == slashes}
+
+    rates = {"validation %": "val/win_rate"} | {f"{name} %": column for name, column in last("test/win_rate/", 2).items()}
+    tables = [_job_table(jobs, rates, _rate, title)]
+    if zero := last("zero/", 1):
+        tables.append(_job_table(jobs, zero, _rate, "zero line: base against base, %"))
+    if measures := last("oracle/", 1):
+        tables.append(_job_table(jobs, measures, _move, "oracle, base → policy"))
+    return tables
+
+
+def _job_table(jobs: Sequence[Job], columns: Mapping[str, str], cell: Callable[[Mapping, str], str], title: str) -> Table:
+    """A row a job with `columns`: heading -> figure; an unfinished job shows its status."""
+    keys = varying_keys(jobs)
+    table = Table("job", *(Column(key, overflow="fold", min_width=len(key)) for key in keys), title=title, box=box.SIMPLE_HEAD)
+    for head in columns:
+        table.add_column(head, overflow="fold")  # a narrow console wraps figures, never cuts them
     for job in jobs:
         given = [job.overrides.get(key, "") for key in keys]
-        if job.status != FINISHED:
-            table.add_row(job.name, *given, job.status, style="red")
-            continue
-        cells = [_rate(job.figures, "val/win_rate"), *(_rate(job.figures, name) for name in rewards)]
-        table.add_row(job.name, *given, *cells, *(_move(job.figures, name) for name in measures))
+        cells = [cell(job.figures, name) for name in columns.values()] if job.status == FINISHED else [job.status]
+        table.add_row(job.name, *given, *cells, style="" if job.status == FINISHED else "red")
     return table
 
 
@@ -196,7 +206,8 @@ class SweepReport(Callback):
             write_whole(folder / PICTURE, picture)
         write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
         console = Console()
-        console.print(console_table(jobs, str(folder)))
+        for table in console_tables(jobs, str(folder)):
+            console.print(table)
         for job in jobs:
             if job.error:
                 console.print(f"job {job.name}: {job.error}", style="red", highlight=False, markup=False)

@@ -77,7 +77,7 @@ def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Seq
     for label, group in curves(rows, keys, axis).items():
         for number, (column, name) in enumerate(names.items()):
             _line(axes, [place(row) for row in group], group, column, COLOURS[number % len(COLOURS)], name)
-            zero = [number_of(row.get(f"zero/{name}")) for row in group]
+            zero = [100 * number_of(row.get(f"zero/{name}")) for row in group]
             axes.plot([place(row) for row in group], zero, ":", color=COLOURS[number % len(COLOURS)], linewidth=1)
         xs, ys = [place(row) for row in group], [100 * number_of(row[VALIDATION]) for row in group]
         axes.plot(xs, ys, "--o", markersize=3, linewidth=1, label=f"validation, mean {label}".strip(), color=None if label else "#8d94a1")
