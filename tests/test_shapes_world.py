@@ -1,5 +1,6 @@
 """The embedded default with its shipped weights: the main job in small, and its promises to the bit."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -69,3 +70,17 @@ def test_the_plain_pipeline_draws_the_images_of_the_evaluation(runs):
 def test_two_runs_compare_head_to_head(runs):
     told = run("evaluate.py", f"runs=[{runs / 'first'},{runs / 'second'}]", f"hydra.run.dir={runs}")
     assert "against" in told and "50.0" in told  # the same policy twice
+
+
+def test_the_papers_betas_give_a_curve_and_a_warning(tmp_path):
+    """`python train.py -m objective.beta=300,500,1000` as it is typed, with fewer images and steps."""
+    sweep = tmp_path / "sweep"
+    small = [value for value in SMALL if "max_steps" not in value] + ["trainer.max_steps=4"]
+    told = run("train.py", "-m", "objective.beta=300,500,1000", *small, f"pool.root={tmp_path / 'pools'}", f"hydra.sweep.dir={sweep}",
+               f"hydra.run.dir={tmp_path}")  # fmt: skip
+    with (sweep / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["objective.beta"], row["status"]) for row in rows] == [("300", "finished"), ("500", "finished"), ("1000", "finished")]
+    assert (sweep / "sweep.png").is_file()
+    warnings = [beta for beta in (300, 500, 1000) if f"objective.beta={beta} lies outside 30-300" in " ".join(told.split())]
+    assert warnings == [500, 1000]
