@@ -1,11 +1,13 @@
 """What `train.py` would be given, for benchmarks that run on a model."""
 
+import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import capo.config  # noqa: F401  its resolvers
+from capo.config import prepare_process
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -15,3 +17,19 @@ def configuration(model: str, prompts: int) -> DictConfig:
     sizes = {"train": prompts, "validation": 1, "test": 1}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", [f"model={model}", *(f"prompts.{split}={size}" for split, size in sizes.items())])
+
+
+def model_and_sizes(
+    description: str, defaults: Mapping[str, int], arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, DictConfig]:
+    """Options of a benchmark that runs on a model, `threads` and `prompts` among them, and what they configure.
+
+    `defaults` are those of its whole numbers; `description` is the script's docstring. The process gets its threads.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--model", default="shapes_unet", help="of conf/model; default shapes_unet")
+    args = parser.parse_args(arguments)
+    prepare_process(args.threads)
+    return args, configuration(args.model, args.prompts)

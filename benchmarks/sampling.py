@@ -13,7 +13,6 @@ All of them give `batch` images of each prompt. They take turns; prints medians,
 far the pixels of `sampling` are from the pipeline's (no pool's float16 between).
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,13 +23,12 @@ from hydra.utils import instantiate
 from PIL.Image import Image
 
 from capo.backbones import Backbone
-from capo.config import prepare_process
 from capo.generation import ImageGenerator, PoolPlan, fill_pool
 from capo.lanes import in_lanes
 from capo.prompts import Prompt, candidate_seed
 from capo.rewards import Reward
 from capo.sampling import SamplerSettings, candidate_generators, sample_prompts
-from configuration import configuration
+from configuration import model_and_sizes
 from timing import in_turn, print_rates
 
 SEED = 0
@@ -87,13 +85,7 @@ def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     defaults = {"prompts": 4, "batch": 16, "runs": 5, "threads": 2}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--model", default="shapes_unet", help="of conf/model; default shapes_unet")
-    args = parser.parse_args(arguments)
-    prepare_process(args.threads)
-    cfg = configuration(args.model, args.prompts)
+    args, cfg = model_and_sizes(__doc__, defaults, arguments)
     settings = SamplerSettings(**{**cfg.sampling, "batch": args.batch})
     backbone, prompts = instantiate(cfg.model.backbone, name=cfg.model.name), instantiate(cfg.prompts)["train"]
     backbone.pipeline.set_progress_bar_config(disable=True)

@@ -17,7 +17,6 @@ random latents and scores for prompts of the shapes world, whose texts are encod
 round's ratios. On the CPU.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from capo.backbones import Backbone
-from capo.config import prepare_process
 from capo.data import PairDataset, PreferenceBatch, PreferenceData
 from capo.generation import ImageGenerator, PoolPlan
 from capo.loggers import csv_logger
@@ -42,7 +40,7 @@ from capo.pairs import frs
 from capo.sampling import SamplerSettings
 from capo.training import fit, select_candidates
 from capo.validation import MONITOR
-from configuration import configuration
+from configuration import model_and_sizes
 from synthetic import synthetic_pool, synthetic_rewards
 from timing import print_rates
 
@@ -185,13 +183,7 @@ def time_steps(cfg: DictConfig, batch: int, steps: int, runs: int, folder: Path)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     defaults = {"batch": 16, "prompts": 64, "steps": 5, "runs": 9, "threads": 2}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--model", default="shapes_unet", help="of conf/model; default shapes_unet")
-    args = parser.parse_args(arguments)
-    prepare_process(args.threads)
-    cfg = configuration(args.model, args.prompts)
+    args, cfg = model_and_sizes(__doc__, defaults, arguments)
     with tempfile.TemporaryDirectory() as folder:
         seconds, apart = time_steps(cfg, args.batch, args.steps, args.runs, Path(folder))
     print(f"{args.model}, {args.batch} pairs a step, {args.threads} threads, "

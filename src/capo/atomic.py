@@ -1,6 +1,9 @@
 """Files that are there whole under their final name, or not at all."""
 
+import csv
+import io
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,3 +34,12 @@ def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str 
     finally:
         with suppress(OSError):  # it has been renamed, or its folder could not be made
             unfinished.unlink()
+
+
+def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """`rows` as CSV, as `write_whole` writes; a value that a row lacks is an empty cell."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import secrets
@@ -16,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from capo.atomic import write_whole
+from capo.atomic import write_table, write_whole
 
 FLUSH = 50  # rows between two writes of the file
 
@@ -71,11 +70,7 @@ class CurvesFile(Logger):
         self.save()
 
     def _write(self) -> None:
-        text = io.StringIO()
-        table = csv.DictWriter(text, sorted({name for row in self.rows for name in row}), lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.rows)
-        write_whole(self.path, text.getvalue())
+        write_table(self.path, sorted({name for row in self.rows for name in row}), self.rows)
         self._unwritten = 0
 
 

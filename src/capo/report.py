@@ -50,15 +50,16 @@ class Report:
     curves: str | Path | None = None
 
 
+def page_environment() -> Environment:
+    """What this package's pages are made with: values are escaped, and one that is missing is an error."""
+    return Environment(
+        loader=PackageLoader("capo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
 def render_report(report: Report) -> str:
     """The page as HTML: everything inside, nothing fetched. The same report gives the same text."""
-    environment = Environment(
-        loader=PackageLoader("capo"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {
         function.__name__: function for function in (percent, number, fixed, moved, data_uri)
     }

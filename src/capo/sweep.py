@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
@@ -18,12 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from capo.atomic import write_whole
+from capo.atomic import write_table, write_whole
 from capo.comparison import EVALUATION, RESULTS
 from capo.entry import disk_fault, was_interrupted
 from capo.errors import InputError
 from capo.runs import CONFIG, OUTCOME, read_outcome
-from capo.sweep_report import render_page, sweep_picture
+from capo.sweep_report import ORACLE, TEST, VALIDATION, ZERO, interval, moved, named, percent, render_page, sweep_picture
 
 ERROR = "error.txt"  # of a job that failed
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
@@ -133,28 +131,15 @@ def sweep_rows(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, object]]]
     return ["job", "status", "error", *keys, *figures], rows
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """`rows` as CSV."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_whole(path, text.getvalue())
-
-
 def console_tables(jobs: Sequence[Job], title: str) -> list[Table]:
     """A row a job: what varies, validation and test win-rates in % with intervals; then zero lines, then the oracle, where there are any."""
-    names = list(dict.fromkeys(name for job in jobs for name in job.figures))
-
-    def last(start: str, slashes: int) -> dict[str, str]:
-        return {name.rsplit("/", 1)[-1]: name for name in names if name.startswith(start) and name.count("/") == slashes}
-
-    rates = {"validation %": "val/win_rate"} | {f"{name} %": column for name, column in last("test/win_rate/", 2).items()}
+    figures = [job.figures for job in jobs]
+    rates = {"validation %": VALIDATION} | {f"{name} %": column for name, column in named(figures, TEST).items()}
     tables = [_job_table(jobs, rates, _rate, title)]
-    if zero := last("zero/", 1):
+    if zero := named(figures, ZERO):
         tables.append(_job_table(jobs, zero, _rate, "zero line: base against base, %"))
-    if measures := last("oracle/", 1):
-        tables.append(_job_table(jobs, measures, _move, "oracle, base → policy"))
+    if measures := named(figures, ORACLE):
+        tables.append(_job_table(jobs, measures, moved, "oracle, base → policy"))
     return tables
 
 
@@ -172,14 +157,8 @@ def _job_table(jobs: Sequence[Job], columns: Mapping[str, str], cell: Callable[[
 
 
 def _rate(figures: Mapping[str, float], name: str) -> str:
-    if name not in figures:
-        return "-"
-    span = f" ({100 * figures[f'{name}/low']:.1f}–{100 * figures[f'{name}/high']:.1f})" if f"{name}/low" in figures else ""
-    return f"{100 * figures[name]:.1f}{span}"
-
-
-def _move(figures: Mapping[str, float], name: str) -> str:
-    return f"{figures[f'{name}/base']:.3f} → {figures[name]:.3f}" if name in figures else "-"
+    rate, span = percent(figures, name), interval(figures, name)
+    return f"{rate} ({span})" if span else rate
 
 
 class SweepReport(Callback):

@@ -8,21 +8,22 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from capo.report import page_environment, verdict
+
 Row = Mapping[str, object]  # of sweep.csv
-VALIDATION, TEST = "val/win_rate", "test/win_rate/"
+VALIDATION, TEST, ZERO, ORACLE = "val/win_rate", "test/win_rate/", "zero/", "oracle/"  # columns; the last three begin them
 PANELS = 3  # pairs of rewards at most
 WIDE = 5  # a positive axis whose ends are this factor apart is logarithmic
 COLOURS = ("#2563a8", "#cf5f27", "#2a8a5a", "#8b5bb5", "#a9842a", "#c2477f", "#3b8794", "#7a5c48", "#5a6170", "#98a22e")
 
 
-def reward_names(rows: Sequence[Row]) -> list[str]:
-    """The rewards that the rows have test win-rates of."""
+def named(rows: Sequence[Row], start: str) -> dict[str, str]:
+    """reward or measure -> its column `start` + name, of those that the rows have; its bounds and the like are left out."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [name.removeprefix(TEST) for name in columns if name.startswith(TEST) and name.count("/") == 2]
+    return {name.removeprefix(start): name for name in columns if name.startswith(start) and "/" not in name.removeprefix(start)}
 
 
 def number_of(value: object) -> float:
@@ -57,7 +58,7 @@ def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
     axis = swept_axis(done, keys) if done else None
     if axis is None:
         return None
-    rewards = reward_names(done)
+    rewards = list(named(done, TEST))
     pairs = list(itertools.combinations(rewards, 2))[:PANELS]
     if len(keys) > 1 and pairs:
         figure = _frontiers(done, keys, axis, pairs)
@@ -77,7 +78,7 @@ def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Seq
     for label, group in curves(rows, keys, axis).items():
         for number, (column, name) in enumerate(names.items()):
             _line(axes, [place(row) for row in group], group, column, COLOURS[number % len(COLOURS)], name)
-            zero = [100 * number_of(row.get(f"zero/{name}")) for row in group]
+            zero = [100 * number_of(row.get(f"{ZERO}{name}")) for row in group]
             axes.plot([place(row) for row in group], zero, ":", color=COLOURS[number % len(COLOURS)], linewidth=1)
         xs, ys = [place(row) for row in group], [100 * number_of(row[VALIDATION]) for row in group]
         axes.plot(xs, ys, "--o", markersize=3, linewidth=1, label=f"validation, mean {label}".strip(), color=None if label else "#8d94a1")
@@ -138,15 +139,10 @@ def _frontiers(rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Seque
 
 def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: bytes | None) -> str:
     """One offline page: the picture, and a row a job with a link to its report."""
-    environment = Environment(
-        loader=PackageLoader("capo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    columns = dict.fromkeys(name for row in rows for name in row)
-    rewards = reward_names(rows)
-    measures = [name.removeprefix("oracle/") for name in columns if name.startswith("oracle/") and name.count("/") == 1]
+    rewards, measures = list(named(rows, TEST)), list(named(rows, ORACLE))
     jobs = [_job(row, keys, rewards, measures) for row in rows]
-    return environment.get_template("sweep.html.j2").render(
-        title=title, keys=keys, rewards=rewards, measures=measures, jobs=jobs, zero=any(name.startswith("zero/") for name in columns),
+    return page_environment().get_template("sweep.html.j2").render(
+        title=title, keys=keys, rewards=rewards, measures=measures, jobs=jobs, zero=bool(named(rows, ZERO)),
         finished=sum(job["status"] == "finished" for job in jobs), picture=picture and base64.b64encode(picture).decode(),
     )  # fmt: skip
 
@@ -160,25 +156,31 @@ def _job(row: Row, keys: Sequence[str], rewards: Sequence[str], measures: Sequen
         "error": row["error"],
         "given": [row[key] for key in keys],
         "report": f"{row['job']}/evaluation/report.html" if evaluated else None,
-        "validation": _percent(row.get(VALIDATION)),
+        "validation": percent(row, VALIDATION),
         "rates": [_rate(row, f"{TEST}{name}") for name in rewards],
-        "zero": [_percent(row.get(f"zero/{name}")) for name in rewards],
-        "measures": [_move(row, f"oracle/{name}") for name in measures],
+        "zero": [percent(row, f"{ZERO}{name}") for name in rewards],
+        "measures": [moved(row, f"{ORACLE}{name}") for name in measures],
     }
 
 
-def _percent(value: object) -> str:
-    share = number_of(value)
+def percent(row: Row, column: str) -> str:
+    """A share as a percentage, `-` where the row has none."""
+    share = number_of(row.get(column))
     return f"{100 * share:.1f}" if math.isfinite(share) else "-"
 
 
-def _rate(row: Row, column: str) -> dict[str, str]:
-    low, high = number_of(row.get(f"{column}/low")), number_of(row.get(f"{column}/high"))
-    verdict = "above" if low > 0.5 else "below" if high < 0.5 else "unclear"
-    span = f"{_percent(low)}–{_percent(high)}" if math.isfinite(low) else ""
-    return {"rate": _percent(row.get(column)), "span": span, "verdict": verdict}
+def interval(row: Row, column: str) -> str:
+    """The 95 % interval of a column in %, empty where there is none."""
+    low, high = percent(row, f"{column}/low"), percent(row, f"{column}/high")
+    return "" if low == "-" else f"{low}–{high}"
 
 
-def _move(row: Row, column: str) -> str:
+def moved(row: Row, column: str) -> str:
+    """`base → policy` of a measure, `-` where the row has none."""
     base, policy = number_of(row.get(f"{column}/base")), number_of(row.get(column))
     return f"{base:.3f} → {policy:.3f}" if math.isfinite(base) and math.isfinite(policy) else "-"
+
+
+def _rate(row: Row, column: str) -> dict[str, str]:
+    bounds = {end: number_of(row.get(f"{column}/{end}")) for end in ("low", "high")}
+    return {"rate": percent(row, column), "span": interval(row, column), "verdict": verdict(bounds, 0.5)}
