@@ -1,22 +1,17 @@
 """The whole path on a tiny pipeline of the real classes, in process."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
+import evaluate as evaluate_script
+import generate as generate_script
+import train as train_script
 from capo.errors import InputError
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import evaluate as evaluate_script  # noqa: E402
-import generate as generate_script  # noqa: E402
-import train as train_script  # noqa: E402
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "capo", "sft"])
 @pytest.mark.parametrize("pairs", ["best_worst", "sum", "frs", "random"])
