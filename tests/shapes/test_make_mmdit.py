@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from capo.config import _shipped
 from capo.shapes.make import autoencoder, mmdit
@@ -59,3 +60,28 @@ def test_the_encoders_begin_as_the_unets():
     own = learner.second.state_dict()
     shared = [name for name in stored if name in own]
     assert shared and all(np.array_equal(own[name].numpy(), stored[name].float().numpy()) for name in shared)
+
+
+def test_the_heads_that_look_at_a_neighbour_do_so_before_the_first_step():
+    torch.manual_seed(0)
+    transformer = mmdit.build_transformer()
+    mmdit.prepare(transformer)
+    tokens = F.layer_norm(transformer.pos_embed.pos_embed[0], (128,))
+    for block, offsets in zip(transformer.transformer_blocks, mmdit.LOOKS, strict=True):
+        queries, keys = (project(tokens).view(64, 8, 16) for project in (block.attn.to_q, block.attn.to_k))
+        for head, (right, down) in enumerate(offsets):
+            attention = (queries[:, head] @ keys[:, head].T / 4).softmax(-1)
+            middle = [row * 8 + column for row in range(2, 6) for column in range(2, 6)]
+            assert attention[middle].argmax(-1).tolist() == [place + 8 * down + right for place in middle]
+            assert attention[middle].max(-1).values.min() > 0.3
+
+
+def test_a_prepared_denoiser_begins_by_saying_nothing_and_learns_from_there():
+    torch.manual_seed(0)
+    transformer = mmdit.build_transformer()
+    mmdit.prepare(transformer)
+    seen = (torch.randn(2, 4, 16, 16), torch.randn(2, 24, mmdit.CONTEXT), torch.randn(2, 128), torch.tensor([3.0, 500.0]))
+    told = transformer(*seen).sample
+    assert not told.any()
+    told.sub(1).square().mean().backward()
+    assert transformer.proj_out.weight.grad is not None and transformer.proj_out.bias.grad.abs().max() > 0

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from capo.shapes.make.muon import Muon
 
 
 def warm_cosine(step: int, steps: int, warm_up: int = 50, hold: float = 0.4) -> float:
@@ -45,8 +47,11 @@ def fit(
     lr: float,
     average: bool = False,
     save_every: float = 60.0,
+    matrices: Collection[nn.Parameter] = (),
 ) -> nn.Module:
-    """Minimise `loss(step)` over the parameters of `module`; AdamW, warm cosine, gradients clipped at 1.
+    """Minimise `loss(step)` over the parameters of `module` that want a gradient; warm cosine, gradients clipped at 1.
+
+    AdamW at rate `lr` moves all but `matrices`, which Muon moves at twice that rate.
 
     The state is saved to `work/<name>.pt` every `save_every` seconds and found again by the same call. `loss` must be a
     function of the step alone (draw from a generator seeded by it). Under torchrun each process takes the loss of its share
@@ -54,28 +59,32 @@ def fit(
     stands in `work/<name>.json`.
     """
     rank, processes = process()
-    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimisers = _optimisers(module, matrices, lr)
+    rates = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
     mean = Average(module) if average else None
     path, start, spent = work / f"{name}.pt", 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
         module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, stored in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(stored)
         start, spent = state["step"], state["seconds"]
         if mean:
             mean.shadow = state["average"]
     begun = last = time.monotonic()
     module.train()
     for step in range(start, steps):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * warm_cosine(step, steps)
+        groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * warm_cosine(step, steps)
         value, parts = loss(step)
-        optimiser.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         value.backward()
         if processes > 1:
             _average_gradients(module, processes)
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         if mean:
             mean.update(module, step)
         if step % 200 == 0 and rank == 0:
@@ -83,7 +92,7 @@ def fit(
             print(f"{name} {step}/{steps} {told} {spent + time.monotonic() - begun:.0f} s", flush=True)
         if rank == 0 and (time.monotonic() - last > save_every or step + 1 == steps):
             last = time.monotonic()
-            _save(path, module, optimiser, mean, step + 1, spent + last - begun)
+            _save(path, module, optimisers, mean, step + 1, spent + last - begun)
     if mean:
         module.load_state_dict({**module.state_dict(), **mean.shadow})
     return module.eval()
@@ -107,8 +116,15 @@ def _average_gradients(module: nn.Module, processes: int) -> None:
     vector_to_parameters(flat / processes, gradients)
 
 
-def _save(path: Path, module: nn.Module, optimiser, mean: Average | None, step: int, seconds: float) -> None:
-    state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds}
+def _optimisers(module: nn.Module, matrices: Collection[nn.Parameter], lr: float) -> list[torch.optim.Optimizer]:
+    chosen = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return [adam, Muon(matrices, lr=2 * lr)] if matrices else [adam]
+
+
+def _save(path: Path, module: nn.Module, optimisers: list[torch.optim.Optimizer], mean: Average | None, step: int, seconds: float) -> None:
+    state = {"module": module.state_dict(), "optimisers": [optimiser.state_dict() for optimiser in optimisers], "step": step, "seconds": seconds}
     if mean:
         state["average"] = mean.shadow
     torch.save(state, path.with_suffix(".part"))
