@@ -1,6 +1,7 @@
 """Two processes on the CPU, started as torchrun starts them: the same run as one process, whatever the strategy."""
 
 import csv
+import json
 import os
 import re
 import socket
@@ -131,15 +132,17 @@ def test_a_checkpoint_of_one_strategy_goes_on_in_another(tiny_run, runs):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny_run):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny_run, strategy):
     """Rank 1 is killed in step 5; the same command then ends as a run that nothing has cut off."""
-    process = start(tiny_run, "killed", *STRATEGY["ddp"], processes=2, kill_at=4)
+    killed, unkilled = f"killed-{strategy}", f"unkilled-{strategy}"
+    process = start(tiny_run, killed, *STRATEGY[strategy], processes=2, kill_at=4)
     told, _ = process.communicate(timeout=400)
     assert process.returncode != 0 and "SIGKILL" in told
-    assert not (tiny_run.folder / "killed" / "outcome.json").exists()
-    finish(start(tiny_run, "killed", *STRATEGY["ddp"], processes=2))
-    finish(start(tiny_run, "unkilled", *STRATEGY["ddp"], processes=2))
-    assert curves(tiny_run.folder / "killed") == curves(tiny_run.folder / "unkilled")
+    assert not (tiny_run.folder / killed / "outcome.json").exists()
+    finish(start(tiny_run, killed, *STRATEGY[strategy], processes=2))
+    finish(start(tiny_run, unkilled, *STRATEGY[strategy], processes=2))
+    assert curves(tiny_run.folder / killed) == curves(tiny_run.folder / unkilled)
 
 
 @pytest.mark.slow
@@ -151,3 +154,26 @@ def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run):
     assert losses(tiny_run.folder / "lora-fsdp") == pytest.approx(losses(tiny_run.folder / "lora"), rel=1e-4)
     finish(start(tiny_run, "lora-fsdp", *lora, "trainer.max_steps=7"))  # and its checkpoint goes on in one process
     assert (tiny_run.folder / "lora-fsdp" / "policy" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_evaluation_after_two_processes_is_made_once(tiny_run):
+    told = finish(start(tiny_run, "evaluated", *STRATEGY["ddp"], "trainer.max_steps=3", "evaluate=true", processes=2))
+    folder = tiny_run.folder / "evaluated"
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert set(results["rewards"]) == {"r", "g"} and (folder / "evaluation" / "report.html").is_file()
+    assert told.count("win-rate %") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_half_precision_accumulation_checkpointing_and_an_adapter_go_together(tiny_run, strategy):
+    """bf16 over float32 masters, two micro-batches a device, activations made again: as one process with the same settings."""
+    together = ["+model.lora.rank=2", "+model.lora.alpha=2", "trainer.lr=0.01", "trainer.precision=bf16-mixed", "trainer.micro_batch=1",
+                "trainer.gradient_checkpointing=true", "trainer.max_steps=3"]  # fmt: skip
+    alone, shared = f"half-{strategy}-alone", f"half-{strategy}"
+    finish(start(tiny_run, alone, *together))
+    told = finish(start(tiny_run, shared, *together, *STRATEGY[strategy], processes=2))
+    assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
+    assert losses(tiny_run.folder / shared) == pytest.approx(losses(tiny_run.folder / alone), rel=2e-2)
+    assert (tiny_run.folder / shared / "policy" / "pytorch_lora_weights.safetensors").is_file()

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from capo.backbones import UNetBackbone
@@ -81,6 +81,24 @@ def test_every_family_loads_by_the_readmes_lines_and_gives_our_latents(tiny_back
     assert torch.equal(plain, ours)
     assert not torch.equal(latents_of(backbone, backbone.denoiser), ours)
     assert torch.equal(latents_of(backbone, load_policy(backbone, folder)), ours)
+
+
+def test_an_adapter_is_loaded_with_the_sampler_and_autoencoder_that_it_was_tuned_with(tiny_folder, tmp_path, monkeypatch):
+    backbone = UNetBackbone(str(tiny_folder), scheduler="DPMSolverMultistepScheduler", vae=str(_other_vae(tiny_folder, tmp_path)))
+    policy = tuned(add_lora(backbone.trainable_copy(), rank=2, alpha=4))
+    pipe = run_readme(export_policy(backbone, policy, tmp_path / "policy", CARD), monkeypatch)
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert torch.equal(plain_latents(pipe), latents_of(backbone, policy))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(backbone.vae.parameters(), pipe.vae.parameters(), strict=True))
+
+
+def _other_vae(tiny_folder, tmp_path):
+    vae = AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae")
+    with torch.no_grad():
+        for weight in vae.parameters():
+            weight.add_(0.1)
+    vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
 
 
 def test_pool_of_a_policy_holds_what_its_folder_draws_without_this_package(tiny_backbone, tmp_path):

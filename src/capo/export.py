@@ -1,6 +1,7 @@
 """Tuned policies on disk: a diffusers pipeline folder or a LoRA file, with a card; readable without capo."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,12 +129,18 @@ def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> Non
         "denoiser": backbone.fingerprints["denoiser"],
     }
     (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+    if backbone.other_scheduler:
+        backbone.pipeline.scheduler.save_pretrained(folder / "scheduler")
 
 
 def _base_weights(backbone: Backbone) -> str:
+    return _from_anywhere(backbone.weights)
+
+
+def _from_anywhere(source: str) -> str:
     """The hub id, or the folder however the reader's working directory may differ."""
-    folder = Path(backbone.weights).expanduser()
-    return str(folder.absolute()) if folder.exists() else backbone.weights
+    folder = Path(source).expanduser()
+    return str(folder.absolute()) if folder.exists() else source
 
 
 def _check_base(backbone: Backbone, folder: Path) -> None:
@@ -160,12 +167,27 @@ def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
         options += "".join(f', {key}="{value}"' for key, value in named.items() if value)
         loading = [
             f'pipe = {pipeline}.from_pretrained("{_base_weights(backbone)}", {options})',
+            *_replacing_lines(backbone, name),
             f'pipe.load_lora_weights("{name}")',
         ]
     if backbone.call_options:
         told = ", ".join(f"{key}={value!r}" for key, value in backbone.call_options.items())
         loading.append(f"# call it as it was tuned: pipe(prompt, {told})")
-    return "\n".join(["import torch", f"from diffusers import {pipeline}", "", *loading])
+    classes = ", ".join(sorted({pipeline, *re.findall(r"= (\w+)\.from_pretrained", "\n".join(loading))}))
+    return "\n".join(["import torch", f"from diffusers import {classes}", "", *loading])
+
+
+def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
+    """What the adapter was tuned with in the place of the base's own parts."""
+    lines = []
+    if backbone.other_scheduler:
+        kind = type(backbone.pipeline.scheduler).__name__
+        lines.append(f'pipe.scheduler = {kind}.from_pretrained("{name}", subfolder="scheduler")')
+    if backbone.other_vae:
+        source, revision = backbone.other_vae
+        options = "dtype=torch.float32, use_safetensors=True" + (f', revision="{revision}"' if revision else "")
+        lines.append(f'pipe.vae = AutoencoderKL.from_pretrained("{_from_anywhere(source)}", {options})')
+    return lines
 
 
 def _win_rate_lines(card: ModelCard) -> list[str]:

@@ -85,7 +85,7 @@ def certain_memory(held: Holdings, accelerator: str) -> list[Finding]:
         return []
     return [Finding(
         "memory", f"weights, gradients, optimiser and reference take {readable(held.total)} on a device, which has {readable(there)} ({name}): "
-        "use experiment=lora, trainer=fsdp on several devices, trainer.optimizer=adamw_8bit, or a larger device (plan=true says what takes what)",
+        "use an adapter (experiment=lora), trainer=fsdp on several devices, trainer.optimizer=adamw_8bit, or a larger device (plan=true says what takes what)",
     )]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from capo.fingerprints import weight_files
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_TIMEOUT = 5.0  # seconds that the hub has for an answer
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+VAE_FILES = ["config.json", "*.safetensors"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -211,6 +212,29 @@ def load_pipeline(
     return pipeline
 
 
+def find_vae(weights: str, revision: str | None) -> None:
+    """InputError where an autoencoder of its own is neither a folder, nor in the hub's cache, nor to be had from the hub."""
+    folder = Path(weights).expanduser()
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return
+    refusal = "that folder holds no config.json" if folder.is_dir() else "no such folder, and no hub id 'owner/name'"
+    if not folder.is_dir() and HUB_ID.fullmatch(str(weights)):
+        try:
+            snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES, local_files_only=True)
+            return
+        except (OSError, ValueError):
+            refusal = _hub_refusal(str(weights), revision)
+    if refusal:
+        raise InputError(_no_vae(weights, revision, refusal))
+
+
+def _no_vae(weights: str, revision: str | None, reason: str) -> str:
+    return (
+        f"model.backbone.vae={weights} (revision {revision or 'main'}): no AutoencoderKL in safetensors to be had there ({reason}); "
+        "give its folder, or null for the pipeline's own"
+    )
+
+
 def load_vae(weights: str, revision: str | None, dtype: torch.dtype) -> tuple[AutoencoderKL, Path]:
     """An autoencoder of its own, from a folder or a hub id, frozen, and the folder that it lies in.
 
@@ -219,11 +243,8 @@ def load_vae(weights: str, revision: str | None, dtype: torch.dtype) -> tuple[Au
     folder = Path(weights).expanduser()
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(weights, revision=revision, allow_patterns=["config.json", "*.safetensors"]))
+            folder = Path(snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES))
         vae = AutoencoderKL.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError, HfHubHTTPError) as error:
-        raise InputError(
-            f"model.backbone.vae={weights} (revision {revision or 'main'}): no AutoencoderKL in safetensors to be had there "
-            f"({_first_line(error)}); give its folder, or null for the pipeline's own"
-        ) from error
+        raise InputError(_no_vae(weights, revision, _first_line(error))) from error
     return vae.eval().requires_grad_(False), folder
