@@ -55,14 +55,14 @@ class ClipInputs:
         return self.processor(list(images), return_tensors="pt").pixel_values
 
 
-class ClipScorer(ABC):
-    """Scores images in batches of `batch`, in float32 on one device; prompts that repeat are read once."""
+class BatchScorer(ABC):
+    """Scores images in batches of `batch`, on one device and in one precision, whatever the caller's autocast."""
 
-    def __init__(self, module: nn.Module, inputs: ClipInputs, batch: int = BATCH):
-        self.module = module.float().eval().requires_grad_(False)
-        self.inputs, self.batch, self.device = inputs, batch, torch.device("cpu")
+    def __init__(self, module: nn.Module, batch: int = BATCH, precision: torch.dtype = torch.float32):
+        self.module = module.to(precision).eval().requires_grad_(False)
+        self.batch, self.device = batch, torch.device("cpu")
 
-    def to(self, device: str | torch.device) -> ClipScorer:
+    def to(self, device: str | torch.device) -> BatchScorer:
         """Moves the network to `device`."""
         self.device = torch.device(device)
         self.module.to(self.device)
@@ -75,6 +75,18 @@ class ClipScorer(ABC):
         with torch.autocast(self.device.type, enabled=False):  # a caller's precision must not move a score
             parts = [self._batch(images[i : i + self.batch], prompts[i : i + self.batch]) for i in starts]
         return torch.cat([torch.empty(0), *(part.float().cpu() for part in parts)])
+
+    @abstractmethod
+    def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of one forward pass."""
+
+
+class ClipScorer(BatchScorer):
+    """A BatchScorer whose prompts become tokens apart from the images; prompts that repeat are read once."""
+
+    def __init__(self, module: nn.Module, inputs: ClipInputs, batch: int = BATCH, precision: torch.dtype = torch.float32):
+        super().__init__(module, batch, precision)
+        self.inputs = inputs
 
     def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}

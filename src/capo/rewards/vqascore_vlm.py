@@ -1,0 +1,131 @@
+"""VQAScore by a chat model that sees: the probability that its answer begins with Yes, in one forward pass.
+
+Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, eq. 1, on Qwen3-VL. Its processor is put together
+here: transformers' own needs torchvision for videos, and with it prepares images otherwise than without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL.Image import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from capo.errors import InputError
+from capo.rewards.clip_scores import BatchScorer, check_batch
+from capo.rewards.vqascore import PLACE, PRECISIONS, QUESTION, check_question
+from capo.rewards.weights import fetch, refuse_other_names
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, Qwen3VLForConditionalGeneration
+
+PUBLISHED = "Qwen/Qwen3-VL-2B-Instruct"
+KIND = "qwen3_vl"
+IMAGE = "<|image_pad|>"
+YES = ("Yes", "yes", " Yes", " yes")
+SETTING = "rewards.vqascore_vlm.weights"
+BATCH = 8  # images in one forward pass
+
+
+class Chat:
+    """What Qwen3-VL reads: a user's turn of one image and a question, and the beginning of the answer."""
+
+    def __init__(self, folder: Path, question: str):
+        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        except Exception as error:  # the errors of the tokenizers library have no class in common
+            raise InputError(f"{SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again") from error
+        self.question = question
+        self.template = self.tokenizer.chat_template or _template_beside(folder)
+        self.image = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        if not self.template or self.text("").count(IMAGE) != 1:
+            raise InputError(f"{SETTING}={folder}: no chat template with one {IMAGE} for an image; get the folder again")
+        pieces = [self.tokenizer(word, add_special_tokens=False).input_ids for word in YES]
+        self.yes = torch.tensor(sorted({piece[0] for piece in pieces if len(piece) == 1}))
+        if not len(self.yes):
+            raise InputError(f"{SETTING}={folder}: its tokenizer has none of {', '.join(map(repr, YES))} as one token; give {PUBLISHED}")
+
+    def text(self, prompt: str) -> str:
+        """The conversation, with one place for the image."""
+        asked = [{"type": "image"}, {"type": "text", "text": self.question.replace(PLACE, prompt)}]
+        turns = [{"role": "user", "content": asked}]
+        return self.tokenizer.apply_chat_template(turns, chat_template=self.template, add_generation_prompt=True, tokenize=False)
+
+    def inputs(self, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature:
+        """What the model takes, for B conversations padded on the left, so that each ends where its answer begins."""
+        found = self.processor(list(images), return_tensors="pt")  # patches of all images in a row; rows and columns of each
+        counts = found["image_grid_thw"].prod(-1) // self.processor.merge_size**2
+        rows = [self._tokens(prompt, int(count)) for prompt, count in zip(prompts, counts, strict=True)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        found["attention_mask"] = (ids >= 0).long()
+        found["input_ids"] = ids.clamp(min=0)
+        found["mm_token_type_ids"] = (ids == self.image).long()
+        return found
+
+    def _tokens(self, prompt: str, count: int) -> Tensor:
+        before, after = self.text(prompt).split(IMAGE, 1)
+        # a prompt that speaks of the place for an image must not open a second one
+        before, after = (self.tokenizer(part, add_special_tokens=False).input_ids for part in (before, after.replace(IMAGE, "")))
+        return torch.tensor([*before, *[self.image] * count, *after])
+
+
+class VQAScoreVLM(BatchScorer):
+    """P(Yes) 0-1: the probabilities of "Yes", "yes", " Yes" and " yes", as far as they are tokens, at the answer's first token.
+
+    weights: folder or hub id of a Qwen3-VL Instruct model with its tokenizer and image processor, at `revision`.
+    question: holds {prompt}. precision: float32, or bfloat16: half the memory, scores rounded, and dependent on the batch by that.
+    Raises InputError for a question without {prompt}, an unknown precision, and weights that are neither here nor to be had, or
+    another model's.
+    """
+
+    def __init__(
+        self, weights: str, revision: str | None = None, question: str = QUESTION, precision: str = "float32", batch: int = BATCH
+    ):
+        check_question(question, precision, "rewards.vqascore_vlm.scorer")
+        check_batch(batch, "vqascore_vlm")
+        folder = fetch(weights, revision, SETTING, "model*.safetensors")
+        _check_kind(folder)
+        self.chat = Chat(folder, question)
+        super().__init__(_load(folder, PRECISIONS[precision]), batch, PRECISIONS[precision])
+
+    def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        inputs = self.chat.inputs(images, prompts).to(self.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.module.dtype)
+        logits = self.module(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+        return logits.float().softmax(-1)[:, self.chat.yes.to(self.device)].sum(-1)
+
+
+def _template_beside(folder: Path) -> str | None:
+    path = folder / "chat_template.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+
+
+def _check_kind(folder: Path) -> None:
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{SETTING}={folder}: its config.json is missing or unreadable; get the folder again") from error
+    if kind != KIND:
+        raise InputError(
+            f"{SETTING}={folder}: it holds a model of type {kind}, this reward reads a Qwen3-VL (type {KIND}) such as {PUBLISHED}"
+        )
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{SETTING}={folder}: its weights do not load ({error}); this reward reads those of {PUBLISHED}") from error
+    refuse_other_names(found["missing_keys"], found["unexpected_keys"], str(folder), SETTING, PUBLISHED)
+    return model
