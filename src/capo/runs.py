@@ -24,11 +24,12 @@ LAYOUT = 2  # of a run directory: what lies in it under which name, and which ke
 WRITER = "written_by"  # key of config.yaml: layout, and the version of this package
 # what may differ: where things lie, who watches, what happens after training, and what moves a step by rounding only
 FREE = (
-    "run_dir", "logger", "data.workers", "pool.root", "evaluate", "export", "push_to_hub", "plan", "planning", "check", "hydra",
+    "run_dir", "logger", "validation.held_out", "data.workers", "pool.root", "evaluate", "export", "push_to_hub", "plan", "planning", "check", "hydra",
     *(f"trainer.{key}" for key in ("strategy", "devices", "num_nodes", "micro_batch", "gradient_checkpointing", "compile",
                                    "compile_tolerance", "channels_last")),
 )  # fmt: skip
-FREE_OF_REWARDS = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|timeout)")  # where a reward runs, and how long it may take
+# where a reward runs, and how long it may take
+FREE_OF_REWARDS = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout)")
 MISSING = "(not there)"
 
 

@@ -71,7 +71,7 @@ def _not_here(source: str, revision: str | None, setting: str, patterns: Collect
 
 
 def read_state(path: Path, setting: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a state dict that torch.save wrote, by name, on the CPU.
+    """The tensors of a safetensors file, or of a state dict that torch.save wrote, alone or as `state_dict`, by name, on the CPU.
 
     Raises InputError for a file that is neither, such as a pickled module: loading one runs whatever code it holds.
     """
@@ -82,6 +82,8 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
             f"{setting}={path}: no safetensors file and no state dict ({_first_line(error)}); a pickled module can run any code when "
             "loaded: convert it once, where you trust its source, with safetensors.torch.save_file(module.state_dict(), FILE)"
         ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # beside what training kept
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{setting}={path}: no state dict (tensors by name); save module.state_dict() alone")
     return state

@@ -29,6 +29,7 @@ import traceback
 MAGIC = b"CAPO"
 START = struct.Struct(">4sI")  # magic, bytes of the header
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+STANDALONE = ("capo.rewards.vila",)  # import nothing of this package: with it, torch would come beside their tensorflow
 PNG = "png"  # a target whose attribute `takes` is this gets the files' bytes; any other one PIL images
 
 
@@ -102,14 +103,15 @@ def locate(path):
 
 
 def load(module):
-    """`module`; one of capo, where capo is not installed, from its file alone, without the package around it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        file = os.path.join(root, *module.split(".")) + ".py"
-        if error.name != "capo" or not os.path.isfile(file):
-            raise
+    """`module`; one of capo that stands alone, or where capo is not installed, from its file, without the package around it."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    file = os.path.join(root, *module.split(".")) + ".py"
+    if module not in STANDALONE:
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != "capo" or not os.path.isfile(file):
+                raise
     spec = importlib.util.spec_from_file_location(module, file)
     found = sys.modules[module] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)

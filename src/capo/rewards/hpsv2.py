@@ -1,0 +1,137 @@
+"""HPSv2: which image people choose for the prompt, by the cosine of a tuned CLIP-H.
+
+The published checkpoint has the names of open_clip; here it runs as transformers' CLIP, whose arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from capo.rewards.clip_scores import (
+    BATCH,
+    CLIP_H,
+    PROCESSOR_FILES,
+    ClipInputs,
+    ClipScorer,
+    check_batch,
+    load_clip,
+)
+from capo.rewards.weights import fetch, read_state
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
+
+FILE, PUBLISHED = "HPS_v2.1_compressed.pt", "xswu/HPSv2 (HPS_v2.1_compressed.pt)"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the images that CLIP was trained on
+# open_clip's names, in this order; a group is kept
+RENAMED = [(re.compile(pattern), name) for pattern, name in (
+    (r"visual\.(class_embedding)", r"vision_model.embeddings.\1"),
+    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"visual\.conv1\.(.+)", r"vision_model.embeddings.patch_embedding.\1"),
+    (r"visual\.ln_pre\.(.+)", r"vision_model.pre_layrnorm.\1"),  # spelt so
+    (r"visual\.ln_post\.(.+)", r"vision_model.post_layernorm.\1"),
+    (r"visual\.proj", "visual_projection.weight"),
+    (r"visual\.transformer\.resblocks\.(.+)", r"vision_model.encoder.layers.\1"),
+    (r"token_embedding\.(.+)", r"text_model.embeddings.token_embedding.\1"),
+    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"ln_final\.(.+)", r"text_model.final_layer_norm.\1"),
+    (r"text_projection", "text_projection.weight"),
+    (r"transformer\.resblocks\.(.+)", r"text_model.encoder.layers.\1"),
+    (r"(logit_scale)", r"\1"),
+)]  # fmt: skip
+IN_BLOCK = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
+BLOCK = re.compile(r"(.+\.layers\.\d+)\.(.+)[._](weight|bias)")
+
+
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP's tensors under transformers' names, in float32; a name that is none of open_clip's stays as it is.
+
+    Queries, keys and values come as one matrix and become three; projections come transposed.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name == "attn_mask":  # a constant, which old versions stored
+            continue
+        new = next((pattern.sub(other, name) for pattern, other in RENAMED if pattern.fullmatch(name)), name)
+        value = value.float().T.contiguous() if new.endswith("_projection.weight") and new != name else value.float()
+        found |= _in_block(new, value)
+    return found
+
+
+def _in_block(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor of a transformer's block, and any other as it is."""
+    block = BLOCK.fullmatch(name)
+    if block and block[2] == "attn.in_proj":
+        parts = zip("qkv", value.chunk(3), strict=True)
+        return {f"{block[1]}.self_attn.{part}_proj.{block[3]}": rows.contiguous() for part, rows in parts}
+    return {f"{block[1]}.{IN_BLOCK.get(block[2], block[2])}.{block[3]}" if block else name: value}
+
+
+def fitted(image: Image, side: int, antialias: bool = True) -> Tensor:
+    """(3, side, side): the longest side resized to `side` (bicubic, on numbers, so that edges overshoot 0-1), the rest zeros around it,
+    then normalised, so that the rim is no zero any more.
+    """
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    scale = side / max(pixels.shape[1:])
+    size = [max(1, round(length * scale)) for length in pixels.shape[1:]]
+    if size != [*pixels.shape[1:]]:
+        pixels = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=antialias)[0]
+    down, across = (side - length for length in size)
+    pixels = F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+class WholeImages(ClipInputs):
+    """CLIP's tokens, and images of which nothing is cropped."""
+
+    def __init__(self, folder: Path, config: CLIPConfig, setting: str, antialias: bool):
+        super().__init__(folder, config, setting)
+        self.side, self.antialias = config.vision_config.image_size, antialias
+
+    def pixels(self, images: Sequence[Image]) -> Tensor:
+        """(B, 3, 224, 224), each `fitted`."""
+        return torch.stack([fitted(image, self.side, self.antialias) for image in images])
+
+
+class HPSv2(ClipScorer):
+    """cos(image, text), the image seen whole.
+
+    weights: file, or folder or hub id, at `revision`, that holds HPS_v2.1_compressed.pt: open_clip's names, under `state_dict` or alone.
+    clip: folder or hub id, at `clip_revision`, of the CLIP-H's config.json, tokenizer and image processor; its weights are not read.
+    antialias: whether images are smoothed before they are made smaller. The published code leaves it to torchvision, which does so
+    since version 0.17 and before did not.
+    Raises InputError for weights that are neither here nor to be had, or another model's.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        revision: str | None = None,
+        clip: str = CLIP_H,
+        clip_revision: str | None = None,
+        antialias: bool = True,
+        batch: int = BATCH,
+    ):
+        check_batch(batch, "hpsv2")
+        setting, clip_setting = "rewards.hpsv2.weights", "rewards.hpsv2.scorer.clip"
+        found = fetch(weights, revision, setting, FILE)
+        folder = fetch(clip, clip_revision, clip_setting, *PROCESSOR_FILES)
+        state = from_open_clip(read_state(found / FILE if found.is_dir() else found, setting))
+        model = load_clip(folder, setting, PUBLISHED, state)
+        super().__init__(model, WholeImages(folder, model.config, clip_setting, antialias), batch)
+
+    def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
+        image = self.module.get_image_features(pixel_values=pixels).pooler_output
+        text = self.module.get_text_features(input_ids=tokens).pooler_output
+        return F.cosine_similarity(image, text[row], dim=-1)
