@@ -1,7 +1,8 @@
 """Make or complete the pools that `train.py` of the same configuration needs: candidates, validation, test and zero line.
 
     python generate.py pool.candidates=32
-    python generate.py stage=scores rewards=looks
+    python generate.py stage=score rewards=looks
+    python generate.py stage=report
 
 Or make a pool of images that are there already, or write the selected pairs for other trainers (docs/preference-data.md):
 
@@ -36,10 +37,12 @@ from capo.importing.survey import described
 from capo.pair_export import export_pairs
 from capo.pool.import_table import read_import_table
 from capo.readiness import check_ready, check_weights, refuse_plans
+from capo.report_stage import check_scored, report_pool
 from capo.sampling import SamplerSettings
-from capo.values import check_values
+from capo.values import check_values, closest
 
 console = Console()
+FILLING = {"all": STAGES, "text": ("text",), "latents": ("latents",), "score": ("scores",)}  # stage -> what of a pool it makes
 
 
 def import_source(cfg: DictConfig) -> Source:
@@ -77,26 +80,38 @@ def export(cfg: DictConfig, world: World) -> None:
     console.print(f"{count} pairs in {own.file}", soft_wrap=True)
 
 
+def report(cfg: DictConfig, world: World) -> None:
+    """Say what scores, calibrated rewards and pairs of the candidates look like (docs/calibration.md)."""
+    if not cfg.pool.imported:
+        check_scored(world.plans["train"], world.generator, world.rewards)
+    report_pool(training_data(cfg, world, stages=()), instantiate(cfg.pairs), cfg.calibration, console)
+
+
 def run(cfg: DictConfig) -> None:
-    """Fill the four pools, or run one stage of each; or import images, or export pairs."""
-    known = ("all", *STAGES, "import", "export")
+    """Fill the four pools, or run one stage of each; or import images, export pairs, report on the candidates."""
+    known = (*FILLING, "import", "export", "report")
     refuse_plans(cfg)
     if cfg.stage not in known:
-        raise InputError(f"stage={cfg.stage} is unknown; choose {', '.join(known)}")
+        near = closest(str(cfg.stage), known)
+        raise InputError(f"stage={cfg.stage} is unknown; choose {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
     if cfg.stage == "import":
         return import_images(cfg)
     check_ready(cfg)
     check_imported(cfg)
     prepare_process(cfg.threads)
-    world = build_world(cfg, scoring=cfg.stage in ("all", "scores"))
+    world = build_world(cfg, scoring=cfg.stage in ("all", "score"))
     if cfg.stage == "export":
         return export(cfg, world)
-    stages = STAGES if cfg.stage == "all" else (cfg.stage,)
+    if cfg.stage == "report":
+        return report(cfg, world)
     for name, plan in world.plans.items():
         if name == "train" and cfg.pool.imported:
             continue  # its images are there
-        rewards = {"test": [*world.evaluation_rewards, *world.oracle], "zero": world.evaluation_rewards}.get(name, world.rewards)
-        pool = fill_pool(plan, world.generator, rewards, stages=stages)
+        rewards = {
+            "train": world.rewards, "validation": [*world.rewards, *world.held_out],
+            "test": [*world.evaluation_rewards, *world.oracle], "zero": world.evaluation_rewards,
+        }[name]  # fmt: skip
+        pool = fill_pool(plan, world.generator, rewards, stages=FILLING[cfg.stage])
         console.print(f"{name}: {len(plan.prompts)} prompts x {plan.candidates} images in {pool.folder}")
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from capo import training
 from capo.backbones import Backbone
+from capo.calibration_page import print_warnings
 from capo.check_stage import run_checks
 from capo.checkpoints import load_best
 from capo.config import World, build_world, check_imported, evaluate_policy, prepare_process, training_data
@@ -34,6 +35,7 @@ from capo.errors import InputError
 from capo.evaluation import POOLS
 from capo.export import ModelCard, export_policy, load_policy, policy_fingerprint, write_card
 from capo.generation import ImageGenerator
+from capo.held_out import HeldOut, alarms
 from capo.hub import push
 from capo.loggers import RunIdentity, WandbRun
 from capo.module import Execution, PreferenceModule, Weighting
@@ -42,6 +44,7 @@ from capo.plan_stage import require_room, run_plan
 from capo.processes import by_first, launch, leave_group, process_group
 from capo.readiness import check_ready
 from capo.report import image_grid
+from capo.report_stage import RUN_FOLDER, report_run
 from capo.runs import Progress, is_finished, open_run, read_outcome, write_outcome
 from capo.strategies import Division, check_fsdp, check_launch, divide
 from capo.sweep import found_figures, run_job, sweep_name
@@ -59,12 +62,14 @@ def target_name(node: DictConfig) -> str:
 def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidation:
     """Make the base's validation images and a first picture of them."""
     settings = cfg.validation
-    drawn = Drawn.fill(world.plans["validation"], world.generator, world.rewards, progress=True)
-    base = validation_set(drawn, world.rewards, settings.pictures)
+    judges = [*world.rewards, *world.held_out]
+    drawn = Drawn.fill(world.plans["validation"], world.generator, judges, progress=True)
+    base = validation_set(drawn, judges, settings.pictures)
     if launch().first:
         image_grid(base.pictures, base.pictures, [p.text for p in base.prompts[: settings.pictures]], folder / "step000000.png")
     console.print(f"validation pictures of the base: {folder / 'step000000.png'}")
-    return WinRateValidation(base, world.backbone, world.rewards, world.generator.settings, settings.every, folder)
+    held_out = HeldOut(world.held_out, cfg.evaluation.seed)
+    return WinRateValidation(base, world.backbone, world.rewards, world.generator.settings, settings.every, folder, held_out)
 
 
 def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
@@ -144,6 +149,9 @@ def tune(
     candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
     facts = facts_of(cfg, module) | {"data": data.described}
     training.print_summary(facts, candidates, module, console)
+    found = by_first(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
+    print_warnings(found, console)
+    console.print(f"calibration report: {folder / RUN_FOLDER}", markup=False, soft_wrap=True)
     if warning := training.beta_warning(facts["objective"], module.beta, dict(cfg.model.beta_range or {}), cfg.model.name):
         console.print(f"[yellow]{warning}")
     trainer, division = cfg.trainer, division_of(cfg)
@@ -166,7 +174,8 @@ def finish(cfg: DictConfig, world: World, folder: Path, module: PreferenceModule
     """Export the policy, and write down that training has finished."""
     card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)
     policy = export_policy(world.backbone, module.policy, folder / "policy", card, full=cfg.export == "full")
-    write_outcome(folder, {MONITOR: win_rate, "policy": policy_fingerprint(world.backbone, policy), "card": dataclasses.asdict(card)})
+    outcome = {MONITOR: win_rate, "policy": policy_fingerprint(world.backbone, policy), "card": dataclasses.asdict(card)}
+    write_outcome(folder, outcome | ({"alarms": alarms(folder / "metrics.csv")} if world.held_out else {}))
 
 
 def draw_for_evaluation(world: World, policy: Path, folder: Path) -> None:

@@ -28,7 +28,7 @@ from capo.config import built
 from capo.entry import alike, disk_fault, plain_errors, start, was_interrupted
 from capo.errors import InputError
 from capo.pool.files import TensorFile
-from capo.readiness import check_ready, refuse_plans
+from capo.readiness import check_ready, check_weights, refuse_plans
 from capo.runs import CONFIG, OUTCOME, check_checkpoint
 from capo.values import ACCELERATORS, PRECISIONS, TABLE, check_values
 
@@ -163,9 +163,10 @@ def test_sdxl_says_where_its_weights_were_looked_for_and_how_to_provide_them(sdx
 
 
 def test_after_the_weights_come_rewards_then_prompts(sdxl, tiny_folder):
-    there = spoilt(sdxl, model__backbone__weights=str(tiny_folder))
+    none = {f"{place}rewards__{name}": {"scorer": None} for place in ("", "evaluation__") for name in ("vqascore", "vila")}
+    there = spoilt(sdxl, model__backbone__weights=str(tiny_folder), **none)
     message = refusal(check_ready, there)
-    assert message.startswith("rewards: vqascore, vila have no scorer in this version")
+    assert message.startswith("rewards: vqascore, vila have no scorer.")
     assert "+rewards.vqascore.scorer._target_=module.Class" in message and "rewards=shapes" in message
     shapes = composed().rewards
     there = spoilt(there, rewards=shapes)
@@ -177,7 +178,7 @@ def test_after_the_weights_come_rewards_then_prompts(sdxl, tiny_folder):
 
 
 def test_a_scorer_of_ones_own_can_be_named_on_the_command_line():
-    cfg = composed("rewards=[vila]", "+rewards.vila.scorer._target_=fake_rewards.Brightness", "rewards@evaluation.rewards=looks")
+    cfg = composed("rewards=[]", "+rewards.light.scorer._target_=fake_rewards.Brightness", "rewards@evaluation.rewards=looks")
     check_ready(cfg)
 
 
@@ -503,3 +504,10 @@ def test_what_only_training_knows_is_refused_elsewhere(plain, key):
     with pytest.raises(InputError, match=f"{key}=true belongs to train.py"):
         refuse_plans(cfg)
     refuse_plans(plain)
+
+
+def test_an_autoencoder_that_is_nowhere_is_missed_before_the_pipeline_loads(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source in ("nowhere/at-all", "/not/there"):
+        with pytest.raises(InputError, match=f"model.backbone.vae={source}.*give its folder, or null"):
+            check_weights(composed(f"+model.backbone.vae={source}"))

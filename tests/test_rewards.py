@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from capo.errors import InputError
+from capo.readiness import check_reward_weights
 from capo.rewards import Reward, load_rewards
 
 RED, GREY = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (51, 51, 51))
@@ -139,3 +140,23 @@ def test_configs_that_cannot_be_used(config, message):
 def test_scorers_that_cannot_be_built(scorer, message):
     with pytest.raises(InputError, match=message):
         Reward("red", scorer, extra="clip").setup("cpu")
+
+
+def test_what_a_scorer_reads_is_looked_for_before_it_is_made(tmp_path):
+    scorer = {"_target_": "capo.rewards.mps.MPS", "weights": "owner/name", "revision": None, "clip": str(tmp_path), "clip_revision": "abc", "threshold": 0.3}
+    [reward] = load_rewards({"mps": {"scorer": scorer}})
+    assert reward.sources == {"rewards.mps.weights": ("owner/name", None), "rewards.mps.scorer.clip": (str(tmp_path), "abc")}
+    with pytest.raises(InputError, match=r"rewards.mps.weights=owner/name \(revision main\) is not here\n.*HF_HUB_OFFLINE") as refused:
+        check_reward_weights([reward])
+    assert "scorer.clip" not in str(refused.value) and "--include" not in str(refused.value)
+    [there] = load_rewards({"mps": {"scorer": scorer | {"weights": str(tmp_path)}}})
+    check_reward_weights([there])
+    [lost] = load_rewards({"mps": {"scorer": scorer | {"weights": "./gone.safetensors"}}})
+    with pytest.raises(InputError, match=r"rewards.mps.weights=./gone.safetensors: no such file or folder .looked at '.*gone.safetensors'"):
+        check_reward_weights([lost])
+
+
+def test_a_long_sentence_with_a_slash_is_no_path():
+    reward = Reward("r", {"_target_": "m.C", "question": "yes/no? " * 100})
+    other = Reward("r", {"_target_": "m.C", "question": "no/yes? " * 100})
+    assert reward.fingerprint != other.fingerprint

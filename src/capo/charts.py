@@ -22,7 +22,8 @@ TOGETHER = {
     "train/beta_h": "train/beta_h, dR",
     "train/dR": "train/beta_h, dR",
 }
-APART = "val/score/"  # rewards have scales of their own
+APART = ("val/score/", "val/held_out/score/")  # rewards have scales of their own
+NESTED = "val/held_out/"  # three levels: held_out/win_rate, held_out/alarm
 ORDER = ("val/win_rate", "val/", "train/")  # beginnings of titles, first chart first; others follow
 
 
@@ -105,7 +106,7 @@ def read_curves(path: str | Path) -> list[Chart]:
         return []
     groups: dict[str, list[Curve]] = {}
     for name in filter(_is_shown, rows[0] if rows else ()):
-        group = name if name.startswith(APART) else TOGETHER.get(name) or "/".join(name.split("/")[:2])
+        group = name if name.startswith(APART) else TOGETHER.get(name) or "/".join(name.split("/")[: 3 if name.startswith(NESTED) else 2])
         if points := _points(rows, name):
             groups.setdefault(group, []).append(Curve(_label(name, group), thinned(points)))
     charts = [

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from capo.errors import InputError
 from capo.evaluation import evaluate
 from capo.export import load_policy, policy_fingerprint
 from capo.generation import STAGES, ImageGenerator, PoolPlan
+from capo.held_out import refuse_trained
 from capo.importing.chosen import Imported
 from capo.importing.filling import HUMAN
 from capo.pool.import_table import HUMAN_LABELS
@@ -58,6 +59,7 @@ class World:
     evaluation_rewards: list[Reward]
     oracle: list[Reward]  # measured in evaluations beside the rewards; empty where the model's world has none
     plans: dict[str, PoolPlan]  # train, validation, test, zero
+    held_out: list[Reward] = field(default_factory=list)  # score validation images beside the trained ones
 
     @property
     def backbone(self) -> Backbone:
@@ -117,10 +119,11 @@ def build_world(cfg: DictConfig, scoring: bool = True) -> World:
     splits = prompt_splits(cfg)
     settings = SamplerSettings(**cfg.sampling)
     rewards, evaluated, oracle = all_rewards(cfg)
+    held_out = held_out_rewards(cfg, rewards, evaluated)
     plans = pool_plans(cfg, splits)
-    for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle] if scoring}.values():
+    for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring}.values():
         reward.setup("cpu")  # so that weights that are missing are found before images are drawn
-    return World(ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, plans)
+    return World(ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, plans, held_out)
 
 
 def base_of(cfg: DictConfig) -> Backbone:
@@ -158,8 +161,21 @@ def all_rewards(cfg: DictConfig) -> tuple[list[Reward], list[Reward], list[Rewar
     oracle = rewards_of(cfg, "evaluation.oracle") if cfg.evaluation.oracle else []
     trained = rewards_of(cfg, "rewards")
     # one that is trained and evaluated is one object, whose weights are in memory once
-    evaluated = [next((own for own in trained if own == reward), reward) for reward in rewards_of(cfg, "evaluation.rewards")]
+    evaluated = _known(rewards_of(cfg, "evaluation.rewards"), trained)
     return trained, evaluated, oracle
+
+
+def held_out_rewards(cfg: DictConfig, trained: Sequence[Reward], evaluated: Sequence[Reward]) -> list[Reward]:
+    """The rewards that watch training from outside; InputError for one that is trained."""
+    if not cfg.validation.get("held_out"):  # runs of before have no such key
+        return []
+    held_out = rewards_of(cfg, "validation.held_out")
+    refuse_trained(held_out, trained)
+    return _known(held_out, evaluated)
+
+
+def _known(rewards: Sequence[Reward], others: Sequence[Reward]) -> list[Reward]:
+    return [next((own for own in others if own == reward), reward) for reward in rewards]
 
 
 def rewards_of(cfg: DictConfig, place: str) -> list[Reward]:

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hydra._internal import utils as hydra_internals
@@ -26,6 +26,7 @@ PLACE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR,
 }  # fmt: skip
 OTHER_PLACE = "make room there, or choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
+NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")  # null and a mapping are values, anything else names files
 UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
 
@@ -54,12 +55,18 @@ def plain_errors(go_on: str | None = None) -> Iterator[None]:
         _end(f"interrupted; what was finished is kept, and {go_on or _same_command()} goes on", INTERRUPTED)
 
 
+def grouped(arguments: Sequence[str]) -> list[str]:
+    """The command line, in which `validation.held_out=[a,b]` names rewards, as Hydra's `rewards@validation.held_out=[a,b]` does."""
+    return [f"rewards@{argument}" if NAMED_HELD_OUT.match(argument) else argument for argument in arguments]
+
+
 def start(main: Callable[[], object]) -> None:
     """Calls a script's `main`, which `hydra.main` has made, with one message for a slip in the command line.
 
     Hydra's own message for an unknown key proposes to add it, which would then be ignored in silence.
     """
     report = hydra_internals.run_and_report
+    sys.argv[1:] = grouped(sys.argv[1:])
 
     def explained(call: Callable[[], object]) -> object:
         try:

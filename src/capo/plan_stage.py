@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from hydra.utils import get_class
@@ -22,6 +23,7 @@ from capo.passes import adapter_of
 from capo.plan_table import print_plan
 from capo.planning import PoolRequest, Request, SamplingRequest, TrainingRequest, disk_space, make_plan
 from capo.processes import launch
+from capo.rewards import load_rewards
 from capo.strategies import device_count, divide
 from capo.values import check_values
 
@@ -86,7 +88,7 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
     validations = -(-steps // every)
     return {
         **({} if cfg.pool.imported else {"train": PoolRequest(counts["train"], cfg.pool.candidates, trained)}),
-        "validation": PoolRequest(counts["validation"], cfg.validation.images, trained),
+        "validation": PoolRequest(counts["validation"], cfg.validation.images, trained + len(cfg.validation.held_out or {})),
         "test": PoolRequest(test, evaluation.images, evaluated),
         "zero": PoolRequest(zero, evaluation.images, evaluated),
         "policy in validation": PoolRequest(counts["validation"], cfg.validation.images, 0, validations, stored=False),
@@ -139,12 +141,22 @@ def _attempt(kind: str, check: Callable[[], object]) -> list[Finding]:
     return []
 
 
+def _reward_findings(cfg: DictConfig, place: str) -> list[Finding]:
+    """What each reward at a key lacks, by itself."""
+    entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
+
+    def check(name: str) -> None:
+        readiness.check_reward_weights(load_rewards({name: entries[name]}, place))
+
+    return [finding for name in sorted(entries) for finding in _attempt("rewards", partial(check, name))]
+
+
 def find_missing(cfg: DictConfig) -> list[Finding]:
     """What `check_ready` would end with, all of it rather than the first: weights, rewards, extras, the device."""
     return [
         *_attempt("weights", lambda: readiness.check_weights(cfg)),
-        *_attempt("rewards", lambda: config.rewards_of(cfg, "rewards")),
-        *_attempt("rewards", lambda: config.rewards_of(cfg, "evaluation.rewards")),
+        *(finding for place in ("rewards", "evaluation.rewards", "validation.held_out") for finding in _reward_findings(cfg, place)),
+        *_attempt("rewards", lambda: config.held_out_rewards(cfg, config.all_rewards(cfg)[0], [])),
         *_attempt("extras", lambda: check_optimiser(cfg.trainer.optimizer)),
         *_attempt("configuration", lambda: readiness.check_draw(cfg)),
         *_attempt("device", lambda: readiness.check_accelerator(cfg)),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from capo.backbones.loading import MissingWeights, find_pipeline, pipeline_index
+from capo.backbones.loading import MissingWeights, find_pipeline, find_vae, pipeline_index
 from capo.blueprint import published, published_names
-from capo.config import all_rewards, built, labels_of, pool_plans, prompt_splits
+from capo.config import all_rewards, built, held_out_rewards, labels_of, pool_plans, prompt_splits
 from capo.errors import InputError
 from capo.hub import check_access
 from capo.memory import holdings, parameters
 from capo.noise import FLOW_DRAWS
 from capo.objectives import requirements
+from capo.rewards import Reward
+from capo.rewards.weights import look_for
 from capo.selection import select
 from capo.values import check_values
 
@@ -30,7 +33,8 @@ def check_ready(cfg: DictConfig, finished: bool = False) -> None:
     if finished:
         return
     check_weights(cfg)
-    rewards, _, _ = all_rewards(cfg)
+    rewards, evaluated, _ = all_rewards(cfg)
+    check_reward_weights([*rewards, *evaluated, *held_out_rewards(cfg, rewards, evaluated)])
     pool_plans(cfg, prompt_splits(cfg))
     requirements(built(cfg.objective))
     nothing = torch.zeros(0, cfg.pool.candidates, len(labels_of(cfg, rewards)))
@@ -65,9 +69,23 @@ def check_weights(cfg: DictConfig) -> None:
         folder = find_pipeline(weights, model.backbone.get("revision"), model.backbone.get("variant"), unused)
     except MissingWeights as error:
         raise InputError(f"model={model.name}: {error}{memory_note(cfg)}") from error
+    if vae := model.backbone.get("vae"):
+        find_vae(vae, model.backbone.get("vae_revision"))
     classes = getattr(family, "pipeline_classes", None)
     if folder and classes:
         pipeline_index(folder, classes)
+
+
+def check_reward_weights(rewards: Sequence[Reward]) -> None:
+    """InputError that names each file, folder or hub id of these rewards that is neither here nor to be had."""
+    missing = []
+    for setting, (source, revision) in {key: found for reward in rewards for key, found in reward.sources.items()}.items():
+        try:
+            look_for(source, revision, setting)
+        except InputError as error:
+            missing.append(str(error))
+    if missing:
+        raise InputError("\n".join(missing))
 
 
 def check_draw(cfg: DictConfig) -> None:

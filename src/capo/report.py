@@ -12,6 +12,7 @@ from rich.text import Text
 
 from capo.charts import half_width, interval_bar, line_chart, read_curves
 from capo.gallery import Exhibit, data_uri, image_grid
+from capo.held_out import alarms, remark
 from capo.rewards import Reward
 
 __all__ = ["Report", "image_grid", "print_results", "render_report", "results_tables"]
@@ -73,7 +74,7 @@ def render_report(report: Report) -> str:
         scale=scale,
         headline=rows,
         oracle=oracle_sections(report.results),
-        remarks=remarks(report.results),
+        remarks=remarks(report.results) + ([] if report.curves is None else remark(alarms(report.curves))),
         charts=[(chart.title, line_chart(chart)) for chart in charts],
     )
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from capo.backbones import Backbone
-from capo.calibration import Spread, calibrate, spread, spread_warnings
+from capo.calibration import Spread, calibrate, spread
 from capo.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints
 from capo.data import PairDataset, PreferenceData
 from capo.errors import InputError
@@ -42,11 +42,14 @@ class Candidates:
         dataset: what training draws pairs from.
         spreads: per reward, of its calibrated values.
         rewards: their names, in the same order.
+        scores, calibrated: (P, N, L) raw scores and calibrated rewards.
     """
 
     dataset: PairDataset
     spreads: list[Spread]
     rewards: list[str]
+    scores: Tensor
+    calibrated: Tensor
 
     @property
     def selection(self) -> Selection:
@@ -68,10 +71,10 @@ def select_candidates(pool: Pool, prompts: Sequence[Prompt], candidates: int, re
     if not selection.usable.any():
         raise InputError(
             f"none of {len(prompts)} prompts has a pair with dR > 0: use more candidates (pool.candidates={candidates}), "
-            "fewer rewards, pairs=sum or pairs.lower=all_dominated"
+            "fewer rewards, or pairs=sum"
         )
     dataset = PairDataset(PoolReader(pool), positions, prompts, selection, seed, shared_noise)
-    return Candidates(dataset, spread(calibrated), [reward.name for reward in rewards])
+    return Candidates(dataset, spread(calibrated), [reward.name for reward in rewards], scores, calibrated)
 
 
 def encode_aside(backbone: Backbone, prompts: list[str]) -> dict[str, Tensor]:
@@ -97,8 +100,6 @@ def print_summary(facts: dict[str, object], candidates: Candidates, module: Pref
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)
-    for warning in spread_warnings(candidates.spreads, candidates.rewards):
-        console.print(f"[yellow]{warning}")
 
 
 def beta_warning(objective: str, beta: float | None, ranges: dict[str, Sequence[float]], model: str) -> str | None:

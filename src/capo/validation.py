@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from capo.backbones import Backbone
 from capo.drawn import Drawn
+from capo.held_out import GROUP, HeldOut, by_prompt, judge
 from capo.lanes import OPERATIONS
 from capo.loggers import log_picture
-from capo.metrics import WinRate
+from capo.metrics import WinRate, win_rate
 from capo.processes import gathered
 from capo.prompts import Prompt, candidate_seed
 from capo.report import image_grid
@@ -73,10 +74,14 @@ class WinRateValidation(L.Callback):
     `val/win_rate`, the mean over rewards, is what checkpoints are compared by. Images are rounded to float16 before they
     are decoded, as those of a pool are. Each process takes its share of the prompts; the metrics add them up, so that all
     choose the same checkpoint. VAE and text encoders are on the device for as long as this takes.
+
+    The rewards of `held_out` score the same images and have no part in `val/win_rate`; where they fall while training's own
+    rise, a line says so.
     """
 
     def __init__(self, base: ValidationSet, backbone: Backbone, rewards: Sequence[Reward], settings: SamplerSettings,
-                 every: int, folder: Path):
+                 every: int, folder: Path, held_out: HeldOut | None = None):
+        self.held_out = held_out or HeldOut()
         self.base, self.backbone, self.rewards, self.settings = base, backbone, list(rewards), settings
         self.every, self.folder = every, Path(folder)
         self.validated = 0  # the last step after which this was done
@@ -89,7 +94,7 @@ class WinRateValidation(L.Callback):
             return
         self.validated = step
         begun = time.perf_counter()
-        figures = self.validate(trainer, module.policy, step)
+        figures, alarm = self.validate(trainer, module.policy, step)
         module.log_dict(figures, logger=False)
         figures["time/validation_seconds"] = time.perf_counter() - begun
         for logger in trainer.loggers:
@@ -97,10 +102,12 @@ class WinRateValidation(L.Callback):
         rates = "  ".join(f"{name.removeprefix('val/win_rate/')} {value:.3f}" for name, value in figures.items()
                           if name.startswith("val/win_rate/"))
         module.print(f"step {step}: win-rate against the base {figures[MONITOR]:.3f}  ({rates})")
+        if alarm:
+            module.print(alarm)
 
     @torch.no_grad()
-    def validate(self, trainer: L.Trainer, policy: torch.nn.Module, step: int) -> dict[str, float]:
-        """Win-rates and mean scores of `policy` on the validation prompts."""
+    def validate(self, trainer: L.Trainer, policy: torch.nn.Module, step: int) -> tuple[dict[str, float], str | None]:
+        """Win-rates and mean scores of `policy` on the validation prompts; the alarm, where a held-out reward falls."""
         was_training = policy.training
         policy.eval()
         drawn, mine = share(len(self.base.prompts), trainer.global_rank, trainer.world_size)
@@ -108,13 +115,13 @@ class WinRateValidation(L.Callback):
             latents = self._sample(policy, drawn, trainer.is_global_zero, alone=trainer.world_size == 1)
             policy.train(was_training)
             images = self.backbone.decode(latents[: len(mine)].flatten(0, 1), batch=self.settings.decoded) if mine else []
-            for reward in self.rewards:  # which no pool may have set up, where all were complete
+            for reward in [*self.rewards, *self.held_out.rewards]:  # which no pool may have set up, where all were complete
                 reward.setup(self.backbone.device)
-        figures = self._figures(images, mine)
+        figures, alarm = self._figures(images, mine, step)
         shown = self._shown(images, mine)
         if trainer.is_global_zero:
             log_picture(trainer.loggers, "validation", self._draw(shown, step), step)
-        return figures
+        return figures, alarm
 
     def _sample(self, policy, drawn: list[int], progress: bool, alone: bool) -> Tensor:
         # among others no lanes: each pass through a sharded policy is a conversation, which threads would start in any order
@@ -126,21 +133,34 @@ class WinRateValidation(L.Callback):
             latents = sample_prompts(self.backbone, policy, text, seeds, settings, bar.update)
         return latents.to(torch.float16).float()
 
-    def _figures(self, images: list[Image], mine: list[int]) -> dict[str, float]:
+    def _figures(self, images: list[Image], mine: list[int], step: int) -> tuple[dict[str, float], str | None]:
         """Of all processes' images together: the same in each of them."""
+        figures: dict[str, float] = {}
+        rates: dict[str, dict[int, float]] = {}  # reward -> {prompt: win-rate} of this process's share
+        for group, rewards in {"val": self.rewards, GROUP: self.held_out.rewards}.items():
+            for reward in rewards:
+                found, rates[reward.name] = self._judged(reward, images, mine)
+                figures |= {f"{group}/{kind}/{reward.name}": value for kind, value in found.items()}
+        own = [figures[f"{MONITOR}/{reward.name}"] for reward in self.rewards]
+        figures = {MONITOR: sum(own) / len(own), **figures}
+        if not self.held_out.rewards:
+            return figures, None
+        everyones = by_prompt(gathered(rates))
+        held_out = {reward.name: everyones.pop(reward.name) for reward in self.held_out.rewards}
+        verdict = judge(list(everyones.values()), held_out, self.held_out.seed)
+        return figures | verdict.figures(), verdict.message(step)
+
+    def _judged(self, reward: Reward, images: list[Image], mine: list[int]) -> tuple[dict[str, float], dict[int, float]]:
+        """Win-rate and mean score of all processes' images, and the win-rates of the prompts that this one has drawn."""
         per_prompt = len(self.base.seeds[0])
         prompts = [self.base.prompts[row].text for row in mine for _ in range(per_prompt)]
-        figures: dict[str, float] = {}
-        for reward in self.rewards:
-            rate, score = WinRate(), MeanMetric()
-            if mine:
-                scores = reward.score(images, prompts).view(len(mine), per_prompt)
-                rate.update(scores, self.base.base_scores[reward.name][mine])
-                score.update(scores)
-            figures[f"val/win_rate/{reward.name}"] = float(rate.compute())
-            figures[f"val/score/{reward.name}"] = float(score.compute())
-        rates = [value for name, value in figures.items() if name.startswith("val/win_rate/")]
-        return {MONITOR: sum(rates) / len(rates), **figures}
+        rate, score, rates = WinRate(), MeanMetric(), {}
+        if mine:
+            scores, base = reward.score(images, prompts).view(len(mine), per_prompt), self.base.base_scores[reward.name][mine]
+            rate.update(scores, base)
+            score.update(scores)
+            rates = dict(zip(mine, win_rate(scores, base).tolist(), strict=True))
+        return {"win_rate": float(rate.compute()), "score": float(score.compute())}, rates
 
     def _shown(self, images: list[Image], mine: list[int]) -> list[Image]:
         """The policy's first image of the first prompts, whichever process has drawn it."""

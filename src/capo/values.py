@@ -117,6 +117,10 @@ TABLE: dict[str, Rule] = {
     "validation.every": whole(1),
     "validation.images": whole(2),
     "validation.pictures": whole(1),
+    "validation.held_out": Rule(
+        "rewards by name: validation.held_out=[looks] on the command line, rewards@validation.held_out: [looks] among a file's defaults",
+        lambda value: value is None or isinstance(value, Mapping),
+    ),
     "evaluation.seed": SEED,
     "evaluation.images": whole(2),
     "evaluation.zero_prompts": whole(1),
@@ -139,6 +143,7 @@ TABLE: dict[str, Rule] = {
     "trainer.channels_last": SWITCH,
     "trainer.log_every": whole(1),
     "model.name": TEXT,
+    "model.adapter_lr": number(above=0),
     "model.backbone.dtype": one_of(list(DTYPES)),
     "model.backbone.t5": SWITCH,
     "model.backbone.sequence_length": whole(0, LONGEST),
@@ -147,7 +152,7 @@ TABLE: dict[str, Rule] = {
     "model.lora.seed": SEED,
     **{
         f"{place}.*.{key}": rule
-        for place in ("rewards", "evaluation.rewards", "evaluation.oracle")
+        for place in ("rewards", "evaluation.rewards", "evaluation.oracle", "validation.held_out")
         for key, rule in {
             "link": one_of(list(LINKS)), "scale": number(above=0), "needs_prompt": SWITCH, "python": optional(TEXT),
             "timeout": number(above=0),

@@ -20,6 +20,7 @@ from capo.backbones.lora import ATTENTION
 from capo.backbones.schedulers import scheduler_class
 from capo.errors import InputError
 from capo.fingerprints import component_fingerprint
+from capo.fitting import FittingBatch
 from capo.reference import cpu_copy
 
 # What `predict` needs beside latents and time, each tensor with a leading batch dimension.
@@ -70,6 +71,7 @@ class Backbone(ABC):
         self.folder = pipeline_folder(self.weights, revision, variant, unused)
         self.pipeline = load_pipeline(self.folder, self.pipeline_classes, variant, self.dtype, unused)
         self._vae_folder: Path | None = None
+        self.other_scheduler, self.other_vae = scheduler is not None, None if vae is None else (str(vae), vae_revision)
         if vae is not None:
             self.pipeline.vae, self._vae_folder = load_vae(vae, vae_revision, self.dtype)
         if scheduler is not None:
@@ -213,13 +215,16 @@ class Backbone(ABC):
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch: int = 8) -> list[Image.Image]:
-        """Latents (B, C, H, W) as the denoiser sees them -> B 8-bit RGB images, `batch` at a time."""
-        images: list[Image.Image] = []
-        for chunk in latents.split(batch):
-            raw = from_denoiser(self.vae, chunk.to(self.device, self.vae.dtype))
-            pixels = self.vae.decode(raw, return_dict=False)[0]
-            images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
-        return images
+        """Latents (B, C, H, W) as the denoiser sees them -> B 8-bit RGB images, `batch` at a time, fewer where memory runs out."""
+        return [image for images in self._decoding(lambda part: self._pictures(latents[part]), len(latents), batch) for image in images]
+
+    @cached_property
+    def _decoding(self) -> FittingBatch:
+        return FittingBatch("the VAE", "set model.backbone.dtype=bfloat16, or score on a device with more memory (generate.py stage=score)")
+
+    def _pictures(self, latents: Tensor) -> list[Image.Image]:
+        raw = from_denoiser(self.vae, latents.to(self.device, self.vae.dtype))
+        return self.pipeline.image_processor.postprocess(self.vae.decode(raw, return_dict=False)[0], output_type="pil")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def find_pipeline(
     snapshot, in_cache = _in_cache(str(weights), revision, variant, unused)
     if snapshot is not None:
         return snapshot
-    if refusal := _hub_refusal(str(weights), revision):
+    if refusal := hub_refusal(str(weights), revision):
         raise MissingWeights(_not_here(str(weights), revision, variant, in_cache, refusal))
     return None
 
@@ -117,7 +117,7 @@ def _has_weights(folder: Path, variant: str | None) -> bool:
     return bool(weight_files(folder, variant)) or any(any(folder.glob(pattern)) for pattern in PICKLES)
 
 
-def _hub_refusal(weights: str, revision: str | None) -> str | None:
+def hub_refusal(weights: str, revision: str | None) -> str | None:
     """Why the hub does not hand the repository out; None where it does."""
     if is_offline_mode():
         return "not asked, because HF_HUB_OFFLINE says so"
@@ -223,7 +223,7 @@ def find_vae(weights: str, revision: str | None) -> None:
             snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES, local_files_only=True)
             return
         except (OSError, ValueError):
-            refusal = _hub_refusal(str(weights), revision)
+            refusal = hub_refusal(str(weights), revision)
     if refusal:
         raise InputError(_no_vae(weights, revision, refusal))
 

@@ -5,6 +5,7 @@ in a reward's yaml as `scorer: {_target_: ...}`, beside what is known about it; 
 belong in its constructor, which runs when the first image is scored.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -21,6 +22,7 @@ from torch import Tensor
 from capo.calibration import LINKS
 from capo.errors import InputError
 from capo.fingerprints import content_fingerprint, file_digest
+from capo.fitting import FittingBatch
 from capo.rewards.isolated import IsolatedScorer, check_environment
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
@@ -42,6 +44,7 @@ class Reward:
     requires: Sequence[str] = ()  # modules that the scorer imports
     extra: str | None = None  # the pip extra of this package that brings them
     python: str | None = None  # another environment's interpreter, which the scorer runs under; moves no score
+    isolated: bool = False  # its modules are not for this process: where python is null it runs in another one of this interpreter
     timeout: float = 300.0  # seconds after which a scorer there that has not answered is ended
 
     def __post_init__(self) -> None:
@@ -51,8 +54,9 @@ class Reward:
         if not self.scale > 0:
             raise InputError(f"reward '{self.name}': scale {self.scale} must be above 0; for a reward that "
                              "is better when lower, negate it in its scorer")
-        if self.python and not isinstance(self.scorer, Mapping):
-            raise InputError(f"reward '{self.name}': python={self.python} needs a scorer that is named, "
+        if (self.python or self.isolated) and not isinstance(self.scorer, Mapping):
+            place = f"python={self.python}" if self.python else "isolated=true"
+            raise InputError(f"reward '{self.name}': {place} needs a scorer that is named, "
                              "`scorer: {_target_: module.Class}`, not a callable of this process")
 
     @cached_property
@@ -63,6 +67,17 @@ class Reward:
         return content_fingerprint({"scorer": scorer, "weights": weights, "revision": self.revision})
 
     @property
+    def sources(self) -> dict[str, tuple[str, str | None]]:
+        """setting -> (file, folder or hub id; revision) of all that a scorer of this package reads in this process."""
+        if self.python or self.isolated or not isinstance(self.scorer, Mapping) or not str(self.scorer["_target_"]).startswith("capo.rewards."):
+            return {}
+        paired = {key: "revision" if key == "weights" else f"{key}_revision" for key in self.scorer}
+        return {
+            f"rewards.{self.name}.{key if key == 'weights' else f'scorer.{key}'}": (str(self.scorer[key]), self.scorer[revision])
+            for key, revision in paired.items() if revision in self.scorer and self.scorer[key]
+        }  # fmt: skip
+
+    @property
     def key(self) -> str:
         """`<name>-<fp8>`: under this its scores lie in a pool."""
         return f"{self.name}-{self.fingerprint[:8]}"
@@ -71,30 +86,45 @@ class Reward:
     def _callable(self) -> Scorer:
         return _build(self) if isinstance(self.scorer, Mapping) else self.scorer
 
+    @cached_property
+    def _batches(self) -> FittingBatch:
+        return FittingBatch(f"reward '{self.name}'", "score apart from sampling (generate.py stage=score) or on a device with more memory, "
+                            "or choose smaller weights")  # fmt: skip
+
     def setup(self, device: str | torch.device) -> None:
         """Builds the scorer, moves it to `device` if it has a `to`; InputError where it cannot be built."""
         if hasattr(self._callable, "to"):
             self._callable.to(device)
 
+    @property
+    def side(self) -> int | None:
+        """Pixels of the square images that it judges, where its scorer's `side` says that it takes no others."""
+        return getattr(self._callable, "side", None)
+
     def score(self, images: Sequence[Image], prompts: Sequence[str],
               where: Callable[[int], str] | None = None) -> Tensor:
-        """Raw scores (B,) float32 on the CPU, one an image.
+        """Raw scores (B,) float32 on the CPU, one an image; in smaller batches where the device's memory runs out.
 
         `where` names image i of the batch in messages. Raises InputError for a score that is not finite, or
-        no probability where the link is log, and for a scorer that does not return (B,).
+        no probability where the link is log, for a scorer that does not return (B,), and where one image
+        alone is too large for the device.
         """
-        with torch.no_grad():
-            raw = self._callable(list(images), list(prompts))
-        scores = torch.as_tensor(raw).detach().to("cpu", torch.float32)
-        if scores.shape != (len(images),):
-            raise InputError(f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for "
-                             f"{len(images)} images; it must return one number an image, shape (B,)")
+        scores = torch.cat(self._batches(lambda part: self._raw(images[part], prompts[part]), len(images)))
         if (bad := self._unusable(scores)).any():
             first = int(bad.nonzero()[0])
             place = where(first) if where else f'image {first} ("{prompts[first]}")'
             fault = "is no probability" if self.link == "log" else "cannot be compared"
             raise InputError(f"{place}: reward '{self.name}' is {scores[first].item()}, which {fault}; check "
                              "its weights and precision, then run generate.py again (what is scored stays)")
+        return scores
+
+    @torch.no_grad()
+    def _raw(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        raw = self._callable(list(images), list(prompts))
+        scores = torch.as_tensor(raw).detach().to("cpu", torch.float32)
+        if scores.shape != (len(images),):
+            raise InputError(f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for "
+                             f"{len(images)} images; it must return one number an image, shape (B,)")
         return scores
 
     def _unusable(self, scores: Tensor) -> Tensor:
@@ -120,7 +150,7 @@ def _no_scorer(names: Sequence[str], place: str) -> str:
     first = names[0]
     group = "rewards" if place == "rewards" else f"rewards@{place}"
     return (
-        f"{place}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} no scorer in this version. Bring your own, a "
+        f"{place}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} no scorer. Bring your own, a "
         f"callable (images, prompts) -> (B,): `scorer: {{_target_: module.Class}}` in conf/rewards/{first}.yaml, or "
         f"+{place}.{first}.scorer._target_=module.Class on the command line; or choose other rewards ({group}=shapes)"
     )
@@ -146,12 +176,14 @@ def _load(name: str, entry: dict[str, Any], place: str) -> Reward:
 
 def _not_installed(reward: Reward, modules: str) -> str:
     remedy = f"pip install 'capo[{reward.extra}]'" if reward.extra else f"pip install {modules}"
+    if reward.isolated:
+        remedy += f", or give the interpreter of an environment that has it: ++rewards.{reward.name}.python=/path/to/env/bin/python"
     return f"reward '{reward.name}' needs {modules}, which is not installed: {remedy}"
 
 
 def _build(reward: Reward) -> Scorer:
-    if reward.python:
-        return IsolatedScorer(reward.name, reward.python, reward.scorer, reward.timeout)
+    if reward.python or reward.isolated:
+        return IsolatedScorer(reward.name, reward.python or sys.executable, reward.scorer, reward.timeout)
     try:
         return instantiate(dict(reward.scorer), _convert_="all")
     except InstantiationException as error:
@@ -177,9 +209,16 @@ def _content(value: Any) -> Any:
     # without a slash it is a word: a folder that happens to be called like an option must change nothing
     if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
         path = Path(value).expanduser()
-        if path.is_file():
+        if _lies_there(path) and path.is_file():
             return file_digest(path)
-        if path.is_dir():
+        if _lies_there(path) and path.is_dir():
             return {str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*"))
                     if file.is_file() and not file.name.startswith(".")}
     return value
+
+
+def _lies_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a name: a sentence with a slash in it
+        return False

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from capo.backbones.loading import hub_refusal
 from capo.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -36,12 +37,31 @@ def fetch(source: str, revision: str | None, setting: str, *patterns: str) -> Pa
         if any(any(path.glob(pattern)) for pattern in patterns):
             return path
         raise InputError(f"{setting}={source}: that folder holds no {' and no '.join(patterns)}; give the folder that does")
+    _require_hub_id(source, setting)
+    return _from_hub(source, revision, setting, patterns)
+
+
+def look_for(source: str, revision: str | None, setting: str) -> None:
+    """InputError, as `fetch`'s, where `source` is neither here nor in the hub's cache nor to be had from the hub; downloads nothing.
+
+    What a file or folder holds is not looked at.
+    """
+    if Path(source).expanduser().exists():
+        return
+    _require_hub_id(source, setting)
+    try:
+        snapshot_download(source, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        if refusal := hub_refusal(source, revision):
+            raise InputError(_not_here(source, revision, setting, (), refusal)) from None
+
+
+def _require_hub_id(source: str, setting: str) -> None:
     if not HUB_ID.fullmatch(str(source)):
         raise InputError(
-            f"{setting}={source}: no such file or folder (looked at '{path.absolute()}'); give one that is there, or a hub id such as "
-            "'owner/name'"
+            f"{setting}={source}: no such file or folder (looked at '{Path(source).expanduser().absolute()}'); give one that is there, or "
+            "a hub id such as 'owner/name'"
         )
-    return _from_hub(source, revision, setting, patterns)
 
 
 def _from_hub(source: str, revision: str | None, setting: str, patterns: Collection[str]) -> Path:
@@ -57,7 +77,7 @@ def _from_hub(source: str, revision: str | None, setting: str, patterns: Collect
 
 
 def _not_here(source: str, revision: str | None, setting: str, patterns: Collection[str], reason: str) -> str:
-    includes = [f"--include '{pattern}'" for pattern in [*SMALL, *patterns]]
+    includes = [f"--include '{pattern}'" for pattern in ([*SMALL, *patterns] if patterns else [])]
     command = " ".join([f"hf download {source}", *([f"--revision {revision}"] if revision else []), *includes])
     return (
         f"{setting}={source} (revision {revision or 'main'}) is not here\n"

@@ -232,6 +232,7 @@ class _Scorer:
     """A network with weights from a safetensors file, stored in float16, run in float32."""
 
     network: type[nn.Module]
+    side = SIDE  # of the images, which have no other size
 
     def __init__(self, weights: str | Path):
         if not Path(weights).is_file():

@@ -1,0 +1,46 @@
+"""`generate.py stage=score`: a reward more for pools that are there, without sampling again."""
+
+import hashlib
+
+import generate as generate_script
+import pytest
+import train as train_script
+
+from capo import stages, validation
+from capo.errors import InputError
+
+
+def digests(folder, pattern):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))}
+
+
+def scored(folder, split):
+    return {path.name.split("-")[0] for path in folder.glob(f"tiny-*-{split}/scores/*")}
+
+
+def test_a_third_reward_leaves_the_latents_alone_and_training_takes_it(tiny_run, monkeypatch, capsys):
+    pools = tiny_run.folder / "pools"
+    generate_script.run(tiny_run("two", config="generate"))
+    assert scored(pools, "train") == scored(pools, "validation") == {"r", "g"}
+    latents, scores = digests(pools, "*/latents/*"), digests(pools, "*/scores/*/*")
+    sample = stages.sample_prompts
+
+    def refuse(*args, **options):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(stages, "sample_prompts", refuse)
+    generate_script.run(tiny_run("third", "stage=score", config="generate", rewards=3))
+    assert scored(pools, "train") == scored(pools, "validation") == {"r", "g", "b"}
+    assert digests(pools, "*/latents/*") == latents and len(latents) >= 4
+    after = digests(pools, "*/scores/*/*")
+    assert {path: after[path] for path in scores} == scores and len(after) > len(scores)
+    assert validation.sample_prompts is sample  # the policy's images are drawn, the base's are there
+    capsys.readouterr()
+    train_script.run(tiny_run("trained", "evaluate=false", rewards=3))
+    assert "4 prompts x 4 candidates of the base, scored by b, g, r" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert digests(pools, "*/latents/*") == latents
+
+
+def test_the_stage_that_scores_has_one_documented_name(tiny_run):
+    with pytest.raises(InputError, match=r"stage=scor is unknown; choose all, text, latents, score, import, .*; did you mean score\?"):
+        generate_script.run(tiny_run("slip", "stage=scor", config="generate"))
