@@ -364,6 +364,7 @@ def test_what_was_probably_meant():
     (["objectiv.beta=3"], "error: there is no key 'objectiv.beta'; did you mean objective.beta?"),
     (["objective.betta=3"], "error: there is no key 'objective.betta'; did you mean objective.beta?"),
     (["objective=CAPO"], "error: objective=CAPO: no such choice; there are capo, dpo, ipo, sft; did you mean objective=capo?"),
+    (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
     (["objective.beta"], "error: 'objective.beta' cannot be read (missing EQUAL at '<EOF>'); write key=value"),
     (["hydra.run.dir=file/run"], "error: file/run cannot be used (Not a directory): make room there, or choose another place"),
     (["hydra.run.dir=file"], "error: file cannot be used (File exists): make room there, or choose another place"),

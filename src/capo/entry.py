@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra._internal import utils as hydra_internals
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +28,7 @@ PLACE_ERRORS = {
 }  # fmt: skip
 OTHER_PLACE = "make room there, or choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
 NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")  # null and a mapping are values, anything else names files
+SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
 UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
 
@@ -101,10 +103,11 @@ def command_fault(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See "))]
         return f"'{error.override}' cannot be read ({' '.join(reasons)}); write key=value, and quote what has brackets or spaces"
-    if isinstance(error, MissingConfigException) and error.options:
+    if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        near = [f"{group}={name}" for name in closest(choice, error.options)]
-        return f"{group}={choice}: no such choice; there are {', '.join(error.options)}{_meant(near)}"
+        if options := error.options or _choices(str(error), group):
+            near = [f"{group}={name}" for name in closest(choice, options)]
+            return f"{group}={choice}: no such choice; there are {', '.join(options)}{_meant(near)}"
     if not isinstance(error, ConfigCompositionException):
         return None
     cause, unknown = error.__cause__, UNKNOWN_KEY.search(str(error))
@@ -136,6 +139,12 @@ def _keys(cfg: DictConfig) -> list[str]:
 
     walk(OmegaConf.to_container(cfg, resolve=False), "")
     return [*dict.fromkeys([*map(str, cfg), *found])]
+
+
+def _choices(message: str, group: str) -> list[str]:
+    """Files of a group in the folder that Hydra searched, where it does not say itself: one of a list is not there."""
+    searched = SEARCHED.search(message)
+    return sorted(path.stem for path in Path(searched[1], group).glob("*.yaml")) if searched and group else []
 
 
 def _meant(names: list[str]) -> str:
