@@ -30,7 +30,7 @@ from capo.config import (
 )
 from capo.entry import plain_errors, start
 from capo.errors import InputError
-from capo.generation import STAGES, fill_pool
+from capo.generation import COMMANDS, STAGES, fill_pool
 from capo.importing.filling import import_pool
 from capo.importing.sources import Source
 from capo.importing.survey import described
@@ -42,7 +42,7 @@ from capo.sampling import SamplerSettings
 from capo.values import check_values, closest
 
 console = Console()
-FILLING = {"all": STAGES, "text": ("text",), "latents": ("latents",), "score": ("scores",)}  # stage -> what of a pool it makes
+FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}  # stage -> what of a pool it makes
 
 
 def import_source(cfg: DictConfig) -> Source:

@@ -21,9 +21,9 @@ def test_the_stage_asks_for_what_it_needs(tiny_run):
     with pytest.raises(InputError, match="there is no pool .* stage=all first"):
         report()
     assert not list((tiny_run.folder / "pools").glob("tiny-*-31-train"))  # asking makes nothing
-    for stage, lacking in (("text", "latents"), ("latents", "scores")):
+    for stage, lacking, needed in (("text", "latents", "latents"), ("latents", "scores", "score")):
         generate_script.run(tiny_run("unused", f"stage={stage}", "pool.seed=31", config="generate"))
-        with pytest.raises(InputError, match=f"1 shards lack their {lacking}.* stage={lacking} first"):
+        with pytest.raises(InputError, match=f"1 shards lack their {lacking}.* stage={needed} first"):
             report()
 
 

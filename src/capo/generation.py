@@ -20,7 +20,8 @@ from capo.sampling import SamplerSettings
 from capo.stages import LatentStage, ScoreStage, Stage, TextStage
 
 WAIT = 0.5  # seconds until shards that another process works on are looked at again
-STAGES = ("text", "latents", "scores")
+COMMANDS = {"text": "text", "latents": "latents", "scores": "score"}  # stage -> what generate.py calls it: stage=...
+STAGES = tuple(COMMANDS)
 
 
 def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, settings: SamplerSettings) -> str:
@@ -116,7 +117,7 @@ def fill_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Rewar
             run_stage(stage, progress)
         elif stage.todo():
             raise InputError(f"pool {pool.folder}: {len(stage.todo())} shards lack their {stage.name}, which "
-                             f"{wanted[-1].name} needs: run generate.py stage={stage.name} first")
+                             f"{wanted[-1].name} needs: run generate.py stage={COMMANDS[stage.name]} first")
     return pool
 
 

@@ -12,7 +12,7 @@ from capo.calibration import calibrate
 from capo.calibration_page import print_report, write_report
 from capo.calibration_report import CalibrationReport, calibration_report
 from capo.errors import InputError
-from capo.generation import ImageGenerator, PoolPlan
+from capo.generation import COMMANDS, ImageGenerator, PoolPlan
 from capo.importing.filling import HUMAN
 from capo.pairs import Strategy
 from capo.pool import Pool, pool_name
@@ -37,7 +37,7 @@ def check_scored(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Re
     for stage in (TextStage(*given), latents, ScoreStage(*given, rewards, plan.candidates)):
         if lacking := stage.todo():
             raise InputError(f"pool {folder}: {len(lacking)} shards lack their {stage.name}, which stage=report needs: run generate.py "
-                             f"stage={stage.name} first (stage=all runs every stage that is left)")
+                             f"with the same values and stage={COMMANDS[stage.name]} first (stage=all runs every stage that is left)")
 
 
 def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Console) -> Path:
