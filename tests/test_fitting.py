@@ -14,6 +14,7 @@ from capo.prompts import Prompt
 from capo.rewards import Reward
 from capo.rewards.isolated import WorkerOutOfMemory
 from capo.sampling import SamplerSettings
+from capo.validation import ValidationSet, WinRateValidation
 
 
 class Hungry:
@@ -107,3 +108,36 @@ def test_the_vae_decodes_what_fits(tiny_backbone, monkeypatch):
     assert asked == [4, 2, 1, 1, 1, 1, 1]
     for image, other in zip(images, whole, strict=True):  # rounding to 8 bits may tip by one
         assert max(abs(a - b) for a, b in zip(image.tobytes(), other.tobytes(), strict=True)) <= 1
+
+
+DEVICE = "cpu:0"  # another name of the only one there is
+
+
+class Traveller:
+    """Says where it was taken, and scores on the device alone."""
+
+    def __init__(self):
+        self.where = []
+
+    def to(self, device):
+        self.where.append(str(device))
+
+    def __call__(self, images, prompts):
+        assert self.where[-1] == DEVICE
+        return torch.arange(float(len(images)))
+
+
+class Elsewhere(FakeBackbone):
+    device = torch.device(DEVICE)
+
+
+def test_a_reward_is_on_the_device_while_it_scores_and_leaves_the_memory_to_training(tmp_path):
+    backbone, prompts, traveller = Elsewhere(), [Prompt("1", "a ring"), Prompt("2", "a red ring")], Traveller()
+    reward, settings = Reward("traveller", traveller), SamplerSettings(steps=2, guidance=1.0, batch=4)
+    pool = fill_pool(PoolPlan(tmp_path, "fake", "train", 0, prompts, 2), ImageGenerator.base(backbone, settings), [reward], progress=False)
+    assert traveller.where == [DEVICE, "cpu"]
+    base = ValidationSet(prompts, backbone.encode_prompts(["a ring", "a red ring"]), [[1], [2]], {"traveller": torch.zeros(2, 1)}, [])
+    validation = WinRateValidation(base, backbone, [reward], settings, 1, tmp_path)
+    figures, _ = validation._figures([Image.new("RGB", (2, 2))] * 2, [0, 1], 1, backbone.device)
+    assert traveller.where == [DEVICE, "cpu"] * 2
+    assert figures["val/win_rate/traveller"] == 0.75 and pool.folder.is_dir()  # scores 0 and 1 against 0: a tie and a win

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from capo.memory import checkpoint_bytes, holdings, optimiser_bytes, parameters,
 from capo.module import Execution, PreferenceModule, Weighting
 from capo.objectives import capo
 from capo.passes import Forward, activation_bytes, adapter_of, decoder_forward, denoiser_forward
-from capo.planning import PoolRequest, Request, SamplingRequest, TrainingRequest, flops_of, hours
+from capo.planning import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest, device_memory, flops_of, host_memory, hours, notes
 from capo.shapes.make.mmdit import T5_TOKENS, build_transformer
 from capo.strategies import Division
 
@@ -223,6 +224,17 @@ def test_a_pair_is_two_images_through_policy_and_reference_and_back(unet):
     assert flops_of(request(unet, lora=ADAPTER))["pair"] == pytest.approx(2 * (2 * forward + once.weight_flops + 2 * once.attention_flops))
     # six steps with guidance, and a decoded latent
     assert plain["image"] == pytest.approx(6 * 2 * forward + decoder_forward(unet).flops)
+
+
+def test_rewards_count_where_they_are(unet):
+    plain = device_memory(request(unet))
+    with_rewards = replace(request(unet), rewards=RewardRequest(pool=7e9, validation=4e9, evaluation=6e9, everything=8e9, unknown=["vila"]))
+    device, host = device_memory(with_rewards), host_memory(with_rewards)
+    assert [device[phase]["total"] - plain[phase]["total"] for phase in ("pool", "training", "validation", "scoring", "evaluation")] == [7e9, 0, 0, 4e9, 6e9]
+    # beside what training holds, and no VAE: that has left
+    assert device["scoring"]["total"] == device["training"]["total"] - device["training"]["activations"] + 4e9
+    assert host["training"]["rewards"] == host["loading"]["rewards"] == 8e9
+    assert "memory of these rewards is not known and left out: vila" in notes(with_rewards)
 
 
 def test_hours_by_hand(unet):

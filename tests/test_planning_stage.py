@@ -14,7 +14,7 @@ from rich.console import Console
 
 from capo import lacking
 from capo.errors import InputError
-from capo.plan_stage import run_plan
+from capo.plan_stage import reward_request, run_plan
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -23,10 +23,13 @@ DENOISERS = {"sdxl": 2_567_463_684, "sd3": 2_028_328_000, "sd15": 859_520_964, "
 Usage = namedtuple("Usage", "total used free")
 
 
-def planned(folder, *overrides: str) -> tuple[dict, str]:
+def composed(*overrides: str, folder=Path("/nowhere")):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=[f"run_dir={folder / 'run'}", f"pool.root={folder / 'pools'}", "plan=true", *overrides])
-    return plan_of(cfg)
+        return compose("train", overrides=[f"run_dir={folder / 'run'}", f"pool.root={folder / 'pools'}", "plan=true", *overrides])
+
+
+def planned(folder, *overrides: str) -> tuple[dict, str]:
+    return plan_of(composed(*overrides, folder=folder))
 
 
 def plan_of(cfg) -> tuple[dict, str]:
@@ -109,3 +112,13 @@ def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
 def test_values_that_cannot_be_used_end_a_plan(tmp_path):
     with pytest.raises(InputError, match="planning.utilisation=1.5: must be a number above 0 and at most 1"):
         planned(tmp_path, "planning.utilisation=1.5")
+
+
+def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():
+    cfg = composed("rewards=[mps,vqascore,vila]", "rewards@evaluation.rewards=[pickscore]", "+rewards@validation.held_out=[clipscore]")
+    found = reward_request(cfg)
+    assert (found.pool, found.validation, found.evaluation) == pytest.approx((4.42e9 + 45.84e9, 45.84e9, 3.94e9))
+    assert found.everything == pytest.approx((4.42 + 45.84 + 3.94 + 1.71) * 1e9) and found.unknown == ["vila"]
+    half = reward_request(composed(*(f"{override}.scorer.precision=bfloat16" for override in ("rewards.vqascore", "evaluation.rewards.vqascore")),
+                                   "rewards=[vqascore]", "rewards@evaluation.rewards=[vqascore]"))  # fmt: skip
+    assert half.pool == half.evaluation == pytest.approx(22.92e9)

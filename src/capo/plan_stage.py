@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from capo.objectives import requirements
 from capo.optimisers import check_optimiser
 from capo.passes import adapter_of
 from capo.plan_table import print_plan
-from capo.planning import PoolRequest, Request, SamplingRequest, TrainingRequest, disk_space, make_plan
+from capo.planning import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest, disk_space, make_plan
 from capo.processes import launch
-from capo.rewards import load_rewards
+from capo.rewards import Reward, load_rewards
 from capo.strategies import device_count, divide
 from capo.values import check_values
 
@@ -96,14 +96,34 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
     }
 
 
+def reward_request(cfg: DictConfig) -> RewardRequest:
+    """What the rewards hold, those left out that this machine cannot name (`find_missing` says so)."""
+    trained, evaluated, watching = (_known_rewards(cfg, place) for place in ("rewards", "evaluation.rewards", "validation.held_out"))
+    each = {reward.key: reward for reward in [*trained, *evaluated, *watching]}.values()
+
+    def total(rewards: Sequence[Reward]) -> float:
+        return sum(reward.held or 0 for reward in rewards)
+
+    return RewardRequest(
+        max(total(trained), total(evaluated)), max((reward.held or 0 for reward in [*trained, *watching]), default=0), total(evaluated),
+        total(list(each)), [reward.name for reward in each if reward.held is None],
+    )  # fmt: skip
+
+
+def _known_rewards(cfg: DictConfig, place: str) -> list[Reward]:
+    entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
+    return [Reward(name, **entry) for name, entry in sorted(entries.items()) if entry.get("scorer")]
+
+
 def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
     """Everything that the plan of `cfg` follows from. Raises InputError for a model without configs."""
     blueprint, sampling = blueprint_of(cfg), cfg.sampling
     drawing = SamplingRequest(sampling.steps, 2 if sampling.guidance > 1 else 1, sampling.batch, sampling.precision, sampling.decode or sampling.batch)
     itemsize = DTYPES[cfg.model.backbone.get("dtype", "float32")].itemsize
     return Request(
-        blueprint, training_request(cfg, blueprint), drawing, pool_requests(cfg, counts), itemsize, cfg.planning.flops, cfg.planning.utilisation
-    )
+        blueprint, training_request(cfg, blueprint), drawing, pool_requests(cfg, counts), itemsize, cfg.planning.flops,
+        cfg.planning.utilisation, reward_request(cfg),
+    )  # fmt: skip
 
 
 def room_findings(cfg: DictConfig, request: Request) -> list[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from capo.blueprint import Blueprint
@@ -87,6 +87,20 @@ class PoolRequest:
 
 
 @dataclass(frozen=True)
+class RewardRequest:
+    """Bytes of the rewards' weights: all that score a pool at once, the largest of a validation, and all of them.
+
+    Rewards of `unknown` are left out: nobody has said what they hold. One in a process of its own counts like any other.
+    """
+
+    pool: float = 0
+    validation: float = 0
+    evaluation: float = 0
+    everything: float = 0
+    unknown: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Request:
     """Everything that a plan follows from; sizes in bytes, `flops` those of one device at its peak in a second."""
 
@@ -97,6 +111,7 @@ class Request:
     itemsize: int  # of the base's weights in memory, and of what its encoders give
     flops: float
     utilisation: float
+    rewards: RewardRequest = RewardRequest()
 
     def holdings(self, shards: int = 1) -> Holdings:
         """What the run keeps on each of so many devices."""
@@ -149,10 +164,14 @@ def device_memory(request: Request) -> dict[str, object]:
     drawing = sampling.batch * sampling.branches * denoiser_forward(blueprint, sampling.precision, training.gpu).working
     decoding = sampling.decode * decoder_forward(blueprint).working
     copies = autocast_copies(blueprint, training.lora, sampling.precision)  # of a policy; the base is frozen
+    base, rewards, policy = pipeline[blueprint.denoiser_name], request.rewards, request.holdings().weights
     return _phases({
-        "pool": {"denoiser": pipeline[blueprint.denoiser_name], "VAE and text encoders": others, DRAWING: max(drawing, decoding)},
+        "pool": {"denoiser": base, "VAE and text encoders": others, "rewards": rewards.pool, DRAWING: max(drawing, decoding)},
         "training": {**kept, "activations": activations},
         "validation": {**kept, "VAE and text encoders": others, DRAWING: max(drawing + copies, decoding)},
+        "scoring": {**kept, "rewards": rewards.validation},
+        "evaluation": {"denoiser": base, "policy": policy, "VAE and text encoders": others, "rewards": rewards.evaluation,
+                       DRAWING: max(drawing + copies, decoding)},
     })  # fmt: skip
 
 
@@ -160,9 +179,10 @@ def host_memory(request: Request) -> dict[str, object]:
     """Bytes of each part beside the device: the pipeline waits there while others are on it, and a checkpoint is collected."""
     whole = request.holdings()
     pipeline = sum(pipeline_bytes(request.blueprint, request.itemsize).values())
+    rewards = request.rewards.everything
     return _phases({
-        "loading": {"pipeline": pipeline, "policy": whole.weights, "reference": whole.reference},
-        "training": {"pipeline": pipeline, "checkpoint in flight": request.checkpoint},
+        "loading": {"pipeline": pipeline, "rewards": rewards, "policy": whole.weights, "reference": whole.reference},
+        "training": {"pipeline": pipeline, "rewards": rewards, "checkpoint in flight": request.checkpoint},
     })  # fmt: skip
 
 
@@ -229,6 +249,8 @@ def notes(request: Request) -> list[str]:
     unknown = [name for name, pool in request.pools.items() if pool.prompts is None]
     if unknown:
         told.append(f"number of prompts unknown until the sets are read or given a limit: {', '.join(unknown)}")
+    if request.rewards.unknown:
+        told.append(f"memory of these rewards is not known and left out: {', '.join(request.rewards.unknown)}")
     if request.training.gpu and request.training.precision != "32-true":
         told.append("activations follow a GPU's autocast; on a CPU they are somewhat smaller")
     return told

@@ -28,8 +28,8 @@ FREE = (
     *(f"trainer.{key}" for key in ("strategy", "devices", "num_nodes", "micro_batch", "gradient_checkpointing", "compile",
                                    "compile_tolerance", "channels_last")),
 )  # fmt: skip
-# where a reward runs, and how long it may take
-FREE_OF_REWARDS = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout)")
+# where a reward runs, how long it may take, and what is known of its size
+FREE_OF_REWARDS = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)")
 MISSING = "(not there)"
 
 

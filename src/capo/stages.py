@@ -182,6 +182,11 @@ class ScoreStage(Stage):
         for reward in self.rewards:
             reward.setup(self.backbone.device)
 
+    def close(self) -> None:
+        """Leaves the device to what comes next."""
+        for reward in self.rewards:
+            reward.rest()
+
     def missing(self, row: int) -> list[Shard]:
         return [shard for shard in self.pool.row_shards(row, self.candidates) if self._unscored(shard)]
 

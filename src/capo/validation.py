@@ -115,9 +115,7 @@ class WinRateValidation(L.Callback):
             latents = self._sample(policy, drawn, trainer.is_global_zero, alone=trainer.world_size == 1)
             policy.train(was_training)
             images = self.backbone.decode(latents[: len(mine)].flatten(0, 1), batch=self.settings.decoded) if mine else []
-            for reward in [*self.rewards, *self.held_out.rewards]:  # which no pool may have set up, where all were complete
-                reward.setup(self.backbone.device)
-        figures, alarm = self._figures(images, mine, step)
+        figures, alarm = self._figures(images, mine, step, trainer.strategy.root_device)
         shown = self._shown(images, mine)
         if trainer.is_global_zero:
             log_picture(trainer.loggers, "validation", self._draw(shown, step), step)
@@ -133,13 +131,13 @@ class WinRateValidation(L.Callback):
             latents = sample_prompts(self.backbone, policy, text, seeds, settings, bar.update)
         return latents.to(torch.float16).float()
 
-    def _figures(self, images: list[Image], mine: list[int], step: int) -> tuple[dict[str, float], str | None]:
+    def _figures(self, images: list[Image], mine: list[int], step: int, device: torch.device) -> tuple[dict[str, float], str | None]:
         """Of all processes' images together: the same in each of them."""
         figures: dict[str, float] = {}
         rates: dict[str, dict[int, float]] = {}  # reward -> {prompt: win-rate} of this process's share
         for group, rewards in {"val": self.rewards, GROUP: self.held_out.rewards}.items():
             for reward in rewards:
-                found, rates[reward.name] = self._judged(reward, images, mine)
+                found, rates[reward.name] = self._judged(reward, images, mine, device)
                 figures |= {f"{group}/{kind}/{reward.name}": value for kind, value in found.items()}
         own = [figures[f"{MONITOR}/{reward.name}"] for reward in self.rewards]
         figures = {MONITOR: sum(own) / len(own), **figures}
@@ -150,13 +148,15 @@ class WinRateValidation(L.Callback):
         verdict = judge(list(everyones.values()), held_out, self.held_out.seed)
         return figures | verdict.figures(), verdict.message(step)
 
-    def _judged(self, reward: Reward, images: list[Image], mine: list[int]) -> tuple[dict[str, float], dict[int, float]]:
+    def _judged(self, reward: Reward, images: list[Image], mine: list[int], device: torch.device) -> tuple[dict[str, float], dict[int, float]]:
         """Win-rate and mean score of all processes' images, and the win-rates of the prompts that this one has drawn."""
         per_prompt = len(self.base.seeds[0])
         prompts = [self.base.prompts[row].text for row in mine for _ in range(per_prompt)]
         rate, score, rates = WinRate(), MeanMetric(), {}
         if mine:
+            reward.setup(device)  # one after the other: beside the policy there may be no room for all
             scores, base = reward.score(images, prompts).view(len(mine), per_prompt), self.base.base_scores[reward.name][mine]
+            reward.rest()
             rate.update(scores, base)
             score.update(scores)
             rates = dict(zip(mine, win_rate(scores, base).tolist(), strict=True))

@@ -156,6 +156,7 @@ TABLE: dict[str, Rule] = {
         for key, rule in {
             "link": one_of(list(LINKS)), "scale": number(above=0), "needs_prompt": SWITCH, "python": optional(TEXT),
             "timeout": number(above=0),
+            "memory": optional(number(above=0)),
         }.items()
     },
     "plan": SWITCH,

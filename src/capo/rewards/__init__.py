@@ -37,6 +37,7 @@ class Reward:
     link: str = "identity"
     scale: float = 1.0
     range: tuple[float, float] | None = None  # usual lowest and highest score, for reports
+    memory: float | None = None  # bytes of its weights in float32, for plans
     weights: str | None = None
     revision: str | None = None
     licence: str | None = None
@@ -95,6 +96,19 @@ class Reward:
         """Builds the scorer, moves it to `device` if it has a `to`; InputError where it cannot be built."""
         if hasattr(self._callable, "to"):
             self._callable.to(device)
+
+    def rest(self) -> None:
+        """Off the device until the next `setup`: during training steps its memory is the policy's."""
+        if isinstance(self._callable, IsolatedScorer):
+            self._callable.leave()
+        elif hasattr(self._callable, "to"):
+            self._callable.to("cpu")
+
+    @property
+    def held(self) -> float | None:
+        """Bytes of its weights in the precision of its scorer; None where nobody has said."""
+        half = isinstance(self.scorer, Mapping) and self.scorer.get("precision") in ("bfloat16", "float16")
+        return self.memory and self.memory / (2 if half else 1)
 
     @property
     def side(self) -> int | None:

@@ -85,6 +85,11 @@ class IsolatedScorer:
             raise self._fault(f"returned {count} for {len(files)} images; it must return one number an image", "its output is in")
         return torch.tensor(scores, dtype=torch.float64)
 
+    def leave(self) -> None:
+        """Ends the worker where it holds memory of a device; one on the CPU stays."""
+        if self._device not in (None, "cpu"):
+            self.close()
+
     def close(self) -> None:
         """Ends the worker; the next images start another one."""
         with self._lock:
