@@ -148,7 +148,7 @@ def test_what_a_scorer_reads_is_looked_for_before_it_is_made(tmp_path):
     assert reward.sources == {"rewards.mps.weights": ("owner/name", None), "rewards.mps.scorer.clip": (str(tmp_path), "abc")}
     with pytest.raises(InputError, match=r"rewards.mps.weights=owner/name \(revision main\) is not here\n.*HF_HUB_OFFLINE") as refused:
         check_reward_weights([reward])
-    assert "scorer.clip" not in str(refused.value) and "--include" not in str(refused.value)
+    assert "scorer.clip" not in str(refused.value) and "hf download" not in str(refused.value)
     [there] = load_rewards({"mps": {"scorer": scorer | {"weights": str(tmp_path)}}})
     check_reward_weights([there])
     [lost] = load_rewards({"mps": {"scorer": scorer | {"weights": "./gone.safetensors"}}})

@@ -77,14 +77,15 @@ def _from_hub(source: str, revision: str | None, setting: str, patterns: Collect
 
 
 def _not_here(source: str, revision: str | None, setting: str, patterns: Collection[str], reason: str) -> str:
-    includes = [f"--include '{pattern}'" for pattern in ([*SMALL, *patterns] if patterns else [])]
+    includes = [f"--include '{pattern}'" for pattern in [*SMALL, *patterns]]
     command = " ".join([f"hf download {source}", *([f"--revision {revision}"] if revision else []), *includes])
+    by_hand = f", or {command}" if patterns else ""  # without them it would be all that the repository holds
     return (
         f"{setting}={source} (revision {revision or 'main'}) is not here\n"
         f"  looked in: folder {Path(source).absolute()} (not there); hub cache {constants.HF_HUB_CACHE} and {constants.ENDPOINT} "
         f"({reason})\n"
         f"  provide it in one of three ways:\n"
-        f"    from the hub: the same command with a network, or {command}\n"
+        f"    from the hub: the same command with a network{by_hand}\n"
         f"    as a folder: {setting}=FOLDER, and evaluation.{setting}=FOLDER where it evaluates too\n"
         f"    as a hub cache copied from another machine: HF_HOME=FOLDER before the command"
     )
