@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import MODEL_FILES
-from capo.rewards.weights import read_state, refuse_other_names
+from capo.rewards.weights import read_config, read_state, refuse_other_names
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, T5Config
@@ -64,10 +64,7 @@ def t5_config(folder: Path, setting: str) -> T5Config:
     """The architecture in a folder's config.json. Raises InputError where it is missing, no T5's or another CLIP-T5's."""
     from transformers import T5Config
 
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{setting}={folder}: its config.json is missing or unreadable; get the folder again") from error
+    found = read_config(folder, setting)
     if "d_kv" not in found:
         raise InputError(
             f"{setting}={folder}: it holds a model of type {found.get('model_type')}, this reward reads a CLIP-FlanT5 such as {PUBLISHED}"

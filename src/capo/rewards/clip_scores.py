@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.weights import fetch, refuse_other_names
+from capo.rewards.weights import fetch, refuse_other_names, require_type
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
@@ -124,9 +123,7 @@ class PickScore(ClipScorer):
         super().__init__(model, ClipInputs(beside, model.config, inputs_setting), batch)
 
     def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
-        image = self.module.get_image_features(pixel_values=pixels).pooler_output
-        text = self.module.get_text_features(input_ids=tokens).pooler_output
-        return self._factor() * F.cosine_similarity(image, text[row], dim=-1)
+        return self._factor() * cosines(self.module, pixels, tokens, row)
 
     def _factor(self) -> Tensor | float:
         return self.module.logit_scale.exp()
@@ -141,6 +138,13 @@ class ClipScore(PickScore):
         return 100.0
 
 
+def cosines(clip: CLIPModel, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
+    """cos(image, text) (B,) of pixels (B, 3, H, W); image i goes with tokens[row[i]], tokens (P, L), row (B,)."""
+    image = clip.get_image_features(pixel_values=pixels).pooler_output
+    text = clip.get_text_features(input_ids=tokens).pooler_output
+    return F.cosine_similarity(image, text[row], dim=-1)
+
+
 def check_batch(batch: int, name: str) -> None:
     """InputError for a number of images that no forward pass has."""
     if batch < 1:
@@ -151,12 +155,7 @@ def clip_config(folder: Path, setting: str) -> CLIPConfig:
     """The architecture that a folder's config.json describes; InputError where it is no CLIP's."""
     from transformers import CLIPConfig
 
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{setting}={folder}: its config.json is missing or unreadable; get the folder again") from error
-    if kind != "clip":
-        raise InputError(f"{setting}={folder}: it holds a model of type {kind}, this reward reads a CLIP (type clip)")
+    require_type(folder, setting, "clip", "a CLIP")
     return CLIPConfig.from_pretrained(folder)
 
 

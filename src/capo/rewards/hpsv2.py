@@ -23,9 +23,10 @@ from capo.rewards.clip_scores import (
     ClipInputs,
     ClipScorer,
     check_batch,
+    cosines,
     load_clip,
 )
-from capo.rewards.weights import fetch, read_state
+from capo.rewards.weights import fetch, fetch_file, read_state
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
@@ -125,13 +126,11 @@ class HPSv2(ClipScorer):
     ):
         check_batch(batch, "hpsv2")
         setting, clip_setting = "rewards.hpsv2.weights", "rewards.hpsv2.scorer.clip"
-        found = fetch(weights, revision, setting, FILE)
+        file = fetch_file(weights, revision, setting, FILE)
         folder = fetch(clip, clip_revision, clip_setting, *PROCESSOR_FILES)
-        state = from_open_clip(read_state(found / FILE if found.is_dir() else found, setting))
+        state = from_open_clip(read_state(file, setting))
         model = load_clip(folder, setting, PUBLISHED, state)
         super().__init__(model, WholeImages(folder, model.config, clip_setting, antialias), batch)
 
     def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
-        image = self.module.get_image_features(pixel_values=pixels).pooler_output
-        text = self.module.get_text_features(input_ids=tokens).pooler_output
-        return F.cosine_similarity(image, text[row], dim=-1)
+        return cosines(self.module, pixels, tokens, row)

@@ -6,7 +6,6 @@ package (hpsv3 1.0.0), which runs with transformers 4.45.2.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import BatchScorer, check_batch
-from capo.rewards.vqascore import PRECISIONS
-from capo.rewards.weights import fetch, read_state, refuse_other_names
+from capo.rewards.vqascore import PRECISIONS, check_precision
+from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names, require_type
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig, Qwen2VLModel
@@ -132,12 +131,11 @@ class HPSv3(BatchScorer):
         batch: int = BATCH,
     ):
         check_batch(batch, "hpsv3")
-        if precision not in PRECISIONS:
-            raise InputError(f"rewards.hpsv3.scorer.precision={precision}: unknown; choose one of {', '.join(PRECISIONS)}")
-        found = fetch(weights, revision, SETTING, FILE)
+        check_precision(precision, "rewards.hpsv3.scorer")
+        file = fetch_file(weights, revision, SETTING, FILE)
         folder = fetch(base, base_revision, BASE_SETTING, "preprocessor_config.json")
         config, self.asker = _config(folder), Asker(folder)
-        state = from_published(read_state(found / FILE if found.is_dir() else found, SETTING))
+        state = from_published(read_state(file, SETTING))
         config.text_config.vocab_size = len(self.asker.tokenizer)
         super().__init__(_loaded(config, state, PRECISIONS[precision], weights), batch, PRECISIONS[precision])
         self.module["head"].float()
@@ -160,12 +158,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _config(folder: Path) -> Qwen2VLConfig:
     from transformers import Qwen2VLConfig
 
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{BASE_SETTING}={folder}: its config.json is missing or unreadable; get the folder again") from error
-    if kind != KIND:
-        raise InputError(f"{BASE_SETTING}={folder}: it describes a model of type {kind}, this reward reads a Qwen2-VL ({KIND}): {BASE}")
+    require_type(folder, BASE_SETTING, KIND, f"a Qwen2-VL such as {BASE}")
     return Qwen2VLConfig.from_pretrained(folder)
 
 

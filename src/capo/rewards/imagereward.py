@@ -21,7 +21,7 @@ from capo.errors import InputError
 from capo.rewards.clip_scores import BATCH, BatchScorer, check_batch
 from capo.rewards.hpsv2 import MEAN, STD
 from capo.rewards.laion_aes import linear_stack
-from capo.rewards.weights import fetch, read_state, refuse_other_names
+from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, BertTokenizer
@@ -114,12 +114,11 @@ class ImageReward(BatchScorer):
         self, weights: str, revision: str | None = None, bert: str = BERT, bert_revision: str | None = None, batch: int = BATCH
     ):
         check_batch(batch, "imagereward")
-        found = fetch(weights, revision, SETTING, FILE)
+        file = fetch_file(weights, revision, SETTING, FILE)
         folder = fetch(bert, bert_revision, BERT_SETTING, *VOCABULARY)
-        model = _loaded(from_published(read_state(found / FILE if found.is_dir() else found, SETTING)), weights)
+        model = _loaded(from_published(read_state(file, SETTING)), weights)
         self.tokenizer = _tokenizer(folder, model["text"].config.vocab_size)
         super().__init__(model, batch)
-        self.side = model["vision"].config.image_size
 
     def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, both (B, 35): longer prompts are cut off before the end token, shorter ones padded."""
@@ -128,7 +127,8 @@ class ImageReward(BatchScorer):
         )
 
     def _batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([fitted(image, self.side) for image in images]).to(self.device)
+        side = self.module["vision"].config.image_size
+        pixels = torch.stack([fitted(image, side) for image in images]).to(self.device)
         seen = self.module["vision"](pixel_values=pixels).last_hidden_state
         read = self.module["text"](**self.tokens(prompts).to(self.device), encoder_hidden_states=seen).last_hidden_state
         return (self.module["layers"](read[:, 0])[:, 0] - AVERAGE) / SPREAD

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import BATCH, MODEL_FILES, BatchScorer, ClipInputs, check_batch, load_clip
-from capo.rewards.weights import fetch, read_state, refuse_other_names
+from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
 
 CLIP_L = "openai/clip-vit-large-patch14"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
@@ -41,9 +41,9 @@ class LaionAesthetics(BatchScorer):
     ):
         check_batch(batch, "laion_aes")
         setting, clip_setting = "rewards.laion_aes.weights", "rewards.laion_aes.scorer.clip"
-        found = fetch(weights, revision, setting, FILE)
+        file = fetch_file(weights, revision, setting, FILE)
         folder = fetch(clip, clip_revision, clip_setting, *MODEL_FILES)
-        state = read_state(found / FILE if found.is_dir() else found, setting)
+        state = read_state(file, setting)
         model = load_clip(folder, clip_setting, CLIP_L)
         stack = _loaded(linear_stack(model.config.projection_dim), state, weights, setting)
         network = {"image": model.vision_model, "projection": model.visual_projection, "layers": stack}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import BATCH, CLIP_H, PROCESSOR_FILES, ClipInputs, ClipScorer, check_batch, load_clip
-from capo.rewards.weights import fetch, read_state, refuse_other_names
+from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
 
 PUBLISHED = "RE-N-Y/mpsv1"
 # "overall", verbatim
@@ -162,10 +162,9 @@ class MPS(ClipScorer):
             raise InputError(f"rewards.mps.scorer.threshold={threshold}: a share of the largest nearness, 0 or more and below 1 (0.3)")
         check_batch(batch, "mps")
         setting, clip_setting = "rewards.mps.weights", "rewards.mps.scorer.clip"
-        found = fetch(weights, revision, setting, "model.safetensors")
+        file = fetch_file(weights, revision, setting, "model.safetensors")
         folder = fetch(clip, clip_revision, clip_setting, *PROCESSOR_FILES)
-        state = read_state(found / "model.safetensors" if found.is_dir() else found, setting)
-        parts = _parts(state, weights, setting)
+        parts = _parts(read_state(file, setting), weights, setting)
         model = load_clip(folder, setting, PUBLISHED, parts["model"])
         super().__init__(nn.ModuleDict({"model": model, "cross_model": _cross(parts["cross_model"], weights, setting)}),
                          ClipInputs(folder, model.config, clip_setting), batch)  # fmt: skip

@@ -152,6 +152,11 @@ def check_question(question: str, precision: str, place: str) -> None:
     """InputError for a question without {prompt}, and for a precision that is none of PRECISIONS; `place` is the scorer's key."""
     if PLACE not in question:
         raise InputError(f"{place}.question={question}: it does not say where the prompt goes; write {PLACE} there")
+    check_precision(precision, place)
+
+
+def check_precision(precision: str, place: str) -> None:
+    """InputError for a precision that is none of PRECISIONS; `place` is the scorer's key."""
     if precision not in PRECISIONS:
         raise InputError(f"{place}.precision={precision}: unknown; choose one of {', '.join(PRECISIONS)}")
 

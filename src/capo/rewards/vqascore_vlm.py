@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from capo.errors import InputError
 from capo.rewards.clip_scores import BatchScorer, check_batch
 from capo.rewards.vqascore import PLACE, PRECISIONS, QUESTION, check_question
-from capo.rewards.weights import fetch, refuse_other_names
+from capo.rewards.weights import fetch, refuse_other_names, require_type
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, Qwen3VLForConditionalGeneration
@@ -93,7 +93,7 @@ class VQAScoreVLM(BatchScorer):
         check_question(question, precision, "rewards.vqascore_vlm.scorer")
         check_batch(batch, "vqascore_vlm")
         folder = fetch(weights, revision, SETTING, "model*.safetensors")
-        _check_kind(folder)
+        require_type(folder, SETTING, KIND, f"a Qwen3-VL such as {PUBLISHED}")
         self.chat = Chat(folder, question)
         super().__init__(_load(folder, PRECISIONS[precision]), batch, PRECISIONS[precision])
 
@@ -107,17 +107,6 @@ class VQAScoreVLM(BatchScorer):
 def _template_beside(folder: Path) -> str | None:
     path = folder / "chat_template.json"
     return json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
-
-
-def _check_kind(folder: Path) -> None:
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{SETTING}={folder}: its config.json is missing or unreadable; get the folder again") from error
-    if kind != KIND:
-        raise InputError(
-            f"{SETTING}={folder}: it holds a model of type {kind}, this reward reads a Qwen3-VL (type {KIND}) such as {PUBLISHED}"
-        )
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:

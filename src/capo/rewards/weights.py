@@ -3,10 +3,12 @@
 `setting` in every function is the key of the configuration that gave the source, for messages.
 """
 
+import json
 import pickle
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -39,6 +41,12 @@ def fetch(source: str, revision: str | None, setting: str, *patterns: str) -> Pa
         raise InputError(f"{setting}={source}: that folder holds no {' and no '.join(patterns)}; give the folder that does")
     _require_hub_id(source, setting)
     return _from_hub(source, revision, setting, patterns)
+
+
+def fetch_file(source: str, revision: str | None, setting: str, name: str) -> Path:
+    """The file `source`, or the file `name` of that folder or hub repository; raises InputError as `fetch`."""
+    found = fetch(source, revision, setting, name)
+    return found / name if found.is_dir() else found
 
 
 def look_for(source: str, revision: str | None, setting: str) -> None:
@@ -108,6 +116,21 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{setting}={path}: no state dict (tensors by name); save module.state_dict() alone")
     return state
+
+
+def read_config(folder: Path, setting: str) -> dict[str, Any]:
+    """What a folder's config.json says; InputError where it is missing or no json."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{setting}={folder}: its config.json is missing or unreadable; get the folder again") from error
+
+
+def require_type(folder: Path, setting: str, wanted: str, told: str) -> None:
+    """InputError, as `read_config`'s, or where the config's `model_type` is not `wanted`; `told` says what the reward reads."""
+    found = read_config(folder, setting).get("model_type")
+    if found != wanted:
+        raise InputError(f"{setting}={folder}: it holds a model of type {found}, this reward reads {told} (type {wanted})")
 
 
 def refuse_other_names(missing: Collection[str], unexpected: Collection[str], source: str, setting: str, published: str) -> None:
