@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from patches import cut
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import CONF, noise_images
@@ -90,7 +91,7 @@ def scorer(made):
 
 def patches_by_hand(image):
     """(patches, 3 x 2 x PATCH x PATCH) and the numbers of rows and columns: sides to multiples of PATCH x MERGE whose product is about
-    PIXELS, squares of MERGE patches together, every pixel twice for the two moments of a still."""
+    PIXELS, as `cut` orders them."""
     factor, (width, height) = PATCH * MERGE, image.size
     sides, now = [round(side / factor) * factor for side in (height, width)], math.sqrt(PIXELS / (height * width))
     if sides[0] * sides[1] != PIXELS:
@@ -98,14 +99,7 @@ def patches_by_hand(image):
         sides = [whole(side * now / factor) * factor for side in (height, width)]
     rows, columns = (side // PATCH for side in sides)
     pixels = (np.asarray(image.resize(sides[::-1], Image.Resampling.BICUBIC)) / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
-    found = []
-    for top in range(0, rows, MERGE):
-        for left in range(0, columns, MERGE):
-            for row in range(top, top + MERGE):
-                for column in range(left, left + MERGE):
-                    patch = pixels[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH].transpose(2, 0, 1)
-                    found.append(np.stack([patch, patch], axis=1).ravel())
-    return torch.from_numpy(np.stack(found)).float(), (rows, columns)
+    return cut(pixels, PATCH, MERGE), (rows, columns)
 
 
 @torch.no_grad()

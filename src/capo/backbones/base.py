@@ -246,11 +246,8 @@ class Backbone(ABC):
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Content hashes, 64 hex digits, of the files of "denoiser", "latent_space" and "text_encoders"."""
-        text = [
-            name
-            for name, part in self.pipeline.components.items()
-            if part is not None and name.startswith(("text_encoder", "tokenizer"))
-        ]
+        parts = self.pipeline.components.items()
+        text = [name for name, part in parts if part is not None and name.startswith(("text_encoder", "tokenizer"))]
         vae = self._vae_folder
         return {
             "denoiser": component_fingerprint(self.folder, [self.denoiser_component], self.variant),
@@ -271,11 +268,8 @@ class Backbone(ABC):
     def sampler_identity(self) -> dict[str, object]:
         """JSON values that decide a latent beside denoiser, steps, guidance and seed: for fingerprints."""
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
-        options = {
-            key: value
-            for key, value in pipeline.config.items()
-            if not key.startswith("_") and key not in pipeline.components
-        }
+        own = pipeline.components
+        options = {key: value for key, value in pipeline.config.items() if not key.startswith("_") and key not in own}
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         return {
             "scheduler": type(scheduler).__name__,
