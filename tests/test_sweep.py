@@ -10,13 +10,18 @@ import train as train_script
 from omegaconf import OmegaConf
 from PIL import Image
 
+from capo.entry import REFUSED
 from capo.errors import InputError
+from capo.processes import Launch
 from capo.sweep import (
     FAILED,
     FINISHED,
+    PLANNED,
     UNFINISHED,
     console_tables,
+    plans_tables,
     read_jobs,
+    read_plans,
     run_job,
     sweep_name,
     sweep_rows,
@@ -145,9 +150,70 @@ def test_a_sweeps_name(tmp_path, monkeypatch):
     assert sweep_name(Path("ablation")) == "ablation" and sweep_name(Path("/elsewhere/ablation")) == "ablation"
 
 
-def read_table(sweep: Path) -> list[dict]:
-    with (sweep / "sweep.csv").open() as file:
+def read_table(sweep: Path, name: str = "sweep.csv") -> list[dict]:
+    with (sweep / name).open() as file:
         return list(csv.DictReader(file))
+
+
+PLAN = {
+    "parameters": {"denoiser": 1_234_567, "trained": 1000}, "host": {"peak": 7},
+    "device": {"training": {"total": 3e9}, "peak": 4_200_000_000},
+    "disk": {"pools": {"train": None, "total": None}, "run": {"total": 9}}, "steps": 2000,
+    "hours": {"training": 0.0123, "sampling": None, "images": None},
+    "missing here": [{"kind": "weights", "message": "a", "certain": True}, {"kind": "memory", "message": "b", "certain": False}],
+}  # fmt: skip
+
+
+def test_plans_are_rows_of_their_own(tmp_path):
+    for number, model in enumerate(("sdxl", "sd3", "sd15")):
+        make_job(tmp_path, str(number), [f"model={model}", "plan=true"], win_rate=None, error="no configs\n" if model == "sd3" else "")
+        (tmp_path / str(number) / "plan.json").write_text(json.dumps(PLAN))
+        if model != "sd15":  # which was begun as a run earlier
+            (tmp_path / str(number) / "config.yaml").unlink()
+    assert [job.name for job in read_jobs(tmp_path)] == ["1", "2"]  # without an error, what was only planned is no run
+    jobs = read_plans(tmp_path)
+    assert [job.status for job in jobs] == [PLANNED, FAILED, PLANNED]
+    columns, rows = sweep_rows(jobs)
+    assert columns[:4] == ["job", "status", "error", "model"] and rows[1]["error"] == "no configs" and rows[1]["steps"] == ""
+    assert [rows[0][name] for name in columns[4:]] == [1_234_567, 1000, 4_200_000_000, 7, None, 9, None, 2000, 0.0123, None, 2, 1]
+    shown = [[list(column.cells) for column in table.columns] for table in plans_tables(jobs, "sweep")]
+    assert [cells[0] for cells in shown[0]] == ["0", "sdxl", "1,234,567", "1,000", "4.2 GB", "unknown"]
+    assert [cells[0] for cells in shown[1]] == ["0", "sdxl", "2,000", "unknown", "0.012", "unknown", "2", "1"]
+    assert [cells[1] for cells in shown[0]] == ["1", "sd3", "failed", "", "", ""]
+
+
+def test_a_multirun_of_plans_ends_with_their_table(typed, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    typed(train_script, "-m", "plan=true", "trainer.max_steps=2,6", f"hydra.sweep.dir={sweep}")
+    assert sorted(path.name for path in sweep.iterdir() if path.is_file()) == ["multirun.yaml", "plans.csv"]
+    assert sorted(path.name for path in (sweep / "1").iterdir()) == [".hydra", "plan.json", "train.log"]
+    rows = read_table(sweep, "plans.csv")
+    found = [(row["status"], row["trainer.max_steps"], row["steps"], row["missing"]) for row in rows]
+    assert found == [(PLANNED, "2", "2", "0"), (PLANNED, "6", "6", "0")]
+    assert float(rows[1]["hours/training"]) == pytest.approx(3 * float(rows[0]["hours/training"]))
+    # a validation a step, of 2 prompts with 2 images; train 4 x 4, validation 2 x 2, test twice and zero once 2 x 2
+    assert [int(row["images"]) for row in rows] == [16 + 4 + 3 * 4 + steps * 4 for steps in (2, 6)]
+    told = capsys.readouterr().out
+    assert "plans.csv" in told and "failed" not in told and "nan" not in told.lower()
+    with pytest.raises(SystemExit) as ended:
+        typed(train_script, "-m", "plan=true", "planning.utilisation=0.5,2", f"hydra.sweep.dir={sweep}")
+    assert ended.value.code == 1
+    first, second = read_table(sweep, "plans.csv")
+    assert (first["status"], second["status"], second["steps"]) == (PLANNED, FAILED, "") and "planning.utilisation=2" in second["error"]
+
+
+def test_several_processes_begin_no_sweep_and_no_directories_of_their_own(typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "launch", lambda: Launch(world=2))
+    monkeypatch.chdir(tmp_path)
+    for arguments, refusal in {
+        ("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"): "-m with 2 processes: each would begin the whole sweep",
+        ("seed=0",): "2 processes would make a run directory each: give them one, hydra.run.dir=DIR",
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            typed(train_script, *arguments)
+        assert ended.value.code == REFUSED and refusal in capsys.readouterr().err
+    typed(train_script, "plan=true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert (tmp_path / "run" / "plan.json").is_file()
 
 
 def test_a_multirun_with_a_failing_job_ends_with_its_table(typed, tmp_path, capsys):

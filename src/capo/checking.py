@@ -17,6 +17,7 @@ from torch import Tensor
 
 from capo.atomic import write_whole
 from capo.backbones import Backbone
+from capo.importing.images import pixels
 from capo.sampling import SamplerSettings, candidate_generators, sample
 
 Known = Sequence[tuple[Image.Image, str]]  # pictures of the kind that the model was trained on, and what they show
@@ -63,24 +64,27 @@ def photograph() -> Known:
 
 
 def pixels_of(known: Known, size: tuple[int, int]) -> Tensor:
-    """Pictures, cut to the middle and resized to (height, width) -> (B, 3, H, W) in [-1, 1]."""
+    """Pictures, cut to the middle and resized to (height, width) -> (B, 3, H, W) in [-1, 1].
+
+    The cut has fractions of a pixel, so that the shape is exact; that of an import (`capo.importing.images.picture`) has whole ones.
+    """
     height, width = size
-    rows = []
+    parts = []
     for picture, _ in known:
         short = min(picture.width / width, picture.height / height)
         box = ((picture.width - short * width) / 2, (picture.height - short * height) / 2)
         part = picture.resize((width, height), Image.Resampling.LANCZOS, (*box, box[0] + short * width, box[1] + short * height))
-        rows.append(torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8).view(height, width, 3))
-    return torch.stack(rows).permute(0, 3, 1, 2) / 127.5 - 1
+        parts.append(part)
+    return pixels(parts)
 
 
 def check_vae(backbone: Backbone, known: Known) -> tuple[Check, Tensor]:
     """Known pictures there and back, and the size of their latents; also the latents (B, C, h, w)."""
     factor = backbone.pipeline.vae_scale_factor
-    pixels = pixels_of(known, tuple(factor * side for side in backbone.latent_shape[1:]))
-    latents = torch.cat([backbone.encode_images(part) for part in pixels.split(1)]).float().cpu()
+    shown = pixels_of(known, tuple(factor * side for side in backbone.latent_shape[1:]))
+    latents = torch.cat([backbone.encode_images(part) for part in shown.split(1)]).float().cpu()
     pictures = [(picture, "") for picture in backbone.decode(latents, batch=1)]
-    error = (pixels_of(pictures, pixels.shape[2:]) - pixels).square().mean().item()
+    error = (pixels_of(pictures, shown.shape[2:]) - shown).square().mean().item()
     psnr, deviation = 10 * math.log10(4 / max(error, 1e-9)), latents.std().item()
     passed = bool(psnr >= LEAST_PSNR and DEVIATION[0] <= deviation <= DEVIATION[1])  # NaN passes neither
     remedy = (

@@ -20,12 +20,15 @@ from capo.atomic import write_table, write_whole
 from capo.comparison import EVALUATION, RESULTS
 from capo.entry import disk_fault, was_interrupted
 from capo.errors import InputError
+from capo.plan_stage import PLAN
+from capo.plan_sweep import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runs import CONFIG, OUTCOME, read_outcome
 from capo.sweep_report import ORACLE, TEST, VALIDATION, ZERO, interval, moved, named, percent, render_page, sweep_picture
 
 ERROR = "error.txt"  # of a job that failed
-FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
+FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
 TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
+PLANS = "plans.csv"  # of a multirun with plan=true; the runs' own table may lie beside it
 SHARES = ("mean", "low", "high")
 
 
@@ -80,23 +83,42 @@ class Job:
     overrides: Mapping[str, str]
     status: str
     error: str = ""
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The directory's name, by default the job's number."""
         return self.folder.name
 
+    @property
+    def done(self) -> bool:
+        """Whether it has all that it was to find."""
+        return self.status in (FINISHED, PLANNED)
 
-def read_job(folder: Path) -> Job:
-    """What a job's directory says of it."""
+
+def _read_overrides(folder: Path) -> dict[str, str]:
     overrides = {}
     for override in OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml")):
         key, _, value = override.partition("=")
         overrides[key.lstrip("+")] = value
+    return overrides
+
+
+def read_job(folder: Path) -> Job:
+    """What a job's directory says of its run."""
+    overrides = _read_overrides(folder)
     if (folder / ERROR).is_file():
         return Job(folder, overrides, FAILED, _summary((folder / ERROR).read_text(encoding="utf-8")), found_figures(folder))
     return Job(folder, overrides, FINISHED if (folder / OUTCOME).is_file() else UNFINISHED, figures=found_figures(folder))
+
+
+def read_plan(folder: Path) -> Job:
+    """What a job's directory says of its plan."""
+    overrides = _read_overrides(folder)
+    if (folder / ERROR).is_file():  # what plan.json there is, is an earlier one
+        return Job(folder, overrides, FAILED, _summary((folder / ERROR).read_text(encoding="utf-8")))
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    return Job(folder, overrides, PLANNED, figures=plan_figures(plan))
 
 
 def _summary(text: str) -> str:
@@ -105,11 +127,21 @@ def _summary(text: str) -> str:
     return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines)
 
 
-def read_jobs(sweep: Path) -> list[Job]:
-    """The training jobs in a sweep's directory, 2 before 10."""
+def _job_folders(sweep: Path, mark: str) -> list[Path]:
+    """Those that have the file `mark` or an error, 2 before 10."""
     folders = [path.parents[1] for path in sweep.glob("*/.hydra/overrides.yaml")]
-    jobs = [folder for folder in folders if (folder / CONFIG).is_file() or (folder / ERROR).is_file()]
-    return [read_job(folder) for folder in sorted(jobs, key=lambda folder: (len(folder.name), folder.name))]
+    there = [folder for folder in folders if (folder / mark).is_file() or (folder / ERROR).is_file()]
+    return sorted(there, key=lambda folder: (len(folder.name), folder.name))
+
+
+def read_jobs(sweep: Path) -> list[Job]:
+    """The training jobs in a sweep's directory, in order; what has only been planned is none."""
+    return [read_job(folder) for folder in _job_folders(sweep, CONFIG)]
+
+
+def read_plans(sweep: Path) -> list[Job]:
+    """The jobs of a sweep with `plan=true`, in order."""
+    return [read_plan(folder) for folder in _job_folders(sweep, PLAN)]
 
 
 def varying_keys(jobs: Sequence[Job]) -> list[str]:
@@ -119,7 +151,7 @@ def varying_keys(jobs: Sequence[Job]) -> list[str]:
 
 
 def sweep_rows(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, object]]]:
-    """Columns and rows of `sweep.csv`: job, status, error, each varying key verbatim, figures."""
+    """Columns and rows of `sweep.csv` or `plans.csv`: job, status, error, each varying key verbatim, figures."""
     keys = varying_keys(jobs)
     figures = list(dict.fromkeys(name for job in jobs for name in job.figures))
     rows = [
@@ -144,15 +176,15 @@ def console_tables(jobs: Sequence[Job], title: str) -> list[Table]:
 
 
 def _job_table(jobs: Sequence[Job], columns: Mapping[str, str], cell: Callable[[Mapping, str], str], title: str) -> Table:
-    """A row a job with `columns`: heading -> figure; an unfinished job shows its status."""
+    """A row a job with `columns`: heading -> figure; a job that is not done shows its status."""
     keys = varying_keys(jobs)
     table = Table("job", *(Column(key, overflow="fold", min_width=len(key)) for key in keys), title=title, box=box.SIMPLE_HEAD)
     for head in columns:
         table.add_column(head, overflow="fold")  # a narrow console wraps figures, never cuts them
     for job in jobs:
         given = [job.overrides.get(key, "") for key in keys]
-        cells = [cell(job.figures, name) for name in columns.values()] if job.status == FINISHED else [job.status]
-        table.add_row(job.name, *given, *cells, style="" if job.status == FINISHED else "red")
+        cells = [cell(job.figures, name) for name in columns.values()] if job.done else [job.status]
+        table.add_row(job.name, *given, *cells, style="" if job.done else "red")
     return table
 
 
@@ -161,22 +193,27 @@ def _rate(figures: Mapping[str, float], name: str) -> str:
     return f"{rate} ({span})" if span else rate
 
 
+def plans_tables(jobs: Sequence[Job], title: str) -> list[Table]:
+    """A row a planned job: what varies, parameters, memory and disk; then steps, images, hours, and how much is missing here."""
+    return [_job_table(jobs, HOLDS, plan_cell, title), _job_table(jobs, TAKES, plan_cell, "what it takes, and how much is missing here")]
+
+
 class SweepReport(Callback):
-    """After a multirun of `train.py`: the table on the console, `sweep.csv`, `sweep.png`, `sweep.html`.
+    """After a multirun of `train.py`: the table on the console, `sweep.csv`, `sweep.png`, `sweep.html`; of plans `plans.csv`.
 
     Ends the process with exit code 1 where a job has failed or is unfinished.
     """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         folder = Path(config.hydra.sweep.dir)
-        jobs = read_jobs(folder)
+        jobs = read_plans(folder) if config.plan else read_jobs(folder)
         if jobs:
-            self.write(folder, jobs)
-        if any(job.status != FINISHED for job in jobs):
+            (self.write_plans if config.plan else self.write)(folder, jobs)
+        if any(not job.done for job in jobs):
             raise SystemExit(1)
 
     def write(self, folder: Path, jobs: Sequence[Job]) -> None:
-        """All four."""
+        """All four of runs."""
         columns, rows = sweep_rows(jobs)
         keys = varying_keys(jobs)
         write_table(folder / TABLE, columns, rows)
@@ -184,10 +221,21 @@ class SweepReport(Callback):
         if picture is not None:
             write_whole(folder / PICTURE, picture)
         write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
-        console = Console()
-        for table in console_tables(jobs, str(folder)):
-            console.print(table)
-        for job in jobs:
-            if job.error:
-                console.print(f"job {job.name}: {job.error}", style="red", highlight=False, markup=False)
-        console.print(f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}")
+        _show(jobs, console_tables(jobs, str(folder)))
+        Console().print(f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}")
+
+    def write_plans(self, folder: Path, jobs: Sequence[Job]) -> None:
+        """Both of plans; nothing was trained, so there are no rates to draw."""
+        write_table(folder / PLANS, *sweep_rows(jobs))
+        _show(jobs, plans_tables(jobs, str(folder)))
+        Console().print(f"the plans' table: {folder / PLANS}; what is missing: {PLAN} of each job")
+
+
+def _show(jobs: Sequence[Job], tables: Sequence[Table]) -> None:
+    """Tables on the console, then the errors in full."""
+    console = Console()
+    for table in tables:
+        console.print(table)
+    for job in jobs:
+        if job.error:
+            console.print(f"job {job.name}: {job.error}", style="red", highlight=False, markup=False)
