@@ -316,13 +316,13 @@ def test_shares_belong_to_win_rates_only():
         spread(torch.ones(0, 16, 3))
 
 
-def test_warnings_name_the_reward_and_the_remedy():
+def test_warnings_name_the_reward_and_what_is_wrong():
     spreads = [
         calibration.Spread(0.01, 0.9, 0.0),
         calibration.Spread(0.2, 0.1, 0.1),
         calibration.Spread(0.3, 0.0, 0.8),
     ]
     flat, saturated = spread_warnings(spreads, ["clip", "fine", "steep"])
-    assert "'clip'" in flat and "90%" in flat and "raise `scale`" in flat
-    assert "'steep'" in saturated and "80%" in saturated and "lower `scale`" in saturated
+    assert "'clip'" in flat and "90%" in flat and "hardly takes part" in flat
+    assert "'steep'" in saturated and "80%" in saturated and "bare ranking" in saturated
     assert spread_warnings([calibration.Spread(1.0, math.nan, math.nan)], ["raw"]) == []

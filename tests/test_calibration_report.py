@@ -67,6 +67,8 @@ def test_histograms_count_every_candidate_in_its_bin():
     assert (found.low, found.high, found.counts) == (0.0, 1.0, [3, 0, 1, 1])
     assert figures.histogram(np.array([0.5, 0.5, 0.4]), 0.0, 1.0, bins=5).counts == [0, 0, 3, 0, 0]
     assert figures.histogram(np.full(3, 7.0), bins=3) == figures.Histogram(6.5, 7.5, [0, 3, 0])
+    noise = figures.histogram(np.array([20.0, 20.000002, 20.0], np.float32), bins=50)  # nearer than 50 float32 edges
+    assert noise.counts[0] == 2 and noise.counts[-1] == 1 and sum(noise.counts) == 3
     of_reward = report_of(random_scores(20, 4, 1), [reward()], best_worst).rewards["a"]
     assert sum(of_reward.raw.counts) == sum(of_reward.calibrated.counts) == 80
     assert (of_reward.calibrated.low, of_reward.calibrated.high) == (0.0, 1.0)
@@ -179,7 +181,7 @@ def test_no_scale_helps_a_constant_reward():
     same = found.rewards["same"]
     assert (same.median_gap, same.pair_win_rate, same.suggested_scale, same.spread, same.deviation) == (0, 0.5, None, 0, 0)
     (told,) = warnings_of(found)
-    assert "flat" in told and "No scale helps" in told and ".scale=" not in told
+    assert "flat" in told and "No scale helps" in told and "scale`" not in told and ".scale=" not in told
 
 
 def test_a_pool_without_a_single_pair_is_reported():

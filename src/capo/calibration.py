@@ -221,13 +221,12 @@ def spread_warnings(spreads: Sequence[Spread], names: Sequence[str], share: floa
     for name, found in zip(names, spreads, strict=True):
         if found.flat > share:
             warnings.append(
-                f"reward '{name}': the win-rates of {found.flat:.0%} of the prompts are flat (all near 0.5): "
-                f"it hardly takes part; raise `scale` in its yaml (a CLIP cosine needs its logit scale, 100)"
+                f"reward '{name}': the win-rates of {found.flat:.0%} of the prompts are flat (all near 0.5): it hardly takes part"
             )
         if found.saturated > share:
             warnings.append(
                 f"reward '{name}': the win-rates of {found.saturated:.0%} of the prompts are saturated (a "
-                f"bare ranking, whatever the distances); lower `scale` in its yaml"
+                f"bare ranking, whatever the distances)"
             )
     return warnings
 

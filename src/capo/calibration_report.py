@@ -173,7 +173,7 @@ def histogram(values: np.ndarray, low: float | None = None, high: float | None =
     low, high = float(values.min() if low is None else low), float(values.max() if high is None else high)
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    counts, _ = np.histogram(values, bins=bins, range=(low, high))
+    counts, _ = np.histogram(values.astype(np.float64), bins=bins, range=(low, high))  # float32 has no room for bins in rounding noise
     return Histogram(low, high, counts.tolist())
 
 

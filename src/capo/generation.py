@@ -109,20 +109,24 @@ def fill_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Rewar
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"stage {', '.join(sorted(unknown))} is unknown; choose from {', '.join(STAGES)}")
     pool = open_pool(plan, generator)
-    work = _stages(pool, plan, generator, rewards, verify)
+    work = stages_of(pool, plan, generator, rewards, verify)
     wanted = [stage for stage in work if stage.name in stages]
     check_space(pool, wanted)
     for stage in work[:work.index(wanted[-1]) + 1] if wanted else ():
         if stage in wanted:
             run_stage(stage, progress)
         elif stage.todo():
-            raise InputError(f"pool {pool.folder}: {len(stage.todo())} shards lack their {stage.name}, which "
-                             f"{wanted[-1].name} needs: run generate.py stage={COMMANDS[stage.name]} first")
+            raise InputError(f"{lacking(stage)}, which {wanted[-1].name} needs: run generate.py stage={COMMANDS[stage.name]} first")
     return pool
 
 
-def _stages(pool: Pool, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward],
-            verify: bool) -> list[Stage]:
+def lacking(stage: Stage) -> str:
+    """What a stage has still to make, for messages."""
+    return f"pool {stage.pool.folder}: {len(stage.todo())} shards lack their {stage.name}"
+
+
+def stages_of(pool: Pool, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool) -> list[Stage]:
+    """What fills a pool, in its order; with `verify`, checksums of what is there are compared."""
     rows = pool.text_shards(pool.positions(plan.prompts))
     backbone, settings = generator.backbone, generator.settings
     return [TextStage(pool, rows, backbone, settings, verify),

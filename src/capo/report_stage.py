@@ -12,13 +12,12 @@ from capo.calibration import calibrate
 from capo.calibration_page import print_report, write_report
 from capo.calibration_report import CalibrationReport, calibration_report
 from capo.errors import InputError
-from capo.generation import COMMANDS, ImageGenerator, PoolPlan
+from capo.generation import COMMANDS, ImageGenerator, PoolPlan, lacking, stages_of
 from capo.importing.filling import HUMAN
 from capo.pairs import Strategy
 from capo.pool import Pool, pool_name
 from capo.rewards import Reward
 from capo.selection import Selection, select
-from capo.stages import LatentStage, ScoreStage, TextStage
 from capo.training import Candidates
 from capo.training_data import TrainingData
 
@@ -31,13 +30,10 @@ def check_scored(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Re
     if not (folder / "manifest.json").is_file():
         raise InputError(f"stage=report: there is no pool {folder} yet: run generate.py with the same values and stage=all first")
     pool = Pool.open(folder)
-    rows = pool.text_shards(pool.positions(plan.prompts))
-    given = pool, rows, generator.backbone, generator.settings, False
-    latents = LatentStage(*given, generator.denoiser, plan.candidates)
-    for stage in (TextStage(*given), latents, ScoreStage(*given, rewards, plan.candidates)):
-        if lacking := stage.todo():
-            raise InputError(f"pool {folder}: {len(lacking)} shards lack their {stage.name}, which stage=report needs: run generate.py "
-                             f"with the same values and stage={COMMANDS[stage.name]} first (stage=all runs every stage that is left)")
+    for stage in stages_of(pool, plan, generator, rewards, verify=False):
+        if stage.todo():
+            raise InputError(f"{lacking(stage)}, which stage=report needs: run generate.py with the same values and "
+                             f"stage={COMMANDS[stage.name]} first (stage=all runs every stage that is left)")
 
 
 def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Console) -> Path:
