@@ -7,30 +7,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from capo.config import _shipped
-from capo.shapes.make import autoencoder, mmdit
+from capo.shapes.make import flow_autoencoder, mmdit
 from capo.shapes.make.fitting import generator
-
-
-def test_a_narrowed_autoencoder_is_the_same_one_inside():
-    torch.manual_seed(0)
-    vae = autoencoder.build().eval()
-    with torch.no_grad():
-        vae.post_quant_conv.weight[:, [1, 3, 4, 6]] = 0  # channels that the decoder does not read
-        vae.post_quant_conv.bias.uniform_(-0.5, 0.5)
-        slim, kept = autoencoder.narrowed(vae)
-        assert kept == [0, 2, 5, 7] and slim.config.latent_channels == 4
-        assert not slim.config.use_quant_conv and not slim.config.use_post_quant_conv
-        pictures = torch.rand(2, 3, 64, 64) * 2 - 1
-        before, after = vae.encode(pictures).latent_dist, slim.encode(pictures).latent_dist
-        # what the denoiser sees is what it saw before, of the channels that are kept
-        seen = (after.mean - slim.config.shift_factor) * slim.config.scaling_factor
-        torch.testing.assert_close(seen, before.mean[:, kept], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(after.std * slim.config.scaling_factor, before.std[:, kept], atol=1e-4, rtol=1e-4)
-        # what the decoder's first convolution makes of it is the same but at the border, where zeros are padded before the bias
-        one = vae.decoder.conv_in(vae.post_quant_conv(before.mean))
-        other = slim.decoder.conv_in(after.mean)
-        torch.testing.assert_close(other[..., 1:-1, 1:-1], one[..., 1:-1, 1:-1], atol=1e-4, rtol=1e-4)
-        assert (other - one)[..., 0, :].abs().max() > 1e-3
 
 
 def test_times_are_a_quarter_uniform_and_logit_normal_around_a_quarter():
@@ -44,8 +22,7 @@ def test_times_are_a_quarter_uniform_and_logit_normal_around_a_quarter():
 
 def test_the_learner_is_fed_what_the_pipeline_feeds():
     learner = mmdit.Learner(Path(_shipped("unet"))).eval()
-    slim, _ = autoencoder.narrowed(autoencoder.build())
-    pipe = mmdit.pipeline(learner, slim)
+    pipe = mmdit.pipeline(learner, flow_autoencoder.build())
     captions = ["a red circle", "", "two blue stars on a white background"]
     with torch.no_grad():
         words, pooled = learner.conditioning(learner.tokens(captions))
@@ -80,8 +57,17 @@ def test_a_prepared_denoiser_begins_by_saying_nothing_and_learns_from_there():
     torch.manual_seed(0)
     transformer = mmdit.build_transformer()
     mmdit.prepare(transformer)
-    seen = (torch.randn(2, 4, 16, 16), torch.randn(2, 24, mmdit.CONTEXT), torch.randn(2, 128), torch.tensor([3.0, 500.0]))
+    seen = (torch.randn(2, 8, 8, 8), torch.randn(2, 24, mmdit.CONTEXT), torch.randn(2, 128), torch.tensor([3.0, 500.0]))
     told = transformer(*seen).sample
     assert not told.any()
     told.sub(1).square().mean().backward()
     assert transformer.proj_out.weight.grad is not None and transformer.proj_out.bias.grad.abs().max() > 0
+
+
+def test_the_teller_reads_the_pictures_tokens_behind_the_second_block():
+    learner = mmdit.Learner(Path(_shipped("unet")))
+    mmdit.prepare(learner.transformer)
+    given = []
+    learner.transformer.transformer_blocks[2].register_forward_pre_hook(lambda block, args, kwargs: given.append(kwargs), with_kwargs=True)
+    learner.transformer(torch.randn(2, 8, 8, 8), torch.randn(2, 24, mmdit.CONTEXT), torch.randn(2, 128), torch.tensor([3.0, 500.0]))
+    assert torch.equal(learner.seen, given[0]["hidden_states"]) and learner.seen.shape == (2, 64, 128)

@@ -4,6 +4,7 @@
     python -m capo.shapes.make autoencoder --work DIR
     python -m capo.shapes.make base --work DIR       (or torchrun --nproc-per-node 2 -m capo.shapes.make base ...)
     python -m capo.shapes.make rewards --work DIR
+    python -m capo.shapes.make flow_autoencoder --work DIR
     python -m capo.shapes.make mmdit --work DIR
     python -m capo.shapes.make card --work DIR --model shapes_mmdit
 """
@@ -18,7 +19,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from capo.config import build_world
-from capo.shapes.make import autoencoder, base, card, lineups, mmdit, rewards, scenery
+from capo.shapes.make import autoencoder, base, card, flow_autoencoder, lineups, mmdit, rewards, scenery
 from capo.shapes.make.fitting import process
 
 SCENES = 50_000
@@ -45,9 +46,14 @@ def stage_base(options: argparse.Namespace) -> None:
         base.ship(pipe, WEIGHTS / "unet")
 
 
+def stage_flow_autoencoder(options: argparse.Namespace) -> None:
+    """Fit the autoencoder of the rectified-flow sibling, begun from the other's."""
+    flow_autoencoder.train(options.work, options.steps or 7500, seed=options.seed)
+
+
 def stage_mmdit(options: argparse.Namespace) -> None:
     """Fit the rectified-flow sibling on the same scenes and ship the pipeline."""
-    pipe = mmdit.train(options.work, WEIGHTS / "unet", options.steps or 16_000, seed=options.seed, start=options.start)
+    pipe = mmdit.train(options.work, WEIGHTS / "unet", options.steps or 9000, seed=options.seed, start=options.start)
     if process()[0] == 0:
         base.ship(pipe, WEIGHTS / "mmdit")
 

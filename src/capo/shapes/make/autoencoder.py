@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,13 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def difference(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Loss of pictures y against x, both (B, 3, H, W) in [-1, 1]: squared, absolute, and of the gradients; and the PSNR in dB."""
+    squared = F.mse_loss(y, x)
+    value = squared + 0.05 * F.l1_loss(y, x) + 0.05 * (_edges(y) - _edges(x)).abs().mean()
+    return value, {"psnr": 10 * np.log10(4 / squared.item())}
+
+
 def _edges(x: Tensor) -> Tensor:
     return torch.cat([x.diff(dim=-1).flatten(1), x.diff(dim=-2).flatten(1)], dim=1)
 
@@ -44,8 +52,8 @@ def train(work: Path, steps: int, seed: int = 0) -> AutoencoderKL:
     from there than from nothing.
     """
     torch.manual_seed(seed)
-    narrow = _fit("autoencoder4", build(4), work, 2 * steps // 3, seed, divergence=1e-6)
-    return _fit("autoencoder", widened(narrow), work, steps // 3, seed + 1, divergence=2e-8)
+    narrow = fit_both("autoencoder4", build(4), work, 2 * steps // 3, seed, divergence=1e-6)
+    return fit_both("autoencoder", widened(narrow), work, steps // 3, seed + 1, divergence=2e-8)
 
 
 def widened(narrow: AutoencoderKL) -> AutoencoderKL:
@@ -69,8 +77,8 @@ def widened(narrow: AutoencoderKL) -> AutoencoderKL:
     return wide
 
 
-def _fit(name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, divergence: float, batch: int = 8):
-    """Squared and absolute error, absolute error of the gradients, a little divergence of the posterior."""
+def fit_both(name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, divergence: float, batch: int = 8) -> AutoencoderKL:
+    """Encoder and decoder on the scenes in `work`: `difference`, and a little divergence of the posterior."""
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     module = module.to(memory_format=torch.channels_last)
 
@@ -81,9 +89,8 @@ def _fit(name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, di
         posterior = module.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draw)
         y = module.decode(z).sample
-        squared = F.mse_loss(y, x)
-        value = squared + 0.05 * F.l1_loss(y, x) + 0.05 * (_edges(y) - _edges(x)).abs().mean()
-        return value + divergence * posterior.kl().mean(), {"psnr": 10 * np.log10(4 / squared.item())}
+        value, figures = difference(y, x)
+        return value + divergence * posterior.kl().mean(), figures
 
     return fit(name, module, loss, work, steps, lr=1e-3)
 
@@ -106,58 +113,32 @@ def whitened(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
     return vae
 
 
-@torch.no_grad()
-def narrowed(vae: AutoencoderKL) -> tuple[AutoencoderKL, list[int]]:
-    """A whitened autoencoder in the form of SD3's: no 1 x 1 convolutions, and only those of its channels that are read.
-
-    Four of the eight channels reach the decoder with a thousandth of the others' weight. The 1 x 1 convolutions go into their
-    neighbours, which is exact but for the bias at the picture's edge (0.02 dB). The raw latents keep the mean and deviation
-    that the decoder's input has on the whole; `shift_factor` and `scaling_factor` undo them.
-
-    Returns:
-        The autoencoder, and the channels of `vae` that are its own, in their order.
-    """
-    old, inward, outward = vae.state_dict(), vae.quant_conv, vae.post_quant_conv
-    read = outward.weight[:, :, 0, 0].norm(dim=0)
-    kept = [channel for channel in range(len(read)) if read[channel] > 0.01 * read.max()]
-    std, mean = outward.weight[:, :, 0, 0].norm() / len(read) ** 0.5, outward.bias.mean()
-    rows = [*kept, *(len(read) + channel for channel in kept)]  # means, then log variances
-    before, after = inward.weight[rows, :, 0, 0], outward.weight[:, kept, 0, 0] / std
-    grown = torch.where(torch.arange(len(rows)) < len(kept), std, torch.ones(()))
-    moved = torch.cat([mean.expand(len(kept)), (2 * std.log()).expand(len(kept))])
-    bottom, top = old["encoder.conv_out.weight"], old["decoder.conv_in.weight"]
-    offset = outward.bias - after.sum(1) * mean
-    state = {name: tensor for name, tensor in old.items() if "quant_conv" not in name} | {
-        "encoder.conv_out.weight": grown[:, None, None, None] * torch.einsum("oi,ihwk->ohwk", before, bottom),
-        "encoder.conv_out.bias": grown * (before @ old["encoder.conv_out.bias"] + inward.bias[rows]) + moved,
-        "decoder.conv_in.weight": torch.einsum("oihw,ij->ojhw", top, after),
-        "decoder.conv_in.bias": old["decoder.conv_in.bias"] + torch.einsum("oihw,i->o", top, offset),
-    }
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_")} | {
-        "latent_channels": len(kept), "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": False,
-        "scaling_factor": 1 / std.item(), "shift_factor": mean.item(),
-    }  # fmt: skip
-    slim = AutoencoderKL(**config)
-    slim.load_state_dict(state)
-    return slim.eval(), kept
+def trained(work: Path) -> AutoencoderKL:
+    """The trained autoencoder in `work` as it came out, in eval mode."""
+    vae = build()
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["module"])
+    return vae.eval()
 
 
 def load(work: Path) -> AutoencoderKL:
     """The trained autoencoder in `work`, whitened on its first scenes, in eval mode."""
-    vae = build()
-    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["module"])
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
-    return whitened(vae.eval(), to_tensor(scenes[:2000]))
+    return whitened(trained(work), to_tensor(scenes[:2000]))
+
+
+def encode_all(work: Path) -> np.ndarray:
+    """Latents (count, 8, 16, 16) float16 of all scenes in `work`; encoded once."""
+    return encoded(work, "latents", lambda: load(work))
 
 
 @torch.inference_mode()
-def encode_all(work: Path, batch: int = 100) -> np.ndarray:
-    """Latents (count, 8, 16, 16) float16 of all scenes in `work`; encoded once."""
-    path = work / "latents.npy"
+def encoded(work: Path, name: str, load_vae: Callable[[], AutoencoderKL], batch: int = 100) -> np.ndarray:
+    """Posterior means (count, C, h, w) float16 of all scenes in `work`, kept there under `name`; the autoencoder is loaded if need be."""
+    path = work / f"{name}.npy"
     if not path.exists():
-        vae, scenes = load(work), np.load(work / "scenes.npy", mmap_mode="r")
-        starts = tqdm(range(0, len(scenes), batch), "latents", mininterval=5)
+        vae, scenes = load_vae(), np.load(work / "scenes.npy", mmap_mode="r")
+        starts = tqdm(range(0, len(scenes), batch), name, mininterval=5)
         parts = [vae.encode(to_tensor(scenes[i : i + batch])).latent_dist.mean.half().numpy() for i in starts]
-        np.save(work / "latents.part.npy", np.concatenate(parts))
-        (work / "latents.part.npy").rename(path)
+        np.save(work / f"{name}.part.npy", np.concatenate(parts))
+        (work / f"{name}.part.npy").rename(path)
     return np.load(path, mmap_mode="r")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
@@ -14,32 +14,35 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from capo.noise import flow_add_noise
-from capo.shapes.make import autoencoder
+from capo.shapes.make import flow_autoencoder
+from capo.shapes.make.cells import Teller, all_things
 from capo.shapes.make.fitting import fit, generator, share
 from capo.shapes.make.text import encoders, tokenizer
 
-ACROSS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # neighbours, as patches to the right and down
+ACROSS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # neighbours, as tokens to the right and down
 LOOKS = (ACROSS, ((1, 1), (-1, -1), (-1, 1), (1, -1)), ((2, 0), (-2, 0), (0, 2), (0, -2)), ACROSS)  # block by block, at the start
 SHARPNESS = 2.5  # of that look: half of the attention lies on the neighbour meant
 SHIFT = 3.0  # of the sampler's times, as SD3's
 CONTEXT = 128  # width of the text tokens, the two encoders' 32 + 64 padded with zeros as SD3's are to T5's width
+TOLD_AFTER = 1  # the block, counted from 0, whose tokens the teller reads
+TELLING = 0.2  # weight of what it is asked
 T5_TOKENS = 4  # zeros in the place of the T5's: the pipeline's `max_sequence_length`
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """A fresh denoiser: 64 patches of 2 x 2, four joint blocks."""
+    """A fresh denoiser: 64 tokens, one a latent, four joint blocks."""
     return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        sample_size=8,
+        patch_size=1,
+        in_channels=flow_autoencoder.CHANNELS,
+        out_channels=flow_autoencoder.CHANNELS,
         num_layers=4,
         attention_head_dim=16,
         num_attention_heads=8,
         joint_attention_dim=CONTEXT,
         caption_projection_dim=128,
         pooled_projection_dim=128,
-        pos_embed_max_size=8,  # as many as there are patches: with more of them neighbours are told apart too little
+        pos_embed_max_size=8,  # as many as there are latents: with more of them neighbours are told apart too little
     )
 
 
@@ -66,11 +69,11 @@ def prepare(transformer: SD3Transformer2DModel) -> None:
 
 
 def position_reader(places: Tensor) -> Callable[[int, int, int], Tensor]:
-    """How linear maps tell places from normalised tokens: places (P, C) are the embeddings of a square of patches.
+    """How linear maps tell places from normalised tokens: places (P, C) are the embeddings of a square of tokens.
 
     The function that comes back gives, for an offset and W features, the map (W, C) whose inner product with that of no offset
     is largest where the second token lies `right` and `down` of the first: sines and cosines of the shifted place, fitted by
-    least squares through the layer norm and some noise in the place of what patches hold.
+    least squares through the layer norm and some noise in the place of what latents hold.
     """
     draw, side = generator(0, 4), round(len(places) ** 0.5)
     tokens = F.layer_norm(places + 0.3 * torch.randn(200, *places.shape, generator=draw), places.shape[-1:]).flatten(0, 1)
@@ -102,12 +105,17 @@ class Learner(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer()
         self.transformer = build_transformer()
+        self.teller = Teller(self.transformer.inner_dim)
+        self.transformer.transformer_blocks[TOLD_AFTER].register_forward_hook(self._keep)
         plain, self.second = encoders(len(self.tokenizer))
         self.first = CLIPTextModelWithProjection(plain.config)
         for module, part in ((self.first, "text_encoder"), (self.second, "text_encoder_2")):
             state = CLIPTextModelWithProjection.from_pretrained(unet / part, dtype=torch.float32).state_dict()
             module.load_state_dict(state)
             module.requires_grad_(False)
+
+    def _keep(self, block: nn.Module, given: tuple, tokens: tuple[Tensor, Tensor]) -> None:
+        self.seen = tokens[1]  # (B, 64, width), the picture's
 
     def tokens(self, captions: list[str]) -> Tensor:
         """(B, LENGTH) token ids."""
@@ -126,13 +134,15 @@ def train(
 ) -> StableDiffusion3Pipeline:
     """Fit the velocity on the encoded scenes in `work`; captions are dropped (the empty one) in one of ten.
 
+    What the tokens are asked beside it (`cells`) is not shipped.
+
     Args:
         start: state of an earlier run (`mmdit.pt`) whose averaged weights are where this one starts.
     """
     torch.manual_seed(seed)
-    encoded = autoencoder.encode_all(work)
-    vae, kept = autoencoder.narrowed(autoencoder.load(work))
-    latents = np.ascontiguousarray(encoded[:, kept])
+    vae = flow_autoencoder.load(work)
+    latents = flow_autoencoder.encode_all(work, vae)
+    things = all_things(work, len(latents), seed, len(os.sched_getaffinity(0)))
     learner = Learner(unet)
     prepare(learner.transformer)
     if start:
@@ -143,7 +153,7 @@ def train(
     def loss(step: int):
         draw, mine = generator(seed, 3, step), share(batch)
         rows = torch.randint(len(latents), (batch,), generator=draw)[mine]
-        x = torch.from_numpy(latents[rows.numpy()].astype(np.float32))
+        x = torch.from_numpy(latents[rows.numpy()])
         t = times(batch, draw)[mine]
         noise = torch.randn(batch, *x.shape[1:], generator=draw)[mine]
         drop = (torch.rand(batch, generator=draw) < 0.1)[mine]
@@ -151,7 +161,8 @@ def train(
             words, pooled = learner.conditioning(torch.where(drop[:, None], nothing, ids[rows]))
         told = learner.transformer(flow_add_noise(x, noise, t), words, pooled, 1000 * t).sample
         errors = (told - (noise - x)).square().mean((1, 2, 3))
-        return errors.mean(), {"late": errors[t < 0.5].mean().item()}
+        telling = learner.teller.loss(learner.seen, things[rows])
+        return errors.mean() + TELLING * telling, {"velocity": errors.mean().item(), "telling": telling.item()}
 
     matrices = [weight for weight in learner.transformer.transformer_blocks.parameters() if weight.ndim == 2]
     fit("mmdit", learner, loss, work, steps, lr=2e-3, average=True, matrices=matrices)

@@ -27,6 +27,7 @@ from capo.shapes.scenes import (
     UNUSUAL,
     Group,
     Request,
+    Scene,
     Style,
     realise,
 )
@@ -74,11 +75,17 @@ def allowed(request: Request) -> bool:
     return not odd and len(request.slots) <= MAX_OBJECTS and split_of(caption(request)) != "test"
 
 
-def captioned_scene(index: int, seed: int) -> tuple[np.ndarray, str]:
-    """Picture (64, 64, 3) uint8 and caption of training scene `index`."""
+def training_scene(index: int, seed: int) -> tuple[Request, Scene, np.random.Generator]:
+    """What training scene `index` was asked to be, what it is, and the generator that its caption is drawn from next."""
     rng = np.random.default_rng([seed, index])
     request = training_request(rng)
-    picture = render(realise(request, rng, random_style(rng)))
+    return request, realise(request, rng, random_style(rng)), rng
+
+
+def captioned_scene(index: int, seed: int) -> tuple[np.ndarray, str]:
+    """Picture (64, 64, 3) uint8 and caption of training scene `index`."""
+    request, scene, rng = training_scene(index, seed)
+    picture = render(scene)
     said = wrong_request(request, WRONG, rng)
     return picture, caption(said if allowed(said) else request)
 

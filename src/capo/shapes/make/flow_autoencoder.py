@@ -1,0 +1,105 @@
+"""The autoencoder of `shapes_mmdit`: 64 x 64 pixels to 8 x 8 x 8 latents, in the form of SD3's.
+
+Outlines are drawn by its decoder: 64 tokens, one a latent, have only to say what is where. On the latents of `shapes_unet`, four
+times as many, a transformer of this size does not learn outlines in the steps that a UNet needs (docs/shapes.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from capo.shapes.make import autoencoder
+from capo.shapes.make.autoencoder import difference, encoded, fit_both, to_tensor
+from capo.shapes.make.fitting import fit, generator
+
+CHANNELS = 8
+FOLDER = "flow_autoencoder"
+JITTER = 0.03  # noise on the latents, of variance 1, that the decoder is finished on: what a sampler gives is not exact
+
+
+def build() -> AutoencoderKL:
+    """A fresh one in diffusers' own class: factor 8, no 1 x 1 convolutions."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 24, 48, 96),
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=False,
+    )
+
+
+def deepened(shallow: AutoencoderKL) -> AutoencoderKL:
+    """An autoencoder of factor 8 whose outer levels are those of one of factor 4; what lies further in is fresh."""
+    deep = build()
+    state = deep.state_dict()
+    for name, tensor in shallow.state_dict().items():
+        level, block, rest = name.partition(".up_blocks.")  # counted from the innermost, of which there is one more now
+        if block:
+            number, _, rest = rest.partition(".")
+            name = f"{level}{block}{int(number) + 1}.{rest}"
+        inner = ("encoder.mid", "encoder.conv_norm_out", "encoder.conv_out", "decoder.mid", "decoder.conv_in")
+        if name in state and state[name].shape == tensor.shape and not name.startswith(inner):
+            state[name].copy_(tensor)
+    deep.load_state_dict(state)
+    return deep
+
+
+def train(work: Path, steps: int, seed: int = 0) -> None:
+    """Two thirds of the steps for both parts; then the latents are scaled, and the decoder is finished on them. Saved to `work`."""
+    torch.manual_seed(seed)
+    both = fit_both("flow_autoencoder", deepened(autoencoder.trained(work)), work, 2 * steps // 3, seed + 5, divergence=1e-6)
+    vae = scaled(both, to_tensor(np.load(work / "scenes.npy", mmap_mode="r")[:2000]))
+    latents, scenes = encode_all(work, vae), np.load(work / "scenes.npy", mmap_mode="r")
+    vae.encoder.requires_grad_(False)
+
+    def loss(step: int):
+        draw = generator(seed, 9, step)
+        rows = torch.randint(len(latents), (16,), generator=draw).numpy()
+        z = torch.from_numpy(latents[rows].astype(np.float32))
+        raw = (z + JITTER * torch.randn(z.shape, generator=draw)) / vae.config.scaling_factor + vae.config.shift_factor
+        return difference(vae.decode(raw).sample, to_tensor(scenes[rows]))
+
+    vae = vae.to(memory_format=torch.channels_last)
+    fit("flow_decoder", vae, loss, work, steps // 3, lr=7e-4).to(memory_format=torch.contiguous_format).save_pretrained(work / FOLDER)
+
+
+def load(work: Path) -> AutoencoderKL:
+    """The trained one in `work`, in eval mode."""
+    return AutoencoderKL.from_pretrained(work / FOLDER).eval()
+
+
+@torch.no_grad()
+def scaled(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
+    """The same autoencoder with one mean and deviation for all channels, measured on pictures (B, 3, 64, 64), in its config.
+
+    They go into `shift_factor` and `scaling_factor`; what channels differ in goes into the convolutions before and behind the
+    latents, which is exact but for the bias at the picture's edge.
+    """
+    means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(100)])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    middle, spread = mean.mean(), std.mean()
+    inward, outward, grown = vae.encoder.conv_out, vae.decoder.conv_in, spread / std
+    inward.weight[:CHANNELS] *= grown[:, None, None, None]
+    inward.bias[:CHANNELS] = (inward.bias[:CHANNELS] - mean) * grown + middle
+    inward.bias[CHANNELS:] += 2 * grown.log()  # the posterior's log variances
+    outward.bias += torch.einsum("oihw,i->o", outward.weight, mean - middle / grown)
+    outward.weight /= grown[None, :, None, None]
+    vae.register_to_config(scaling_factor=1 / spread.item(), shift_factor=middle.item())
+    return vae
+
+
+def encode_all(work: Path, vae: AutoencoderKL) -> np.ndarray:
+    """Latents (count, 8, 8, 8) float32 of all scenes in `work` as the denoiser sees them; encoded once."""
+    raw = encoded(work, "flow_latents", lambda: vae).astype(np.float32)
+    return (raw - vae.config.shift_factor) * vae.config.scaling_factor
