@@ -28,18 +28,18 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     """Evaluate the policy of a run into its own folder, with the run's configuration."""
     folder = Path(cfg.run)
     own = run_config(folder, cfg, overrides)
-    check_ready(own)
+    check_ready(own, watching=False)
     prepare_process(own.threads)
-    return evaluate_policy(own, build_world(own), folder / "policy", folder / "evaluation", curves=folder / "metrics.csv")
+    return evaluate_policy(own, build_world(own, watching=False), folder / "policy", folder / "evaluation", curves=folder / "metrics.csv")
 
 
 def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
     """Evaluate an exported policy with the composed configuration."""
     if cfg.base:
         cfg.model.backbone.weights = str(Path(cfg.base).absolute())
-    check_ready(cfg)
+    check_ready(cfg, watching=False)
     prepare_process(cfg.threads)
-    return evaluate_policy(cfg, build_world(cfg), Path(cfg.policy), folder)
+    return evaluate_policy(cfg, build_world(cfg, watching=False), Path(cfg.policy), folder)
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:

@@ -96,10 +96,11 @@ def run(cfg: DictConfig) -> None:
         raise InputError(f"stage={cfg.stage} is unknown; choose {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
     if cfg.stage == "import":
         return import_images(cfg)
-    check_ready(cfg)
+    scoring = cfg.stage in ("all", "score")
+    check_ready(cfg, scoring=scoring)
     check_imported(cfg)
     prepare_process(cfg.threads)
-    world = build_world(cfg, scoring=cfg.stage in ("all", "score"))
+    world = build_world(cfg, scoring=scoring)
     if cfg.stage == "export":
         return export(cfg, world)
     if cfg.stage == "report":

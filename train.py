@@ -233,7 +233,7 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
         if progress is Progress.FINISHED:
             console.print(f"{folder} holds this run already, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
-            world = build_world(cfg)
+            world = build_world(cfg, watching=progress is not Progress.FINISHED)
             with trackers(cfg, group, folder) as loggers:
                 if progress is not Progress.FINISHED:
                     train(cfg, world, folder, loggers)

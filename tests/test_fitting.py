@@ -65,6 +65,34 @@ def test_one_image_that_does_not_fit_is_the_users_to_know(error):
     assert scorer.asked == [5, 2, 1]
 
 
+class Heavy:
+    """Half of it fits onto the device, which is another name of the only one there is; says where it was taken."""
+
+    def __init__(self, precision="float32"):
+        self.where = []
+
+    def to(self, device):
+        self.where.append(str(device))
+        if device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_weights_that_do_not_fit_leave_the_device_and_say_what_helps():
+    heavy = Heavy()
+    with pytest.raises(InputError, match=r"reward 'heavy': its weights \(4\.0 GB\) do not fit into the device's memory: score apart .*"
+                       r"stage=score\) or on a device with more memory.*Tried to allocate") as refused:  # fmt: skip
+        Reward("heavy", heavy, memory=4e9).setup("cpu:0")
+    assert heavy.where == ["cpu:0", "cpu"] and refused.value.__context__ is None
+
+
+@pytest.mark.parametrize(("precision", "size", "helps"), [("float32", "4.0 GB", True), ("bfloat16", "2.0 GB", False)])
+def test_half_precision_is_advised_where_the_scorer_has_it_and_it_is_not_used(precision, size, helps):
+    with pytest.raises(InputError) as refused:
+        Reward("heavy", {"_target_": f"{__name__}.Heavy", "precision": precision}, memory=4e9).setup("cpu:0")
+    assert size in str(refused.value)
+    assert ("set rewards.heavy.scorer.precision=bfloat16" in str(refused.value)) == helps
+
+
 def test_other_errors_are_not_tried_again():
     scorer = Hungry(0, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):

@@ -81,7 +81,7 @@ def test_a_run_that_was_cut_off_becomes_the_uninterrupted_one(tiny_run, whole, m
 
 
 def test_a_finished_run_says_so_and_returns_what_is_stored(tiny_run, whole, capsys, monkeypatch):
-    monkeypatch.setattr(train_script, "build_world", lambda cfg: pytest.fail("nothing is to be done"))
+    monkeypatch.setattr(train_script, "build_world", lambda *given, **options: pytest.fail("nothing is to be done"))
     before = {path: path.stat().st_mtime_ns for path in (whole[1] / "checkpoints").iterdir()}
     stored = json.loads((whole[1] / "outcome.json").read_text())["val/win_rate"]
     assert train_script.run(tiny_run("whole1", *STEPS, "data.workers=2")) == stored  # workers may differ
@@ -111,6 +111,11 @@ def test_differences_name_leaves_and_leave_out_what_is_free():
     new = {"a": {"b": 2, "c": [1, 2]}, "logger": {}, "pool": {"root": "y", "seed": 0}, "there": 1}
     assert differences(old, new) == ["a.b: 1 -> 2", "gone: None -> (not there)", "there: (not there) -> 1"]
 
+
+def test_runs_begun_before_the_adapters_rate_was_a_key_go_on_where_the_rate_in_use_is_the_same():
+    old, new = {"model": {"name": "x"}, "trainer": {"lr": 1e-3}}, {"model": {"name": "x", "adapter_lr": 1e-3}, "trainer": {"lr": 1e-3}}
+    assert differences(old, new) == []
+    assert differences(old, new | {"trainer": {"lr": 1e-4}}) == ["trainer.lr: 0.001 -> 0.0001"]
 
 
 

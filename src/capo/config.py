@@ -111,15 +111,16 @@ def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
     return splits
 
 
-def build_world(cfg: DictConfig, scoring: bool = True) -> World:
+def build_world(cfg: DictConfig, scoring: bool = True, watching: bool = True) -> World:
     """Everything that generation, training and evaluation share. Cheap checks come before weights are loaded.
 
-    `scoring`: whether images will be scored, for which the rewards are built.
+    `scoring`: whether images will be scored, for which the rewards are built. `watching`: whether validation images will be;
+    without it the world has no held-out rewards, which score nothing else.
     """
     splits = prompt_splits(cfg)
     settings = SamplerSettings(**cfg.sampling)
     rewards, evaluated, oracle = all_rewards(cfg)
-    held_out = held_out_rewards(cfg, rewards, evaluated)
+    held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
     plans = pool_plans(cfg, splits)
     for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring}.values():
         reward.setup("cpu")  # so that weights that are missing are found before images are drawn

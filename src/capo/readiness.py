@@ -23,18 +23,21 @@ from capo.selection import select
 from capo.values import check_values
 
 
-def check_ready(cfg: DictConfig, finished: bool = False) -> None:
+def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, watching: bool = True) -> None:
     """Find out what keeps `cfg` from running before anything is loaded, downloaded or written.
 
     In this order: values, the model's weights, rewards, prompts, pairs and objective; of a run that has `finished` the values
-    alone. Raises InputError.
+    alone. `scoring` and `watching` as `build_world` has them: the weights of rewards that nothing asks are not looked for.
+    Raises InputError.
     """
     check_values(cfg)
     if finished:
         return
     check_weights(cfg)
     rewards, evaluated, _ = all_rewards(cfg)
-    check_reward_weights([*rewards, *evaluated, *held_out_rewards(cfg, rewards, evaluated)])
+    held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
+    if scoring:
+        check_reward_weights([*rewards, *evaluated, *held_out])
     pool_plans(cfg, prompt_splits(cfg))
     requirements(built(cfg.objective))
     nothing = torch.zeros(0, cfg.pool.candidates, len(labels_of(cfg, rewards)))
@@ -79,7 +82,8 @@ def check_weights(cfg: DictConfig) -> None:
 def check_reward_weights(rewards: Sequence[Reward]) -> None:
     """InputError that names each file, folder or hub id of these rewards that is neither here nor to be had."""
     missing = []
-    for setting, (source, revision) in {key: found for reward in rewards for key, found in reward.sources.items()}.items():
+    # one name, trained and evaluated, may have two sources under the same setting
+    for setting, (source, revision) in dict.fromkeys(item for reward in rewards for item in reward.sources.items()):
         try:
             look_for(source, revision, setting)
         except InputError as error:

@@ -22,9 +22,10 @@ from capo.errors import InputError
 CONFIG, OUTCOME = "config.yaml", "outcome.json"
 LAYOUT = 2  # of a run directory: what lies in it under which name, and which keys config.yaml has
 WRITER = "written_by"  # key of config.yaml: layout, and the version of this package
-# what may differ: where things lie, who watches, what happens after training, and what moves a step by rounding only
+# what may differ: where things lie, who watches, what happens after training, what moves a step by rounding only, and a rate
+# that acts through trainer.lr alone, which is compared
 FREE = (
-    "run_dir", "logger", "validation.held_out", "data.workers", "pool.root", "evaluate", "export", "push_to_hub", "plan", "planning", "check", "hydra",
+    "model.adapter_lr", "run_dir", "logger", "validation.held_out", "data.workers", "pool.root", "evaluate", "export", "push_to_hub", "plan", "planning", "check", "hydra",
     *(f"trainer.{key}" for key in ("strategy", "devices", "num_nodes", "micro_batch", "gradient_checkpointing", "compile",
                                    "compile_tolerance", "channels_last")),
 )  # fmt: skip

@@ -286,7 +286,7 @@ def test_one_that_hangs_is_ended(isolated):
     ("spoken", {"value": [1.0, None]}, "TypeError: float"),
     ("raises", {}, "failed: KeyError: 'no such token'; the traceback is in .*theirs.log"),
     ("lacking", {}, "needs no_such_module, which .* cannot import: .* -m pip install no_such_module .*theirs.log"),
-    ("greedy", {}, "ran out of memory .their_reward.OutOfMemoryError: tried to allocate 9 GiB.; a smaller sampling.batch"),
+    ("greedy", {}, "ran out of memory .their_reward.OutOfMemoryError: tried to allocate 9 GiB.; see .*theirs.log$"),
 ])
 def test_answers_that_are_no_scores(target, arguments, message, isolated):
     scorer = isolated(target, _partial_=True, **arguments)
@@ -295,6 +295,13 @@ def test_answers_that_are_no_scores(target, arguments, message, isolated):
     assert isinstance(caught.value, torch.OutOfMemoryError) == (target == "greedy")
     if "traceback" in message:
         assert "in raises\n" in scorer.log_file.read_text()
+
+
+def test_weights_that_do_not_fit_are_told_with_the_log(isolated):
+    reward = Reward("theirs", isolated("greedy", images=[], prompts=[]))  # called where it should be made
+    with pytest.raises(InputError, match=r"'theirs': its weights do not fit into .*memory.*with more memory.*9 GiB.; see .*theirs.log") as caught:
+        reward.setup("cpu")
+    assert not isinstance(caught.value, torch.OutOfMemoryError) and "sampling.batch" not in str(caught.value)
 
 
 def test_a_score_that_is_not_finite_is_named(isolated):

@@ -3,6 +3,7 @@
 import json
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from rich.console import Console
 from tiny_clip import build_clip
 
+from capo.errors import InputError
 from capo.rewards import Reward
-from capo.rewards.__main__ import check, main
+from capo.rewards.__main__ import check, chosen_device, main
 from capo.rewards.self_test import (
     FAILED,
     PASSED,
@@ -96,6 +98,40 @@ def test_what_is_wrong_is_found(scorer, facts, check, outcome):
     assert all(other == PASSED for name, other in found.items() if name != check)
 
 
+class Moved(Fitting):
+    """Says where it was taken; breaks on the device where it is told to."""
+
+    def __init__(self, broken=False):
+        self.where, self.broken = [], broken
+
+    def to(self, device):
+        self.where.append(str(device))
+
+    def __call__(self, images, prompts):
+        if self.broken:
+            raise InputError("broken")
+        return super().__call__(images, prompts)
+
+
+def test_a_measured_reward_leaves_the_device_to_the_next_one():
+    device, whole, broken = torch.device("cpu:0"), Moved(), Moved(broken=True)
+    measure(Reward("x", whole), device)
+    with pytest.raises(InputError, match="broken"):
+        measure(Reward("x", broken), device)
+    assert whole.where == broken.where == ["cpu:0", "cpu"]
+
+
+def test_the_chosen_gpu_is_the_one_that_messages_tell_of(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert chosen_device(torch.device("cuda:1")) == torch.device("cuda:1") and chosen_device(CPU) == CPU
+    chosen_device(torch.device("cuda"))
+    assert current == [1, 0]
+    with pytest.raises(InputError, match="--device cuda:2: torch sees 2 GPUs here; choose another one, or cpu"):
+        chosen_device(torch.device("cuda:2"))
+
+
 def test_recorded_scores_are_compared_by_name_and_size():
     reward = Reward("x", Fitting())
     scores = measure(reward, CPU).scores
@@ -153,9 +189,27 @@ def test_scores_are_recorded_and_compared_afterwards(here, clip, capsys, monkeyp
     path.rename(here / "mine.json")
     assert main([*command, "--golden", "mine.json"]) == 1
     record["fingerprint"] = "0" * 64  # of other weights
-    (here / "mine.json").write_text(json.dumps(record))
-    assert main([*command, "--golden", "mine.json"]) == 0
+    for name in ("mine.json", "golden/pickscore.json"):
+        (here / name).write_text(json.dumps(record))
+    assert main(command) == 0
     assert "none for this fingerprint" in capsys.readouterr().out
+    assert main([*command, "--golden", "mine.json"]) == 1
+
+
+@pytest.mark.parametrize(("content", "fault"), [
+    (None, r"--golden mine\.json: there is no such file, so no scores of fingerprint [0-9a-f]{8}; --record writes them there"),
+    (json.dumps({"schema": 1, "fingerprint": "0" * 64}), r"--golden mine\.json: it has no scores of fingerprint [0-9a-f]{8}; --record"),
+    ("{}", r"mine\.json holds no recorded scores"),
+], ids=["nowhere", "another", "unreadable"])  # fmt: skip
+def test_a_named_record_that_cannot_be_compared_with_fails_before_weights_are_loaded(here, capsys, content, fault):
+    if content:
+        (here / "mine.json").write_text(content)
+    moved = Moved(broken=True)
+    options = Namespace(device=CPU, golden=Path("mine.json"), record=False, tolerance=1e-3)
+    assert not check(Reward("x", moved), options, Console())
+    told = capsys.readouterr().out
+    assert re.search(fault, " ".join(told.replace("│", " ").split())) and "recorded scores" in told
+    assert "weights and scores" not in told and not moved.where
 
 
 def test_random_weights_fail_by_order_and_are_not_recorded(here, clip, capsys):

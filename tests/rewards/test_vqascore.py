@@ -222,6 +222,9 @@ def test_files_that_are_not_there(copied, folders, tmp_path):
     (weights / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(InputError, match=r"rewards\.vqascore\.weights=.*pytorch_model-00002-of-00002\.bin of its index is not there; get"):
         VQAScore(**arguments)
+    (alone := tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"rewards\.vqascore\.weights=.*model\.safetensors: it is a file; give the folder that holds it and its"):
+        VQAScore(**arguments | {"weights": str(alone)})
     (weights / "config.json").unlink()
     with pytest.raises(InputError, match=r"its config\.json is missing"):
         VQAScore(**arguments)

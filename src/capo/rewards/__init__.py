@@ -22,7 +22,7 @@ from torch import Tensor
 from capo.calibration import LINKS
 from capo.errors import InputError
 from capo.fingerprints import content_fingerprint, file_digest
-from capo.fitting import FittingBatch
+from capo.fitting import FittingBatch, device_memory
 from capo.rewards.isolated import IsolatedScorer, check_environment
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
@@ -89,13 +89,33 @@ class Reward:
 
     @cached_property
     def _batches(self) -> FittingBatch:
-        return FittingBatch(f"reward '{self.name}'", "score apart from sampling (generate.py stage=score) or on a device with more memory, "
-                            "or choose smaller weights")  # fmt: skip
+        return FittingBatch(f"reward '{self.name}'", self._remedy)
+
+    @property
+    def _remedy(self) -> str:
+        """What helps where the device's memory runs out."""
+        key = f"rewards.{self.name}.scorer.precision"
+        full = isinstance(self.scorer, Mapping) and self.scorer.get("precision") == "float32"
+        half = f"set {key}=bfloat16, and evaluation.{key} where it evaluates too (half the memory, other scores), " if full else ""
+        return f"{half}score apart from sampling (generate.py stage=score) or on a device with more memory, or choose smaller weights"
 
     def setup(self, device: str | torch.device) -> None:
-        """Builds the scorer, moves it to `device` if it has a `to`; InputError where it cannot be built."""
-        if hasattr(self._callable, "to"):
+        """Builds the scorer, moves it to `device` if it has a `to`.
+
+        Raises InputError where it cannot be built, and where its weights do not fit into the device's memory, which it has left again.
+        """
+        if not hasattr(self._callable, "to"):
+            return
+        try:
             self._callable.to(device)
+            return
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # outside of the handler, whose traceback holds what was being moved
+        self.rest()
+        torch.cuda.empty_cache()  # what the message calls free is free
+        size = f" ({self.held / 1e9:.1f} GB)" if self.held else ""
+        raise InputError(f"reward '{self.name}': its weights{size} do not fit into {device_memory()}: {self._remedy} ({reason})")
 
     def rest(self) -> None:
         """Off the device until the next `setup`: during training steps its memory is the policy's."""

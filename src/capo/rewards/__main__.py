@@ -83,24 +83,57 @@ def _conf(given: Path | None) -> Path:
     raise InputError(f"no rewards/ in {' and '.join(map(str, places))}; give the folder that has it: --conf FOLDER")
 
 
+def chosen_device(given: torch.device | None) -> torch.device:
+    """`given`, else the GPU where there is one; a GPU becomes the current one, of whose memory messages tell.
+
+    Raises InputError for one that torch does not see.
+    """
+    device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; choose another one, or cpu")
+        torch.cuda.set_device(device.index or 0)
+    return device
+
+
+def recorded(reward: Reward, options: argparse.Namespace) -> dict | None:
+    """The scores to compare with; None where there are none, or they are to be recorded now.
+
+    Raises InputError for a file that is no record, and for one that the user has named and that lacks this fingerprint.
+    """
+    if options.record:
+        return None
+    golden = read_golden(golden_places(reward.name, options.golden), reward.fingerprint)
+    if options.golden and golden is None:
+        fault = "it has no scores" if options.golden.is_file() else "there is no such file, so no scores"
+        raise InputError(f"--golden {options.golden}: {fault} of fingerprint {reward.fingerprint[:8]}; --record writes them there")
+    return golden
+
+
+def examined(reward: Reward, options: argparse.Namespace) -> tuple[Measured | None, list[Finding]]:
+    """What the reward gave, None where it gave nothing, and what was found."""
+    try:
+        golden = recorded(reward, options)
+    except InputError as error:  # before weights are loaded
+        return None, [Finding("recorded scores", FAILED, str(error), "as it says")]
+    try:
+        measured = measure(reward, options.device)
+    except InputError as error:
+        return None, [Finding("weights and scores", FAILED, str(error), "as it says")]
+    made = f"fingerprint {reward.fingerprint[:8]}, finite, on {device_name(options.device)}"
+    return measured, [Finding("weights and scores", PASSED, made), *findings(reward, measured, golden, options.tolerance)]
+
+
 def check(reward: Reward, options: argparse.Namespace, console: Console) -> bool:
     """Print what was found of one reward; whether nothing failed."""
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = None
-    try:
-        golden = None if options.record else read_golden(golden_places(reward.name, options.golden), reward.fingerprint)
-        measured = measure(reward, device)
-        found = [Finding("weights and scores", PASSED, f"fingerprint {reward.fingerprint[:8]}, finite, on {device_name(device)}"),
-                 *findings(reward, measured, golden, options.tolerance)]  # fmt: skip
-    except InputError as error:
-        found = [Finding("weights and scores", FAILED, str(error), "as it says")]
+    measured, found = examined(reward, options)
     if measured:
         console.print(score_table(reward, measured))
     console.print(finding_table(reward, found))
     passed = all(finding.outcome != FAILED for finding in found)
     if options.record and passed:
         path = options.golden or golden_places(reward.name, None)[0]
-        write_golden(path, reward, measured.scores, device)
+        write_golden(path, reward, measured.scores, options.device)
         console.print(f"recorded: {path}", markup=False, soft_wrap=True)
     elif options.record:
         console.print("nothing is recorded, since a check failed")
@@ -128,6 +161,7 @@ def main(command: Sequence[str] | None = None) -> int:
     """Check and say so; the exit code."""
     options, console = arguments(command), Console()
     try:
+        options.device = chosen_device(options.device)
         rewards = configured(options.name, options.overrides, options.conf)
         if options.golden and len(rewards) > 1:
             raise InputError(f"--golden {options.golden}: {options.name} is a set of {len(rewards)} rewards; check them one by one to name a file")

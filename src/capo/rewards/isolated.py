@@ -133,7 +133,7 @@ class IsolatedScorer:
         if "error" not in answer:
             return answer
         if answer.get("kind") == "OutOfMemoryError":
-            raise WorkerOutOfMemory(str(self._fault(f"ran out of memory ({answer['error']})", "a smaller sampling.batch helps; see")))
+            raise WorkerOutOfMemory(str(self._fault(f"ran out of memory ({answer['error']})", "see")))
         if answer.get("kind") == "ModuleNotFoundError" and answer.get("module"):
             raise InputError(_not_there(self.name, self.python, [answer["module"]]) + f"; the traceback is in {self.log_file}")
         raise self._fault(f"failed: {answer['error']}", "the traceback is in")

@@ -75,11 +75,17 @@ def pairs(side: int = SIDE) -> tuple[list[Image.Image], list[str]]:
 
 
 def measure(reward: Reward, device: torch.device) -> Measured:
-    """Build the reward on `device` and score the pictures. Raises InputError as `Reward.setup` and `Reward.score` do."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    """Build the reward on `device`, score the pictures and leave the device. Raises InputError as `Reward.setup` and `score` do."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     reward.setup(device)
+    try:
+        return _measured(reward, device)
+    finally:
+        reward.rest()  # the peak of the next one of a set is its own
+
+
+def _measured(reward: Reward, device: torch.device) -> Measured:
     images, prompts = pairs(reward.side or SIDE)
     scores = reward.score(images, prompts)
     alone = torch.cat([reward.score([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)])
@@ -89,14 +95,14 @@ def measure(reward: Reward, device: torch.device) -> Measured:
         reward.score(images, prompts)
         count += len(images)
     speed = count / (time.perf_counter() - begun)
-    return Measured(scores.view(-1, 2), alone.view(-1, 2), turned.view(-1, 2), speed, _peak(reward, device if on_gpu else None))
+    return Measured(scores.view(-1, 2), alone.view(-1, 2), turned.view(-1, 2), speed, _peak(reward, device))
 
 
-def _peak(reward: Reward, gpu: torch.device | None) -> str:
+def _peak(reward: Reward, device: torch.device) -> str:
     if reward.python or reward.isolated:
         return "not known: it runs in another process"
-    if gpu:
-        return f"{torch.cuda.max_memory_allocated(gpu) / 1e9:.2f} GB of {torch.cuda.get_device_name(gpu)}"
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of {torch.cuda.get_device_name(device)}"
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return f"{kilobytes * 1024 / 1e9:.2f} GB of this process, Python and libraries included"
 

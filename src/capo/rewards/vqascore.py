@@ -131,10 +131,11 @@ class VQAScore(ClipScorer):
         setting = "rewards.vqascore.weights"
         words_setting, tower_setting = (f"rewards.vqascore.scorer.{key}" for key in ("tokenizer", "tower"))
         found = fetch(weights, revision, setting, *MODEL_FILES)
+        config = t5_config(found, setting)
         words = fetch(tokenizer, tokenizer_revision, words_setting, "tokenizer.json", "spiece.model")
         inside = holds_tower(found)
         eyes = fetch(tower, tower_revision, tower_setting, *(PROCESSOR_FILES if inside else MODEL_FILES))
-        config, vision = t5_config(found, setting), clip_config(eyes, tower_setting).vision_config
+        vision = clip_config(eyes, tower_setting).vision_config
         inputs = Questions(words, eyes, config, question, (words_setting, tower_setting))
         files, tower_files = weight_files(found, setting), [] if inside else weight_files(eyes, tower_setting)
         with torch.device("meta"):

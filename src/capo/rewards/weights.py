@@ -119,11 +119,13 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path, setting: str) -> dict[str, Any]:
-    """What a folder's config.json says; InputError where it is missing or no json."""
+    """What a folder's config.json says; InputError where it is missing or no json, or `folder` is a file."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{setting}={folder}: its config.json is missing or unreadable; get the folder again") from error
+        alone = "it is a file; give the folder that holds it and its config.json"
+        fault = alone if folder.is_file() else "its config.json is missing or unreadable; get the folder again"
+        raise InputError(f"{setting}={folder}: {fault}") from error
 
 
 def require_type(folder: Path, setting: str, wanted: str, told: str) -> None:
