@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import train
+from tiny_pipelines import CONFIGURED
 
 from capo.config import _shipped
 from capo.errors import InputError
@@ -30,11 +32,25 @@ def test_the_shapes_models_pass(tiny_run, model, objective):
     assert (folder / "check" / "sample.png").is_file() and not (folder / "config.yaml").exists()  # no run was begun
 
 
-def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folder):
+@pytest.mark.parametrize("name", list(CONFIGURED))
+def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name):
+    here = (*CONFIGURED[name], f"model.backbone.weights={tiny_folders[name]}", "prompts=text", "trainer.micro_batch=1")
     with pytest.raises(InputError, match="2 of 6 failed: VAE round trip, denoising error"):
-        train.run(tiny_run("check-random", "check=true", "trainer.batch=2"))
-    failed = [name for name, passed in findings(tiny_run.folder / "check-random").items() if not passed]
-    assert failed == ["VAE round trip", "denoising error"]
+        train.run(tiny_run(f"check-{name}", *here, "check=true"))
+    failed = ["VAE round trip", "denoising error"]
+    assert findings(tiny_run.folder / f"check-{name}") == {check: check not in failed for check in NAMES}
+
+
+def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path):
+    """A VAE's config as it may come from elsewhere: pictures come back, but their latents are not those that the denoiser knows."""
+    folder = shutil.copytree(_shipped("unet"), tmp_path / "unet")
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 2.5 * config["scaling_factor"]}))
+    with pytest.raises(InputError, match=r"of 6 failed: VAE round trip"):
+        train.run(tiny_run("check-scaled", *SHAPES["shapes_unet"], "check=true", f"model.backbone.weights={folder}"))
+    found = json.loads((tiny_run.folder / "check-scaled" / "check.json").read_text())
+    assert "scaling_factor or shift_factor in vae/config.json is not this VAE's" in found[0]["remedy"]
+    assert {"sample", "reference = policy", "first loss", "one step"} <= {check["name"] for check in found if check["passed"]}
 
 
 def test_weights_that_are_not_there_come_before_any_check(tiny_run, tmp_path):
@@ -60,3 +76,10 @@ def test_verdicts_by_hand(seen, failed):
     checks = check_steps(watched(**seen), planned_bytes=100, flops=4e9, pairs=8)
     assert [check.name for check in checks if not check.passed] == failed
     assert "2.00 s for 8 pairs, 2.0 GFLOP/s" in checks[-1].found  # 4e9 / 2 s
+
+
+def test_the_plans_seconds_stand_beside_the_measured_ones():
+    """4e9 operations at 0.4 of 20e9 a second take 0.5 s, here 2 s: said, and no fault."""
+    *_, step = check_steps(watched(), planned_bytes=None, flops=4e9, pairs=8, rate=0.4 * 20e9)
+    assert step.passed and "2.00 s for 8 pairs, 2.0 GFLOP/s (the plan: 0.5 s at 8 GFLOP/s)" in step.found
+    assert "plan" not in check_steps(watched(), None, None, 8, rate=8e9)[-1].found

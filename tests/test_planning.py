@@ -1,26 +1,37 @@
 """A plan's bytes against tensors that exist, its activations against what hooks measure, its arithmetic against hand-worked numbers."""
 
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from capo.backbones import UNetBackbone
+from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
 from capo.blueprint import Blueprint, from_folder, published, published_names
 from capo.data import PreferenceBatch
 from capo.errors import InputError
-from capo.memory import checkpoint_bytes, holdings, optimiser_bytes, parameters, pool_bytes
+from capo.memory import checkpoint_bytes, holdings, optimiser_bytes, parameters, pipeline_bytes, pool_bytes
 from capo.module import Execution, PreferenceModule, Weighting
 from capo.objectives import capo
 from capo.passes import Forward, activation_bytes, adapter_of, decoder_forward, denoiser_forward
-from capo.planning import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest, device_memory, flops_of, host_memory, hours, notes
-from capo.shapes.make.mmdit import T5_TOKENS, build_transformer
+from capo.planning import (
+    PoolRequest,
+    Request,
+    RewardRequest,
+    SamplingRequest,
+    TrainingRequest,
+    device_memory,
+    flops_of,
+    host_memory,
+    hours,
+    notes,
+)
 from capo.strategies import Division
 
-SHAPES = Path(__file__).parents[1] / "src" / "capo" / "shapes" / "weights" / "unet"
+SHIPPED = Path(__file__).parents[1] / "src" / "capo" / "shapes" / "weights"
+SHAPES, MMDIT = SHIPPED / "unet", SHIPPED / "mmdit"
+T5_TOKENS = 4  # as conf/model/shapes_mmdit.yaml has it
 LORA = {"rank": 4, "alpha": 4, "seed": 0}
 ADAPTER = adapter_of(LORA)
 VARIETIES = [("32-true", None, False), ("bf16-mixed", None, False), ("32-true", LORA, False), ("bf16-mixed", LORA, False), ("bf16-mixed", LORA, True)]
@@ -32,15 +43,18 @@ def unet() -> Blueprint:
 
 
 @pytest.fixture(scope="module")
-def mmdit(unet) -> Blueprint:
-    config = {**build_transformer().config, "_class_name": "SD3Transformer2DModel"}
-    others = {name: part for name, part in unet.configs.items() if name != "unet"}
-    return Blueprint(json.dumps({**others, "transformer": {k: v for k, v in config.items() if not k.startswith("_use")}}), T5_TOKENS)
+def mmdit() -> Blueprint:
+    return from_folder(MMDIT, sequence_length=T5_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def backbone() -> UNetBackbone:
     return UNetBackbone(str(SHAPES))
+
+
+@pytest.fixture(scope="module")
+def flow() -> MMDiTBackbone:
+    return MMDiTBackbone(str(MMDIT), t5=False, sequence_length=T5_TOKENS)
 
 
 def pairs(blueprint: Blueprint, count: int) -> PreferenceBatch:
@@ -107,18 +121,22 @@ def test_a_folder_without_known_configs_is_refused(tmp_path):
         from_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("precision", "lora", "half_frozen"), VARIETIES)
-def test_what_is_held_are_the_bytes_of_the_tensors(unet, backbone, precision, lora, half_frozen):
+def adapter_for(backbone: Backbone, lora: dict | None):
+    return lora and adapter_of(lora | {"targets": backbone.lora_targets})
+
+
+def compare_held(blueprint: Blueprint, backbone: Backbone, precision: str, lora: dict | None, half_frozen: bool) -> None:
+    """Takes a step, and compares the plan's bytes with those of the tensors that there are then."""
     module = module_of(backbone, precision, lora, half_frozen)
     optimiser = module.configure_optimizers()["optimizer"]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-        errors = module.pair_errors(pairs(unet, 2))
+        errors = module.pair_errors(pairs(blueprint, 2))
     module.objective(errors).mean().backward()
     optimiser.step()
     policy = [*module.policy.parameters(), *module.policy.buffers()]
     state = [value for moments in optimiser.state.values() for value in moments.values()]
-    frozen_in = precision if half_frozen else "32-true"
-    planned = holdings(unet, adapter_of(lora), precision, "adamw", reference=True, frozen_in=frozen_in)
+    frozen_in, adapter = precision if half_frozen else "32-true", adapter_for(backbone, lora)
+    planned = holdings(blueprint, adapter, precision, "adamw", reference=True, frozen_in=frozen_in)
     assert planned.weights == held(policy)
     assert planned.gradients == held([p.grad for p in module.policy.parameters() if p.grad is not None])
     assert planned.optimiser == held(state)
@@ -126,17 +144,18 @@ def test_what_is_held_are_the_bytes_of_the_tensors(unet, backbone, precision, lo
         assert planned.reference == (0 if lora else held([*frozen.parameters(), *frozen.buffers()]))
     written = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(written)
-    assert checkpoint_bytes(unet, adapter_of(lora), "adamw") == sum(t.nbytes for t in written["state_dict"].values()) + held(state)
+    assert checkpoint_bytes(blueprint, adapter, "adamw") == sum(t.nbytes for t in written["state_dict"].values()) + held(state)
     assert planned.total == planned.weights + planned.gradients + planned.optimiser + planned.reference
 
 
-def test_what_an_mmdit_holds(mmdit):
-    denoiser = build_transformer()
-    planned = holdings(mmdit, None, "32-true", "adamw", reference=True)
-    assert planned.weights == planned.reference == held([*denoiser.parameters(), *denoiser.buffers()])
-    assert planned.gradients == held(denoiser.parameters())
-    # two moments of 4 bytes for each number, and a step count of 4 bytes for each tensor
-    assert planned.optimiser == 2 * planned.gradients + 4 * len(list(denoiser.parameters()))
+@pytest.mark.parametrize(("precision", "lora", "half_frozen"), VARIETIES)
+def test_what_is_held_are_the_bytes_of_the_tensors(unet, backbone, precision, lora, half_frozen):
+    compare_held(unet, backbone, precision, lora, half_frozen)
+
+
+@pytest.mark.parametrize(("precision", "lora", "half_frozen"), VARIETIES)
+def test_an_mmdit_holds_the_bytes_of_its_tensors_too(mmdit, flow, precision, lora, half_frozen):
+    compare_held(mmdit, flow, precision, lora, half_frozen)
 
 
 def test_eight_bit_moments_and_shards():
@@ -160,8 +179,8 @@ def test_activations_of_the_unet_are_what_hooks_measure(unet, backbone, precisio
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_activations_of_the_mmdit_are_what_hooks_measure(mmdit, precision):
-    denoiser, inputs = build_transformer(), mmdit.inputs(8)
+def test_activations_of_the_mmdit_are_what_hooks_measure(mmdit, flow, precision):
+    denoiser, inputs = flow.trainable_copy(), mmdit.inputs(8)
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -171,22 +190,23 @@ def test_activations_of_the_mmdit_are_what_hooks_measure(mmdit, precision):
     assert activation_bytes(mmdit, 8, precision, gpu=False) == pytest.approx(measured, rel=0.1)
 
 
-def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(mmdit):
-    denoiser, inputs = build_transformer().train(), mmdit.inputs(8)
+def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(mmdit, flow):
+    denoiser, inputs = flow.trainable_copy().train(), mmdit.inputs(8)
     whole = activation_bytes(mmdit, 8, "32-true", gpu=False)
     denoiser.enable_gradient_checkpointing()
     between = kept_by(lambda: denoiser(**inputs, return_dict=False)[0].square().mean(), [*denoiser.parameters(), *denoiser.buffers()])
     planned = activation_bytes(mmdit, 8, "32-true", gpu=False, checkpointing=True)
-    # four blocks, nearly alike: what is kept between them, and about a quarter of what is kept within
-    assert planned == pytest.approx(between + (whole - between) / 4, rel=0.2)
+    # the blocks are nearly alike: what is kept between them, and about one block's share of what is kept within
+    assert planned == pytest.approx(between + (whole - between) / denoiser.config.num_layers, rel=0.2)
     assert between < planned < whole / 2
 
 
-def test_operations_of_layers_and_of_attention_by_hand(mmdit):
-    found, plain = denoiser_forward(mmdit, "32-true", False), build_transformer()
-    tokens = (16 // 2) ** 2 + mmdit.text_shapes["prompt_embeds"][0]  # patches of 2 x 2, and the text's
-    # four joint blocks, four heads of 32: scores and their sum over values, a product and a sum each
-    assert found.attention_flops == 4 * 2 * 2 * tokens**2 * (4 * 32)
+def test_operations_of_layers_and_of_attention_by_hand(mmdit, flow):
+    found, plain = denoiser_forward(mmdit, "32-true", False), flow.trainable_copy()
+    sizes = plain.config
+    tokens = (sizes.sample_size // sizes.patch_size) ** 2 + mmdit.text_shapes["prompt_embeds"][0]  # patches, and the text's
+    # joint blocks, the width of all heads: scores and their sum over values, a product and a sum each
+    assert found.attention_flops == sizes.num_layers * 2 * 2 * tokens**2 * (sizes.num_attention_heads * sizes.attention_head_dim)
     # every product with weights, counted by hooks on the layers themselves: two operations a weight and row
     rows = []
     for module in plain.modules():
@@ -226,15 +246,34 @@ def test_a_pair_is_two_images_through_policy_and_reference_and_back(unet):
     assert plain["image"] == pytest.approx(6 * 2 * forward + decoder_forward(unet).flops)
 
 
-def test_rewards_count_where_they_are(unet):
+def test_rewards_count_where_images_are_scored_and_nowhere_else(unet):
     plain = device_memory(request(unet))
     with_rewards = replace(request(unet), rewards=RewardRequest(pool=7e9, validation=4e9, evaluation=6e9, everything=8e9, unknown=["vila"]))
     device, host = device_memory(with_rewards), host_memory(with_rewards)
-    assert [device[phase]["total"] - plain[phase]["total"] for phase in ("pool", "training", "validation", "scoring", "evaluation")] == [7e9, 0, 0, 4e9, 6e9]
+    more = {phase: told["total"] - plain[phase]["total"] for phase, told in device.items() if phase != "peak"}
+    assert {phase: size for phase, size in more.items() if size} == {"pool scoring": 7e9, "validation scoring": 4e9, "evaluation scoring": 6e9}
     # beside what training holds, and no VAE: that has left
-    assert device["scoring"]["total"] == device["training"]["total"] - device["training"]["activations"] + 4e9
+    assert device["validation scoring"]["total"] == device["training"]["total"] - device["training"]["activations"] + 4e9
     assert host["training"]["rewards"] == host["loading"]["rewards"] == 8e9
     assert "memory of these rewards is not known and left out: vila" in notes(with_rewards)
+
+
+def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
+    device, drawing = device_memory(request(unet)), 4 * 2 * denoiser_forward(unet, "32-true", False).working  # four images, with guidance
+    decoding = 4 * decoder_forward(unet).working
+    pipeline = pipeline_bytes(unet, 4)
+    assert device["pool"]["sampling"] == drawing and device["pool"]["total"] == sum(pipeline.values()) + drawing
+    for before in ("pool", "evaluation"):
+        drawn, scored = device[before], device[f"{before} scoring"]
+        assert scored["total"] == drawn["total"] - drawn["sampling"] + decoding and scored["decoding"] == decoding
+    assert device["evaluation"]["policy"] == holdings(unet, None, "32-true", "adamw", True).weights
+    assert device["validation"]["sampling and decoding"] == max(drawing, decoding)
+
+
+def test_without_an_evaluation_there_is_no_phase_of_it(unet):
+    device = device_memory(replace(request(unet), evaluate=False, rewards=RewardRequest(pool=1e9, evaluation=6e9)))
+    assert not [phase for phase in device if phase.startswith("evaluation")]
+    assert device["peak"] == device["pool scoring"]["total"] < 6e9
 
 
 def test_hours_by_hand(unet):

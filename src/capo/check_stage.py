@@ -70,4 +70,5 @@ def check_training(cfg: DictConfig, module: PreferenceModule, latents: Tensor, c
         watch = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)
     except InputError as error:  # compiled blocks that round differently
         return [Check("reference = policy", False, "see what to do", str(error))]
-    return check_steps(watch, plan["device"]["training"]["total"], pairs * plan["flops"]["pair"], pairs)
+    rate = request.flops * request.utilisation
+    return check_steps(watch, plan["device"]["training"]["total"], pairs * plan["flops"]["pair"], pairs, rate)

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from capo.memory import Holdings
+from capo.planning import BOTH, DECODING, REWARDS, SAMPLING
 from capo.processes import launch
+
+LESS_HELD = "use an adapter (experiment=lora), trainer=fsdp on several devices, trainer.optimizer=adamw_8bit, or a larger device"
+LESS_KEPT = "lower trainer.micro_batch, or set trainer.gradient_checkpointing=true"
+HALF_BASE = "store the base in half (model.backbone.dtype=float16)"
+REMEDIES = {  # part of a phase -> what makes it smaller; any other part is held from the first step to the last
+    "activations": LESS_KEPT,
+    SAMPLING: "lower sampling.batch",
+    DECODING: "set sampling.decode=1",
+    BOTH: "lower sampling.batch, and set sampling.decode=1",
+    "denoiser": HALF_BASE,
+    "VAE and text encoders": HALF_BASE,
+    "policy": "evaluate elsewhere (evaluate=false here, then evaluate.py run=DIR), or tune an adapter (experiment=lora)",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that is missing here. `certain`: a run cannot succeed with it; others are said by a plan only."""
 
-    kind: str  # disk, memory, weights, rewards, prompts, configuration
+    kind: str  # disk, memory, weights, rewards, extras, prompts, configuration, device
     message: str
     certain: bool = True
 
@@ -85,18 +99,41 @@ def certain_memory(held: Holdings, accelerator: str) -> list[Finding]:
         return []
     return [Finding(
         "memory", f"weights, gradients, optimiser and reference take {readable(held.total)} on a device, which has {readable(there)} ({name}): "
-        "use an adapter (experiment=lora), trainer=fsdp on several devices, trainer.optimizer=adamw_8bit, or a larger device (plan=true says what takes what)",
+        f"{LESS_HELD} (plan=true says what takes what)",
     )]  # fmt: skip
 
 
-def likely_memory(device: Mapping, host: Mapping, accelerator: str) -> list[Finding]:
-    """Findings where the plan's largest phase, with its estimates, is more than there is."""
+def likely_memory(device: Mapping, host: Mapping, accelerator: str, precisions: Sequence[str] = ()) -> list[Finding]:
+    """Findings where the plan's largest phase, with its estimates, is more than there is.
+
+    `device`, `host`: of a plan. `precisions`: keys of the precision of each reward that is in float32 and could be in half.
+    """
     name, there = device_bytes(accelerator)
     found = []
     if device["peak"] > there:
-        found.append(Finding("memory", f"the largest phase takes about {readable(device['peak'])} on a device, which has {readable(there)} ({name}): "
-                             "lower trainer.micro_batch and sampling.batch, or set trainer.gradient_checkpointing=true", certain=False))  # fmt: skip
+        phase, part, size = _largest(device)
+        found.append(Finding(
+            "memory", f"the largest phase, {phase}, takes about {readable(device['peak'])} on a device, which has {readable(there)} "
+            f"({name}); its largest part is {part}, {readable(size)}: {_remedy(phase, part, precisions)}", certain=False,
+        ))  # fmt: skip
     on_host = host["peak"] + (0 if _on_gpu(accelerator) else device["peak"])
     if on_host > host_bytes():
         found.append(Finding("memory", f"this machine's own memory: about {readable(on_host)} are needed, {readable(host_bytes())} are here", certain=False))
     return found
+
+
+def _largest(phases: Mapping) -> tuple[str, str, float]:
+    """The phase that takes most, its largest part, and the bytes of that."""
+    parts = {phase: told for phase, told in phases.items() if phase != "peak"}
+    phase = max(parts, key=lambda name: parts[name]["total"])
+    size, part = max((size, part) for part, size in parts[phase].items() if part != "total")
+    return phase, part, size
+
+
+def _remedy(phase: str, part: str, precisions: Sequence[str]) -> str:
+    """What makes the largest part of a phase smaller."""
+    if part == REWARDS:
+        half = " ".join(f"{key}=bfloat16" for key in precisions)
+        return (f"set {half} (half the memory, other scores), or " if half else "") + "take fewer or smaller rewards"
+    remedy = REMEDIES.get(part, LESS_HELD)
+    return f"{LESS_KEPT}; or {remedy}" if phase == "training" and remedy == LESS_HELD else remedy

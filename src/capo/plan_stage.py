@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from capo.strategies import device_count, divide
 from capo.values import check_values
 
 PLAN = "plan.json"
+SPLITS = ("train", "validation", "test")
+REWARD_PLACES = ("rewards", "evaluation.rewards", "validation.held_out")
 
 
 def blueprint_of(cfg: DictConfig) -> Blueprint:
@@ -62,21 +64,35 @@ def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
 
 
 def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Finding]]:
-    """Prompts by split, and what keeps them from being read here. Sets of the hub are not fetched: their limits count."""
+    """Prompts by split, and what keeps them from being read here. Sets of the hub are not fetched: limits and published sizes count."""
     settings = OmegaConf.to_container(cfg.prompts, resolve=True)
-    limits = {split: _limit(settings.get(split)) for split in ("train", "validation", "test")}
+    expected = expected_counts(settings)
     given = [value for value in settings.values() if isinstance(value, dict)]
     if any(value.get("hub") and not value.get("path") for value in given) and not OmegaConf.missing_keys(cfg.prompts):
-        return limits, []
+        return expected, []
     try:
         return {split: len(prompts) for split, prompts in config.prompt_splits(cfg).items()}, []
     except InputError as error:
-        return limits, [Finding("prompts", str(error))]
+        return expected, [Finding("prompts", str(error))]
 
 
-def _limit(given: object) -> int | None:
-    limit = given.get("limit") if isinstance(given, dict) else given
-    return limit if isinstance(limit, int) else None
+def expected_counts(settings: Mapping) -> dict[str, int | None]:
+    """Prompts by split as far as `settings` of the prompts tell, nothing read: the limit, or what is there of a published set.
+
+    Splits of the same set share it in the order of `priority`.
+    """
+    counts: dict[str, int | None] = dict.fromkeys(SPLITS)
+    taken: dict[str, int] = {}
+    for split in settings.get("priority") or SPLITS:
+        given = settings.get(split)
+        if not isinstance(given, Mapping):
+            counts[split] = given if isinstance(given, int) else None
+            continue
+        place, size = str([given.get(key) for key in ("path", "hub", "file", "revision")]), given.get("published_size")
+        known = [given.get("limit"), None if size is None else max(0, size - taken.get(place, 0))]
+        counts[split] = min((count for count in known if isinstance(count, int)), default=None)
+        taken[place] = taken.get(place, 0) + (counts[split] or 0)
+    return counts
 
 
 def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, PoolRequest]:
@@ -98,21 +114,47 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
 
 def reward_request(cfg: DictConfig) -> RewardRequest:
     """What the rewards hold, those left out that this machine cannot name (`find_missing` says so)."""
-    trained, evaluated, watching = (_known_rewards(cfg, place) for place in ("rewards", "evaluation.rewards", "validation.held_out"))
-    each = {reward.key: reward for reward in [*trained, *evaluated, *watching]}.values()
+    trained, evaluated, watching = (_known_rewards(cfg, place) for place in REWARD_PLACES)
+    each, validating = _distinct([*trained, *evaluated, *watching]), [*trained, *watching]
 
     def total(rewards: Sequence[Reward]) -> float:
         return sum(reward.held or 0 for reward in rewards)
 
     return RewardRequest(
-        max(total(trained), total(evaluated)), max((reward.held or 0 for reward in [*trained, *watching]), default=0), total(evaluated),
-        total(list(each)), [reward.name for reward in each if reward.held is None],
+        max(total(validating), total(evaluated)), max((reward.held or 0 for reward in validating), default=0), total(evaluated),
+        total(each), [reward.name for reward in each if reward.held is None],
     )  # fmt: skip
 
 
 def _known_rewards(cfg: DictConfig, place: str) -> list[Reward]:
     entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
-    return [Reward(name, **entry) for name, entry in sorted(entries.items()) if entry.get("scorer")]
+    return [_known_reward(name, entry, place) for name, entry in sorted(entries.items()) if entry.get("scorer")]
+
+
+def _known_reward(name: str, entry: dict, place: str) -> Reward:
+    try:
+        return Reward(name, **entry)
+    except TypeError:
+        load_rewards({name: entry}, place)  # which names the key that it does not know
+        raise
+
+
+def _distinct(rewards: Sequence[Reward]) -> list[Reward]:
+    """Each reward once. By what its fingerprint is made of, not by that: it would read the weights."""
+    found: dict[str, Reward] = {}
+    for reward in rewards:
+        found.setdefault(json.dumps([reward.name, reward.scorer, reward.weights, reward.revision], sort_keys=True), reward)
+    return list(found.values())
+
+
+def float32_rewards(cfg: DictConfig) -> list[str]:
+    """Key of the precision of each reward whose scorer has such a key, at float32."""
+    return [
+        f"{place}.{reward.name}.scorer.precision"
+        for place in REWARD_PLACES
+        for reward in _known_rewards(cfg, place)
+        if isinstance(reward.scorer, Mapping) and reward.scorer.get("precision") == "float32"
+    ]
 
 
 def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
@@ -122,7 +164,7 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
     itemsize = DTYPES[cfg.model.backbone.get("dtype", "float32")].itemsize
     return Request(
         blueprint, training_request(cfg, blueprint), drawing, pool_requests(cfg, counts), itemsize, cfg.planning.flops,
-        cfg.planning.utilisation, reward_request(cfg),
+        cfg.planning.utilisation, reward_request(cfg), cfg.evaluate,
     )  # fmt: skip
 
 
@@ -175,7 +217,7 @@ def find_missing(cfg: DictConfig) -> list[Finding]:
     """What `check_ready` would end with, all of it rather than the first: weights, rewards, extras, the device."""
     return [
         *_attempt("weights", lambda: readiness.check_weights(cfg)),
-        *(finding for place in ("rewards", "evaluation.rewards", "validation.held_out") for finding in _reward_findings(cfg, place)),
+        *(finding for place in REWARD_PLACES for finding in _reward_findings(cfg, place)),
         *_attempt("rewards", lambda: config.held_out_rewards(cfg, config.all_rewards(cfg)[0], [])),
         *_attempt("extras", lambda: check_optimiser(cfg.trainer.optimizer)),
         *_attempt("configuration", lambda: readiness.check_draw(cfg)),
@@ -189,7 +231,8 @@ def run_plan(cfg: DictConfig, console: Console) -> dict[str, object]:
     counts, missing = prompt_counts(cfg)
     request = request_of(cfg, counts)
     plan = {"model": cfg.model.name, **make_plan(request), "prompts": counts}
-    missing = [*find_missing(cfg), *missing, *room_findings(cfg, request), *likely_memory(plan["device"], plan["host"], cfg.trainer.accelerator)]
+    too_large = likely_memory(plan["device"], plan["host"], cfg.trainer.accelerator, float32_rewards(cfg))
+    missing = [*find_missing(cfg), *missing, *room_findings(cfg, request), *too_large]
     seen = dict.fromkeys((finding.kind, finding.message, finding.certain) for finding in missing)
     plan["missing here"] = [{"kind": kind, "message": message, "certain": certain} for kind, message, certain in seen]
     plan["config"] = OmegaConf.to_container(cfg, resolve=True)

@@ -21,7 +21,8 @@ from capo.passes import Adapter, activation_bytes, decoder_forward, denoiser_for
 from capo.strategies import FSDP, Division
 
 HOUR = 3600  # seconds
-DRAWING = "sampling and decoding"
+SAMPLING, DECODING, BOTH = "sampling", "decoding", "sampling and decoding"  # parts of a phase that draws, scores, or does both
+REWARDS = "rewards"
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,15 @@ class PoolRequest:
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """Bytes of the rewards' weights: all that score a pool at once, the largest of a validation, and all of them.
+    """Bytes of the rewards' weights, on a device and off it.
 
     Rewards of `unknown` are left out: nobody has said what they hold. One in a process of its own counts like any other.
+
+    Attributes:
+        pool: of the most that score one of the base's pools together: the trained and the held-out ones, or the evaluated ones.
+        validation: of the largest one; they come one after the other.
+        evaluation: of those that are evaluated, together.
+        everything: of all of them, each once.
     """
 
     pool: float = 0
@@ -112,6 +119,7 @@ class Request:
     flops: float
     utilisation: float
     rewards: RewardRequest = RewardRequest()
+    evaluate: bool = True  # the policy, in the end
 
     def holdings(self, shards: int = 1) -> Holdings:
         """What the run keeps on each of so many devices."""
@@ -152,7 +160,10 @@ def _phases(phases: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
 
 
 def device_memory(request: Request) -> dict[str, object]:
-    """Bytes of each part on one device, by phase; the phases follow one another, so the largest is what is needed."""
+    """Bytes of each part on one device, by phase; the phases follow one another, so the largest is what is needed.
+
+    Images are drawn first and scored afterwards, and rewards are on the device for the second alone.
+    """
     training, blueprint = request.training, request.blueprint
     kept = asdict(request.holdings(training.shards))
     activations = activation_bytes(
@@ -164,14 +175,18 @@ def device_memory(request: Request) -> dict[str, object]:
     drawing = sampling.batch * sampling.branches * denoiser_forward(blueprint, sampling.precision, training.gpu).working
     decoding = sampling.decode * decoder_forward(blueprint).working
     copies = autocast_copies(blueprint, training.lora, sampling.precision)  # of a policy; the base is frozen
-    base, rewards, policy = pipeline[blueprint.denoiser_name], request.rewards, request.holdings().weights
+    base, rewards = {"denoiser": pipeline[blueprint.denoiser_name], "VAE and text encoders": others}, request.rewards
+    compared = base | {"policy": request.holdings().weights}
     return _phases({
-        "pool": {"denoiser": base, "VAE and text encoders": others, "rewards": rewards.pool, DRAWING: max(drawing, decoding)},
+        "pool": {**base, SAMPLING: drawing},
+        "pool scoring": {**base, REWARDS: rewards.pool, DECODING: decoding},
         "training": {**kept, "activations": activations},
-        "validation": {**kept, "VAE and text encoders": others, DRAWING: max(drawing + copies, decoding)},
-        "scoring": {**kept, "rewards": rewards.validation},
-        "evaluation": {"denoiser": base, "policy": policy, "VAE and text encoders": others, "rewards": rewards.evaluation,
-                       DRAWING: max(drawing + copies, decoding)},
+        "validation": {**kept, "VAE and text encoders": others, BOTH: max(drawing + copies, decoding)},
+        "validation scoring": {**kept, REWARDS: rewards.validation},
+        **({
+            "evaluation": {**compared, SAMPLING: drawing + copies},
+            "evaluation scoring": {**compared, REWARDS: rewards.evaluation, DECODING: decoding},
+        } if request.evaluate else {}),
     })  # fmt: skip
 
 

@@ -29,8 +29,8 @@ FREE = (
     *(f"trainer.{key}" for key in ("strategy", "devices", "num_nodes", "micro_batch", "gradient_checkpointing", "compile",
                                    "compile_tolerance", "channels_last")),
 )  # fmt: skip
-# where a reward runs, how long it may take, and what is known of its size
-FREE_OF_REWARDS = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)")
+# where a reward runs, how long it may take, what is known of its size, and of a prompt set's
+FREE_WITHIN = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size")
 MISSING = "(not there)"
 
 
@@ -47,7 +47,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     found = []
     for key in sorted(old.keys() | new.keys(), key=str):
         name = f"{prefix}{key}"
-        if name in FREE or FREE_OF_REWARDS.fullmatch(name):
+        if name in FREE or FREE_WITHIN.fullmatch(name):
             continue
         before, after = old.get(key, MISSING), new.get(key, MISSING)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -81,12 +81,13 @@ def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: st
     return watch
 
 
-def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pairs: int) -> list[Check]:
+def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pairs: int, rate: float | None = None) -> list[Check]:
     """Verdicts on what `take_steps` saw.
 
     Args:
         planned_bytes: device memory of a step by the plan; None: not compared.
         flops: of the same step, by the plan.
+        rate: FLOP/s that the plan assumes of a device, whatever this one is; the seconds that follow are said and judge nothing.
     """
     checks = []
     if not math.isnan(watch.largest):
@@ -98,9 +99,7 @@ def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pa
         near = abs(watch.loss - watch.expected) <= 1e-4 * max(abs(watch.expected), 1e-3)
         found = f"{watch.loss:.6f}, the objective at h = 0 is {watch.expected:.6f}"
         checks.append(Check("first loss", near, found, "" if near else "see reference = policy"))
-    speed = f"{watch.seconds:.2f} s for {pairs} pairs"
-    if flops:
-        speed += f", {flops / watch.seconds / 1e9:,.1f} GFLOP/s"
+    speed = _speed(watch.seconds, flops, pairs, rate)
     if watch.peak is None or planned_bytes is None:
         memory, fits = "memory is measured on a GPU only", True
     else:
@@ -108,3 +107,11 @@ def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pa
         fits = abs(watch.peak / planned_bytes - 1) <= NEAR
     checks.append(Check("one step", fits, f"{speed}; {memory}", "" if fits else "the plan is off by more than 20 % here: leave room, and report check.json"))
     return checks
+
+
+def _speed(seconds: float, flops: float | None, pairs: int, rate: float | None) -> str:
+    told = f"{seconds:.2f} s for {pairs} pairs"
+    if not flops:
+        return told
+    planned = f" (the plan: {flops / rate:.3g} s at {rate / 1e9:,.0f} GFLOP/s)" if rate else ""
+    return f"{told}, {flops / seconds / 1e9:,.1f} GFLOP/s{planned}"

@@ -55,6 +55,7 @@ class Source:
     nsfw_columns: their names; null: every column with nsfw or unsafe in its name.
     where: column -> value that a row must have.
     max_length: characters of the normalised prompt; limit: prompts kept. null: any number.
+    published_size: prompts that the published set holds, for plans, which read no set of the hub. null: not known.
     """
 
     split: str
@@ -72,6 +73,7 @@ class Source:
     where: Mapping[str, object] = field(default_factory=dict)
     max_length: int | None = 2000
     limit: int | None = None
+    published_size: int | None = None
 
     def __post_init__(self):
         for key, (words, holds) in RULES.items():
@@ -180,6 +182,7 @@ RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "where": ("column: value", lambda value: isinstance(value, Mapping)),
     "max_length": ("a whole number of at least 1, or null", _optional(_is_count)),
     "limit": ("a whole number of at least 1, or null", _optional(_is_count)),
+    "published_size": ("a whole number of at least 1, or null", _optional(_is_count)),
 }  # fmt: skip
 
 
