@@ -157,6 +157,18 @@ def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run):
 
 
 @pytest.mark.slow
+def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run):
+    """The rectified flow's own classes, split over two processes: losses, first margin, and a pipeline in the end."""
+    flow = ["model=shapes_mmdit", f"model.backbone.weights={_shipped('mmdit')}", "trainer.max_steps=3"]
+    finish(start(tiny_run, "flow", *flow))
+    told = finish(start(tiny_run, "flow-fsdp", *flow, *STRATEGY["fsdp"], processes=2))
+    assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
+    first, other = losses(tiny_run.folder / "flow"), losses(tiny_run.folder / "flow-fsdp")
+    assert len(first) == 3 and first[0] != first[2] and other == pytest.approx(first, rel=1e-4)
+    assert (tiny_run.folder / "flow-fsdp" / "policy" / "transformer" / "config.json").is_file()
+
+
+@pytest.mark.slow
 def test_the_evaluation_after_two_processes_is_made_once(tiny_run):
     told = finish(start(tiny_run, "evaluated", *STRATEGY["ddp"], "trainer.max_steps=3", "evaluate=true", processes=2))
     folder = tiny_run.folder / "evaluated"

@@ -32,13 +32,14 @@ def latents_of(backbone, denoiser):
     return sample_prompts(backbone, denoiser, backbone.encode_prompts(PROMPTS), SEEDS, SETTINGS).flatten(0, 1)
 
 
-def plain_latents(pipeline):
+def plain_latents(pipeline, **options):
     return pipeline(
         PROMPTS,
         num_inference_steps=3,
         guidance_scale=5.0,
         output_type="latent",
         generator=[torch.Generator().manual_seed(seed) for [seed] in SEEDS],
+        **options,
     ).images
 
 
@@ -76,9 +77,7 @@ def test_every_family_loads_by_the_readmes_lines_and_gives_our_latents(tiny_back
     pipe = run_readme(folder, monkeypatch)
     scheduler = type(pipe.scheduler).__name__
     assert scheduler == type(backbone.pipeline.scheduler).__name__
-    plain = pipe(PROMPTS, num_inference_steps=3, guidance_scale=5.0, output_type="latent",
-                 generator=[torch.Generator().manual_seed(seed) for [seed] in SEEDS], **backbone.call_options).images  # fmt: skip
-    assert torch.equal(plain, ours)
+    assert torch.equal(plain_latents(pipe, **backbone.call_options), ours)
     assert not torch.equal(latents_of(backbone, backbone.denoiser), ours)
     assert torch.equal(latents_of(backbone, load_policy(backbone, folder)), ours)
 
@@ -150,14 +149,22 @@ def test_lora_file_loads_by_the_readmes_lines_and_gives_our_latents(tiny_backbon
     assert has_adapter(loaded) and torch.equal(latents_of(tiny_backbone, loaded), ours)
 
 
-def test_full_export_of_a_lora_policy_is_merged(tiny_backbone, tmp_path):
-    policy = tuned(add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5))
-    folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD, full=True)
-    unet = StableDiffusionXLPipeline.from_pretrained(folder).unet
-    assert all(
-        torch.equal(value, unet.state_dict()[name]) for name, value in merged(policy, tiny_backbone.trainable_copy()).state_dict().items()
-    )
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "sd3_bare"])
+def test_full_export_of_a_lora_policy_is_merged(tiny_backbones, tmp_path, monkeypatch, name):
+    backbone = tiny_backbones[name]
+    policy = tuned(add_lora(backbone.trainable_copy(), rank=2, alpha=5, targets=backbone.lora_targets))
+    folder = export_policy(backbone, policy, tmp_path / "policy", CARD, full=True)
+    plain = run_readme(folder, monkeypatch)
+    loaded = getattr(plain, backbone.denoiser_component)
+    expected = merged(policy, backbone.trainable_copy()).state_dict()
+    assert expected.keys() == loaded.state_dict().keys() == backbone.denoiser.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in expected.items())
     assert not (folder / "pytorch_lora_weights.safetensors").exists() and has_adapter(policy)
+    # the adapter's own latents but for rounding, and not the base's
+    merged_in, beside, base = plain_latents(plain, **backbone.call_options), latents_of(backbone, policy), latents_of(backbone, backbone.denoiser)
+    moved = (beside - base).abs().max().item()
+    assert moved > 1e-3
+    torch.testing.assert_close(merged_in, beside, atol=1e-3 * moved, rtol=0)
 
 
 def test_adapter_of_another_base_is_refused(tiny_backbone, tmp_path):

@@ -7,28 +7,23 @@ import generate
 import pytest
 import torch
 import train
+from tiny_pipelines import CONFIGURED
 
-FAMILIES = {
-    "sdxl": ("model=sdxl", "model.backbone.variant=null"),
-    "sd15": ("model=sd15", "model.backbone.variant=null"),
-    "sd3": ("model=sd3", "model.backbone.sequence_length=9"),
-    "sd3_bare": ("model=sd3", "model.backbone.t5=false", "model.backbone.sequence_length=3"),
-}
 SMALL = (
-    "model.backbone.revision=null", "sampling.guidance=3", "trainer.warm_up=0", "trainer.micro_batch=1", "trainer.lr=1e-3",
+    "sampling.guidance=3", "trainer.warm_up=0", "trainer.micro_batch=1", "trainer.lr=1e-3",
     "objective.beta=100", "prompts=text", "sampling.batch=4",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(CONFIGURED))
 def test_from_prompts_to_a_policy_that_diffusers_loads(tiny_run, tiny_folders, monkeypatch, name, tuning):
     """Full tuning in float32; LoRA as the model's yaml has it, under bf16 autocast with gradient checkpointing."""
     options = {
         "full": ("trainer.precision=32-true", "sampling.precision=32-true", "trainer.gradient_checkpointing=false"),
         "lora": ("model.lora={rank:2,alpha:2,seed:0}", "trainer.gradient_checkpointing=true"),
     }[tuning]
-    here = (*FAMILIES[name], f"model.backbone.weights={tiny_folders[name]}", *SMALL, f"model.name={name}", *options)
+    here = (*CONFIGURED[name], f"model.backbone.weights={tiny_folders[name]}", *SMALL, f"model.name={name}", *options)
     generate.run(tiny_run(f"{name}-{tuning}-pools", *here, config="generate"))
     pools = sorted(path.name for path in (tiny_run.folder / "pools").glob(f"{name}-*"))
     cfg = tiny_run(f"{name}-{tuning}", *here)

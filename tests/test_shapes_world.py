@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
 from capo.pool import Pool
 from capo.prompts import candidate_seed
@@ -21,7 +21,7 @@ SMALL = ["experiment=quick", "trainer.max_steps=8", "validation.every=4", "promp
 
 def run(script: str, *overrides: str) -> str:
     command = [sys.executable, str(ROOT / script), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=overrides[-1].split("=", 1)[1])
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=overrides[-1].split("=", 1)[1])
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -36,6 +36,14 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """The folder of the same run on the rectified flow."""
+    folder = tmp_path_factory.mktemp("flow")
+    run("train.py", *SMALL, "model=shapes_mmdit", f"pool.root={folder / 'pools'}", f"hydra.run.dir={folder}")
+    return folder
+
+
 def test_same_seed_same_bytes(runs):
     first, second = ((runs / name / "evaluation" / "results.json").read_bytes() for name in ("first", "second"))
     assert first == second
@@ -44,24 +52,39 @@ def test_same_seed_same_bytes(runs):
     assert {"alignment", "looks"} <= set(found["oracle"]) and found["prompts"] == 16
 
 
-def test_the_plain_pipeline_draws_the_images_of_the_evaluation(runs):
-    pipe = StableDiffusionXLPipeline.from_pretrained(runs / "first" / "policy", dtype=torch.float32, use_safetensors=True)
+def test_the_rectified_flow_takes_the_whole_path(flow):
+    found = json.loads((flow / "evaluation" / "results.json").read_text())
+    assert set(found["win_rate"]) == set(found["zero"]) == {"alignment", "looks", "preference"}
+    assert found["prompts"] == 16 and all(0 <= rate["mean"] <= 1 for rate in found["win_rate"].values())
+    with (flow / "metrics.csv").open() as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(losses) >= 1 and np.isfinite(losses).all()
+    assert (flow / "validation" / "step000008.png").is_file() and (flow / "evaluation" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("model", ["unet", "mmdit"])
+def test_the_plain_pipeline_draws_the_images_of_the_evaluation(request, model):
+    folder = request.getfixturevalue("runs") / "first" if model == "unet" else request.getfixturevalue("flow")
+    parts = {"text_encoder_3": None, "tokenizer_3": None} if model == "mmdit" else {}
+    pipe = DiffusionPipeline.from_pretrained(folder / "policy", dtype=torch.float32, use_safetensors=True, **parts)
     pipe.set_progress_bar_config(disable=True)
-    pool = Pool.open(next((runs / "first" / "evaluation" / "pool").glob("*/manifest.json")).parent)
-    settings = json.loads((runs / "first" / "evaluation" / "settings.json").read_text())
+    pool = Pool.open(next((folder / "evaluation" / "pool").glob("*/manifest.json")).parent)
+    settings = json.loads((folder / "evaluation" / "settings.json").read_text())
     shard = pool.shards(settings["images_per_prompt"])[0]
     prompts = pool.row_prompts(shard.row)
     seeds = [candidate_seed(settings["seed"], prompt.id, index) for prompt in prompts for index in shard.candidates]
     call = {
         "prompt": [prompt.text for prompt in prompts], "num_images_per_prompt": len(shard.candidates),
         "num_inference_steps": settings["steps"], "guidance_scale": settings["guidance"],
+        **({"max_sequence_length": 4} if model == "mmdit" else {}),
     }  # fmt: skip
     latents = pipe(**call, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="latent").images
     stored = pool.read_latents(shard).flatten(0, 1)
     assert torch.equal(latents.half(), stored)
     images = pipe(**call, generator=[torch.Generator().manual_seed(s) for s in seeds]).images
     with torch.no_grad():
-        decoded = pipe.vae.decode(stored.float() / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        raw = stored.float() / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
+        decoded = pipe.vae.decode(raw, return_dict=False)[0]
     ours = pipe.image_processor.postprocess(decoded, output_type="pil")
     apart = np.abs(np.stack([np.asarray(i, dtype=int) for i in images]) - np.stack([np.asarray(i, dtype=int) for i in ours]))
     assert apart.max() <= 1 and (apart > 0).mean() <= 0.03

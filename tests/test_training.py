@@ -2,6 +2,7 @@
 
 import csv
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 import train as train_script
 
 from capo import training
+from capo.backbones import UNetBackbone
 from capo.config import build_world, training_data
 from capo.data import PreferenceData, collate
+from capo.module import PreferenceModule
 from capo.pairs import frs
 
 RUN = ["trainer.batch=4", "trainer.max_steps=3", "trainer.log_every=1", "validation.every=3", "evaluate=false"]
@@ -79,6 +82,59 @@ def test_text_encoded_aside_is_the_stored_one(tiny_run):
     assert encoded.text.keys() == stored.text.keys()
     assert all(torch.equal(encoded.text[name], stored.text[name]) for name in stored.text)
     assert encoded.prompt_ids == stored.prompt_ids
+
+
+def placed(patch: pytest.MonkeyPatch, parts: dict[str, torch.nn.Module], where: dict[str, torch.device]) -> None:
+    """Makes modules say that they are where `where` has them, and `to` change that; their weights stay where they are."""
+    names = {id(part): name for name, part in parts.items()}
+
+    def said(self):
+        return where[names[id(self)]] if id(self) in names else next(self.parameters()).device
+
+    for name, part in parts.items():
+        patch.setattr(type(part), "device", property(said))
+        patch.setattr(part, "to", lambda device=None, dtype=None, name=name: where.update({name: torch.device(device)}))
+
+
+def test_no_autoencoder_and_no_text_encoder_is_on_the_device_during_steps(tiny_run, monkeypatch):
+    """As on a GPU: all of the base is there before and after; in the steps only the denoiser, as the reference; validation calls them in."""
+    fit, step, decode, visiting = training.fit, PreferenceModule.training_step, UNetBackbone.decode, UNetBackbone.visiting
+    where, seen = {}, []
+
+    def watched_fit(module, data, validation, *args, **options):
+        parts = {name: getattr(module.backbone.pipeline, name) for name in ("vae", "text_encoder", "text_encoder_2", "unet")}
+        with monkeypatch.context() as patch:
+            where.update(dict.fromkeys(parts, torch.device("cuda")))
+            placed(patch, parts, where)
+            best = fit(module, data, validation, *args, **options)
+            seen.append(("after", *sorted({str(device) for device in where.values()})))
+        return best
+
+    def watched_step(self, batch, index):
+        seen.append(("step", *(str(where[name]) for name in ("vae", "text_encoder", "text_encoder_2"))))
+        return step(self, batch, index)
+
+    @contextmanager
+    def watched_visiting(self, device):
+        seen.append(("called to", str(device)))
+        with visiting(self, device) as found:
+            yield found
+        seen.append(("gone",))
+
+    def watched_decode(self, latents, batch=8):
+        seen.append(("decode",))
+        return decode(self, latents, batch)
+
+    monkeypatch.setattr(training, "fit", watched_fit)
+    monkeypatch.setattr(PreferenceModule, "training_step", watched_step)
+    monkeypatch.setattr(UNetBackbone, "visiting", watched_visiting)
+    monkeypatch.setattr(UNetBackbone, "decode", watched_decode)
+    train_script.run(tiny_run("placed", *RUN))  # three steps, then validation
+    steps = [event for event in seen if event[0] == "step"]
+    assert steps == [("step", "cpu", "cpu", "cpu")] * 3
+    last = max(index for index, event in enumerate(seen) if event[0] == "step")
+    validation = [("called to", "cpu"), ("decode",), ("gone",)]  # to the trainer's device, here the CPU
+    assert seen[last + 1 : last + 5] == [*validation, ("after", "cuda")]
 
 
 def test_visitors_come_and_leave(tiny_run, monkeypatch):

@@ -24,6 +24,13 @@ from transformers import (
 
 WORDS = ("a", "and", "blue", "circle", "green", "left", "of", "red", "square", "the", "triangle")
 CONTEXT = 12  # tokens a prompt; CLIP has 77
+# how a run takes the tiny pipeline of that name, beside its folder: as the published model with what is smaller said
+CONFIGURED = {
+    "sdxl": ("model=sdxl", "model.backbone.revision=null", "model.backbone.variant=null"),
+    "sd15": ("model=sd15", "model.backbone.revision=null", "model.backbone.variant=null"),
+    "sd3": ("model=sd3", "model.backbone.revision=null", "model.backbone.sequence_length=9"),
+    "sd3_bare": ("model=sd3", "model.backbone.revision=null", "model.backbone.t5=false", "model.backbone.sequence_length=3"),
+}
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

@@ -5,24 +5,23 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch.nn import functional as F
 
 from capo.backbones import MMDiTBackbone, UNetBackbone
-from capo.backbones.saving import save
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.importing.images import pixels
 from capo.module import PreferenceModule, Weighting
 from capo.objectives import dpo
 from capo.prompts import make_prompt
-from capo.readiness import check_draw
 from capo.sampling import SamplerSettings, candidate_generators, candidate_noise, sample
 
 ROOT = Path(__file__).parents[2]
@@ -81,72 +80,32 @@ def test_latents_are_the_pipelines_bitwise(tiny_backbones, tiny_folders, name, s
     assert torch.equal(latents, expected)
 
 
-def test_the_flows_sampler_has_the_models_shift(tiny_folders):
-    """At shift 3 a time t becomes 3 t / (1 + 2 t)."""
-    kinds = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
-    euler, dpm = (MMDiTBackbone(str(tiny_folders["sd3"]), scheduler=kind).scheduler() for kind in kinds)
-    for scheduler in (euler, dpm):
-        scheduler.set_timesteps(4)
-    # Euler: t evenly from 1 to the last of its own table, 3 / 1002; 1, 0.750749, 0.501498, 0.252246 (0.002994 apart from 1/4 steps)
-    last = 3 * 0.001 / 1.002
-    t = np.linspace(1, last, 4)
-    assert euler.sigmas[:-1].tolist() == pytest.approx((3 * t / (1 + 2 * t)).tolist(), abs=1e-6)
-    # DPM-Solver: t = 0.999, 0.74925, 0.4995, 0.24975
-    t = np.array([0.999, 0.74925, 0.4995, 0.24975])
-    assert dpm.sigmas[:-1].tolist() == pytest.approx((3 * t / (1 + 2 * t)).tolist(), abs=1e-6)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_are_decoded_as_the_pipeline_decodes_them(tiny_backbones, tiny_folders, name):
+    """Of one pass with the same noise, the images that the pipeline itself gives."""
+    backbone, plain = tiny_backbones[name], plain_pipeline(tiny_folders[name], name)
+    latents, expected = (
+        plain(PROMPTS, generator=candidate_generators([3, 4]), num_inference_steps=2, output_type=kind, **OPTIONS.get(name, {})).images
+        for kind in ("latent", "pil")
+    )
+    for mine, theirs in zip(backbone.decode(latents), expected, strict=True):
+        assert isinstance(mine, Image.Image) and np.array_equal(np.asarray(mine), np.asarray(theirs))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_images_are_decoded_and_encoded_as_the_pipelines(tiny_backbones, tiny_folders, name):
-    backbone, plain = tiny_backbones[name], plain_pipeline(tiny_folders[name], name)
-    latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
-    config, vae = plain.vae.config, plain.vae
-    raw = latents / config.scaling_factor + (config.shift_factor or 0)
-    with torch.no_grad():
-        expected = plain.image_processor.postprocess(vae.decode(raw).sample, output_type="pil")
-        pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-        mode = vae.encode(pixels).latent_dist.mode()
-    for mine, theirs in zip(backbone.decode(latents), expected, strict=True):
-        assert isinstance(mine, Image.Image) and np.array_equal(np.asarray(mine), np.asarray(theirs))
-    scaled = (mode - (config.shift_factor or 0)) * config.scaling_factor
-    assert torch.equal(backbone.encode_images(pixels), scaled)
-
-
-def test_the_flow_is_the_schedulers(tiny_backbones):
-    backbone = tiny_backbones["sd3"]
-    scheduler = backbone.scheduler()
-    scheduler.set_timesteps(7)
-    latents, noise = torch.randn(2, 7, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
-    times = scheduler.timesteps
-    torch.testing.assert_close(backbone.add_noise(latents, noise, times), scheduler.scale_noise(latents, times, noise), atol=1e-6, rtol=0)
-    # following the exact velocity from any time ends at the latent: x_t - t v = (1 - t) x + t eps - t (eps - x) = x
-    velocity = backbone.target(latents, noise, times)
-    back = backbone.add_noise(latents, noise, times) - (times / 1000).view(-1, 1, 1, 1) * velocity
-    torch.testing.assert_close(back, latents, atol=1e-5, rtol=0)
-
-
-def test_times_log_snr_and_weight_of_the_flow(tiny_backbones):
-    backbone = tiny_backbones["sd3"]
-    u = torch.tensor([0.0, 0.25, 0.5, 0.75])
-    # logsnr_uniform: lam = 10 - 20 u = 10, 5, 0, -5; t = sigmoid(-lam / 2)
-    times = backbone.timesteps(u, "logsnr_uniform")
-    assert times.tolist() == pytest.approx([1000 / (1 + math.exp(lam / 2)) for lam in (10, 5, 0, -5)], rel=1e-5)
-    assert backbone.log_snr(times).tolist() == pytest.approx([10, 5, 0, -5], abs=1e-3)
-    assert backbone.timesteps(u[1:], "uniform").tolist() == pytest.approx([250, 500, 750])
-    # logit-normal: the normal's quartile is 0.67449, sigmoid(0.67449) = 1 / (1 + 0.50942) = 0.66251
-    assert backbone.timesteps(u[1:], "logit_normal").tolist() == pytest.approx([337.49, 500, 662.51], abs=0.01)
-    # 1 / (e^{(l-b)/2} + e^{-(l-b)/2}) at l = 0, b = -1: 1 / (1.64872 + 0.60653) = 0.44341
-    assert backbone.weight(torch.tensor([500.0]), -1.0).item() == pytest.approx(0.44341, abs=1e-5)
-
-
-@pytest.mark.parametrize("name", ["sdxl", "sd15"])
-def test_noise_and_log_snr_are_the_schedulers(tiny_backbones, name):
+def test_images_are_encoded_as_the_pipeline_encodes_them(tiny_backbones, tiny_folders, monkeypatch, name):
+    """The image-to-image pipeline's own latents of a picture, at the posterior's mode and before it adds noise."""
     backbone = tiny_backbones[name]
-    scheduler, t = backbone.scheduler(), torch.tensor([0, 250, 500, 750, 999])
-    latents, noise = torch.randn(2, 5, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(backbone.add_noise(latents, noise, t), scheduler.add_noise(latents, noise, t), atol=1e-6, rtol=0)
-    assert backbone.target(latents, noise, t) is noise
-    assert backbone.log_snr(t).tolist() == pytest.approx([7.069, 0.725, -0.963, -2.822, -5.364], abs=1e-3)
+    plain = diffusers.AutoPipelineForImage2Image.from_pipe(plain_pipeline(tiny_folders[name], name))
+    theirs = inspect.getmodule(type(plain))
+    monkeypatch.setattr(theirs, "retrieve_latents", partial(theirs.retrieve_latents, sample_mode="argmax"))
+    without_noise = Mock(scale_noise=lambda latents, t, noise: latents, add_noise=lambda latents, noise, t: latents)
+    monkeypatch.setattr(plain, "scheduler", without_noise)
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(2)]
+    with torch.no_grad():
+        expected = plain.prepare_latents(plain.image_processor.preprocess(pictures), torch.tensor([500.0]), 2, 1, torch.float32, "cpu")
+    assert torch.equal(backbone.encode_images(pixels(pictures)), expected)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
@@ -197,19 +156,6 @@ def test_the_sequence_length_is_part_of_the_texts_fingerprint(tiny_folders):
     assert prints[0] != prints[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "scheduler", "message"),
-    [
-        ("sd3", "DDIMScheduler", "DDIMScheduler is no rectified flow"),
-        ("sdxl", "FlowMatchEulerDiscreteScheduler", "has no alphas_cumprod"),
-        ("sd15", "FlowMatchEulerDiscreteScheduler", "has no alphas_cumprod"),
-    ],
-)  # fmt: skip
-def test_schedules_of_the_other_family_are_refused(tiny_folders, tiny_backbones, name, scheduler, message):
-    with pytest.raises(InputError, match=message):
-        type(tiny_backbones[name])(str(tiny_folders[name]), scheduler=scheduler)
-
-
 @pytest.mark.parametrize(("name", "cut"), [("sdxl", {"tokenizer": 1, "tokenizer_2": 1}), ("sd15", {"tokenizer": 1}),
                                            ("sd3", {"tokenizer": 1, "tokenizer_2": 1, "tokenizer_3": 2})])  # fmt: skip
 def test_prompts_over_the_token_limit_are_counted(tiny_backbones, name, cut):
@@ -251,22 +197,3 @@ def test_truncation_is_warned_of_once(tiny_backbone, tmp_path, caplog):
         f"3 of 4 prompts are longer than the 12 tokens that {name} reads" for name in ("tokenizer", "tokenizer_2")
     ]
     assert not [record for record in caplog.records if "truncated" in record.getMessage()]
-
-
-@pytest.mark.parametrize(("model", "draw"), [("shapes_unet", "logsnr_uniform"), ("sdxl", "logit_normal")])
-def test_a_draw_of_the_other_family_is_refused(model, draw):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=[f"model={model}", f"noise.draw={draw}", "run_dir=x"])
-    with pytest.raises(InputError, match=f"noise.draw={draw}: model={model} draws its times uniform, not so"):
-        check_draw(cfg)
-    cfg.noise.draw = "uniform"
-    check_draw(cfg)
-
-
-@pytest.mark.parametrize("kinds", [("DPMSolverMultistepScheduler",) * 2, ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")])
-def test_the_shift_survives_being_saved_and_loaded_again(tiny_folders, tmp_path, kinds):
-    """An exported policy has the scheduler that it was tuned with: as the next base it must mean the same."""
-    first = MMDiTBackbone(str(tiny_folders["sd3"]), scheduler=kinds[0], sequence_length=9)
-    save(first, tmp_path / "policy", first.denoiser)
-    again = MMDiTBackbone(str(tmp_path / "policy"), scheduler=kinds[1], sequence_length=9).scheduler()
-    assert again.config.get("flow_shift" if kinds[1].startswith("DPM") else "shift") == 3.0

@@ -243,27 +243,6 @@ def test_channels_last_changes_rounding_only(tiny_backbone, tiny_folder):
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "scheduler, message",
-    [
-        (
-            diffusers.DDIMScheduler(prediction_type="v_prediction"),
-            "prediction_type 'v_prediction' is not supported",
-        ),
-        (
-            diffusers.FlowMatchEulerDiscreteScheduler(),
-            "FlowMatchEulerDiscreteScheduler has no alphas_cumprod",
-        ),
-    ],
-)
-def test_schedules_of_other_families_are_refused_by_name(tiny_folder, tmp_path, scheduler, message):
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
-    pipeline.scheduler = scheduler
-    pipeline.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=message):
-        UNetBackbone(str(tmp_path))
-
-
 def test_unknown_scheduler_and_dtype_are_refused(tiny_folder):
     with pytest.raises(InputError, match="model scheduler 'AutoencoderKL'.*DDIMScheduler"):
         UNetBackbone(str(tiny_folder), scheduler="AutoencoderKL")

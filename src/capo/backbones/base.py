@@ -74,15 +74,16 @@ class Backbone(ABC):
         self.other_scheduler, self.other_vae = scheduler is not None, None if vae is None else (str(vae), vae_revision)
         if vae is not None:
             self.pipeline.vae, self._vae_folder = load_vae(vae, vae_revision, self.dtype)
+        self.check_schedule()  # what the weights were trained with: a conversion would leave none of it to be seen
         if scheduler is not None:
             self.pipeline.scheduler = self._converted(scheduler_class(scheduler))
+            self.check_schedule()
         for component in channels_last:
             getattr(self.pipeline, component).to(memory_format=torch.channels_last)
         if self.vae.config.get("force_upcast") and self.dtype == torch.float16:
             self.vae.float()  # as the pipeline does before it decodes: SDXL's VAE overflows in float16
         for speaker in (type(self.pipeline).__module__, "transformers.tokenization_utils_base"):
             logging.getLogger(speaker).addFilter(_not_about_truncation)
-        self.check_schedule()
 
     @classmethod
     def unused_parts(cls, **options: object) -> dict[str, None]:

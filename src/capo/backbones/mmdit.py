@@ -54,8 +54,8 @@ class MMDiTBackbone(Backbone):
         # a config keeps keys that its class does not know, so the class is asked
         if not ("shift" in options_of(type(scheduler)) or config.get("use_flow_sigmas")):
             raise InputError(
-                f"{place}: {type(scheduler).__name__} is no rectified flow; name one that is with "
-                "model.backbone.scheduler=FlowMatchEulerDiscreteScheduler or DPMSolverMultistepScheduler"
+                f"{place}: {type(scheduler).__name__} is no rectified flow; take weights that were trained on one, and let "
+                "model.backbone.scheduler name one too: FlowMatchEulerDiscreteScheduler or DPMSolverMultistepScheduler"
             )
         if config.get("use_dynamic_shifting"):
             raise InputError(f"{place}: use_dynamic_shifting is not supported; set a fixed shift there")

@@ -38,13 +38,18 @@ class UNetBackbone(Backbone):
         scheduler, place = self.scheduler(), f"weights '{self.weights}', scheduler/scheduler_config.json"
         if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
             raise InputError(
-                f"{place}: {type(scheduler).__name__} has no alphas_cumprod, so it is no discrete "
-                "variance-preserving schedule; name one that fits with model.backbone.scheduler=DDIMScheduler"
+                f"{place}: {type(scheduler).__name__} has no alphas_cumprod, so it is no discrete variance-preserving schedule; "
+                "take weights that were trained on one, and let model.backbone.scheduler name one too, such as DDIMScheduler"
             )
         if (prediction := scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
             raise InputError(
                 f"{place}: prediction_type '{prediction}' is not supported yet, "
                 "only 'epsilon'; choose weights that predict noise"
+            )
+        if not (scheduler.alphas_cumprod > 0).all():
+            raise InputError(
+                f"{place}: {type(scheduler).__name__} ends in noise alone (its last alphas_cumprod is 0, as rescale_betas_zero_snr makes it), "
+                "where to predict the noise says nothing of the image; choose weights that were trained without it"
             )
         if self.denoiser.config.time_cond_proj_dim is not None:
             raise InputError(
