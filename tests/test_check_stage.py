@@ -53,6 +53,12 @@ def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path):
     assert {"sample", "reference = policy", "first loss", "one step"} <= {check["name"] for check in found if check["passed"]}
 
 
+def test_a_batch_that_does_not_divide_is_refused_before_weights_load(tiny_run, monkeypatch):
+    monkeypatch.setattr("capo.check_stage.config.base_of", lambda cfg: pytest.fail("the weights were loaded first"))
+    with pytest.raises(InputError, match=r"trainer\.micro_batch=3"):
+        train.run(tiny_run("check-batch", *SHAPES["shapes_unet"], "check=true", "trainer.micro_batch=3"))
+
+
 def test_weights_that_are_not_there_come_before_any_check(tiny_run, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         train.run(tiny_run("check-missing", "check=true", f"model.backbone.weights={tmp_path / 'none'}"))

@@ -17,7 +17,7 @@ from capo.checking import PLACES, Check, check_denoising, check_sample, check_ta
 from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.plan_stage import request_of
-from capo.planning import make_plan
+from capo.planning import Request, make_plan
 from capo.sampling import SamplerSettings
 from capo.step_check import check_steps, step_batch, take_steps
 from capo.values import check_values
@@ -37,12 +37,13 @@ def run_checks(cfg: DictConfig, module_of: Callable[[DictConfig, Backbone], Pref
     config.prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     folder = Path(cfg.run_dir)
+    request = request_of(cfg, dict.fromkeys(("train", "validation", "test")))  # before weights load: it refuses what no batch divides by
     backbone = config.base_of(cfg)
     known = config.built(cfg.model.known_images)
     vae, latents = check_vae(backbone, known)
     captions = [caption for _, caption in known]
     checks = [vae, *check_base(cfg, backbone, latents, captions, folder)]
-    checks += check_training(cfg, module_of(cfg, backbone), latents, captions)
+    checks += check_training(cfg, request, module_of(cfg, backbone), latents, captions)
     folder.mkdir(parents=True, exist_ok=True)
     write_checks(checks, folder / CHECKS)
     console.print(check_table(checks))
@@ -59,10 +60,9 @@ def check_base(cfg: DictConfig, backbone: Backbone, latents: Tensor, captions: S
     return [check_denoising(found), check_sample(backbone, captions[0], settings, folder / "check" / "sample.png")]
 
 
-def check_training(cfg: DictConfig, module: PreferenceModule, latents: Tensor, captions: Sequence[str]) -> list[Check]:
+def check_training(cfg: DictConfig, request: Request, module: PreferenceModule, latents: Tensor, captions: Sequence[str]) -> list[Check]:
     """What a few steps on one device come to, beside the plan of the same step."""
     backbone = module.backbone
-    request = request_of(cfg, dict.fromkeys(("train", "validation", "test")))
     plan, pairs = make_plan(request), request.training.division.micro_batch
     batch = step_batch(backbone, latents, captions, pairs)
     backbone.to("cpu")  # as in training: what the step needs of it comes to the device by itself
