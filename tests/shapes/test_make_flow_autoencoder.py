@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -40,3 +41,20 @@ def test_a_deepened_autoencoder_has_the_outer_levels_of_the_shallow_one():
         assert torch.equal(deep.decoder.up_blocks[mine].resnets[1].conv2.weight, shallow.decoder.up_blocks[its].resnets[1].conv2.weight)
     assert torch.equal(deep.decoder.conv_out.weight, shallow.decoder.conv_out.weight)
     assert deep.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 8, 8, 8)
+
+
+def test_training_ends_in_a_folder_and_in_latents_of_all_scenes(tmp_path):
+    torch.manual_seed(0)
+    torch.save({"module": autoencoder.build().state_dict()}, tmp_path / "autoencoder.pt")
+    np.save(tmp_path / "scenes.npy", np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8))
+    flow_autoencoder.train(tmp_path, steps=3)
+    vae = flow_autoencoder.load(tmp_path)
+    latents = flow_autoencoder.encode_all(tmp_path, vae)
+    assert latents.shape == (20, 8, 8, 8) and latents.dtype == np.float32
+    assert latents.std() == pytest.approx(1, abs=0.05) and latents.mean() == pytest.approx(0, abs=0.05)
+    # the decoder was finished on these latents: it moved, the encoder did not
+    with torch.no_grad():
+        again = vae.encode(autoencoder.to_tensor(np.load(tmp_path / "scenes.npy"))).latent_dist.mean
+    torch.testing.assert_close(to_denoiser(vae, again), torch.from_numpy(latents), atol=5e-3, rtol=0)
+    states = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True)["module"] for name in ("flow_autoencoder", "flow_decoder")}
+    assert not torch.equal(states["flow_decoder"]["decoder.conv_out.weight"], states["flow_autoencoder"]["decoder.conv_out.weight"])
