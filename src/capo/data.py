@@ -150,6 +150,7 @@ class PreferenceData(L.LightningDataModule):
         dataset.stored_text = encode is None
 
     def train_dataloader(self) -> DataLoader:
+        """This process's share of the pairs, from where the run before this one stopped."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # batches that a run before this one has seen; Lightning itself would begin at the first
         seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0

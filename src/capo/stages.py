@@ -194,6 +194,7 @@ class ScoreStage(Stage):
         return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard, self.verify)]
 
     def run(self, shard: Shard, report: Report) -> None:
+        """Decodes a shard once and scores it by the rewards that it lacks."""
         rewards, width, batch = self._unscored(shard), len(shard.candidates), self.settings.batch
         prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row) for _ in shard.candidates]
         latents = self.pool.read_latents(shard).flatten(0, 1)

@@ -49,6 +49,8 @@ def test_training_ends_in_a_folder_and_in_latents_of_all_scenes(tmp_path):
     np.save(tmp_path / "scenes.npy", np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8))
     flow_autoencoder.train(tmp_path, steps=3)
     vae = flow_autoencoder.load(tmp_path)
+    vae.save_pretrained(tmp_path / "shipped")
+    assert str(tmp_path) not in (tmp_path / "shipped/config.json").read_text()
     latents = flow_autoencoder.encode_all(tmp_path, vae)
     assert latents.shape == (20, 8, 8, 8) and latents.dtype == np.float32
     assert latents.std() == pytest.approx(1, abs=0.05) and latents.mean() == pytest.approx(0, abs=0.05)

@@ -75,8 +75,11 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
 
 
 def load(work: Path) -> AutoencoderKL:
-    """The trained one in `work`, in eval mode."""
-    return AutoencoderKL.from_pretrained(work / FOLDER).eval()
+    """The trained one in `work`, in eval mode; its config does not say where it was, which would ship."""
+    vae = AutoencoderKL.from_pretrained(work / FOLDER)
+    plain = AutoencoderKL.from_config({key: value for key, value in vae.config.items() if not key.startswith("_")})
+    plain.load_state_dict(vae.state_dict())
+    return plain.eval()
 
 
 @torch.no_grad()
