@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from capo.backbones.latents import from_denoiser, to_denoiser
 from capo.shapes.make import autoencoder
 from capo.shapes.make.autoencoder import difference, encoded, fit_both, to_tensor
 from capo.shapes.make.fitting import fit, generator
@@ -58,17 +59,18 @@ def deepened(shallow: AutoencoderKL) -> AutoencoderKL:
 def train(work: Path, steps: int, seed: int = 0) -> None:
     """Two thirds of the steps for both parts; then the latents are scaled, and the decoder is finished on them. Saved to `work`."""
     torch.manual_seed(seed)
+    scenes = np.load(work / "scenes.npy", mmap_mode="r")
     both = fit_both("flow_autoencoder", deepened(autoencoder.trained(work)), work, 2 * steps // 3, seed + 5, divergence=1e-6)
-    vae = scaled(both, to_tensor(np.load(work / "scenes.npy", mmap_mode="r")[:2000]))
-    latents, scenes = encode_all(work, vae), np.load(work / "scenes.npy", mmap_mode="r")
+    vae = scaled(both, to_tensor(scenes[:2000]))
+    latents = encode_all(work, vae)
     vae.encoder.requires_grad_(False)
 
     def loss(step: int):
         draw = generator(seed, 9, step)
         rows = torch.randint(len(latents), (16,), generator=draw).numpy()
-        z = torch.from_numpy(latents[rows].astype(np.float32))
-        raw = (z + JITTER * torch.randn(z.shape, generator=draw)) / vae.config.scaling_factor + vae.config.shift_factor
-        return difference(vae.decode(raw).sample, to_tensor(scenes[rows]))
+        z = torch.from_numpy(latents[rows])
+        z = z + JITTER * torch.randn(z.shape, generator=draw)
+        return difference(vae.decode(from_denoiser(vae, z)).sample, to_tensor(scenes[rows]))
 
     vae = vae.to(memory_format=torch.channels_last)
     fit("flow_decoder", vae, loss, work, steps // 3, lr=7e-4).to(memory_format=torch.contiguous_format).save_pretrained(work / FOLDER)
@@ -104,5 +106,5 @@ def scaled(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
 
 def encode_all(work: Path, vae: AutoencoderKL) -> np.ndarray:
     """Latents (count, 8, 8, 8) float32 of all scenes in `work` as the denoiser sees them; encoded once."""
-    raw = encoded(work, "flow_latents", lambda: vae).astype(np.float32)
-    return (raw - vae.config.shift_factor) * vae.config.scaling_factor
+    raw = torch.from_numpy(encoded(work, "flow_latents", lambda: vae).astype(np.float32))
+    return to_denoiser(vae, raw).numpy()
