@@ -13,12 +13,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tiny_pipelines import build_tiny_pipeline, build_tiny_sd3, build_tiny_sd15
 
 from capo.backbones import MMDiTBackbone, UNetBackbone
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the three scripts
+from fixtures import ROOT
+from fixtures.tiny_pipelines import build_tiny_pipeline, build_tiny_sd3, build_tiny_sd15
 
 torch.set_num_threads(1)
 
@@ -74,7 +72,7 @@ RUN_PROMPTS = {"train": "a red cat\na blue dog\na red dog\na blue cat\n", "valid
 
 
 def brightness(channel: int) -> dict:
-    return {"scorer": {"_target_": "fake_rewards.Brightness", "channel": channel}, "scale": 20.0}
+    return {"scorer": {"_target_": "fixtures.fake_rewards.Brightness", "channel": channel}, "scale": 20.0}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,173 @@
+"""The benchmarks at their smallest size: they run, print their figures, and compare what is equal."""
+
+import importlib
+import json
+import re
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from capo.errors import InputError
+from fixtures import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import full_training
+from full_steps import Clock, Setting, step_figures
+from machine import vendor_peak
+from random_models import random_backbone, random_module, random_pairs, sized_blueprint
+from records import Records, measured
+from timing import in_turn, median_ratio
+
+
+@pytest.fixture
+def printed(capsys):
+    """Runs a benchmark's `main` and gives what it prints."""
+
+    def run(script: str, *arguments: str) -> str:
+        importlib.import_module(script).main([*arguments, "--threads", "1"])
+        return capsys.readouterr().out
+
+    return run
+
+
+def rates(table: str, unit: str) -> dict[str, tuple[float, float]]:
+    """name -> units a second and ratio, from the rows under the heading with `unit`."""
+    rows = table.split(f"{unit}/s", 1)[1].splitlines()[1:]
+    found = (re.fullmatch(r"(\S.*?)\s+([\d.]+)\s+([\d.]+) x", row) for row in rows)
+    return {row[1]: (float(row[2]), float(row[3])) for row in found if row}
+
+
+def test_train_step(printed):
+    told = printed("train_step", "--batch", "2", "--prompts", "4", "--steps", "1", "--runs", "1")
+    found = rates(told, "pairs")
+    assert list(found) == ["capo", "bare loop", "four passes", "published"]
+    assert found["capo"][1] == 1 and all(rate > 0 and ratio > 0 for rate, ratio in found.values())
+    assert "weights of capo and bare loop after their last step: 0 apart" in told  # the same steps were timed
+
+
+def test_sampling(printed):
+    told = printed("sampling", "--batch", "2", "--prompts", "1", "--runs", "1")
+    found = rates(told, "images")
+    assert list(found) == ["sampling", "pool", "pipeline"] and all(rate > 0 for rate, _ in found.values())
+    # the same images but for rounding
+    assert int(re.search(r"pixels of sampling and pipeline: (\d+) of 255 apart", told)[1]) <= 2
+
+
+def test_reading(printed):
+    told = printed("reading", "--batch", "4", "--prompts", "16", "--visits", "16", "--runs", "1")
+    assert "in 6 files, 16 visits" in told  # two rows of 8 prompts: a text and two blocks of latents each
+    shares = re.findall(r"^(training loader|storage alone) .* (\d+)% of memmap$", told, re.MULTILINE)
+    assert len(shares) == 2 and all(int(share) > 0 for _, share in shares)
+    assert re.search(r"^first epoch +\d+ pairs/s$", told, re.MULTILINE)
+
+
+def test_growth_keeps_its_pool(printed, tmp_path):
+    arguments = ("--prompts", "100", "--prompts_per_shard", "32", "--pool", str(tmp_path))
+    told = printed("growth", *arguments)
+    assert all(f"\n{stage}" in told for stage in ("prompts", "what is there", "selection", "first batch"))
+    assert re.search(r"in all [\d.]+ s and [\d.]+ GiB", told)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    assert len(files) == 1 + 4 * 2 * 3  # the prompts; four rows of two blocks and three rewards
+    printed("growth", *arguments)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+
+
+def test_jobs_take_turns():
+    calls = []
+    seconds = in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, runs=2)
+    assert calls == ["b", "a", "a", "b", "b", "a"]  # one round to warm up; then every round begins with another
+    assert [len(found) for found in seconds.values()] == [2, 2]
+
+
+def test_ratios_are_of_each_round():
+    assert median_ratio([1, 2, 4], [2, 2, 12]) == 2  # 2, 1 and 3
+
+
+@pytest.mark.parametrize(("model", "lora"), [("sdxl", False), ("sd3", True)])
+def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, lora):
+    wanted = [Setting(1, lora=lora, compare=True), Setting(2, lora=lora), Setting(1, lora=lora, checkpointing=False)]
+    monkeypatch.setattr(full_training, "settings", lambda model, size: wanted)
+    take = full_training.run_setting
+
+    def short_of_memory(setting, *others):
+        if setting.micro_batch == 2:
+            raise torch.OutOfMemoryError("no room")
+        return take(setting, *others)
+
+    monkeypatch.setattr(full_training, "run_setting", short_of_memory)
+    file = tmp_path / "figures.json"
+    arguments = ("--size", "tiny", "--device", "cpu", "--model", model, "--rounds", "1", "--results", str(file))
+    told = printed("train_step", *arguments)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["status"] for row in rows.values()] == ["measured", "out of memory", "measured"]
+    first = rows[wanted[0].key]
+    assert all(first[f"faster than {way}"] > 0 for way in ("bare loop", "four passes", "published"))
+    assert first["first_batch"].startswith("largest |h| of the first batch: 0,")  # every setting starts from the base
+    assert rows[wanted[2].key]["first_batch"].startswith("largest |h| of the first batch: 0,")
+    assert f"{wanted[1].key}: out of memory" in told and file.with_suffix(".md").read_text().count("\n| ") == 2 + 3
+
+    before = file.read_bytes()
+    printed("train_step", *arguments)  # nothing is missing, so nothing is measured
+    assert file.read_bytes() == before
+    printed("train_step", *arguments, "--plans")
+    planned = [row["planned_bytes"] for row in json.loads(file.read_text())["rows"].values()]
+    assert planned[1] > planned[0] > 0 and planned[2] > planned[0]  # more images; nothing computed again
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd3"])
+def test_full_size_sampling_on_a_tiny_model(printed, tmp_path, model):
+    file = tmp_path / "figures.json"
+    printed("sampling", "--size", "tiny", "--device", "cpu", "--model", model, "--rounds", "1", "--results", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == ["batch 2", "batch 1"]
+    assert all(row["status"] == "measured" and row["images_per_second"] > 0 and row["faster than pipeline"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd3"])
+def test_arithmetic_of_a_pair_is_what_torch_counts(model):
+    blueprint, cpu = sized_blueprint(model, "tiny"), torch.device("cpu")
+    network = random_module(blueprint, blueprint.denoiser_name, cpu)
+    backbone, pairs = random_backbone(model, {blueprint.denoiser_name: network}), random_pairs(blueprint, 2, cpu)
+    t = backbone.timesteps(pairs.u, backbone.draws[0])
+    # the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        backbone.predict(network, pairs.latents[:, 0], t, pairs.text)
+    forward = counter.get_total_flops() / 2  # of an image
+    # two images: forward of policy and reference, backward of the policy at twice its forward
+    assert full_training.pair_flops(blueprint, lora=False) == pytest.approx(2 * 4 * forward, rel=0.01)
+    assert 2 * 3 * forward < full_training.pair_flops(blueprint, lora=True) < 2 * 4 * forward
+
+
+def test_figures_of_a_step():
+    clock = Clock({"other": None}, None)
+    clock.plain, clock.stepping, clock.peaks = [9.0, 1.0, 3.0], [9.0, 1.5, 3.5], {"capo": 7, "other": 8}
+    clock.rounds = {"capo": [18.0, 2.5, 6.5], "other": [20.0, 5.0, 13.0]}
+    found = step_figures(clock, micro_batch=4)
+    assert found["pairs_per_second"] == 2  # 4 pairs in 2 s; the first round warms up
+    assert found["pairs_per_second_256"] == pytest.approx(256 / 128.5)  # 64 passes of 2 s, then 0.5 s
+    assert found["faster than other"] == 2 and found["other pairs_per_second"] == pytest.approx(8 / 9)
+    assert (found["peak_bytes"], found["other peak_bytes"]) == (7, 8)
+
+
+def test_vendors_peaks():
+    assert vendor_peak("NVIDIA H100 80GB HBM3") == vendor_peak("NVIDIA H200") == 989.4e12
+    assert vendor_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert vendor_peak("NVIDIA H200 NVL") is vendor_peak("NVIDIA H100 PCIe") is vendor_peak("CPU") is None
+
+
+def test_figures_of_two_machines_do_not_mix(tmp_path):
+    file = tmp_path / "figures.json"
+    Records(file, {"device": "one", "what": "step"}).add("a", {"status": "measured", "peak_bytes": 2_500_000_000})
+    assert "| a | measured | 2.50 GB |" in file.with_suffix(".md").read_text()
+    with pytest.raises(InputError, match="holds figures of one, this is two"):
+        Records(file, {"device": "two", "what": "step"})
+
+
+def test_what_fails_is_a_row():
+    def compiler() -> dict:
+        raise RuntimeError("no compiler\nand much more")
+
+    assert measured(compiler) == {"status": "failed: RuntimeError: no compiler"}

@@ -1,0 +1,191 @@
+"""Two processes on the CPU, started as torchrun starts them: the same run as one process, whatever the strategy."""
+
+import csv
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from capo.config import _shipped
+from fixtures import ROOT
+
+CODE = """
+import os, signal, sys
+from omegaconf import OmegaConf
+import train
+from capo.entry import plain_errors
+from capo.module import PreferenceModule
+
+step, kill_at = PreferenceModule.training_step, int(sys.argv[2])
+
+def training_step(self, batch, index):
+    if self.global_step == kill_at and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, index)
+
+PreferenceModule.training_step = training_step
+with plain_errors():
+    train.run(OmegaConf.load(sys.argv[1]))
+"""
+SHAPES = f"model.backbone.weights={_shipped('unet')}"
+STEPS = [SHAPES, "model.name=shapes", "sampling.steps=2", "trainer.batch=4", "trainer.max_steps=6", "trainer.log_every=1", "validation.every=3", "evaluate=false"]
+STRATEGY = {
+    "ddp": ["trainer.strategy=ddp", "trainer.devices=auto"], "fsdp": ["trainer.strategy=fsdp", "trainer.devices=auto"],
+    "micro": ["trainer.micro_batch=2"], "one": [],
+}  # fmt: skip
+
+
+def start(tiny_run, name: str, *overrides: str, processes: int = 1, kill_at: int = -1) -> subprocess.Popen:
+    """A training run in `processes` processes, of which the second is killed when it begins step `kill_at`."""
+    path, script = tiny_run.folder / f"{name}.yaml", tiny_run.folder / "run.py"
+    OmegaConf.save(tiny_run(name, *STEPS, *overrides), path, resolve=True)
+    script.write_text(CODE)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    paths = f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}"
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), str(script), str(path), str(kill_at)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def finish(process: subprocess.Popen) -> str:
+    told, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, told[-4000:]
+    return told
+
+
+def curves(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{name: float(value) for name, value in row.items() if value and not name.startswith("time/")} for row in rows]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["train/loss"] for row in curves(folder) if "train/loss" in row]
+
+
+def moments(folder: Path) -> list[tuple[int, float, tuple[int, ...]]]:
+    """Number, step and shape of what the optimiser of the last checkpoint remembers."""
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    return [(number, float(part["step"]), tuple(part["exp_avg"].shape)) for number, part in sorted(state.items())]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run):
+    """strategy -> what the run told; one process with one and with two batches a step, and two processes."""
+    return {
+        name: finish(start(tiny_run, name, *STRATEGY[name], processes=2 if name in ("ddp", "fsdp") else 1))
+        for name in ("one", "micro", "ddp", "fsdp")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["micro", "ddp", "fsdp"])
+def test_the_losses_are_those_of_one_process(tiny_run, runs, name):
+    first, other = losses(tiny_run.folder / "one"), losses(tiny_run.folder / name)
+    assert len(first) == 6 and other[:5] == pytest.approx(first[:5], rel=1e-4)
+    assert first[0] != first[4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "micro", "ddp", "fsdp"])
+def test_the_first_margin_is_zero_everywhere(runs, name):
+    # the largest over all processes, so that 0 is 0 in each
+    assert re.search(r"largest \|h\| of the first batch: (\S+),", runs[name])[1] == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_validation_is_that_of_all_processes_together(tiny_run, runs, name):
+    alone, shared = ([row for row in curves(tiny_run.folder / run) if "val/win_rate" in row] for run in ("one", name))
+    assert [row["step"] for row in shared] == [3, 6]
+    for one, other in zip(alone, shared, strict=True):  # of two prompts each process has seen one
+        for column in ("val/score/r", "val/score/g"):
+            assert other[column] == pytest.approx(one[column], abs=2e-3)
+    assert (tiny_run.folder / name / "validation" / "step000006.png").is_file()
+    assert (tiny_run.folder / name / "policy" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_strategy_goes_on_in_another(tiny_run, runs):
+    """DDP's in FSDP, FSDP's in one process, and a single process's in itself, which the others must equal."""
+    for name, strategy in (("ddp", "fsdp"), ("fsdp", "one"), ("one", "micro")):
+        finish(start(tiny_run, name, *STRATEGY[strategy], "trainer.max_steps=8", processes=2 if strategy == "fsdp" else 1))
+    first = losses(tiny_run.folder / "one")
+    assert len(first) == 8
+    for name in ("ddp", "fsdp"):
+        assert losses(tiny_run.folder / name) == pytest.approx(first, rel=1e-3)
+        assert moments(tiny_run.folder / name) == moments(tiny_run.folder / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny_run, strategy):
+    """Rank 1 is killed in step 5; the same command then ends as a run that nothing has cut off."""
+    killed, unkilled = f"killed-{strategy}", f"unkilled-{strategy}"
+    process = start(tiny_run, killed, *STRATEGY[strategy], processes=2, kill_at=4)
+    told, _ = process.communicate(timeout=400)
+    assert process.returncode != 0 and "SIGKILL" in told
+    assert not (tiny_run.folder / killed / "outcome.json").exists()
+    finish(start(tiny_run, killed, *STRATEGY[strategy], processes=2))
+    finish(start(tiny_run, unkilled, *STRATEGY[strategy], processes=2))
+    assert curves(tiny_run.folder / killed) == curves(tiny_run.folder / unkilled)
+
+
+@pytest.mark.slow
+def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run):
+    lora = ["+model.lora.rank=2", "+model.lora.alpha=2", "trainer.lr=0.01"]
+    finish(start(tiny_run, "lora", *lora))
+    told = finish(start(tiny_run, "lora-fsdp", *lora, *STRATEGY["fsdp"], processes=2))
+    assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
+    assert losses(tiny_run.folder / "lora-fsdp") == pytest.approx(losses(tiny_run.folder / "lora"), rel=1e-4)
+    finish(start(tiny_run, "lora-fsdp", *lora, "trainer.max_steps=7"))  # and its checkpoint goes on in one process
+    assert (tiny_run.folder / "lora-fsdp" / "policy" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run):
+    """The rectified flow's own classes, split over two processes: losses, first margin, and a pipeline in the end."""
+    flow = ["model=shapes_mmdit", f"model.backbone.weights={_shipped('mmdit')}", "trainer.max_steps=3"]
+    finish(start(tiny_run, "flow", *flow))
+    told = finish(start(tiny_run, "flow-fsdp", *flow, *STRATEGY["fsdp"], processes=2))
+    assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
+    first, other = losses(tiny_run.folder / "flow"), losses(tiny_run.folder / "flow-fsdp")
+    assert len(first) == 3 and first[0] != first[2] and other == pytest.approx(first, rel=1e-4)
+    assert (tiny_run.folder / "flow-fsdp" / "policy" / "transformer" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_evaluation_after_two_processes_is_made_once(tiny_run):
+    told = finish(start(tiny_run, "evaluated", *STRATEGY["ddp"], "trainer.max_steps=3", "evaluate=true", processes=2))
+    folder = tiny_run.folder / "evaluated"
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert set(results["win_rate"]) == {"r"} and (folder / "evaluation" / "report.html").is_file()
+    assert told.count("win-rate %") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_half_precision_accumulation_checkpointing_and_an_adapter_go_together(tiny_run, strategy):
+    """bf16 over float32 masters, two micro-batches a device, activations made again: as one process with the same settings."""
+    together = ["+model.lora.rank=2", "+model.lora.alpha=2", "trainer.lr=0.01", "trainer.precision=bf16-mixed", "trainer.micro_batch=1",
+                "trainer.gradient_checkpointing=true", "trainer.max_steps=3"]  # fmt: skip
+    alone, shared = f"half-{strategy}-alone", f"half-{strategy}"
+    finish(start(tiny_run, alone, *together))
+    told = finish(start(tiny_run, shared, *together, *STRATEGY[strategy], processes=2))
+    assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
+    assert losses(tiny_run.folder / shared) == pytest.approx(losses(tiny_run.folder / alone), rel=2e-2)
+    assert (tiny_run.folder / shared / "policy" / "pytorch_lora_weights.safetensors").is_file()

@@ -1,0 +1,142 @@
+"""Every group composes, every target exists and takes the arguments that its file gives it."""
+
+import inspect
+import re
+import tomllib
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from capo.config import all_rewards, foreign_targets, prepare_process, run_config
+from capo.errors import InputError
+from capo.values import check_values
+from fixtures import ROOT
+
+GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"}
+CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
+
+
+def composed(name="train", *overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, overrides=["run_dir=/tmp/run", *overrides])
+
+
+def targets(node):
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+def test_the_groups_are_those_that_users_know():
+    assert set(GROUPS) == {"model", "objective", "pairs", "rewards", "prompts", "trainer", "logger", "experiment", "import"}
+    assert {"capo", "dpo", "ipo", "sft"} <= set(GROUPS["objective"])
+    assert {"best_worst", "sum", "frs", "random"} <= set(GROUPS["pairs"])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_target_takes_its_arguments(choice):
+    files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if choice == "prompts=text" else []
+    cfg = composed("generate" if choice.startswith("import=") else "train", choice, *files)
+    check_values(cfg)
+    found = list(targets(OmegaConf.to_container(cfg, resolve=True)))
+    assert found
+    for node in found:
+        signature = inspect.signature(get_object(node["_target_"]))
+        arguments = {key: value for key, value in node.items() if not key.startswith("_")}
+        bind = signature.bind_partial if node.get("_partial_") else signature.bind
+        if node["_target_"].startswith("capo.backbones"):
+            arguments["name"] = "given by the caller"
+        bind(**arguments)
+
+
+def test_a_model_brings_its_own_and_the_command_line_wins():
+    cfg = composed("train", "rewards=[looks]", "model=shapes_unet")
+    assert list(cfg.rewards) == ["looks"]
+    assert sorted(cfg.evaluation.rewards) == ["alignment", "looks", "preference"]
+
+
+def test_sdxl_brings_rewards_prompts_sampler_and_trainer():
+    cfg = composed("train", "model=sdxl")
+    assert list(cfg.rewards) == list(cfg.evaluation.rewards) == ["mps", "vqascore", "vila"]
+    assert (cfg.prompts._target_, cfg.prompts.train.limit) == ("capo.prompts.split_sets", 100_000)
+    # the paper, B.1 and B.2: DDIM, 50 steps, guidance 7.5; 256 pairs a step, 1000 steps of warm-up, 10 000 at most; b = 1.5
+    assert (cfg.model.backbone.scheduler, cfg.sampling.steps, cfg.sampling.guidance) == ("DDIMScheduler", 50, 7.5)
+    assert cfg.trainer.batch == 256
+    assert (cfg.trainer.lr, cfg.trainer.warm_up, cfg.trainer.max_steps, cfg.noise.bias) == (1e-5, 1000, 10000, 1.5)
+    for name, beta in cfg.model.beta.items():
+        low, high = cfg.model.beta_range[name]
+        assert low <= beta <= high
+    cfg = composed("train", "model=sdxl", "rewards=looks", "prompts=shapes", "trainer.warm_up=7", "objective=dpo")
+    assert list(cfg.rewards) == ["looks"] and cfg.trainer.warm_up == 7 and cfg.objective.beta == 3000
+
+
+def test_each_objective_has_the_models_beta():
+    for name in ("capo", "ipo", "dpo"):
+        cfg = composed("train", f"objective={name}")
+        assert cfg.objective.beta == cfg.model.beta[name]
+    assert composed("train", "objective=sft").objective.beta is None
+
+
+def test_environment_and_project_name_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    assert environment["dependencies"][-1]["pip"] == project["dependencies"]
+    assert environment["dependencies"][0] == f"python{project['requires-python']}"
+
+
+def test_readme_holds_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert re.search(r"^pip install -e \. && python train\.py$", text, re.M)
+    assert re.search(r"^pip install -e '\.\[test\]' && pytest$", text, re.M)
+    assert "python train.py objective=capo model=sdxl pairs=frs" in text
+
+
+def test_code_from_a_runs_config_needs_trust(tmp_path):
+    own = composed()
+    OmegaConf.update(own, "rewards.alignment.scorer._target_", "elsewhere.Scorer")
+    assert foreign_targets(own) == ["elsewhere.Scorer"] and foreign_targets(own, ["elsewhere"]) == []
+    OmegaConf.save(own, tmp_path / "config.yaml", resolve=True)
+    with pytest.raises(InputError, match="no run"):
+        run_config(tmp_path / "missing", composed("evaluate"), [])
+    with pytest.raises(InputError, match="not finished"):
+        run_config(tmp_path, composed("evaluate"), [])
+    (tmp_path / "outcome.json").write_text("{}")
+    with pytest.raises(InputError, match=r"trust=\[elsewhere\]"):
+        run_config(tmp_path, composed("evaluate"), [])
+
+
+def test_a_runs_own_config_counts_but_for_what_is_named(tmp_path):
+    OmegaConf.save(composed("train", "evaluation.images=3", "sampling.steps=7"), tmp_path / "config.yaml", resolve=True)
+    (tmp_path / "outcome.json").write_text("{}")
+    named = ["evaluation.images=5"]
+    own = run_config(tmp_path, composed("evaluate", *named), [f"run={tmp_path}", *named])
+    assert own.evaluation.images == 5 and own.sampling.steps == 7
+
+
+@pytest.mark.parametrize("given, processes, told, expected", [(3, None, "1", 3), (None, None, "1", 1), (None, "2", "1", 4), (None, None, None, 8)])
+def test_threads_of_a_process(monkeypatch, given, processes, told, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    before = torch.get_num_threads()
+    for name, value in (("LOCAL_WORLD_SIZE", processes), ("OMP_NUM_THREADS", told)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    try:
+        assert prepare_process(given) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_reward_that_is_trained_and_evaluated_is_built_once():
+    trained, evaluated, _ = all_rewards(composed("train", "rewards=[looks]"))
+    assert [reward.name for reward in evaluated] == ["alignment", "looks", "preference"]
+    assert trained[0] is evaluated[1]
+    other = all_rewards(composed("train", "rewards=[looks]", "rewards.looks.scale=3"))
+    assert other[0][0] is not other[1][1]

@@ -1,0 +1,243 @@
+"""`plan=true` from the configuration to plan.json, what is missing here, and the same findings without it."""
+
+import importlib.util
+import io
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import train as train_script
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from capo import lacking
+from capo.errors import InputError
+from capo.plan_stage import SPLITS, expected_counts, float32_rewards, prompt_counts, reward_request, run_plan
+from fixtures import ROOT
+
+RECIPES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+CARD = 80e9  # bytes of the device that the paper's recipes are meant for
+DENOISERS = {"sdxl": 2_567_463_684, "sd3": 2_028_328_000, "sd15": 859_520_964, "sd35_medium": 2_243_171_520, "sd35_large": 8_056_627_520}
+Usage = namedtuple("Usage", "total used free")
+
+
+def composed(*overrides: str, folder=Path("/nowhere")):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=[f"run_dir={folder / 'run'}", f"pool.root={folder / 'pools'}", "plan=true", *overrides])
+
+
+def planned(folder, *overrides: str) -> tuple[dict, str]:
+    return plan_of(composed(*overrides, folder=folder))
+
+
+def plan_of(cfg) -> tuple[dict, str]:
+    told = io.StringIO()
+    run_plan(cfg, Console(file=told, width=300))
+    return json.loads((Path(cfg.run_dir) / "plan.json").read_text()), told.getvalue()
+
+
+@pytest.mark.parametrize("choice", [*(f"experiment={name}" for name in RECIPES), *(f"model={name}" for name in MODELS)])
+def test_every_recipe_has_a_plan_without_weights(tmp_path, choice):
+    plan, told = planned(tmp_path, choice)
+    if plan["model"] in DENOISERS:
+        assert plan["parameters"]["denoiser"] == DENOISERS[plan["model"]]
+        assert any(entry["kind"] == "weights" for entry in plan["missing here"])
+    lora = plan["config"]["model"]["lora"]
+    assert (plan["parameters"]["trained"] < plan["parameters"]["denoiser"] / 5) == bool(lora)
+    training = plan["device"]["training"]
+    assert training["reference"] == 0 if lora else training["reference"] > 0
+    assert training["total"] == sum(size for part, size in training.items() if part != "total") <= plan["device"]["peak"]
+    assert plan["division"]["pairs"] == plan["config"]["trainer"]["batch"] and plan["hours"]["training"] > 0
+    assert plan["model"] in told and "missing here" in told
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"] and not (tmp_path / "pools").exists()
+
+
+def test_nothing_is_missing_for_the_shapes(tmp_path):
+    plan, told = planned(tmp_path)
+    assert plan["missing here"] == [] and "nothing" in told
+    assert plan["prompts"] == {"train": 256, "validation": 32, "test": 256}
+    # 200 steps; validation every 50 of them: 32 x 4 images four times, beside 256 x 8 + 32 x 4 + 256 x 4 twice + 64 x 4
+    assert plan["steps"] == 200 and plan["hours"]["images"] == 256 * 8 + 5 * 32 * 4 + 2 * 256 * 4 + 64 * 4
+    assert plan["config"]["trainer"]["batch"] == 16
+
+
+def test_a_full_disk_is_listed_by_a_plan_and_refused_by_a_run(tiny_run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - 10, 10))
+    plan, told = plan_of(tiny_run("full_plan", "plan=true"))
+    (entry,) = plan["missing here"]
+    assert entry["kind"] == "disk" and entry["certain"] and "are free there" in told
+    with pytest.raises(InputError, match="are free there: make room, or set pool.root"):
+        train_script.run(tiny_run("full"))
+    assert not (tiny_run.folder / "full").exists()
+
+
+def test_too_little_memory_is_listed_and_refused_where_it_is_certain(tiny_run, monkeypatch):
+    held = plan_of(tiny_run("memory_plan", "plan=true"))[0]["device"]["training"]
+    certain = sum(held[part] for part in ("weights", "gradients", "optimiser", "reference"))
+    monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain - 1))
+    with pytest.raises(InputError, match="weights, gradients, optimiser and reference take .* which has .* \\(a small one\\)"):
+        train_script.run(tiny_run("small"))
+    monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain))
+    found = [entry["certain"] for entry in plan_of(tiny_run("memory_plan", "plan=true"))[0]["missing here"] if entry["kind"] == "memory"]
+    assert found == [False]  # the activations do not fit, which is an estimate
+
+
+def test_weights_and_prompts_that_are_not_there(tmp_path, tiny_run):
+    cfg = tiny_run("gone", "plan=true", f"prompts.train={tmp_path / 'none.txt'}")
+    OmegaConf.update(cfg, "model.backbone.weights", str(tmp_path / "nowhere"))
+    OmegaConf.update(cfg, "model.name", "sdxl")
+    plan, _ = plan_of(cfg)
+    assert [entry["kind"] for entry in plan["missing here"]][:2] == ["weights", "prompts"]
+    assert plan["prompts"]["train"] is None and plan["disk"]["pools"]["total"] is None and plan["hours"]["sampling"] is None
+    assert plan["parameters"]["denoiser"] == DENOISERS["sdxl"]
+
+
+def test_a_model_without_configs_is_refused(tmp_path, tiny_run):
+    cfg = tiny_run("unknown", "plan=true")
+    OmegaConf.update(cfg, "model.backbone.weights", "owner/name")
+    with pytest.raises(InputError, match="model.published=tiny: no configs of that name"):
+        plan_of(cfg)
+
+
+def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
+    folder = tiny_run.folder / "after"
+    assert train_script.run(tiny_run("after", "plan=true")) != train_script.run(tiny_run("after", "plan=true"))  # nan: no run
+    assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    train_script.run(tiny_run("after", "evaluate=false"))
+    assert (folder / "config.yaml").is_file() and (folder / "outcome.json").is_file()
+
+
+def test_values_that_cannot_be_used_end_a_plan(tmp_path):
+    with pytest.raises(InputError, match="planning.utilisation=1.5: must be a number above 0 and at most 1"):
+        planned(tmp_path, "planning.utilisation=1.5")
+
+
+def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():
+    cfg = composed("rewards=[mps,vqascore,vila]", "rewards@evaluation.rewards=[pickscore]", "+rewards@validation.held_out=[clipscore]")
+    found = reward_request(cfg)
+    # the base's validation pool is scored by the trained ones and the held-out one together
+    assert (found.pool, found.validation, found.evaluation) == pytest.approx(((4.42 + 45.84 + 1.71) * 1e9, 45.84e9, 3.94e9))
+    assert found.everything == pytest.approx((4.42 + 45.84 + 3.94 + 1.71) * 1e9) and found.unknown == ["vila"]
+    assert float32_rewards(cfg) == ["rewards.vqascore.scorer.precision"]
+    half = reward_request(composed(*(f"{override}.scorer.precision=bfloat16" for override in ("rewards.vqascore", "evaluation.rewards.vqascore")),
+                                   "rewards=[vqascore]", "rewards@evaluation.rewards=[vqascore]"))  # fmt: skip
+    assert half.pool == half.evaluation == pytest.approx(22.92e9)
+
+
+def test_held_out_rewards_score_the_validation_pool_with_the_trained_ones():
+    held_out = "+rewards@validation.held_out=[vqascore]"
+    found = reward_request(composed("rewards=permissive", "rewards@evaluation.rewards=[pickscore]", held_out))
+    # clipscore 1.71, hpsv2 3.94, vqascore 45.84; one after the other in a validation
+    assert found.pool == found.everything - 3.94e9 == pytest.approx(51.49e9) and found.validation == 45.84e9
+
+
+def test_a_plan_reads_no_weights_of_rewards(tmp_path, monkeypatch):
+    """One reward that is trained and evaluated counts once, one of other weights or another precision does not."""
+    def refuse(path):
+        raise AssertionError(f"{path} was read")
+
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"gigabytes")
+    monkeypatch.setattr("capo.rewards.file_digest", refuse)
+    names, folder = "[pickscore,vqascore]", f"rewards.pickscore.weights={tmp_path / 'weights'}"
+    own, both = (f"rewards={names}", f"rewards@evaluation.rewards={names}", folder), 3.94e9 + 45.84e9
+    assert reward_request(composed(*own)).everything == pytest.approx(both + 3.94e9)
+    same = (*own, f"evaluation.{folder}", "evaluation.rewards.pickscore.scale=2")
+    assert reward_request(composed(*same)).everything == pytest.approx(both)
+    other = (*same, "evaluation.rewards.vqascore.scorer.precision=bfloat16")
+    assert reward_request(composed(*other)).everything == pytest.approx(both + 22.92e9)
+
+
+def test_an_unknown_key_of_a_reward_ends_a_plan_with_its_name(tmp_path):
+    with pytest.raises(InputError, match="evaluation.rewards.mps: unknown key memroy; known are scorer, link"):
+        planned(tmp_path, "experiment=sdxl_single", "++evaluation.rewards.mps.memroy=1e9")
+
+
+GB = {"peak": 92e9, "training": {"weights": 10e9, "activations": 40e9, "total": 50e9}}
+
+
+@pytest.mark.parametrize(("phase", "parts", "precisions", "told"), [
+    ("validation scoring", {"optimiser": 20e9, "rewards": 46e9}, ["rewards.a.scorer.precision", "evaluation.rewards.a.scorer.precision"],
+     ("validation scoring, takes about 92.0 GB on a device, which has 80.0 GB (a card); its largest part is rewards, 46.0 GB: "
+     "set rewards.a.scorer.precision=bfloat16 evaluation.rewards.a.scorer.precision=bfloat16 (half the memory, other scores), "
+     "or take fewer or smaller rewards")),
+    ("pool scoring", {"denoiser": 10e9, "rewards": 46e9}, [], "its largest part is rewards, 46.0 GB: take fewer or smaller rewards"),
+    ("validation", {"gradients": 10e9, "optimiser": 46e9}, [], "part is optimiser, 46.0 GB: use an adapter (experiment=lora), trainer=fsdp"),
+    ("validation", {"optimiser": 20e9, "sampling and decoding": 46e9}, [], "46.0 GB: lower sampling.batch, and set sampling.decode=1"),
+    ("evaluation scoring", {"rewards": 20e9, "VAE and text encoders": 46e9}, ["x"], "46.0 GB: store the base in half (model.backbone.dtype="),
+])  # fmt: skip
+def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, phase, parts, precisions, told):
+    monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a card", 80e9))
+    device = GB | {phase: {**parts, "total": 92e9}}
+    found = lacking.likely_memory(device, {"peak": 0}, "auto", precisions)[0]
+    assert found.message.startswith(f"the largest phase, {phase}, takes") and told in found.message and not found.certain
+
+
+def test_in_training_the_micro_batch_helps_whatever_is_largest(monkeypatch):
+    monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a card", 80e9))
+    for largest in ("optimiser", "activations"):
+        device = {"peak": 92e9, "training": {"weights": 10e9, largest: 46e9, "total": 92e9}}
+        message = lacking.likely_memory(device, {"peak": 0}, "auto")[0].message
+        assert f"{largest}, 46.0 GB: lower trainer.micro_batch, or set trainer.gradient_checkpointing=true" in message
+        assert ("use an adapter" in message) == (largest == "optimiser")
+
+
+@pytest.mark.parametrize(("choice", "peak"), [
+    ("experiment=sdxl_capo_frs", "validation scoring"), ("experiment=sd3_capo_frs", "evaluation scoring"),
+    ("experiment=sdxl_single", "validation"), ("experiment=sd3_single", "evaluation scoring"), ("experiment=sdxl_pickapic_prompts", "evaluation scoring"),
+])  # fmt: skip
+def test_the_papers_recipes_fit_one_card(tmp_path, choice, peak):
+    plan, _ = planned(tmp_path, choice)
+    assert plan["device"][peak]["total"] == plan["device"]["peak"] < CARD
+    for rewards in (plan["config"]["rewards"], plan["config"]["evaluation"]["rewards"]):
+        assert rewards.get("vqascore", {"scorer": {"precision": "bfloat16"}})["scorer"]["precision"] == "bfloat16"
+    assert "vqascore" in plan["config"]["evaluation"]["rewards"]
+
+
+def test_the_quickstart_fits_a_card_of_24_gb(tmp_path):
+    plan, _ = planned(tmp_path, "experiment=sdxl_quickstart")
+    assert plan["device"]["peak"] < 24e9
+
+
+def test_without_an_evaluation_a_plan_has_no_phase_of_it(tmp_path):
+    plan, told = planned(tmp_path, "evaluate=false")
+    assert "evaluation" not in plan["device"] and "evaluation scoring" not in told and "pool scoring" in told
+
+
+def test_sizes_of_published_sets_stand_in_for_what_is_not_read(tmp_path):
+    plan, _ = planned(tmp_path, "experiment=sdxl_capo_frs")
+    # 1632 PartiPrompts, of which 232 are for validation
+    assert plan["prompts"] == {"train": 100_000, "validation": 232, "test": 1400}
+    # 16 candidates; 232 x 4 ten times and for the base; 1400 x 4 of both, 64 x 4
+    assert plan["hours"]["images"] == 1_600_000 + 11 * 232 * 4 + 2 * 1400 * 4 + 64 * 4
+    assert plan["hours"]["sampling"] is not None and plan["disk"]["pools"]["total"] is not None
+    for choice, size in {"dpg": 1065, "geneval": 553}.items():  # whose files have to be given
+        assert prompt_counts(composed("model=sd3", f"prompts={choice}"))[0]["test"] == size
+    assert prompt_counts(composed("model=sdxl", "prompts.test.limit=200"))[0]["test"] == 200
+
+
+@pytest.mark.parametrize(("settings", "counts"), [
+    ({"train": 4, "validation": 3, "test": 2}, (4, 3, 2)),
+    ({"train": "a.txt", "validation": None, "test": {"path": "b"}}, (None, None, None)),
+    ({"train": {"path": "a", "published_size": 90}, "validation": {"path": "b", "limit": 7}, "test": {"path": "c"}}, (90, 7, None)),
+    # 30 rows: test comes first, then validation, and training has the rest; a limit beyond it changes nothing
+    ({split: {"hub": "a", "file": ["b"], "published_size": 30, "limit": limit} for split, limit in zip(SPLITS, (25, 10, 8), strict=True)}
+     | {"priority": ["test", "validation", "train"]}, (12, 10, 8)),
+])  # fmt: skip
+def test_what_is_expected_of_prompts_that_are_not_read(settings, counts):
+    assert tuple(expected_counts(settings).values()) == counts
+
+
+def test_extras_and_rewards_that_are_not_here(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: None if name == "bitsandbytes" else find(name, *package))
+    plan, told = planned(tmp_path, "experiment=sdxl_capo_frs", "trainer.optimizer=adamw_8bit", f"rewards.mps.weights={tmp_path / 'none'}")
+    found = [(entry["kind"], entry["message"]) for entry in plan["missing here"] if entry["certain"]]
+    (extra,) = [message for kind, message in found if kind == "extras"]
+    assert "pip install 'capo[bitsandbytes]'" in extra and extra in told
+    wanted = f"no weights at {tmp_path / 'none'}; set rewards.mps.weights"
+    assert any(kind == "rewards" and wanted in message for kind, message in found)

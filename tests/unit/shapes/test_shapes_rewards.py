@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from scipy.stats import spearmanr
+
+import capo.config  # noqa: F401  registers the resolver
+from capo.errors import InputError
+from capo.rewards import load_rewards
+from capo.shapes.captions import caption
+from capo.shapes.make.lineups import changed
+from capo.shapes.make.scenery import random_style
+from capo.shapes.prompts import CATEGORIES, TRAINING
+from capo.shapes.rating import rating
+from capo.shapes.render import render
+from capo.shapes.rewards import AlignmentScorer, LooksScorer, PreferenceScorer
+from capo.shapes.scenes import realise
+from fixtures import ROOT
+
+WEIGHTS = Path(capo.config.__file__).parent / "shapes" / "weights" / "rewards"
+SCORERS = {"alignment": AlignmentScorer, "looks": LooksScorer, "preference": PreferenceScorer}
+
+
+@pytest.fixture(scope="module")
+def scorers():
+    return {name: scorer(WEIGHTS / f"{name}.safetensors") for name, scorer in SCORERS.items()}
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Pictures in usual styles, a sentence that holds for each, and one that does not by construction."""
+    rng = np.random.default_rng(21)
+    found = []
+    for index in range(96):
+        request = CATEGORIES[TRAINING[index % len(TRAINING)]](rng)
+        scene = realise(request, rng, random_style(rng))
+        found.append((Image.fromarray(render(scene)), caption(request), caption(changed(request, rng))))
+    return [list(column) for column in zip(*found)]
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_weights_are_small_halves_and_scores_full_floats(scorers, pictures, name):
+    from safetensors.torch import load_file
+
+    state = load_file(WEIGHTS / f"{name}.safetensors")
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float16}
+    assert sum(t.numel() for t in state.values()) <= 500_000
+    scores = scorers[name](pictures[0][:5], pictures[1][:5])
+    assert scores.shape == (5,) and scores.dtype == torch.float32 and scores.isfinite().all()
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in scorers[name].module.parameters())
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_score_is_its_own_whatever_stands_beside_it(scorers, pictures, name):
+    images, prompts = pictures[0][:6], pictures[1][:6]
+    together = scorers[name](images, prompts)
+    alone = torch.cat([scorers[name]([image], [prompt]) for image, prompt in zip(images, prompts)])
+    turned = scorers[name](images[::-1], prompts[::-1]).flip(0)
+    assert together == pytest.approx(alone.numpy(), abs=1e-4)
+    assert together == pytest.approx(turned.numpy(), abs=1e-4)
+
+
+def test_alignment_is_a_probability_that_prefers_what_is_true(scorers, pictures):
+    images, true, false = pictures
+    right, wrong = scorers["alignment"](images, true), scorers["alignment"](images, false)
+    assert 0 <= min(right.min(), wrong.min()) and max(right.max(), wrong.max()) <= 1
+    assert (right > wrong).float().mean() >= 0.85
+    assert right.mean() > wrong.mean() + 0.4
+
+
+def test_preference_leans_to_what_is_true(scorers, pictures):
+    images, true, false = pictures
+    assert (scorers["preference"](images, true) > scorers["preference"](images, false)).float().mean() >= 0.7
+
+
+def test_looks_follows_the_rating_and_sees_no_prompt(scorers, pictures):
+    images, true, false = pictures
+    told = scorers["looks"](images, true)
+    assert told.equal(scorers["looks"](images, false))
+    assert 1 <= told.min() and told.max() <= 10
+    assert spearmanr(told, [rating(image) for image in images]).statistic >= 0.7
+
+
+def test_what_cannot_be_judged_is_refused(scorers, tmp_path):
+    with pytest.raises(InputError, match="'hexagon'.*grammar"):
+        scorers["alignment"]([Image.new("RGB", (64, 64))], ["a red hexagon"])
+    with pytest.raises(InputError, match=r"\(32, 32\) pixels.* judge 64 x 64"):
+        scorers["looks"]([Image.new("RGB", (32, 32))], ["a red circle"])
+    with pytest.raises(InputError, match="no reward weights at .*none.safetensors"):
+        LooksScorer(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("package", ["rewards", "evaluation.rewards"])
+def test_the_config_group_brings_three_rewards(package):
+    folder = ROOT / "conf"
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        cfg = compose(overrides=[f"+rewards@{package}=shapes"])
+    rewards = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, package), resolve=True))
+    assert [reward.name for reward in rewards] == ["alignment", "looks", "preference"]
+    assert [reward.link for reward in rewards] == ["log", "identity", "identity"]
+    assert [reward.needs_prompt for reward in rewards] == [True, False, True]
+    image = Image.fromarray(np.full((64, 64, 3), 246, dtype=np.uint8))
+    for reward in rewards:
+        assert reward.score([image], ["a circle"]).shape == (1,)
+        assert Path(reward.weights).parent == WEIGHTS
