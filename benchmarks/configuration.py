@@ -2,21 +2,17 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from capo.config import prepare_process
-
-CONF = Path(__file__).parents[1] / "conf"
+from capo.cli.compose import composed
+from capo.cli.process import prepare_process
 
 
 def configuration(model: str, prompts: int) -> DictConfig:
     """`python train.py model=MODEL` with `prompts` prompts of the shapes world to train on."""
     sizes = {"train": prompts, "validation": 1, "test": 1}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [f"model={model}", *(f"prompts.{split}={size}" for split, size in sizes.items())])
+    return composed("train", [f"model={model}", *(f"prompts.{split}={size}" for split, size in sizes.items())])
 
 
 def model_and_sizes(

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from capo.backbones import Backbone
-from capo.blueprint import Blueprint
-from capo.config import prepare_process
-from capo.passes import decoder_forward, denoiser_forward
-from capo.prompts import make_prompt
-from capo.sampling import SamplerSettings
+from capo.backbones.sampling import SamplerSettings
+from capo.cli.process import prepare_process
+from capo.data.prompts import make_prompt
+from capo.preflight.architecture import Blueprint
+from capo.preflight.tracing import decoder_forward, denoiser_forward
 from full_steps import PRECISION
 from machine import facts, forget_peak, now, peak_bytes, release
 from random_models import (

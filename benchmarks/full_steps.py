@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from capo.backbones import Backbone
+from capo.backbones.parallel import repeated_blocks
 from capo.data import PreferenceBatch
 from capo.module import Execution, PreferenceModule, Weighting, denoising_error
 from capo.objectives import PairErrors, capo
-from capo.strategies import repeated_blocks
-from capo.training import Curves
+from capo.training.loggers import Curves
 from machine import forget_peak, now, peak_bytes
 from timing import median_ratio
 

@@ -22,11 +22,11 @@ import torch
 
 from capo.backbones import Backbone
 from capo.backbones.lora import JOINT_ATTENTION
-from capo.blueprint import Blueprint
-from capo.config import prepare_process
-from capo.memory import holdings
-from capo.optimisers import ADAMW
-from capo.passes import activation_bytes, adapter_of, denoiser_forward
+from capo.cli.process import prepare_process
+from capo.preflight.architecture import Blueprint
+from capo.preflight.memory import holdings
+from capo.preflight.tracing import activation_bytes, adapter_of, denoiser_forward
+from capo.runtime.optimizers import ADAMW
 from full_steps import LORA, PAPER_BATCH, PRECISION, Setting, TimedModule, make_module, run_setting
 from machine import facts, release
 from random_models import (

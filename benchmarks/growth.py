@@ -9,9 +9,9 @@ so that the files of a million prompts fit on a disk. What is counted is what `t
 
 - `prompts`: read from a text file, checked for duplicates over the splits.
 - `what is there`: the pool is opened, the prompts are looked up, and every text, latent and score file is looked at
-  (`capo.generation.fill_pool`, which finds nothing to make).
+  (`capo.data.generation.fill_pool`, which finds nothing to make).
 - `selection`: the scores are read, calibrated, compared, pairs are counted, and the dataset is built
-  (`capo.training.select_candidates`).
+  (`capo.data.candidates.select_candidates`).
 - `first batch`: the loader's first order of a whole epoch, and the pairs of one batch read from their files.
 
 Loading the model and reading latents of real size are not in it; `train_step.py` and `reading.py` time those. The
@@ -28,11 +28,12 @@ from typing import TypeVar
 
 import torch
 
-from capo.data import PreferenceBatch, PreferenceData
-from capo.generation import fill_pool
+from capo.data import PreferenceBatch
+from capo.data.candidates import Candidates, select_candidates
+from capo.data.generation import fill_pool
+from capo.data.prompts import Prompt, check_splits, text_files
 from capo.pairs import frs
-from capo.prompts import Prompt, check_splits, text_files
-from capo.training import Candidates, select_candidates
+from capo.training.loader import PreferenceData
 from synthetic import numbered_prompts, numbers_generator, numbers_plan, synthetic_pool, synthetic_rewards
 
 BATCH = 16

@@ -21,8 +21,8 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
 from capo.backbones.base import scheduler_class
-from capo.blueprint import DIFFUSERS, TRANSFORMERS, Blueprint, published
 from capo.data import PreferenceBatch
+from capo.preflight.architecture import DIFFUSERS, TRANSFORMERS, Blueprint, published
 
 FULL, TINY = "full", "tiny"
 MODELS = ("sdxl", "sd3")

@@ -7,7 +7,7 @@
 - `memmap`: one .npy file for all latents and one for each tensor of the text, mapped once.
 
 Both read the same pairs in the same order and collate them alike, in two measurements: `training loader` is
-`capo.data`'s own, with all that a step waits for, the draw of the pair and of its noise too, over either storage;
+`capo.data.dataset`'s own, with all that a step waits for, the draw of the pair and of its noise too, over either storage;
 `storage alone` only reads two latents and the text and stacks them. Everything is in the page cache. The tensors have
 the shapes of the shapes world (latents 8x16x16 in float16, 8 KB of text a prompt), 16 candidates a prompt. Prints
 medians, and the share of memmap's speed that the pool reaches (the median of each round's). The first epoch's speed
@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capo.data import PairDataset, PreferenceData, VisitSampler, visit_generator
+from capo.data.candidates import select_candidates
+from capo.data.dataset import PairDataset, VisitSampler, visit_generator
+from capo.data.pool import Pool
 from capo.pairs import frs
-from capo.pool import Pool
-from capo.training import select_candidates
+from capo.training.loader import PreferenceData
 from synthetic import numbered_prompts, numbers_generator, numbers_plan, synthetic_pool, synthetic_rewards
 from timing import in_turn, median_ratio
 

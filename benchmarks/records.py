@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from capo.atomic import write_whole
 from capo.errors import InputError
+from capo.runtime.files import write_whole
 
 Row = dict[str, object]
 OUT_OF_MEMORY = "out of memory"

@@ -5,8 +5,8 @@
 `pipeline` is what a user would write: for each prompt `pipe([prompt] * batch, ...)`, with the same steps, guidance,
 scheduler and noise, which gives PIL images. Against it:
 
-- `sampling`: `capo.sampling.sample_prompts` and the pool's decoding, in memory, with the texts encoded once a prompt.
-- `pool`: `capo.generation.fill_pool`, as `generate.py` calls it, with a reward that costs nothing: the same images with
+- `sampling`: `capo.backbones.sampling.sample_prompts` and the pool's decoding, in memory, with the texts encoded once a prompt.
+- `pool`: `capo.data.generation.fill_pool`, as `generate.py` calls it, with a reward that costs nothing: the same images with
   everything that a pool is on disk, locks, checksums and syncs included.
 
 All of them give `batch` images of each prompt. They take turns; prints medians, medians of each round's ratios, and how
@@ -26,11 +26,11 @@ from hydra.utils import instantiate
 from PIL.Image import Image
 
 from capo.backbones import Backbone
-from capo.generation import ImageGenerator, PoolPlan, fill_pool
-from capo.lanes import in_lanes
-from capo.prompts import Prompt, candidate_seed
+from capo.backbones.sampling import SamplerSettings, candidate_generators, sample_prompts
+from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.prompts import Prompt, candidate_seed
 from capo.rewards import Reward
-from capo.sampling import SamplerSettings, candidate_generators, sample_prompts
+from capo.runtime.threads import in_lanes
 from configuration import model_and_sizes
 from timing import in_turn, print_rates
 

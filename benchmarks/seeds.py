@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from capo.comparison import policy_scores, run_folders
+from capo.data.pool import Pool
+from capo.evaluation.compare import policy_scores, run_folders
 from capo.metrics import win_rate
-from capo.pool import Pool
 
 
 def base_scores(folder: Path, settings: dict) -> dict[str, torch.Tensor]:

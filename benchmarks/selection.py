@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from capo.calibration import METHODS, calibrate
+from capo.data.selection import select
 from capo.pairs import best_worst, frs, random_pair, reward_sum
-from capo.selection import select
 
 
 def make_scores(prompts: int, candidates: int, rewards: int) -> tuple[torch.Tensor, list[str]]:

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from capo.generation import ImageGenerator, PoolPlan, open_pool
-from capo.pool import Pool, Shard
-from capo.prompts import Prompt, make_prompt
+from capo.backbones.sampling import SamplerSettings
+from capo.data.generation import ImageGenerator, PoolPlan, open_pool
+from capo.data.pool import Pool, Shard
+from capo.data.prompts import Prompt, make_prompt
 from capo.rewards import Reward
-from capo.sampling import SamplerSettings
 
 SETTINGS = {"made by": "benchmarks/synthetic.py"}
 

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--batch 16] [--prompts 64] [--steps 5] [--runs 9] [--threads 2]
                                     [--model shapes_unet]
 
-`capo` is `capo.training.fit` with all that belongs to it: loader, figures, curves, progress bar. Against it:
+`capo` is `capo.training.fit.fit` with all that belongs to it: loader, figures, curves, progress bar. Against it:
 
 - `bare loop`: the same loader, module step and figures without Lightning. It takes the very same steps; the last
   line says how far the weights of the two are from each other.
@@ -33,14 +33,17 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from capo.backbones import Backbone
-from capo.data import PairDataset, PreferenceBatch, PreferenceData
-from capo.generation import ImageGenerator, PoolPlan
-from capo.loggers import csv_logger
+from capo.backbones.sampling import SamplerSettings
+from capo.data import PreferenceBatch
+from capo.data.candidates import select_candidates
+from capo.data.dataset import PairDataset
+from capo.data.generation import ImageGenerator, PoolPlan
 from capo.module import PreferenceModule, Weighting
 from capo.pairs import frs
-from capo.sampling import SamplerSettings
-from capo.training import fit, select_candidates
-from capo.validation import MONITOR
+from capo.runtime.run_folder import MONITOR
+from capo.training.fit import fit
+from capo.training.loader import PreferenceData
+from capo.training.loggers import csv_logger
 from configuration import model_and_sizes
 from full_steps import four_pass_loss
 from synthetic import synthetic_pool, synthetic_rewards

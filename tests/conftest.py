@@ -1,5 +1,6 @@
 """Fixtures: tiny pipelines of the real classes (`tiny_pipelines`), and runs on them."""
 
+import importlib
 import os
 import sys
 
@@ -118,9 +119,10 @@ def command_line(tiny_run, tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def typed(command_line, monkeypatch):
-    """Calls an entry script's `main` as if `python SCRIPT *arguments` had been typed, on the tiny pipeline."""
+    """Calls an entry script's `main` as if `python NAME.py *arguments` had been typed, on the tiny pipeline."""
 
-    def call(script, *arguments: str) -> None:
+    def call(name: str, *arguments: str) -> None:
+        script = importlib.import_module(name)
         flags = [argument for argument in arguments if argument.startswith("-")]
         values = [argument for argument in arguments if argument not in flags]
         monkeypatch.setattr(sys, "argv", [script.__file__, "--config-path", str(ROOT / "conf"), *flags, *command_line, *values])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from capo.errors import InputError
-from capo.lanes import over_rows
+from capo.runtime.threads import over_rows
 
 LOG_FLOOR = 1e-6  # probabilities are clamped here before the logarithm
 LOG_CEILING = 1 + 1e-6  # what rounding may leave of a probability of 1

@@ -1,14 +1,11 @@
 """Win-rate of a policy's images against the base's, and its interval (CaPO, B.2)."""
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from capo.errors import InputError
-
-LEVEL = 95  # percent of the bootstrap's resamples that an interval holds
-BLOCK = 2**20  # prompts drawn at a time: 8 MB of indices
+from capo.objectives import PairErrors, margin
 
 
 def win_rate(policy: Tensor, base: Tensor) -> Tensor:
@@ -49,35 +46,6 @@ def win_rate(policy: Tensor, base: Tensor) -> Tensor:
     return halves.to(dtype) / (2 * policy.shape[1] * base.shape[1])
 
 
-def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of a mean over prompts.
-
-    Prompts are resampled, never comparisons: the K x K comparisons of a prompt are not independent.
-
-    Args:
-        per_prompt: (P,) one number a prompt: a win-rate, or a difference.
-        seed: of the resampling's own generator; the same seed gives the same interval.
-        resamples: number of resampled means.
-
-    Returns:
-        (low, high), the 2.5 % and 97.5 % percentiles.
-
-    Raises:
-        ValueError: no prompts, a number that is not finite, or no resamples.
-    """
-    values = per_prompt.detach().cpu().double().numpy()
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or resamples < 1:
-        raise ValueError(
-            f"an interval needs (P,) finite numbers and a resample; got {values.shape}, {resamples} resamples"
-        )
-    generator = np.random.default_rng(seed)
-    means, block = np.empty(resamples), max(BLOCK // len(values), 1)
-    for start in range(0, resamples, block):
-        drawn = generator.integers(len(values), size=(min(block, resamples - start), len(values)))
-        means[start : start + block] = values[drawn].mean(1)
-    tail = (100 - LEVEL) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
 
 
 class WinRate(Metric):
@@ -102,3 +70,41 @@ class WinRate(Metric):
     def compute(self) -> Tensor:
         """Mean win-rate, a scalar; NaN before the first update."""
         return self.total / self.prompts
+
+
+TIME_BINS = 5
+
+
+@torch.no_grad()
+def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor]:
+    """What every step logs: margin h, beta h against dR, implicit accuracy, drift m - r of winner and loser.
+
+    `saturated` is the share of pairs with |beta h| >= 1, the largest dR there is and IPO's target. Objectives without a
+    reference have errors only.
+    """
+    figures = {"train/error_winner": errors.policy_winner.mean(), "train/weight": errors.weight.mean()}
+    if errors.reference_winner is None or errors.policy_loser is None:
+        return figures
+    h = margin(errors)
+    figures |= {
+        "train/h": h.mean(),
+        "train/dR": errors.gap.mean(),
+        "train/accuracy": ((h > 0).float() + 0.5 * (h == 0).float()).mean(),
+        "train/drift_winner": (errors.policy_winner - errors.reference_winner).mean(),
+        "train/drift_loser": (errors.policy_loser - errors.reference_loser).mean(),
+    }
+    if beta is not None:
+        figures |= {"train/beta_h": beta * h.mean(), "train/saturated": ((beta * h).abs() >= 1).float().mean()}
+    return figures
+
+
+@torch.no_grad()
+def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, Tensor]:
+    """Mean drift m - r of winner and loser in each fifth of the times that the batch has drawn."""
+    figures = {}
+    drifts = {"winner": errors.policy_winner - errors.reference_winner, "loser": errors.policy_loser - errors.reference_loser}
+    bins = (u * TIME_BINS).long()
+    for number in bins.unique().tolist():
+        for kind, drift in drifts.items():
+            figures[f"drift/{kind}/u{number / TIME_BINS:.1f}"] = drift[bins == number].mean()
+    return figures

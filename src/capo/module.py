@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from capo.backbones import Backbone
 from capo.backbones.lora import adapter_off, add_lora
+from capo.backbones.parallel import compile_blocks, shard
+from capo.backbones.precision import frozen_reference, half_stored
 from capo.data import PreferenceBatch
 from capo.errors import InputError
+from capo.metrics import drift_by_time, training_figures
 from capo.noise import constant_weight
 from capo.objectives import Objective, PairErrors, margin, requirements
-from capo.optimisers import ADAMW, clip_gradients, make_optimiser
-from capo.processes import gathered
-from capo.reference import frozen_reference, half_stored
-from capo.strategies import compile_blocks, shard
-from capo.telemetry import drift_by_time, training_figures
+from capo.runtime.optimizers import ADAMW, clip_gradients, make_optimiser
+from capo.runtime.processes import gathered
 
 log = logging.getLogger(__name__)
 

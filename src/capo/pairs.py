@@ -1,7 +1,7 @@
 """Scores and calibrated rewards -> who may win and who may lose among a prompt's candidates (CaPO, 4.3).
 
 A *strategy* is a function `(scores, calibrated, *, ...) -> PairSets`; each file of the Hydra group `pairs`
-names one. `capo.selection` applies a strategy to a whole pool and draws pairs from what it gives.
+names one. `capo.data.selection` applies a strategy to a whole pool and draws pairs from what it gives.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capo.errors import InputError
-from capo.lanes import over_rows
+from capo.runtime.threads import over_rows
 
 BLOCK = 2**15  # candidates whose scores are compared at a time, so that the comparisons stay in the L2 cache
 

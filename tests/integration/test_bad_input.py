@@ -11,25 +11,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate as evaluate_script
-import generate as generate_script
+import generate
 import huggingface_hub
 import pytest
 import torch
-import train as train_script
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from capo.config import built
-from capo.entry import alike, disk_fault, plain_errors, start, was_interrupted
+from capo.cli import evaluate as evaluate_script
+from capo.cli import generate as generate_script
+from capo.cli import train as train_script
+from capo.cli.build import built
+from capo.cli.messages import alike, disk_fault, plain_errors, start, was_interrupted
+from capo.cli.readiness import check_ready, check_weights, refuse_plans
+from capo.cli.values import ACCELERATORS, PRECISIONS, TABLE, check_values
+from capo.data.pool.files import TensorFile
 from capo.errors import InputError
-from capo.pool.files import TensorFile
-from capo.readiness import check_ready, check_weights, refuse_plans
-from capo.runs import CONFIG, OUTCOME, check_checkpoint
-from capo.values import ACCELERATORS, PRECISIONS, TABLE, check_values
+from capo.runtime.run_folder import CONFIG, OUTCOME
+from capo.training.checkpoints import check_checkpoint
 from fixtures import ROOT
 from fixtures.forked import Helper
 
@@ -305,7 +307,7 @@ def test_a_pool_root_that_cannot_be_written(tiny_run, monkeypatch):
 
     root = tiny_run.folder / "read-only"
     cfg = tiny_run("nowhere", f"pool.root={root}")
-    monkeypatch.setattr("capo.pool.files.os.open", read_only)
+    monkeypatch.setattr("capo.data.pool.files.os.open", read_only)
     message = refusal(train_script.run, cfg)
     assert str(root) in message and "cannot be written (Read-only file system): set pool.root to a folder" in message
 
@@ -373,7 +375,7 @@ def test_slips_that_hydra_finds(tmp_path, monkeypatch, capsys, arguments, messag
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["generate.py", "--config-path", str(ROOT / "conf"), *arguments])
     with pytest.raises(SystemExit) as end:
-        start(generate_script.main)
+        start(generate.main)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith(message) and len(error.splitlines()) <= 2
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

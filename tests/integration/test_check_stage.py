@@ -5,15 +5,15 @@ import math
 import shutil
 
 import pytest
-import train
 
-from capo.config import _shipped
+from capo.cli import train
+from capo.cli.resolvers import shipped
 from capo.errors import InputError
-from capo.step_check import Watch, check_steps
+from capo.preflight.step_check import Watch, check_steps
 from fixtures.tiny_pipelines import CONFIGURED
 
 SHAPES = {
-    name: (f"model={name}", f"model.backbone.weights={_shipped(folder)}", f"model.name={name}", "trainer.batch=4")
+    name: (f"model={name}", f"model.backbone.weights={shipped(folder)}", f"model.name={name}", "trainer.batch=4")
     for name, folder in (("shapes_unet", "unet"), ("shapes_mmdit", "mmdit"))
 }
 NAMES = ["VAE round trip", "denoising error", "sample", "reference = policy", "first loss", "one step"]
@@ -43,7 +43,7 @@ def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name):
 
 def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path):
     """A VAE's config as it may come from elsewhere: pictures come back, but their latents are not those that the denoiser knows."""
-    folder = shutil.copytree(_shipped("unet"), tmp_path / "unet")
+    folder = shutil.copytree(shipped("unet"), tmp_path / "unet")
     config = json.loads((folder / "vae/config.json").read_text())
     (folder / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 2.5 * config["scaling_factor"]}))
     with pytest.raises(InputError, match=r"of 6 failed: VAE round trip"):
@@ -54,7 +54,7 @@ def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_weights_load(tiny_run, monkeypatch):
-    monkeypatch.setattr("capo.check_stage.config.base_of", lambda cfg: pytest.fail("the weights were loaded first"))
+    monkeypatch.setattr("capo.cli.check.base_of", lambda cfg: pytest.fail("the weights were loaded first"))
     with pytest.raises(InputError, match=r"trainer\.micro_batch=3"):
         train.run(tiny_run("check-batch", *SHAPES["shapes_unet"], "check=true", "trainer.micro_batch=3"))
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from capo.config import _shipped
+from capo.cli.resolvers import shipped
 from fixtures import ROOT
 
 CODE = """
 import os, signal, sys
 from omegaconf import OmegaConf
-import train
+from capo.cli import train
 from capo.entry import plain_errors
 from capo.module import PreferenceModule
 
@@ -34,7 +34,7 @@ PreferenceModule.training_step = training_step
 with plain_errors():
     train.run(OmegaConf.load(sys.argv[1]))
 """
-SHAPES = f"model.backbone.weights={_shipped('unet')}"
+SHAPES = f"model.backbone.weights={shipped('unet')}"
 STEPS = [SHAPES, "model.name=shapes", "sampling.steps=2", "trainer.batch=4", "trainer.max_steps=6", "trainer.log_every=1", "validation.every=3", "evaluate=false"]
 STRATEGY = {
     "ddp": ["trainer.strategy=ddp", "trainer.devices=auto"], "fsdp": ["trainer.strategy=fsdp", "trainer.devices=auto"],
@@ -159,7 +159,7 @@ def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run):
 @pytest.mark.slow
 def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run):
     """The rectified flow's own classes, split over two processes: losses, first margin, and a pipeline in the end."""
-    flow = ["model=shapes_mmdit", f"model.backbone.weights={_shipped('mmdit')}", "trainer.max_steps=3"]
+    flow = ["model=shapes_mmdit", f"model.backbone.weights={shipped('mmdit')}", "trainer.max_steps=3"]
     finish(start(tiny_run, "flow", *flow))
     told = finish(start(tiny_run, "flow-fsdp", *flow, *STRATEGY["fsdp"], processes=2))
     assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"

@@ -14,8 +14,8 @@ from fixtures import ROOT
 # the script as typed, with a line in a log for each file that this process writes into a pool
 LOGGED = """
 import os, sys
-from capo.pool import store
 import generate
+from capo.data.pool import store
 
 def logged(write, kind):
     def method(self, *args):

@@ -3,11 +3,10 @@
 import json
 
 import diffusers
-import generate
 import pytest
 import torch
-import train
 
+from capo.cli import generate, train
 from fixtures.tiny_pipelines import CONFIGURED
 
 SMALL = (

@@ -2,11 +2,11 @@
 
 import json
 
-import generate as generate_script
 import pytest
-import train as train_script
 from PIL import Image
 
+from capo.cli import generate as generate_script
+from capo.cli import train as train_script
 from capo.errors import InputError
 
 
@@ -31,7 +31,7 @@ def test_the_stage_and_the_start_of_training_write_the_same_report(tiny_run, mon
     def stop(*args, **options):
         raise InputError("no step is taken")
 
-    monkeypatch.setattr(train_script.training, "fit", stop)
+    monkeypatch.setattr("capo.cli.tune.fit", stop)
     with pytest.raises(InputError, match="no step is taken"):
         train_script.run(tiny_run("begun", "evaluate=false"))
     (pool,) = (tiny_run.folder / "pools").glob("tiny-*-0-train")

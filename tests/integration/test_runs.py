@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import train as train_script
 from omegaconf import OmegaConf
 
+from capo.cli import train as train_script
+from capo.cli.run_config import differences
 from capo.errors import InputError
 from capo.module import PreferenceModule
-from capo.runs import differences
 from fixtures import ROOT
 
 STEPS = ["trainer.max_steps=7", "validation.every=2", "trainer.log_every=1", "evaluate=false"]
@@ -81,7 +81,7 @@ def test_a_run_that_was_cut_off_becomes_the_uninterrupted_one(tiny_run, whole, m
 
 
 def test_a_finished_run_says_so_and_returns_what_is_stored(tiny_run, whole, capsys, monkeypatch):
-    monkeypatch.setattr(train_script, "build_world", lambda *given, **options: pytest.fail("nothing is to be done"))
+    monkeypatch.setattr("capo.cli.tune.build_world", lambda *given, **options: pytest.fail("nothing is to be done"))
     before = {path: path.stat().st_mtime_ns for path in (whole[1] / "checkpoints").iterdir()}
     stored = json.loads((whole[1] / "outcome.json").read_text())["val/win_rate"]
     assert train_script.run(tiny_run("whole1", *STEPS, "data.workers=2")) == stored  # workers may differ
@@ -127,7 +127,7 @@ def command(tiny_run, name: str) -> list[str]:
     path = tiny_run.folder / f"{name}.yaml"
     OmegaConf.save(cfg, path, resolve=True)
     code = (
-        "import sys; from omegaconf import OmegaConf; import train; "
+        "import sys; from omegaconf import OmegaConf; from capo.cli import train; "
         "sys.path.insert(0, 'tests'); train.run(OmegaConf.load(sys.argv[1]))"
     )
     return [sys.executable, "-c", code, str(path)]

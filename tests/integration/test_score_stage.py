@@ -2,12 +2,13 @@
 
 import hashlib
 
-import generate as generate_script
 import pytest
-import train as train_script
 
-from capo import stages, validation
+from capo.cli import generate as generate_script
+from capo.cli import train as train_script
+from capo.data import stages
 from capo.errors import InputError
+from capo.training import validation
 
 
 def digests(folder, pattern):

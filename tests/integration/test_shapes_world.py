@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from capo.pool import Pool
-from capo.prompts import candidate_seed
+from capo.data.pool import Pool
+from capo.data.prompts import candidate_seed
 from fixtures import ROOT
 
 pytestmark = pytest.mark.slow

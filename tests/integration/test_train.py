@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import evaluate as evaluate_script
-import generate as generate_script
 import pytest
 import torch
-import train as train_script
 from diffusers import StableDiffusionXLPipeline
 
+from capo.cli import evaluate as evaluate_script
+from capo.cli import generate as generate_script
+from capo.cli import train as train_script
 from capo.errors import InputError
 
 

@@ -6,7 +6,8 @@ import scipy.stats
 import torch
 
 from capo.errors import InputError
-from capo.metrics import WinRate, bootstrap_interval, win_rate
+from capo.evaluation.statistics import bootstrap_interval
+from capo.metrics import WinRate, win_rate
 
 
 def scores(prompts: int, images: int, seed: int) -> torch.Tensor:

@@ -8,9 +8,9 @@ import torch
 from capo import objectives
 from capo.data import PreferenceBatch
 from capo.errors import InputError
+from capo.metrics import drift_by_time, training_figures
 from capo.module import PreferenceModule, Weighting, denoising_error
 from capo.objectives import PairErrors, margin
-from capo.telemetry import drift_by_time, training_figures
 
 LORA = {"rank": 2, "alpha": 2.0}
 

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from capo.backbones.latents import from_denoiser, to_denoiser
-from capo.backbones.loading import load_pipeline, load_vae, named_dtype, pipeline_folder
+from capo.backbones.loading import load_pipeline, load_vae, pipeline_folder
 from capo.backbones.lora import ATTENTION
+from capo.backbones.precision import cpu_copy, named_dtype
 from capo.backbones.schedulers import scheduler_class
 from capo.errors import InputError
-from capo.fingerprints import component_fingerprint
-from capo.fitting import FittingBatch
-from capo.reference import cpu_copy
+from capo.runtime.batching import FittingBatch
+from capo.runtime.fingerprints import component_fingerprint
 
 # What `predict` needs beside latents and time, each tensor with a leading batch dimension.
 Text = Mapping[str, Tensor]

@@ -7,25 +7,19 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-from capo.errors import InputError
-from capo.fingerprints import weight_files
+from capo.errors import InputError, first_line
+from capo.runtime.fingerprints import weight_files
+from capo.runtime.hub import hub_refusal
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_TIMEOUT = 5.0  # seconds that the hub has for an answer
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VAE_FILES = ["config.json", "*.safetensors"]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def named_dtype(dtype: str) -> torch.dtype:
-    """torch's dtype of that name; InputError for another name."""
-    if dtype not in DTYPES:
-        raise InputError(f"model dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 class MissingWeights(InputError):
@@ -47,7 +41,7 @@ def pipeline_folder(
         )
     except Exception as error:  # the errors of the hub's client have no class in common
         raise InputError(
-            f"weights '{weights}': the download from {constants.ENDPOINT} ended ({_first_line(error)}); what has "
+            f"weights '{weights}': the download from {constants.ENDPOINT} ended ({first_line(error)}); what has "
             f"come is kept in {constants.HF_HUB_CACHE}, and the same command goes on"
         ) from error
 
@@ -117,21 +111,6 @@ def _has_weights(folder: Path, variant: str | None) -> bool:
     return bool(weight_files(folder, variant)) or any(any(folder.glob(pattern)) for pattern in PICKLES)
 
 
-def hub_refusal(weights: str, revision: str | None) -> str | None:
-    """Why the hub does not hand the repository out; None where it does."""
-    if is_offline_mode():
-        return "not asked, because HF_HUB_OFFLINE says so"
-    try:
-        information = HfApi().model_info(weights, revision=revision, timeout=HUB_TIMEOUT)
-        if information.gated:
-            HfApi().auth_check(weights)
-    except GatedRepoError:
-        return f"gated, and no access from here: accept the licence on {constants.ENDPOINT}/{weights}, then hf auth login"
-    except HfHubHTTPError as error:
-        return f"answers: {_first_line(error)}"
-    except Exception as error:  # the others of the hub's client have no class in common
-        return f"cannot be reached: {_first_line(error)}"
-    return None
 
 
 def _not_here(weights: str, revision: str | None, variant: str | None, in_cache: str, refusal: str) -> str:
@@ -147,10 +126,6 @@ def _not_here(weights: str, revision: str | None, variant: str | None, in_cache:
         f"    as a folder in diffusers' format: model.backbone.weights=FOLDER\n"
         f"    as a hub cache copied from another machine: HF_HOME=FOLDER before the command"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:
@@ -246,5 +221,5 @@ def load_vae(weights: str, revision: str | None, dtype: torch.dtype) -> tuple[Au
             folder = Path(snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES))
         vae = AutoencoderKL.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError, HfHubHTTPError) as error:
-        raise InputError(_no_vae(weights, revision, _first_line(error))) from error
+        raise InputError(_no_vae(weights, revision, first_line(error))) from error
     return vae.eval().requires_grad_(False), folder

@@ -71,3 +71,9 @@ def merged(denoiser: nn.Module, plain: nn.Module) -> nn.Module:
     plain.fuse_lora(safe_fusing=True)
     plain.unload_lora()
     return plain
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
+
+
+BASE_FILE = "base.json"  # beside a LoRA file: the weights it belongs to

@@ -9,7 +9,7 @@ from torch import nn
 
 from capo.backbones.base import Backbone
 from capo.backbones.lora import has_adapter, merged
-from capo.folders import fresh_folder
+from capo.runtime.files import fresh_folder
 
 
 def write_pipeline(backbone: Backbone, folder: str | Path, denoiser: nn.Module) -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from PIL.Image import Image
 from torch import Tensor
 
@@ -59,9 +58,9 @@ class IsolatedScorer:
     """
 
     def __init__(self, name: str, python: str, scorer: Mapping[str, Any], timeout: float = 300,
-                 log_file: Path | None = None):  # fmt: skip
+                 logs: Path | None = None):  # fmt: skip
         self.name, self.python, self.timeout = name, find_python(name, python), timeout
-        self.scorer, self.log_file = dict(scorer), Path(log_file or log_folder() / f"{name}.log")
+        self.scorer, self.log_file = dict(scorer), (logs or _temporary_folder()) / f"{name}.log"
         self._device: str | None = None
         self._worker: _Worker | None = None
         self._lock = threading.Lock()
@@ -216,13 +215,6 @@ def _png(image: Image) -> bytes:
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG", compress_level=1)  # the pipe is faster than compression
     return file.getvalue()
-
-
-def log_folder() -> Path:
-    """`workers` in the run directory, which is Hydra's output directory; where no script of Hydra's runs, a temporary one."""
-    if HydraConfig.initialized():
-        return Path(HydraConfig.get().runtime.output_dir) / "workers"
-    return _temporary_folder()
 
 
 @functools.cache

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.clip_scores import BATCH, CLIP_H, PROCESSOR_FILES, ClipInputs, ClipScorer, check_batch, load_clip
+from capo.rewards.clip_scores import (
+    BATCH,
+    CLIP_H,
+    PROCESSOR_FILES,
+    ClipInputs,
+    ClipScorer,
+    check_batch,
+    load_clip,
+)
 from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
 
 PUBLISHED = "RE-N-Y/mpsv1"

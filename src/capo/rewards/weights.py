@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from capo.backbones.loading import hub_refusal
-from capo.errors import InputError
+from capo.errors import InputError, first_line
+from capo.runtime.hub import hub_refusal
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL = ("*.json", "*.txt")  # configs and vocabularies, which come with everything
@@ -78,7 +78,7 @@ def _from_hub(source: str, revision: str | None, setting: str, patterns: Collect
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*SMALL, pattern]))
         except Exception as error:  # the errors of the hub's client have no class in common
-            raise InputError(_not_here(source, revision, setting, patterns, _first_line(error))) from error
+            raise InputError(_not_here(source, revision, setting, patterns, first_line(error))) from error
         if any(folder.glob(pattern)):
             return folder
     raise InputError(_not_here(source, revision, setting, patterns, lacking))
@@ -108,7 +108,7 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise InputError(
-            f"{setting}={path}: no safetensors file and no state dict ({_first_line(error)}); a pickled module can run any code when "
+            f"{setting}={path}: no safetensors file and no state dict ({first_line(error)}); a pickled module can run any code when "
             "loaded: convert it once, where you trust its source, with safetensors.torch.save_file(module.state_dict(), FILE)"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # beside what training kept
@@ -146,7 +146,3 @@ def refuse_other_names(missing: Collection[str], unexpected: Collection[str], so
 def _named(names: Collection[str]) -> str:
     first = ", ".join(sorted(names)[:SHOWN])
     return first if len(names) <= SHOWN else f"{first} and {len(names) - SHOWN} more"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

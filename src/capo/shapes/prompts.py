@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from capo.data.prompts import Prompt, make_prompt
 from capo.errors import InputError
-from capo.prompts import Prompt, make_prompt
 from capo.shapes.captions import caption, parse
 from capo.shapes.render import render
 from capo.shapes.scenes import (

@@ -7,13 +7,14 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from capo.backbones import UNetBackbone
+from capo.backbones.export import export_policy, load_policy, policy_fingerprint
 from capo.backbones.lora import add_lora, has_adapter, merged
+from capo.backbones.model_card import ModelCard, write_card
+from capo.backbones.sampling import SamplerSettings, sample_prompts
 from capo.backbones.saving import save
+from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.prompts import candidate_seed, make_prompt
 from capo.errors import InputError
-from capo.export import ModelCard, export_policy, load_policy, policy_fingerprint, write_card
-from capo.generation import ImageGenerator, PoolPlan, fill_pool
-from capo.prompts import candidate_seed, make_prompt
-from capo.sampling import SamplerSettings, sample_prompts
 
 CARD = ModelCard(objective="capo", data="8 prompts of nowhere", settings={"beta": 30})
 PROMPTS, SEEDS, SETTINGS = ["a red square", "the blue circle"], [[1], [2]], SamplerSettings(3, 5.0, 2)

@@ -14,15 +14,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from capo.backbones import MMDiTBackbone, UNetBackbone
+from capo.backbones.sampling import SamplerSettings, candidate_generators, candidate_noise, sample
 from capo.data import PreferenceBatch
+from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.importing.images import pixels
+from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.generation import ImageGenerator, PoolPlan, fill_pool
-from capo.importing.images import pixels
 from capo.module import PreferenceModule, Weighting
 from capo.objectives import dpo
-from capo.prompts import make_prompt
-from capo.sampling import SamplerSettings, candidate_generators, candidate_noise, sample
-from fixtures import ROOT
 
 PROMPTS = ["a red square", "the blue circle left of a green triangle"]
 FAMILIES = ("sdxl", "sd15", "sd3", "sd3_bare")

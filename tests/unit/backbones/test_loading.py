@@ -118,8 +118,8 @@ class Hub:
 ])  # fmt: skip
 def test_the_hub_is_asked_before_anything_is_downloaded(tmp_path, monkeypatch, hub, reason):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(loading, "HfApi", hub)
+    monkeypatch.setattr("capo.runtime.hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("capo.runtime.hub.HfApi", hub)
     if reason is None:
         assert find_pipeline("some/model", "abc") is None
     else:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from capo.backbones.lora import add_lora, merged
-from capo.reference import frozen_reference, half_stored
+from capo.backbones.precision import frozen_reference, half_stored
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

@@ -3,8 +3,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from capo.backbones import UNetBackbone
+from capo.backbones.sampling import (
+    SamplerSettings,
+    candidate_generators,
+    candidate_noise,
+    sample,
+    sample_prompts,
+)
 from capo.errors import InputError
-from capo.sampling import SamplerSettings, candidate_generators, candidate_noise, sample, sample_prompts
 
 PROMPTS = ["a red square", "a green circle left of the blue triangle"]
 SEEDS = [[11, 12, 13], [2**62 + 1, 5, 6]]

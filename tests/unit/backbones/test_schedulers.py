@@ -19,11 +19,11 @@ from diffusers import (
 from hydra import compose, initialize_config_dir
 
 from capo.backbones import MMDiTBackbone, UNetBackbone
+from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
 from capo.backbones.saving import save
-from capo.config import base_of
+from capo.cli.build import base_of
+from capo.cli.readiness import check_draw
 from capo.errors import InputError
-from capo.readiness import check_draw
-from capo.sampling import SamplerSettings, candidate_noise, sample
 from fixtures import ROOT
 
 
@@ -148,7 +148,7 @@ def test_a_schedule_that_all_but_ends_in_noise_is_finite(tiny_folders, tmp_path)
 @pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3"])
 def test_log_snr_of_the_published_schedules(tiny_folders, tmp_path, name):
     """With the sampler and the bias that the models' own configurations name."""
-    config = json.loads((resources.files("capo.published") / f"{name}.json").read_text())["scheduler"]
+    config = json.loads((resources.files("capo.preflight.published") / f"{name}.json").read_text())["scheduler"]
     published = getattr(diffusers, config["_class_name"]).from_config(config)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         model = compose("train", overrides=[f"model={name}", "run_dir=x"]).model

@@ -11,9 +11,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from capo.config import all_rewards, foreign_targets, prepare_process, run_config
+from capo.cli.build import all_rewards
+from capo.cli.process import prepare_process
+from capo.cli.run_config import foreign_targets, run_config
+from capo.cli.values import check_values
 from capo.errors import InputError
-from capo.values import check_values
 from fixtures import ROOT
 
 GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"}
@@ -67,7 +69,7 @@ def test_a_model_brings_its_own_and_the_command_line_wins():
 def test_sdxl_brings_rewards_prompts_sampler_and_trainer():
     cfg = composed("train", "model=sdxl")
     assert list(cfg.rewards) == list(cfg.evaluation.rewards) == ["mps", "vqascore", "vila"]
-    assert (cfg.prompts._target_, cfg.prompts.train.limit) == ("capo.prompts.split_sets", 100_000)
+    assert (cfg.prompts._target_, cfg.prompts.train.limit) == ("capo.data.prompts.split_sets", 100_000)
     # the paper, B.1 and B.2: DDIM, 50 steps, guidance 7.5; 256 pairs a step, 1000 steps of warm-up, 10 000 at most; b = 1.5
     assert (cfg.model.backbone.scheduler, cfg.sampling.steps, cfg.sampling.guidance) == ("DDIMScheduler", 50, 7.5)
     assert cfg.trainer.batch == 256

@@ -8,14 +8,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import train as train_script
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from capo import lacking
+from capo.cli import train as train_script
+from capo.cli.plan import SPLITS, expected_counts, float32_rewards, prompt_counts, reward_request, run_plan
 from capo.errors import InputError
-from capo.plan_stage import SPLITS, expected_counts, float32_rewards, prompt_counts, reward_request, run_plan
+from capo.preflight import shortages as lacking
 from fixtures import ROOT
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -142,7 +142,7 @@ def test_a_plan_reads_no_weights_of_rewards(tmp_path, monkeypatch):
 
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"gigabytes")
-    monkeypatch.setattr("capo.rewards.file_digest", refuse)
+    monkeypatch.setattr("capo.rewards.reward.file_digest", refuse)
     names, folder = "[pickscore,vqascore]", f"rewards.pickscore.weights={tmp_path / 'weights'}"
     own, both = (f"rewards={names}", f"rewards@evaluation.rewards={names}", folder), 3.94e9 + 45.84e9
     assert reward_request(composed(*own)).everything == pytest.approx(both + 3.94e9)

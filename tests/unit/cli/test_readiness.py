@@ -2,14 +2,14 @@
 
 from functools import partial
 
-import evaluate as evaluate_script
-import generate as generate_script
 import pytest
-import train as train_script
 from omegaconf import OmegaConf
 
+from capo.cli import evaluate as evaluate_script
+from capo.cli import generate as generate_script
+from capo.cli import train as train_script
+from capo.cli.readiness import check_reward_weights
 from capo.errors import InputError
-from capo.readiness import check_reward_weights
 from capo.rewards import Reward
 from fixtures.fake_rewards import Brightness
 
@@ -36,8 +36,8 @@ def test_stages_that_score_nothing_go_without_the_weights_of_rewards(tiny_run, m
         with pytest.raises(InputError, match=REFUSED):
             run(stage)
     with monkeypatch.context() as elsewhere:  # a machine that has the weights
-        elsewhere.setattr("capo.readiness.look_for", lambda *source: None)
-        elsewhere.setattr("capo.rewards._build", lambda reward: Brightness())
+        elsewhere.setattr("capo.cli.readiness.look_for", lambda *source: None)
+        elsewhere.setattr("capo.rewards.reward._build", lambda reward: Brightness())
         run("score")
     run("report")
     run("export")

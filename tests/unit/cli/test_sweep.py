@@ -6,14 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
-import train as train_script
 from omegaconf import OmegaConf
 from PIL import Image
 
-from capo.entry import REFUSED
-from capo.errors import InputError
-from capo.processes import Launch
-from capo.sweep import (
+from capo.cli import train as train_script
+from capo.cli.messages import REFUSED
+from capo.cli.sweep import (
     FAILED,
     FINISHED,
     PLANNED,
@@ -27,8 +25,10 @@ from capo.sweep import (
     sweep_rows,
     varying_keys,
     write_table,
-)  # fmt: skip
-from capo.sweep_report import curves, render_page, sweep_picture, swept_axis
+)
+from capo.errors import InputError
+from capo.evaluation.reports.sweep_page import curves, render_page, sweep_picture, swept_axis
+from capo.runtime.launch import Launch
 
 RESULTS = {
     "win_rate": {"looks": {"mean": 0.7, "low": 0.6, "high": 0.8}, "alignment": {"mean": 0.45, "low": 0.4, "high": 0.49}},
@@ -184,7 +184,7 @@ def test_plans_are_rows_of_their_own(tmp_path):
 
 def test_a_multirun_of_plans_ends_with_their_table(typed, tmp_path, capsys):
     sweep = tmp_path / "sweep"
-    typed(train_script, "-m", "plan=true", "trainer.max_steps=2,6", f"hydra.sweep.dir={sweep}")
+    typed("train", "-m", "plan=true", "trainer.max_steps=2,6", f"hydra.sweep.dir={sweep}")
     assert sorted(path.name for path in sweep.iterdir() if path.is_file()) == ["multirun.yaml", "plans.csv"]
     assert sorted(path.name for path in (sweep / "1").iterdir()) == [".hydra", "plan.json", "train.log"]
     rows = read_table(sweep, "plans.csv")
@@ -196,7 +196,7 @@ def test_a_multirun_of_plans_ends_with_their_table(typed, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "plans.csv" in told and "failed" not in told and "nan" not in told.lower()
     with pytest.raises(SystemExit) as ended:
-        typed(train_script, "-m", "plan=true", "planning.utilisation=0.5,2", f"hydra.sweep.dir={sweep}")
+        typed("train", "-m", "plan=true", "planning.utilisation=0.5,2", f"hydra.sweep.dir={sweep}")
     assert ended.value.code == 1
     first, second = read_table(sweep, "plans.csv")
     assert (first["status"], second["status"], second["steps"]) == (PLANNED, FAILED, "") and "planning.utilisation=2" in second["error"]
@@ -210,9 +210,9 @@ def test_several_processes_begin_no_sweep_and_no_directories_of_their_own(typed,
         ("seed=0",): "2 processes would make a run directory each: give them one, hydra.run.dir=DIR",
     }.items():
         with pytest.raises(SystemExit) as ended:
-            typed(train_script, *arguments)
+            typed("train", *arguments)
         assert ended.value.code == REFUSED and refusal in capsys.readouterr().err
-    typed(train_script, "plan=true", f"hydra.run.dir={tmp_path / 'run'}")
+    typed("train", "plan=true", f"hydra.run.dir={tmp_path / 'run'}")
     assert (tmp_path / "run" / "plan.json").is_file()
 
 
@@ -220,7 +220,7 @@ def test_a_multirun_with_a_failing_job_ends_with_its_table(typed, tmp_path, caps
     sweep = tmp_path / "sweep"
     arguments = ["-m", "objective.beta=10,30", "pairs=frs,best_worst", f"hydra.sweep.dir={sweep}"]
     with pytest.raises(SystemExit) as ended:
-        typed(train_script, *arguments)
+        typed("train", *arguments)
     assert ended.value.code == 1
     rows = read_table(sweep)
     assert [row["status"] for row in rows] == [FINISHED, FAILED, FINISHED, FAILED]
@@ -235,6 +235,6 @@ def test_a_multirun_with_a_failing_job_ends_with_its_table(typed, tmp_path, caps
 @pytest.mark.slow
 def test_jobs_in_parallel_give_the_serial_table(typed, tmp_path):
     for name, launcher in {"serial": "basic", "parallel": "joblib"}.items():
-        typed(train_script, "-m", "objective.beta=10,30", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path / name}",
+        typed("train", "-m", "objective.beta=10,30", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path / name}",
               f"pool.root={tmp_path / name / 'pools'}")  # fmt: skip
     assert read_table(tmp_path / "serial") == read_table(tmp_path / "parallel")

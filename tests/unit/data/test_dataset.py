@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from capo.data import PairDataset, PreferenceData, VisitSampler, collate, visit_generator
+from capo.data.dataset import PairDataset, VisitSampler, collate, visit_generator
+from capo.data.prompts import make_prompt
+from capo.data.selection import select
 from capo.errors import InputError
 from capo.pairs import frs
-from capo.prompts import make_prompt
-from capo.selection import select
+from capo.training.loader import PreferenceData
 
 
 class Shelf:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from capo import generation
 from capo.backbones import UNetBackbone
+from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
+from capo.data import generation
+from capo.data.generation import ImageGenerator, PoolPlan, fill_pool, generator_fingerprint, open_pool
+from capo.data.pool import PoolReader
+from capo.data.prompts import candidate_seed, make_prompt
+from capo.data.stages import LatentStage, ScoreStage, TextStage
 from capo.errors import InputError
-from capo.generation import ImageGenerator, PoolPlan, fill_pool, generator_fingerprint, open_pool
-from capo.pool import PoolReader
-from capo.prompts import candidate_seed, make_prompt
 from capo.rewards import Reward
-from capo.sampling import SamplerSettings, candidate_noise, sample
-from capo.stages import LatentStage, ScoreStage, TextStage
 from fixtures.fake_backbone import FakeBackbone
 
 TEXTS = ("a red circle", "a blue square", "the green triangle", "a circle left of a square", "red and blue")
@@ -400,8 +400,8 @@ def test_a_complete_pool_is_used_without_writing(plan, generator, monkeypatch):
         raise AssertionError("written to")
 
     shutil.rmtree(pool.folder / ".locks")
-    monkeypatch.setattr("capo.pool.files.os.open", forbidden)
-    monkeypatch.setattr("capo.pool.files.os.fsync", forbidden)
+    monkeypatch.setattr("capo.data.pool.files.os.open", forbidden)
+    monkeypatch.setattr("capo.data.pool.files.os.fsync", forbidden)
     before = {path: path.stat().st_mtime_ns for path in pool.folder.rglob("*")}
     fill(plan, generator)
     assert {path: path.stat().st_mtime_ns for path in pool.folder.rglob("*")} == before

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from capo.drawn import latent_diversity
+from capo.data.images import latent_diversity
 
 
 def test_diversity_is_the_mean_root_mean_square_distance_of_all_pairs():

@@ -2,17 +2,19 @@
 
 import io
 
-import generate as generate_script
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import train as train_script
+from hydra.utils import instantiate
 from PIL import Image
 
+from capo.cli import generate as generate_script
+from capo.cli.build import build_world, training_data
+from capo.data.importing import pickapic
+from capo.data.pair_export import encoded
 from capo.errors import InputError
-from capo.importing import pickapic
-from capo.pair_export import encoded, whole_file
+from capo.runtime.files import whole_file
 
 datasets = pytest.importorskip("datasets")
 
@@ -64,8 +66,8 @@ def test_the_winner_is_the_better_image(pairs):
 
 def test_they_are_the_pairs_of_trainings_first_visit(pairs, tiny_run):
     cfg = tiny_run("unused", "pool.candidates=6")
-    world = train_script.build_world(cfg)
-    found = train_script.training_data(cfg, world).select(train_script.instantiate(cfg.pairs), cfg.calibration, cfg.seed, False)
+    world = build_world(cfg)
+    found = training_data(cfg, world).select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, False)
     rows = {row["prompt_id"]: row for row in pq.read_table(pairs).to_pylist()}
     usable = found.selection.usable.nonzero().flatten().tolist()
     assert len(rows) == len(usable)
@@ -92,8 +94,8 @@ def test_every_pair_there_is(exported, pairs, tiny_run):
     assert len(keys) == len(every)
     assert {(row["prompt_id"], *sorted([row["candidate_0"], row["candidate_1"]])) for row in pq.read_table(pairs).to_pylist()} <= keys
     cfg = tiny_run("unused", "pool.candidates=6")
-    found = train_script.training_data(cfg, train_script.build_world(cfg))
-    selection = found.select(train_script.instantiate(cfg.pairs), cfg.calibration, cfg.seed, False).selection
+    found = training_data(cfg, build_world(cfg))
+    selection = found.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, False).selection
     assert len(every) == int(selection.pairs.sum())
 
 

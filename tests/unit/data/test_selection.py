@@ -7,9 +7,9 @@ import torch
 from hydra.utils import instantiate
 
 from capo.calibration import calibrate
+from capo.data.selection import Selection, count_pairs, draw_pair, gap_weights, pair_matrix, select
 from capo.errors import InputError
 from capo.pairs import PairSets, best_worst, combined_rewards, frs, random_pair, reward_sum
-from capo.selection import Selection, count_pairs, draw_pair, gap_weights, pair_matrix, select
 
 STRATEGIES = [
     reward_sum,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from capo.comparison import compare_runs, head_to_head, run_folders
+from capo.data.pool import Manifest, Pool
+from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.pool import Manifest, Pool
-from capo.prompts import make_prompt
+from capo.evaluation.compare import compare_runs, head_to_head, run_folders
 
 PROMPTS = [make_prompt(text) for text in ("a circle", "a square", "a star")]
 KEYS = {"alignment": "alignment-00000000", "looks": "looks-11111111"}

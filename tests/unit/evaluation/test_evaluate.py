@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from capo.backbones.sampling import SamplerSettings
+from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.pool import Pool
+from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.evaluation import evaluate, results
-from capo.generation import ImageGenerator, PoolPlan, fill_pool
-from capo.pool import Pool
-from capo.prompts import make_prompt
+from capo.evaluation.evaluate import evaluate, results
 from capo.rewards import Reward
-from capo.sampling import SamplerSettings
 
 BASE = {"looks": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
 POLICY = {"looks": torch.tensor([[2.0, 3.0], [3.0, 4.0], [0.0, 7.0]])}
@@ -246,7 +246,7 @@ def test_a_result_of_the_same_settings_is_kept_and_of_others_replaced(
     copied, evaluated, tiny_backbone, monkeypatch
 ):
     (folder, pools), first = copied, evaluated[2]
-    monkeypatch.setattr("capo.evaluation._Comparison.sides", lambda *_: pytest.fail("it was evaluated again"))
+    monkeypatch.setattr("capo.evaluation.evaluate._Comparison.sides", lambda *_: pytest.fail("it was evaluated again"))
     assert run(folder, pools, tiny_backbone) == first
     monkeypatch.undo()
     second = run(folder, pools, tiny_backbone, policy=tuned(tiny_backbone, 0.5, "a" * 64))
@@ -271,7 +271,7 @@ def test_settings_are_written_last(copied, tiny_backbone, monkeypatch):
     def fail(path, data):
         raise OSError("the machine went down")
 
-    monkeypatch.setattr("capo.evaluation.write_whole", fail)
+    monkeypatch.setattr("capo.evaluation.evaluate.write_whole", fail)
     with pytest.raises(OSError):
         run(folder, pools, tiny_backbone, shown=1)
     # so that nobody takes the old results for those of new settings

@@ -8,21 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import train as train_script
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from capo.charts import read_curves
-from capo.config import all_rewards, held_out_rewards
-from capo.entry import grouped
+from capo.backbones.sampling import SamplerSettings
+from capo.cli import train as train_script
+from capo.cli.build import all_rewards, held_out_rewards
+from capo.cli.messages import grouped
+from capo.cli.values import check_values
+from capo.data.prompts import Prompt
 from capo.errors import InputError
-from capo.held_out import HeldOut, alarms, by_prompt, judge, remark
-from capo.prompts import Prompt
+from capo.evaluation.held_out import HeldOut, alarms, by_prompt, judge, remark
+from capo.evaluation.reports.charts import read_curves
 from capo.rewards import Reward
-from capo.sampling import SamplerSettings
-from capo.validation import ValidationSet, WinRateValidation
-from capo.values import check_values
+from capo.training.validation import ValidationSet, WinRateValidation
 from conftest import brightness
 from fixtures import ROOT
 from fixtures.fake_backbone import FakeBackbone

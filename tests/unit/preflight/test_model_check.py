@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from capo.backbones import UNetBackbone
-from capo.checking import (
+from capo.backbones.sampling import SamplerSettings
+from capo.cli.resolvers import shipped
+from capo.preflight.model_check import (
     PLACES,
     Check,
     check_denoising,
@@ -20,11 +22,9 @@ from capo.checking import (
     possible_targets,
     write_checks,
 )
-from capo.config import _shipped
-from capo.sampling import SamplerSettings
 from capo.shapes.prompts import known_scenes
 
-WEIGHTS = _shipped("unet")
+WEIGHTS = shipped("unet")
 
 
 def looked_at(backbone, known):

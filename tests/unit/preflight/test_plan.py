@@ -7,14 +7,20 @@ import pytest
 import torch
 
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
-from capo.blueprint import Blueprint, from_folder, published, published_names
 from capo.data import PreferenceBatch
 from capo.errors import InputError
-from capo.memory import checkpoint_bytes, holdings, optimiser_bytes, parameters, pipeline_bytes, pool_bytes
 from capo.module import Execution, PreferenceModule, Weighting
 from capo.objectives import capo
-from capo.passes import Forward, activation_bytes, adapter_of, decoder_forward, denoiser_forward
-from capo.planning import (
+from capo.preflight.architecture import Blueprint, from_folder, published, published_names
+from capo.preflight.memory import (
+    checkpoint_bytes,
+    holdings,
+    optimiser_bytes,
+    parameters,
+    pipeline_bytes,
+    pool_bytes,
+)
+from capo.preflight.plan import (
     PoolRequest,
     Request,
     RewardRequest,
@@ -26,7 +32,8 @@ from capo.planning import (
     hours,
     notes,
 )
-from capo.strategies import Division
+from capo.preflight.tracing import Forward, activation_bytes, adapter_of, decoder_forward, denoiser_forward
+from capo.runtime.launch import Division
 from fixtures import ROOT
 
 SHIPPED = ROOT / "src" / "capo" / "shapes" / "weights"

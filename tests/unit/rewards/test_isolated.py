@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+from capo.backbones.sampling import SamplerSettings
+from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.generation import ImageGenerator, PoolPlan, fill_pool
-from capo.prompts import make_prompt
 from capo.rewards import Reward, load_rewards, worker
 from capo.rewards.isolated import IsolatedScorer
-from capo.sampling import SamplerSettings
 from fixtures.fake_backbone import FakeBackbone
 
 RED, DARK = Image.new("RGB", (4, 3), (255, 0, 0)), Image.new("RGB", (5, 2), (51, 102, 153))
@@ -349,7 +349,7 @@ def test_a_callable_of_this_process_cannot_be_isolated(bare):
 
 def test_a_target_of_this_package_runs_where_the_package_is_not(bare, tmp_path):
     """Its file is loaded alone; here it is the worker's own, whose `build` gives back a number."""
-    scorer = IsolatedScorer("own", bare, {"_target_": "capo.rewards.worker.build", "node": 3}, 60, tmp_path / "own.log")
+    scorer = IsolatedScorer("own", bare, {"_target_": "capo.rewards.worker.build", "node": 3}, 60, tmp_path)
     with pytest.raises(InputError, match="capo.rewards.worker.build makes no callable but 3"):
         scorer.to("cpu")
 

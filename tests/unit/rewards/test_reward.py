@@ -2,8 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
+from capo.cli.readiness import check_reward_weights
 from capo.errors import InputError
-from capo.readiness import check_reward_weights
 from capo.rewards import Reward, load_rewards
 
 RED, GREY = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (51, 51, 51))

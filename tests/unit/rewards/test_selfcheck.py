@@ -10,10 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from capo.cli.rewards import check, chosen_device, main
 from capo.errors import InputError
 from capo.rewards import Reward
-from capo.rewards.__main__ import check, chosen_device, main
-from capo.rewards.self_test import (
+from capo.rewards.selfcheck import (
     FAILED,
     PASSED,
     PROMPTS,
@@ -171,7 +171,7 @@ def clip(tmp_path_factory):
 
 
 def test_scores_are_recorded_and_compared_afterwards(here, clip, capsys, monkeypatch):
-    monkeypatch.setattr("capo.rewards.self_test._order", lambda scores: Finding("order", PASSED, ""))  # random weights have none
+    monkeypatch.setattr("capo.rewards.selfcheck._order", lambda scores: Finding("order", PASSED, ""))  # random weights have none
     command = ["check", "pickscore", *clip, "--device", "cpu"]
     assert main([*command, "--record"]) == 0
     path = here / "golden" / "pickscore.json"

@@ -12,11 +12,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from capo.config import foreign_targets
+from capo.cli.run_config import differences, foreign_targets
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
 from capo.rewards.vila import VILA
-from capo.runs import differences
 from fixtures.tiny_clip import CONF, noise_images
 
 # what the adapter uses of tensorflow; a model's folder says in saved_model.pb what it answers

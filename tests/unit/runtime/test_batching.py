@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
+from capo.backbones.sampling import SamplerSettings
+from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.prompts import Prompt
 from capo.errors import InputError
-from capo.fitting import FittingBatch
-from capo.generation import ImageGenerator, PoolPlan, fill_pool
-from capo.prompts import Prompt
 from capo.rewards import Reward
 from capo.rewards.isolated import WorkerOutOfMemory
-from capo.sampling import SamplerSettings
-from capo.validation import ValidationSet, WinRateValidation
+from capo.runtime.batching import FittingBatch
+from capo.training.validation import ValidationSet, WinRateValidation
 from fixtures.fake_backbone import FakeBackbone
 
 

@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from capo.atomic import write_whole
 from capo.errors import InputError
+from capo.runtime.files import write_whole
 
 
 def test_writes_text_and_bytes_and_leaves_nothing_beside_them(tmp_path):

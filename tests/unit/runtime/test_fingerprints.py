@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from capo.errors import InputError
-from capo.fingerprints import component_fingerprint, file_digest, safetensors_fingerprint, weight_files
+from capo.runtime.fingerprints import (
+    component_fingerprint,
+    file_digest,
+    safetensors_fingerprint,
+    weight_files,
+)
 
 PARTS = ["unet", "tokenizer"]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from capo.folders import fresh_folder
+from capo.runtime.files import fresh_folder
 
 
 def test_folder_appears_whole_and_replaces_the_old_one(tmp_path):

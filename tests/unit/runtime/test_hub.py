@@ -4,8 +4,8 @@ import httpx
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from capo import hub
 from capo.errors import InputError
+from capo.runtime import hub
 
 
 def refused(*args, **kwargs):

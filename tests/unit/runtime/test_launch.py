@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from capo.backbones.parallel import compile_blocks, repeated_blocks
 from capo.errors import InputError
-from capo.processes import Launch, cluster, launch
-from capo.strategies import check_fsdp, check_launch, compile_blocks, device_count, divide, repeated_blocks
+from capo.runtime.launch import Launch, check_fsdp, check_launch, cluster, device_count, divide, launch
 
 
 @pytest.mark.parametrize(

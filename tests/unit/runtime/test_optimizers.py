@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from capo.errors import InputError
-from capo.optimisers import clip_gradients, make_optimiser
+from capo.runtime.optimizers import clip_gradients, make_optimiser
 
 
 def test_the_norm_is_that_of_all_gradients_and_is_clipped():

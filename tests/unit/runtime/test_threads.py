@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from capo.calibration import calibrate
-from capo.lanes import in_lanes, over_rows
+from capo.data.selection import select
 from capo.pairs import frs
-from capo.selection import select
+from capo.runtime.threads import in_lanes, over_rows
 
 CPU = torch.device("cpu")
 

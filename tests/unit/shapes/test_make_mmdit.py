@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from capo.config import _shipped
+from capo.cli.resolvers import shipped
 from capo.shapes.make import flow_autoencoder, mmdit
 from capo.shapes.make.fitting import generator
 
@@ -21,7 +21,7 @@ def test_times_are_a_quarter_uniform_and_logit_normal_around_a_quarter():
 
 
 def test_the_learner_is_fed_what_the_pipeline_feeds():
-    learner = mmdit.Learner(Path(_shipped("unet"))).eval()
+    learner = mmdit.Learner(Path(shipped("unet"))).eval()
     pipe = mmdit.pipeline(learner, flow_autoencoder.build())
     captions = ["a red circle", "", "two blue stars on a white background"]
     with torch.no_grad():
@@ -32,8 +32,8 @@ def test_the_learner_is_fed_what_the_pipeline_feeds():
 
 
 def test_the_encoders_begin_as_the_unets():
-    learner = mmdit.Learner(Path(_shipped("unet")))
-    stored = load_file(f"{_shipped('unet')}/text_encoder_2/model.safetensors")
+    learner = mmdit.Learner(Path(shipped("unet")))
+    stored = load_file(f"{shipped('unet')}/text_encoder_2/model.safetensors")
     own = learner.second.state_dict()
     shared = [name for name in stored if name in own]
     assert shared and all(np.array_equal(own[name].numpy(), stored[name].float().numpy()) for name in shared)
@@ -65,7 +65,7 @@ def test_a_prepared_denoiser_begins_by_saying_nothing_and_learns_from_there():
 
 
 def test_the_teller_reads_the_pictures_tokens_behind_the_second_block():
-    learner = mmdit.Learner(Path(_shipped("unet")))
+    learner = mmdit.Learner(Path(shipped("unet")))
     mmdit.prepare(learner.transformer)
     given = []
     learner.transformer.transformer_blocks[2].register_forward_pre_hook(lambda block, args, kwargs: given.append(kwargs), with_kwargs=True)

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from capo.data.prompts import check_splits, prompt_id
 from capo.errors import InputError
-from capo.prompts import check_splits, prompt_id
 from capo.shapes import prompts
 from capo.shapes.captions import WORDS, caption, parse
 from capo.shapes.make.scenery import allowed

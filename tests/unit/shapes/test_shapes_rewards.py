@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import spearmanr
 
-import capo.config  # noqa: F401  registers the resolver
+from capo.cli.resolvers import shipped
 from capo.errors import InputError
 from capo.rewards import load_rewards
 from capo.shapes.captions import caption
@@ -21,7 +21,7 @@ from capo.shapes.rewards import AlignmentScorer, LooksScorer, PreferenceScorer
 from capo.shapes.scenes import realise
 from fixtures import ROOT
 
-WEIGHTS = Path(capo.config.__file__).parent / "shapes" / "weights" / "rewards"
+WEIGHTS = Path(shipped("rewards"))
 SCORERS = {"alignment": AlignmentScorer, "looks": LooksScorer, "preference": PreferenceScorer}
 
 

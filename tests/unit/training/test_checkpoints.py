@@ -1,6 +1,6 @@
 """How a run goes on from a checkpoint."""
 
-from capo.checkpoints import recount
+from capo.training.checkpoints import recount
 
 
 def test_counts_become_those_of_as_many_steps():

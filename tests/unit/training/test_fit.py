@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import train as train_script
 
-from capo import training
 from capo.backbones import UNetBackbone
-from capo.config import build_world, training_data
-from capo.data import PreferenceData, collate
+from capo.cli import train as train_script
+from capo.cli.build import build_world, training_data
+from capo.data.dataset import collate
 from capo.module import PreferenceModule
 from capo.pairs import frs
+from capo.training import fit as training
+from capo.training.loader import PreferenceData
 
 RUN = ["trainer.batch=4", "trainer.max_steps=3", "trainer.log_every=1", "validation.every=3", "evaluate=false"]
 MARGIN = re.compile(r"largest \|h\| of the first batch: (\S+),")
@@ -125,7 +126,7 @@ def test_no_autoencoder_and_no_text_encoder_is_on_the_device_during_steps(tiny_r
         seen.append(("decode",))
         return decode(self, latents, batch)
 
-    monkeypatch.setattr(training, "fit", watched_fit)
+    monkeypatch.setattr("capo.cli.tune.fit", watched_fit)
     monkeypatch.setattr(PreferenceModule, "training_step", watched_step)
     monkeypatch.setattr(UNetBackbone, "visiting", watched_visiting)
     monkeypatch.setattr(UNetBackbone, "decode", watched_decode)

@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-import train as train_script
 
-from capo.loggers import CurvesFile, wandb_is_online
+from capo.training.loggers import CurvesFile, wandb_is_online
 
 BLOCK = 32768  # a .wandb file is a log in blocks: 7 bytes of file header, then records: checksum, length, kind, data
 
@@ -67,7 +66,7 @@ def offline(monkeypatch):
 def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tiny_run, tmp_path, offline):
     cfg = tiny_run("unused")
     sweep = tmp_path / "ablation"
-    typed(train_script, "-m", "objective.beta=10,30", "logger=wandb", f"hydra.sweep.dir={sweep}")
+    typed("train", "-m", "objective.beta=10,30", "logger=wandb", f"hydra.sweep.dir={sweep}")
     with (sweep / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     ids = set()
@@ -91,9 +90,9 @@ def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tiny_run, tmp_path, of
 
 def test_a_run_that_goes_on_keeps_its_id(typed, tmp_path, offline):
     arguments = ["logger=wandb", "evaluate=false", f"hydra.run.dir={tmp_path / 'run'}"]
-    typed(train_script, *arguments)
+    typed("train", *arguments)
     time.sleep(1)  # a directory is named after the second in which it was made
-    typed(train_script, *arguments, "trainer.max_steps=3")
+    typed("train", *arguments, "trainer.max_steps=3")
     ids = collected(tmp_path / "run")["ids"]
     assert len(ids) == 2 and len(set(ids)) == 1
 

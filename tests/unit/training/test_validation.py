@@ -2,7 +2,7 @@
 
 import pytest
 
-from capo.validation import share
+from capo.training.validation import share
 
 
 @pytest.mark.parametrize("prompts, world", [(7, 3), (8, 4), (1, 3), (5, 1)])

@@ -16,15 +16,14 @@ import os
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from capo.config import build_world
+from capo.cli.build import build_world
+from capo.cli.compose import REPOSITORY, composed
 from capo.shapes.make import autoencoder, base, card, flow_autoencoder, lineups, mmdit, rewards, scenery
 from capo.shapes.make.fitting import process
 
 SCENES = 50_000
 LINEUPS = 10_000
-ROOT = Path(__file__).parents[4]  # of the repository: this runs from a clone
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -74,9 +73,8 @@ def stage_rewards(options: argparse.Namespace) -> None:
 def stage_card(options: argparse.Namespace) -> None:
     """Measure a shipped base and write the figures into docs/shapes.md, between its two marks."""
     places = [f"run_dir={options.work}", f"pool.root={options.work / 'pools'}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        world = build_world(compose("train", overrides=[f"model={options.model}", *places]))
-    page, first, last = ROOT / "docs" / "shapes.md", f"<!-- card of {options.model} -->", f"<!-- end of {options.model} -->"
+    world = build_world(composed("train", [f"model={options.model}", *places]))
+    page, first, last = REPOSITORY / "docs" / "shapes.md", f"<!-- card of {options.model} -->", f"<!-- end of {options.model} -->"
     before, _, rest = page.read_text().partition(first)
     _, found_last, after = rest.partition(last)
     if not found_last:

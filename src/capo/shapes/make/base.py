@@ -7,11 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
-from capo.folders import fresh_folder
 from capo.noise import vp_add_noise, vp_log_snr
+from capo.runtime.files import fresh_folder
 from capo.shapes.make import autoencoder
 from capo.shapes.make.fitting import fit, generator, share
 from capo.shapes.make.text import encoders, tokenizer

@@ -9,9 +9,9 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from capo.backbones import Backbone
-from capo.drawn import Drawn
-from capo.generation import ImageGenerator, PoolPlan
-from capo.prompts import Prompt
+from capo.data.generation import ImageGenerator, PoolPlan
+from capo.data.images import Drawn
+from capo.data.prompts import Prompt
 from capo.rewards import Reward
 from capo.shapes import oracle
 from capo.shapes.captions import parse

@@ -3,32 +3,33 @@
 import io
 import json
 
-import generate as generate_script
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import train as train_script
 from omegaconf import OmegaConf
 from PIL import Image
 
-from capo.data import collate
+from capo.backbones.sampling import SamplerSettings
+from capo.cli import generate as generate_script
+from capo.cli import train as train_script
+from capo.data.candidates import TrainingData
+from capo.data.dataset import collate
+from capo.data.importing import folder, pickapic, rankings
+from capo.data.importing.chosen import Imported
+from capo.data.importing.filling import import_pool
+from capo.data.importing.images import BrokenImage, picture
+from capo.data.importing.ordering import dense_ranks
+from capo.data.importing.survey import entry_id, survey
+from capo.data.importing.tables import RowCursor, Table
+from capo.data.labels import HUMAN
+from capo.data.pool import Pool
+from capo.data.pool.import_table import read_import_table
+from capo.data.prompts import prompt_id
 from capo.errors import InputError
-from capo.importing import folder, pickapic, rankings
-from capo.importing.chosen import Imported
-from capo.importing.filling import HUMAN, import_pool
-from capo.importing.images import BrokenImage, picture
-from capo.importing.ordering import dense_ranks
-from capo.importing.survey import entry_id, survey
-from capo.importing.tables import RowCursor, Table
 from capo.objectives import PairErrors, capo, ipo
 from capo.pairs import frs, random_pair
-from capo.pool import Pool
-from capo.pool.import_table import read_import_table
-from capo.prompts import prompt_id
-from capo.sampling import SamplerSettings
-from capo.training_data import TrainingData
 
 SETTINGS = SamplerSettings(steps=2, guidance=1.0, batch=4)
 
@@ -358,7 +359,7 @@ def test_what_to_import_must_be_said(tiny_run):
         generate_script.run(tiny_run("unused", "stage=import", "import=folder", config="generate"))
     cfg = tiny_run("unused", "stage=import", "import=pickapic", "import.files=x.parquet", config="generate")
     OmegaConf.update(cfg, "import.labels", "x", force_add=True)
-    with pytest.raises(InputError, match="import.labels=x: capo.importing.pickapic takes no such argument; did you mean import.label?"):
+    with pytest.raises(InputError, match="import.labels=x: capo.data.importing.pickapic takes no such argument; did you mean import.label?"):
         generate_script.run(cfg)
 
 
@@ -371,7 +372,7 @@ def test_the_command_line_imports_every_kind(typed, tmp_path, source, capsys):
     lines = [f"{name},{'a red cat' if number < 2 else 'a blue dog'}" for number, name in enumerate(names)]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
     place = tmp_path / "test.json" if source == "rankings" else tmp_path
-    typed(generate_script, "stage=import", f"import={source}", f"import.files={place}", f"pool.root={tmp_path / 'pools'}",
+    typed("generate", "stage=import", f"import={source}", f"import.files={place}", f"pool.root={tmp_path / 'pools'}",
           f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     assert "2 entries with 2 different captions; left out: none" in capsys.readouterr().out
     pool = Pool.open(next((tmp_path / "pools").iterdir()))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from capo.data.pool import DamagedShard, Manifest, Pool, PoolReader, pool_name
+from capo.data.pool.files import TensorFile, file_lock
+from capo.data.pool.layout import plan_blocks
+from capo.data.pool.reader import most_handles
+from capo.data.pool.score_files import read_score_file
+from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.pool import DamagedShard, Manifest, Pool, PoolReader, pool_name
-from capo.pool.files import TensorFile, file_lock
-from capo.pool.layout import plan_blocks
-from capo.pool.reader import most_handles
-from capo.pool.score_files import read_score_file
-from capo.prompts import make_prompt
 
 SHAPE = (2, 3, 3)  # C, H, W
 PROMPTS = [make_prompt(text) for text in ("a circle", "a square", "a star", "a cross", "a ring")]
@@ -443,7 +443,7 @@ def test_scores_are_read_again_only_when_their_file_has_changed(pool, monkeypatc
         read.append(path.name)
         return read_score_file(path)
 
-    monkeypatch.setattr("capo.pool.store.read_score_file", counted)
+    monkeypatch.setattr("capo.data.pool.store.read_score_file", counted)
     assert all(pool.has_scores("a-0", first) for _ in range(3))
     assert pool.has_scores("a-0", first, verify=True)  # another question: the names of the rows too
     assert read == ["00000-00.parquet"] * 2

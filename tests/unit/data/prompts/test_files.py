@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from capo.data.prompts import files
+from capo.data.prompts.files import READERS, row_count
 from capo.errors import InputError
-from capo.prompts import files
-from capo.prompts.files import READERS, row_count
 
 ROWS = {"Prompt": ["a \"red\" circle", "a star, blue", ""], "Category": ["Arts", "", "Animals"], "Note": ["x", "y", "z"]}
 

@@ -1,7 +1,15 @@
 import pytest
 
+from capo.data.prompts import (
+    Prompt,
+    candidate_seed,
+    check_splits,
+    make_prompt,
+    normalise,
+    prompt_id,
+    text_files,
+)
 from capo.errors import InputError
-from capo.prompts import Prompt, candidate_seed, check_splits, make_prompt, normalise, prompt_id, text_files
 
 
 def test_normalise_collapses_white_space_and_composes():

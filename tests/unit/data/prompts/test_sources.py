@@ -5,10 +5,11 @@ import pytest
 from huggingface_hub import errors
 from hydra import compose, initialize_config_dir
 
-from capo.config import prompt_splits
+from capo.cli.build import prompt_splits
+from capo.data.prompts import missing_inputs
+from capo.data.prompts.sources import source_of
 from capo.errors import InputError
-from capo.prompts import hub, missing_inputs
-from capo.prompts.sources import source_of
+from capo.runtime import hub
 from fixtures import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

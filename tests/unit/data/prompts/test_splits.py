@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from capo.data.prompts import Prompt, check_splits, prompt_id, report_table, split_sets, splits
+from capo.data.prompts.report import left_out, shortages
+from capo.data.prompts.rows import DUPLICATE, ELSEWHERE, EMPTY, FINE, KEPT, NSFW, OVER_LIMIT, TOO_LONG
+from capo.data.prompts.splits import choose
 from capo.errors import InputError
-from capo.prompts import Prompt, check_splits, prompt_id, report_table, split_sets, splits
-from capo.prompts.report import left_out, shortages
-from capo.prompts.rows import DUPLICATE, ELSEWHERE, EMPTY, FINE, KEPT, NSFW, OVER_LIMIT, TOO_LONG
-from capo.prompts.splits import choose
 
 COUNTS = ("empty", "nsfw", "unwanted", "too_long", "duplicates", "elsewhere", "over_limit", "kept")
 
@@ -113,7 +113,7 @@ def test_the_draw_is_a_function_of_seed_and_prompts(tmp_path):
 
 
 def test_prompts_are_fetched_across_batches_and_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("capo.prompts.files.BATCH", 3)
+    monkeypatch.setattr("capo.data.prompts.files.BATCH", 3)
     names = [f"prompt {number}" for number in range(20)]
     for part in (0, 1):
         pq.write_table(pa.table({"tag": [name[-1] for name in names[part::2]], "prompt": names[part::2]}), tmp_path / f"{part}.parquet")
@@ -201,6 +201,6 @@ def test_a_hub_file_is_reported_with_its_commit(tmp_path, monkeypatch):
     file = tmp_path / "datasets--o--n" / "snapshots" / "abc123" / "data" / "m.csv"
     file.parent.mkdir(parents=True)
     texts(file, "prompt", "a circle")
-    monkeypatch.setattr("capo.prompts.sources.hub_file", lambda *_: file)
+    monkeypatch.setattr("capo.data.prompts.sources.hub_file", lambda *_: file)
     found = sets(tmp_path, {"hub": "o/n", "file": "data/m.csv"})
     assert found.report[0].places == ("o/n/data/m.csv, revision abc123",)

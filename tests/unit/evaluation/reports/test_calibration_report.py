@@ -13,15 +13,15 @@ from PIL import Image
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from capo import calibration_report as figures
 from capo.calibration import METHODS, calibrate
-from capo.calibration_advice import override, warnings_of
-from capo.calibration_page import picture, print_report, render_page, sizes, write_report
+from capo.data.labels import HUMAN
+from capo.data.selection import select
 from capo.errors import InputError
-from capo.importing.filling import HUMAN
+from capo.evaluation.reports import calibration_report as figures
+from capo.evaluation.reports.calibration_advice import override, warnings_of
+from capo.evaluation.reports.calibration_page import picture, print_report, render_page, sizes, write_report
 from capo.pairs import best_worst, frs, random_pair, reward_sum
 from capo.rewards import Reward
-from capo.selection import select
 
 LOGIT = math.log(0.7 / 0.3)  # 0.8473: a pair that far apart has win-rate 0.7
 

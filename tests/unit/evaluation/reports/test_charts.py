@@ -3,7 +3,16 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from capo.charts import Chart, Curve, half_width, interval_bar, line_chart, read_curves, thinned, ticks
+from capo.evaluation.reports.charts import (
+    Chart,
+    Curve,
+    half_width,
+    interval_bar,
+    line_chart,
+    read_curves,
+    thinned,
+    ticks,
+)
 
 
 def attributes(svg, kind):

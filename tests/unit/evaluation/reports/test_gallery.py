@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from capo.gallery import chosen_prompts, data_uri, gains, image_grid, ranking, wrapped
+from capo.evaluation.reports.gallery import chosen_prompts, data_uri, gains, image_grid, ranking, wrapped
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 150, 0), (0, 0, 250)
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from capo.gallery import Change, Exhibit
-from capo.report import Report, number, print_results, remarks, render_report, verdict
+from capo.evaluation.reports.gallery import Change, Exhibit
+from capo.evaluation.reports.page import Report, number, print_results, remarks, render_report, verdict
 from capo.rewards import Reward
 
 RESULTS = {

@@ -1,0 +1,133 @@
+"""Tuned policies on disk: a diffusers pipeline folder or a LoRA file, with a card; readable without capo."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+from capo.backbones.base import Backbone
+from capo.backbones.lora import ADAPTER, BASE_FILE, LORA_FILE, has_adapter
+from capo.backbones.model_card import ModelCard, _base_weights, _readme
+from capo.backbones.precision import half_stored
+from capo.backbones.saving import write_pipeline
+from capo.errors import InputError
+from capo.runtime.files import fresh_folder
+from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
+
+
+def export_policy(
+    backbone: Backbone, denoiser: nn.Module, folder: str | Path, card: ModelCard, full: bool = False
+) -> Path:
+    """Writes the policy with its README, in float32; replaces `folder`, never leaves half of one.
+
+    A denoiser with a LoRA adapter becomes the adapter's file and the name of its base, or with `full` a whole
+    pipeline with the adapter merged; any other denoiser becomes a whole pipeline in any case.
+    """
+    folder = Path(folder)
+    with fresh_folder(folder) as fresh:
+        if has_adapter(denoiser) and not full:
+            _write_adapter(backbone, denoiser, fresh)
+        else:
+            write_pipeline(backbone, fresh, denoiser)
+        (fresh / "README.md").write_text(_readme(backbone, fresh, folder.name, card), encoding="utf-8")
+    return folder
+
+
+
+
+def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-true") -> nn.Module:
+    """The denoiser of an exported policy: frozen, on the backbone's device, an adapter unmerged.
+
+    float32, or as `half_stored` keeps it where it is to draw images under that autocast.
+
+    Raises InputError where `folder` holds no policy, one of another shape, or an adapter of another base.
+    """
+    folder, component = Path(folder), backbone.denoiser_component
+    if (folder / LORA_FILE).is_file():
+        _check_base(backbone, folder)
+        policy = backbone.trainable_copy()
+        loader = type(backbone.pipeline)
+        state, *alphas, metadata = loader.lora_state_dict(  # alphas: of pipelines with a UNet alone
+            str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True
+        )
+        policy.load_lora_adapter(
+            state, prefix=component, network_alphas=alphas[0] if alphas else None, metadata=metadata, adapter_name=ADAPTER
+        )
+    elif (folder / component / "config.json").is_file():
+        policy = backbone.trainable_copy()
+        _take_weights(policy, folder / component)
+    else:
+        raise InputError(
+            f"policy '{folder.absolute()}': neither '{component}/config.json' nor '{LORA_FILE}' is there; "
+            "give the `policy/` folder of a finished run"
+        )
+    return half_stored(policy, precision).to(backbone.device).eval().requires_grad_(False)
+
+
+def _take_weights(policy: nn.Module, folder: Path) -> None:
+    stored = type(policy).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    try:
+        policy.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
+        raise InputError(f"policy '{folder.absolute()}' does not fit the model: {error}") from error
+
+
+def policy_fingerprint(backbone: Backbone, folder: str | Path) -> str:
+    """Content hash (64 hex digits) of an exported policy's denoiser, or of its adapter and its base."""
+    adapter = Path(folder) / LORA_FILE
+    if adapter.is_file():
+        return content_fingerprint(
+            {"base": backbone.fingerprints["denoiser"], "adapter": safetensors_fingerprint(adapter)}
+        )
+    return component_fingerprint(folder, [backbone.denoiser_component])
+
+
+def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> None:
+    component = backbone.denoiser_component
+    layers = {
+        name: tensor.to("cpu", torch.float32).contiguous()
+        for name, tensor in get_peft_model_state_dict(denoiser, adapter_name=ADAPTER).items()
+    }
+    # Without the metadata a loader would take alpha for the rank; a set has another order in every process.
+    metadata = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in denoiser.peft_config[ADAPTER].to_dict().items()
+    }
+    type(backbone.pipeline).save_lora_weights(
+        folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
+    )
+    base = {
+        "weights": _base_weights(backbone),
+        "revision": backbone.revision,
+        "variant": backbone.variant,
+        "denoiser": backbone.fingerprints["denoiser"],
+    }
+    (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+    if backbone.other_scheduler:
+        backbone.pipeline.scheduler.save_pretrained(folder / "scheduler")
+
+
+
+
+
+
+def _check_base(backbone: Backbone, folder: Path) -> None:
+    try:
+        base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+    except OSError:
+        return  # an adapter from elsewhere does not say: a shape that does not fit is the loader's error
+    if base["denoiser"] != backbone.fingerprints["denoiser"]:
+        raise InputError(
+            f"policy '{folder}' is a LoRA adapter of '{base['weights']}' (denoiser {base['denoiser'][:8]}), "
+            f"not of '{backbone.weights}' ({backbone.fingerprints['denoiser'][:8]}); choose its base as model"
+        )
+
+
+
+
+
+
+
+

@@ -1,0 +1,139 @@
+"""The README of an exported policy: how to load it, how it was made, what it won."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from capo.backbones.base import Backbone
+from capo.backbones.lora import LORA_FILE
+from capo.runtime.files import write_whole
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the README of a policy says about its making.
+
+    win_rates: reward -> {"mean", "low", "high"} in 0-1 against the base; None before any evaluation.
+    settings: further facts (beta, steps, ...) by name.
+    """
+
+    objective: str
+    data: str
+    win_rates: Mapping[str, Mapping[str, float]] | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
+    """Writes the README of an exported policy again, for instance with the win-rates of its evaluation."""
+    folder = Path(folder)
+    write_whole(folder / "README.md", _readme(backbone, folder, folder.name, card))
+
+
+def _base_weights(backbone: Backbone) -> str:
+    return _from_anywhere(backbone.weights)
+
+
+def _from_anywhere(source: str) -> str:
+    """The hub id, or the folder however the reader's working directory may differ."""
+    folder = Path(source).expanduser()
+    return str(folder.absolute()) if folder.exists() else source
+
+
+def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
+    pipeline = type(backbone.pipeline).__name__
+    options = "dtype=torch.float32, use_safetensors=True"
+    parts, optional = backbone.pipeline.components, backbone.pipeline._optional_components
+    options += "".join(f", {part}=None" for part, module in parts.items() if module is None and part not in optional)
+    if not (folder / LORA_FILE).is_file():
+        loading = [f'pipe = {pipeline}.from_pretrained("{name}", {options})']
+    else:
+        named = {"revision": backbone.revision, "variant": backbone.variant}
+        options += "".join(f', {key}="{value}"' for key, value in named.items() if value)
+        loading = [
+            f'pipe = {pipeline}.from_pretrained("{_base_weights(backbone)}", {options})',
+            *_replacing_lines(backbone, name),
+            f'pipe.load_lora_weights("{name}")',
+        ]
+    if backbone.call_options:
+        told = ", ".join(f"{key}={value!r}" for key, value in backbone.call_options.items())
+        loading.append(f"# call it as it was tuned: pipe(prompt, {told})")
+    classes = ", ".join(sorted({pipeline, *re.findall(r"= (\w+)\.from_pretrained", "\n".join(loading))}))
+    return "\n".join(["import torch", f"from diffusers import {classes}", "", *loading])
+
+
+def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
+    """What the adapter was tuned with in the place of the base's own parts."""
+    lines = []
+    if backbone.other_scheduler:
+        kind = type(backbone.pipeline.scheduler).__name__
+        lines.append(f'pipe.scheduler = {kind}.from_pretrained("{name}", subfolder="scheduler")')
+    if backbone.other_vae:
+        source, revision = backbone.other_vae
+        options = "dtype=torch.float32, use_safetensors=True" + (f', revision="{revision}"' if revision else "")
+        lines.append(f'pipe.vae = AutoencoderKL.from_pretrained("{_from_anywhere(source)}", {options})')
+    return lines
+
+
+def _win_rate_lines(card: ModelCard) -> list[str]:
+    if not card.win_rates:
+        return ["Not evaluated."]
+    rows = [
+        f"| {reward} | {100 * rate['mean']:.1f} | {100 * rate['low']:.1f} - {100 * rate['high']:.1f} |"
+        for reward, rate in card.win_rates.items()
+    ]
+    return [
+        "Share of comparisons won against the base on held-out prompts, in %; 50 is the base itself.",
+        "",
+        "| reward | win-rate | 95 % interval |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
+def _readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
+    weights = _base_weights(backbone)
+    front = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        *([] if Path(weights).is_absolute() else [f"base_model: {weights}"]),
+        "tags: [text-to-image, preference-alignment]",
+        "---",
+    ]
+    facts = {
+        "base": f"{backbone.name}, `{weights}`" + (f" at `{backbone.revision}`" if backbone.revision else ""),
+        "base denoiser": f"`{backbone.fingerprints['denoiser'][:8]}`",
+        "objective": card.objective,
+        "data": card.data,
+        "scheduler": type(backbone.pipeline.scheduler).__name__,
+        **card.settings,
+    }
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# {backbone.name}, tuned with {card.objective}",
+            "",
+            "## Loading it",
+            "",
+            "In the directory that holds this folder:",
+            "",
+            "```python",
+            _load_lines(backbone, folder, name),
+            "```",
+            "",
+            "## How it was made",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in facts.items()),
+            "",
+            "## Win-rates against the base",
+            "",
+            *_win_rate_lines(card),
+            "",
+        ]
+    )

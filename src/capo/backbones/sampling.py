@@ -1,0 +1,192 @@
+"""Batched guided sampling: the latents of the plain pipeline's `__call__`, for any denoiser of the family."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from capo.backbones.base import Backbone, Text
+from capo.backbones.precision import AUTOCAST
+from capo.errors import InputError
+from capo.runtime.threads import BATCHES, OPERATIONS, in_lanes
+
+Progress = Callable[[int], object]  # called after each denoising step with the number of images that took it
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images are drawn.
+
+    Attributes:
+        steps: of denoising.
+        guidance: its scale; up to 1: no unconditional pass.
+        batch: images in one forward pass, before guidance doubles them.
+        parallel: what the threads of a CPU share: `operations`, or whole `batches` (`capo.runtime.threads`).
+        decode: images that the VAE decodes at once; None: `batch`.
+        precision: of the denoiser's forward passes, in Lightning's names; the mixed ones run under autocast.
+    """
+
+    steps: int
+    guidance: float
+    batch: int
+    parallel: str = OPERATIONS
+    precision: str = "32-true"
+    decode: int | None = None
+
+    @property
+    def decoded(self) -> int:
+        """Images that the VAE decodes at once."""
+        return self.decode or self.batch
+
+    def __post_init__(self) -> None:
+        if self.parallel not in (OPERATIONS, BATCHES):
+            raise InputError(f"sampling.parallel={self.parallel!r} is unknown; choose {OPERATIONS} or {BATCHES}")
+        if self.precision not in AUTOCAST:
+            raise InputError(f"sampling.precision={self.precision!r} is unknown; choose one of {', '.join(AUTOCAST)}")
+        if self.steps < 1 or self.batch < 1:
+            raise InputError(
+                f"sampling.steps {self.steps} and sampling.batch {self.batch} must be at least 1"
+            )
+        if not math.isfinite(self.guidance):
+            raise InputError(f"sampling.guidance {self.guidance} must be a finite number")
+
+
+def candidate_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator a candidate, so that its noise depends on nothing but its seed."""
+    return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+
+def candidate_noise(seeds: Sequence[int] | Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, *shape) float32 on the CPU, each candidate from a generator of its own."""
+    generators = [
+        seed if isinstance(seed, torch.Generator) else candidate_generators([seed])[0] for seed in seeds
+    ]
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+
+def sample(
+    backbone: Backbone,
+    denoiser: nn.Module,
+    text: Text,
+    noise: Tensor,
+    settings: SamplerSettings,
+    progress: Progress | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """Latents (B, C, H, W) float32 on the backbone's device, from standard normal noise (B, C, H, W).
+
+    text: what `encode_prompts` gives, leading B. All B images are one batch, guidance included, whatever
+    `settings.batch` says. In float32 bit-equal to `pipeline(..., output_type="latent")` at the same batch.
+    generators: those that drew the noise, for schedulers that draw more at each step (DDPM, ancestral).
+    Raises InputError where they are needed and missing, or the scheduler refuses that number of steps.
+    """
+    if noise.shape[1:] != backbone.latent_shape or any(len(value) != len(noise) for value in text.values()):
+        raise ValueError(
+            f"noise {tuple(noise.shape)} does not fit latents {backbone.latent_shape} and the text's batch "
+            f"of {[len(value) for value in text.values()]}"
+        )
+    scheduler = backbone.scheduler()
+    try:
+        scheduler.set_timesteps(settings.steps, device=backbone.device)
+    except ValueError as error:
+        raise InputError(
+            f"sampling.steps {settings.steps}: {type(scheduler).__name__} refuses: {error}"
+        ) from error
+    step = _step_of(scheduler, generators)
+    conditions = _conditions(backbone, text, len(noise), settings.guidance)
+    scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # flow schedulers have neither
+    dtype = AUTOCAST[settings.precision]
+    with torch.inference_mode(), torch.autocast(backbone.device.type, dtype, enabled=dtype is not None):
+        latents = noise.to(backbone.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
+        for t in scheduler.timesteps:
+            noisy = scaled(latents, t)
+            latents = step(_guided(backbone, denoiser, noisy, t, conditions, settings.guidance), t, latents)
+            if progress is not None:
+                progress(len(noise))
+    return latents.clone()  # outside of inference mode: a tensor that autograd accepts again
+
+
+def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> Text:
+    """Text on the backbone's device; above guidance 1 (2B, ...), negative branch first, as in pipelines."""
+    text = {key: value.to(backbone.device) for key, value in text.items()}
+    if guidance <= 1:
+        return text
+    negative = backbone.unconditional(count)
+    return {key: torch.cat([negative[key].to(value.dtype), value]) for key, value in text.items()}
+
+
+def _guided(
+    backbone: Backbone, denoiser: nn.Module, noisy: Tensor, t: Tensor, conditions: Text, guidance: float
+) -> Tensor:
+    """Prediction (B, C, H, W) float32 for noisy latents (B, C, H, W); both branches in one forward pass."""
+    if guidance <= 1:
+        return backbone.predict(denoiser, noisy, t, conditions).float()
+    both = backbone.predict(denoiser, torch.cat([noisy, noisy]), t, conditions).float()
+    without, with_text = both.chunk(2)
+    return without + guidance * (with_text - without)
+
+
+def _step_of(
+    scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None
+) -> Callable[..., Tensor]:
+    """scheduler.step with what the pipelines pass to it: eta 0 and the generators, where it takes them."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    accepted = inspect.signature(scheduler.step).parameters
+    options: dict[str, object] = {"eta": 0.0} if "eta" in accepted else {}
+    probe = torch.Generator("cpu").manual_seed(0)
+    if "generator" in accepted:
+        options["generator"] = probe if generators is None else list(generators)
+    untouched = probe.get_state()
+
+    def step(predicted: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        latents = scheduler.step(predicted, t, latents, **options, return_dict=False)[0]
+        if not torch.equal(probe.get_state(), untouched):
+            raise InputError(
+                f"{type(scheduler).__name__} draws noise at each step: pass `generators`, one a candidate, "
+                "or choose a deterministic scheduler (model.scheduler=DDIMScheduler)"
+            )
+        return latents
+
+    return step
+
+
+def sample_prompts(
+    backbone: Backbone,
+    denoiser: nn.Module,
+    text: Text,
+    seeds: Sequence[Sequence[int]],
+    settings: SamplerSettings,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents (P, K, C, H, W) float32 on the CPU for P prompts (text with leading P) and their K seeds each.
+
+    Candidates share batches of `settings.batch` images, prompt by prompt; the last batch may be smaller.
+    """
+    prompts, candidates = len(seeds), len(seeds[0])
+    flat = [seed for row in seeds for seed in row]
+    if len(flat) != prompts * candidates:
+        raise ValueError(
+            f"every prompt needs the same number of seeds, not {sorted({len(row) for row in seeds})}"
+        )
+    lock = Lock()
+
+    def report(images: int) -> None:
+        with lock:
+            progress(images)
+
+    def batch(start: int) -> Tensor:
+        generators = candidate_generators(flat[start : start + settings.batch])
+        rows = torch.arange(start, start + len(generators)) // candidates
+        conditions = {key: value[rows.to(value.device)] for key, value in text.items()}
+        noise = candidate_noise(generators, backbone.latent_shape)
+        return sample(backbone, denoiser, conditions, noise, settings, progress and report, generators).cpu()
+
+    starts = range(0, len(flat), settings.batch)
+    latents = torch.cat(in_lanes(batch, starts, settings.parallel, backbone.device))
+    return latents.unflatten(0, (prompts, candidates))

@@ -1,0 +1,171 @@
+"""The border between Hydra's configuration and the package: beyond it there are objects and named values only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from capo.backbones import Backbone
+from capo.backbones.export import load_policy, policy_fingerprint
+from capo.backbones.sampling import SamplerSettings
+from capo.cli.process import worker_logs
+from capo.data.candidates import TrainingData
+from capo.data.generation import STAGES, ImageGenerator, PoolPlan
+from capo.data.importing.chosen import Imported
+from capo.data.labels import HUMAN, LabelSource
+from capo.data.pool.import_table import HUMAN_LABELS
+from capo.data.prompts import Prompt, check_splits, missing_inputs
+from capo.errors import InputError
+from capo.evaluation.evaluate import evaluate
+from capo.evaluation.held_out import refuse_trained
+from capo.rewards import Reward, load_rewards
+
+
+@dataclass(frozen=True)
+class World:
+    """What every stage needs: the base and its sampler, prompts by split, rewards trained and rewards evaluated."""
+
+    generator: ImageGenerator
+    splits: dict[str, Sequence[Prompt]]
+    rewards: list[Reward]
+    evaluation_rewards: list[Reward]
+    oracle: list[Reward]  # measured in evaluations beside the rewards; empty where the model's world has none
+    plans: dict[str, PoolPlan]  # train, validation, test, zero
+    held_out: list[Reward] = field(default_factory=list)  # score validation images beside the trained ones
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base's pipeline."""
+        return self.generator.backbone
+
+
+
+
+
+
+def built(node: DictConfig, **given: object) -> object:
+    """What `_target_` makes; a user's value that it refuses stays an InputError."""
+    try:
+        return instantiate(node, **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+
+
+def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
+    """The prompt sets by split. Raises InputError for sets that are not given or cannot be used."""
+    if missing := sorted(OmegaConf.missing_keys(cfg.prompts)):
+        raise InputError(missing_inputs(missing, OmegaConf.to_container(cfg.prompts, resolve=True)))
+    splits = built(cfg.prompts)
+    check_splits(splits)
+    return splits
+
+
+def build_world(cfg: DictConfig, scoring: bool = True, watching: bool = True) -> World:
+    """Everything that generation, training and evaluation share. Cheap checks come before weights are loaded.
+
+    `scoring`: whether images will be scored, for which the rewards are built. `watching`: whether validation images will be;
+    without it the world has no held-out rewards, which score nothing else.
+    """
+    splits = prompt_splits(cfg)
+    settings = SamplerSettings(**cfg.sampling)
+    rewards, evaluated, oracle = all_rewards(cfg)
+    held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
+    plans = pool_plans(cfg, splits)
+    for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring}.values():
+        reward.setup("cpu")  # so that weights that are missing are found before images are drawn
+    return World(ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, plans, held_out)
+
+
+def base_of(cfg: DictConfig) -> Backbone:
+    """The base, loaded, on the device that it works on."""
+    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+    return built(cfg.model.backbone, name=cfg.model.name).to(device)
+
+
+def label_sources(cfg: DictConfig, rewards: list[Reward]) -> Sequence[LabelSource]:
+    """What orders the candidates: reward scores, or the human choices of an imported pool."""
+    return [HUMAN] if cfg.pool.get("imported") and cfg.pool.labels == HUMAN_LABELS else rewards
+
+
+def imported_pool(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> Imported:
+    """`pool.imported`, less what is held out for validation and test."""
+    return Imported.open(cfg.pool.imported, cfg.pool.labels, [*splits["validation"], *splits["test"]])
+
+
+def check_imported(cfg: DictConfig) -> None:
+    """InputError where `pool.imported` is given and cannot be trained on; nothing is loaded."""
+    if cfg.pool.get("imported"):
+        imported_pool(cfg, prompt_splits(cfg))
+
+
+def training_data(cfg: DictConfig, world: World, stages: Sequence[str] = STAGES) -> TrainingData:
+    """What pairs are drawn from; `stages` of the base's own pool are completed, of an imported one the scores."""
+    labels = label_sources(cfg, world.rewards)
+    if cfg.pool.get("imported"):
+        return TrainingData.imported(imported_pool(cfg, world.splits), world.generator, labels)
+    return TrainingData.sampled(world.plans["train"], world.generator, world.rewards, stages)
+
+
+def all_rewards(cfg: DictConfig) -> tuple[list[Reward], list[Reward], list[Reward]]:
+    """The rewards that are trained, those that are evaluated, and the oracle's measures; no scorer is built."""
+    oracle = rewards_of(cfg, "evaluation.oracle") if cfg.evaluation.oracle else []
+    trained = rewards_of(cfg, "rewards")
+    # one that is trained and evaluated is one object, whose weights are in memory once
+    evaluated = _known(rewards_of(cfg, "evaluation.rewards"), trained)
+    return trained, evaluated, oracle
+
+
+def held_out_rewards(cfg: DictConfig, trained: Sequence[Reward], evaluated: Sequence[Reward]) -> list[Reward]:
+    """The rewards that watch training from outside; InputError for one that is trained."""
+    if not cfg.validation.get("held_out"):  # runs of before have no such key
+        return []
+    held_out = rewards_of(cfg, "validation.held_out")
+    refuse_trained(held_out, trained)
+    return _known(held_out, evaluated)
+
+
+def _known(rewards: Sequence[Reward], others: Sequence[Reward]) -> list[Reward]:
+    return [next((own for own in others if own == reward), reward) for reward in rewards]
+
+
+def rewards_of(cfg: DictConfig, place: str) -> list[Reward]:
+    """The rewards at a key, in the order of their names, which no command line changes."""
+    entries = OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True)
+    return sorted(load_rewards(entries, place, worker_logs()), key=lambda reward: reward.name)
+
+
+def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str, PoolPlan]:
+    """The four pools of the base's images: candidates, validation, test, and test with other seeds (the zero line)."""
+
+    def plan(split: str, seed: int, candidates: int, prompts: Sequence[Prompt]) -> PoolPlan:
+        return PoolPlan(Path(cfg.pool.root), cfg.model.name, split, seed, prompts, candidates, cfg.pool.prompts_per_shard)
+
+    evaluation, test = cfg.evaluation, splits["test"]
+    return {
+        "train": plan("train", cfg.pool.seed, cfg.pool.candidates, splits["train"]),
+        "validation": plan("validation", evaluation.seed, cfg.validation.images, splits["validation"]),
+        "test": plan("test", evaluation.seed, evaluation.images, test),
+        "zero": plan("test", evaluation.seed + 1, evaluation.images, test[: evaluation.zero_prompts]),
+    }
+
+
+def evaluate_policy(cfg: DictConfig, world: World, policy: Path, folder: Path, curves: Path | None = None) -> dict:
+    """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate.evaluate`."""
+    backbone, settings = world.backbone, world.generator.settings
+    tuned = ImageGenerator(backbone, load_policy(backbone, policy, settings.precision), policy_fingerprint(backbone, policy), settings)
+    return evaluate(
+        folder, world.plans["test"], tuned, world.evaluation_rewards, zero=world.plans["zero"], oracle=world.oracle,
+        title=f"{cfg.model.name}: tuned against base", config=OmegaConf.to_yaml(cfg, resolve=True), curves=curves,
+    )  # fmt: skip
+
+
+
+

@@ -1,0 +1,28 @@
+"""A configuration composed outside the entry scripts, for programs that Hydra does not start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import capo
+from capo.errors import InputError
+
+REPOSITORY = Path(capo.__file__).parents[2]  # of an editable install, which holds conf/
+
+
+def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITORY / "conf") -> DictConfig:
+    """The configuration `name`.yaml in `folder` with `overrides`; None: of the overrides alone.
+
+    Raises InputError for overrides that cannot be used.
+    """
+    try:
+        with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
+            return compose(name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(f"{' '.join(overrides)}: cannot be used ({str(error).splitlines()[0]}); write NAME.key=value") from error

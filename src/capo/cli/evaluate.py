@@ -1,0 +1,58 @@
+"""What evaluate.py runs: the policy of a run, several runs, or an exported policy against its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from capo.cli.build import build_world, evaluate_policy
+from capo.cli.messages import plain_errors
+from capo.cli.process import prepare_process
+from capo.cli.readiness import check_ready, refuse_plans
+from capo.cli.run_config import run_config
+from capo.cli.values import check_values
+from capo.errors import InputError
+from capo.evaluation.compare import compare_runs, run_folders
+
+console = Console()
+
+
+def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
+    """Evaluate the policy of a run into its own folder, with the run's configuration."""
+    folder = Path(cfg.run)
+    own = run_config(folder, cfg, overrides)
+    check_ready(own, watching=False)
+    prepare_process(own.threads)
+    return evaluate_policy(own, build_world(own, watching=False), folder / "policy", folder / "evaluation", curves=folder / "metrics.csv")
+
+
+def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
+    """Evaluate an exported policy with the composed configuration."""
+    if cfg.base:
+        cfg.model.backbone.weights = str(Path(cfg.base).absolute())
+    check_ready(cfg, watching=False)
+    prepare_process(cfg.threads)
+    return evaluate_policy(cfg, build_world(cfg, watching=False), Path(cfg.policy), folder)
+
+
+def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
+    """One of the three: a run, several runs, a policy folder."""
+    check_values(cfg)
+    refuse_plans(cfg)
+    if cfg.runs:
+        return compare_runs(run_folders(cfg.runs), console)
+    if cfg.run:
+        return evaluate_run(cfg, overrides)
+    if cfg.policy:
+        return evaluate_folder(cfg, folder)
+    raise InputError("nothing to evaluate: give run=DIR, runs=[DIR,DIR] or policy=FOLDER")
+
+
+def main(cfg: DictConfig) -> None:
+    """Evaluate what the configuration names."""
+    hydra_config = HydraConfig.get()
+    with plain_errors("the same command" if cfg.run else None):
+        run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))

@@ -1,0 +1,104 @@
+"""What generate.py runs: pools filled stage by stage, images imported, pairs exported, candidates reported on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from capo.backbones.sampling import SamplerSettings
+from capo.cli.build import World, base_of, build_world, built, check_imported, training_data
+from capo.cli.messages import plain_errors
+from capo.cli.process import prepare_process
+from capo.cli.readiness import check_ready, check_weights, refuse_plans
+from capo.cli.report import check_scored, report_pool
+from capo.cli.values import check_values
+from capo.data.generation import COMMANDS, STAGES, fill_pool
+from capo.data.importing.filling import import_pool
+from capo.data.importing.sources import Source
+from capo.data.importing.survey import described
+from capo.data.pair_export import export_pairs
+from capo.data.pool.import_table import read_import_table
+from capo.errors import InputError, closest
+
+console = Console()
+FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}  # stage -> what of a pool it makes
+
+
+def import_source(cfg: DictConfig) -> Source:
+    """Where `stage=import` takes its images from. Raises InputError for a source that is not given or lacks a column."""
+    check_values(cfg)
+    check_weights(cfg)
+    if not cfg.get("import"):
+        raise InputError("stage=import: say what is imported: import=pickapic, import=rankings or import=folder, and import.files=PLACE")
+    if OmegaConf.is_missing(cfg["import"], "files"):
+        raise InputError("import.files: not given; it is the table, folder or list of tables to import, e.g. import.files=FOLDER")
+    return built(cfg["import"], _convert_="all")
+
+
+def import_images(cfg: DictConfig) -> None:
+    """Make a pool of images that are there already."""
+    source = import_source(cfg)
+    prepare_process(cfg.threads)
+    pool = import_pool(source, base_of(cfg), SamplerSettings(**cfg.sampling), Path(cfg.pool.root), cfg.model.name,
+                       prompts_per_shard=cfg.pool.prompts_per_shard)  # fmt: skip
+    console.print(described(read_import_table(pool.folder).report), markup=False)
+    console.print(f"python train.py pool.imported={pool.folder} objective=dpo", markup=False, soft_wrap=True)
+
+
+def export(cfg: DictConfig, world: World) -> None:
+    """Write the pairs that training of the same configuration draws from, for other trainers."""
+    data = training_data(cfg, world, stages=("scores",))
+    candidates = data.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, cfg.noise.shared)
+    settings = {"data": data.described, "model": cfg.model.name, "pairs": cfg.pairs._target_, "calibration": cfg.calibration,
+                "seed": cfg.seed}  # fmt: skip
+    own = cfg.pair_export
+    count = export_pairs(
+        candidates, data.scores(), world.backbone, own.file, per_prompt=own.per_prompt, image_format=own.images, row_group=own.row_group,
+        batch=cfg.sampling.decode or cfg.sampling.batch, settings=settings,
+    )  # fmt: skip
+    console.print(f"{count} pairs in {own.file}", soft_wrap=True)
+
+
+def report(cfg: DictConfig, world: World) -> None:
+    """Say what scores, calibrated rewards and pairs of the candidates look like (docs/calibration.md)."""
+    if not cfg.pool.imported:
+        check_scored(world.plans["train"], world.generator, world.rewards)
+    report_pool(training_data(cfg, world, stages=()), instantiate(cfg.pairs), cfg.calibration, console)
+
+
+def run(cfg: DictConfig) -> None:
+    """Fill the four pools, or run one stage of each; or import images, export pairs, report on the candidates."""
+    known = (*FILLING, "import", "export", "report")
+    refuse_plans(cfg)
+    if cfg.stage not in known:
+        near = closest(str(cfg.stage), known)
+        raise InputError(f"stage={cfg.stage} is unknown; choose {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+    if cfg.stage == "import":
+        return import_images(cfg)
+    scoring = cfg.stage in ("all", "score")
+    check_ready(cfg, scoring=scoring)
+    check_imported(cfg)
+    prepare_process(cfg.threads)
+    world = build_world(cfg, scoring=scoring)
+    if cfg.stage == "export":
+        return export(cfg, world)
+    if cfg.stage == "report":
+        return report(cfg, world)
+    for name, plan in world.plans.items():
+        if name == "train" and cfg.pool.imported:
+            continue  # its images are there
+        rewards = {
+            "train": world.rewards, "validation": [*world.rewards, *world.held_out],
+            "test": [*world.evaluation_rewards, *world.oracle], "zero": world.evaluation_rewards,
+        }[name]  # fmt: skip
+        pool = fill_pool(plan, world.generator, rewards, stages=FILLING[cfg.stage])
+        console.print(f"{name}: {len(plan.prompts)} prompts x {plan.candidates} images in {pool.folder}")
+
+
+def main(cfg: DictConfig) -> None:
+    """Run the configured stage."""
+    with plain_errors("the same command"):
+        run(cfg)

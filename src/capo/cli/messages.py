@@ -1,0 +1,170 @@
+"""Between a command line and its stage: a user's slip ends with one message, Ctrl-C with one line."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra._internal import utils as hydra_internals
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from capo.errors import InputError, closest
+
+REFUSED, INTERRUPTED = 2, 130  # exit codes
+PLACE_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR,
+}  # fmt: skip
+OTHER_PLACE = "make room there, or choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
+NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")  # null and a mapping are values, anything else names files
+SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
+UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind `error`: Lightning ends the process with exit code 1 where it meets one."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+
+
+@contextmanager
+def plain_errors(go_on: str | None = None) -> Iterator[None]:
+    """Ends the process with one message for a user's value, a disk that cannot be written, or Ctrl-C (exit code 130).
+
+    `go_on` says what goes on with interrupted work; by default the same command in the same directory. HYDRA_FULL_ERROR=1
+    brings the traces back.
+    """
+    try:
+        yield
+    except (InputError, OSError, SafetensorError) as error:
+        message = str(error) if isinstance(error, InputError) else disk_fault(error)
+        if message is None or _wants_trace():
+            raise
+        _end(f"error: {message}", REFUSED)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not was_interrupted(error) or _wants_trace():
+            raise
+        _end(f"interrupted; what was finished is kept, and {go_on or _same_command()} goes on", INTERRUPTED)
+
+
+def grouped(arguments: Sequence[str]) -> list[str]:
+    """The command line, in which `validation.held_out=[a,b]` names rewards, as Hydra's `rewards@validation.held_out=[a,b]` does."""
+    return [f"rewards@{argument}" if NAMED_HELD_OUT.match(argument) else argument for argument in arguments]
+
+
+def start(main: Callable[[], object]) -> None:
+    """Calls a script's `main`, which `hydra.main` has made, with one message for a slip in the command line.
+
+    Hydra's own message for an unknown key proposes to add it, which would then be ignored in silence.
+    """
+    report = hydra_internals.run_and_report
+    sys.argv[1:] = grouped(sys.argv[1:])
+
+    def explained(call: Callable[[], object]) -> object:
+        try:
+            return call()
+        except Exception as error:
+            message = command_fault(error) or disk_fault(error) or disk_fault(error.__cause__)
+            if message is None or _wants_trace():
+                raise
+            _end(f"error: {message}", REFUSED)
+
+    hydra_internals.run_and_report = lambda call: report(lambda: explained(call))
+    try:
+        main()
+    except KeyboardInterrupt:  # before the stage has begun, or between the jobs of a sweep
+        _end("interrupted; what was finished is kept", INTERRUPTED)
+    finally:
+        hydra_internals.run_and_report = report
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """A message where `error` says that a place cannot be written; None where it says something else."""
+    if isinstance(error, SafetensorError):  # which has the number of the system's error in its text
+        known = any(f"(os error {number})" in str(error) for number in PLACE_ERRORS)
+        return f"weights cannot be written ({error}): {OTHER_PLACE}" if known else None
+    if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
+        return None
+    return f"{error.filename or 'a file'} cannot be used ({error.strerror}): {OTHER_PLACE}"
+
+
+def command_fault(error: BaseException) -> str | None:
+    """What is wrong with a command line, and what was probably meant; None for any other error."""
+    if isinstance(error, OverrideParseException):
+        reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See "))]
+        return f"'{error.override}' cannot be read ({' '.join(reasons)}); write key=value, and quote what has brackets or spaces"
+    if isinstance(error, MissingConfigException):
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        if options := error.options or _choices(str(error), group):
+            near = [f"{group}={name}" for name in closest(choice, options)]
+            return f"{group}={choice}: no such choice; there are {', '.join(options)}{_meant(near)}"
+    if not isinstance(error, ConfigCompositionException):
+        return None
+    cause, unknown = error.__cause__, UNKNOWN_KEY.search(str(error))
+    if unknown and isinstance(getattr(cause, "parent_node", None), DictConfig):
+        key = unknown[1]
+        return f"there is no key '{key}'{_meant(alike(key, _keys(cause.parent_node._get_root())))} `--cfg job` lists all keys"
+    return " ".join(f"{error} {cause or ''}".split())
+
+
+def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
+    """The known keys that `key` is probably meant to be: those of the same last name, or written much like it."""
+    last = key.rpartition(".")[2]
+    likeness = {name: difflib.SequenceMatcher(a=key, b=name).ratio() for name in known}
+    chosen = [name for name, ratio in likeness.items() if ratio > 0.75 or name.rpartition(".")[2] == last]
+    chosen.sort(key=likeness.__getitem__, reverse=True)
+    return [name for place, name in enumerate(chosen) if not any(better.startswith(f"{name}.") for better in chosen[:place])][:count]
+
+
+def _keys(cfg: DictConfig) -> list[str]:
+    """The groups at the top, and the dotted key of every value."""
+    found: list[str] = []
+
+    def walk(node: object, key: str) -> None:
+        if isinstance(node, dict) and node:
+            for name, value in node.items():
+                walk(value, f"{key}.{name}" if key else name)
+        else:
+            found.append(key)
+
+    walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return [*dict.fromkeys([*map(str, cfg), *found])]
+
+
+def _choices(message: str, group: str) -> list[str]:
+    """Files of a group in the folder that Hydra searched, where it does not say itself: one of a list is not there."""
+    searched = SEARCHED.search(message)
+    return sorted(path.stem for path in Path(searched[1], group).glob("*.yaml")) if searched and group else []
+
+
+def _meant(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ";"
+
+
+def _same_command() -> str:
+    if not HydraConfig.initialized():
+        return "the same command"
+    own = HydraConfig.get()
+    if own.mode is RunMode.MULTIRUN:
+        return f"the same command with hydra.sweep.dir={own.sweep.dir}"
+    return f"the same command with hydra.run.dir={own.runtime.output_dir}"
+
+
+def _wants_trace() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+
+
+def _end(message: str, code: int) -> None:
+    for bar in list(getattr(tqdm, "_instances", ())):  # Lightning leaves its own open
+        bar.close()
+    print(message, file=sys.stderr)
+    raise SystemExit(code) from None

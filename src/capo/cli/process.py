@@ -1,0 +1,46 @@
+"""Threads and messages of this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from hydra.core.hydra_config import HydraConfig
+from transformers.utils import logging as transformers_logging
+
+from capo.errors import InputError
+from capo.runtime.launch import launch
+
+
+def prepare_process(threads: int | None) -> int:
+    """Set the torch threads of this process and silence what other libraries say of themselves; returns the threads.
+
+    Default: cores divided by the processes that a launcher started on this machine; where there is none, OMP_NUM_THREADS
+    counts, by which joblib tells the jobs of a sweep their share.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run that goes on
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads={threads} must be at least 1; leave it out for all cores")
+    torch.set_num_threads(threads or _default_threads())
+    return torch.get_num_threads()
+
+
+def _default_threads() -> int:
+    here, told = launch(), os.environ.get("OMP_NUM_THREADS", "")
+    processes = here.local_world if here.world > 1 else int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if not processes and told.isdigit() and int(told) > 0:
+        return int(told)
+    return max(1, (os.cpu_count() or 1) // (processes or 1))
+
+
+def worker_logs() -> Path | None:
+    """Folder for the logs of isolated rewards, in Hydra's output directory; None where no entry script runs."""
+    return Path(HydraConfig.get().runtime.output_dir) / "workers" if HydraConfig.initialized() else None

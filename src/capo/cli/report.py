@@ -1,0 +1,63 @@
+"""`generate.py stage=report`, and the same report before the first step of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from torch import Tensor
+
+from capo.calibration import calibrate
+from capo.data.candidates import Candidates, TrainingData
+from capo.data.generation import COMMANDS, ImageGenerator, PoolPlan, lacking, stages_of
+from capo.data.labels import scored
+from capo.data.pool import Pool, pool_name
+from capo.data.selection import Selection, select
+from capo.errors import InputError
+from capo.evaluation.reports.calibration_page import print_report, write_report
+from capo.evaluation.reports.calibration_report import CalibrationReport, calibration_report
+from capo.pairs import Strategy
+from capo.rewards import Reward
+
+POOL_FOLDER, RUN_FOLDER = "report", "calibration"  # where the report lies in a pool, in a run directory
+
+
+def check_scored(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> None:
+    """InputError that names the stage to run first, where the plan's pool lacks a score; nothing is made, no pool either."""
+    folder = Path(plan.root) / pool_name(plan.model, generator.fingerprint, plan.seed, plan.split)
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"stage=report: there is no pool {folder} yet: run generate.py with the same values and stage=all first")
+    pool = Pool.open(folder)
+    for stage in stages_of(pool, plan, generator, rewards, verify=False):
+        if stage.todo():
+            raise InputError(f"{lacking(stage)}, which stage=report needs: run generate.py with the same values and "
+                             f"stage={COMMANDS[stage.name]} first (stage=all runs every stage that is left)")
+
+
+def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Console) -> Path:
+    """Writes the report of a scored pool to its folder `report`, and says what it found; returns that folder.
+
+    A pool without a single usable pair is reported too. Raises InputError for scores that cannot be used and a folder that cannot
+    be written.
+    """
+    scores, labels = data.scores(), data.labels
+    calibrated = calibrate(scores, [s.link for s in labels], [s.scale for s in labels], method, [s.name for s in labels])
+    report = _report(data, scores, calibrated, select(strategy, scores, calibrated), strategy, method)
+    folder = data.pool.folder / POOL_FOLDER
+    warnings = write_report(folder, f"Calibration of {data.pool.folder.name}", report, {"calibration": method})
+    print_report(report, warnings, console)
+    console.print(f"calibration report: {folder / 'calibration.html'}", markup=False, soft_wrap=True)
+    return folder
+
+
+def report_run(data: TrainingData, candidates: Candidates, strategy: Strategy, method: str, run: Path) -> list[str]:
+    """Writes the report of what a run trains on to `run`/calibration; returns its warnings. Reads neither images nor weights."""
+    report = _report(data, candidates.scores, candidates.calibrated, candidates.selection, strategy, method)
+    return write_report(run / RUN_FOLDER, f"Calibration of {data.pool.folder.name}", report, {"calibration": method})
+
+
+def _report(data: TrainingData, scores: Tensor, calibrated: Tensor, selection: Selection, strategy: Strategy,
+            method: str) -> CalibrationReport:
+    texts, chosen = [prompt.text for prompt in data.prompts], not scored(data.labels)
+    return calibration_report(scores, calibrated, selection, data.labels, texts, method, strategy, chosen)

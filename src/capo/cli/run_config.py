@@ -1,0 +1,161 @@
+"""A run directory that is there already: what was configured, how far it came, whether a new start may go on from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from capo.errors import InputError
+from capo.runtime.files import write_whole
+from capo.runtime.run_folder import CONFIG, OUTCOME
+
+LAYOUT = 2  # of a run directory: what lies in it under which name, and which keys config.yaml has
+WRITER = "written_by"  # key of config.yaml: layout, and the version of this package
+# what may differ: where things lie, who watches, what happens after training, what moves a step by rounding only, and a rate
+# that acts through trainer.lr alone, which is compared
+FREE = (
+    "model.adapter_lr", "run_dir", "logger", "validation.held_out", "data.workers", "pool.root", "evaluate", "export", "push_to_hub", "plan", "planning", "check", "hydra",
+    *(f"trainer.{key}" for key in ("strategy", "devices", "num_nodes", "micro_batch", "gradient_checkpointing", "compile",
+                                   "compile_tolerance", "channels_last")),
+)  # fmt: skip
+# where a reward runs, how long it may take, what is known of its size, and of a prompt set's
+FREE_WITHIN = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size")
+MISSING = "(not there)"
+
+
+class Progress(Enum):
+    """How far the run in a directory has come."""
+
+    NEW = "new"
+    BEGUN = "begun"
+    FINISHED = "finished"
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two configurations differ, FREE ones left out."""
+    found = []
+    for key in sorted(old.keys() | new.keys(), key=str):
+        name = f"{prefix}{key}"
+        if name in FREE or FREE_WITHIN.fullmatch(name):
+            continue
+        before, after = old.get(key, MISSING), new.get(key, MISSING)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{name}.")
+        elif before != after:
+            found.append(f"{name}: {before} -> {after}")
+    return found
+
+
+def read_config(folder: Path) -> DictConfig:
+    """The configuration of the run in `folder`. Raises InputError where it cannot be read, or is of another layout."""
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[DictConfig, str]:
+    """The configuration, and the version of this package that wrote it."""
+    path, here = folder / CONFIG, version("capo")
+    try:
+        cfg = OmegaConf.load(path)
+        writer = cfg.pop(WRITER, {"layout": LAYOUT, "capo": here})  # the first runs do not say
+        layout, capo = writer["layout"], writer["capo"]
+    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it, or choose another directory") from error
+    if layout != LAYOUT:
+        raise InputError(
+            f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout {LAYOUT}: use that version "
+            f"for it (pip install capo=={capo}), or train again in another hydra.run.dir; its policy alone is an ordinary "
+            "diffusers folder (evaluate.py policy=FOLDER)"
+        )
+    return cfg, capo
+
+
+def open_run(folder: Path, cfg: DictConfig) -> Progress:
+    """Begin, continue or recognise the run of `cfg` in `folder`; writes `config.yaml`.
+
+    A larger `trainer.max_steps` continues a run, a finished one too. Raises InputError for a directory that holds another
+    run, with the differences.
+    """
+    path = folder / CONFIG
+    new = OmegaConf.to_container(cfg, resolve=True)
+    progress = Progress.NEW
+    if path.is_file():
+        stored, capo = _read(folder)
+        old = OmegaConf.to_container(stored, resolve=True)
+        before, after = old["trainer"]["max_steps"], new["trainer"]["max_steps"]
+        longer = isinstance(before, int) and isinstance(after, int) and after > before
+        if longer:
+            old["trainer"]["max_steps"] = after
+        if found := differences(old, new):
+            raise InputError(
+                f"{folder} holds a run of another configuration" + ("" if capo == version("capo") else f", written by capo {capo}")
+                + ":\n  " + "\n  ".join(found)
+                + "\ngive the same values to go on with it, or another hydra.run.dir"
+            )  # fmt: skip
+        progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
+        if longer:
+            (folder / OUTCOME).unlink(missing_ok=True)
+    written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo")}})
+    write_whole(path, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
+    return progress
+
+
+
+
+def is_finished(folder: Path, cfg: DictConfig) -> bool:
+    """Whether `folder` holds a run that has trained for as many steps as `cfg` asks for."""
+    if not (folder / OUTCOME).is_file():
+        return False
+    before, after = read_config(folder).trainer.max_steps, cfg.trainer.max_steps
+    return not (isinstance(before, int) and isinstance(after, int) and after > before)
+
+
+def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
+    """What a run's config may not call: each `_target_` outside this package and the modules in `trusted`, and each program
+    (a reward's `python`) that is not in `trusted` itself.
+    """
+    found: list[str] = []
+
+    def walk(node) -> None:
+        if isinstance(node, dict):
+            target = node.get("_target_")
+            if target and not any(target == module or target.startswith(f"{module}.") for module in ("capo", *trusted)):
+                found.append(target)
+            if "scorer" in node and node.get("python") and node["python"] not in trusted:
+                found.append(node["python"])
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(OmegaConf.to_container(cfg, resolve=False))
+    return found
+
+
+def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a finished run, with what the command line names in its place.
+
+    Raises InputError for a folder that is no run, a run that has not finished, and a run whose config would call code
+    outside this package that `trust` does not name.
+    """
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"run={folder} is no run: it has no config.yaml; give the directory that train.py printed")
+    own = read_config(folder)
+    if not (folder / OUTCOME).is_file():
+        raise InputError(f"run={folder} has not finished: it has no outcome.json; train it to its end first")
+    if foreign := foreign_targets(own, cfg.trust):
+        raise InputError(
+            f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, say trust=[{foreign[0] if '/' in foreign[0] else foreign[0].split('.')[0]}]"
+        )
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~").split("@")[-1]
+        if key not in ("run", "runs", "policy", "base", "trust") and not key.startswith("hydra"):
+            OmegaConf.update(own, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return own

@@ -1,0 +1,92 @@
+"""What train.py runs: a plan, a check, or a training run, once everything that can be refused early has been refused."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from capo.cli.messages import plain_errors
+from capo.cli.run_config import is_finished
+from capo.errors import InputError
+from capo.runtime.launch import check_fsdp, check_launch, divide, launch
+from capo.runtime.optimizers import check_optimiser
+from capo.runtime.run_folder import MONITOR, read_outcome
+
+
+def main(cfg: DictConfig) -> float:
+    """Run `cfg`, alone or as a job of a sweep; returns the best validation win-rate, NaN where there is none."""
+    own = HydraConfig.get()
+    with plain_errors():
+        if launch().world > 1:
+            check_places(own)
+        if own.mode is not RunMode.MULTIRUN:
+            return run(cfg)
+        from capo.cli.sweep import run_job, sweep_name
+
+        return run_job(partial(run, cfg, sweep_name(Path(own.sweep.dir))), Path(cfg.run_dir))
+
+
+def run(cfg: DictConfig, group: str | None = None) -> float:
+    """One training run, whole, or what is missing of it; returns the best validation win-rate.
+
+    `group` names the sweep that it is a job of. Heavy libraries are imported where they are needed: a plan needs no Lightning, and
+    what can be refused is refused before they are.
+    """
+    if cfg.plan:
+        from capo.cli.plan import run_plan
+
+        if launch().first:
+            run_plan(cfg, Console())
+        return math.nan
+    if cfg.check:
+        return check(cfg)
+    refuse_early(cfg)
+    from capo.cli.tune import complete_run
+
+    complete_run(cfg, group, Path(cfg.run_dir))
+    return read_outcome(Path(cfg.run_dir))[MONITOR]
+
+
+def check(cfg: DictConfig) -> float:
+    """Measure the model on this machine; returns NaN, since nothing is trained."""
+    if launch().world > 1:
+        raise InputError(f"check=true measures one device, but {launch().world} processes were started: run it without the launcher")
+    from capo.cli.check import run_checks
+    from capo.cli.tune import module_of
+
+    run_checks(cfg, module_of, Console())
+    return math.nan
+
+
+def refuse_early(cfg: DictConfig) -> None:
+    """InputError for what keeps `cfg` from running, before any weights load; of a finished run only its values count."""
+    from capo.cli.build import check_imported
+    from capo.cli.plan import require_room
+    from capo.cli.readiness import check_ready
+
+    trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
+    check_ready(cfg, finished)
+    check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)
+    check_fsdp(trainer.strategy, trainer.precision, trainer.optimizer, trainer.channels_last)
+    check_optimiser(trainer.optimizer)
+    divide(trainer.batch, launch().world, trainer.micro_batch)
+    if not finished:
+        check_imported(cfg)
+        require_room(cfg)
+
+
+def check_places(own: DictConfig) -> None:
+    """InputError where each of several processes would write to a directory of its own, or begin a sweep of its own."""
+    if own.mode is RunMode.MULTIRUN:
+        raise InputError(
+            f"-m with {launch().world} processes: each would begin the whole sweep; the jobs of a sweep take one process each, "
+            "and a run on several devices is started by itself (docs/training.md)"
+        )
+    if not any(override.startswith("hydra.run.dir=") for override in own.overrides.hydra):
+        raise InputError(f"{launch().world} processes would make a run directory each: give them one, hydra.run.dir=DIR")

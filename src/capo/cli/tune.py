@@ -1,0 +1,217 @@
+"""One training run from a configuration: tune, export, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from capo.backbones import Backbone
+from capo.backbones.export import export_policy, load_policy, policy_fingerprint
+from capo.backbones.model_card import ModelCard, write_card
+from capo.cli.build import World, build_world, evaluate_policy, training_data
+from capo.cli.process import prepare_process
+from capo.cli.report import RUN_FOLDER, report_run
+from capo.cli.run_config import Progress, open_run
+from capo.cli.sweep import found_figures
+from capo.data.dataset import ENCODE
+from capo.data.generation import ImageGenerator
+from capo.data.images import Drawn
+from capo.evaluation.held_out import HeldOut, alarms
+from capo.evaluation.reports.calibration_page import print_warnings
+from capo.evaluation.reports.page import image_grid
+from capo.module import Execution, PreferenceModule, Weighting
+from capo.runtime.hub import push
+from capo.runtime.launch import Division, divide, launch
+from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
+from capo.runtime.processes import by_first, leave_group, process_group
+from capo.runtime.run_folder import EVALUATION, MONITOR, POLICY, POOLS, RESULTS, read_outcome, write_outcome
+from capo.training.checkpoints import load_best
+from capo.training.fit import encode_aside, fit
+from capo.training.loader import PreferenceData
+from capo.training.loggers import RunIdentity, WandbRun
+from capo.training.summary import beta_warning, print_summary
+from capo.training.validation import WinRateValidation, validation_set
+
+console = Console()
+OPTIMISERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
+
+
+def target_name(node: DictConfig) -> str:
+    """The name of the function that a group's choice calls."""
+    return node._target_.rsplit(".", 1)[-1]
+
+
+def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidation:
+    """Make the base's validation images and a first picture of them."""
+    settings = cfg.validation
+    judges = [*world.rewards, *world.held_out]
+    drawn = Drawn.fill(world.plans["validation"], world.generator, judges, progress=True)
+    base = validation_set(drawn, judges, settings.pictures)
+    if launch().first:
+        image_grid(base.pictures, base.pictures, [p.text for p in base.prompts[: settings.pictures]], folder / "step000000.png")
+    console.print(f"validation pictures of the base: {folder / 'step000000.png'}")
+    held_out = HeldOut(world.held_out, cfg.evaluation.seed)
+    return WinRateValidation(base, world.backbone, world.rewards, world.generator.settings, settings.every, folder, held_out)
+
+
+def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
+    """Policy, reference and objective."""
+    lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
+    trainer = cfg.trainer
+    return PreferenceModule(
+        backbone, instantiate(cfg.objective), lr=trainer.lr, warm_up=trainer.warm_up, lora=lora,
+        weighting=Weighting(cfg.noise.weighting, cfg.noise.bias), draw=cfg.noise.draw, gradient_clip=trainer.gradient_clip,
+        max_bad_steps=trainer.max_bad_steps,
+        execution=Execution(
+            trainer.precision, trainer.optimizer, trainer.gradient_checkpointing, trainer.compile, trainer.compile_tolerance,
+            trainer.channels_last, half_frozen=cfg.sampling.precision == trainer.precision,  # or validation could not draw with it
+        ),
+    )  # fmt: skip
+
+
+def division_of(cfg: DictConfig) -> Division:
+    """How the pairs of a step are shared out over the processes. Raises InputError where that does not come out whole."""
+    return divide(cfg.trainer.batch, launch().world, cfg.trainer.micro_batch)
+
+
+def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
+    """What the summary and the model card say of the optimisation."""
+    weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
+    trainer = cfg.trainer
+    return {
+        "objective": target_name(cfg.objective),
+        "effective beta": "none" if module.beta is None else f"{module.beta:g}, on mean errors, no further factor",
+        "pairs": target_name(cfg.pairs),
+        "calibration": cfg.calibration,
+        "weighting": weighting,
+        "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
+        "learning rate": f"{trainer.lr:g}, {OPTIMISERS[trainer.optimizer]}, linear warm-up over {trainer.warm_up} steps",
+        "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
+        "policy": f"LoRA {dict(cfg.model.lora)}" if cfg.model.lora else "all weights",
+    }
+
+
+def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
+    """How trackers find the run: flat axes, tags, and the sweep that it is a job of."""
+    objective, pairs, rewards = target_name(cfg.objective), target_name(cfg.pairs), sorted(cfg.rewards)
+    axes = {
+        "objective": objective, "beta": cfg.objective.beta, "bias": cfg.noise.bias, "pairs": pairs, "rewards": "+".join(rewards),
+        "model": cfg.model.name, "lr": cfg.trainer.lr, "seed": cfg.seed,
+    }  # fmt: skip
+    return RunIdentity(axes, OmegaConf.to_container(cfg, resolve=True), group, [objective, pairs, cfg.model.name, *rewards])
+
+
+@contextmanager
+def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[Logger]]:
+    """The loggers; those that track runs get the run's identity before it, its figures after it, and are closed.
+
+    Only the first process has any.
+    """
+    loggers = list(instantiate(cfg.logger).values()) if launch().first else []
+    tracking = [logger for logger in loggers if isinstance(logger, WandbRun)]
+    try:
+        for logger in tracking:
+            logger.begin(identity_of(cfg, group))
+        yield loggers
+        for logger in tracking:
+            logger.summarise(found_figures(folder))
+    finally:
+        for logger in tracking:
+            logger.close()
+
+
+def tune(
+    cfg: DictConfig, world: World, folder: Path, loggers: Sequence[Logger]
+) -> tuple[PreferenceModule, float, dict[str, object]]:
+    """Fill the pools, select pairs, fit, keep the best. Returns module, its validation win-rate and the facts."""
+    module = module_of(cfg, world.backbone)  # before any image is drawn: a bad objective or beta ends here
+    strategy = instantiate(cfg.pairs)
+    validation = validation_of(cfg, world, folder / "validation")
+    data = training_data(cfg, world)
+    candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
+    facts = facts_of(cfg, module) | {"data": data.described}
+    print_summary(facts, candidates, module, console)
+    found = by_first(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
+    print_warnings(found, console)
+    console.print(f"calibration report: {folder / RUN_FOLDER}", markup=False, soft_wrap=True)
+    if warning := beta_warning(facts["objective"], module.beta, dict(cfg.model.beta_range or {}), cfg.model.name):
+        console.print(f"[yellow]{warning}")
+    trainer, division = cfg.trainer, division_of(cfg)
+    encode = partial(encode_aside, world.backbone) if cfg.data.text == ENCODE else None
+    best = fit(
+        module, PreferenceData(candidates.dataset, division.micro_batch, cfg.data.workers, encode), validation,
+        loggers, folder, max_steps=trainer.max_steps, log_every=trainer.log_every, strategy=trainer.strategy,
+        accelerator=trainer.accelerator, devices=trainer.devices, precision=trainer.precision, accumulate=division.accumulate,
+    )  # fmt: skip
+    return module, load_best(module, best), facts
+
+
+def train(cfg: DictConfig, world: World, folder: Path, loggers: Sequence[Logger]) -> None:
+    """Tune, export, and write down that training has finished; writing is the first process's."""
+    module, win_rate, facts = tune(cfg, world, folder, loggers)
+    by_first(lambda: finish(cfg, world, folder, module, win_rate, facts))
+
+
+def finish(cfg: DictConfig, world: World, folder: Path, module: PreferenceModule, win_rate: float, facts: dict[str, object]) -> None:
+    """Export the policy, and write down that training has finished."""
+    card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)
+    policy = export_policy(world.backbone, module.policy, folder / "policy", card, full=cfg.export == "full")
+    outcome = {MONITOR: win_rate, "policy": policy_fingerprint(world.backbone, policy), "card": dataclasses.asdict(card)}
+    write_outcome(folder, outcome | ({"alarms": alarms(folder / "metrics.csv")} if world.held_out else {}))
+
+
+def draw_for_evaluation(world: World, policy: Path, folder: Path) -> None:
+    """Make what is missing of the images that an evaluation in `folder` compares, beside the process that compares them."""
+    backbone, base, test = world.backbone, world.generator, world.plans["test"]
+    tuned = ImageGenerator(backbone, load_policy(backbone, policy, base.settings.precision), policy_fingerprint(backbone, policy), base.settings)
+    judges = [*world.evaluation_rewards, *world.oracle]
+    Drawn.fill(test, base, judges, progress=False)
+    Drawn.fill(world.plans["zero"], base, world.evaluation_rewards, progress=False)
+    Drawn.fill(dataclasses.replace(test, root=folder / POOLS), tuned, judges, progress=False)
+
+
+def evaluate_run(cfg: DictConfig, world: World, folder: Path) -> None:
+    """Compare the run's policy with the base, and put the win-rates on its card.
+
+    All processes draw the images, each what no other has drawn; the first one compares.
+    """
+    policy = folder / "policy"
+    if not launch().first:
+        draw_for_evaluation(world, policy, folder / "evaluation")
+        return
+    found = evaluate_policy(cfg, world, policy, folder / "evaluation", curves=folder / "metrics.csv")
+    write_card(world.backbone, policy, dataclasses.replace(ModelCard(**read_outcome(folder)["card"]), win_rates=found["win_rate"]))
+
+
+def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
+    """Do what is missing of the run in `folder`: tune and export, then evaluate where `evaluate` is set, push where asked.
+
+    `group` names the sweep that it is a job of.
+    """
+    prepare_process(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    console.quiet = not launch().first
+    with process_group(cuda=torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"):
+        progress, evaluated = by_first(lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file()))
+        if progress is Progress.FINISHED:
+            console.print(f"{folder} holds this run already, finished")
+        if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
+            world = build_world(cfg, watching=progress is not Progress.FINISHED)
+            with trackers(cfg, group, folder) as loggers:
+                if progress is not Progress.FINISHED:
+                    train(cfg, world, folder, loggers)
+                leave_group()  # what follows needs no answer from the others
+                if cfg.evaluate:
+                    evaluate_run(cfg, world, folder)
+    if cfg.push_to_hub and launch().first:
+        console.print(f"pushed: {push(folder / POLICY, cfg.push_to_hub)}")
+    console.print(f"best validation win-rate {read_outcome(folder)[MONITOR]:.3f}; everything of this run is in {folder}")

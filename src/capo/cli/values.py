@@ -1,0 +1,257 @@
+"""Which values a configuration may hold: one table of keys, read before anything is loaded or written."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from capo.backbones.mmdit import LONGEST
+from capo.backbones.precision import AUTOCAST, DTYPES
+from capo.calibration import LINKS, METHODS
+from capo.data.dataset import ENCODE, POOL
+from capo.data.pool.import_table import LABELS
+from capo.errors import InputError, closest
+from capo.noise import FLOW_DRAWS
+from capo.runtime.launch import STRATEGIES
+from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
+from capo.runtime.threads import BATCHES, OPERATIONS
+
+MISSING = "???"  # a value that has to be given; whoever needs it says so
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights stored in half would swallow steps of 1e-5
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be: in words, and as a test; `choices` are the words that it may be, if it is one of some."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    choices: Sequence[str] = ()
+
+    def fault(self, key: str, value: object) -> str | None:
+        """`key=value: must be ...`, or None where the value may be used."""
+        if self.holds(value):
+            return None
+        near = closest(str(value), self.choices)
+        return f"{key}={_shown(value)}: must be {self.words}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def whole(low: int | None = None, high: int | None = None) -> Rule:
+    """A whole number from `low` to `high`."""
+    span = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
+
+    def holds(value: Any) -> bool:
+        return type(value) is int and (low is None or value >= low) and (high is None or value <= high)
+
+    return Rule(f"a whole number{span}", holds)
+
+
+def number(above: float | None = None) -> Rule:
+    """A finite number, greater than `above`."""
+
+    def holds(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and (above is None or value > above)
+
+    return Rule("a finite number" if above is None else f"a finite number above {above}", holds)
+
+
+def one_of(names: Sequence[str]) -> Rule:
+    """One of some words."""
+    return Rule(f"one of {', '.join(names)}", lambda value: value in names, tuple(names))
+
+
+def optional(rule: Rule) -> Rule:
+    """`rule`, or null."""
+    return replace(rule, words=f"{rule.words}, or null", holds=lambda value: value is None or rule.holds(value))
+
+
+SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
+TEXT = Rule("text", lambda value: isinstance(value, str) and value != "")
+SEED = whole(0, 2**63 - 2)  # the zero line's seed is the next one
+
+
+def _are_devices(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "auto" or all(part.strip().isdigit() for part in value.split(","))
+    if isinstance(value, list):
+        return bool(value) and all(type(part) is int and part >= 0 for part in value)
+    return type(value) is int and (value >= 1 or value == -1)
+
+
+TABLE: dict[str, Rule] = {
+    "seed": SEED,
+    "threads": optional(whole(1)),
+    "calibration": one_of(list(METHODS)),
+    "objective.beta": replace(number(above=0), holds=optional(number(above=0)).holds),  # whether null will do, the objective says
+    "pool.root": TEXT,
+    "pool.seed": SEED,
+    "pool.candidates": whole(2),
+    "pool.prompts_per_shard": whole(1),
+    "pool.imported": optional(TEXT),
+    "pool.labels": one_of(LABELS),
+    "sampling.steps": whole(1),
+    "sampling.guidance": number(),
+    "sampling.batch": whole(1),
+    "sampling.decode": optional(whole(1)),
+    "sampling.precision": one_of(list(AUTOCAST)),
+    "sampling.parallel": one_of((OPERATIONS, BATCHES)),
+    "data.workers": whole(0),
+    "data.text": one_of((POOL, ENCODE)),
+    "noise.shared": SWITCH,
+    "noise.weighting": one_of(("sigmoid", "constant")),
+    "noise.bias": number(),
+    "noise.draw": one_of(list(FLOW_DRAWS)),
+    "model.draw": one_of(list(FLOW_DRAWS)),
+    "validation.every": whole(1),
+    "validation.images": whole(2),
+    "validation.pictures": whole(1),
+    "validation.held_out": Rule(
+        "rewards by name: validation.held_out=[looks] on the command line, rewards@validation.held_out: [looks] among a file's defaults",
+        lambda value: value is None or isinstance(value, Mapping),
+    ),
+    "evaluation.seed": SEED,
+    "evaluation.images": whole(2),
+    "evaluation.zero_prompts": whole(1),
+    "trainer.max_steps": whole(1),
+    "trainer.batch": whole(1),
+    "trainer.micro_batch": optional(whole(1)),
+    "trainer.lr": number(above=0),
+    "trainer.warm_up": whole(0),
+    "trainer.gradient_clip": optional(number(above=0)),
+    "trainer.max_bad_steps": whole(1),
+    "trainer.precision": one_of(PRECISIONS),
+    "trainer.accelerator": one_of(ACCELERATORS),
+    "trainer.devices": Rule("a number of devices (-1: all), a list of their numbers, or auto", _are_devices),
+    "trainer.strategy": one_of(STRATEGIES),
+    "trainer.num_nodes": whole(1),
+    "trainer.optimizer": one_of((ADAMW, ADAMW_8BIT)),
+    "trainer.gradient_checkpointing": SWITCH,
+    "trainer.compile": SWITCH,
+    "trainer.compile_tolerance": number(above=0),
+    "trainer.channels_last": SWITCH,
+    "trainer.log_every": whole(1),
+    "model.name": TEXT,
+    "model.adapter_lr": number(above=0),
+    "model.backbone.dtype": one_of(list(DTYPES)),
+    "model.backbone.t5": SWITCH,
+    "model.backbone.sequence_length": whole(0, LONGEST),
+    "model.lora.rank": whole(1),
+    "model.lora.alpha": number(above=0),
+    "model.lora.seed": SEED,
+    **{
+        f"{place}.*.{key}": rule
+        for place in ("rewards", "evaluation.rewards", "evaluation.oracle", "validation.held_out")
+        for key, rule in {
+            "link": one_of(list(LINKS)), "scale": number(above=0), "needs_prompt": SWITCH, "python": optional(TEXT),
+            "timeout": number(above=0),
+            "memory": optional(number(above=0)),
+        }.items()
+    },
+    "plan": SWITCH,
+    "check": SWITCH,
+    "planning.flops": number(above=0),
+    "planning.utilisation": Rule("a number above 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1),
+    "model.published": optional(TEXT),
+    "evaluate": SWITCH,
+    "export": one_of(("adapter", "full")),
+    "push_to_hub": optional(TEXT),
+    "import.better": one_of(("lower", "higher")),
+    "import.candidates": optional(whole(2)),
+    "import.limit": optional(whole(1)),
+    "pair_export.file": TEXT,
+    "pair_export.per_prompt": optional(whole(1)),
+    "pair_export.images": one_of(("jpeg", "png")),
+    "pair_export.row_group": whole(1),
+    "run": optional(TEXT),
+    "policy": optional(TEXT),
+    "base": optional(TEXT),
+}
+CALLED = ("objective", "pairs", "prompts")  # groups of one `_target_`, whose arguments are what its signature says
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Raises InputError with a line for each value that cannot be used: key, value, what it must be.
+
+    Values that are missing (`???`) are passed over, keys that the configuration does not have too.
+    """
+    values = resolved(cfg)
+    faults: dict[str, str] = {}
+    for pattern, rule in TABLE.items():
+        for key, value in _found(values, pattern.split(".")):
+            if value != MISSING and (fault := rule.fault(key, value)):
+                faults[key] = fault
+    for group in (*CALLED, *(("import",) if values.get("import") else ())):
+        for key, fault in _call_faults(group, values.get(group) or {}):
+            faults.setdefault(key, fault)
+    if faults:
+        lines = list(faults.values())
+        raise InputError(lines[0] if len(lines) == 1 else "\n  ".join(["these values cannot be used:", *lines]))
+
+
+def resolved(cfg: DictConfig) -> dict:
+    """The configuration as plain values; InputError for a reference (`${...}`) to what is not there."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{error.full_key or 'the configuration'} cannot be resolved ({reason}); give its value itself") from error
+
+
+
+
+def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tuple[str, object]]:
+    """(key, value) of everything at `path`, in which `*` stands for every name."""
+    if not path:
+        yield above[1:], values
+    elif isinstance(values, Mapping):
+        for name in values if path[0] == "*" else [path[0]]:
+            if name in values:
+                yield from _found(values[name], path[1:], f"{above}.{name}")
+
+
+def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, fault) of arguments that the group's target does not take, or not of that type."""
+    target = node.get("_target_")
+    arguments = {name: value for name, value in node.items() if not name.startswith("_")}
+    try:
+        function = get_object(target)
+        signature, hints = inspect.signature(function), get_type_hints(function)
+    except Exception as error:  # importing a user's module can raise anything
+        yield f"{group}._target_", f"{group}._target_={target}: cannot be used ({error}); give module.function"
+        return
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    for name, value in arguments.items():
+        key = f"{group}.{name}"
+        if name not in signature.parameters and not takes_any:
+            near = closest(name, list(signature.parameters))
+            yield key, f"{key}={_shown(value)}: {target} takes no such argument" + (f"; did you mean {group}.{near[0]}?" if near else "")
+        elif value != MISSING and (rule := _hinted(hints.get(name))) and (fault := rule.fault(key, value)):
+            yield key, fault
+
+
+def _hinted(hint: object) -> Rule | None:
+    """The rule of a type annotation; None where it says nothing that a plain value could break."""
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = set(get_args(hint))
+        if kinds <= {str, Path}:
+            return TEXT
+        rule = _hinted((kinds - {type(None)}).pop()) if len(kinds - {type(None)}) == 1 else None
+        return optional(rule) if rule and type(None) in kinds else rule
+    return {int: whole(), float: number(), bool: SWITCH, str: TEXT}.get(hint)
+
+
+def _shown(value: object) -> str:
+    """A value as the command line has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -1,0 +1,109 @@
+"""From selected pairs to batches: what a visit of a prompt draws, in which order prompts are visited, and the loader."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from capo.data.batch import PreferenceBatch
+from capo.data.pool import PoolReader
+from capo.data.prompts import Prompt
+from capo.data.selection import Selection
+from capo.errors import InputError
+
+POOL, ENCODE = "pool", "encode"  # where a batch's text comes from
+Encode = Callable[[list[str]], dict[str, Tensor]]  # B prompts -> what `Backbone.predict` needs, leading B
+
+def visit_generator(seed: int, prompt_id: str, visit: int) -> np.random.Generator:
+    """The generator of everything random in one visit of a prompt; a function of its arguments alone."""
+    key = hashlib.blake2b(f"{seed}/{prompt_id}/{visit}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
+
+
+class PairDataset(Dataset):
+    """One pair per (row, visit): row of the selection, number of the visit.
+
+    Pair, u and noise of a visit are functions of (seed, prompt_id, visit), so they depend neither on the order of
+    visits nor on the number of loader workers.
+    """
+
+    def __init__(
+        self, reader: PoolReader, positions: Sequence[int], prompts: Sequence[Prompt], selection: Selection,
+        seed: int, shared_noise: bool = False,
+    ):  # fmt: skip
+        if not len(positions) == len(prompts) == len(selection.pairs):
+            raise ValueError(f"{len(positions)} positions, {len(prompts)} prompts, {len(selection.pairs)} selected rows")
+        self.reader, self.positions, self.prompts = reader, list(positions), list(prompts)
+        self.selection, self.seed, self.shared_noise = selection, seed, shared_noise
+        self.stored_text = True  # whether the pool's embeddings are read
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        row, visit = key
+        draw = visit_generator(self.seed, self.prompts[row].id, visit)
+        pair = list(self.selection.draw(row, draw.integers))
+        latents = self.reader.latents(self.positions[row], pair).float()
+        u = draw.random()
+        kinds = 1 if self.shared_noise else len(pair)
+        noise = torch.from_numpy(draw.standard_normal((kinds, *latents.shape[1:]), dtype=np.float32))
+        return {
+            "latents": latents,
+            "noise": noise.expand_as(latents),
+            "u": u,
+            "calibrated_rewards": self.selection.rewards[row, pair],
+            "text": self.reader.text(self.positions[row]) if self.stored_text else {},
+            "prompt": self.prompts[row].text,
+            "prompt_id": self.prompts[row].id,
+        }
+
+
+def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
+    """Stack the items of `PairDataset`; `encode` makes the text of a batch at once where it was not read.
+
+    Text encoders round by batch: encoded with others than in the pool, an embedding can differ in its last bits.
+    """
+    stacked = {name: torch.stack([item[name] for item in items]) for name in ("latents", "noise", "calibrated_rewards")}
+    text = (
+        {name: torch.stack([item["text"][name] for item in items]) for name in items[0]["text"]}
+        if encode is None else encode([item["prompt"] for item in items])
+    )  # fmt: skip
+    # u rounded down, because float32 would round the largest of them to 1
+    u = torch.tensor([item["u"] for item in items], dtype=torch.float64).clamp(max=1 - 2**-24).float()
+    return PreferenceBatch(u=u, text=text, prompt_ids=[item["prompt_id"] for item in items], **stacked)
+
+
+class VisitSampler(Sampler):
+    """An endless stream of batches of (row, visit).
+
+    Epoch e visits every usable row once, in a permutation that is a function of (seed, e); a batch may span two epochs. Of
+    each global batch every rank takes its own part, so the stream is the same whatever their number.
+    """
+
+    def __init__(self, rows: Sequence[int], seed: int, batch: int, rank: int = 0, world: int = 1, start: int = 0):
+        if len(rows) == 0:
+            raise InputError("no prompt has a usable pair; use more candidates (pool.candidates), other rewards or pairs=sum")
+        self.rows, self.seed, self.batch = np.asarray(rows), seed, batch
+        self.rank, self.world, self.start = rank, world, start
+        self._epoch, self._order = -1, self.rows
+
+    def _visit(self, count: int) -> tuple[int, int]:
+        """Row and visit number of the stream's element `count`."""
+        epoch, place = divmod(count, len(self.rows))
+        if epoch != self._epoch:
+            order = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
+            self._epoch, self._order = epoch, order.permutation(self.rows)
+        return int(self._order[place]), epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.start
+        while True:
+            first = (step * self.world + self.rank) * self.batch
+            yield [self._visit(first + i) for i in range(self.batch)]
+            step += 1

@@ -1,0 +1,117 @@
+"""An imported pool on disk: text, latents and human choices, shard by shard; what is there is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from capo.backbones import Backbone
+from capo.backbones.sampling import SamplerSettings
+from capo.data.generation import check_space, run_stage
+from capo.data.importing.images import BrokenImage, picture, pixels
+from capo.data.importing.sources import Source
+from capo.data.importing.survey import survey
+from capo.data.labels import HUMAN
+from capo.data.pool import Manifest, Pool, Shard, pool_name
+from capo.data.pool.import_table import ImportTable, is_imported, read_import_table, write_import_table
+from capo.data.prompts import Prompt
+from capo.data.stages import Report, Stage, TextStage
+from capo.errors import InputError
+
+SPLIT = "imported"
+
+
+def image_size(backbone: Backbone) -> tuple[int, int]:
+    """(width, height) in pixels of the images that the model's latents decode to."""
+    factor = 2 ** (len(backbone.vae.config.block_out_channels) - 1)
+    _, height, width = backbone.latent_shape
+    return width * factor, height * factor
+
+
+class EncodeStage(Stage):
+    """Images through the VAE: the posterior's mode, so nothing is drawn. Batches never reach into another shard."""
+
+    name = "latents"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool,
+                 source: Source, table: ImportTable):
+        super().__init__(pool, rows, backbone, settings, verify)
+        self.source, self.table = source, table
+
+    def missing(self, row: int) -> list[Shard]:
+        return [shard for shard in self.pool.row_shards(row, self.table.candidates) if not self.pool.has_latents(shard, self.verify)]
+
+    def run(self, shard: Shard, report: Report) -> None:
+        places = self.table.places[shard.positions.start:shard.positions.stop, shard.candidates.start:shard.candidates.stop]
+        flat = [tuple(place) for place in places.reshape(-1, 3).tolist()]
+        parts = []
+        for start in range(0, len(flat), self.settings.batch):
+            images = [self._picture(place) for place in flat[start:start + self.settings.batch]]
+            parts.append(self.backbone.encode_images(pixels(images)).cpu())
+            report(len(images))
+        latents = torch.cat(parts).unflatten(0, places.shape[:2])
+        self.pool.write_latents(shard, latents, self.record() | {"pillow": version("pillow")})
+
+    def _picture(self, place: tuple[int, int, int]):
+        try:
+            return picture(self.source.cell(place), self.source.images, image_size(self.backbone))
+        except BrokenImage as error:
+            raise InputError(f"{self.source.where(place)} could be read at first and now cannot ({error}); restore it") from error
+
+    def bytes_missing(self) -> int:
+        return 2 * torch.Size(self.backbone.latent_shape).numel() * sum(shard.images for shard in self.todo())
+
+
+class ChoiceStage(Stage):
+    """Who was preferred, as the scores of `HUMAN`: ranks, 0 the worst."""
+
+    name = "choices"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool, table: ImportTable):
+        super().__init__(pool, rows, backbone, settings, verify)
+        self.table = table
+
+    def missing(self, row: int) -> list[Shard]:
+        if self.table.ranks is None:
+            return []
+        shards = self.pool.row_shards(row, self.table.candidates)
+        return [shard for shard in shards if not self.pool.has_scores(HUMAN.key, shard, self.verify)]
+
+    def run(self, shard: Shard, report: Report) -> None:
+        ranks = self.table.ranks[shard.positions.start:shard.positions.stop, shard.candidates.start:shard.candidates.stop]
+        self.pool.write_scores(HUMAN.key, shard, torch.from_numpy(ranks.copy()), {})
+        report(shard.images)
+
+    def bytes_missing(self) -> int:
+        return 0  # a thousandth of the latents
+
+
+def import_pool(source: Source, backbone: Backbone, settings: SamplerSettings, root: Path, model: str, *,
+                prompts_per_shard: int = 8, progress: bool = True) -> Pool:
+    """The pool of a source under `root`, made, completed or found whole.
+
+    The generator in its manifest is the fingerprint of the source's content, its seed 0, since nothing is drawn. Raises InputError
+    where nothing can be imported, for too little disk space, and for a pool there of another model's latents or texts.
+    """
+    parts = backbone.fingerprints
+    manifest = Manifest(prompts_per_shard=prompts_per_shard, seed=0, generator=source.fingerprint,
+                        latent_space=parts["latent_space"], text_encoders=parts["text_encoders"])
+    folder = Path(root) / pool_name(model, manifest.generator, 0, SPLIT)
+    table = None if is_imported(folder) else survey(source, progress)
+    pool = Pool.create(folder, manifest)
+    if table is not None:
+        with pool.lock("imported", wait=True):
+            write_import_table(folder, table)
+    table = read_import_table(folder)
+    pool.append_prompts([Prompt(*pair) for pair in zip(table.ids, table.texts, strict=True)], SPLIT)
+    pool.check_latent_shape(backbone.latent_shape)
+    rows = pool.text_shards()
+    stages = [TextStage(pool, rows, backbone, settings, True), EncodeStage(pool, rows, backbone, settings, True, source, table),
+              ChoiceStage(pool, rows, backbone, settings, True, table)]
+    check_space(pool, stages)
+    for stage in stages:
+        run_stage(stage, progress)
+    return pool

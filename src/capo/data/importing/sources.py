@@ -1,0 +1,245 @@
+"""Where preferences come from: which columns hold captions, images and the order in which somebody put them.
+
+Each function of the Hydra group `import` makes a `Source`. Paths are checked when it is made, images later.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from capo.data.importing.ordering import (
+    TOO_FEW,
+    UNEQUAL,
+    Entry,
+    Place,
+    choice_of,
+    dense_ranks,
+    number_of,
+    numbers_of,
+    same_size,
+    unusable,
+)
+from capo.data.importing.tables import RowCursor, Table
+from capo.data.prompts import normalise
+from capo.errors import InputError
+from capo.runtime.fingerprints import content_fingerprint, file_digest
+
+FOLDER_TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
+
+
+class Source(ABC):
+    """Tables of captions and images.
+
+    Attributes:
+        tables: in this order, which decides the order of the entries.
+        images: folder that paths of images are relative to.
+        columns: those that hold images.
+        options: JSON values that decide what the entries are.
+    """
+
+    def __init__(self, tables: Sequence[Table], images: Path, columns: Sequence[str], options: dict[str, object]):
+        self.tables, self.images, self.columns, self.options = list(tables), images, list(columns), options
+        self._cursors: dict[int, RowCursor] = {}
+
+    @abstractmethod
+    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+        """The entries as they stand in the tables; counts in `dropped` those that cannot be used, by reason."""
+
+    @abstractmethod
+    def pick(self, row: dict, item: int) -> object:
+        """The cell of image number `item` of a row."""
+
+    def cell(self, place: Place) -> object:
+        """What stands for an image: bytes, `{bytes, path}` or a path. Quick in rising order of places."""
+        table, row, item = place
+        if table not in self._cursors:
+            self._cursors = {table: RowCursor(self.tables[table], self.columns)}  # the last one's rows are let go
+        return self.pick(self._cursors[table].row(row), item)
+
+    def where(self, place: Place) -> str:
+        """How messages name an image: file, row (the first is 0) and which image of the row."""
+        table, row, item = place
+        return f"{self.tables[table].path.name} row {row}, {self.columns[item] if len(self.columns) > 1 else f'image {item}'}"
+
+    @cached_property
+    def _read(self) -> tuple[list[Entry], Counter[str]]:
+        dropped: Counter[str] = Counter()
+        return list(self.read(dropped)), dropped
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All entries that can be used, as far as the tables tell."""
+        return self._read[0]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> number of entries left out, as far as the tables tell."""
+        return dict(self._read[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits over the content: options, tables, and the files of images that lie outside of them."""
+        return content_fingerprint(
+            {"import": 1, "options": self.options, "tables": [file_digest(table.path) for table in self.tables], "images": self._files()}
+        )
+
+    def _files(self) -> list[str | None]:
+        outside = [any(table.holds_paths(column) for column in self.columns) for table in self.tables]
+        places = [place for entry in self.entries for place in entry.places if outside[place[0]]]
+        return [_digest(self.images, self.cell(place)) for place in places]
+
+
+def _digest(folder: Path, cell: object) -> str | None:
+    path = folder / cell if isinstance(cell, str) and cell else None
+    return file_digest(path) if path and path.is_file() else None
+
+
+class _Pairs(Source):
+    """A row is a comparison of two images."""
+
+    def __init__(self, tables, caption: str, image_0: str, image_1: str, label: str, limit: int | None):
+        for table in tables:
+            table.require({"caption": caption, "image_0": image_0, "image_1": image_1, "label": label})
+        options = {"kind": "pairs", "caption": caption, "images": [image_0, image_1], "label": label, "limit": limit}
+        super().__init__(tables, tables[0].path.parent, [image_0, image_1], options)
+        self.caption, self.label, self.limit = caption, label, limit
+
+    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+        found = 0
+        for number, table in enumerate(self.tables):
+            for row, values in table.rows([self.caption, self.label]):
+                if found == self.limit:
+                    return
+                caption = normalise(values.get(self.caption) or "")
+                ranks = choice_of(values.get(self.label), f"{table.path} row {row}: {self.label}")
+                if reason := unusable(caption, ranks):
+                    dropped[reason] += 1
+                    continue
+                found += 1
+                yield Entry(caption, ((number, row, 0), (number, row, 1)), ranks)
+
+    def pick(self, row: dict, item: int) -> object:
+        return row.get(self.columns[item])
+
+
+class _Lists(Source):
+    """A row is a caption with a list of images and a list of their places or scores."""
+
+    def __init__(self, tables, images: Path, caption: str, column: str, order: str, better: str, candidates: int | None):
+        for table in tables:
+            table.require({"caption": caption, "image": column, "order": order})
+        options = {"kind": "lists", "caption": caption, "images": column, "order": order, "better": better, "candidates": candidates}
+        super().__init__(tables, images, [column], options)
+        self.caption, self.order, self.better, self.candidates = caption, order, better, candidates
+
+    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+        yield from same_size(list(self._rows(dropped)), self.candidates, dropped)
+
+    def _rows(self, dropped: Counter[str]) -> Iterator[Entry]:
+        for number, table in enumerate(self.tables):
+            columns = [self.caption, self.order, *([self.columns[0]] if table.holds_paths(self.columns[0]) else [])]
+            for row, values in table.rows(columns):
+                where = f"{table.path} row {row}: {self.order}"
+                caption, numbers = normalise(values.get(self.caption) or ""), numbers_of(values.get(self.order), where)
+                ranks = dense_ranks(numbers, self.better) if numbers else None
+                count = len(values.get(self.columns[0]) or ()) if len(columns) == 3 else len(numbers or ())
+                if reason := unusable(caption, ranks) or (UNEQUAL if count != len(ranks) else None):
+                    dropped[reason] += 1
+                    continue
+                yield Entry(caption, tuple((number, row, item) for item in range(count)), ranks)
+
+    def pick(self, row: dict, item: int) -> object:
+        cells = row.get(self.columns[0]) or ()
+        return cells[item] if item < len(cells) else None
+
+
+class _Files(Source):
+    """A row is an image with its caption and, where there is one, its score; the rows of a caption are its candidates."""
+
+    def __init__(self, table: Table, images: Path, caption: str, column: str, score: str | None, better: str, candidates: int | None):
+        table.require({"caption": caption, "image": column} | ({"score": score} if score else {}))
+        options = {"kind": "files", "caption": caption, "images": column, "score": score, "better": better, "candidates": candidates}
+        super().__init__([table], images, [column], options)
+        self.caption, self.score, self.better, self.candidates = caption, score, better, candidates
+
+    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+        yield from same_size(list(self._captions(dropped)), self.candidates, dropped)
+
+    def _captions(self, dropped: Counter[str]) -> Iterator[Entry]:
+        groups: dict[str, list[tuple[int, float | None]]] = {}
+        for row, values in self.tables[0].rows([self.caption, *([self.score] if self.score else [])]):
+            score = number_of(values.get(self.score), f"{self.tables[0].path} row {row}: {self.score}") if self.score else None
+            groups.setdefault(normalise(values.get(self.caption) or ""), []).append((row, score))
+        for caption, members in groups.items():
+            scores = [score for _, score in members]
+            ranks = dense_ranks(scores, self.better) if self.score and None not in scores else None
+            if reason := TOO_FEW if len(members) < 2 else unusable(caption, ranks if self.score else (0, 1)):
+                dropped[reason] += 1
+                continue
+            yield Entry(caption, tuple((0, row, 0) for row, _ in members), ranks)
+
+    def pick(self, row: dict, item: int) -> object:
+        return row.get(self.columns[0])
+
+
+def pickapic(
+    files: str | list[str], caption: str = "caption", image_0: str = "jpg_0", image_1: str = "jpg_1", label: str = "label_0",
+    limit: int | None = None,
+) -> Source:  # fmt: skip
+    """Comparisons of two images in the columns of Pick-a-Pic: `label` is 1 where the first was chosen, 0 the second, 0.5 a tie.
+
+    `files`: a table, a folder of parquet files, or several; `limit`: the first so many comparisons.
+    """
+    return _Pairs(_tables(files), caption, image_0, image_1, label, limit)
+
+
+def rankings(
+    files: str | list[str], images: str | None = None, caption: str = "prompt", image: str = "image_path", order: str = "rank",
+    better: str = "lower", candidates: int | None = None,
+) -> Source:  # fmt: skip
+    """Rankings of several images, as HPD has them: lists of images and of their ranks (`better=lower`) or scores (`higher`).
+
+    `images`: folder that paths are relative to, by default the table's; `candidates`: see `same_size`.
+    """
+    tables = _tables(files)
+    return _Lists(tables, Path(images or tables[0].path.parent).expanduser(), caption, image, order, _direction(better), candidates)
+
+
+def folder(
+    files: str, table: str | None = None, caption: str = "caption", image: str = "file_name", score: str | None = None,
+    better: str = "higher", candidates: int | None = None,
+) -> Source:  # fmt: skip
+    """A folder of images with a table of one row an image: file, caption and, where somebody has judged them, a score.
+
+    `table`: file in the folder, by default the first of metadata.csv, .tsv, .jsonl, .parquet. `candidates`: see `same_size`.
+    """
+    root = Path(files).expanduser()
+    names = [table] if table else FOLDER_TABLES
+    found = next((root / name for name in names if (root / name).is_file()), None)
+    if found is None:
+        raise InputError(f"import.files={files}: no {' or '.join(names)} in it; name the table with import.table=FILE")
+    return _Files(Table(found), root, caption, image, score, _direction(better), candidates)
+
+
+def _tables(files: str | Sequence[str]) -> list[Table]:
+    paths: list[Path] = []
+    for name in [files] if isinstance(files, str) else files:
+        path = Path(name).expanduser()
+        inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not inside or not all(file.is_file() for file in inside):
+            what = "no parquet file in it" if path.is_dir() else "no such file"
+            raise InputError(f"import.files={name}: {what}; give a table, a folder of parquet files, or a list of them")
+        paths += inside
+    if not paths:
+        raise InputError("import.files is empty; give a table, a folder of parquet files, or a list of them")
+    return [Table(path) for path in paths]
+
+
+def _direction(better: str) -> str:
+    if better not in ("lower", "higher"):
+        raise InputError(f"import.better={better}: must be lower (ranks, 1 the best) or higher (scores)")
+    return better

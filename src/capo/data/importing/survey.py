@@ -1,0 +1,80 @@
+"""Which entries of a source can become prompts of a pool: those whose images can all be decoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from capo.data.importing.images import BrokenImage, check
+from capo.data.importing.ordering import Entry
+from capo.data.importing.sources import Source
+from capo.data.pool.import_table import ImportTable
+from capo.data.prompts import normalise, prompt_id
+from capo.errors import InputError
+
+NAMED = 10  # broken images that messages name; the report names all
+BROKEN = "with a broken image"
+
+
+def entry_id(text: str, occurrence: int) -> str:
+    """16 hex digits: of the first entry with that caption the prompt's own id, of a later one a hash of caption and number.
+
+    A normalised caption has no line break, so no caption has the id of another one's later entry.
+    """
+    if occurrence == 0:
+        return prompt_id(text)
+    return hashlib.blake2b(f"{normalise(text)}\n{occurrence}".encode(), digest_size=8).digest().hex()
+
+
+def survey(source: Source, progress: bool = True) -> ImportTable:
+    """Decodes every image once; entries with one that cannot be are left out, counted and named in the report.
+
+    Raises InputError where no entry is left.
+    """
+    kept: list[Entry] = []
+    broken: list[str] = []
+    for entry in tqdm(source.entries, desc="looking at images", unit="entry", disable=not progress, dynamic_ncols=True):
+        faults = [fault for place in entry.places if (fault := _fault(source, place))]
+        broken += faults
+        if not faults:
+            kept.append(entry)
+    dropped = {reason: count for reason, count in source.dropped.items() if count}
+    if lost := len(source.entries) - len(kept):
+        dropped[BROKEN] = lost
+    report = {"entries": len(kept), "dropped": dropped, "broken": broken}
+    if not kept:
+        raise InputError(f"nothing to import: {described(report)}")
+    return _table(kept, report)
+
+
+def _fault(source: Source, place: tuple[int, int, int]) -> str | None:
+    try:
+        check(source.cell(place), source.images)
+    except BrokenImage as error:
+        return f"{source.where(place)}: {error}"
+    return None
+
+
+def _table(kept: list[Entry], report: dict[str, object]) -> ImportTable:
+    seen: Counter[str] = Counter()
+    ids = []
+    for entry in kept:
+        ids.append(entry_id(entry.caption, seen[entry.caption]))
+        seen[entry.caption] += 1
+    chosen = kept[0].ranks is not None
+    ranks = np.array([entry.ranks for entry in kept], dtype=np.float32) if chosen else None
+    report = report | {"captions": len(seen)}
+    return ImportTable(ids, [entry.caption for entry in kept], np.array([e.places for e in kept], dtype=np.int64), ranks, report)
+
+
+def described(report: dict[str, object]) -> str:
+    """One paragraph: how many entries there are, how many were left out and why, the first broken images by name."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report["dropped"].items())) or "none"
+    captions = f" with {report['captions']} different captions" if "captions" in report else ""
+    lines = [f"{report['entries']} entries{captions}; left out: {reasons}", *report["broken"][:NAMED]]
+    if (more := len(report["broken"]) - NAMED) > 0:
+        lines.append(f"and {more} more broken images")
+    return "\n  ".join(lines)

@@ -1,0 +1,139 @@
+"""Selected pairs as a parquet file in the columns of Pick-a-Pic, for trainers other than this one."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from capo.backbones import Backbone
+from capo.data.candidates import Candidates
+from capo.data.dataset import PairDataset, visit_generator
+from capo.data.selection import pair_matrix
+from capo.errors import InputError
+from capo.runtime.files import REMEDY, whole_file
+
+FORMATS = {"jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0}, "png": {"format": "PNG"}}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair of the row `row` of a selection: candidates that win and lose; `side` is the winner's, 0 or 1."""
+
+    row: int
+    winner: int
+    loser: int
+    side: int
+
+    @property
+    def candidates(self) -> tuple[int, int]:
+        """The candidates of sides 0 and 1."""
+        return (self.winner, self.loser) if self.side == 0 else (self.loser, self.winner)
+
+
+def selected_pairs(dataset: PairDataset, per_prompt: int | None = 1) -> list[Pair]:
+    """The different pairs among those that training draws on the first `per_prompt` visits of each prompt; None: every pair there is.
+
+    The winner stands on side 0 in half of them, to one more or less: which, the dataset's seed decides.
+    """
+    rows = dataset.selection.usable.nonzero().flatten().tolist()
+    found = [(row, *pair) for row in rows for pair in _pairs_of(dataset, row, per_prompt)]
+    sides = np.random.Generator(np.random.Philox(key=[dataset.seed % 2**64, len(found)])).permutation(np.arange(len(found)) % 2)
+    return [Pair(*pair, side) for pair, side in zip(found, sides.tolist(), strict=True)]
+
+
+def _pairs_of(dataset: PairDataset, row: int, per_prompt: int | None) -> list[tuple[int, int]]:
+    selection = dataset.selection
+    if per_prompt is None:
+        matrix = pair_matrix(selection.winners[row], selection.losers[row], selection.rewards[row])
+        return [tuple(pair) for pair in matrix.nonzero().tolist()]
+    draws = (visit_generator(dataset.seed, dataset.prompts[row].id, visit) for visit in range(per_prompt))
+    return list(dict.fromkeys(selection.draw(row, draw.integers) for draw in draws))
+
+
+def export_pairs(candidates: Candidates, scores: Tensor, backbone: Backbone, path: str | Path, *, per_prompt: int | None = 1,
+                 image_format: str = "jpeg", row_group: int = 64, batch: int = 8, settings: dict | None = None,
+                 progress: bool = True) -> int:
+    """Decodes the images of the selected pairs and writes them to `path`; returns the number of pairs.
+
+    Columns: jpg_0 and jpg_1 (encoded images), label_0 and label_1 (1.0 for the winner, 0.0), caption, dR, scores_0 and scores_1
+    (raw, by reward), prompt_id, candidate_0, candidate_1.
+
+    Args:
+        candidates: from `TrainingData.select`.
+        scores: (P, N, L) raw scores of the same prompts.
+        per_prompt: see `selected_pairs`.
+        image_format: a key of FORMATS.
+        row_group: pairs in a row group; so many are in memory at a time.
+        batch: images decoded at a time.
+        settings: JSON values for the file's metadata.
+
+    Raises InputError for a path that cannot be written and a disk that has not enough room, judged by the first row group.
+    """
+    pairs = selected_pairs(candidates.dataset, per_prompt)
+    with whole_file(Path(path)) as unfinished, pq.ParquetWriter(unfinished, _schema(candidates.labels, settings)) as writer:
+        for start in tqdm(range(0, len(pairs), row_group), desc="pairs", disable=not progress, dynamic_ncols=True):
+            group = pairs[start:start + row_group]
+            writer.write_table(_table(group, candidates, scores, backbone, image_format, batch, writer.schema), row_group_size=row_group)
+            if start == 0:
+                _check_room(unfinished, len(group), len(pairs) - len(group))
+    return len(pairs)
+
+
+def _schema(rewards: Sequence[str], settings: dict | None) -> pa.Schema:
+    scores = pa.struct([(name, pa.float32()) for name in rewards])
+    return pa.schema(
+        {
+            "jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64(), "caption": pa.string(),
+            "dR": pa.float64(), "scores_0": scores, "scores_1": scores, "prompt_id": pa.string(), "candidate_0": pa.int32(),
+            "candidate_1": pa.int32(),
+        },
+        metadata={"capo": json.dumps(settings or {}, sort_keys=True)},
+    )  # fmt: skip
+
+
+def _table(group: Sequence[Pair], candidates: Candidates, scores: Tensor, backbone: Backbone, image_format: str, batch: int,
+           schema: pa.Schema) -> pa.Table:
+    dataset, gains = candidates.dataset, candidates.selection.rewards
+    # one stack, so that images are decoded in full batches whatever pair they belong to
+    latents = torch.cat([dataset.reader.latents(dataset.positions[pair.row], pair.candidates) for pair in group])
+    images = [encoded(image, image_format) for image in backbone.decode(latents, batch)]
+    rows = [
+        {
+            "jpg_0": images[2 * number], "jpg_1": images[2 * number + 1], "label_0": 1.0 - pair.side, "label_1": float(pair.side),
+            "caption": dataset.prompts[pair.row].text, "prompt_id": dataset.prompts[pair.row].id,
+            "dR": (gains[pair.row, pair.winner] - gains[pair.row, pair.loser]).item(),
+            **{f"scores_{side}": dict(zip(candidates.labels, scores[pair.row, candidate].tolist(), strict=True))
+               for side, candidate in enumerate(pair.candidates)},
+            **{f"candidate_{side}": candidate for side, candidate in enumerate(pair.candidates)},
+        }
+        for number, pair in enumerate(group)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema)
+
+
+def encoded(image: Image, image_format: str) -> bytes:
+    """An image file's bytes in one of FORMATS."""
+    buffer = io.BytesIO()
+    image.save(buffer, **FORMATS[image_format])
+    return buffer.getvalue()
+
+
+def _check_room(unfinished: Path, written: int, left: int) -> None:
+    """InputError where the disk has less room than `left` pairs will take, at the size of those `written`."""
+    needed = unfinished.stat().st_size * left / written
+    if needed > (free := shutil.disk_usage(unfinished.parent).free):
+        raise InputError(f"{left} pairs more need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {REMEDY}")
+
+

@@ -1,0 +1,182 @@
+"""Files that are there whole or not at all, checksums that say so, locks that no dead process keeps."""
+
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from capo.errors import InputError
+from capo.runtime.files import write_whole
+
+# safetensors' name -> what numpy reads it as, what torch makes of that (numpy has no bfloat16)
+DTYPES = {
+    "F64": (np.float64, torch.float64), "F32": (np.float32, torch.float32),
+    "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16),
+    "I64": (np.int64, torch.int64), "I32": (np.int32, torch.int32), "I16": (np.int16, torch.int16),
+    "I8": (np.int8, torch.int8), "U8": (np.uint8, torch.uint8), "BOOL": (np.bool_, torch.bool),
+}
+LOCK_POLL = 0.1  # seconds
+
+
+class DamagedShard(InputError):
+    """A file of a pool is truncated or changed after it was written; the message names file and remedy."""
+
+    def __init__(self, path: Path, reason: str):
+        self.path, self.reason = path, reason
+        super().__init__(f"{path} is damaged: {reason}; generate.py of the same configuration makes it again")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands at the start of a safetensors file."""
+
+    metadata: dict[str, str]
+    entries: dict[str, dict]  # name -> dtype, shape, data_offsets
+    start: int  # of the data, in bytes
+    size: int  # of the whole file, in bytes
+
+    def checksum(self, data: memoryview | bytes) -> str:
+        """sha256 over the header, as sorted JSON without the checksum itself, and the data."""
+        metadata = {key: value for key, value in self.metadata.items() if key != "checksum"}
+        digest = hashlib.sha256(json.dumps([metadata, self.entries], sort_keys=True).encode())
+        digest.update(data)
+        return digest.hexdigest()
+
+
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
+    """`write_whole` in a pool: the caller holds the lock that belongs to `path`, so it is the only writer."""
+    write_whole(path, *parts, remedy="make room, or set pool.root to a folder that can be written")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with `metadata` and a checksum in its header; any safetensors reader reads it."""
+    # cloned: safetensors refuses tensors that share memory, as expanded ones do
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = memoryview(save(owned, dict(metadata)))
+    header = parse_header(path, plain)
+    data = plain[header.start:]
+    metadata = header.metadata | {"checksum": header.checksum(data)}
+    # sorted, because safetensors' own order is random: the same content gives the same bytes
+    complete = {"__metadata__": dict(sorted(metadata.items())), **header.entries}
+    raw = json.dumps(complete).encode()
+    raw += b" " * (-len(raw) % 8)  # the format aligns the data to 8 bytes
+    write_file(path, len(raw).to_bytes(8, "little"), raw, data)
+
+
+def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
+    """Header from the first bytes of a file. Raises DamagedShard when they are not a safetensors header."""
+    length = int.from_bytes(start_of_file[:8], "little")
+    try:
+        entries = json.loads(bytes(start_of_file[8:8 + length]))
+        metadata = entries.pop("__metadata__", {})
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        return Header(metadata, dict(entries), 8 + length, 8 + length + end)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise DamagedShard(path, "its header cannot be read") from error
+
+
+def read_header(path: Path) -> Header:
+    """Header of the file at `path`; checks its size, not its data. Raises DamagedShard, FileNotFoundError."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = file.read(8)
+        start = length + file.read(min(int.from_bytes(length, "little"), size))
+    return whole_header(path, start, size)
+
+
+def whole_header(path: Path, start_of_file: memoryview | bytes, size: int) -> Header:
+    """`parse_header` of a file of `size` bytes. Raises DamagedShard as it does, and for another size."""
+    header = parse_header(path, start_of_file)
+    if header.size != size:
+        raise DamagedShard(path, f"it has {size} bytes instead of {header.size}")
+    return header
+
+
+class TensorFile:
+    """A safetensors file mapped into memory: `arrays` are views by name, read when they are indexed.
+
+    Slices through `safetensors.safe_open` cost 40 us each, a view of the mapping 2: with latents of some
+    kilobytes that is the reading. With `verify` the whole data is read once and its checksum compared. Raises
+    DamagedShard or FileNotFoundError.
+    """
+
+    def __init__(self, path: Path, verify: bool):
+        # opened once: pools of more files than may stay open are reopened at nearly every visit
+        with path.open("rb") as file:
+            try:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except ValueError as error:
+                raise DamagedShard(path, "it is empty") from error
+        self.header = whole_header(path, memoryview(self._map), len(self._map))
+        if verify:
+            data = memoryview(self._map)[self.header.start:]
+            if self.header.checksum(data) != self.header.metadata.get("checksum"):
+                raise DamagedShard(path, "its checksum is not that of its data")
+        self.arrays = {name: self._view(entry) for name, entry in self.header.entries.items()}
+        self._dtypes = {name: DTYPES[entry["dtype"]][1] for name, entry in self.header.entries.items()}
+
+    def _view(self, entry: dict) -> np.ndarray:
+        kind, shape = DTYPES[entry["dtype"]][0], entry["shape"]
+        count = math.prod(shape)
+        offset = self.header.start + entry["data_offsets"][0]
+        return np.frombuffer(self._map, kind, count, offset).reshape(shape)
+
+    def tensor(self, name: str, index=...) -> Tensor:
+        """A copy of `arrays[name][index]` with the dtype that was stored."""
+        copy, dtype = torch.from_numpy(np.array(self.arrays[name][index])), self._dtypes[name]
+        return copy if copy.dtype == dtype else copy.view(dtype)
+
+
+@contextmanager
+def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Yields whether this process now holds the advisory lock `path`; with `wait`, only once it does.
+
+    The system drops the lock of a process that dies. The file is removed on release, so that a pool keeps no
+    litter; who finds that what it locked is no longer the file of that name has lost and tries again.
+    """
+    while (handle := _try_lock(path)) is None and wait:
+        time.sleep(LOCK_POLL)
+    if handle is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _try_lock(path: Path) -> int | None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}): set pool.root to a folder "
+                         "that can be written") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+    except BlockingIOError:
+        pass
+    except FileNotFoundError:  # removed by its holder between the two looks
+        pass
+    except OSError as error:
+        warnings.warn(f"{path.parent}: no advisory locks on this file system ({error.strerror}); "
+                      "let only one process at a time fill this pool", stacklevel=2)
+        return handle
+    os.close(handle)
+    return None

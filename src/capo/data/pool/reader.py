@@ -1,0 +1,87 @@
+"""Random access to the latents and texts of a pool, for training."""
+
+import resource
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capo.data.pool.files import TensorFile
+from capo.data.pool.layout import latents_path, read_range, text_path
+from capo.data.pool.store import Pool
+
+HANDLES = 4096  # files open at once, at most; many systems allow a process 1024 in all (`ulimit -n`)
+
+
+def most_handles() -> int:
+    """HANDLES, or a quarter of what the system allows this process where that is less."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return HANDLES if allowed == resource.RLIM_INFINITY else max(1, min(HANDLES, allowed // 4))
+
+
+class PoolReader:
+    """Reads single candidates and texts of a complete pool, each file's checksum when it is first opened.
+
+    Cheap to pickle: a loader's worker opens its own files. Raises DamagedShard (an InputError) for a file
+    that has changed since it was written, FileNotFoundError for one that was never made.
+    """
+
+    def __init__(self, pool: Pool, handles: int | None = None):
+        self.folder = pool.folder
+        self.prompts_per_shard = pool.manifest.prompts_per_shard
+        self.handles = handles or most_handles()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[tuple, TensorFile] = OrderedDict()
+        self._verified: set[tuple] = set()
+        self._stops: dict[int, list[int]] = {}  # row -> first candidate after each block that has been opened
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "prompts_per_shard": self.prompts_per_shard, "handles": self.handles}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def latents(self, position: int, candidates: Sequence[int]) -> Tensor:
+        """(k, C, H, W) float16 of the prompt at `position`, in the order of `candidates`."""
+        row, place = divmod(position, self.prompts_per_shard)
+        views = [self._candidate(row, place, candidate) for candidate in candidates]
+        return torch.from_numpy(np.array(views))  # np.stack takes three times as long for two views
+
+    def text(self, position: int) -> dict[str, Tensor]:
+        """What the denoiser needs of the prompt at `position`, without a leading batch dimension."""
+        row, place = divmod(position, self.prompts_per_shard)
+        file = self._file(text_path, row)
+        # a leading 1 is a tensor that is the same for every prompt of the row
+        return {name: file.tensor(name, place if len(array) > 1 else 0)
+                for name, array in file.arrays.items()}
+
+    def _candidate(self, row: int, place: int, candidate: int) -> np.ndarray:
+        """View of one candidate's latent. Blocks before its own are opened once, to learn where they end."""
+        stops = self._stops.setdefault(row, [])
+        while not stops or stops[-1] <= candidate:
+            file = self._file(latents_path, row, len(stops))
+            stops.append(read_range(file.header.metadata["candidates"]).stop)
+        block = bisect_right(stops, candidate)
+        first = stops[block - 1] if block else 0
+        return self._file(latents_path, row, block).arrays["latents"][place, candidate - first]
+
+    def _file(self, locate: Callable[..., Path], *numbers: int) -> TensorFile:
+        """The file at `locate(folder, *numbers)`, opened if need be in place of the one longest unused."""
+        key = (locate, numbers)
+        file = self._open.get(key)
+        if file is None:
+            file = TensorFile(locate(self.folder, *numbers), verify=key not in self._verified)
+            self._verified.add(key)
+            while len(self._open) >= self.handles:
+                self._open.popitem(last=False)
+            self._open[key] = file
+        else:
+            self._open.move_to_end(key)
+        return file

@@ -1,0 +1,288 @@
+"""The pool itself: what is there, what is missing, and writing it shard by shard."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capo.data.pool.files import DamagedShard, TensorFile, file_lock, write_file, write_tensors
+from capo.data.pool.inspection import Inspection
+from capo.data.pool.layout import (
+    BLOCK,
+    SCHEMA,
+    Manifest,
+    Shard,
+    latents_path,
+    plan_blocks,
+    read_range,
+    scores_path,
+    text_path,
+    write_range,
+)
+from capo.data.pool.prompt_table import PromptTable
+from capo.data.pool.score_files import holds_rows, read_row_scores, read_score_file, write_score_file
+from capo.data.prompts import Prompt
+from capo.errors import InputError
+
+
+class Pool:
+    """Candidates of prompts, with scores, in a folder. Opened with `open`, made or found again with `create`.
+
+    A file is there, whole and made by what the manifest says, or it is not: `has_...` answers that, and a log
+    line says why a file that lies there does not count. Writing needs the lock of (kind, row).
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest):
+        self.folder = Path(folder)
+        self.manifest = manifest
+        self._inspection = Inspection()
+        self._table = PromptTable(self.folder / "prompts.parquet", manifest.prompts_per_shard)
+
+    # --- the folder ---
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Pool":
+        """The pool in `folder`. Raises InputError where there is none or it is another version's."""
+        path = Path(folder) / "manifest.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.get("schema") != SCHEMA:
+                raise InputError(f"{path}: the pool has schema {values.get('schema')}, this version reads "
+                                 f"{SCHEMA}; use another pool.root")
+            return cls(folder, Manifest(**values))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{folder} is no pool (no manifest.json); generate.py makes one") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error}); remove the pool or use another "
+                             "pool.root") from error
+
+    @classmethod
+    def create(cls, folder: str | Path, manifest: Manifest) -> "Pool":
+        """A new pool, or the one in `folder` if `manifest` is its own; else InputError with what differs."""
+        path = Path(folder) / "manifest.json"
+        if not path.exists():
+            with file_lock(path.parent / ".locks" / "manifest", wait=True):
+                if not path.exists():  # another process may have been first
+                    write_file(path, json.dumps(asdict(manifest), indent=2).encode() + b"\n")
+        pool = cls.open(folder)
+        if differences := pool.manifest.differences(manifest):
+            raise InputError(f"pool {folder} was made otherwise: {'; '.join(differences)}. "
+                             "Configure what it was made with, or use another pool.root")
+        return pool
+
+    def lock(self, kind: str, row: int | None = None, wait: bool = False) -> AbstractContextManager[bool]:
+        """Context that yields whether this process now holds the lock of `kind` (a stage's name) in `row`.
+
+        One lock covers all blocks of a row, because where a new block begins depends on those before it.
+        """
+        return file_lock(self.folder / ".locks" / (kind if row is None else f"{kind}-{row:05d}"), wait)
+
+    # --- prompts ---
+
+    @property
+    def prompts(self) -> list[tuple[Prompt, int]]:
+        """(prompt, position) of all prompts. Categories are not kept."""
+        return self._table.prompts
+
+    def append_prompts(self, prompts: Sequence[Prompt], split: str) -> list[int]:
+        """Adds the prompts that are not there yet, beginning a new row; positions of all of `prompts`.
+
+        Nothing is written when all are there.
+        """
+        self._table.append(prompts, split, self.lock("prompts", wait=True))
+        return self.positions(prompts)
+
+    def positions(self, prompts: Iterable[Prompt]) -> list[int]:
+        """Position of each prompt. Raises InputError for one that is not in the pool."""
+        return self._table.positions(prompts)
+
+    def text_shards(self, positions: Iterable[int] | None = None) -> list[int]:
+        """The rows of all prompts, or of those at `positions`, in order."""
+        return self._table.rows(positions)
+
+    def text_shard(self, row: int) -> Shard:
+        """The text of a row as a unit of work: no candidates."""
+        return Shard(row, 0, self._table.row_positions(row), range(0))
+
+    def row_prompts(self, row: int) -> list[Prompt]:
+        """The prompts of a row, in the order of their positions."""
+        return self._table.row(row)
+
+    # --- what is there ---
+
+    def shards(self, candidates: int, positions: Iterable[int] | None = None) -> list[Shard]:
+        """Shards that hold, or shall hold, the first `candidates` of all rows, or of those of `positions`."""
+        return [shard for row in self.text_shards(positions) for shard in self.row_shards(row, candidates)]
+
+    def row_shards(self, row: int, candidates: int) -> list[Shard]:
+        """The shards of one row that hold, or shall hold, its first `candidates`."""
+        positions = self._table.row_positions(row)
+        blocks = plan_blocks(self._blocks(row, candidates), candidates)
+        return [Shard(row, block, positions, numbers) for block, numbers in enumerate(blocks)]
+
+    def _blocks(self, row: int, candidates: int) -> dict[int, range]:
+        """The blocks of a row that lie on disk with a readable header."""
+        blocks: dict[int, range] = {}
+        number = 0
+        # a lost block leaves a hole, so the search goes on at least as far as blocks of full size would reach
+        path = latents_path(self.folder, row, number)
+        while path.exists() or number * BLOCK < candidates:
+            if numbers := self._stored_candidates(path):
+                blocks[number] = numbers
+            number += 1
+            path = latents_path(self.folder, row, number)
+        return blocks
+
+    def _stored_candidates(self, path: Path) -> range | None:
+        header = self._inspection.header(path)
+        try:
+            numbers = read_range(header.metadata["candidates"])
+            return numbers if len(numbers) == header.entries["latents"]["shape"][1] else None
+        except (AttributeError, KeyError, ValueError):  # no header, or a damaged one that still is JSON
+            return None
+
+    # --- text ---
+
+    def _text_identity(self, row: int) -> dict[str, str]:
+        return {"fingerprint": self.manifest.text_encoders, "prompts": self._table.digest(row)}
+
+    def has_text(self, row: int, verify: bool = False) -> bool:
+        """Whether the text of a row is there; with `verify`, its checksum is compared once."""
+        path = text_path(self.folder, row)
+        header = self._inspection.header(path, verify)
+        expected = self._text_identity(row)
+        return header is not None and self._inspection.matches(path, header.metadata, expected)
+
+    def write_text(self, row: int, text: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
+        """Stores `text` (leading dimension: the row's prompts) in its own dtype, `settings` in the header."""
+        count = len(self._table.row_positions(row))
+        if wrong := {name: tuple(tensor.shape) for name, tensor in text.items() if len(tensor) != count}:
+            raise ValueError(f"row {row} has {count} prompts, its text {wrong}")
+        stored = {name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor
+                  for name, tensor in text.items()}
+        write_tensors(text_path(self.folder, row), stored, self._text_identity(row) | _described(settings))
+
+    def read_text(self, row: int) -> dict[str, Tensor]:
+        """The text of a row, leading dimension: its prompts."""
+        file = TensorFile(text_path(self.folder, row), verify=True)
+        count = len(self._table.row_positions(row))
+        return {name: file.tensor(name).expand(count, *array.shape[1:])
+                for name, array in file.arrays.items()}
+
+    # --- latents ---
+
+    def _latents_identity(self, shard: Shard) -> dict[str, str]:
+        return {"fingerprint": self.manifest.generator, "prompts": self._table.digest(shard.row),
+                "candidates": write_range(shard.candidates)}
+
+    def has_latents(self, shard: Shard, verify: bool = False) -> bool:
+        """Whether a shard's latents are there; with `verify`, their checksum is compared once."""
+        path = latents_path(self.folder, shard.row, shard.block)
+        header = self._inspection.header(path, verify)
+        expected = self._latents_identity(shard)
+        return header is not None and self._inspection.matches(path, header.metadata, expected)
+
+    def write_latents(self, shard: Shard, latents: Tensor, settings: Mapping[str, object]) -> None:
+        """Stores (prompts, candidates, C, H, W) as float16; InputError for values not finite in it."""
+        expected = (len(shard.positions), len(shard.candidates))
+        if latents.ndim != 5 or latents.shape[:2] != expected:
+            raise ValueError(f"latents {tuple(latents.shape)} for shard {shard.name} of {expected} images")
+        half = latents.to(torch.float16)
+        if not (finite := half.isfinite().flatten(2).all(2)).all():
+            place, candidate = (~finite).nonzero()[0].tolist()
+            raise InputError(f"{self.place(shard, place, candidate)}: the latent is not finite in float16; "
+                             "sample in another precision (model.dtype) or with less guidance")
+        path = latents_path(self.folder, shard.row, shard.block)
+        write_tensors(path, {"latents": half}, self._latents_identity(shard) | _described(settings))
+
+    def read_latents(self, shard: Shard) -> Tensor:
+        """(prompts, candidates, C, H, W) float16. Raises DamagedShard, FileNotFoundError."""
+        return TensorFile(latents_path(self.folder, shard.row, shard.block), verify=True).tensor("latents")
+
+    def place(self, shard: Shard, prompt: int, candidate: int) -> str:
+        """How messages name an image of a shard, from its indices there."""
+        text = self._table.row(shard.row)[prompt].text
+        return f'prompt {shard.positions[prompt]} ("{text}"), candidate {shard.candidates[candidate]}'
+
+    def check_latent_shape(self, shape: Sequence[int]) -> None:
+        """Raises InputError where the stored latents are not of `shape` (C, H, W); looks at one shard."""
+        for path in (self.folder / "latents").glob("*.safetensors"):
+            if (header := self._inspection.header(path)) is not None:
+                stored = header.entries["latents"]["shape"][2:]
+                if stored != list(shape):
+                    raise InputError(f"pool {self.folder} holds latents of shape {tuple(stored)}, the model "
+                                     f"works on {tuple(shape)}: use the model and size it was made with")
+                return
+
+    # --- scores ---
+
+    def _scores_identity(self, key: str, shard: Shard, latents: str) -> dict[str, str]:
+        return {"reward": key, "prompts": self._table.digest(shard.row),
+                "candidates": write_range(shard.candidates), "latents": latents}
+
+    def _latents_checksum(self, shard: Shard) -> str | None:
+        header = self._inspection.header(latents_path(self.folder, shard.row, shard.block))
+        return header.metadata["checksum"] if header else None
+
+    def has_scores(self, key: str, shard: Shard, verify: bool = False) -> bool:
+        """Whether reward `key` has scored the latents that lie there now.
+
+        The scores are always compared with their checksum, once as long as the file does not change; with
+        `verify` the names of their rows are read too.
+        """
+        path = scores_path(self.folder, key, shard.row, shard.block)
+        latents = self._latents_checksum(shard)
+        if latents is None:
+            return False
+        identity = self._scores_identity(key, shard, latents)
+        ids = self._table.row_ids(shard.row) if verify else None
+        return self._inspection.confirmed(path, (verify, *identity.values()),
+                                          lambda: self._are_scores(path, identity, shard.candidates, ids))
+
+    def _are_scores(self, path: Path, identity: Mapping[str, str], candidates: range,
+                    ids: Sequence[str] | None) -> bool:
+        try:
+            metadata, _ = read_score_file(path)
+            if ids is not None and not holds_rows(path, ids, candidates):
+                raise DamagedShard(path, "its rows are not those of the shard")
+        except FileNotFoundError:
+            return False
+        except DamagedShard as error:
+            self._inspection.report(path, error.reason)
+            return False
+        return self._inspection.matches(path, metadata, identity)
+
+    def write_scores(self, key: str, shard: Shard, scores: Tensor, settings: Mapping[str, object]) -> None:
+        """Stores (prompts, candidates) raw scores of the latents that lie there."""
+        if scores.shape != (len(shard.positions), len(shard.candidates)):
+            raise ValueError(f"scores {tuple(scores.shape)} for shard {shard.name}")
+        metadata = self._scores_identity(key, shard, self._latents_checksum(shard)) | _described(settings)
+        path, numbers = scores_path(self.folder, key, shard.row, shard.block), scores.cpu().float().numpy()
+        write_score_file(path, self._table.row_ids(shard.row), shard.candidates, numbers, metadata)
+
+    def scores(self, keys: Sequence[str], candidates: int, positions: Sequence[int] | None = None) -> Tensor:
+        """Raw scores (P, N, L) float32: prompts at `positions` (all), first `candidates`, rewards `keys`.
+
+        Raises InputError that names a reward and row whose scores are missing or damaged.
+        """
+        if positions is None:
+            positions = self._table.positions()
+        chosen = np.array(positions, dtype=np.int64)
+        rows, places = np.divmod(chosen, self.manifest.prompts_per_shard)
+        result = np.empty((len(chosen), candidates, len(keys)), dtype=np.float32)
+        order = np.argsort(rows, kind="stable")
+        for members in np.split(order, np.flatnonzero(np.diff(rows[order])) + 1):
+            for number, key in enumerate(keys if len(members) else ()):
+                row = int(rows[members[0]])
+                scores = read_row_scores(self.folder, key, row, self._table.digest(row), candidates)
+                result[members, :, number] = scores[places[members]]
+        return torch.from_numpy(result)
+
+
+def _described(settings: Mapping[str, object]) -> dict[str, str]:
+    return {"schema": str(SCHEMA), "settings": json.dumps(dict(settings), sort_keys=True)}

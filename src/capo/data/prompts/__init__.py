@@ -1,0 +1,16 @@
+"""Prompts: their identity, the seeds that follow from it, and prompt sets read from files.
+
+`text_files` takes three hand-made text files as they are; `split_sets` makes sets from any file or hub data set, filtered,
+without duplicates, disjoint and counted.
+"""
+
+from capo.data.prompts.identity import Prompt, candidate_seed, check_splits, make_prompt, normalise, prompt_id
+from capo.data.prompts.report import SplitReport, report_table
+from capo.data.prompts.sources import missing_inputs
+from capo.data.prompts.splits import PromptSets, split_sets
+from capo.data.prompts.text import text_files
+
+__all__ = [
+    "Prompt", "PromptSets", "SplitReport", "candidate_seed", "check_splits", "make_prompt", "missing_inputs", "normalise", "prompt_id",
+    "report_table", "split_sets", "text_files",
+]  # fmt: skip

@@ -1,0 +1,217 @@
+"""The three kinds of work on a pool: `setup`, and `run(shard)`, idempotent, which any engine can place."""
+
+import functools
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from threading import Lock
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from capo.backbones import Backbone
+from capo.backbones.sampling import SamplerSettings, sample_prompts
+from capo.data.pool import Pool, Shard
+from capo.data.prompts import candidate_seed
+from capo.rewards import Reward
+from capo.runtime.threads import BATCHES, in_lanes
+
+Report = Callable[[int], object]  # called with how many images (or prompts) were finished since the last call
+TEXT_BATCH = 64  # prompts through the text encoders at once
+SCORE_BYTES = 64  # of one score in parquet, generously
+log = logging.getLogger(__name__)
+RECORDED = ("torch", "diffusers", "transformers")
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in RECORDED}
+
+
+def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
+    """What moves a result by rounding only: bitwise equality is promised where these are the same."""
+    threads = 1 if settings.parallel == BATCHES else torch.get_num_threads()
+    return {"batch": settings.batch, "threads": threads, "device": str(backbone.device),
+            **_versions()}
+
+
+class Stage(ABC):
+    """Work on the given rows of a pool. With `verify`, `missing` compares checksums of what is there."""
+
+    name: ClassVar[str]
+    unit: ClassVar[str] = "image"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
+                 verify: bool):
+        self.pool, self.rows, self.verify = pool, rows, verify
+        self.backbone, self.settings = backbone, settings
+
+    @abstractmethod
+    def missing(self, row: int) -> list[Shard]:
+        """The shards of a row that are not there, in the order in which they must be made."""
+
+    @abstractmethod
+    def run(self, shard: Shard, report: Report) -> None:
+        """Makes a shard. The caller holds the pool's lock of this stage and row."""
+
+    @abstractmethod
+    def bytes_missing(self) -> int:
+        """Estimate of what is still to be written."""
+
+    def setup(self) -> None:
+        """Loads what is needed and was not given, before the first `run`."""
+
+    def close(self) -> None:
+        """Says what the whole work came to, after the last `run`."""
+
+    def todo(self) -> list[Shard]:
+        """All shards that are not there."""
+        return [shard for row in self.rows for shard in self.missing(row)]
+
+    def amount(self, shard: Shard) -> int:
+        """How much of the progress bar a shard is."""
+        return shard.images
+
+    def record(self) -> dict[str, object]:
+        """What a file's header says about how it was made."""
+        return sampling_record(self.backbone, self.settings)
+
+
+class TextStage(Stage):
+    """Prompts through the text encoders, once a row."""
+
+    name, unit = "text", "prompt"
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._encoded, self._cut = 0, Counter()
+
+    def missing(self, row: int) -> list[Shard]:
+        return [] if self.pool.has_text(row, self.verify) else [self.pool.text_shard(row)]
+
+    def amount(self, shard: Shard) -> int:
+        return len(shard.positions)
+
+    def run(self, shard: Shard, report: Report) -> None:
+        prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row)]
+        parts = [self.backbone.encode_prompts(prompts[start:start + TEXT_BATCH])
+                 for start in range(0, len(prompts), TEXT_BATCH)]
+        text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.pool.write_text(shard.row, text, self.record())
+        self._encoded += len(prompts)
+        self._cut.update(self.backbone.truncated(prompts))
+        report(len(prompts))
+
+    def close(self) -> None:
+        """Warns of prompts that are longer than what the encoders read."""
+        for component, count in self._cut.items():
+            if count:
+                log.warning("%d of %d prompts are longer than the %d tokens that %s reads: what comes after them has no effect on the image",
+                            count, self._encoded, self.backbone.token_limits[component], component)
+
+    def bytes_missing(self) -> int:
+        todo = self.todo()
+        if not todo:
+            return 0
+        one = self.backbone.encode_prompts([self.pool.row_prompts(todo[0].row)[0].text])
+        return sum(tensor.nbytes for tensor in one.values()) * sum(map(self.amount, todo))
+
+
+class LatentStage(Stage):
+    """Sampling. Batches never reach into another shard, and the text is the stored one, as in training."""
+
+    name = "latents"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
+                 verify: bool, denoiser: nn.Module, candidates: int):
+        super().__init__(pool, rows, backbone, settings, verify)
+        self.denoiser, self.candidates = denoiser, candidates
+
+    def missing(self, row: int) -> list[Shard]:
+        return [shard for shard in self.pool.row_shards(row, self.candidates)
+                if not self.pool.has_latents(shard, self.verify)]
+
+    def run(self, shard: Shard, report: Report) -> None:
+        seed = self.pool.manifest.seed
+        seeds = [[candidate_seed(seed, prompt.id, candidate) for candidate in shard.candidates]
+                 for prompt in self.pool.row_prompts(shard.row)]
+        progress = _ImageCount(shard.images, self.settings.steps, report)
+        latents = sample_prompts(self.backbone, self.denoiser, self.pool.read_text(shard.row), seeds,
+                                 self.settings, progress)
+        self.pool.write_latents(shard, latents, self.record())
+        progress.finish()
+
+    def bytes_missing(self) -> int:
+        return 2 * math.prod(self.backbone.latent_shape) * sum(shard.images for shard in self.todo())
+
+
+class _ImageCount:
+    """Turns `n images took a denoising step` into whole images, so that the bar moves within a batch."""
+
+    def __init__(self, images: int, steps: int, report: Report):
+        self.images, self.steps, self.report = images, steps, report
+        self.taken = self.shown = 0
+
+    def __call__(self, images: int) -> None:
+        self.taken += images
+        self._show(min(self.taken // self.steps, self.images))
+
+    def finish(self) -> None:
+        self._show(self.images)
+
+    def _show(self, images: int) -> None:
+        self.report(images - self.shown)
+        self.shown = images
+
+
+class ScoreStage(Stage):
+    """Decodes a shard's stored latents once and gives the images to every reward that has not scored them."""
+
+    name = "scores"
+
+    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
+                 verify: bool, rewards: Sequence[Reward], candidates: int):
+        super().__init__(pool, rows, backbone, settings, verify)
+        self.rewards, self.candidates = rewards, candidates
+
+    def setup(self) -> None:
+        for reward in self.rewards:
+            reward.setup(self.backbone.device)
+
+    def close(self) -> None:
+        """Leaves the device to what comes next."""
+        for reward in self.rewards:
+            reward.rest()
+
+    def missing(self, row: int) -> list[Shard]:
+        return [shard for shard in self.pool.row_shards(row, self.candidates) if self._unscored(shard)]
+
+    def _unscored(self, shard: Shard) -> list[Reward]:
+        return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard, self.verify)]
+
+    def run(self, shard: Shard, report: Report) -> None:
+        """Decodes a shard once and scores it by the rewards that it lacks."""
+        rewards, width, batch = self._unscored(shard), len(shard.candidates), self.settings.batch
+        prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row) for _ in shard.candidates]
+        latents = self.pool.read_latents(shard).flatten(0, 1)
+        lock = Lock()
+
+        def judged(start: int) -> list[Tensor]:
+            images = self.backbone.decode(latents[start:start + batch], self.settings.decoded)
+            scores = [reward.score(images, prompts[start:start + batch],
+                                   lambda i: self.pool.place(shard, *divmod(start + i, width)))
+                      for reward in rewards]
+            with lock:
+                report(len(images))
+            return scores
+
+        parts = in_lanes(judged, range(0, len(latents), batch), self.settings.parallel, self.backbone.device)
+        for reward, scores in zip(rewards, zip(*parts, strict=True), strict=True):
+            self.pool.write_scores(reward.key, shard, torch.cat(scores).view(-1, width), self.record())
+
+    def bytes_missing(self) -> int:
+        return SCORE_BYTES * len(self.rewards) * sum(shard.images for shard in self.todo())

@@ -1,0 +1,1 @@
+"""Tuned policies against their base: win-rates with intervals, comparisons, reports."""

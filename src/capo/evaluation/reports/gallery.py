@@ -1,0 +1,204 @@
+"""Pictures side by side: base above policy, same prompt and seed, as a PNG and as what a page shows."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from capo.data.images import Scores, Side
+from capo.metrics import win_rate
+from capo.runtime.files import write_whole
+
+SMALL = 160  # pixels: up to here a page gets an image as it is, without loss
+LARGEST = 384  # pixels of a side of what a page embeds
+INK, FAINT, PAPER = (28, 30, 34), (110, 114, 122), (255, 255, 255)
+PAD, LINE = 8, 15  # pixels of a grid: between cells, and from one line of text to the next
+
+
+@dataclass(frozen=True)
+class Change:
+    """A reward or oracle measure on one prompt: means over its images; `rate`: win-rate, if a reward."""
+
+    name: str
+    base: float
+    policy: float
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A prompt in the gallery: images of base and policy with the same seeds, and what changed.
+
+    `places`: order -> rank of this prompt in it ("gain", "loss", "plain"), for the orders that show it.
+    """
+
+    prompt: str
+    category: str
+    gain: float
+    changes: Sequence[Change]
+    base: Sequence[Image.Image]
+    policy: Sequence[Image.Image]
+    places: Mapping[str, int]
+
+
+def gains(policy_scores: Scores, base_scores: Scores) -> Tensor:
+    """(P,) win-rate of each prompt less 1/2, averaged over the rewards; from raw scores."""
+    rates = [win_rate(policy_scores[name], base_scores[name]).double() for name in policy_scores]
+    return torch.stack(rates).mean(0) - 0.5
+
+
+def ranking(policy_scores: Scores, base_scores: Scores) -> list[int]:
+    """Prompts from the largest gain to the smallest.
+
+    K images a prompt give few distinct gains: among equals the mean score change counts, in standard
+    deviations of the base's scores, and at last the order of the prompts.
+    """
+    moved = [
+        (policy_scores[name].double().mean(1) - base.double().mean(1)) / base.double().std().clamp_min(1e-12)
+        for name, base in base_scores.items()
+    ]
+    first, second = gains(policy_scores, base_scores).tolist(), torch.stack(moved).mean(0).tolist()
+    return sorted(range(len(first)), key=lambda place: (-first[place], -second[place], place))
+
+
+def chosen_prompts(order: Sequence[int], count: int) -> dict[str, list[int]]:
+    """Prompts to show, at most `count` each: front of `order` (gain), its back, worst first (loss), plain.
+
+    `plain` are spread evenly over the prompts as they stand, so that one sees what nobody picked.
+    """
+    count = min(count, len(order))
+    plain = [place * len(order) // count for place in range(count)]
+    return {"gain": list(order[:count]), "loss": list(order[::-1][:count]), "plain": plain}
+
+
+def exhibits(policy: Side, base: Side, count: int) -> list[Exhibit]:
+    """The prompts to show, `count` in each order, as they stand in the set; their images are decoded."""
+    chosen = chosen_prompts(ranking(policy.scores, base.scores), count)
+    margins = gains(policy.scores, base.scores)
+
+    def exhibit(row: int) -> Exhibit:
+        prompt = policy.drawn.plan.prompts[row]
+        places = {order: rows.index(row) for order, rows in chosen.items() if row in rows}
+        images = base.drawn.images(row), policy.drawn.images(row)
+        return Exhibit(
+            prompt.text, prompt.category, margins[row].item(), changes(policy, base, row), *images, places
+        )
+
+    return [exhibit(row) for row in sorted({row for rows in chosen.values() for row in rows})]
+
+
+def changes(policy: Side, base: Side, row: int) -> list[Change]:
+    """Rewards, then measures, of the prompt number `row`."""
+
+    def change(name: str, ours: Tensor, theirs: Tensor, rate: float | None = None) -> Change:
+        return Change(name, theirs[row].double().mean().item(), ours[row].double().mean().item(), rate)
+
+    found = []
+    for name, ours in policy.scores.items():
+        theirs = base.scores[name]
+        found.append(change(name, ours, theirs, win_rate(ours[row, None], theirs[row, None]).item()))
+    for name, ours in (policy.measures or {}).items():
+        found.append(change(f"oracle: {name}", ours, base.measures[name]))
+    return found
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a data URI: small ones without loss, others scaled to at most LARGEST pixels a side."""
+    buffer = io.BytesIO()
+    if max(image.size) <= SMALL:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image = image.convert("RGB")
+        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        image.save(buffer, "JPEG", quality=88)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def image_grid(
+    base_images: Sequence[Image.Image],
+    policy_images: Sequence[Image.Image] | None,
+    prompts: Sequence[str],
+    path: str | Path,
+    columns: int = 8,
+    cell: int = 128,
+) -> None:
+    """Writes a PNG: a column a prompt, the base's image above the policy's, the prompt's text below.
+
+    Image i of both belongs to `prompts[i]` and one seed; with `policy_images` None the base is alone. Images
+    are brought to `cell` pixels: whole multiples where they are smaller. More than `columns` prompts go into
+    further bands. Raises ValueError for numbers that do not agree, or no image.
+    """
+    rows = {"base": base_images} | ({} if policy_images is None else {"tuned": policy_images})
+    if not prompts or any(len(images) != len(prompts) for images in rows.values()):
+        raise ValueError(
+            f"a grid needs an image for each prompt: {len(prompts)} prompts, "
+            f"{ {name: len(images) for name, images in rows.items()} } images"
+        )
+    columns = math.ceil(len(prompts) / math.ceil(len(prompts) / columns))  # bands of equal length
+    sheets = []
+    for part in (slice(start, start + columns) for start in range(0, len(prompts), columns)):
+        sheets.append(
+            _sheet({name: images[part] for name, images in rows.items()}, prompts[part], columns, cell)
+        )
+    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    buffer = io.BytesIO()
+    whole.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def _sheet(
+    rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], columns: int, cell: int
+) -> Image.Image:
+    """One band of a grid: the rows' images in columns of width `cell`, their prompts below."""
+    font, margin = ImageFont.load_default(12), 50
+    labels = [wrapped(prompt, font, cell) for prompt in prompts]
+    height = len(rows) * (cell + PAD) + max(map(len, labels)) * LINE + 2 * PAD
+    sheet = Image.new("RGB", (margin + columns * (cell + PAD), height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, images) in enumerate(rows.items()):
+        top = PAD + row * (cell + PAD)
+        draw.text((PAD, top + cell // 2 - LINE // 2), name, FAINT, font)
+        for column, image in enumerate(images):
+            picture = _fitted(image, cell)
+            offset = (cell - picture.width) // 2, (cell - picture.height) // 2
+            sheet.paste(picture, (margin + column * (cell + PAD) + offset[0], top + offset[1]))
+    for column, lines in enumerate(labels):
+        for number, line in enumerate(lines):
+            left, top = margin + column * (cell + PAD), len(rows) * (cell + PAD) + PAD + number * LINE
+            draw.text((left, top), line, INK, font)
+    return sheet
+
+
+def _fitted(image: Image.Image, cell: int) -> Image.Image:
+    """The image at most `cell` pixels a side: enlarged by whole factors (pixels stay pixels) or reduced."""
+    image = image.convert("RGB")
+    factor = cell // max(image.size)
+    if factor >= 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+    return image
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 6) -> list[str]:
+    """`text` in lines of at most `width` pixels; cuts a word that is longer, and what is past `lines`."""
+    result = [""]
+    for word in text.split():
+        while font.getlength(word) > width:
+            cut = max(math.floor(len(word) * width / font.getlength(word)) - 1, 1)
+            result, word = [*result, word[:cut]], word[cut:]
+        longer = f"{result[-1]} {word}".strip()
+        result = [*result[:-1], longer] if font.getlength(longer) <= width else [*result, word]
+    result = [line for line in result if line] or [""]
+    return result if len(result) <= lines else [*result[: lines - 1], result[lines - 1][:-2] + "..."]

@@ -1,0 +1,234 @@
+"""What an evaluation found, for people: one offline page, and a table on the console."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from capo.evaluation.held_out import alarms, remark
+from capo.evaluation.reports.charts import half_width, interval_bar, line_chart, read_curves
+from capo.evaluation.reports.gallery import Exhibit, data_uri, image_grid
+from capo.rewards import Reward
+
+__all__ = ["Report", "image_grid", "print_results", "render_report", "results_tables"]
+
+ORDERS = {"gain": "largest gains", "loss": "largest losses", "plain": "unselected"}
+FINGERPRINTS = {
+    "policy": "policy",
+    "base": "base",
+    "policy_generator": "policy with sampler",
+    "base_generator": "base with sampler",
+    "latent_space": "latent space",
+    "text_encoders": "text encoders",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page is made from.
+
+    Attributes:
+        title: heading.
+        results: as results.json holds them.
+        settings: as settings.json holds them.
+        rewards: what is known about the rewards of `results`.
+        exhibits: the gallery.
+        config: the text of the run's config.yaml, or None.
+        curves: its metrics.csv, or None; it need not be there.
+    """
+
+    title: str
+    results: Mapping
+    settings: Mapping
+    rewards: Sequence[Reward]
+    exhibits: Sequence[Exhibit]
+    config: str | None = None
+    curves: str | Path | None = None
+
+
+def page_environment() -> Environment:
+    """What this package's pages are made with: values are escaped, and one that is missing is an error."""
+    return Environment(
+        loader=PackageLoader("capo.evaluation.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def render_report(report: Report) -> str:
+    """The page as HTML: everything inside, nothing fetched. The same report gives the same text."""
+    environment = page_environment()
+    environment.filters |= {
+        function.__name__: function for function in (percent, number, fixed, moved, data_uri)
+    }
+    charts = [] if report.curves is None else read_curves(report.curves)
+    scale, rows = headline(report.results)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        results=report.results,
+        orders=ORDERS,
+        fingerprints=FINGERPRINTS,
+        scale=scale,
+        headline=rows,
+        oracle=oracle_sections(report.results),
+        remarks=remarks(report.results) + ([] if report.curves is None else remark(alarms(report.curves))),
+        charts=[(chart.title, line_chart(chart)) for chart in charts],
+    )
+
+
+def percent(rate: float) -> str:
+    """0.634 -> `63.4 %`."""
+    return f"{100 * rate:.1f} %"
+
+
+def number(value: float) -> str:
+    """A score with three digits after the point, or as many as make it three that count."""
+    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
+
+
+def fixed(value: float) -> str:
+    """Three digits after the point, for columns that are read downwards."""
+    return f"{value:.3f}"
+
+
+def moved(value: float) -> str:
+    """`fixed` with its sign; what rounds to nothing is `+0.000`."""
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
+def headline(results: Mapping) -> tuple[float, list[dict]]:
+    """Half the width of the win-rate axis, and a row a reward: rate, zero line, verdict, drawn interval."""
+    zero = results["zero"]
+    intervals = [(entry["low"], entry["high"]) for entry in [*results["win_rate"].values(), *zero.values()]]
+    half = half_width(intervals, 0.5, most=0.5)
+    rows = []
+    for name, rate in results["win_rate"].items():
+        band = (zero[name]["low"], zero[name]["high"]) if name in zero else None
+        rows.append(
+            {
+                "name": name,
+                "rate": rate,
+                "zero": zero.get(name),
+                "score": results["score"][name],
+                "verdict": verdict(rate, 0.5),
+                "bar": interval_bar(rate["low"], rate["mean"], rate["high"], 0.5, half, band),
+            }
+        )
+    return half, rows
+
+
+def verdict(interval: Mapping[str, float], level: float) -> str:
+    """Whether an interval lies above `level`, below it, or holds it ("unclear")."""
+    return "above" if interval["low"] > level else "below" if interval["high"] < level else "unclear"
+
+
+def oracle_sections(results: Mapping) -> list[dict]:
+    """A section a measure: half the width of its axis, and rows for all prompts and each category."""
+    sections = []
+    for measure in results.get("oracle", {}):
+        entries = {"all prompts": results["oracle"][measure]}
+        entries |= {name: found[measure] for name, found in results["oracle_by_category"].items()}
+        extent = max(abs(entry[side]) for entry in entries.values() for side in ("low", "high"))
+        half = half_width([(-extent, extent)], 0.0, step=0.05 if extent < 0.5 else 0.5)
+        rows = [
+            {
+                "name": name,
+                **entry,
+                "change": entry["policy"] - entry["base"],
+                "verdict": verdict(entry, 0.0),
+                "bar": interval_bar(entry["low"], entry["policy"] - entry["base"], entry["high"], 0.0, half),
+            }
+            for name, entry in entries.items()
+        ]
+        sections.append({"name": measure, "half": half, "rows": rows})
+    return sections
+
+
+def remarks(results: Mapping) -> list[str]:
+    """Sentences about what a reader should not overlook: reward hacking, and a zero line that misses 0.5."""
+    found = []
+    for name, rate in results["win_rate"].items():
+        measured = results.get("oracle", {}).get(name)
+        if measured and rate["low"] > 0.5 and measured["high"] < 0:
+            found.append(
+                f"{name}: the reward prefers the policy ({percent(rate['mean'])}), while the oracle measures "
+                f"a fall from {number(measured['base'])} to {number(measured['policy'])}: reward hacking."
+            )
+    for name, rate in results["zero"].items():
+        if verdict(rate, 0.5) != "unclear":
+            found.append(
+                f"{name}: the zero line's interval ({percent(rate['low'])} to {percent(rate['high'])}) does "
+                "not hold 50 %, although both sides are the base: read differences of that size as noise."
+            )
+    return found
+
+
+def print_results(results: Mapping, console: Console | None = None) -> None:
+    """Tables of win-rates and, where there is one, of the oracle; then the remarks."""
+    console = console or Console()
+    for table in results_tables(results):
+        console.print(table)
+    for sentence in remarks(results):
+        console.print(sentence, highlight=False)
+
+
+def results_tables(results: Mapping) -> list[Table]:
+    """Win-rates in % against the base, and the oracle's measures, by category."""
+    title = f"policy against base: {results['prompts']} prompts x {results['images_per_prompt']} images"
+    table = Table(
+        "reward", "win-rate %", "95 % interval", "zero line %", "mean score", title=title, box=box.SIMPLE_HEAD
+    )
+    for name, rate in results["win_rate"].items():
+        zero, score = results["zero"].get(name), results["score"][name]
+        table.add_row(
+            name,
+            f"{100 * rate['mean']:.1f}",
+            _span(rate),
+            f"{100 * zero['mean']:.1f} ({_span(zero)})" if zero else "-",
+            f"{number(score['base'])} → {number(score['policy'])}",
+            style=_style(verdict(rate, 0.5)),
+        )
+    sections = oracle_sections(results)
+    if not sections:
+        return [table]
+    return [
+        table,
+        _oracle_table(sections),
+        *([_category_table(sections)] if results["oracle_by_category"] else []),
+    ]
+
+
+def _oracle_table(sections: Sequence[Mapping]) -> Table:
+    table = Table("oracle", "base", "policy", "change", "95 % interval", box=box.SIMPLE_HEAD)
+    for section in sections:
+        row = section["rows"][0]
+        table.add_row(
+            section["name"],
+            fixed(row["base"]),
+            fixed(row["policy"]),
+            moved(row["change"]),
+            f"{moved(row['low'])} to {moved(row['high'])}",
+            style=_style(row["verdict"]),
+        )
+    return table
+
+
+def _category_table(sections: Sequence[Mapping]) -> Table:
+    table = Table("oracle by category", *(section["name"] for section in sections), box=box.SIMPLE_HEAD)
+    for rows in zip(*(section["rows"][1:] for section in sections), strict=True):
+        cells = [
+            Text(f"{fixed(row['base'])} → {fixed(row['policy'])}", _style(row["verdict"])) for row in rows
+        ]
+        table.add_row(rows[0]["name"], *cells)
+    return table
+
+
+def _span(rate: Mapping[str, float]) -> str:
+    return f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}"
+
+
+def _style(outcome: str) -> str:
+    return {"above": "green", "below": "red", "unclear": ""}[outcome]

@@ -1,0 +1,186 @@
+"""What a sweep found, to look at: win-rates over the swept axis, or one reward against another, and a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from capo.evaluation.reports.page import page_environment, verdict
+
+Row = Mapping[str, object]  # of sweep.csv
+VALIDATION, TEST, ZERO, ORACLE = "val/win_rate", "test/win_rate/", "zero/", "oracle/"  # columns; the last three begin them
+PANELS = 3  # pairs of rewards at most
+WIDE = 5  # a positive axis whose ends are this factor apart is logarithmic
+COLOURS = ("#2563a8", "#cf5f27", "#2a8a5a", "#8b5bb5", "#a9842a", "#c2477f", "#3b8794", "#7a5c48", "#5a6170", "#98a22e")
+
+
+def named(rows: Sequence[Row], start: str) -> dict[str, str]:
+    """reward or measure -> its column `start` + name, of those that the rows have; its bounds and the like are left out."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return {name.removeprefix(start): name for name in columns if name.startswith(start) and "/" not in name.removeprefix(start)}
+
+
+def number_of(value: object) -> float:
+    """The value as a number; NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def swept_axis(rows: Sequence[Row], keys: Sequence[str]) -> str | None:
+    """The key that a curve runs along: of the numeric ones that with most values, else the first of all."""
+    numeric = [key for key in keys if all(math.isfinite(number_of(row[key])) for row in rows)]
+    return max(numeric, key=lambda key: len({row[key] for row in rows}), default=next(iter(keys), None))
+
+
+def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, list[Row]]:
+    """The rows in order along `axis`, grouped by the values of the other keys: `key=value, ...` -> rows."""
+    others = [key for key in keys if key != axis]
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: number_of(row[axis])):
+        groups.setdefault(", ".join(f"{key}={row[key]}" for key in others), []).append(row)
+    return groups
+
+
+def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
+    """PNG: win-rates over the axis where one key varies, rewards against each other where several do.
+
+    None where nothing varies or no job has a win-rate.
+    """
+    done = [row for row in rows if math.isfinite(number_of(row.get(VALIDATION)))]
+    axis = swept_axis(done, keys) if done else None
+    if axis is None:
+        return None
+    rewards = list(named(done, TEST))
+    pairs = list(itertools.combinations(rewards, 2))[:PANELS]
+    if len(keys) > 1 and pairs:
+        figure = _frontiers(done, keys, axis, pairs)
+    else:
+        figure = _over_axis(done, keys, axis, rewards)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
+
+
+def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Sequence[str]) -> Figure:
+    """Win-rate of each reward, with its interval, over one key; validation alone where nothing was evaluated."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    place = _places(rows, axis, axes)
+    names = {f"{TEST}{name}": name for name in rewards}
+    for label, group in curves(rows, keys, axis).items():
+        for number, (column, name) in enumerate(names.items()):
+            _line(axes, [place(row) for row in group], group, column, COLOURS[number % len(COLOURS)], name)
+            zero = [100 * number_of(row.get(f"{ZERO}{name}")) for row in group]
+            axes.plot([place(row) for row in group], zero, ":", color=COLOURS[number % len(COLOURS)], linewidth=1)
+        xs, ys = [place(row) for row in group], [100 * number_of(row[VALIDATION]) for row in group]
+        axes.plot(xs, ys, "--o", markersize=3, linewidth=1, label=f"validation, mean {label}".strip(), color=None if label else "#8d94a1")
+    axes.axhline(50, color="#8d94a1", linewidth=1, linestyle="--")
+    axes.set_xlabel(axis)
+    axes.set_ylabel("win-rate against the base, %")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _places(rows: Sequence[Row], axis: str, axes: Axes):
+    """Where a row stands on the axis; sets a logarithmic or named one up."""
+    values = [number_of(row[axis]) for row in rows]
+    if not all(map(math.isfinite, values)):
+        names = list(dict.fromkeys(str(row[axis]) for row in rows))
+        axes.set_xticks(range(len(names)), names)
+        return lambda row: names.index(str(row[axis]))
+    if min(values) > 0 and max(values) / min(values) >= WIDE:
+        axes.set_xscale("log")
+    axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+    axes.minorticks_off()
+    return lambda row: number_of(row[axis])
+
+
+def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, colour: str, label: str) -> None:
+    ys = [100 * number_of(row.get(column)) for row in rows]
+    axes.errorbar(xs, ys, yerr=_errors(rows, column), fmt="-o", markersize=5, capsize=3, color=colour, label=label)
+
+
+def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
+    """Distances from the mean down and up to the interval's ends, in points."""
+    middle = [number_of(row.get(column)) for row in rows]
+    low = [number_of(row.get(f"{column}/low")) for row in rows]
+    high = [number_of(row.get(f"{column}/high")) for row in rows]
+    return [[100 * (m - end) for m, end in zip(middle, low)], [100 * (end - m) for m, end in zip(middle, high)]]
+
+
+def _frontiers(rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Sequence[tuple[str, str]]) -> Figure:
+    """A panel a pair of rewards: one's win-rate against the other's, a line along `axis` for each setting of the rest."""
+    figure = Figure(figsize=(5 * len(pairs) + 0.5, 5.2), layout="constrained")
+    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for axes, (first, second) in zip(panels, pairs):
+        columns = [f"{TEST}{first}", f"{TEST}{second}"]
+        for number, (label, group) in enumerate(curves(rows, keys, axis).items()):
+            xs, ys = ([100 * number_of(row.get(column)) for row in group] for column in columns)
+            axes.errorbar(xs, ys, xerr=_errors(group, columns[0]), yerr=_errors(group, columns[1]), fmt="-o", markersize=4,
+                          elinewidth=0.6, color=COLOURS[number % len(COLOURS)], label=label)
+            for x, y, row in zip(xs, ys, group):
+                if math.isfinite(x) and math.isfinite(y):
+                    axes.annotate(str(row[axis]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.axhline(50, color="#8d94a1", linewidth=1, linestyle="--")
+        axes.axvline(50, color="#8d94a1", linewidth=1, linestyle="--")
+        axes.set_xlabel(f"{first}: win-rate against the base, %")
+        axes.set_ylabel(f"{second}: win-rate, %")
+    panels[0].legend(frameon=False, title=f"points: {axis}", fontsize=8)
+    return figure
+
+
+def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: bytes | None) -> str:
+    """One offline page: the picture, and a row a job with a link to its report."""
+    rewards, measures = list(named(rows, TEST)), list(named(rows, ORACLE))
+    jobs = [_job(row, keys, rewards, measures) for row in rows]
+    return page_environment().get_template("sweep.html.j2").render(
+        title=title, keys=keys, rewards=rewards, measures=measures, jobs=jobs, zero=bool(named(rows, ZERO)),
+        finished=sum(job["status"] == "finished" for job in jobs), picture=picture and base64.b64encode(picture).decode(),
+    )  # fmt: skip
+
+
+def _job(row: Row, keys: Sequence[str], rewards: Sequence[str], measures: Sequence[str]) -> dict[str, object]:
+    """What the page shows of a job."""
+    evaluated = any(math.isfinite(number_of(row.get(f"{TEST}{name}"))) for name in rewards)
+    return {
+        "name": row["job"],
+        "status": row["status"],
+        "error": row["error"],
+        "given": [row[key] for key in keys],
+        "report": f"{row['job']}/evaluation/report.html" if evaluated else None,
+        "validation": percent(row, VALIDATION),
+        "rates": [_rate(row, f"{TEST}{name}") for name in rewards],
+        "zero": [percent(row, f"{ZERO}{name}") for name in rewards],
+        "measures": [moved(row, f"{ORACLE}{name}") for name in measures],
+    }
+
+
+def percent(row: Row, column: str) -> str:
+    """A share as a percentage, `-` where the row has none."""
+    share = number_of(row.get(column))
+    return f"{100 * share:.1f}" if math.isfinite(share) else "-"
+
+
+def interval(row: Row, column: str) -> str:
+    """The 95 % interval of a column in %, empty where there is none."""
+    low, high = percent(row, f"{column}/low"), percent(row, f"{column}/high")
+    return "" if low == "-" else f"{low}–{high}"
+
+
+def moved(row: Row, column: str) -> str:
+    """`base → policy` of a measure, `-` where the row has none."""
+    base, policy = number_of(row.get(f"{column}/base")), number_of(row.get(column))
+    return f"{base:.3f} → {policy:.3f}" if math.isfinite(base) and math.isfinite(policy) else "-"
+
+
+def _rate(row: Row, column: str) -> dict[str, str]:
+    bounds = {end: number_of(row.get(f"{column}/{end}")) for end in ("low", "high")}
+    return {"rate": percent(row, column), "span": interval(row, column), "verdict": verdict(bounds, 0.5)}

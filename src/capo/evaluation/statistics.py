@@ -1,0 +1,42 @@
+"""Confidence intervals over prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+LEVEL = 95  # percent of the bootstrap's resamples that an interval holds
+
+
+BLOCK = 2**20  # prompts drawn at a time: 8 MB of indices
+
+
+def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of a mean over prompts.
+
+    Prompts are resampled, never comparisons: the K x K comparisons of a prompt are not independent.
+
+    Args:
+        per_prompt: (P,) one number a prompt: a win-rate, or a difference.
+        seed: of the resampling's own generator; the same seed gives the same interval.
+        resamples: number of resampled means.
+
+    Returns:
+        (low, high), the 2.5 % and 97.5 % percentiles.
+
+    Raises:
+        ValueError: no prompts, a number that is not finite, or no resamples.
+    """
+    values = per_prompt.detach().cpu().double().numpy()
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or resamples < 1:
+        raise ValueError(
+            f"an interval needs (P,) finite numbers and a resample; got {values.shape}, {resamples} resamples"
+        )
+    generator = np.random.default_rng(seed)
+    means, block = np.empty(resamples), max(BLOCK // len(values), 1)
+    for start in range(0, resamples, block):
+        drawn = generator.integers(len(values), size=(min(block, resamples - start), len(values)))
+        means[start : start + block] = values[drawn].mean(1)
+    tail = (100 - LEVEL) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)

@@ -1,0 +1,115 @@
+"""What objectives read, and the implicit rewards and margin that most of them share (CaPO, eq. 22)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capo.errors import InputError
+
+
+@dataclass(frozen=True)
+class PairErrors:
+    """What is known of a batch of pairs after the forward passes; each field (B,) or None.
+
+    An error is the mean over channels, height and width of the squared difference of prediction and target,
+    computed in float32: targets are dR / beta, about 7e-4, which bf16 cannot resolve beside an error of 0.3.
+
+    Attributes:
+        policy_winner: m+, the policy's error on the winner.
+        reference_winner: r+, the frozen reference's error on the same noisy latent, time, prompt and target.
+        policy_loser: m-, likewise on the loser.
+        reference_loser: r-, likewise.
+        weight: w, the weight of the pair's log-SNR (winner and loser share their time).
+        gap: dR, calibrated reward of the winner minus that of the loser.
+    """
+
+    policy_winner: Tensor
+    reference_winner: Tensor | None = None
+    policy_loser: Tensor | None = None
+    reference_loser: Tensor | None = None
+    weight: Tensor | None = None
+    gap: Tensor | None = None
+
+
+Objective = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What an objective reads: the reference's errors, the networks' predictions, the loser's errors."""
+
+    reference: bool
+    predictions: bool
+    loser: bool
+
+
+def requires(
+    *, reference: bool = True, predictions: bool = False, loser: bool = True
+) -> Callable[[Objective], Objective]:
+    """Declare what an objective reads: its attributes needs_reference, needs_predictions and needs_loser."""
+
+    def declare(objective: Objective) -> Objective:
+        objective.needs_reference = reference
+        objective.needs_predictions = predictions
+        objective.needs_loser = loser
+        return objective
+
+    return declare
+
+
+def requirements(objective: Objective) -> Requirements:
+    """What an objective, or a `functools.partial` of one as Hydra makes it, declares to read.
+
+    Raises InputError where it declares nothing.
+    """
+    while isinstance(objective, functools.partial):
+        objective = objective.func
+    try:
+        return Requirements(objective.needs_reference, objective.needs_predictions, objective.needs_loser)
+    except AttributeError:
+        raise InputError(
+            f"{objective!r} does not declare what it reads; decorate it with capo.objectives.requires"
+        ) from None
+
+
+def implicit_rewards(errors: PairErrors) -> tuple[Tensor, Tensor]:
+    """R_theta = -w (m - r) of winner and loser, each (B,): positive where the policy denoises better.
+
+    (lam' is negative and taken as the constant -1; no factor 1/2.) Half precision gives float32. Raises
+    ValueError for a field that is None.
+    """
+    policy_winner, reference_winner, policy_loser, reference_loser, weight = fields_of(
+        errors, "policy_winner", "reference_winner", "policy_loser", "reference_loser", "weight"
+    )
+    return -weight * (policy_winner - reference_winner), -weight * (policy_loser - reference_loser)
+
+
+def margin(errors: PairErrors) -> Tensor:
+    """h = R_theta(x+) - R_theta(x-), (B,): exactly 0 where policy and reference err alike.
+
+    dtype and errors as for `implicit_rewards`.
+    """
+    winner, loser = implicit_rewards(errors)
+    return winner - loser
+
+
+def scaled_margin(errors: PairErrors, beta: float) -> Tensor:
+    if beta is None or not beta > 0:
+        raise InputError(
+            f"objective.beta={beta} must be a positive number; the model's yaml has one that suits it"
+        )
+    return beta * margin(errors)
+
+
+def fields_of(errors: PairErrors, *names: str) -> list[Tensor]:
+    """The named fields in float32 at least; ValueError for one that is None."""
+    missing = [name for name in names if getattr(errors, name) is None]
+    if missing:
+        raise ValueError(f"PairErrors has no {', '.join(missing)}, which the objective reads")
+    values = [getattr(errors, name) for name in names]
+    return [value if value.dtype == torch.float64 else value.float() for value in values]

@@ -1,0 +1,110 @@
+"""A plan as a table that a person reads before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from capo.preflight.shortages import device_bytes, readable
+
+
+def _last(node: dict) -> str:
+    return node["_target_"].rsplit(".", 1)[-1]
+
+
+def _settings(plan: dict) -> list[tuple[str, str]]:
+    division, cfg = plan["division"], plan["config"]
+    trainer, objective = cfg["trainer"], cfg["objective"]
+    name, there = device_bytes(trainer["accelerator"])
+    return [
+        ("model", f"{plan['model']}: {plan['parameters']['denoiser']:,} parameters, {plan['parameters']['trained']:,} trained"),
+        ("objective", f"{_last(objective)}, beta {objective.get('beta')}; pairs {_last(cfg['pairs'])}; rewards {', '.join(cfg['rewards'])}"),
+        ("step", f"{division['pairs']} pairs: {division['devices']} devices x {division['micro_batch']} x {division['accumulate']} accumulated"),
+        ("how", f"{trainer['precision']}, {trainer['optimizer']}, gradient checkpointing {'on' if trainer['gradient_checkpointing'] else 'off'}, strategy {trainer['strategy']}"),
+        ("steps", f"{plan['steps']:,}, learning rate {trainer['lr']:g}, warm-up {trainer['warm_up']}"),
+        ("prompts", ", ".join(f"{split} {'unknown' if count is None else f'{count:,}'}" for split, count in plan["prompts"].items())),
+        ("device here", f"{name}, {readable(there)}"),
+    ]  # fmt: skip
+
+
+def _parts(told: dict[str, object]) -> str:
+    return ", ".join(f"{name} {readable(size)}" for name, size in told.items() if name != "total")
+
+
+def _figures(plan: dict) -> list[tuple[str, str]]:
+    rows = []
+    for place in ("device", "host"):
+        rows += [(f"{place}, {phase}", f"{readable(parts['total'])}: {_parts(parts)}") for phase, parts in plan[place].items() if phase != "peak"]
+        rows.append((f"{place}, peak", readable(plan[place]["peak"])))
+    flops, hours, disk = plan["flops"], plan["hours"], plan["disk"]
+    spent = {name: "unknown" if hours[name] is None else f"{hours[name]:,.2f}" for name in ("training", "sampling")}
+    return [
+        *rows,
+        ("TFLOP", f"{flops['pair'] / 1e12:,.3g} a pair, {flops['image'] / 1e12:,.3g} an image that is drawn"),
+        ("hours", f"training {spent['training']}, drawing {spent['sampling']}; at {hours['utilisation']:.0%} of {hours['flops'] / 1e12:,.0f} TFLOP/s a device"),
+        ("disk, pools", f"{readable(disk['pools']['total'])}: {_parts(disk['pools'])}"),
+        ("disk, run", f"{readable(disk['run']['total'])}: {_parts(disk['run'])}"),
+    ]
+
+
+def print_plan(plan: dict, console: Console) -> None:
+    """Settings and figures as a table, then what is missing here."""
+    table = Table(title="plan", show_header=False, title_justify="left")
+    for name, value in [*_settings(plan), *_figures(plan)]:
+        table.add_row(name, value)
+    console.print(table)
+    _print_list(console, "notes", plan["notes"])
+    _print_list(console, "missing here", [entry["message"] for entry in plan["missing here"]] or ["nothing"])
+
+
+def _print_list(console: Console, title: str, lines: Sequence[str]) -> None:
+    console.print(f"[bold]{title}")
+    for line in lines:
+        console.print(f"  - {line}", markup=False, highlight=False)
+
+
+# heading on the console -> figure; two tables, so that numbers stay whole on 80 columns
+HOLDS = {"parameters": "parameters/denoiser", "trained": "parameters/trained", "device": "device/peak", "pools": "disk/pools"}
+
+
+TAKES = {"steps": "steps", "images": "images", "training h": "hours/training", "drawing h": "hours/sampling", "missing": "missing",
+         "certain": "missing/certain"}  # fmt: skip
+
+
+BYTES = ("device/peak", "disk/pools")
+
+
+def plan_figures(plan: Mapping) -> dict[str, float | None]:
+    """A plan's figures, under the names of `plans.csv`'s columns: bytes, hours and counts; None where the plan does not know.
+
+    `missing` counts what this machine lacks, `missing/certain` what a run could not begin with.
+    """
+    disk, hours, lacking = plan["disk"], plan["hours"], plan["missing here"]
+    return {
+        "parameters/denoiser": plan["parameters"]["denoiser"],
+        "parameters/trained": plan["parameters"]["trained"],
+        "device/peak": plan["device"]["peak"],
+        "host/peak": plan["host"]["peak"],
+        "disk/pools": disk["pools"]["total"],
+        "disk/run": disk["run"]["total"],
+        "images": hours["images"],
+        "steps": plan["steps"],
+        "hours/training": hours["training"],
+        "hours/sampling": hours["sampling"],
+        "missing": len(lacking),
+        "missing/certain": sum(entry["certain"] for entry in lacking),
+    }
+
+
+def plan_cell(figures: Mapping[str, float | None], name: str) -> str:
+    """A figure as the console shows it; `unknown` where the plan does not know."""
+    value = figures[name]
+    if value is None:
+        return "unknown"
+    if name in BYTES:
+        return readable(value)
+    if name.startswith("hours/"):
+        return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+    return f"{value:,}"

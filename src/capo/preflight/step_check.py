@@ -1,0 +1,117 @@
+"""A few training steps of a model on this machine: policy = reference, the loss at the start, time and memory of a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from capo.backbones import Backbone
+from capo.data import PreferenceBatch
+from capo.module import PreferenceModule
+from capo.objectives import margin
+from capo.preflight.model_check import Check
+
+STEPS = 3  # the last one is timed
+NEAR = 0.2  # share by which the measured memory may differ from the plan's
+
+
+def step_batch(backbone: Backbone, latents: Tensor, captions: Sequence[str], pairs: int) -> PreferenceBatch:
+    """`pairs` pairs: known latents (B, C, h, w) as winners, the same with noise on them as losers; gaps dR from 0.2 to 0.9."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.arange(pairs) % len(latents)
+    winners = latents[rows]
+    losers = winners + 0.3 * torch.randn(winners.shape, generator=draw)
+    gaps = torch.linspace(0.2, 0.9, pairs)
+    text = {key: value[rows.to(value.device)].cpu() for key, value in backbone.encode_prompts(list(captions)).items()}
+    both = torch.stack([winners, losers], dim=1)
+    u = (torch.arange(pairs) + 0.5) / pairs
+    rewards = torch.stack([0.5 + gaps / 2, 0.5 - gaps / 2], dim=1)
+    return PreferenceBatch(both, torch.randn(both.shape, generator=draw), u, rewards, text, [f"known {row}" for row in rows.tolist()])
+
+
+class Watch(L.Callback):
+    """What the first forward pass and the last step of a short fit came to."""
+
+    def __init__(self) -> None:
+        self.largest = self.loss = self.expected = math.nan
+        self.gap = self.seconds = math.nan
+        self.peak: int | None = None
+        self._began = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: PreferenceModule, batch: PreferenceBatch, index: int) -> None:
+        if index == 0:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                self._first(module, batch)
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._began = time.perf_counter()
+
+    def _first(self, module: PreferenceModule, batch: PreferenceBatch) -> None:
+        errors = module.pair_errors(batch)
+        if errors.reference_winner is None or errors.policy_loser is None:
+            return
+        self.largest, self.gap = float(margin(errors).abs().max()), float(errors.gap.mean())
+        same = replace(errors, policy_winner=errors.reference_winner, policy_loser=errors.reference_loser)
+        self.loss, self.expected = (float(module.objective(found).mean()) for found in (errors, same))
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated()
+        self.seconds = time.perf_counter() - self._began
+
+
+def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: str, precision: str) -> Watch:
+    """Train on the same batch for a few steps; the module is of no other use afterwards."""
+    watch = Watch()
+    trainer = L.Trainer(
+        accelerator=accelerator, devices=1, precision=precision, max_steps=STEPS, max_epochs=-1, logger=False, callbacks=[watch],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        num_sanity_val_steps=0, inference_mode=False, barebones=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))
+    return watch
+
+
+def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pairs: int, rate: float | None = None) -> list[Check]:
+    """Verdicts on what `take_steps` saw.
+
+    Args:
+        planned_bytes: device memory of a step by the plan; None: not compared.
+        flops: of the same step, by the plan.
+        rate: FLOP/s that the plan assumes of a device, whatever this one is; the seconds that follow are said and judge nothing.
+    """
+    checks = []
+    if not math.isnan(watch.largest):
+        same = watch.largest == 0
+        checks.append(Check(
+            "reference = policy", same, f"largest |h| of the first batch {watch.largest:.3g}, mean dR {watch.gap:.3f}",
+            "" if same else "policy and reference compute differently at equal weights: trainer.compile=false, trainer.precision=32-true",
+        ))  # fmt: skip
+        near = abs(watch.loss - watch.expected) <= 1e-4 * max(abs(watch.expected), 1e-3)
+        found = f"{watch.loss:.6f}, the objective at h = 0 is {watch.expected:.6f}"
+        checks.append(Check("first loss", near, found, "" if near else "see reference = policy"))
+    speed = _speed(watch.seconds, flops, pairs, rate)
+    if watch.peak is None or planned_bytes is None:
+        memory, fits = "memory is measured on a GPU only", True
+    else:
+        memory = f"peak {watch.peak / 1e9:.2f} GB, planned {planned_bytes / 1e9:.2f} GB"
+        fits = abs(watch.peak / planned_bytes - 1) <= NEAR
+    checks.append(Check("one step", fits, f"{speed}; {memory}", "" if fits else "the plan is off by more than 20 % here: leave room, and report check.json"))
+    return checks
+
+
+def _speed(seconds: float, flops: float | None, pairs: int, rate: float | None) -> str:
+    told = f"{seconds:.2f} s for {pairs} pairs"
+    if not flops:
+        return told
+    planned = f" (the plan: {flops / rate:.3g} s at {rate / 1e9:,.0f} GFLOP/s)" if rate else ""
+    return f"{told}, {flops / seconds / 1e9:,.1f} GFLOP/s{planned}"

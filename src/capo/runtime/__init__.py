@@ -1,0 +1,1 @@
+"""What any program needs: files, threads, processes, fingerprints, the hub, optimizers."""

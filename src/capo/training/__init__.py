@@ -1,0 +1,1 @@
+"""The fit: Lightning trainer, checkpoints, validation, loggers."""

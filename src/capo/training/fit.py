@@ -1,0 +1,85 @@
+"""From a filled pool to the best policy: selection, the summary of what is optimised, the fit, the choice."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from capo.backbones import Backbone
+from capo.errors import InputError
+from capo.module import PreferenceModule
+from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
+from capo.runtime.run_folder import MONITOR
+from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
+from capo.training.loader import PreferenceData
+from capo.training.loggers import Curves, CurvesFile
+from capo.training.strategies import make_strategy
+from capo.training.validation import WinRateValidation
+
+
+def encode_aside(backbone: Backbone, prompts: list[str]) -> dict[str, Tensor]:
+    """What the denoiser needs of B prompts, by the text encoders on the CPU, where they are during training steps."""
+    with backbone.visiting("cpu"):
+        return backbone.encode_prompts(prompts)
+
+
+
+
+
+
+
+
+def _own_devices(devices: int | str | Sequence[int], here: Launch) -> int | str | Sequence[int]:
+    """What Lightning shall take on this machine: one device a process; which one, a process that is alone may say."""
+    if here.world > 1:
+        return here.local_world
+    return 1 if device_count(devices) is None else devices
+
+
+def fit(module: PreferenceModule, data: PreferenceData, validation: WinRateValidation, loggers: list[Logger], folder: Path, *,
+        max_steps: int, log_every: int, accelerator: str, precision: str, accumulate: int, devices: int | str | Sequence[int] = 1,
+        strategy: str = AUTO) -> ModelCheckpoint:
+    """Train for `max_steps` optimiser steps; the checkpoint with the highest validation win-rate is kept beside the last.
+
+    Goes on from `checkpoints/last.ckpt` where there is one: weights, optimiser, order, visits and curves are then those of a
+    run that was never cut off, whatever the strategy and the devices of either (but for rounding). The backbone spends the
+    steps on the CPU, and is then where it was; validation takes with it what it needs.
+    """
+    here = launch()
+    last = folder / "checkpoints" / "last.ckpt"
+    begun = last.is_file()
+    if begun:
+        check_checkpoint(last, module, module.trained_names(), module.backbone.fingerprints["denoiser"])
+    step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"] if begun else 0
+    for logger in loggers:
+        if here.first and isinstance(logger, CurvesFile) and logger.rows:
+            logger.drop_after(step)
+    checkpoints = ValidatedCheckpoint(
+        validation, folder / "checkpoints", filename="{step:06d}", monitor=MONITOR, mode="max", save_top_k=1, save_last=True,
+        every_n_train_steps=1, auto_insert_metric_name=False, enable_version_counter=False,
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator=accelerator, devices=_own_devices(devices, here), num_nodes=here.machines,
+        strategy=make_strategy(strategy, here.world), precision=precision, max_steps=max_steps, max_epochs=-1,
+        accumulate_grad_batches=accumulate, logger=loggers, default_root_dir=folder,
+        callbacks=[Curves(log_every), validation, checkpoints, SameBatches(), TQDMProgressBar(refresh_rate=1, leave=True)],
+        plugins=[WholeCheckpoints(), *([cluster()] if here.world > 1 else [])], use_distributed_sampler=False,
+        enable_model_summary=False, num_sanity_val_steps=0, inference_mode=False,
+    )  # fmt: skip
+    home = module.backbone.device
+    module.backbone.to("cpu")
+    trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
+    module.trainer = None
+    module.policy.zero_grad(set_to_none=True)
+    gc.collect()  # the trainer is in cycles, and with it go optimiser and reference
+    module.backbone.to(home)
+    if checkpoints.best_model_score is None:
+        raise InputError(f"no validation took place in {max_steps} steps; set validation.every to at most trainer.max_steps")
+    return checkpoints
