@@ -1,44 +1,43 @@
-"""Fixtures: tiny pipelines of the real classes (`tiny_pipelines`), and runs on them."""
+"""Fixtures: tiny pipelines of the real classes (`fixtures.tiny_pipelines`), and runs on them.
+
+pytest reads this file in the process that hands out the tests too, which needs no torch: heavy imports stand in the fixtures.
+"""
 
 import importlib
 import os
 import sys
-
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # read when huggingface_hub is imported: no test may reach the network
-
 from pathlib import Path
 
+# for the libraries, which read them when they are imported, and for the processes that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # workers share the cores
+
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from capo.backbones import MMDiTBackbone, UNetBackbone
 from fixtures import ROOT
-from fixtures.tiny_pipelines import build_tiny_pipeline, build_tiny_sd3, build_tiny_sd15
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def build_tiny():
     """The function that builds a tiny pipeline, for tests that need another variety of it."""
+    from fixtures.tiny_pipelines import build_tiny_pipeline
+
     return build_tiny_pipeline
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
+def tiny_folder(build_tiny, tmp_path_factory) -> Path:
     """Folder of the tiny pipeline, as save_pretrained writes it. Read only: copy it to change it."""
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    build_tiny_pipeline().save_pretrained(folder)
+    build_tiny().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_folders(tiny_folder, tmp_path_factory) -> dict[str, Path]:
     """Folders of all tiny pipelines: sdxl, sd15, sd3 (with a T5), sd3_bare (without). Read only."""
+    from fixtures.tiny_pipelines import build_tiny_sd3, build_tiny_sd15
+
     root = tmp_path_factory.mktemp("families")
     built = {"sd15": build_tiny_sd15(), "sd3": build_tiny_sd3(), "sd3_bare": build_tiny_sd3(t5=False)}
     for name, pipeline in built.items():
@@ -46,26 +45,24 @@ def tiny_folders(tiny_folder, tmp_path_factory) -> dict[str, Path]:
     return {"sdxl": tiny_folder, **{name: root / name for name in built}}
 
 
-FAMILIES = {
-    "sdxl": {"class": UNetBackbone},
-    "sd15": {"class": UNetBackbone},
-    "sd3": {"class": MMDiTBackbone, "sequence_length": 9},
-    "sd3_bare": {"class": MMDiTBackbone, "t5": False, "sequence_length": 3},
-}
-
-
 @pytest.fixture(scope="session")
 def tiny_backbones(tiny_folders) -> dict:
     """All tiny pipelines behind the backbone interface. Read only."""
+    from capo.backbones import MMDiTBackbone, UNetBackbone
+
     return {
-        name: kind["class"](str(tiny_folders[name]), name=name, **{k: v for k, v in kind.items() if k != "class"})
-        for name, kind in FAMILIES.items()
+        "sdxl": UNetBackbone(str(tiny_folders["sdxl"]), name="sdxl"),
+        "sd15": UNetBackbone(str(tiny_folders["sd15"]), name="sd15"),
+        "sd3": MMDiTBackbone(str(tiny_folders["sd3"]), name="sd3", sequence_length=9),
+        "sd3_bare": MMDiTBackbone(str(tiny_folders["sd3_bare"]), name="sd3_bare", t5=False, sequence_length=3),
     }
 
 
 @pytest.fixture(scope="session")
-def tiny_backbone(tiny_folder) -> UNetBackbone:
+def tiny_backbone(tiny_folder):
     """The tiny pipeline behind the backbone interface. Read only: train a `trainable_copy()` of it."""
+    from capo.backbones import UNetBackbone
+
     return UNetBackbone(str(tiny_folder), name="tiny")
 
 
@@ -79,6 +76,9 @@ def brightness(channel: int) -> dict:
 @pytest.fixture(scope="module")
 def tiny_run(tiny_folder, tmp_path_factory):
     """Makes the configuration of a run on the tiny pipeline; all share one pool root."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
     folder = tmp_path_factory.mktemp("runs")
     for split, text in RUN_PROMPTS.items():
         (folder / f"{split}.txt").write_text(text)
@@ -103,6 +103,8 @@ def tiny_run(tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def command_line(tiny_run, tiny_folder, tmp_path_factory):
     """Arguments that make the entry scripts run on the tiny pipeline, pools in the root of `tiny_run`'s."""
+    from omegaconf import OmegaConf
+
     groups = tmp_path_factory.mktemp("groups")
     (groups / "rewards").mkdir()
     OmegaConf.save({"r": brightness(0), "g": brightness(1)}, groups / "rewards" / "fake.yaml")

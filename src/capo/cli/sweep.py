@@ -232,13 +232,13 @@ class SweepReport(Callback):
             write_whole(folder / PICTURE, picture)
         write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
         _show(jobs, console_tables(jobs, str(folder)))
-        Console().print(f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}")
+        print(f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}")
 
     def write_plans(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Both of plans; nothing was trained, so there are no rates to draw."""
         write_table(folder / PLANS, *sweep_rows(jobs))
         _show(jobs, plans_tables(jobs, str(folder)))
-        Console().print(f"the plans' table: {folder / PLANS}; what is missing: {PLAN} of each job")
+        print(f"the plans' table: {folder / PLANS}; what is missing: {PLAN} of each job")
 
 
 def _show(jobs: Sequence[Job], tables: Sequence[Table]) -> None:

@@ -170,11 +170,12 @@ class WandbRun(WandbLogger):
 
 def wandb_is_online() -> bool:
     """Whether a run may go to the server: a key is found, and WANDB_MODE does not say otherwise."""
-    import wandb
-
     mode = os.environ.get("WANDB_MODE", "").lower()
     if mode:
         return mode == "online"
+    os.environ.pop("WANDB_MODE", None)  # set to nothing it says nothing, but wandb would take it for a mode that it does not know
+    import wandb
+
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 

@@ -44,6 +44,20 @@ def plain_latents(pipeline, **options):
     ).images
 
 
+def assert_adapters_latents(found, ours, base):
+    """The same but for rounding, beside what the adapter moves: an adapter from a file lies otherwise in memory, and some processors
+    then take its products in another order.
+    """
+    moved = (ours - base).abs().max().item()
+    assert moved > 1e-3
+    torch.testing.assert_close(found, ours, atol=1e-3 * moved, rtol=0)
+
+
+def assert_same_weights(one, other):
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
 def run_readme(folder, monkeypatch):
     """Executes the README's Python block where it says: in the directory that holds the folder."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -78,9 +92,13 @@ def test_every_family_loads_by_the_readmes_lines_and_gives_our_latents(tiny_back
     pipe = run_readme(folder, monkeypatch)
     scheduler = type(pipe.scheduler).__name__
     assert scheduler == type(backbone.pipeline.scheduler).__name__
-    assert torch.equal(plain_latents(pipe, **backbone.call_options), ours)
-    assert not torch.equal(latents_of(backbone, backbone.denoiser), ours)
-    assert torch.equal(latents_of(backbone, load_policy(backbone, folder)), ours)
+    base, loaded = latents_of(backbone, backbone.denoiser), load_policy(backbone, folder)
+    for found in (plain_latents(pipe, **backbone.call_options), latents_of(backbone, loaded)):
+        if lora:
+            assert_adapters_latents(found, ours, base)
+        else:
+            assert torch.equal(found, ours) and not torch.equal(found, base)
+    assert_same_weights(policy, loaded)
 
 
 def test_an_adapter_is_loaded_with_the_sampler_and_autoencoder_that_it_was_tuned_with(tiny_folder, tmp_path, monkeypatch):
@@ -88,7 +106,7 @@ def test_an_adapter_is_loaded_with_the_sampler_and_autoencoder_that_it_was_tuned
     policy = tuned(add_lora(backbone.trainable_copy(), rank=2, alpha=4))
     pipe = run_readme(export_policy(backbone, policy, tmp_path / "policy", CARD), monkeypatch)
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
-    assert torch.equal(plain_latents(pipe), latents_of(backbone, policy))
+    assert_adapters_latents(plain_latents(pipe), latents_of(backbone, policy), latents_of(backbone, backbone.denoiser))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(backbone.vae.parameters(), pipe.vae.parameters(), strict=True))
 
 
@@ -143,11 +161,11 @@ def test_lora_file_loads_by_the_readmes_lines_and_gives_our_latents(tiny_backbon
         "pytorch_lora_weights.safetensors",
     ]
     assert json.loads((folder / "base.json").read_text())["weights"] == tiny_backbone.weights
-    ours = latents_of(tiny_backbone, policy)
-    assert torch.equal(plain_latents(run_readme(folder, monkeypatch)), ours)
-    assert not torch.equal(latents_of(tiny_backbone, tiny_backbone.denoiser), ours)
-    loaded = load_policy(tiny_backbone, folder)
-    assert has_adapter(loaded) and torch.equal(latents_of(tiny_backbone, loaded), ours)
+    ours, base, loaded = latents_of(tiny_backbone, policy), latents_of(tiny_backbone, tiny_backbone.denoiser), load_policy(tiny_backbone, folder)
+    for found in (plain_latents(run_readme(folder, monkeypatch)), latents_of(tiny_backbone, loaded)):
+        assert_adapters_latents(found, ours, base)
+    assert has_adapter(loaded)
+    assert_same_weights(policy, loaded)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "sd3_bare"])

@@ -347,8 +347,9 @@ def test_a_callable_of_this_process_cannot_be_isolated(bare):
         Reward("theirs", lambda images, prompts: None, python=bare)
 
 
-def test_a_target_of_this_package_runs_where_the_package_is_not(bare, tmp_path):
+def test_a_target_of_this_package_runs_where_the_package_is_not(bare, tmp_path, monkeypatch):
     """Its file is loaded alone; here it is the worker's own, whose `build` gives back a number."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # by which these tests may have found the package
     scorer = IsolatedScorer("own", bare, {"_target_": "capo.rewards.worker.build", "node": 3}, 60, tmp_path)
     with pytest.raises(InputError, match="capo.rewards.worker.build makes no callable but 3"):
         scorer.to("cpu")
