@@ -73,8 +73,26 @@ def brightness(channel: int) -> dict:
     return {"scorer": {"_target_": "fixtures.fake_rewards.Brightness", "channel": channel}, "scale": 20.0}
 
 
+@pytest.fixture(scope="session")
+def drawn_once():
+    """Pictures of calibration reports, by report: runs on one pool have the same, and drawing it takes a quarter of a tiny run."""
+    from capo import calibration_page
+
+    pictures, draw = {}, calibration_page.picture
+
+    def picture(report):
+        key = repr(report)
+        if key not in pictures:
+            pictures[key] = draw(report)
+        return pictures[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_page, "picture", picture)
+        yield pictures
+
+
 @pytest.fixture(scope="module")
-def tiny_run(tiny_folder, tmp_path_factory):
+def tiny_run(tiny_folder, drawn_once, tmp_path_factory):
     """Makes the configuration of a run on the tiny pipeline; all share one pool root."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf

@@ -27,7 +27,7 @@ def test_the_stage_asks_for_what_it_needs(tiny_run):
             report()
 
 
-def test_the_stage_and_the_start_of_training_write_the_same_report(tiny_run, monkeypatch, capsys):
+def test_the_stage_and_the_start_of_training_write_the_same_report(tiny_run, drawn_once, monkeypatch, capsys):
     def stop(*args, **options):
         raise InputError("no step is taken")
 
@@ -37,6 +37,7 @@ def test_the_stage_and_the_start_of_training_write_the_same_report(tiny_run, mon
     (pool,) = (tiny_run.folder / "pools").glob("tiny-*-0-train")
     before = {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()}
     capsys.readouterr()
+    drawn_once.clear()
     generate_script.run(tiny_run("unused", "stage=report", config="generate"))
     assert f"calibration report: {pool}/report/calibration.html" in capsys.readouterr().out
     found = report_in(pool / "report")
