@@ -52,10 +52,13 @@ def optimiser_bytes(policy: nn.Module, name: str) -> int:
     return sum(2 * (p.numel() + 4 * math.ceil(p.numel() / BLOCK)) if p.numel() >= EIGHT_BIT_FROM else 8 * p.numel() for p in trained)
 
 
+_policy = cache(policy_module)  # to be looked at
+
+
 @cache
 def parameters(blueprint: Blueprint, lora: Adapter | None) -> tuple[int, int]:
     """Parameters of the base's denoiser, and of those that are trained."""
-    policy = policy_module(blueprint, lora)
+    policy = _policy(blueprint, lora)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     return sum(p.numel() for p in policy.parameters()) - (trained if lora else 0), trained
 
@@ -69,7 +72,7 @@ def holdings(
     `reference`: whether the objective needs one, stored as `capo.backbones.precision.frozen_reference` does; with LoRA the policy is it, adapter
     off, its frozen weights stored as for the precision `frozen_in`.
     """
-    policy = policy_module(blueprint, lora, frozen_in)
+    policy = _policy(blueprint, lora, frozen_in)
     kept = 0
     if reference and not lora:
         kept = module_bytes(half_stored(blueprint.module(blueprint.denoiser_name), precision))
@@ -85,7 +88,7 @@ def _numbers(blueprint: Blueprint) -> dict[str, int]:
 @cache
 def autocast_copies(blueprint: Blueprint, lora: Adapter | None, precision: str) -> int:
     """Bytes of the policy's trained weights in half precision, which autocast keeps while a batch is trained on or images are drawn."""
-    return cast_bytes(policy_module(blueprint, lora), precision)
+    return cast_bytes(_policy(blueprint, lora), precision)
 
 
 def pipeline_bytes(blueprint: Blueprint, itemsize: int) -> dict[str, int]:
@@ -103,6 +106,6 @@ def pool_bytes(blueprint: Blueprint, prompts: int, candidates: int, rewards: int
 @cache
 def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str) -> int:
     """One checkpoint: the policy but for what LoRA leaves frozen, and the optimiser's state."""
-    policy = policy_module(blueprint, lora)
+    policy = _policy(blueprint, lora)
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     return sum(tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen) + optimiser_bytes(policy, optimizer)

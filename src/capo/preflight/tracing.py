@@ -127,10 +127,11 @@ class _AsOnGpu(TorchFunctionMode):
 def _imagined(module: nn.Module, precision: str, gpu: bool) -> Iterator[None]:
     """`module`, on the meta device before, computes in Lightning's `precision` with values that nobody knows."""
     half = HALVES.get(precision)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # said to lie on a device that has autocast and fused attention, which meta has not
+    module._apply(lambda tensor: FakeTensor(mode, tensor.detach(), torch.device("cpu")))
     with ExitStack() as stack:
-        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # said to lie on a device that has autocast and fused attention, which meta has not
-        module._apply(lambda tensor: FakeTensor(mode, tensor.detach(), torch.device("cpu")))
+        stack.enter_context(mode)
         if half is not None:
             stack.enter_context(torch.autocast("cpu", half))
             if gpu:

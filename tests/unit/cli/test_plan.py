@@ -87,7 +87,8 @@ def test_too_little_memory_is_listed_and_refused_where_it_is_certain(tiny_run, m
 
 
 def test_weights_and_prompts_that_are_not_there(tmp_path, tiny_run):
-    cfg = tiny_run("gone", "plan=true", f"prompts.train={tmp_path / 'none.txt'}")
+    as_the_paper = ("trainer.batch=4", "trainer.precision=bf16-mixed", "sampling.precision=bf16-mixed", "trainer.gradient_checkpointing=true")
+    cfg = tiny_run("gone", "plan=true", f"prompts.train={tmp_path / 'none.txt'}", *as_the_paper)  # whose passes a recipe's plan has traced
     OmegaConf.update(cfg, "model.backbone.weights", str(tmp_path / "nowhere"))
     OmegaConf.update(cfg, "model.name", "sdxl")
     plan, _ = plan_of(cfg)
