@@ -1,8 +1,8 @@
 """Compare tuned policies with their base, reward by reward, on prompts that were used nowhere before.
 
-    python evaluate.py run=outputs/DATE/TIME
-    python evaluate.py runs=[outputs/A,outputs/B]
-    python evaluate.py policy=FOLDER base=FOLDER model=shapes_unet
+python evaluate.py run=outputs/DATE/TIME
+python evaluate.py runs=[outputs/A,outputs/B]
+python evaluate.py policy=FOLDER base=FOLDER model=shapes_unet
 """
 
 import hydra

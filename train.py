@@ -1,7 +1,7 @@
 """Tune a base model: candidate pool -> calibrated pairs -> policy, the best by validation win-rate, and its evaluation.
 
-    python train.py objective=capo pairs=frs
-    python train.py -m objective.beta=10,30,100
+python train.py objective=capo pairs=frs
+python train.py -m objective.beta=10,30,100
 """
 
 import hydra

@@ -12,7 +12,9 @@ from capo.cli.process import prepare_process
 def configuration(model: str, prompts: int) -> DictConfig:
     """`python train.py model=MODEL` with `prompts` prompts of the shapes world to train on."""
     sizes = {"train": prompts, "validation": 1, "test": 1}
-    return composed("train", [f"model={model}", *(f"prompts.{split}={size}" for split, size in sizes.items())])
+    return composed(
+        "train", [f"model={model}", *(f"prompts.{split}={size}" for split, size in sizes.items())]
+    )
 
 
 def model_and_sizes(

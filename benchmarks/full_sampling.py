@@ -53,9 +53,15 @@ WAYS = {"capo": our_sampling, "pipeline": plain_pipeline}
 def backbones(model: str, blueprint: Blueprint, device: torch.device) -> dict[str, Backbone]:
     """The same weights twice: in float32 for ours, in bf16 for the pipeline."""
     name, scheduler = blueprint.denoiser_name, PAPER[model][1]
-    parts = {name: random_module(blueprint, name, device), **conditioning_parts(blueprint, device, torch.float32)}
+    parts = {
+        name: random_module(blueprint, name, device),
+        **conditioning_parts(blueprint, device, torch.float32),
+    }
     halved = {name: nn.Module.to(copy.deepcopy(part), torch.bfloat16) for name, part in parts.items()}
-    return {"capo": random_backbone(model, parts, scheduler), "pipeline": random_backbone(model, halved, scheduler)}
+    return {
+        "capo": random_backbone(model, parts, scheduler),
+        "pipeline": random_backbone(model, halved, scheduler),
+    }
 
 
 def image_flops(blueprint: Blueprint, steps: int) -> float:
@@ -65,7 +71,11 @@ def image_flops(blueprint: Blueprint, steps: int) -> float:
 
 def draw(bases: dict[str, Backbone], settings: SamplerSettings, rounds: int, device: torch.device) -> Row:
     """Figures of `rounds` calls of each way with one prompt, in turn, after one of a few steps each that warms up."""
-    prompts, seconds, peaks = [make_prompt("a small red cat sits on a green wall")], {name: [] for name in WAYS}, {}
+    prompts, seconds, peaks = (
+        [make_prompt("a small red cat sits on a green wall")],
+        {name: [] for name in WAYS},
+        {},
+    )
     for name, job in WAYS.items():
         job(bases[name], prompts, replace(settings, steps=WARM))
     for _ in range(rounds):
@@ -81,8 +91,9 @@ def draw(bases: dict[str, Backbone], settings: SamplerSettings, rounds: int, dev
         "images_per_second": settings.batch / statistics.median(seconds["capo"]),
         "pipeline images_per_second": settings.batch / statistics.median(seconds["pipeline"]),
         "faster than pipeline": median_ratio(seconds["capo"], seconds["pipeline"]),
-        "peak_bytes_of_both": peaks["capo"], "pipeline peak_bytes_of_both": peaks["pipeline"],
-    }  # fmt: skip
+        "peak_bytes_of_both": peaks["capo"],
+        "pipeline peak_bytes_of_both": peaks["pipeline"],
+    }
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -93,7 +104,11 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     began, args = time.monotonic(), options(arguments)
     prepare_process(args.threads)
-    device, blueprint, steps = torch.device(args.device), sized_blueprint(args.model, args.size), STEPS[args.size]
+    device, blueprint, steps = (
+        torch.device(args.device),
+        sized_blueprint(args.model, args.size),
+        STEPS[args.size],
+    )
     path = args.results or Path(__file__).parent / "results" / f"sample_{args.model}_{args.size}.json"
     guidance, sampler = PAPER[args.model]
     what = f"{args.model} ({args.size}), {sampler}, {steps} steps, guidance {guidance:g}"
@@ -114,8 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         release(device)
         if row["status"] == "measured":
             rate = flops * row["images_per_second"]
-            row |= {"flops": rate, "utilisation": rate / about["peak_flops"] if about["peak_flops"] else None,
-                    "of_matmul": rate / about["matmul_flops"]}  # fmt: skip
+            row |= {
+                "flops": rate,
+                "utilisation": rate / about["peak_flops"] if about["peak_flops"] else None,
+                "of_matmul": rate / about["matmul_flops"],
+            }
         records.add(key, row)
         print_rows({key: row}, ("images_per_second", "faster than pipeline", "utilisation", "of_matmul"))
 

@@ -52,15 +52,28 @@ class Setting:
     @property
     def key(self) -> str:
         """Its name in a table."""
-        parts = ["LoRA" if self.lora else "full", "checkpointing" if self.checkpointing else "no checkpointing"]
-        parts += ["compiled"] * self.compile + ["channels last"] * self.channels_last + ["against others"] * self.compare
+        parts = [
+            "LoRA" if self.lora else "full",
+            "checkpointing" if self.checkpointing else "no checkpointing",
+        ]
+        parts += (
+            ["compiled"] * self.compile
+            + ["channels last"] * self.channels_last
+            + ["against others"] * self.compare
+        )
         return ", ".join([*parts, f"micro-batch {self.micro_batch}"])
 
     @property
     def execution(self) -> Execution:
         """The module's; first batches of random weights have errors of their own size, so their h is told, not judged."""
-        return Execution(PRECISION, half_frozen=True, gradient_checkpointing=self.checkpointing, compile=self.compile, compile_tolerance=math.inf,
-                         channels_last=self.channels_last)  # fmt: skip
+        return Execution(
+            PRECISION,
+            half_frozen=True,
+            gradient_checkpointing=self.checkpointing,
+            compile=self.compile,
+            compile_tolerance=math.inf,
+            channels_last=self.channels_last,
+        )
 
 
 class TimedModule(PreferenceModule):
@@ -99,9 +112,16 @@ def make_module(model: str, backbone: Backbone, lora: bool) -> TimedModule:
     """The module of the model's own configuration: capo, sigmoid weights, clipping at 1."""
     known = MODELS[model]
     return TimedModule(
-        backbone, partial(capo, beta=known["beta"]), lr=0.0, warm_up=1, weighting=Weighting("sigmoid", known["bias"]), draw=known["draw"],
-        lora=LORA if lora else None, gradient_clip=1.0, execution=Execution(PRECISION, half_frozen=True),
-    )  # fmt: skip
+        backbone,
+        partial(capo, beta=known["beta"]),
+        lr=0.0,
+        warm_up=1,
+        weighting=Weighting("sigmoid", known["bias"]),
+        draw=known["draw"],
+        lora=LORA if lora else None,
+        gradient_clip=1.0,
+        execution=Execution(PRECISION, half_frozen=True),
+    )
 
 
 def four_pass_loss(module: PreferenceModule, pairs: PreferenceBatch) -> Tensor:
@@ -125,7 +145,11 @@ def published_loss(module: TimedModule, pairs: PreferenceBatch) -> Tensor:
     height, width = (backbone.pipeline.vae_scale_factor * side for side in backbone.latent_shape[1:])
     pixels = torch.rand(2 * count, 3, height, width, device=pairs.u.device) * 2 - 1
     with backbone.visiting(pixels.device):  # where VAE and encoders stay: nothing is moved
-        latents = torch.cat([backbone.encode_images(part) for part in pixels.split(VAE_BATCH)]).float().unflatten(0, (count, 2))
+        latents = (
+            torch.cat([backbone.encode_images(part) for part in pixels.split(VAE_BATCH)])
+            .float()
+            .unflatten(0, (count, 2))
+        )
         text = backbone.encode_prompts(["a small red cat sits on a green wall"] * count)
     batch = PreferenceBatch(latents, pairs.noise, pairs.u, pairs.calibrated_rewards, text, pairs.prompt_ids)
     return module.objective(module.pair_errors(batch)).mean()
@@ -165,11 +189,15 @@ class Clock(L.Callback):
         forget_peak(device)
         self._since = now(device)
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: TimedModule, batch: PreferenceBatch, index: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: TimedModule, batch: PreferenceBatch, index: int
+    ) -> None:
         if index % ACCUMULATED == ACCUMULATED - 1:
             self._halfway = now(module.device)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: TimedModule, outputs, batch: PreferenceBatch, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: TimedModule, outputs, batch: PreferenceBatch, index: int
+    ) -> None:
         """Nothing until the optimiser has moved."""
         if index % ACCUMULATED != ACCUMULATED - 1:
             return
@@ -222,23 +250,40 @@ class Clock(L.Callback):
         trainer.strategy.optimizers = []
 
 
-def run_setting(setting: Setting, module: TimedModule, batch: PreferenceBatch, device: torch.device, rounds: int) -> dict[str, object]:
+def run_setting(
+    setting: Setting, module: TimedModule, batch: PreferenceBatch, device: torch.device, rounds: int
+) -> dict[str, object]:
     """Figures of `rounds` rounds after one that warms up. Raises torch.OutOfMemoryError, RuntimeError for a loss that is not finite."""
     module.prepare(setting.execution)
     others = other_ways(module) if setting.compare else {}
     clock = Clock(others, lambda: torch.autocast(device.type, torch.bfloat16))
     trainer = L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, precision=PRECISION, max_steps=rounds + 1, max_epochs=-1,
-        accumulate_grad_batches=ACCUMULATED, logger=False, callbacks=[Curves(5), clock], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, inference_mode=False,
-    )  # fmt: skip
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision=PRECISION,
+        max_steps=rounds + 1,
+        max_epochs=-1,
+        accumulate_grad_batches=ACCUMULATED,
+        logger=False,
+        callbacks=[Curves(5), clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+    )
     start = time.perf_counter()
     try:
         trainer.fit(module, DataLoader([batch] * (ACCUMULATED * (rounds + 1)), batch_size=None))
     finally:
         module.zero_grad(set_to_none=True)
         module.trainer = None
-    return {**step_figures(clock, setting.micro_batch), "fit_seconds": time.perf_counter() - start, "first_batch": module.said}
+    return {
+        **step_figures(clock, setting.micro_batch),
+        "fit_seconds": time.perf_counter() - start,
+        "first_batch": module.said,
+    }
 
 
 def step_figures(clock: Clock, micro_batch: int) -> dict[str, object]:
@@ -248,8 +293,11 @@ def step_figures(clock: Clock, micro_batch: int) -> dict[str, object]:
     found: dict[str, object] = {
         "pairs_per_second": micro_batch / micro,
         "pairs_per_second_256": PAPER_BATCH / (PAPER_BATCH / micro_batch * micro + optimiser),
-        "micro_seconds": micro, "optimiser_seconds": optimiser, "peak_bytes": clock.peaks[OURS], "loss": clock.loss,
-    }  # fmt: skip
+        "micro_seconds": micro,
+        "optimiser_seconds": optimiser,
+        "peak_bytes": clock.peaks[OURS],
+        "loss": clock.loss,
+    }
     ours = clock.rounds[OURS][1:]
     for name in clock.rounds:
         if name in clock.failed:

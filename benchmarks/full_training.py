@@ -40,21 +40,56 @@ from random_models import (
 )
 from records import Records, Row, measured, print_rows
 
-PRINTED = ("pairs_per_second", "pairs_per_second_256", "peak_bytes", "utilisation", "of_matmul", "faster than published",
-           "faster than four passes", "faster than bare loop")  # fmt: skip
+PRINTED = (
+    "pairs_per_second",
+    "pairs_per_second_256",
+    "peak_bytes",
+    "utilisation",
+    "of_matmul",
+    "faster than published",
+    "faster than four passes",
+    "faster than bare loop",
+)
 
 
 def settings(model: str, size: str) -> list[Setting]:
     """What is measured, what matters most first; all of one policy before those of the other."""
     if size == TINY:
-        return [Setting(2), Setting(2, compare=True), Setting(1, checkpointing=False), Setting(1, compile=True),
-                Setting(2, channels_last=model == "sdxl", lora=True)]  # fmt: skip
-    last = [Setting(8, channels_last=True)] if model == "sdxl" else []  # a transformer has no convolutions to speak of
-    full = [Setting(4), Setting(8), Setting(4, compare=True), Setting(1, checkpointing=False), Setting(2, checkpointing=False), Setting(16), *last,
-            Setting(8, compile=True), Setting(1, checkpointing=False, compile=True), Setting(2), Setting(1)]  # fmt: skip
-    lora = [Setting(4, lora=True), Setting(8, lora=True), Setting(2, lora=True, checkpointing=False), Setting(8, lora=True, compile=True),
-            Setting(4, lora=True, compare=True), Setting(4, lora=True, checkpointing=False), Setting(16, lora=True),
-            Setting(1, lora=True, checkpointing=False), Setting(2, lora=True), Setting(1, lora=True)]  # fmt: skip
+        return [
+            Setting(2),
+            Setting(2, compare=True),
+            Setting(1, checkpointing=False),
+            Setting(1, compile=True),
+            Setting(2, channels_last=model == "sdxl", lora=True),
+        ]
+    last = (
+        [Setting(8, channels_last=True)] if model == "sdxl" else []
+    )  # a transformer has no convolutions to speak of
+    full = [
+        Setting(4),
+        Setting(8),
+        Setting(4, compare=True),
+        Setting(1, checkpointing=False),
+        Setting(2, checkpointing=False),
+        Setting(16),
+        *last,
+        Setting(8, compile=True),
+        Setting(1, checkpointing=False, compile=True),
+        Setting(2),
+        Setting(1),
+    ]
+    lora = [
+        Setting(4, lora=True),
+        Setting(8, lora=True),
+        Setting(2, lora=True, checkpointing=False),
+        Setting(8, lora=True, compile=True),
+        Setting(4, lora=True, compare=True),
+        Setting(4, lora=True, checkpointing=False),
+        Setting(16, lora=True),
+        Setting(1, lora=True, checkpointing=False),
+        Setting(2, lora=True),
+        Setting(1, lora=True),
+    ]
     return full + lora
 
 
@@ -80,14 +115,21 @@ def utilisation(row: Row, flops: float, about: Row) -> Row:
         return row
     rate = flops * row["pairs_per_second_256"]
     peak = about["peak_flops"]
-    return {**row, "flops": rate, "utilisation": rate / peak if peak else None, "of_matmul": rate / about["matmul_flops"]}
+    return {
+        **row,
+        "flops": rate,
+        "utilisation": rate / peak if peak else None,
+        "of_matmul": rate / about["matmul_flops"],
+    }
 
 
 def planned_bytes(blueprint: Blueprint, model: str, setting: Setting) -> int:
     """Device memory of a setting by the plan."""
     lora = adapter_of(lora_of(model, setting))
     held = holdings(blueprint, lora, PRECISION, ADAMW, True, frozen_in=PRECISION)
-    return held.total + activation_bytes(blueprint, 2 * setting.micro_batch, PRECISION, True, lora, setting.checkpointing, frozen_in=PRECISION)
+    return held.total + activation_bytes(
+        blueprint, 2 * setting.micro_batch, PRECISION, True, lora, setting.checkpointing, frozen_in=PRECISION
+    )
 
 
 def add_plans(records: Records, blueprint: Blueprint, model: str, wanted: Sequence[Setting]) -> None:
@@ -98,8 +140,13 @@ def add_plans(records: Records, blueprint: Blueprint, model: str, wanted: Sequen
             continue
         planned = planned_bytes(blueprint, model, setting)
         peak = row.get("peak_bytes")
-        records.add(setting.key, {**row, "planned_bytes": planned, "peak_of_planned": peak / planned if peak else None})
-        print_rows({setting.key: records.rows[setting.key]}, ("peak_bytes", "planned_bytes", "peak_of_planned"))
+        records.add(
+            setting.key,
+            {**row, "planned_bytes": planned, "peak_of_planned": peak / planned if peak else None},
+        )
+        print_rows(
+            {setting.key: records.rows[setting.key]}, ("peak_bytes", "planned_bytes", "peak_of_planned")
+        )
 
 
 class Workshop:
@@ -146,7 +193,9 @@ def measure(workshop: Workshop, setting: Setting, rounds: int) -> Row:
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = sized_options(__doc__, "train", "timed, of two passes each", 3, 9.0)
     parser.add_argument("--only", default="", help="settings whose name has this text")
-    parser.add_argument("--plans", action="store_true", help="what was planned beside what was measured; measures nothing")
+    parser.add_argument(
+        "--plans", action="store_true", help="what was planned beside what was measured; measures nothing"
+    )
     return parser.parse_args(arguments)
 
 
@@ -160,7 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.plans:
         add_plans(Records(path, None), blueprint, args.model, wanted)
         return
-    about = {**what, **facts(device, 8192 if device.type == "cuda" else 256), "pairs an optimiser step": PAPER_BATCH}
+    about = {
+        **what,
+        **facts(device, 8192 if device.type == "cuda" else 256),
+        "pairs an optimiser step": PAPER_BATCH,
+    }
     records, workshop = Records(path, about), Workshop(args.model, blueprint, device)
     flops = {lora: pair_flops(blueprint, lora) for lora in (False, True)}
     print(f"{about}\nfigures in {path} and {path.with_suffix('.md').name}", flush=True)

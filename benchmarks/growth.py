@@ -78,7 +78,9 @@ def read_prompts(files: dict[str, Path]) -> list[Prompt]:
     return splits["train"]
 
 
-def make_pool(folder: Path, prompts: int, candidates: int, rewards: int, prompts_per_shard: int) -> dict[str, Path]:
+def make_pool(
+    folder: Path, prompts: int, candidates: int, rewards: int, prompts_per_shard: int
+) -> dict[str, Path]:
     """Prompt files and a complete pool in `folder`; what is there already stays."""
     texts = numbered_prompts(prompts)
     plan = numbers_plan(folder, texts, candidates, prompts_per_shard)
@@ -86,7 +88,9 @@ def make_pool(folder: Path, prompts: int, candidates: int, rewards: int, prompts
     return write_prompts(folder, texts)
 
 
-def start_training(files: dict[str, Path], candidates: int, rewards: int, prompts_per_shard: int) -> tuple[Candidates, float]:
+def start_training(
+    files: dict[str, Path], candidates: int, rewards: int, prompts_per_shard: int
+) -> tuple[Candidates, float]:
     """Everything from the prompt files to the first batch; what was selected, and the seconds of all stages."""
     stage, scored = Stages(), synthetic_rewards(rewards)
     prompts = stage("prompts", lambda: read_prompts(files))
@@ -94,7 +98,9 @@ def start_training(files: dict[str, Path], candidates: int, rewards: int, prompt
     pool = stage("what is there", lambda: fill_pool(plan, GENERATOR, scored, verify=False))
 
     def select() -> Candidates:
-        found = select_candidates(pool, prompts, candidates, scored, frs, "win_rate", seed=0, shared_noise=False)
+        found = select_candidates(
+            pool, prompts, candidates, scored, frs, "win_rate", seed=0, shared_noise=False
+        )
         found.selection.statistics()
         return found
 
@@ -111,15 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--pool", type=Path, help="where the pool is made and kept; default: a temporary folder")
+    parser.add_argument(
+        "--pool", type=Path, help="where the pool is made and kept; default: a temporary folder"
+    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     sizes = args.candidates, args.rewards, args.prompts_per_shard
     with tempfile.TemporaryDirectory() as temporary:
         start = time.perf_counter()
         files = make_pool(args.pool or Path(temporary), args.prompts, *sizes)
-        print(f"{args.prompts} prompts x {args.candidates} candidates x {args.rewards} rewards, {args.threads} threads; "
-              f"the pool was made in {time.perf_counter() - start:.0f} s, not counted")
+        print(
+            f"{args.prompts} prompts x {args.candidates} candidates x {args.rewards} rewards, {args.threads} threads; "
+            f"the pool was made in {time.perf_counter() - start:.0f} s, not counted"
+        )
         found, seconds = start_training(files, *sizes)
     usable = found.selection.statistics().usable
     print(f"in all {seconds:.1f} s and {peak_gib():.2f} GiB (aims: 60 s, 8 GiB); {usable} prompts have pairs")

@@ -42,10 +42,14 @@ def facts(device: torch.device, side: int) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return {
-        "device": name, "memory_bytes": memory, "torch": torch.__version__, "peak_flops": vendor_peak(name),
-        "matmul_flops": matmul_rate(device, side), "matmul_side": side,
+        "device": name,
+        "memory_bytes": memory,
+        "torch": torch.__version__,
+        "peak_flops": vendor_peak(name),
+        "matmul_flops": matmul_rate(device, side),
+        "matmul_side": side,
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
-    }  # fmt: skip
+    }
 
 
 def forget_peak(device: torch.device) -> None:

@@ -28,22 +28,45 @@ FULL, TINY = "full", "tiny"
 MODELS = ("sdxl", "sd3")
 T5_TOKENS = 256
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-NARROW_CLIP = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "projection_dim": 8}
+NARROW_CLIP = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "projection_dim": 8,
+}
 NARROW = {  # what makes a published config tiny; 64 x 64 images, latents of 8 x 8
     "text_encoder": NARROW_CLIP,
     "text_encoder_2": {**NARROW_CLIP, "hidden_size": 16, "intermediate_size": 32, "projection_dim": 16},
     "text_encoder_3": {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1},
-    "vae": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64},
+    "vae": {
+        "block_out_channels": [8, 8, 8, 8],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "sample_size": 64,
+    },
     "unet": {
-        "block_out_channels": [8, 16, 16], "attention_head_dim": [1, 2, 2], "layers_per_block": 1, "transformer_layers_per_block": [1, 1, 2],
-        "cross_attention_dim": 24, "norm_num_groups": 4, "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 16 + 6 * 4,
+        "block_out_channels": [8, 16, 16],
+        "attention_head_dim": [1, 2, 2],
+        "layers_per_block": 1,
+        "transformer_layers_per_block": [1, 1, 2],
+        "cross_attention_dim": 24,
+        "norm_num_groups": 4,
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 16 + 6 * 4,
         "sample_size": 8,
     },
     "transformer": {
-        "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 16,
-        "pooled_projection_dim": 8 + 16, "pos_embed_max_size": 8, "sample_size": 8,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 8 + 16,
+        "pos_embed_max_size": 8,
+        "sample_size": 8,
     },
-}  # fmt: skip
+}
 
 
 def sized_blueprint(model: str, size: str) -> Blueprint:
@@ -55,7 +78,9 @@ def sized_blueprint(model: str, size: str) -> Blueprint:
     return replace(full, text=json.dumps(configs, sort_keys=True))
 
 
-def random_module(blueprint: Blueprint, component: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+def random_module(
+    blueprint: Blueprint, component: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The component as its class initialises it, on the device from the start: drawing 5 billion weights on a CPU takes minutes."""
     config = blueprint.configs[component]
     with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -64,42 +89,69 @@ def random_module(blueprint: Blueprint, component: str, device: torch.device, dt
             module = DIFFUSERS[config["_class_name"]].from_config(config)
         else:
             kind = TRANSFORMERS[config["architectures"][0]]
-            module = kind(kind.config_class(**{key: value for key, value in config.items() if key != "architectures"}))
+            module = kind(
+                kind.config_class(**{key: value for key, value in config.items() if key != "architectures"})
+            )
     nn.Module.to(module, device, dtype)  # diffusers' own form warns of parts that it has none of
     return module.eval().requires_grad_(False)
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
     # a token for each letter: the encoders' work does not depend on which tokens they see
-    pieces = [*(letter + end for letter in LETTERS for end in ("", "</w>")), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+    pieces = [
+        *(letter + end for letter in LETTERS for end in ("", "</w>")),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], model_max_length=77
+    )
 
 
 def _t5_tokenizer() -> T5TokenizerFast:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -1.0) for letter in LETTERS), ("\u2581", -2.0)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((letter, -1.0) for letter in LETTERS),
+        ("\u2581", -2.0),
+    ]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
-def conditioning_parts(blueprint: Blueprint, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def conditioning_parts(
+    blueprint: Blueprint, device: torch.device, dtype: torch.dtype
+) -> dict[str, nn.Module]:
     """VAE and text encoders."""
     names = ["vae", *blueprint.encoder_names]
     return {name: random_module(blueprint, name, device, dtype) for name in names}
 
 
 def random_pipeline(model: str, parts: Mapping[str, nn.Module | None]) -> DiffusionPipeline:
-    """diffusers' pipeline of the published schedule around `parts`; what they lack is None."""
+    """Diffusers' pipeline of the published schedule around `parts`; what they lack is None."""
     if model == "sd3":
         pipeline = StableDiffusion3Pipeline(
-            **_all(parts, ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")), tokenizer=_clip_tokenizer(),
-            tokenizer_2=_clip_tokenizer(), tokenizer_3=_t5_tokenizer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        )  # fmt: skip
+            **_all(parts, ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")),
+            tokenizer=_clip_tokenizer(),
+            tokenizer_2=_clip_tokenizer(),
+            tokenizer_3=_t5_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
     else:
         pipeline = StableDiffusionXLPipeline(
-            **_all(parts, ("unet", "vae", "text_encoder", "text_encoder_2")), tokenizer=_clip_tokenizer(), tokenizer_2=_clip_tokenizer(),
-            scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                    set_alpha_to_one=False, steps_offset=1),
+            **_all(parts, ("unet", "vae", "text_encoder", "text_encoder_2")),
+            tokenizer=_clip_tokenizer(),
+            tokenizer_2=_clip_tokenizer(),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
             add_watermarker=False,
-        )  # fmt: skip
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -127,7 +179,9 @@ class RandomMMDiT(RandomWeights, MMDiTBackbone):
     """SD3 with random weights."""
 
 
-def random_backbone(model: str, parts: Mapping[str, nn.Module | None], scheduler: str | None = None) -> Backbone:
+def random_backbone(
+    model: str, parts: Mapping[str, nn.Module | None], scheduler: str | None = None
+) -> Backbone:
     """The backbone of `model` around `parts`."""
     kind = RandomMMDiT if model == "sd3" else RandomUNet
     return kind(model, random_pipeline(model, parts), scheduler)
@@ -143,21 +197,34 @@ def random_pairs(blueprint: Blueprint, pairs: int, device: torch.device) -> Pref
     text = {name: normal(pairs, *shape) for name, shape in blueprint.text_shapes.items()}
     if "time_ids" in text:
         height, width = (8 * side for side in blueprint.latent_shape[1:])
-        text["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).repeat(pairs, 1)
+        text["time_ids"] = torch.tensor(
+            [[height, width, 0, 0, height, width]], dtype=torch.float32, device=device
+        ).repeat(pairs, 1)
     rewards = torch.tensor([[0.6, 0.4]], device=device).repeat(pairs, 1)
     u = (torch.arange(pairs, device=device) + 0.5) / pairs
     shape = (pairs, 2, *blueprint.latent_shape)
-    return PreferenceBatch(normal(*shape), normal(*shape), u, rewards, text, [f"pair {row}" for row in range(pairs)])
+    return PreferenceBatch(
+        normal(*shape), normal(*shape), u, rewards, text, [f"pair {row}" for row in range(pairs)]
+    )
 
 
-def sized_options(description: str, results: str, rounds: str, round_count: int, minutes: float) -> argparse.ArgumentParser:
+def sized_options(
+    description: str, results: str, rounds: str, round_count: int, minutes: float
+) -> argparse.ArgumentParser:
     """The options of a benchmark at full or tiny size. `results`: its file's first word; `rounds`: what `round_count` of them are."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--size", choices=(FULL, TINY), default=FULL)
     parser.add_argument("--model", choices=MODELS, default="sdxl")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--results", type=Path, help=f"JSON file; default benchmarks/results/{results}_MODEL_SIZE.json")
+    parser.add_argument(
+        "--results", type=Path, help=f"JSON file; default benchmarks/results/{results}_MODEL_SIZE.json"
+    )
     parser.add_argument("--rounds", type=int, default=round_count, help=f"{rounds}; default {round_count}")
-    parser.add_argument("--minutes", type=float, default=minutes, help=f"after which nothing further is begun; default {minutes:g}")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=minutes,
+        help=f"after which nothing further is begun; default {minutes:g}",
+    )
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     return parser

@@ -69,7 +69,9 @@ def write_arrays(pool: Pool, folder: Path) -> None:
     """The pool's latents and text, whole, as .npy files."""
     texts = [pool.read_text(row) for row in pool.text_shards()]
     arrays = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
-    rows = [[pool.read_latents(shard) for shard in pool.row_shards(row, CANDIDATES)] for row in pool.text_shards()]
+    rows = [
+        [pool.read_latents(shard) for shard in pool.row_shards(row, CANDIDATES)] for row in pool.text_shards()
+    ]
     arrays["latents"] = torch.cat([torch.cat(blocks, dim=1) for blocks in rows])
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array.numpy())
@@ -146,8 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = args.prompts, args.prompts_per_shard, args.batch, steps, args.runs
         seconds, first, files = time_reading(Path(folder), *sizes)
     pairs = steps * args.batch
-    print(f"{args.prompts} prompts x {CANDIDATES} candidates in {files} files, {pairs} visits, {args.threads} threads, "
-          f"median of {args.runs} runs")
+    print(
+        f"{args.prompts} prompts x {CANDIDATES} candidates in {files} files, {pairs} visits, {args.threads} threads, "
+        f"median of {args.runs} runs"
+    )
     print(f"{'':<15}{'pool':>16}{'memmap':>16}  pool reaches")
     for kind in dict.fromkeys(kind for kind, _ in seconds):
         pool, memmap = seconds[kind, "pool"], seconds[kind, "memmap"]

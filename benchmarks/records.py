@@ -37,13 +37,17 @@ class Records:
             self.facts, facts = known["facts"], known["facts"]
         for name in ("device", "what"):
             if known["facts"].get(name) != facts.get(name):
-                raise InputError(f"{path} holds figures of {known['facts'].get(name)}, this is {facts.get(name)}: name another file with --results")
+                raise InputError(
+                    f"{path} holds figures of {known['facts'].get(name)}, this is {facts.get(name)}: name another file with --results"
+                )
         self.rows = known["rows"]
 
     def add(self, key: str, row: Row) -> None:
         """Keep a row, replace the one of the same key, and write all."""
         self.rows[key] = row
-        write_whole(self.path, json.dumps({"facts": self.facts, "rows": self.rows}, indent=1) + "\n", remedy=REMEDY)
+        write_whole(
+            self.path, json.dumps({"facts": self.facts, "rows": self.rows}, indent=1) + "\n", remedy=REMEDY
+        )
         write_whole(self.path.with_suffix(".md"), self.markdown(), remedy=REMEDY)
 
     def markdown(self) -> str:

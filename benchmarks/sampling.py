@@ -52,9 +52,11 @@ def plain_pipeline(backbone: Backbone, prompts: Sequence[Prompt], settings: Samp
     images: list[Image] = []
     for prompt in prompts:
         images += backbone.pipeline(
-            [prompt.text] * settings.batch, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+            [prompt.text] * settings.batch,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
             generator=candidate_generators(seeds_of(prompt, settings.batch)),
-        ).images  # fmt: skip
+        ).images
     return images
 
 
@@ -64,7 +66,9 @@ def our_sampling(backbone: Backbone, prompts: Sequence[Prompt], settings: Sample
     seeds = [seeds_of(prompt, settings.batch) for prompt in prompts]
     latents = sample_prompts(backbone, backbone.denoiser, text, seeds, settings).flatten(0, 1)
     parts = latents.split(settings.batch)
-    decoded = in_lanes(lambda part: backbone.decode(part, settings.batch), parts, settings.parallel, backbone.device)
+    decoded = in_lanes(
+        lambda part: backbone.decode(part, settings.batch), parts, settings.parallel, backbone.device
+    )
     return [image for images in decoded for image in images]
 
 
@@ -74,7 +78,9 @@ def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable
 
     def job() -> None:
         with tempfile.TemporaryDirectory() as root:
-            plan = PoolPlan(Path(root), generator.backbone.name, "train", SEED, prompts, generator.settings.batch)
+            plan = PoolPlan(
+                Path(root), generator.backbone.name, "train", SEED, prompts, generator.settings.batch
+            )
             fill_pool(plan, generator, [reward], progress=False)
 
     return job
@@ -83,7 +89,9 @@ def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable
 def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
     """Largest difference of two lists of images, in steps of 255."""
     pairs = zip(ours, theirs, strict=True)
-    return max(int(np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)).max()) for a, b in pairs)
+    return max(
+        int(np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)).max()) for a, b in pairs
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     defaults = {"prompts": 4, "batch": 16, "runs": 5, "threads": 2}
     args, cfg = model_and_sizes(__doc__, defaults, arguments)
     settings = SamplerSettings(**{**cfg.sampling, "batch": args.batch})
-    backbone, prompts = instantiate(cfg.model.backbone, name=cfg.model.name), instantiate(cfg.prompts)["train"]
+    backbone, prompts = (
+        instantiate(cfg.model.backbone, name=cfg.model.name),
+        instantiate(cfg.prompts)["train"],
+    )
     backbone.pipeline.set_progress_bar_config(disable=True)
     jobs = {
         "sampling": lambda: our_sampling(backbone, prompts, settings),
@@ -104,8 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     difference = apart(jobs["sampling"](), jobs["pipeline"]())
     seconds = in_turn(jobs, args.runs)
-    print(f"{args.model}, {args.prompts} prompts x {args.batch} images, {settings.steps} steps, guidance "
-          f"{settings.guidance:g}, parallel={settings.parallel}, {args.threads} threads, median of {args.runs} runs")
+    print(
+        f"{args.model}, {args.prompts} prompts x {args.batch} images, {settings.steps} steps, guidance "
+        f"{settings.guidance:g}, parallel={settings.parallel}, {args.threads} threads, median of {args.runs} runs"
+    )
     print_rates(seconds, args.prompts * args.batch, "images", "sampling")
     print(f"pixels of sampling and pipeline: {difference} of 255 apart at most")
 

@@ -23,7 +23,7 @@ from capo.metrics import win_rate
 
 
 def base_scores(folder: Path, settings: dict) -> dict[str, torch.Tensor]:
-    """reward -> (P, K) of the base's images that a run was compared with."""
+    """Reward -> (P, K) of the base's images that a run was compared with."""
     root = Path(OmegaConf.load(folder / "config.yaml").pool.root)
     for path in root.glob("*/manifest.json"):
         pool = Pool.open(path.parent)
@@ -31,7 +31,9 @@ def base_scores(folder: Path, settings: dict) -> dict[str, torch.Tensor]:
             places = {prompt.id: place for prompt, place in pool.prompts}
             if places.keys() >= set(settings["prompts"]):
                 positions = [places[prompt] for prompt in settings["prompts"]]
-                scores = pool.scores(list(settings["rewards"].values()), settings["images_per_prompt"], positions)
+                scores = pool.scores(
+                    list(settings["rewards"].values()), settings["images_per_prompt"], positions
+                )
                 return {name: scores[..., number] for number, name in enumerate(settings["rewards"])}
     raise SystemExit(f"the base's images that {folder} was compared with are not in {root}")
 
@@ -39,7 +41,9 @@ def base_scores(folder: Path, settings: dict) -> dict[str, torch.Tensor]:
 def standard_error(per_prompt: torch.Tensor, resamples: int = 10_000) -> float:
     """Standard deviation of the mean over resampled prompts."""
     values, draw = per_prompt.double().numpy(), np.random.default_rng(0)
-    return float(np.std([values[draw.integers(len(values), size=len(values))].mean() for _ in range(resamples)]))
+    return float(
+        np.std([values[draw.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    )
 
 
 def main() -> None:

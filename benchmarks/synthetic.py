@@ -35,7 +35,9 @@ class Numbers:
         return {name: torch.randn(len(prompts), *shape) for name, shape in self.text_shapes.items()}
 
 
-def numbers_generator(latent_shape: Sequence[int], text_shapes: Mapping[str, Sequence[int]]) -> ImageGenerator:
+def numbers_generator(
+    latent_shape: Sequence[int], text_shapes: Mapping[str, Sequence[int]]
+) -> ImageGenerator:
     """What a plan is filled with where no model is wanted."""
     settings = SamplerSettings(steps=1, guidance=1.0, batch=16)
     return ImageGenerator(Numbers(latent_shape, text_shapes), nn.Identity(), "0" * 64, settings)
@@ -54,7 +56,9 @@ def numbered_prompts(count: int) -> list[Prompt]:
 
 def synthetic_rewards(count: int) -> list[Reward]:
     """Rewards without a scorer, every second one a probability."""
-    return [Reward(f"reward{number}", {}, link="log" if number % 2 else "identity") for number in range(count)]
+    return [
+        Reward(f"reward{number}", {}, link="log" if number % 2 else "identity") for number in range(count)
+    ]
 
 
 def synthetic_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> Pool:
@@ -80,4 +84,6 @@ def _write_shard(pool: Pool, shard: Shard, latent_shape: Sequence[int], rewards:
     for reward in rewards:
         if not pool.has_scores(reward.key, shard):
             scores = torch.randn(size)
-            pool.write_scores(reward.key, shard, scores.sigmoid() if reward.link == "log" else scores, SETTINGS)
+            pool.write_scores(
+                reward.key, shard, scores.sigmoid() if reward.link == "log" else scores, SETTINGS
+            )

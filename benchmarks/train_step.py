@@ -100,7 +100,9 @@ def published_losses(module: Bare, prompts: Sequence[str], batch: int) -> Iterat
     while True:
         rows = torch.randint(len(prompts), (batch,), generator=draw)
         texts, pixels = [prompts[row] for row in rows], images[rows].flatten(0, 1) / 127.5 - 1
-        latents = torch.cat([backbone.encode_images(part) for part in pixels.split(VAE_BATCH)]).unflatten(0, (batch, 2))
+        latents = torch.cat([backbone.encode_images(part) for part in pixels.split(VAE_BATCH)]).unflatten(
+            0, (batch, 2)
+        )
         noise, u = torch.randn(latents.shape, generator=draw), torch.rand(batch, generator=draw)
         pairs = PreferenceBatch(latents, noise, u, rewards, backbone.encode_prompts(texts), texts)
         yield module.objective(module.pair_errors(pairs)).mean()
@@ -147,29 +149,53 @@ def make_dataset(cfg: DictConfig, backbone: Backbone, folder: Path) -> PairDatas
     rewards, prompts = synthetic_rewards(3), instantiate(cfg.prompts)["train"]
     plan = PoolPlan(folder, cfg.model.name, "train", 0, prompts, CANDIDATES)
     pool = synthetic_pool(plan, ImageGenerator.base(backbone, SamplerSettings(**cfg.sampling)), rewards)
-    return select_candidates(pool, prompts, CANDIDATES, rewards, frs, cfg.calibration, cfg.seed, cfg.noise.shared).dataset
+    return select_candidates(
+        pool, prompts, CANDIDATES, rewards, frs, cfg.calibration, cfg.seed, cfg.noise.shared
+    ).dataset
 
 
 def module_maker(cfg: DictConfig, backbone: Backbone) -> Callable[[type], PreferenceModule]:
-    """class -> a module of the configuration, its policy still the base."""
+    """Class -> a module of the configuration, its policy still the base."""
     trainer, weighting = cfg.trainer, Weighting(cfg.noise.weighting, cfg.noise.bias)
-    return lambda kind: kind(backbone, instantiate(cfg.objective), lr=trainer.lr, warm_up=trainer.warm_up,
-                             weighting=weighting, gradient_clip=trainer.gradient_clip)  # fmt: skip
+    return lambda kind: kind(
+        backbone,
+        instantiate(cfg.objective),
+        lr=trainer.lr,
+        warm_up=trainer.warm_up,
+        weighting=weighting,
+        gradient_clip=trainer.gradient_clip,
+    )
 
 
-def time_steps(cfg: DictConfig, batch: int, steps: int, runs: int, folder: Path) -> tuple[dict[str, list[float]], float]:
+def time_steps(
+    cfg: DictConfig, batch: int, steps: int, runs: int, folder: Path
+) -> tuple[dict[str, list[float]], float]:
     """Seconds of every way's rounds but the first; largest difference of the weights of `capo` and the bare loop."""
     backbone = instantiate(cfg.model.backbone, name=cfg.model.name)
     dataset, make = make_dataset(cfg, backbone, folder), module_maker(cfg, backbone)
     bare, four, published, ours = make(Bare), make(Bare), make(Bare), make(PreferenceModule)
     texts = [prompt.text for prompt in dataset.prompts]
-    rounds = Rounds({
-        BARE: stepping(bare, bare_losses(bare, PreferenceData(dataset, batch))),
-        FOUR: stepping(four, four_pass_losses(four, PreferenceData(dataset, batch))),
-        PUBLISHED: stepping(published, published_losses(published, texts, batch)),
-    }, steps)  # fmt: skip
-    fit(ours, PreferenceData(dataset, batch), rounds, [csv_logger(folder)], folder, max_steps=steps * (runs + 1),
-        log_every=cfg.trainer.log_every, accelerator="cpu", devices=1, precision=cfg.trainer.precision, accumulate=1)  # fmt: skip
+    rounds = Rounds(
+        {
+            BARE: stepping(bare, bare_losses(bare, PreferenceData(dataset, batch))),
+            FOUR: stepping(four, four_pass_losses(four, PreferenceData(dataset, batch))),
+            PUBLISHED: stepping(published, published_losses(published, texts, batch)),
+        },
+        steps,
+    )
+    fit(
+        ours,
+        PreferenceData(dataset, batch),
+        rounds,
+        [csv_logger(folder)],
+        folder,
+        max_steps=steps * (runs + 1),
+        log_every=cfg.trainer.log_every,
+        accelerator="cpu",
+        devices=1,
+        precision=cfg.trainer.precision,
+        accumulate=1,
+    )
     weights = zip(ours.policy.parameters(), bare.policy.parameters(), strict=True)
     apart = max((one - other).abs().max().item() for one, other in weights)
     return {name: found[1:] for name, found in rounds.seconds.items()}, apart
@@ -185,8 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args, cfg = model_and_sizes(__doc__, defaults, arguments)
     with tempfile.TemporaryDirectory() as folder:
         seconds, apart = time_steps(cfg, args.batch, args.steps, args.runs, Path(folder))
-    print(f"{args.model}, {args.batch} pairs a step, {args.threads} threads, "
-          f"median of {args.runs} rounds of {args.steps} steps")
+    print(
+        f"{args.model}, {args.batch} pairs a step, {args.threads} threads, "
+        f"median of {args.runs} rounds of {args.steps} steps"
+    )
     print_rates(seconds, args.batch * args.steps, "pairs", OURS)
     print(f"weights of {OURS} and {BARE} after their last step: {apart:g} apart at most")
 

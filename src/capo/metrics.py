@@ -46,8 +46,6 @@ def win_rate(policy: Tensor, base: Tensor) -> Tensor:
     return halves.to(dtype) / (2 * policy.shape[1] * base.shape[1])
 
 
-
-
 class WinRate(Metric):
     """Mean over prompts of `win_rate`; holds two sums, so processes and batches add up to the same."""
 
@@ -94,7 +92,10 @@ def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor
         "train/drift_loser": (errors.policy_loser - errors.reference_loser).mean(),
     }
     if beta is not None:
-        figures |= {"train/beta_h": beta * h.mean(), "train/saturated": ((beta * h).abs() >= 1).float().mean()}
+        figures |= {
+            "train/beta_h": beta * h.mean(),
+            "train/saturated": ((beta * h).abs() >= 1).float().mean(),
+        }
     return figures
 
 
@@ -102,7 +103,10 @@ def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor
 def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, Tensor]:
     """Mean drift m - r of winner and loser in each fifth of the times that the batch has drawn."""
     figures = {}
-    drifts = {"winner": errors.policy_winner - errors.reference_winner, "loser": errors.policy_loser - errors.reference_loser}
+    drifts = {
+        "winner": errors.policy_winner - errors.reference_winner,
+        "loser": errors.policy_loser - errors.reference_loser,
+    }
     bins = (u * TIME_BINS).long()
     for number in bins.unique().tolist():
         for kind, drift in drifts.items():

@@ -42,7 +42,9 @@ class Weighting:
 
     def __call__(self, backbone: Backbone, t: Tensor) -> Tensor:
         """Times (B,) -> weights (B,) float32."""
-        return backbone.weight(t, self.bias) if self.kind == "sigmoid" else constant_weight(backbone.log_snr(t))
+        return (
+            backbone.weight(t, self.bias) if self.kind == "sigmoid" else constant_weight(backbone.log_snr(t))
+        )
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,32 @@ class PreferenceModule(L.LightningModule):
     """
 
     def __init__(
-        self, backbone: Backbone, objective: Objective, *, lr: float, warm_up: int, weighting: Weighting, draw: str = "uniform",
-        lora: dict | None = None, gradient_clip: float | None = None, max_bad_steps: int = 10, drift_every: int = 10,
+        self,
+        backbone: Backbone,
+        objective: Objective,
+        *,
+        lr: float,
+        warm_up: int,
+        weighting: Weighting,
+        draw: str = "uniform",
+        lora: dict | None = None,
+        gradient_clip: float | None = None,
+        max_bad_steps: int = 10,
+        drift_every: int = 10,
         execution: Execution = Execution(),
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.strict_loading = False  # the reference is not in a checkpoint
         self.__dict__["_backbone"], self.lora, self.execution = backbone, lora, execution
         self.policy: nn.Module = self.fresh_policy()
         self.objective, self.needs = objective, requirements(objective)
         separate = self.needs.reference and not lora
-        self.__dict__["_reference"] = frozen_reference(backbone.denoiser, execution.precision) if separate else None
-        self.beta: float | None = objective.keywords.get("beta") if isinstance(objective, functools.partial) else None
+        self.__dict__["_reference"] = (
+            frozen_reference(backbone.denoiser, execution.precision) if separate else None
+        )
+        self.beta: float | None = (
+            objective.keywords.get("beta") if isinstance(objective, functools.partial) else None
+        )
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
         self.gradient_clip, self.max_bad_steps, self.drift_every = gradient_clip, max_bad_steps, drift_every
         self.bad_steps = self.bad_in_a_row = 0
@@ -128,7 +144,11 @@ class PreferenceModule(L.LightningModule):
 
     def trained_names(self) -> set[str]:
         """Names in `state_dict` of what a checkpoint holds: all of a policy but what LoRA leaves frozen."""
-        frozen = {f"policy.{name}" for name, parameter in self.policy.named_parameters() if not parameter.requires_grad}
+        frozen = {
+            f"policy.{name}"
+            for name, parameter in self.policy.named_parameters()
+            if not parameter.requires_grad
+        }
         return set(self.state_dict()) - (frozen if self.lora else set())
 
     def configure_model(self) -> None:
@@ -170,11 +190,17 @@ class PreferenceModule(L.LightningModule):
         times = t.repeat_interleave(kinds)
         latents, noise = batch.latents[:, :kinds].flatten(0, 1), batch.noise[:, :kinds].flatten(0, 1)
         text = {name: value.repeat_interleave(kinds, dim=0) for name, value in batch.text.items()}
-        noisy, target = self.backbone.add_noise(latents, noise, times), self.backbone.target(latents, noise, times)
+        noisy, target = (
+            self.backbone.add_noise(latents, noise, times),
+            self.backbone.target(latents, noise, times),
+        )
         policy = self._errors(self.policy, noisy, times, text, target, kinds)
         known = {"policy_winner": policy[:, 0], "weight": self.weighting(self.backbone, t)}
         if self.needs.loser:
-            known |= {"policy_loser": policy[:, 1], "gap": batch.calibrated_rewards[:, 0] - batch.calibrated_rewards[:, 1]}
+            known |= {
+                "policy_loser": policy[:, 1],
+                "gap": batch.calibrated_rewards[:, 0] - batch.calibrated_rewards[:, 1],
+            }
         if self.needs.reference:
             with self.reference() as network:
                 frozen = self._errors(network, noisy, times, text, target, kinds)
@@ -182,7 +208,9 @@ class PreferenceModule(L.LightningModule):
         return PairErrors(**known)
 
     def _errors(self, network, noisy, times, text, target, kinds) -> Tensor:
-        return denoising_error(self.backbone.predict(network, noisy, times, text), target).unflatten(0, (-1, kinds))
+        return denoising_error(self.backbone.predict(network, noisy, times, text), target).unflatten(
+            0, (-1, kinds)
+        )
 
     def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:
         """Mean loss over the pairs of a batch."""
@@ -219,18 +247,28 @@ class PreferenceModule(L.LightningModule):
                 f"trainer.compile=true: {told}, though policy and reference are still the same; leave trainer.compile=false, or "
                 f"raise trainer.compile_tolerance={self.execution.compile_tolerance:g}"
             )
-        log.warning("policy and reference are still the same, so h should be 0: this device rounds them differently")
+        log.warning(
+            "policy and reference are still the same, so h should be 0: this device rounds them differently"
+        )
 
     def take_figures(self, of_all: bool = False) -> dict[str, float]:
         """What the batches since the last call came to: the mean of each figure, over all processes with `of_all`."""
-        sums = {name: (sum(float(value) for value in values), len(values)) for name, values in self._figures.items()}
+        sums = {
+            name: (sum(float(value) for value in values), len(values))
+            for name, values in self._figures.items()
+        }
         self._figures.clear()
         parts = gathered(sums) if of_all else [sums]
         names = dict.fromkeys(name for part in parts for name in part)
         totals = {name: [part[name] for part in parts if name in part] for name in names}
-        return {name: sum(value for value, _ in found) / sum(count for _, count in found) for name, found in totals.items()}
+        return {
+            name: sum(value for value, _ in found) / sum(count for _, count in found)
+            for name, found in totals.items()
+        }
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
         """Clip; drop the gradients of a step where their norm is not finite, so that the optimiser does not move."""
         norm = clip_gradients(list(self.policy.parameters()), self.gradient_clip or math.inf)
         bad = not math.isfinite(norm)
@@ -239,7 +277,12 @@ class PreferenceModule(L.LightningModule):
         if not bad:
             return
         optimizer.zero_grad(set_to_none=True)
-        log.warning("step %d: the gradient norm is %s; the step is skipped (%d so far)", self.global_step, norm.item(), self.bad_steps)
+        log.warning(
+            "step %d: the gradient norm is %s; the step is skipped (%d so far)",
+            self.global_step,
+            norm.item(),
+            self.bad_steps,
+        )
         if self.bad_in_a_row >= self.max_bad_steps:
             raise InputError(
                 f"{self.bad_in_a_row} steps in a row had a gradient that is not finite; the last checkpoint is kept. "
@@ -249,7 +292,9 @@ class PreferenceModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """What is frozen is not kept; steps that were skipped are counted on by a run that goes on."""
         trained = self.trained_names()
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if name in trained
+        }
         checkpoint["bad_steps"] = self.bad_steps, self.bad_in_a_row
         checkpoint["base"] = self.backbone.fingerprints["denoiser"]
 
@@ -260,6 +305,10 @@ class PreferenceModule(L.LightningModule):
     def configure_optimizers(self):
         """AdamW without weight decay and a linear warm-up; a LoRA policy trains its adapter alone."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        optimiser = make_optimiser(self.execution.optimizer, trained, self.lr, scaled=self.execution.precision == "16-mixed")
-        warm = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / max(1, self.warm_up)))
+        optimiser = make_optimiser(
+            self.execution.optimizer, trained, self.lr, scaled=self.execution.precision == "16-mixed"
+        )
+        warm = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min(1.0, (step + 1) / max(1, self.warm_up))
+        )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": warm, "interval": "step"}}

@@ -19,13 +19,13 @@ LOG_SNR_RANGE = (10.0, -10.0)  # of the draw `logsnr_uniform`, from u = 0 to u =
 
 
 def vp_log_snr(alphas_cumprod: Tensor) -> Tensor:
-    """lam = log(abar / (1 - abar)): cumulative alphas in (0, 1), any shape -> same shape; falls with t."""
+    """Lam = log(abar / (1 - abar)): cumulative alphas in (0, 1), any shape -> same shape; falls with t."""
     abar = _at_least_float32(alphas_cumprod)
     return (abar.log() - (-abar).log1p()).to(alphas_cumprod.dtype)
 
 
 def vp_timestep(u: Tensor, steps: int) -> Tensor:
-    """t = floor(u T): u in [0, 1), any shape -> int64 in 0 ... T - 1, T = steps. ValueError for steps < 1."""
+    """T = floor(u T): u in [0, 1), any shape -> int64 in 0 ... T - 1, T = steps. ValueError for steps < 1."""
     if steps < 1:
         raise ValueError(f"a schedule of {steps} steps has no timestep to draw")
     # a double just below 1 is 1 in float32
@@ -43,7 +43,7 @@ def vp_add_noise(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def flow_log_snr(t: Tensor) -> Tensor:
-    """lam = 2 log((1 - t) / t) of flow times t in (0, 1); any shape, shape kept, falling with t."""
+    """Lam = 2 log((1 - t) / t) of flow times t in (0, 1); any shape, shape kept, falling with t."""
     time = _at_least_float32(t)
     return (2 * ((-time).log1p() - time.log())).to(t.dtype)
 
@@ -123,7 +123,7 @@ def velocity_weight(log_snr: Tensor, bias: float) -> Tensor:
 
 
 def constant_weight(log_snr: Tensor, bias: float | None = None) -> Tensor:
-    """w = 1 (control), on either error; the bias is there for the signature that the weights share."""
+    """W = 1 (control), on either error; the bias is there for the signature that the weights share."""
     return torch.ones_like(log_snr)
 
 

@@ -25,7 +25,9 @@ from capo.runtime.fingerprints import component_fingerprint
 
 # What `predict` needs beside latents and time, each tensor with a leading batch dimension.
 Text = Mapping[str, Tensor]
-ENCODING = Lock()  # a tokenizer keeps the padding of the call that it is in: lanes must not call it at the same time
+ENCODING = (
+    Lock()
+)  # a tokenizer keeps the padding of the call that it is in: lanes must not call it at the same time
 
 
 class Backbone(ABC):
@@ -71,7 +73,10 @@ class Backbone(ABC):
         self.folder = pipeline_folder(self.weights, revision, variant, unused)
         self.pipeline = load_pipeline(self.folder, self.pipeline_classes, variant, self.dtype, unused)
         self._vae_folder: Path | None = None
-        self.other_scheduler, self.other_vae = scheduler is not None, None if vae is None else (str(vae), vae_revision)
+        self.other_scheduler, self.other_vae = (
+            scheduler is not None,
+            None if vae is None else (str(vae), vae_revision),
+        )
         if vae is not None:
             self.pipeline.vae, self._vae_folder = load_vae(vae, vae_revision, self.dtype)
         self.check_schedule()  # what the weights were trained with: a conversion would leave none of it to be seen
@@ -141,7 +146,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def token_limits(self) -> dict[str, int]:
-        """tokenizer component -> most tokens, ends included, that the denoiser gets to see of a prompt."""
+        """Tokenizer component -> most tokens, ends included, that the denoiser gets to see of a prompt."""
 
     @abstractmethod
     def _encoded(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -176,7 +181,7 @@ class Backbone(ABC):
         return {}
 
     def truncated(self, prompts: Sequence[str]) -> dict[str, int]:
-        """tokenizer component -> how many of the prompts it cuts off at `token_limits`."""
+        """Tokenizer component -> how many of the prompts it cuts off at `token_limits`."""
         found = {}
         for component, limit in self.token_limits.items():
             ids = getattr(self.pipeline, component)(list(prompts), verbose=False).input_ids
@@ -217,15 +222,24 @@ class Backbone(ABC):
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch: int = 8) -> list[Image.Image]:
         """Latents (B, C, H, W) as the denoiser sees them -> B 8-bit RGB images, `batch` at a time, fewer where memory runs out."""
-        return [image for images in self._decoding(lambda part: self._pictures(latents[part]), len(latents), batch) for image in images]
+        return [
+            image
+            for images in self._decoding(lambda part: self._pictures(latents[part]), len(latents), batch)
+            for image in images
+        ]
 
     @cached_property
     def _decoding(self) -> FittingBatch:
-        return FittingBatch("the VAE", "set model.backbone.dtype=bfloat16, or score on a device with more memory (generate.py stage=score)")
+        return FittingBatch(
+            "the VAE",
+            "set model.backbone.dtype=bfloat16, or score on a device with more memory (generate.py stage=score)",
+        )
 
     def _pictures(self, latents: Tensor) -> list[Image.Image]:
         raw = from_denoiser(self.vae, latents.to(self.device, self.vae.dtype))
-        return self.pipeline.image_processor.postprocess(self.vae.decode(raw, return_dict=False)[0], output_type="pil")
+        return self.pipeline.image_processor.postprocess(
+            self.vae.decode(raw, return_dict=False)[0], output_type="pil"
+        )
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -248,11 +262,17 @@ class Backbone(ABC):
     def fingerprints(self) -> dict[str, str]:
         """Content hashes, 64 hex digits, of the files of "denoiser", "latent_space" and "text_encoders"."""
         parts = self.pipeline.components.items()
-        text = [name for name, part in parts if part is not None and name.startswith(("text_encoder", "tokenizer"))]
+        text = [
+            name
+            for name, part in parts
+            if part is not None and name.startswith(("text_encoder", "tokenizer"))
+        ]
         vae = self._vae_folder
         return {
             "denoiser": component_fingerprint(self.folder, [self.denoiser_component], self.variant),
-            "latent_space": component_fingerprint(vae or self.folder, ["." if vae else "vae"], None if vae else self.variant),
+            "latent_space": component_fingerprint(
+                vae or self.folder, ["." if vae else "vae"], None if vae else self.variant
+            ),
             "text_encoders": component_fingerprint(self.folder, text, self.variant, self.text_settings),
         }
 
@@ -270,7 +290,9 @@ class Backbone(ABC):
         """JSON values that decide a latent beside denoiser, steps, guidance and seed: for fingerprints."""
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
         own = pipeline.components
-        options = {key: value for key, value in pipeline.config.items() if not key.startswith("_") and key not in own}
+        options = {
+            key: value for key, value in pipeline.config.items() if not key.startswith("_") and key not in own
+        }
         config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         return {
             "scheduler": type(scheduler).__name__,
@@ -285,7 +307,10 @@ class Backbone(ABC):
 def _not_about_truncation(record: logging.LogRecord) -> bool:
     # every prompt that is cut off would be printed; they are counted instead (`Backbone.truncated`)
     told = record.getMessage()
-    return "part of your input was truncated" not in told and "sequence length is longer than the specified maximum" not in told
+    return (
+        "part of your input was truncated" not in told
+        and "sequence length is longer than the specified maximum" not in told
+    )
 
 
 def input_dtype(denoiser: nn.Module, device: torch.device) -> torch.dtype:

@@ -35,8 +35,6 @@ def export_policy(
     return folder
 
 
-
-
 def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-true") -> nn.Module:
     """The denoiser of an exported policy: frozen, on the backbone's device, an adapter unmerged.
 
@@ -53,7 +51,11 @@ def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-tru
             str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True
         )
         policy.load_lora_adapter(
-            state, prefix=component, network_alphas=alphas[0] if alphas else None, metadata=metadata, adapter_name=ADAPTER
+            state,
+            prefix=component,
+            network_alphas=alphas[0] if alphas else None,
+            metadata=metadata,
+            adapter_name=ADAPTER,
         )
     elif (folder / component / "config.json").is_file():
         policy = backbone.trainable_copy()
@@ -109,10 +111,6 @@ def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> Non
         backbone.pipeline.scheduler.save_pretrained(folder / "scheduler")
 
 
-
-
-
-
 def _check_base(backbone: Backbone, folder: Path) -> None:
     try:
         base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
@@ -123,11 +121,3 @@ def _check_base(backbone: Backbone, folder: Path) -> None:
             f"policy '{folder}' is a LoRA adapter of '{base['weights']}' (denoiser {base['denoiser'][:8]}), "
             f"not of '{backbone.weights}' ({backbone.fingerprints['denoiser'][:8]}); choose its base as model"
         )
-
-
-
-
-
-
-
-

@@ -20,8 +20,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VAE_FILES = ["config.json", "*.safetensors"]
 
 
-
-
 class MissingWeights(InputError):
     """Weights that are neither in a folder nor in the hub's cache, and that the hub does not hand out either."""
 
@@ -37,7 +35,9 @@ def pipeline_folder(
         return folder
     try:
         return Path(
-            DiffusionPipeline.download(str(weights), revision=revision, variant=variant, use_safetensors=True, **unused)
+            DiffusionPipeline.download(
+                str(weights), revision=revision, variant=variant, use_safetensors=True, **unused
+            )
         )
     except Exception as error:  # the errors of the hub's client have no class in common
         raise InputError(
@@ -90,11 +90,17 @@ def lacking_parts(folder: Path, variant: str | None = None, unused: Mapping[str,
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ["model_index.json"]
-    names = [name for name, entry in index.items() if _is_component(name, entry) and entry[0] and name not in unused]
+    names = [
+        name
+        for name, entry in index.items()
+        if _is_component(name, entry) and entry[0] and name not in unused
+    ]
     models = [name for name in names if (folder / name / "config.json").is_file()]
     lacking = [name for name in names if not any((folder / name).glob("*"))]
     lacking += [f"the weights of {name}" for name in models if not _has_weights(folder / name, variant)]
-    if variant and not any(f".{variant}" in path.name for name in models for path in (folder / name).glob("*.safetensors")):
+    if variant and not any(
+        f".{variant}" in path.name for name in models for path in (folder / name).glob("*.safetensors")
+    ):
         lacking.append(f"files of variant {variant}")
     return lacking
 
@@ -111,12 +117,15 @@ def _has_weights(folder: Path, variant: str | None) -> bool:
     return bool(weight_files(folder, variant)) or any(any(folder.glob(pattern)) for pattern in PICKLES)
 
 
-
-
 def _not_here(weights: str, revision: str | None, variant: str | None, in_cache: str, refusal: str) -> str:
     wanted = ["*.json", "*.txt", f"*.{variant}.safetensors"] if variant else []
-    command = " ".join([f"hf download {weights}", *([f"--revision {revision}"] if revision else []),
-                        *(f"--include '{pattern}'" for pattern in wanted)])  # fmt: skip
+    command = " ".join(
+        [
+            f"hf download {weights}",
+            *([f"--revision {revision}"] if revision else []),
+            *(f"--include '{pattern}'" for pattern in wanted),
+        ]
+    )
     return (
         f"weights '{weights}' (revision {revision or 'main'}, variant {variant or 'none'}, safetensors) are not here\n"
         f"  looked in: folder {Path(weights).absolute()} (not there); hub cache {constants.HF_HUB_CACHE} ({in_cache}); "
@@ -159,7 +168,11 @@ def refuse_pickles(folder: Path, index: dict, variant: str | None = None) -> Non
 
 
 def load_pipeline(
-    folder: Path, known: tuple[str, ...], variant: str | None, dtype: torch.dtype, unused: Mapping[str, None] = {}
+    folder: Path,
+    known: tuple[str, ...],
+    variant: str | None,
+    dtype: torch.dtype,
+    unused: Mapping[str, None] = {},
 ) -> DiffusionPipeline:
     """The pipeline of a folder, of one of the classes `known`: weights in `dtype`, frozen, in eval mode.
 
@@ -192,7 +205,11 @@ def find_vae(weights: str, revision: str | None) -> None:
     folder = Path(weights).expanduser()
     if folder.is_dir() and (folder / "config.json").is_file():
         return
-    refusal = "that folder holds no config.json" if folder.is_dir() else "no such folder, and no hub id 'owner/name'"
+    refusal = (
+        "that folder holds no config.json"
+        if folder.is_dir()
+        else "no such folder, and no hub id 'owner/name'"
+    )
     if not folder.is_dir() and HUB_ID.fullmatch(str(weights)):
         try:
             snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES, local_files_only=True)

@@ -12,7 +12,13 @@ from torch import nn
 from capo.errors import InputError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of diffusers' attention blocks
-JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of images, and of text beside them
+JOINT_ATTENTION = (
+    *ATTENTION,
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)  # of images, and of text beside them
 ADAPTER = "default"
 
 
@@ -67,7 +73,9 @@ def merged(denoiser: nn.Module, plain: nn.Module) -> nn.Module:
     """`plain`, a denoiser without an adapter, with `denoiser`'s merged into it: W + alpha / rank * B A in place of W."""
     adapter = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     plain.add_adapter(denoiser.peft_config[ADAPTER], ADAPTER)
-    set_peft_model_state_dict(plain, {name: tensor.to("cpu") for name, tensor in adapter.items()}, adapter_name=ADAPTER)
+    set_peft_model_state_dict(
+        plain, {name: tensor.to("cpu") for name, tensor in adapter.items()}, adapter_name=ADAPTER
+    )
     plain.fuse_lora(safe_fusing=True)
     plain.unload_lora()
     return plain

@@ -35,7 +35,9 @@ class MMDiTBackbone(Backbone):
         self.sequence_length = sequence_length
         super().__init__(weights, *args, unused=self.unused_parts(t5=t5), **others)
         if t5 and self.pipeline.text_encoder_3 is None:
-            raise InputError(f"weights '{self.weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, or take weights with it")
+            raise InputError(
+                f"weights '{self.weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, or take weights with it"
+            )
 
     @classmethod
     def unused_parts(cls, t5: bool = True, **options: object) -> dict[str, None]:
@@ -44,7 +46,12 @@ class MMDiTBackbone(Backbone):
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
         config = dict(self.pipeline.scheduler.config)
         shift = config.get("shift", config.get("flow_shift", 1.0))  # the one's name for it, or the other's
-        config |= {"use_flow_sigmas": True, "shift": shift, "flow_shift": shift, "prediction_type": "flow_prediction"}
+        config |= {
+            "use_flow_sigmas": True,
+            "shift": shift,
+            "flow_shift": shift,
+            "prediction_type": "flow_prediction",
+        }
         return kind.from_config({key: value for key, value in config.items() if key in options_of(kind)})
 
     def check_schedule(self) -> None:
@@ -61,7 +68,9 @@ class MMDiTBackbone(Backbone):
             raise InputError(f"{place}: use_dynamic_shifting is not supported; set a fixed shift there")
         prediction = config.get("prediction_type", "flow_prediction")
         if prediction != "flow_prediction":
-            raise InputError(f"{place}: prediction_type '{prediction}' is not supported, only the flow's velocity ('flow_prediction')")
+            raise InputError(
+                f"{place}: prediction_type '{prediction}' is not supported, only the flow's velocity ('flow_prediction')"
+            )
 
     @property
     def _scale(self) -> int:
@@ -75,7 +84,9 @@ class MMDiTBackbone(Backbone):
     @property
     def token_limits(self) -> dict[str, int]:
         limits = dict.fromkeys(("tokenizer", "tokenizer_2"), self.pipeline.tokenizer_max_length)
-        return limits | ({"tokenizer_3": self.sequence_length} if self.pipeline.tokenizer_3 is not None else {})
+        return limits | (
+            {"tokenizer_3": self.sequence_length} if self.pipeline.tokenizer_3 is not None else {}
+        )
 
     @property
     def call_options(self) -> dict[str, object]:
@@ -88,7 +99,12 @@ class MMDiTBackbone(Backbone):
     def _encoded(self, prompts: list[str]) -> dict[str, Tensor]:
         """prompt_embeds (B, CLIP's and T5's tokens, D) and pooled_prompt_embeds (B, D2)."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.sequence_length
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.sequence_length,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 

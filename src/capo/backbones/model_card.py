@@ -46,7 +46,9 @@ def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
     pipeline = type(backbone.pipeline).__name__
     options = "dtype=torch.float32, use_safetensors=True"
     parts, optional = backbone.pipeline.components, backbone.pipeline._optional_components
-    options += "".join(f", {part}=None" for part, module in parts.items() if module is None and part not in optional)
+    options += "".join(
+        f", {part}=None" for part, module in parts.items() if module is None and part not in optional
+    )
     if not (folder / LORA_FILE).is_file():
         loading = [f'pipe = {pipeline}.from_pretrained("{name}", {options})']
     else:
@@ -72,7 +74,9 @@ def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
         lines.append(f'pipe.scheduler = {kind}.from_pretrained("{name}", subfolder="scheduler")')
     if backbone.other_vae:
         source, revision = backbone.other_vae
-        options = "dtype=torch.float32, use_safetensors=True" + (f', revision="{revision}"' if revision else "")
+        options = "dtype=torch.float32, use_safetensors=True" + (
+            f', revision="{revision}"' if revision else ""
+        )
         lines.append(f'pipe.vae = AutoencoderKL.from_pretrained("{_from_anywhere(source)}", {options})')
     return lines
 

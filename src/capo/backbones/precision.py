@@ -9,7 +9,10 @@ from torch import nn
 
 from capo.errors import InputError
 
-HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names of autocast -> its dtype
+HALVES = {
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}  # Lightning's names of autocast -> its dtype
 
 
 def frozen_reference(denoiser: nn.Module, precision: str) -> nn.Module:
@@ -48,7 +51,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def named_dtype(dtype: str) -> torch.dtype:
-    """torch's dtype of that name; InputError for another name."""
+    """Torch's dtype of that name; InputError for another name."""
     if dtype not in DTYPES:
         raise InputError(f"model dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]

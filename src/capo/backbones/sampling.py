@@ -45,9 +45,13 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         if self.parallel not in (OPERATIONS, BATCHES):
-            raise InputError(f"sampling.parallel={self.parallel!r} is unknown; choose {OPERATIONS} or {BATCHES}")
+            raise InputError(
+                f"sampling.parallel={self.parallel!r} is unknown; choose {OPERATIONS} or {BATCHES}"
+            )
         if self.precision not in AUTOCAST:
-            raise InputError(f"sampling.precision={self.precision!r} is unknown; choose one of {', '.join(AUTOCAST)}")
+            raise InputError(
+                f"sampling.precision={self.precision!r} is unknown; choose one of {', '.join(AUTOCAST)}"
+            )
         if self.steps < 1 or self.batch < 1:
             raise InputError(
                 f"sampling.steps {self.steps} and sampling.batch {self.batch} must be at least 1"
@@ -99,7 +103,9 @@ def sample(
         ) from error
     step = _step_of(scheduler, generators)
     conditions = _conditions(backbone, text, len(noise), settings.guidance)
-    scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # flow schedulers have neither
+    scaled = getattr(
+        scheduler, "scale_model_input", lambda latents, t: latents
+    )  # flow schedulers have neither
     dtype = AUTOCAST[settings.precision]
     with torch.inference_mode(), torch.autocast(backbone.device.type, dtype, enabled=dtype is not None):
         latents = noise.to(backbone.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)

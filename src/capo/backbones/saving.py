@@ -16,7 +16,9 @@ def write_pipeline(backbone: Backbone, folder: str | Path, denoiser: nn.Module) 
     """Writes the pipeline with `denoiser` in its place to an existing folder: float32, adapter merged."""
     pipeline = copy.copy(backbone.pipeline)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    if has_adapter(denoiser):  # merged into the base as it was loaded, whatever the policy's own frozen weights are stored in
+    if has_adapter(
+        denoiser
+    ):  # merged into the base as it was loaded, whatever the policy's own frozen weights are stored in
         denoiser = merged(denoiser, backbone.trainable_copy())
     modules[backbone.denoiser_component] = denoiser
     pipeline.register_modules(**{name: in_float32(module) for name, module in modules.items()})

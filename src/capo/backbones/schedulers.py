@@ -9,7 +9,7 @@ from capo.errors import InputError
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
-    """diffusers' scheduler class of that name; InputError for another name."""
+    """Diffusers' scheduler class of that name; InputError for another name."""
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise InputError(f"model scheduler '{name}' is no scheduler class of diffusers; try DDIMScheduler")

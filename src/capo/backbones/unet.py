@@ -26,7 +26,9 @@ class UNetBackbone(Backbone):
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
         config = self.pipeline.scheduler.config
         # some schedulers clip to [-1, 1] unless they are told: right for pixels, ruin for latents
-        told = {} if "clip_sample" in config or "clip_sample" not in options_of(kind) else {"clip_sample": False}
+        told = (
+            {} if "clip_sample" in config or "clip_sample" not in options_of(kind) else {"clip_sample": False}
+        )
         return kind.from_config(config, **told)
 
     @property
@@ -68,7 +70,9 @@ class UNetBackbone(Backbone):
 
     @property
     def token_limits(self) -> dict[str, int]:
-        names = [name for name in ("tokenizer", "tokenizer_2") if getattr(self.pipeline, name, None) is not None]
+        names = [
+            name for name in ("tokenizer", "tokenizer_2") if getattr(self.pipeline, name, None) is not None
+        ]
         return {name: getattr(self.pipeline, name).model_max_length for name in names}
 
     def _encoded(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -125,7 +129,9 @@ class XLText:
     """SDXL's conditioning: `prompt_embeds` (B, tokens, D), `pooled_prompt_embeds` (B, D2) and `time_ids` (B, 6)."""
 
     def encoded(self, backbone: UNetBackbone, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, _, pooled, _ = backbone.pipeline.encode_prompt(prompts, device=backbone.device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = backbone.pipeline.encode_prompt(
+            prompts, device=backbone.device, do_classifier_free_guidance=False
+        )
         return self._with_sizes(backbone, embeds, pooled)
 
     def negative(self, backbone: UNetBackbone, count: int) -> dict[str, Tensor]:

@@ -45,10 +45,6 @@ class World:
         return self.generator.backbone
 
 
-
-
-
-
 def built(node: DictConfig, **given: object) -> object:
     """What `_target_` makes; a user's value that it refuses stays an InputError."""
     try:
@@ -79,9 +75,13 @@ def build_world(cfg: DictConfig, scoring: bool = True, watching: bool = True) ->
     rewards, evaluated, oracle = all_rewards(cfg)
     held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
     plans = pool_plans(cfg, splits)
-    for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring}.values():
+    for reward in {
+        reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring
+    }.values():
         reward.setup("cpu")  # so that weights that are missing are found before images are drawn
-    return World(ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, plans, held_out)
+    return World(
+        ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, plans, held_out
+    )
 
 
 def base_of(cfg: DictConfig) -> Backbone:
@@ -146,7 +146,9 @@ def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str
     """The four pools of the base's images: candidates, validation, test, and test with other seeds (the zero line)."""
 
     def plan(split: str, seed: int, candidates: int, prompts: Sequence[Prompt]) -> PoolPlan:
-        return PoolPlan(Path(cfg.pool.root), cfg.model.name, split, seed, prompts, candidates, cfg.pool.prompts_per_shard)
+        return PoolPlan(
+            Path(cfg.pool.root), cfg.model.name, split, seed, prompts, candidates, cfg.pool.prompts_per_shard
+        )
 
     evaluation, test = cfg.evaluation, splits["test"]
     return {
@@ -157,15 +159,25 @@ def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str
     }
 
 
-def evaluate_policy(cfg: DictConfig, world: World, policy: Path, folder: Path, curves: Path | None = None) -> dict:
+def evaluate_policy(
+    cfg: DictConfig, world: World, policy: Path, folder: Path, curves: Path | None = None
+) -> dict:
     """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate.evaluate`."""
     backbone, settings = world.backbone, world.generator.settings
-    tuned = ImageGenerator(backbone, load_policy(backbone, policy, settings.precision), policy_fingerprint(backbone, policy), settings)
+    tuned = ImageGenerator(
+        backbone,
+        load_policy(backbone, policy, settings.precision),
+        policy_fingerprint(backbone, policy),
+        settings,
+    )
     return evaluate(
-        folder, world.plans["test"], tuned, world.evaluation_rewards, zero=world.plans["zero"], oracle=world.oracle,
-        title=f"{cfg.model.name}: tuned against base", config=OmegaConf.to_yaml(cfg, resolve=True), curves=curves,
-    )  # fmt: skip
-
-
-
-
+        folder,
+        world.plans["test"],
+        tuned,
+        world.evaluation_rewards,
+        zero=world.plans["zero"],
+        oracle=world.oracle,
+        title=f"{cfg.model.name}: tuned against base",
+        config=OmegaConf.to_yaml(cfg, resolve=True),
+        curves=curves,
+    )

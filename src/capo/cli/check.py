@@ -36,7 +36,9 @@ from capo.preflight.step_check import check_steps, step_batch, take_steps
 CHECKS = "check.json"
 
 
-def run_checks(cfg: DictConfig, module_of: Callable[[DictConfig, Backbone], PreferenceModule], console: Console) -> list[Check]:
+def run_checks(
+    cfg: DictConfig, module_of: Callable[[DictConfig, Backbone], PreferenceModule], console: Console
+) -> list[Check]:
     """All checks of the configured model, on one device.
 
     Raises InputError for values or weights that cannot be used, and, after everything is written, where a check has failed.
@@ -48,7 +50,9 @@ def run_checks(cfg: DictConfig, module_of: Callable[[DictConfig, Backbone], Pref
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     folder = Path(cfg.run_dir)
-    request = request_of(cfg, dict.fromkeys(("train", "validation", "test")))  # before weights load: it refuses what no batch divides by
+    request = request_of(
+        cfg, dict.fromkeys(("train", "validation", "test"))
+    )  # before weights load: it refuses what no batch divides by
     backbone = base_of(cfg)
     known = built(cfg.model.known_images)
     vae, latents = check_vae(backbone, known)
@@ -60,18 +64,30 @@ def run_checks(cfg: DictConfig, module_of: Callable[[DictConfig, Backbone], Pref
     console.print(check_table(checks))
     console.print(f"{folder / CHECKS}; a picture in {folder / 'check'}")
     if failed := [check.name for check in checks if not check.passed]:
-        raise InputError(f"check=true: {len(failed)} of {len(checks)} failed: {', '.join(failed)}; the table says what to do")
+        raise InputError(
+            f"check=true: {len(failed)} of {len(checks)} failed: {', '.join(failed)}; the table says what to do"
+        )
     return checks
 
 
-def check_base(cfg: DictConfig, backbone: Backbone, latents: Tensor, captions: Sequence[str], folder: Path) -> list[Check]:
+def check_base(
+    cfg: DictConfig, backbone: Backbone, latents: Tensor, captions: Sequence[str], folder: Path
+) -> list[Check]:
     """What the base's denoiser and sampler come to, on latents (B, C, h, w) of known pictures."""
     settings = SamplerSettings(**cfg.sampling)
-    found = [denoising_at(backbone, latents, captions, place, settings.batch) for place in tqdm(PLACES, "denoising errors", leave=False)]
-    return [check_denoising(found), check_sample(backbone, captions[0], settings, folder / "check" / "sample.png")]
+    found = [
+        denoising_at(backbone, latents, captions, place, settings.batch)
+        for place in tqdm(PLACES, "denoising errors", leave=False)
+    ]
+    return [
+        check_denoising(found),
+        check_sample(backbone, captions[0], settings, folder / "check" / "sample.png"),
+    ]
 
 
-def check_training(cfg: DictConfig, request: Request, module: PreferenceModule, latents: Tensor, captions: Sequence[str]) -> list[Check]:
+def check_training(
+    cfg: DictConfig, request: Request, module: PreferenceModule, latents: Tensor, captions: Sequence[str]
+) -> list[Check]:
     """What a few steps on one device come to, beside the plan of the same step."""
     backbone = module.backbone
     plan, pairs = make_plan(request), request.training.division.micro_batch

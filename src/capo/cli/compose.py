@@ -25,4 +25,6 @@ def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITO
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             return compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(f"{' '.join(overrides)}: cannot be used ({str(error).splitlines()[0]}); write NAME.key=value") from error
+        raise InputError(
+            f"{' '.join(overrides)}: cannot be used ({str(error).splitlines()[0]}); write NAME.key=value"
+        ) from error

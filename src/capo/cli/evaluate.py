@@ -26,7 +26,13 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     own = run_config(folder, cfg, overrides)
     check_ready(own, watching=False)
     prepare_process(own.threads)
-    return evaluate_policy(own, build_world(own, watching=False), folder / "policy", folder / "evaluation", curves=folder / "metrics.csv")
+    return evaluate_policy(
+        own,
+        build_world(own, watching=False),
+        folder / "policy",
+        folder / "evaluation",
+        curves=folder / "metrics.csv",
+    )
 
 
 def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:

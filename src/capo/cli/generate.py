@@ -24,7 +24,10 @@ from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError, closest
 
 console = Console()
-FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}  # stage -> what of a pool it makes
+FILLING = {
+    "all": STAGES,
+    **{command: (stage,) for stage, command in COMMANDS.items()},
+}  # stage -> what of a pool it makes
 
 
 def import_source(cfg: DictConfig) -> Source:
@@ -32,9 +35,13 @@ def import_source(cfg: DictConfig) -> Source:
     check_values(cfg)
     check_weights(cfg)
     if not cfg.get("import"):
-        raise InputError("stage=import: say what is imported: import=pickapic, import=rankings or import=folder, and import.files=PLACE")
+        raise InputError(
+            "stage=import: say what is imported: import=pickapic, import=rankings or import=folder, and import.files=PLACE"
+        )
     if OmegaConf.is_missing(cfg["import"], "files"):
-        raise InputError("import.files: not given; it is the table, folder or list of tables to import, e.g. import.files=FOLDER")
+        raise InputError(
+            "import.files: not given; it is the table, folder or list of tables to import, e.g. import.files=FOLDER"
+        )
     return built(cfg["import"], _convert_="all")
 
 
@@ -42,8 +49,14 @@ def import_images(cfg: DictConfig) -> None:
     """Make a pool of images that are there already."""
     source = import_source(cfg)
     prepare_process(cfg.threads)
-    pool = import_pool(source, base_of(cfg), SamplerSettings(**cfg.sampling), Path(cfg.pool.root), cfg.model.name,
-                       prompts_per_shard=cfg.pool.prompts_per_shard)  # fmt: skip
+    pool = import_pool(
+        source,
+        base_of(cfg),
+        SamplerSettings(**cfg.sampling),
+        Path(cfg.pool.root),
+        cfg.model.name,
+        prompts_per_shard=cfg.pool.prompts_per_shard,
+    )
     console.print(described(read_import_table(pool.folder).report), markup=False)
     console.print(f"python train.py pool.imported={pool.folder} objective=dpo", markup=False, soft_wrap=True)
 
@@ -52,13 +65,25 @@ def export(cfg: DictConfig, world: World) -> None:
     """Write the pairs that training of the same configuration draws from, for other trainers."""
     data = training_data(cfg, world, stages=("scores",))
     candidates = data.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, cfg.noise.shared)
-    settings = {"data": data.described, "model": cfg.model.name, "pairs": cfg.pairs._target_, "calibration": cfg.calibration,
-                "seed": cfg.seed}  # fmt: skip
+    settings = {
+        "data": data.described,
+        "model": cfg.model.name,
+        "pairs": cfg.pairs._target_,
+        "calibration": cfg.calibration,
+        "seed": cfg.seed,
+    }
     own = cfg.pair_export
     count = export_pairs(
-        candidates, data.scores(), world.backbone, own.file, per_prompt=own.per_prompt, image_format=own.images, row_group=own.row_group,
-        batch=cfg.sampling.decode or cfg.sampling.batch, settings=settings,
-    )  # fmt: skip
+        candidates,
+        data.scores(),
+        world.backbone,
+        own.file,
+        per_prompt=own.per_prompt,
+        image_format=own.images,
+        row_group=own.row_group,
+        batch=cfg.sampling.decode or cfg.sampling.batch,
+        settings=settings,
+    )
     console.print(f"{count} pairs in {own.file}", soft_wrap=True)
 
 
@@ -75,7 +100,10 @@ def run(cfg: DictConfig) -> None:
     refuse_plans(cfg)
     if cfg.stage not in known:
         near = closest(str(cfg.stage), known)
-        raise InputError(f"stage={cfg.stage} is unknown; choose {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise InputError(
+            f"stage={cfg.stage} is unknown; choose {', '.join(known)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
     if cfg.stage == "import":
         return import_images(cfg)
     scoring = cfg.stage in ("all", "score")
@@ -91,9 +119,11 @@ def run(cfg: DictConfig) -> None:
         if name == "train" and cfg.pool.imported:
             continue  # its images are there
         rewards = {
-            "train": world.rewards, "validation": [*world.rewards, *world.held_out],
-            "test": [*world.evaluation_rewards, *world.oracle], "zero": world.evaluation_rewards,
-        }[name]  # fmt: skip
+            "train": world.rewards,
+            "validation": [*world.rewards, *world.held_out],
+            "test": [*world.evaluation_rewards, *world.oracle],
+            "zero": world.evaluation_rewards,
+        }[name]
         pool = fill_pool(plan, world.generator, rewards, stages=FILLING[cfg.stage])
         console.print(f"{name}: {len(plan.prompts)} prompts x {plan.candidates} images in {pool.folder}")
 

@@ -23,10 +23,19 @@ from capo.errors import InputError, closest
 
 REFUSED, INTERRUPTED = 2, 130  # exit codes
 PLACE_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+}
 OTHER_PLACE = "make room there, or choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
-NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")  # null and a mapping are values, anything else names files
+NAMED_HELD_OUT = re.compile(
+    r"validation\.held_out=(?!null$|\{)"
+)  # null and a mapping are values, anything else names files
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
 UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
@@ -122,7 +131,11 @@ def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
     likeness = {name: difflib.SequenceMatcher(a=key, b=name).ratio() for name in known}
     chosen = [name for name, ratio in likeness.items() if ratio > 0.75 or name.rpartition(".")[2] == last]
     chosen.sort(key=likeness.__getitem__, reverse=True)
-    return [name for place, name in enumerate(chosen) if not any(better.startswith(f"{name}.") for better in chosen[:place])][:count]
+    return [
+        name
+        for place, name in enumerate(chosen)
+        if not any(better.startswith(f"{name}.") for better in chosen[:place])
+    ][:count]
 
 
 def _keys(cfg: DictConfig) -> list[str]:

@@ -66,10 +66,18 @@ def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
     if lora:
         lora |= {"targets": get_class(cfg.model.backbone._target_).lora_targets}
     return TrainingRequest(
-        divide(trainer.batch, devices, trainer.micro_batch), trainer.max_steps, 2 if needs.loser else 1, needs.reference, trainer.precision,
-        trainer.optimizer, trainer.strategy, trainer.gradient_checkpointing, adapter_of(lora), trainer.accelerator != "cpu",
+        divide(trainer.batch, devices, trainer.micro_batch),
+        trainer.max_steps,
+        2 if needs.loser else 1,
+        needs.reference,
+        trainer.precision,
+        trainer.optimizer,
+        trainer.strategy,
+        trainer.gradient_checkpointing,
+        adapter_of(lora),
+        trainer.accelerator != "cpu",
         trainer.precision if cfg.sampling.precision == trainer.precision else "32-true",
-    )  # fmt: skip
+    )
 
 
 def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Finding]]:
@@ -77,7 +85,9 @@ def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Finding]
     settings = OmegaConf.to_container(cfg.prompts, resolve=True)
     expected = expected_counts(settings)
     given = [value for value in settings.values() if isinstance(value, dict)]
-    if any(value.get("hub") and not value.get("path") for value in given) and not OmegaConf.missing_keys(cfg.prompts):
+    if any(value.get("hub") and not value.get("path") for value in given) and not OmegaConf.missing_keys(
+        cfg.prompts
+    ):
         return expected, []
     try:
         return {split: len(prompts) for split, prompts in prompt_splits(cfg).items()}, []
@@ -97,7 +107,10 @@ def expected_counts(settings: Mapping) -> dict[str, int | None]:
         if not isinstance(given, Mapping):
             counts[split] = given if isinstance(given, int) else None
             continue
-        place, size = str([given.get(key) for key in ("path", "hub", "file", "revision")]), given.get("published_size")
+        place, size = (
+            str([given.get(key) for key in ("path", "hub", "file", "revision")]),
+            given.get("published_size"),
+        )
         known = [given.get("limit"), None if size is None else max(0, size - taken.get(place, 0))]
         counts[split] = min((count for count in known if isinstance(count, int)), default=None)
         taken[place] = taken.get(place, 0) + (counts[split] or 0)
@@ -106,17 +119,27 @@ def expected_counts(settings: Mapping) -> dict[str, int | None]:
 
 def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, PoolRequest]:
     """The base's pools, and the policy's images, which validation draws again and again and keeps nowhere."""
-    evaluation, trained, evaluated = cfg.evaluation, len(cfg.rewards), len(cfg.evaluation.rewards) + len(cfg.evaluation.oracle or {})
+    evaluation, trained, evaluated = (
+        cfg.evaluation,
+        len(cfg.rewards),
+        len(cfg.evaluation.rewards) + len(cfg.evaluation.oracle or {}),
+    )
     test = counts["test"]
     zero = None if test is None else min(test, evaluation.zero_prompts)
     steps, every = cfg.trainer.max_steps, cfg.validation.every
     validations = -(-steps // every)
     return {
-        **({} if cfg.pool.imported else {"train": PoolRequest(counts["train"], cfg.pool.candidates, trained)}),
-        "validation": PoolRequest(counts["validation"], cfg.validation.images, trained + len(cfg.validation.held_out or {})),
+        **(
+            {} if cfg.pool.imported else {"train": PoolRequest(counts["train"], cfg.pool.candidates, trained)}
+        ),
+        "validation": PoolRequest(
+            counts["validation"], cfg.validation.images, trained + len(cfg.validation.held_out or {})
+        ),
         "test": PoolRequest(test, evaluation.images, evaluated),
         "zero": PoolRequest(zero, evaluation.images, evaluated),
-        "policy in validation": PoolRequest(counts["validation"], cfg.validation.images, 0, validations, stored=False),
+        "policy in validation": PoolRequest(
+            counts["validation"], cfg.validation.images, 0, validations, stored=False
+        ),
         "policy in evaluation": PoolRequest(test, evaluation.images, 0, int(cfg.evaluate), stored=False),
     }
 
@@ -130,14 +153,19 @@ def reward_request(cfg: DictConfig) -> RewardRequest:
         return sum(reward.held or 0 for reward in rewards)
 
     return RewardRequest(
-        max(total(validating), total(evaluated)), max((reward.held or 0 for reward in validating), default=0), total(evaluated),
-        total(each), [reward.name for reward in each if reward.held is None],
-    )  # fmt: skip
+        max(total(validating), total(evaluated)),
+        max((reward.held or 0 for reward in validating), default=0),
+        total(evaluated),
+        total(each),
+        [reward.name for reward in each if reward.held is None],
+    )
 
 
 def _known_rewards(cfg: DictConfig, place: str) -> list[Reward]:
     entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
-    return [_known_reward(name, entry, place) for name, entry in sorted(entries.items()) if entry.get("scorer")]
+    return [
+        _known_reward(name, entry, place) for name, entry in sorted(entries.items()) if entry.get("scorer")
+    ]
 
 
 def _known_reward(name: str, entry: dict, place: str) -> Reward:
@@ -152,7 +180,9 @@ def _distinct(rewards: Sequence[Reward]) -> list[Reward]:
     """Each reward once. By what its fingerprint is made of, not by that: it would read the weights."""
     found: dict[str, Reward] = {}
     for reward in rewards:
-        found.setdefault(json.dumps([reward.name, reward.scorer, reward.weights, reward.revision], sort_keys=True), reward)
+        found.setdefault(
+            json.dumps([reward.name, reward.scorer, reward.weights, reward.revision], sort_keys=True), reward
+        )
     return list(found.values())
 
 
@@ -169,19 +199,36 @@ def float32_rewards(cfg: DictConfig) -> list[str]:
 def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
     """Everything that the plan of `cfg` follows from. Raises InputError for a model without configs."""
     blueprint, sampling = blueprint_of(cfg), cfg.sampling
-    drawing = SamplingRequest(sampling.steps, 2 if sampling.guidance > 1 else 1, sampling.batch, sampling.precision, sampling.decode or sampling.batch)
+    drawing = SamplingRequest(
+        sampling.steps,
+        2 if sampling.guidance > 1 else 1,
+        sampling.batch,
+        sampling.precision,
+        sampling.decode or sampling.batch,
+    )
     itemsize = DTYPES[cfg.model.backbone.get("dtype", "float32")].itemsize
     return Request(
-        blueprint, training_request(cfg, blueprint), drawing, pool_requests(cfg, counts), itemsize, cfg.planning.flops,
-        cfg.planning.utilisation, reward_request(cfg), cfg.evaluate,
-    )  # fmt: skip
+        blueprint,
+        training_request(cfg, blueprint),
+        drawing,
+        pool_requests(cfg, counts),
+        itemsize,
+        cfg.planning.flops,
+        cfg.planning.utilisation,
+        reward_request(cfg),
+        cfg.evaluate,
+    )
 
 
 def room_findings(cfg: DictConfig, request: Request) -> list[Finding]:
     """What is certain of disk and memory: what is still to be written, and what the device holds whatever the batch."""
     root, run, space = Path(cfg.pool.root), Path(cfg.run_dir), disk_space(request)
-    seeds = {"train": (cfg.pool.seed, "train"), "validation": (cfg.evaluation.seed, "validation"), "test": (cfg.evaluation.seed, "test"),
-             "zero": (cfg.evaluation.seed + 1, "test")}  # fmt: skip
+    seeds = {
+        "train": (cfg.pool.seed, "train"),
+        "validation": (cfg.evaluation.seed, "validation"),
+        "test": (cfg.evaluation.seed, "test"),
+        "zero": (cfg.evaluation.seed + 1, "test"),
+    }
     pools = 0
     for name, (seed, split) in seeds.items():
         need = space["pools"].get(name) or 0
@@ -243,7 +290,9 @@ def run_plan(cfg: DictConfig, console: Console) -> dict[str, object]:
     too_large = likely_memory(plan["device"], plan["host"], cfg.trainer.accelerator, float32_rewards(cfg))
     missing = [*find_missing(cfg), *missing, *room_findings(cfg, request), *too_large]
     seen = dict.fromkeys((finding.kind, finding.message, finding.certain) for finding in missing)
-    plan["missing here"] = [{"kind": kind, "message": message, "certain": certain} for kind, message, certain in seen]
+    plan["missing here"] = [
+        {"kind": kind, "message": message, "certain": certain} for kind, message, certain in seen
+    ]
     plan["config"] = OmegaConf.to_container(cfg, resolve=True)
     print_plan(plan, console)
     path = Path(cfg.run_dir) / PLAN

@@ -24,7 +24,9 @@ def prepare_process(threads: int | None) -> int:
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run that goes on
+    warnings.filterwarnings(
+        "ignore", message="Checkpoint directory .* exists and is not empty"
+    )  # a run that goes on
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if threads is not None and threads < 1:

@@ -51,13 +51,17 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
 def refuse_plans(cfg: DictConfig) -> None:
     """InputError for what train.py alone knows, where another script would pass it over in silence."""
     if found := [key for key in ("plan", "check") if cfg.get(key)]:
-        raise InputError(f"{found[0]}=true belongs to train.py: the same values there plan, or check, the pools and evaluations too")
+        raise InputError(
+            f"{found[0]}=true belongs to train.py: the same values there plan, or check, the pools and evaluations too"
+        )
 
 
 def check_accelerator(cfg: DictConfig) -> None:
     """InputError where the configured accelerator is not on this machine."""
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
-        raise InputError(f"trainer.accelerator={cfg.trainer.accelerator}: torch sees no such device here; auto takes what there is")
+        raise InputError(
+            f"trainer.accelerator={cfg.trainer.accelerator}: torch sees no such device here; auto takes what there is"
+        )
 
 
 def check_weights(cfg: DictConfig) -> None:
@@ -83,7 +87,9 @@ def check_reward_weights(rewards: Sequence[Reward]) -> None:
     """InputError that names each file, folder or hub id of these rewards that is neither here nor to be had."""
     missing = []
     # one name, trained and evaluated, may have two sources under the same setting
-    for setting, (source, revision) in dict.fromkeys(item for reward in rewards for item in reward.sources.items()):
+    for setting, (source, revision) in dict.fromkeys(
+        item for reward in rewards for item in reward.sources.items()
+    ):
         try:
             look_for(source, revision, setting)
         except InputError as error:
@@ -96,7 +102,9 @@ def check_draw(cfg: DictConfig) -> None:
     """InputError where times cannot be drawn in the configured way on the model's schedule."""
     known = getattr(get_class(cfg.model.backbone._target_), "draws", FLOW_DRAWS)
     if cfg.noise.draw not in known:
-        raise InputError(f"noise.draw={cfg.noise.draw}: model={cfg.model.name} draws its times {' or '.join(known)}, not so")
+        raise InputError(
+            f"noise.draw={cfg.noise.draw}: model={cfg.model.name} draws its times {' or '.join(known)}, not so"
+        )
 
 
 def memory_note(cfg: DictConfig) -> str:

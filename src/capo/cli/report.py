@@ -27,12 +27,16 @@ def check_scored(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Re
     """InputError that names the stage to run first, where the plan's pool lacks a score; nothing is made, no pool either."""
     folder = Path(plan.root) / pool_name(plan.model, generator.fingerprint, plan.seed, plan.split)
     if not (folder / "manifest.json").is_file():
-        raise InputError(f"stage=report: there is no pool {folder} yet: run generate.py with the same values and stage=all first")
+        raise InputError(
+            f"stage=report: there is no pool {folder} yet: run generate.py with the same values and stage=all first"
+        )
     pool = Pool.open(folder)
     for stage in stages_of(pool, plan, generator, rewards, verify=False):
         if stage.todo():
-            raise InputError(f"{lacking(stage)}, which stage=report needs: run generate.py with the same values and "
-                             f"stage={COMMANDS[stage.name]} first (stage=all runs every stage that is left)")
+            raise InputError(
+                f"{lacking(stage)}, which stage=report needs: run generate.py with the same values and "
+                f"stage={COMMANDS[stage.name]} first (stage=all runs every stage that is left)"
+            )
 
 
 def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Console) -> Path:
@@ -42,22 +46,36 @@ def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Co
     be written.
     """
     scores, labels = data.scores(), data.labels
-    calibrated = calibrate(scores, [s.link for s in labels], [s.scale for s in labels], method, [s.name for s in labels])
+    calibrated = calibrate(
+        scores, [s.link for s in labels], [s.scale for s in labels], method, [s.name for s in labels]
+    )
     report = _report(data, scores, calibrated, select(strategy, scores, calibrated), strategy, method)
     folder = data.pool.folder / POOL_FOLDER
-    warnings = write_report(folder, f"Calibration of {data.pool.folder.name}", report, {"calibration": method})
+    warnings = write_report(
+        folder, f"Calibration of {data.pool.folder.name}", report, {"calibration": method}
+    )
     print_report(report, warnings, console)
     console.print(f"calibration report: {folder / 'calibration.html'}", markup=False, soft_wrap=True)
     return folder
 
 
-def report_run(data: TrainingData, candidates: Candidates, strategy: Strategy, method: str, run: Path) -> list[str]:
+def report_run(
+    data: TrainingData, candidates: Candidates, strategy: Strategy, method: str, run: Path
+) -> list[str]:
     """Writes the report of what a run trains on to `run`/calibration; returns its warnings. Reads neither images nor weights."""
     report = _report(data, candidates.scores, candidates.calibrated, candidates.selection, strategy, method)
-    return write_report(run / RUN_FOLDER, f"Calibration of {data.pool.folder.name}", report, {"calibration": method})
+    return write_report(
+        run / RUN_FOLDER, f"Calibration of {data.pool.folder.name}", report, {"calibration": method}
+    )
 
 
-def _report(data: TrainingData, scores: Tensor, calibrated: Tensor, selection: Selection, strategy: Strategy,
-            method: str) -> CalibrationReport:
+def _report(
+    data: TrainingData,
+    scores: Tensor,
+    calibrated: Tensor,
+    selection: Selection,
+    strategy: Strategy,
+    method: str,
+) -> CalibrationReport:
     texts, chosen = [prompt.text for prompt in data.prompts], not scored(data.labels)
     return calibration_report(scores, calibrated, selection, data.labels, texts, method, strategy, chosen)

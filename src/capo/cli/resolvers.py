@@ -18,7 +18,11 @@ def shipped(name: str) -> str:
 
 def _evaluation_folder(run: str | None) -> str:
     """Where an evaluation keeps Hydra's own output: in the run that it evaluates, else in a folder of its own."""
-    return f"{run}/evaluation" if run and (Path(run) / CONFIG).is_file() else datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-evaluate")
+    return (
+        f"{run}/evaluation"
+        if run and (Path(run) / CONFIG).is_file()
+        else datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-evaluate")
+    )
 
 
 def register() -> None:

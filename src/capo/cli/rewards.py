@@ -38,21 +38,41 @@ from capo.rewards.selfcheck import (
     write_golden,
 )
 
-OVERRIDE = re.compile(r"^([+~]*)(?:rewards\.)?")  # `NAME.weights=...` and `rewards.NAME.weights=...` are the same here
+OVERRIDE = re.compile(
+    r"^([+~]*)(?:rewards\.)?"
+)  # `NAME.weights=...` and `rewards.NAME.weights=...` are the same here
 COLOURS = {PASSED: "green", WARNING: "yellow", FAILED: "red"}
 
 
 def arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m capo.rewards", description="Check a reward on this machine, with its real weights.")
+    parser = argparse.ArgumentParser(
+        "python -m capo.rewards", description="Check a reward on this machine, with its real weights."
+    )
     parser.add_argument("command", choices=["check"])
-    parser.add_argument("name", help="of conf/rewards/NAME.yaml; a set's rewards are checked one after the other")
+    parser.add_argument(
+        "name", help="of conf/rewards/NAME.yaml; a set's rewards are checked one after the other"
+    )
     parser.add_argument("overrides", nargs="*", help="values of its yaml, as in NAME.weights=FOLDER")
-    parser.add_argument("--record", action="store_true", help="keep the scores, for later checks to compare with")
-    parser.add_argument("--golden", type=Path, help="file of recorded scores; by default golden/NAME.json here, then the package's own")
-    parser.add_argument("--device", type=torch.device, help="cuda, cuda:1, cpu; by default the GPU where there is one")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"of equal scores, {TOLERANCE} by default")
-    parser.add_argument("--conf", type=Path, help="folder that holds rewards/NAME.yaml; by default the repository's conf/, or the one here")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the scores, for later checks to compare with"
+    )
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        help="file of recorded scores; by default golden/NAME.json here, then the package's own",
+    )
+    parser.add_argument(
+        "--device", type=torch.device, help="cuda, cuda:1, cpu; by default the GPU where there is one"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help=f"of equal scores, {TOLERANCE} by default"
+    )
+    parser.add_argument(
+        "--conf",
+        type=Path,
+        help="folder that holds rewards/NAME.yaml; by default the repository's conf/, or the one here",
+    )
     return parser.parse_intermixed_args(command)
 
 
@@ -62,8 +82,13 @@ def configured(name: str, overrides: Sequence[str], conf: Path | None) -> list[R
     known = sorted(path.stem for path in (folder / "rewards").glob("*.yaml"))
     if name not in known:
         near = closest(name, known)
-        raise InputError(f"{name}: no such reward; {folder / 'rewards'} has {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
-    cfg = composed(None, [f"+rewards={name}", *(OVERRIDE.sub(r"\1rewards.", override) for override in overrides)], folder)
+        raise InputError(
+            f"{name}: no such reward; {folder / 'rewards'} has {', '.join(known)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    cfg = composed(
+        None, [f"+rewards={name}", *(OVERRIDE.sub(r"\1rewards.", override) for override in overrides)], folder
+    )
     return rewards_of(cfg, "rewards")
 
 
@@ -72,7 +97,9 @@ def _conf(given: Path | None) -> Path:
     for place in places:
         if (place / "rewards").is_dir():
             return place.absolute()
-    raise InputError(f"no rewards/ in {' and '.join(map(str, places))}; give the folder that has it: --conf FOLDER")
+    raise InputError(
+        f"no rewards/ in {' and '.join(map(str, places))}; give the folder that has it: --conf FOLDER"
+    )
 
 
 def chosen_device(given: torch.device | None) -> torch.device:
@@ -83,7 +110,9 @@ def chosen_device(given: torch.device | None) -> torch.device:
     device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; choose another one, or cpu")
+            raise InputError(
+                f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; choose another one, or cpu"
+            )
         torch.cuda.set_device(device.index or 0)
     return device
 
@@ -98,7 +127,9 @@ def recorded(reward: Reward, options: argparse.Namespace) -> dict | None:
     golden = read_golden(golden_places(reward.name, options.golden), reward.fingerprint)
     if options.golden and golden is None:
         fault = "it has no scores" if options.golden.is_file() else "there is no such file, so no scores"
-        raise InputError(f"--golden {options.golden}: {fault} of fingerprint {reward.fingerprint[:8]}; --record writes them there")
+        raise InputError(
+            f"--golden {options.golden}: {fault} of fingerprint {reward.fingerprint[:8]}; --record writes them there"
+        )
     return golden
 
 
@@ -113,7 +144,10 @@ def examined(reward: Reward, options: argparse.Namespace) -> tuple[Measured | No
     except InputError as error:
         return None, [Finding("weights and scores", FAILED, str(error), "as it says")]
     made = f"fingerprint {reward.fingerprint[:8]}, finite, on {device_name(options.device)}"
-    return measured, [Finding("weights and scores", PASSED, made), *findings(reward, measured, golden, options.tolerance)]
+    return measured, [
+        Finding("weights and scores", PASSED, made),
+        *findings(reward, measured, golden, options.tolerance),
+    ]
 
 
 def check(reward: Reward, options: argparse.Namespace, console: Console) -> bool:
@@ -135,7 +169,14 @@ def check(reward: Reward, options: argparse.Namespace, console: Console) -> bool
 def score_table(reward: Reward, measured: Measured) -> Table:
     """Scores, speed and memory."""
     caption = f"{measured.speed:.1f} images/s; peak memory {measured.memory}"
-    table = Table("picture", "with its own prompt", "with the next one's", title=reward.name, caption=caption, title_justify="left")
+    table = Table(
+        "picture",
+        "with its own prompt",
+        "with the next one's",
+        title=reward.name,
+        caption=caption,
+        title_justify="left",
+    )
     for name, (own, other) in zip(PROMPTS, measured.scores.tolist(), strict=True):
         table.add_row(f"{name}: {PROMPTS[name]}", f"{own:.4f}", f"{other:.4f}")
     return table
@@ -143,9 +184,19 @@ def score_table(reward: Reward, measured: Measured) -> Table:
 
 def finding_table(reward: Reward, found: Sequence[Finding]) -> Table:
     """What passed and failed, and what to do."""
-    table = Table("check", "", "found", "what to do", title=f"check of {reward.name}", title_justify="left", show_lines=True)
+    table = Table(
+        "check",
+        "",
+        "found",
+        "what to do",
+        title=f"check of {reward.name}",
+        title_justify="left",
+        show_lines=True,
+    )
     for finding in found:
-        table.add_row(finding.name, f"[{COLOURS[finding.outcome]}]{finding.outcome}", finding.found, finding.remedy)
+        table.add_row(
+            finding.name, f"[{COLOURS[finding.outcome]}]{finding.outcome}", finding.found, finding.remedy
+        )
     return table
 
 
@@ -156,7 +207,9 @@ def main(command: Sequence[str] | None = None) -> int:
         options.device = chosen_device(options.device)
         rewards = configured(options.name, options.overrides, options.conf)
         if options.golden and len(rewards) > 1:
-            raise InputError(f"--golden {options.golden}: {options.name} is a set of {len(rewards)} rewards; check them one by one to name a file")
+            raise InputError(
+                f"--golden {options.golden}: {options.name} is a set of {len(rewards)} rewards; check them one by one to name a file"
+            )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,12 +21,37 @@ WRITER = "written_by"  # key of config.yaml: layout, and the version of this pac
 # what may differ: where things lie, who watches, what happens after training, what moves a step by rounding only, and a rate
 # that acts through trainer.lr alone, which is compared
 FREE = (
-    "model.adapter_lr", "run_dir", "logger", "validation.held_out", "data.workers", "pool.root", "evaluate", "export", "push_to_hub", "plan", "planning", "check", "hydra",
-    *(f"trainer.{key}" for key in ("strategy", "devices", "num_nodes", "micro_batch", "gradient_checkpointing", "compile",
-                                   "compile_tolerance", "channels_last")),
-)  # fmt: skip
+    "model.adapter_lr",
+    "run_dir",
+    "logger",
+    "validation.held_out",
+    "data.workers",
+    "pool.root",
+    "evaluate",
+    "export",
+    "push_to_hub",
+    "plan",
+    "planning",
+    "check",
+    "hydra",
+    *(
+        f"trainer.{key}"
+        for key in (
+            "strategy",
+            "devices",
+            "num_nodes",
+            "micro_batch",
+            "gradient_checkpointing",
+            "compile",
+            "compile_tolerance",
+            "channels_last",
+        )
+    ),
+)
 # where a reward runs, how long it may take, what is known of its size, and of a prompt set's
-FREE_WITHIN = re.compile(r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size")
+FREE_WITHIN = re.compile(
+    r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
+)
 MISSING = "(not there)"
 
 
@@ -65,8 +90,18 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
         cfg = OmegaConf.load(path)
         writer = cfg.pop(WRITER, {"layout": LAYOUT, "capo": here})  # the first runs do not say
         layout, capo = writer["layout"], writer["capo"]
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it, or choose another directory") from error
+    except (
+        OSError,
+        YAMLError,
+        OmegaConfBaseException,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); restore it, or choose another directory"
+        ) from error
     if layout != LAYOUT:
         raise InputError(
             f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout {LAYOUT}: use that version "
@@ -94,18 +129,18 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
             old["trainer"]["max_steps"] = after
         if found := differences(old, new):
             raise InputError(
-                f"{folder} holds a run of another configuration" + ("" if capo == version("capo") else f", written by capo {capo}")
-                + ":\n  " + "\n  ".join(found)
+                f"{folder} holds a run of another configuration"
+                + ("" if capo == version("capo") else f", written by capo {capo}")
+                + ":\n  "
+                + "\n  ".join(found)
                 + "\ngive the same values to go on with it, or another hydra.run.dir"
-            )  # fmt: skip
+            )
         progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
         if longer:
             (folder / OUTCOME).unlink(missing_ok=True)
     written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo")}})
     write_whole(path, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
     return progress
-
-
 
 
 def is_finished(folder: Path, cfg: DictConfig) -> bool:
@@ -125,7 +160,9 @@ def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
     def walk(node) -> None:
         if isinstance(node, dict):
             target = node.get("_target_")
-            if target and not any(target == module or target.startswith(f"{module}.") for module in ("capo", *trusted)):
+            if target and not any(
+                target == module or target.startswith(f"{module}.") for module in ("capo", *trusted)
+            ):
                 found.append(target)
             if "scorer" in node and node.get("python") and node["python"] not in trusted:
                 found.append(node["python"])
@@ -146,7 +183,9 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     outside this package that `trust` does not name.
     """
     if not (folder / CONFIG).is_file():
-        raise InputError(f"run={folder} is no run: it has no config.yaml; give the directory that train.py printed")
+        raise InputError(
+            f"run={folder} is no run: it has no config.yaml; give the directory that train.py printed"
+        )
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; train it to its end first")

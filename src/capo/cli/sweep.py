@@ -118,8 +118,19 @@ def read_job(folder: Path) -> Job:
     """What a job's directory says of its run."""
     overrides = _read_overrides(folder)
     if (folder / ERROR).is_file():
-        return Job(folder, overrides, FAILED, _summary((folder / ERROR).read_text(encoding="utf-8")), found_figures(folder))
-    return Job(folder, overrides, FINISHED if (folder / OUTCOME).is_file() else UNFINISHED, figures=found_figures(folder))
+        return Job(
+            folder,
+            overrides,
+            FAILED,
+            _summary((folder / ERROR).read_text(encoding="utf-8")),
+            found_figures(folder),
+        )
+    return Job(
+        folder,
+        overrides,
+        FINISHED if (folder / OUTCOME).is_file() else UNFINISHED,
+        figures=found_figures(folder),
+    )
 
 
 def read_plan(folder: Path) -> Job:
@@ -176,7 +187,9 @@ def sweep_rows(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, object]]]
 def console_tables(jobs: Sequence[Job], title: str) -> list[Table]:
     """A row a job: what varies, validation and test win-rates in % with intervals; then zero lines, then the oracle, where there are any."""
     figures = [job.figures for job in jobs]
-    rates = {"validation %": VALIDATION} | {f"{name} %": column for name, column in named(figures, TEST).items()}
+    rates = {"validation %": VALIDATION} | {
+        f"{name} %": column for name, column in named(figures, TEST).items()
+    }
     tables = [_job_table(jobs, rates, _rate, title)]
     if zero := named(figures, ZERO):
         tables.append(_job_table(jobs, zero, _rate, "zero line: base against base, %"))
@@ -185,10 +198,17 @@ def console_tables(jobs: Sequence[Job], title: str) -> list[Table]:
     return tables
 
 
-def _job_table(jobs: Sequence[Job], columns: Mapping[str, str], cell: Callable[[Mapping, str], str], title: str) -> Table:
+def _job_table(
+    jobs: Sequence[Job], columns: Mapping[str, str], cell: Callable[[Mapping, str], str], title: str
+) -> Table:
     """A row a job with `columns`: heading -> figure; a job that is not done shows its status."""
     keys = varying_keys(jobs)
-    table = Table("job", *(Column(key, overflow="fold", min_width=len(key)) for key in keys), title=title, box=box.SIMPLE_HEAD)
+    table = Table(
+        "job",
+        *(Column(key, overflow="fold", min_width=len(key)) for key in keys),
+        title=title,
+        box=box.SIMPLE_HEAD,
+    )
     for head in columns:
         table.add_column(head, overflow="fold")  # a narrow console wraps figures, never cuts them
     for job in jobs:
@@ -205,7 +225,10 @@ def _rate(figures: Mapping[str, float], name: str) -> str:
 
 def plans_tables(jobs: Sequence[Job], title: str) -> list[Table]:
     """A row a planned job: what varies, parameters, memory and disk; then steps, images, hours, and how much is missing here."""
-    return [_job_table(jobs, HOLDS, plan_cell, title), _job_table(jobs, TAKES, plan_cell, "what it takes, and how much is missing here")]
+    return [
+        _job_table(jobs, HOLDS, plan_cell, title),
+        _job_table(jobs, TAKES, plan_cell, "what it takes, and how much is missing here"),
+    ]
 
 
 class SweepReport(Callback):
@@ -232,7 +255,9 @@ class SweepReport(Callback):
             write_whole(folder / PICTURE, picture)
         write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
         _show(jobs, console_tables(jobs, str(folder)))
-        print(f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}")
+        print(
+            f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}"
+        )
 
     def write_plans(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Both of plans; nothing was trained, so there are no rates to draw."""

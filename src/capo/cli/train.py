@@ -56,7 +56,9 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
 def check(cfg: DictConfig) -> float:
     """Measure the model on this machine; returns NaN, since nothing is trained."""
     if launch().world > 1:
-        raise InputError(f"check=true measures one device, but {launch().world} processes were started: run it without the launcher")
+        raise InputError(
+            f"check=true measures one device, but {launch().world} processes were started: run it without the launcher"
+        )
     from capo.cli.check import run_checks
     from capo.cli.tune import module_of
 
@@ -89,4 +91,6 @@ def check_places(own: DictConfig) -> None:
             "and a run on several devices is started by itself (docs/training.md)"
         )
     if not any(override.startswith("hydra.run.dir=") for override in own.overrides.hydra):
-        raise InputError(f"{launch().world} processes would make a run directory each: give them one, hydra.run.dir=DIR")
+        raise InputError(
+            f"{launch().world} processes would make a run directory each: give them one, hydra.run.dir=DIR"
+        )

@@ -57,10 +57,17 @@ def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidat
     drawn = Drawn.fill(world.plans["validation"], world.generator, judges, progress=True)
     base = validation_set(drawn, judges, settings.pictures)
     if launch().first:
-        image_grid(base.pictures, base.pictures, [p.text for p in base.prompts[: settings.pictures]], folder / "step000000.png")
+        image_grid(
+            base.pictures,
+            base.pictures,
+            [p.text for p in base.prompts[: settings.pictures]],
+            folder / "step000000.png",
+        )
     console.print(f"validation pictures of the base: {folder / 'step000000.png'}")
     held_out = HeldOut(world.held_out, cfg.evaluation.seed)
-    return WinRateValidation(base, world.backbone, world.rewards, world.generator.settings, settings.every, folder, held_out)
+    return WinRateValidation(
+        base, world.backbone, world.rewards, world.generator.settings, settings.every, folder, held_out
+    )
 
 
 def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
@@ -68,14 +75,25 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
     lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
     trainer = cfg.trainer
     return PreferenceModule(
-        backbone, instantiate(cfg.objective), lr=trainer.lr, warm_up=trainer.warm_up, lora=lora,
-        weighting=Weighting(cfg.noise.weighting, cfg.noise.bias), draw=cfg.noise.draw, gradient_clip=trainer.gradient_clip,
+        backbone,
+        instantiate(cfg.objective),
+        lr=trainer.lr,
+        warm_up=trainer.warm_up,
+        lora=lora,
+        weighting=Weighting(cfg.noise.weighting, cfg.noise.bias),
+        draw=cfg.noise.draw,
+        gradient_clip=trainer.gradient_clip,
         max_bad_steps=trainer.max_bad_steps,
         execution=Execution(
-            trainer.precision, trainer.optimizer, trainer.gradient_checkpointing, trainer.compile, trainer.compile_tolerance,
-            trainer.channels_last, half_frozen=cfg.sampling.precision == trainer.precision,  # or validation could not draw with it
+            trainer.precision,
+            trainer.optimizer,
+            trainer.gradient_checkpointing,
+            trainer.compile,
+            trainer.compile_tolerance,
+            trainer.channels_last,
+            half_frozen=cfg.sampling.precision == trainer.precision,  # or validation could not draw with it
         ),
-    )  # fmt: skip
+    )
 
 
 def division_of(cfg: DictConfig) -> Division:
@@ -89,7 +107,9 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
     trainer = cfg.trainer
     return {
         "objective": target_name(cfg.objective),
-        "effective beta": "none" if module.beta is None else f"{module.beta:g}, on mean errors, no further factor",
+        "effective beta": "none"
+        if module.beta is None
+        else f"{module.beta:g}, on mean errors, no further factor",
         "pairs": target_name(cfg.pairs),
         "calibration": cfg.calibration,
         "weighting": weighting,
@@ -104,10 +124,18 @@ def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
     """How trackers find the run: flat axes, tags, and the sweep that it is a job of."""
     objective, pairs, rewards = target_name(cfg.objective), target_name(cfg.pairs), sorted(cfg.rewards)
     axes = {
-        "objective": objective, "beta": cfg.objective.beta, "bias": cfg.noise.bias, "pairs": pairs, "rewards": "+".join(rewards),
-        "model": cfg.model.name, "lr": cfg.trainer.lr, "seed": cfg.seed,
-    }  # fmt: skip
-    return RunIdentity(axes, OmegaConf.to_container(cfg, resolve=True), group, [objective, pairs, cfg.model.name, *rewards])
+        "objective": objective,
+        "beta": cfg.objective.beta,
+        "bias": cfg.noise.bias,
+        "pairs": pairs,
+        "rewards": "+".join(rewards),
+        "model": cfg.model.name,
+        "lr": cfg.trainer.lr,
+        "seed": cfg.seed,
+    }
+    return RunIdentity(
+        axes, OmegaConf.to_container(cfg, resolve=True), group, [objective, pairs, cfg.model.name, *rewards]
+    )
 
 
 @contextmanager
@@ -143,15 +171,26 @@ def tune(
     found = by_first(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
     print_warnings(found, console)
     console.print(f"calibration report: {folder / RUN_FOLDER}", markup=False, soft_wrap=True)
-    if warning := beta_warning(facts["objective"], module.beta, dict(cfg.model.beta_range or {}), cfg.model.name):
+    if warning := beta_warning(
+        facts["objective"], module.beta, dict(cfg.model.beta_range or {}), cfg.model.name
+    ):
         console.print(f"[yellow]{warning}")
     trainer, division = cfg.trainer, division_of(cfg)
     encode = partial(encode_aside, world.backbone) if cfg.data.text == ENCODE else None
     best = fit(
-        module, PreferenceData(candidates.dataset, division.micro_batch, cfg.data.workers, encode), validation,
-        loggers, folder, max_steps=trainer.max_steps, log_every=trainer.log_every, strategy=trainer.strategy,
-        accelerator=trainer.accelerator, devices=trainer.devices, precision=trainer.precision, accumulate=division.accumulate,
-    )  # fmt: skip
+        module,
+        PreferenceData(candidates.dataset, division.micro_batch, cfg.data.workers, encode),
+        validation,
+        loggers,
+        folder,
+        max_steps=trainer.max_steps,
+        log_every=trainer.log_every,
+        strategy=trainer.strategy,
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        precision=trainer.precision,
+        accumulate=division.accumulate,
+    )
     return module, load_best(module, best), facts
 
 
@@ -161,18 +200,34 @@ def train(cfg: DictConfig, world: World, folder: Path, loggers: Sequence[Logger]
     by_first(lambda: finish(cfg, world, folder, module, win_rate, facts))
 
 
-def finish(cfg: DictConfig, world: World, folder: Path, module: PreferenceModule, win_rate: float, facts: dict[str, object]) -> None:
+def finish(
+    cfg: DictConfig,
+    world: World,
+    folder: Path,
+    module: PreferenceModule,
+    win_rate: float,
+    facts: dict[str, object],
+) -> None:
     """Export the policy, and write down that training has finished."""
     card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)
     policy = export_policy(world.backbone, module.policy, folder / "policy", card, full=cfg.export == "full")
-    outcome = {MONITOR: win_rate, "policy": policy_fingerprint(world.backbone, policy), "card": dataclasses.asdict(card)}
+    outcome = {
+        MONITOR: win_rate,
+        "policy": policy_fingerprint(world.backbone, policy),
+        "card": dataclasses.asdict(card),
+    }
     write_outcome(folder, outcome | ({"alarms": alarms(folder / "metrics.csv")} if world.held_out else {}))
 
 
 def draw_for_evaluation(world: World, policy: Path, folder: Path) -> None:
     """Make what is missing of the images that an evaluation in `folder` compares, beside the process that compares them."""
     backbone, base, test = world.backbone, world.generator, world.plans["test"]
-    tuned = ImageGenerator(backbone, load_policy(backbone, policy, base.settings.precision), policy_fingerprint(backbone, policy), base.settings)
+    tuned = ImageGenerator(
+        backbone,
+        load_policy(backbone, policy, base.settings.precision),
+        policy_fingerprint(backbone, policy),
+        base.settings,
+    )
     judges = [*world.evaluation_rewards, *world.oracle]
     Drawn.fill(test, base, judges, progress=False)
     Drawn.fill(world.plans["zero"], base, world.evaluation_rewards, progress=False)
@@ -189,7 +244,11 @@ def evaluate_run(cfg: DictConfig, world: World, folder: Path) -> None:
         draw_for_evaluation(world, policy, folder / "evaluation")
         return
     found = evaluate_policy(cfg, world, policy, folder / "evaluation", curves=folder / "metrics.csv")
-    write_card(world.backbone, policy, dataclasses.replace(ModelCard(**read_outcome(folder)["card"]), win_rates=found["win_rate"]))
+    write_card(
+        world.backbone,
+        policy,
+        dataclasses.replace(ModelCard(**read_outcome(folder)["card"]), win_rates=found["win_rate"]),
+    )
 
 
 def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
@@ -201,7 +260,9 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     torch.manual_seed(cfg.seed)
     console.quiet = not launch().first
     with process_group(cuda=torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"):
-        progress, evaluated = by_first(lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file()))
+        progress, evaluated = by_first(
+            lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file())
+        )
         if progress is Progress.FINISHED:
             console.print(f"{folder} holds this run already, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
@@ -214,4 +275,6 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
                     evaluate_run(cfg, world, folder)
     if cfg.push_to_hub and launch().first:
         console.print(f"pushed: {push(folder / POLICY, cfg.push_to_hub)}")
-    console.print(f"best validation win-rate {read_outcome(folder)[MONITOR]:.3f}; everything of this run is in {folder}")
+    console.print(
+        f"best validation win-rate {read_outcome(folder)[MONITOR]:.3f}; everything of this run is in {folder}"
+    )

@@ -72,7 +72,9 @@ def one_of(names: Sequence[str]) -> Rule:
 
 def optional(rule: Rule) -> Rule:
     """`rule`, or null."""
-    return replace(rule, words=f"{rule.words}, or null", holds=lambda value: value is None or rule.holds(value))
+    return replace(
+        rule, words=f"{rule.words}, or null", holds=lambda value: value is None or rule.holds(value)
+    )
 
 
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
@@ -92,7 +94,9 @@ TABLE: dict[str, Rule] = {
     "seed": SEED,
     "threads": optional(whole(1)),
     "calibration": one_of(list(METHODS)),
-    "objective.beta": replace(number(above=0), holds=optional(number(above=0)).holds),  # whether null will do, the objective says
+    "objective.beta": replace(
+        number(above=0), holds=optional(number(above=0)).holds
+    ),  # whether null will do, the objective says
     "pool.root": TEXT,
     "pool.seed": SEED,
     "pool.candidates": whole(2),
@@ -152,7 +156,10 @@ TABLE: dict[str, Rule] = {
         f"{place}.*.{key}": rule
         for place in ("rewards", "evaluation.rewards", "evaluation.oracle", "validation.held_out")
         for key, rule in {
-            "link": one_of(list(LINKS)), "scale": number(above=0), "needs_prompt": SWITCH, "python": optional(TEXT),
+            "link": one_of(list(LINKS)),
+            "scale": number(above=0),
+            "needs_prompt": SWITCH,
+            "python": optional(TEXT),
             "timeout": number(above=0),
             "memory": optional(number(above=0)),
         }.items()
@@ -160,7 +167,9 @@ TABLE: dict[str, Rule] = {
     "plan": SWITCH,
     "check": SWITCH,
     "planning.flops": number(above=0),
-    "planning.utilisation": Rule("a number above 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1),
+    "planning.utilisation": Rule(
+        "a number above 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1
+    ),
     "model.published": optional(TEXT),
     "evaluate": SWITCH,
     "export": one_of(("adapter", "full")),
@@ -176,7 +185,11 @@ TABLE: dict[str, Rule] = {
     "policy": optional(TEXT),
     "base": optional(TEXT),
 }
-CALLED = ("objective", "pairs", "prompts")  # groups of one `_target_`, whose arguments are what its signature says
+CALLED = (
+    "objective",
+    "pairs",
+    "prompts",
+)  # groups of one `_target_`, whose arguments are what its signature says
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -195,7 +208,9 @@ def check_values(cfg: DictConfig) -> None:
             faults.setdefault(key, fault)
     if faults:
         lines = list(faults.values())
-        raise InputError(lines[0] if len(lines) == 1 else "\n  ".join(["these values cannot be used:", *lines]))
+        raise InputError(
+            lines[0] if len(lines) == 1 else "\n  ".join(["these values cannot be used:", *lines])
+        )
 
 
 def resolved(cfg: DictConfig) -> dict:
@@ -204,9 +219,9 @@ def resolved(cfg: DictConfig) -> dict:
         return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{error.full_key or 'the configuration'} cannot be resolved ({reason}); give its value itself") from error
-
-
+        raise InputError(
+            f"{error.full_key or 'the configuration'} cannot be resolved ({reason}); give its value itself"
+        ) from error
 
 
 def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tuple[str, object]]:
@@ -227,14 +242,21 @@ def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str
         function = get_object(target)
         signature, hints = inspect.signature(function), get_type_hints(function)
     except Exception as error:  # importing a user's module can raise anything
-        yield f"{group}._target_", f"{group}._target_={target}: cannot be used ({error}); give module.function"
+        yield (
+            f"{group}._target_",
+            f"{group}._target_={target}: cannot be used ({error}); give module.function",
+        )
         return
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     for name, value in arguments.items():
         key = f"{group}.{name}"
         if name not in signature.parameters and not takes_any:
             near = closest(name, list(signature.parameters))
-            yield key, f"{key}={_shown(value)}: {target} takes no such argument" + (f"; did you mean {group}.{near[0]}?" if near else "")
+            yield (
+                key,
+                f"{key}={_shown(value)}: {target} takes no such argument"
+                + (f"; did you mean {group}.{near[0]}?" if near else ""),
+            )
         elif value != MISSING and (rule := _hinted(hints.get(name))) and (fault := rule.fault(key, value)):
             yield key, fault
 

@@ -29,5 +29,7 @@ class PreferenceBatch:
 
     def pin_memory(self) -> PreferenceBatch:
         """The batch in memory from which a GPU copies by itself; the loader calls this."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("latents", "noise", "u", "calibrated_rewards")}
+        pinned = {
+            name: getattr(self, name).pin_memory() for name in ("latents", "noise", "u", "calibrated_rewards")
+        }
         return replace(self, **pinned, text={name: value.pin_memory() for name, value in self.text.items()})

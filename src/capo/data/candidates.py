@@ -33,24 +33,42 @@ class TrainingData:
     described: str
 
     @classmethod
-    def sampled(cls, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], stages: Sequence[str] = STAGES) -> TrainingData:
+    def sampled(
+        cls,
+        plan: PoolPlan,
+        generator: ImageGenerator,
+        rewards: Sequence[Reward],
+        stages: Sequence[str] = STAGES,
+    ) -> TrainingData:
         """The plan's pool; `stages` of it are completed. Raises as `fill_pool` does."""
         pool = fill_pool(plan, generator, rewards, stages=stages, verify=False)
-        return cls(pool, plan.prompts, plan.candidates, rewards, f"{len(plan.prompts)} prompts x {plan.candidates} candidates of the base, {described(rewards)}")
+        return cls(
+            pool,
+            plan.prompts,
+            plan.candidates,
+            rewards,
+            f"{len(plan.prompts)} prompts x {plan.candidates} candidates of the base, {described(rewards)}",
+        )
 
     @classmethod
-    def imported(cls, imported: Imported, generator: ImageGenerator, labels: Sequence[LabelSource]) -> TrainingData:
+    def imported(
+        cls, imported: Imported, generator: ImageGenerator, labels: Sequence[LabelSource]
+    ) -> TrainingData:
         """An imported pool; scores that `labels` lack are made. Raises as `Imported.ready` does."""
         ready = imported.ready(generator.backbone, generator.settings, labels)
         return cls(ready.pool, ready.prompts, ready.candidates, labels, ready.described(labels))
 
     def scores(self) -> Tensor:
         """(P, N, L) raw scores."""
-        return self.pool.scores([label.key for label in self.labels], self.candidates, self.pool.positions(self.prompts))
+        return self.pool.scores(
+            [label.key for label in self.labels], self.candidates, self.pool.positions(self.prompts)
+        )
 
     def select(self, strategy: Strategy, calibration: str, seed: int, shared_noise: bool) -> Candidates:
         """The pairs that can be drawn. Raises as `select_candidates` does."""
-        return select_candidates(self.pool, self.prompts, self.candidates, self.labels, strategy, calibration, seed, shared_noise)
+        return select_candidates(
+            self.pool, self.prompts, self.candidates, self.labels, strategy, calibration, seed, shared_noise
+        )
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,16 @@ class Candidates:
         return self.dataset.selection
 
 
-def select_candidates(pool: Pool, prompts: Sequence[Prompt], candidates: int, labels: Sequence[LabelSource], strategy: Strategy,
-                      calibration: str, seed: int, shared_noise: bool) -> Candidates:
+def select_candidates(
+    pool: Pool,
+    prompts: Sequence[Prompt],
+    candidates: int,
+    labels: Sequence[LabelSource],
+    strategy: Strategy,
+    calibration: str,
+    seed: int,
+    shared_noise: bool,
+) -> Candidates:
     """Raw scores of a complete pool -> calibrated rewards -> pairs.
 
     Raises InputError for a strategy that does not fit the rewards, an unknown calibration, a score that cannot be used,

@@ -19,6 +19,7 @@ from capo.errors import InputError
 POOL, ENCODE = "pool", "encode"  # where a batch's text comes from
 Encode = Callable[[list[str]], dict[str, Tensor]]  # B prompts -> what `Backbone.predict` needs, leading B
 
+
 def visit_generator(seed: int, prompt_id: str, visit: int) -> np.random.Generator:
     """The generator of everything random in one visit of a prompt; a function of its arguments alone."""
     key = hashlib.blake2b(f"{seed}/{prompt_id}/{visit}".encode(), digest_size=16).digest()
@@ -33,11 +34,18 @@ class PairDataset(Dataset):
     """
 
     def __init__(
-        self, reader: PoolReader, positions: Sequence[int], prompts: Sequence[Prompt], selection: Selection,
-        seed: int, shared_noise: bool = False,
-    ):  # fmt: skip
+        self,
+        reader: PoolReader,
+        positions: Sequence[int],
+        prompts: Sequence[Prompt],
+        selection: Selection,
+        seed: int,
+        shared_noise: bool = False,
+    ):
         if not len(positions) == len(prompts) == len(selection.pairs):
-            raise ValueError(f"{len(positions)} positions, {len(prompts)} prompts, {len(selection.pairs)} selected rows")
+            raise ValueError(
+                f"{len(positions)} positions, {len(prompts)} prompts, {len(selection.pairs)} selected rows"
+            )
         self.reader, self.positions, self.prompts = reader, list(positions), list(prompts)
         self.selection, self.seed, self.shared_noise = selection, seed, shared_noise
         self.stored_text = True  # whether the pool's embeddings are read
@@ -69,11 +77,15 @@ def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
 
     Text encoders round by batch: encoded with others than in the pool, an embedding can differ in its last bits.
     """
-    stacked = {name: torch.stack([item[name] for item in items]) for name in ("latents", "noise", "calibrated_rewards")}
+    stacked = {
+        name: torch.stack([item[name] for item in items])
+        for name in ("latents", "noise", "calibrated_rewards")
+    }
     text = (
         {name: torch.stack([item["text"][name] for item in items]) for name in items[0]["text"]}
-        if encode is None else encode([item["prompt"] for item in items])
-    )  # fmt: skip
+        if encode is None
+        else encode([item["prompt"] for item in items])
+    )
     # u rounded down, because float32 would round the largest of them to 1
     u = torch.tensor([item["u"] for item in items], dtype=torch.float64).clamp(max=1 - 2**-24).float()
     return PreferenceBatch(u=u, text=text, prompt_ids=[item["prompt_id"] for item in items], **stacked)
@@ -86,9 +98,13 @@ class VisitSampler(Sampler):
     each global batch every rank takes its own part, so the stream is the same whatever their number.
     """
 
-    def __init__(self, rows: Sequence[int], seed: int, batch: int, rank: int = 0, world: int = 1, start: int = 0):
+    def __init__(
+        self, rows: Sequence[int], seed: int, batch: int, rank: int = 0, world: int = 1, start: int = 0
+    ):
         if len(rows) == 0:
-            raise InputError("no prompt has a usable pair; use more candidates (pool.candidates), other rewards or pairs=sum")
+            raise InputError(
+                "no prompt has a usable pair; use more candidates (pool.candidates), other rewards or pairs=sum"
+            )
         self.rows, self.seed, self.batch = np.asarray(rows), seed, batch
         self.rank, self.world, self.start = rank, world, start
         self._epoch, self._order = -1, self.rows

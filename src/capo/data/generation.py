@@ -20,7 +20,11 @@ from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
 
 WAIT = 0.5  # seconds until shards that another process works on are looked at again
-COMMANDS = {"text": "text", "latents": "latents", "scores": "score"}  # stage -> what generate.py calls it: stage=...
+COMMANDS = {
+    "text": "text",
+    "latents": "latents",
+    "scores": "score",
+}  # stage -> what generate.py calls it: stage=...
 STAGES = tuple(COMMANDS)
 
 
@@ -29,9 +33,15 @@ def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, setting
 
     The batch is left out: it moves a latent by rounding only, and stands in each shard's header.
     """
-    known = {"denoiser": denoiser_fingerprint, "sampler": backbone.sampler_identity(), "steps": settings.steps,
-             "guidance": settings.guidance}
-    return content_fingerprint(known if settings.precision == "32-true" else known | {"precision": settings.precision})
+    known = {
+        "denoiser": denoiser_fingerprint,
+        "sampler": backbone.sampler_identity(),
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+    }
+    return content_fingerprint(
+        known if settings.precision == "32-true" else known | {"precision": settings.precision}
+    )
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,10 @@ class PoolPlan:
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
-            raise InputError(f"pool of split '{self.split}': {self.candidates} candidates a prompt; "
-                             "fewer than 2 cannot be compared (pool.candidates, or images a prompt)")
+            raise InputError(
+                f"pool of split '{self.split}': {self.candidates} candidates a prompt; "
+                "fewer than 2 cannot be compared (pool.candidates, or images a prompt)"
+            )
         if self.prompts_per_shard < 1:
             raise InputError(f"pool.prompts_per_shard={self.prompts_per_shard} must be at least 1")
         if not self.prompts:
@@ -86,9 +98,13 @@ def open_pool(plan: PoolPlan, generator: ImageGenerator) -> Pool:
     Raises InputError for a pool there that was made otherwise, and a root that cannot be written.
     """
     fingerprints = generator.backbone.fingerprints
-    manifest = Manifest(prompts_per_shard=plan.prompts_per_shard, seed=plan.seed,
-                        generator=generator.fingerprint, latent_space=fingerprints["latent_space"],
-                        text_encoders=fingerprints["text_encoders"])
+    manifest = Manifest(
+        prompts_per_shard=plan.prompts_per_shard,
+        seed=plan.seed,
+        generator=generator.fingerprint,
+        latent_space=fingerprints["latent_space"],
+        text_encoders=fingerprints["text_encoders"],
+    )
     folder = Path(plan.root) / pool_name(plan.model, manifest.generator, plan.seed, plan.split)
     pool = Pool.create(folder, manifest)
     pool.append_prompts(plan.prompts, plan.split)
@@ -96,8 +112,15 @@ def open_pool(plan: PoolPlan, generator: ImageGenerator) -> Pool:
     return pool
 
 
-def fill_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward] = (), *,
-              stages: Sequence[str] = STAGES, progress: bool = True, verify: bool = True) -> Pool:
+def fill_pool(
+    plan: PoolPlan,
+    generator: ImageGenerator,
+    rewards: Sequence[Reward] = (),
+    *,
+    stages: Sequence[str] = STAGES,
+    progress: bool = True,
+    verify: bool = True,
+) -> Pool:
     """Makes what is missing of the plan's pool: the rows of its prompts, that many candidates, all `rewards`.
 
     Any number of processes may do so at once. Rows are filled whole, so prompts of an earlier plan that share
@@ -112,11 +135,13 @@ def fill_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Rewar
     work = stages_of(pool, plan, generator, rewards, verify)
     wanted = [stage for stage in work if stage.name in stages]
     check_space(pool, wanted)
-    for stage in work[:work.index(wanted[-1]) + 1] if wanted else ():
+    for stage in work[: work.index(wanted[-1]) + 1] if wanted else ():
         if stage in wanted:
             run_stage(stage, progress)
         elif stage.todo():
-            raise InputError(f"{lacking(stage)}, which {wanted[-1].name} needs: run generate.py stage={COMMANDS[stage.name]} first")
+            raise InputError(
+                f"{lacking(stage)}, which {wanted[-1].name} needs: run generate.py stage={COMMANDS[stage.name]} first"
+            )
     return pool
 
 
@@ -125,13 +150,17 @@ def lacking(stage: Stage) -> str:
     return f"pool {stage.pool.folder}: {len(stage.todo())} shards lack their {stage.name}"
 
 
-def stages_of(pool: Pool, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool) -> list[Stage]:
+def stages_of(
+    pool: Pool, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool
+) -> list[Stage]:
     """What fills a pool, in its order; with `verify`, checksums of what is there are compared."""
     rows = pool.text_shards(pool.positions(plan.prompts))
     backbone, settings = generator.backbone, generator.settings
-    return [TextStage(pool, rows, backbone, settings, verify),
-            LatentStage(pool, rows, backbone, settings, verify, generator.denoiser, plan.candidates),
-            ScoreStage(pool, rows, backbone, settings, verify, rewards, plan.candidates)]
+    return [
+        TextStage(pool, rows, backbone, settings, verify),
+        LatentStage(pool, rows, backbone, settings, verify, generator.denoiser, plan.candidates),
+        ScoreStage(pool, rows, backbone, settings, verify, rewards, plan.candidates),
+    ]
 
 
 def run_stage(stage: Stage, progress: bool = True) -> None:
@@ -144,16 +173,23 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
         return
     stage.setup()
     made: set[Shard] = set()
-    with tqdm(total=sum(map(stage.amount, todo)), desc=f"{stage.name} of {stage.pool.folder.name}",
-              unit=stage.unit, disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(map(stage.amount, todo)),
+        desc=f"{stage.name} of {stage.pool.folder.name}",
+        unit=stage.unit,
+        disable=not progress,
+        dynamic_ncols=True,
+    ) as bar:
         while todo:
             busy = [shard for shard in todo if not _attempt(stage, shard, made, bar)]
             if busy:
                 time.sleep(WAIT)
             todo = busy or stage.todo()
             if lost := made.intersection(todo):
-                raise RuntimeError(f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} "
-                                   "was written and is not there: the disk does not keep what it is given")
+                raise RuntimeError(
+                    f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} "
+                    "was written and is not there: the disk does not keep what it is given"
+                )
     stage.close()
 
 
@@ -176,5 +212,7 @@ def check_space(pool: Pool, stages: Sequence[Stage]) -> None:
     needed = sum(stage.bytes_missing() for stage in stages)
     free = shutil.disk_usage(pool.folder).free
     if needed > free:
-        raise InputError(f"pool {pool.folder} needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB "
-                         "are free: make room, set pool.root to a larger disk, or ask for fewer candidates")
+        raise InputError(
+            f"pool {pool.folder} needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB "
+            "are free: make room, set pool.root to a larger disk, or ask for fewer candidates"
+        )

@@ -53,7 +53,7 @@ class Drawn:
         return self.pool.positions(self.plan.prompts)
 
     def scores(self, rewards: Sequence[Reward]) -> dict[str, Tensor]:
-        """reward -> (P, K) raw scores."""
+        """Reward -> (P, K) raw scores."""
         scores = self.pool.scores([reward.key for reward in rewards], self.plan.candidates, self.positions)
         return {reward.name: scores[..., number] for number, reward in enumerate(rewards)}
 

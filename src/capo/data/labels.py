@@ -56,4 +56,6 @@ def scored(labels: Sequence[LabelSource]) -> list[Reward]:
 def described(labels: Sequence[LabelSource]) -> str:
     """What orders the candidates, for summaries and model cards."""
     rewards = scored(labels)
-    return "scored by " + ", ".join(reward.name for reward in rewards) if rewards else "ordered by human choice"
+    return (
+        "scored by " + ", ".join(reward.name for reward in rewards) if rewards else "ordered by human choice"
+    )

@@ -49,7 +49,9 @@ def selected_pairs(dataset: PairDataset, per_prompt: int | None = 1) -> list[Pai
     """
     rows = dataset.selection.usable.nonzero().flatten().tolist()
     found = [(row, *pair) for row in rows for pair in _pairs_of(dataset, row, per_prompt)]
-    sides = np.random.Generator(np.random.Philox(key=[dataset.seed % 2**64, len(found)])).permutation(np.arange(len(found)) % 2)
+    sides = np.random.Generator(np.random.Philox(key=[dataset.seed % 2**64, len(found)])).permutation(
+        np.arange(len(found)) % 2
+    )
     return [Pair(*pair, side) for pair, side in zip(found, sides.tolist(), strict=True)]
 
 
@@ -62,9 +64,19 @@ def _pairs_of(dataset: PairDataset, row: int, per_prompt: int | None) -> list[tu
     return list(dict.fromkeys(selection.draw(row, draw.integers) for draw in draws))
 
 
-def export_pairs(candidates: Candidates, scores: Tensor, backbone: Backbone, path: str | Path, *, per_prompt: int | None = 1,
-                 image_format: str = "jpeg", row_group: int = 64, batch: int = 8, settings: dict | None = None,
-                 progress: bool = True) -> int:
+def export_pairs(
+    candidates: Candidates,
+    scores: Tensor,
+    backbone: Backbone,
+    path: str | Path,
+    *,
+    per_prompt: int | None = 1,
+    image_format: str = "jpeg",
+    row_group: int = 64,
+    batch: int = 8,
+    settings: dict | None = None,
+    progress: bool = True,
+) -> int:
     """Decodes the images of the selected pairs and writes them to `path`; returns the number of pairs.
 
     Columns: jpg_0 and jpg_1 (encoded images), label_0 and label_1 (1.0 for the winner, 0.0), caption, dR, scores_0 and scores_1
@@ -82,10 +94,18 @@ def export_pairs(candidates: Candidates, scores: Tensor, backbone: Backbone, pat
     Raises InputError for a path that cannot be written and a disk that has not enough room, judged by the first row group.
     """
     pairs = selected_pairs(candidates.dataset, per_prompt)
-    with whole_file(Path(path)) as unfinished, pq.ParquetWriter(unfinished, _schema(candidates.labels, settings)) as writer:
-        for start in tqdm(range(0, len(pairs), row_group), desc="pairs", disable=not progress, dynamic_ncols=True):
-            group = pairs[start:start + row_group]
-            writer.write_table(_table(group, candidates, scores, backbone, image_format, batch, writer.schema), row_group_size=row_group)
+    with (
+        whole_file(Path(path)) as unfinished,
+        pq.ParquetWriter(unfinished, _schema(candidates.labels, settings)) as writer,
+    ):
+        for start in tqdm(
+            range(0, len(pairs), row_group), desc="pairs", disable=not progress, dynamic_ncols=True
+        ):
+            group = pairs[start : start + row_group]
+            writer.write_table(
+                _table(group, candidates, scores, backbone, image_format, batch, writer.schema),
+                row_group_size=row_group,
+            )
             if start == 0:
                 _check_room(unfinished, len(group), len(pairs) - len(group))
     return len(pairs)
@@ -95,31 +115,56 @@ def _schema(rewards: Sequence[str], settings: dict | None) -> pa.Schema:
     scores = pa.struct([(name, pa.float32()) for name in rewards])
     return pa.schema(
         {
-            "jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64(), "caption": pa.string(),
-            "dR": pa.float64(), "scores_0": scores, "scores_1": scores, "prompt_id": pa.string(), "candidate_0": pa.int32(),
+            "jpg_0": pa.binary(),
+            "jpg_1": pa.binary(),
+            "label_0": pa.float64(),
+            "label_1": pa.float64(),
+            "caption": pa.string(),
+            "dR": pa.float64(),
+            "scores_0": scores,
+            "scores_1": scores,
+            "prompt_id": pa.string(),
+            "candidate_0": pa.int32(),
             "candidate_1": pa.int32(),
         },
         metadata={"capo": json.dumps(settings or {}, sort_keys=True)},
-    )  # fmt: skip
+    )
 
 
-def _table(group: Sequence[Pair], candidates: Candidates, scores: Tensor, backbone: Backbone, image_format: str, batch: int,
-           schema: pa.Schema) -> pa.Table:
+def _table(
+    group: Sequence[Pair],
+    candidates: Candidates,
+    scores: Tensor,
+    backbone: Backbone,
+    image_format: str,
+    batch: int,
+    schema: pa.Schema,
+) -> pa.Table:
     dataset, gains = candidates.dataset, candidates.selection.rewards
     # one stack, so that images are decoded in full batches whatever pair they belong to
-    latents = torch.cat([dataset.reader.latents(dataset.positions[pair.row], pair.candidates) for pair in group])
+    latents = torch.cat(
+        [dataset.reader.latents(dataset.positions[pair.row], pair.candidates) for pair in group]
+    )
     images = [encoded(image, image_format) for image in backbone.decode(latents, batch)]
     rows = [
         {
-            "jpg_0": images[2 * number], "jpg_1": images[2 * number + 1], "label_0": 1.0 - pair.side, "label_1": float(pair.side),
-            "caption": dataset.prompts[pair.row].text, "prompt_id": dataset.prompts[pair.row].id,
+            "jpg_0": images[2 * number],
+            "jpg_1": images[2 * number + 1],
+            "label_0": 1.0 - pair.side,
+            "label_1": float(pair.side),
+            "caption": dataset.prompts[pair.row].text,
+            "prompt_id": dataset.prompts[pair.row].id,
             "dR": (gains[pair.row, pair.winner] - gains[pair.row, pair.loser]).item(),
-            **{f"scores_{side}": dict(zip(candidates.labels, scores[pair.row, candidate].tolist(), strict=True))
-               for side, candidate in enumerate(pair.candidates)},
+            **{
+                f"scores_{side}": dict(
+                    zip(candidates.labels, scores[pair.row, candidate].tolist(), strict=True)
+                )
+                for side, candidate in enumerate(pair.candidates)
+            },
             **{f"candidate_{side}": candidate for side, candidate in enumerate(pair.candidates)},
         }
         for number, pair in enumerate(group)
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, schema)
 
 
@@ -134,6 +179,6 @@ def _check_room(unfinished: Path, written: int, left: int) -> None:
     """InputError where the disk has less room than `left` pairs will take, at the size of those `written`."""
     needed = unfinished.stat().st_size * left / written
     if needed > (free := shutil.disk_usage(unfinished.parent).free):
-        raise InputError(f"{left} pairs more need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {REMEDY}")
-
-
+        raise InputError(
+            f"{left} pairs more need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {REMEDY}"
+        )

@@ -35,8 +35,7 @@ def _versions() -> dict[str, str]:
 def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
     """What moves a result by rounding only: bitwise equality is promised where these are the same."""
     threads = 1 if settings.parallel == BATCHES else torch.get_num_threads()
-    return {"batch": settings.batch, "threads": threads, "device": str(backbone.device),
-            **_versions()}
+    return {"batch": settings.batch, "threads": threads, "device": str(backbone.device), **_versions()}
 
 
 class Stage(ABC):
@@ -45,8 +44,9 @@ class Stage(ABC):
     name: ClassVar[str]
     unit: ClassVar[str] = "image"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
-                 verify: bool):
+    def __init__(
+        self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool
+    ):
         self.pool, self.rows, self.verify = pool, rows, verify
         self.backbone, self.settings = backbone, settings
 
@@ -98,8 +98,10 @@ class TextStage(Stage):
 
     def run(self, shard: Shard, report: Report) -> None:
         prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row)]
-        parts = [self.backbone.encode_prompts(prompts[start:start + TEXT_BATCH])
-                 for start in range(0, len(prompts), TEXT_BATCH)]
+        parts = [
+            self.backbone.encode_prompts(prompts[start : start + TEXT_BATCH])
+            for start in range(0, len(prompts), TEXT_BATCH)
+        ]
         text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.pool.write_text(shard.row, text, self.record())
         self._encoded += len(prompts)
@@ -110,8 +112,13 @@ class TextStage(Stage):
         """Warns of prompts that are longer than what the encoders read."""
         for component, count in self._cut.items():
             if count:
-                log.warning("%d of %d prompts are longer than the %d tokens that %s reads: what comes after them has no effect on the image",
-                            count, self._encoded, self.backbone.token_limits[component], component)
+                log.warning(
+                    "%d of %d prompts are longer than the %d tokens that %s reads: what comes after them has no effect on the image",
+                    count,
+                    self._encoded,
+                    self.backbone.token_limits[component],
+                    component,
+                )
 
     def bytes_missing(self) -> int:
         todo = self.todo()
@@ -126,22 +133,36 @@ class LatentStage(Stage):
 
     name = "latents"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
-                 verify: bool, denoiser: nn.Module, candidates: int):
+    def __init__(
+        self,
+        pool: Pool,
+        rows: Sequence[int],
+        backbone: Backbone,
+        settings: SamplerSettings,
+        verify: bool,
+        denoiser: nn.Module,
+        candidates: int,
+    ):
         super().__init__(pool, rows, backbone, settings, verify)
         self.denoiser, self.candidates = denoiser, candidates
 
     def missing(self, row: int) -> list[Shard]:
-        return [shard for shard in self.pool.row_shards(row, self.candidates)
-                if not self.pool.has_latents(shard, self.verify)]
+        return [
+            shard
+            for shard in self.pool.row_shards(row, self.candidates)
+            if not self.pool.has_latents(shard, self.verify)
+        ]
 
     def run(self, shard: Shard, report: Report) -> None:
         seed = self.pool.manifest.seed
-        seeds = [[candidate_seed(seed, prompt.id, candidate) for candidate in shard.candidates]
-                 for prompt in self.pool.row_prompts(shard.row)]
+        seeds = [
+            [candidate_seed(seed, prompt.id, candidate) for candidate in shard.candidates]
+            for prompt in self.pool.row_prompts(shard.row)
+        ]
         progress = _ImageCount(shard.images, self.settings.steps, report)
-        latents = sample_prompts(self.backbone, self.denoiser, self.pool.read_text(shard.row), seeds,
-                                 self.settings, progress)
+        latents = sample_prompts(
+            self.backbone, self.denoiser, self.pool.read_text(shard.row), seeds, self.settings, progress
+        )
         self.pool.write_latents(shard, latents, self.record())
         progress.finish()
 
@@ -173,8 +194,16 @@ class ScoreStage(Stage):
 
     name = "scores"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings,
-                 verify: bool, rewards: Sequence[Reward], candidates: int):
+    def __init__(
+        self,
+        pool: Pool,
+        rows: Sequence[int],
+        backbone: Backbone,
+        settings: SamplerSettings,
+        verify: bool,
+        rewards: Sequence[Reward],
+        candidates: int,
+    ):
         super().__init__(pool, rows, backbone, settings, verify)
         self.rewards, self.candidates = rewards, candidates
 
@@ -201,10 +230,15 @@ class ScoreStage(Stage):
         lock = Lock()
 
         def judged(start: int) -> list[Tensor]:
-            images = self.backbone.decode(latents[start:start + batch], self.settings.decoded)
-            scores = [reward.score(images, prompts[start:start + batch],
-                                   lambda i: self.pool.place(shard, *divmod(start + i, width)))
-                      for reward in rewards]
+            images = self.backbone.decode(latents[start : start + batch], self.settings.decoded)
+            scores = [
+                reward.score(
+                    images,
+                    prompts[start : start + batch],
+                    lambda i: self.pool.place(shard, *divmod(start + i, width)),
+                )
+                for reward in rewards
+            ]
             with lock:
                 report(len(images))
             return scores

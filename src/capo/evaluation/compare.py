@@ -57,7 +57,7 @@ def _read(folder: Path, name: str) -> dict:
 
 
 def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
-    """reward -> (P, K) scores of a run's own images, prompts in the order of its settings."""
+    """Reward -> (P, K) scores of a run's own images, prompts in the order of its settings."""
     pool = _policy_pool(folder, settings)
     places = {prompt.id: place for prompt, place in pool.prompts}
     if missing := [prompt for prompt in settings["prompts"] if prompt not in places]:
@@ -83,7 +83,7 @@ def _policy_pool(folder: Path, settings: Mapping) -> Pool:
 
 
 def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
-    """reward -> win-rate of the first run's images against the second's, with its interval over prompts.
+    """Reward -> win-rate of the first run's images against the second's, with its interval over prompts.
 
     Raises InputError where the two were evaluated with other prompts, seeds, images or rewards.
     """

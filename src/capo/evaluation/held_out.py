@@ -84,20 +84,31 @@ def judge(trained: Sequence[Tensor], held_out: Mapping[str, Tensor], seed: int) 
 
 
 def by_prompt(parts: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, Tensor]:
-    """reward -> (P,), from what each process found: reward -> {prompt: number}; the order of processes changes nothing."""
+    """Reward -> (P,), from what each process found: reward -> {prompt: number}; the order of processes changes nothing."""
     merged: dict[str, dict[int, float]] = {}
     for part in parts:
         for name, rates in part.items():
             merged.setdefault(name, {}).update(rates)
-    return {name: torch.tensor([rates[row] for row in sorted(rates)], dtype=torch.float64) for name, rates in merged.items()}
+    return {
+        name: torch.tensor([rates[row] for row in sorted(rates)], dtype=torch.float64)
+        for name, rates in merged.items()
+    }
 
 
 def refuse_trained(held_out: Sequence[Reward], trained: Sequence[Reward]) -> None:
     """InputError for a reward that is held out and trained: by its name, or the same scorer under another one."""
     for reward in held_out:
         for own in trained:
-            if reward.name == own.name or (reward.scorer, reward.weights, reward.revision) == (own.scorer, own.weights, own.revision):
-                known = "" if reward.name == own.name else f" (there as '{own.name}', the same scorer and weights)"
+            if reward.name == own.name or (reward.scorer, reward.weights, reward.revision) == (
+                own.scorer,
+                own.weights,
+                own.revision,
+            ):
+                known = (
+                    ""
+                    if reward.name == own.name
+                    else f" (there as '{own.name}', the same scorer and weights)"
+                )
                 raise InputError(
                     f"validation.held_out: '{reward.name}' is one of the rewards that are trained{known}, so it cannot tell whether they "
                     f"are hacked; hold out another one, or leave it out of rewards={_listed(trained)}"
@@ -109,7 +120,7 @@ def _listed(rewards: Sequence[Reward]) -> str:
 
 
 def alarms(curves: str | Path) -> dict[str, list[int]]:
-    """reward -> the steps at which its alarm rang, of a run's metrics.csv; empty where none did, or there is no file."""
+    """Reward -> the steps at which its alarm rang, of a run's metrics.csv; empty where none did, or there is no file."""
     try:
         with Path(curves).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

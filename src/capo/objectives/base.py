@@ -90,7 +90,7 @@ def implicit_rewards(errors: PairErrors) -> tuple[Tensor, Tensor]:
 
 
 def margin(errors: PairErrors) -> Tensor:
-    """h = R_theta(x+) - R_theta(x-), (B,): exactly 0 where policy and reference err alike.
+    """H = R_theta(x+) - R_theta(x-), (B,): exactly 0 where policy and reference err alike.
 
     dtype and errors as for `implicit_rewards`.
     """

@@ -40,7 +40,7 @@ class Blueprint:
 
     @cached_property
     def configs(self) -> dict[str, dict]:
-        """component -> config."""
+        """Component -> config."""
         return json.loads(self.text)
 
     @property
@@ -60,7 +60,9 @@ class Blueprint:
             if "_class_name" in config:
                 return DIFFUSERS[config["_class_name"]].from_config(config)
             kind = TRANSFORMERS[config["architectures"][0]]
-            return kind(kind.config_class(**{key: value for key, value in config.items() if key != "architectures"}))
+            return kind(
+                kind.config_class(**{key: value for key, value in config.items() if key != "architectures"})
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -76,11 +78,16 @@ class Blueprint:
         tokens = self.configs["text_encoder"]["max_position_embeddings"]
         if self.denoiser_name == "transformer":
             width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
-            return {"prompt_embeds": (tokens + self.sequence_length, width), "pooled_prompt_embeds": (pooled,)}
+            return {
+                "prompt_embeds": (tokens + self.sequence_length, width),
+                "pooled_prompt_embeds": (pooled,),
+            }
         words = {"prompt_embeds": (tokens, config["cross_attention_dim"])}
         if config.get("addition_embed_type") != "text_time":
             return words
-        pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+        pooled = (
+            config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+        )
         return words | {"pooled_prompt_embeds": (pooled,), "time_ids": (TIME_IDS,)}
 
     def inputs(self, images: int) -> dict[str, object]:
@@ -88,13 +95,21 @@ class Blueprint:
         text = {name: torch.empty(images, *shape) for name, shape in self.text_shapes.items()}
         noisy, words = torch.empty(images, *self.latent_shape), text["prompt_embeds"]
         if self.denoiser_name == "transformer":
-            return {"hidden_states": noisy, "encoder_hidden_states": words, "pooled_projections": text["pooled_prompt_embeds"],
-                    "timestep": torch.empty(images)}  # fmt: skip
+            return {
+                "hidden_states": noisy,
+                "encoder_hidden_states": words,
+                "pooled_projections": text["pooled_prompt_embeds"],
+                "timestep": torch.empty(images),
+            }
         added: dict[str, Tensor] | None = None
         if "pooled_prompt_embeds" in text:
             added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": text["time_ids"]}
-        return {"sample": noisy, "timestep": torch.zeros(images, dtype=torch.long), "encoder_hidden_states": words,
-                "added_cond_kwargs": added}  # fmt: skip
+        return {
+            "sample": noisy,
+            "timestep": torch.zeros(images, dtype=torch.long),
+            "encoder_hidden_states": words,
+            "added_cond_kwargs": added,
+        }
 
 
 def _blueprint(configs: dict[str, dict], left_out: Collection[str], sequence_length: int) -> Blueprint:
@@ -104,7 +119,11 @@ def _blueprint(configs: dict[str, dict], left_out: Collection[str], sequence_len
 
 def published_names() -> list[str]:
     """The models whose configs are kept here."""
-    return sorted(path.name.removesuffix(".json") for path in importlib.resources.files("capo.preflight.published").iterdir() if path.name.endswith(".json"))
+    return sorted(
+        path.name.removesuffix(".json")
+        for path in importlib.resources.files("capo.preflight.published").iterdir()
+        if path.name.endswith(".json")
+    )
 
 
 def published(name: str, left_out: Collection[str] = (), sequence_length: int = 0) -> Blueprint:
@@ -114,7 +133,11 @@ def published(name: str, left_out: Collection[str] = (), sequence_length: int = 
             f"model.published={name}: no configs of that name are kept here, there are {', '.join(published_names())}; "
             "or give model.backbone.weights=FOLDER, whose own configs then count"
         )
-    text = importlib.resources.files("capo.preflight.published").joinpath(f"{name}.json").read_text(encoding="utf-8")
+    text = (
+        importlib.resources.files("capo.preflight.published")
+        .joinpath(f"{name}.json")
+        .read_text(encoding="utf-8")
+    )
     return _blueprint(json.loads(text)["components"], left_out, sequence_length)
 
 
@@ -126,9 +149,22 @@ def from_folder(folder: Path, left_out: Collection[str] = (), sequence_length: i
         kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
         if kind in DIFFUSERS or kind in TRANSFORMERS:
             # where a folder was saved from and as what is no part of its architecture
-            configs[path.parent.name] = {key: value for key, value in config.items() if key not in ("_name_or_path", "dtype", "torch_dtype")}
-    lacking = [part for part, there in {"unet or transformer": DENOISERS, "vae": ("vae",), "text_encoder": ("text_encoder",)}.items()
-               if not any(name in configs for name in there)]  # fmt: skip
+            configs[path.parent.name] = {
+                key: value
+                for key, value in config.items()
+                if key not in ("_name_or_path", "dtype", "torch_dtype")
+            }
+    lacking = [
+        part
+        for part, there in {
+            "unet or transformer": DENOISERS,
+            "vae": ("vae",),
+            "text_encoder": ("text_encoder",),
+        }.items()
+        if not any(name in configs for name in there)
+    ]
     if lacking:
-        raise InputError(f"weights '{folder}': no config.json of a known class for {', '.join(lacking)}; give the folder of a diffusers pipeline")
+        raise InputError(
+            f"weights '{folder}': no config.json of a known class for {', '.join(lacking)}; give the folder of a diffusers pipeline"
+        )
     return _blueprint(configs, left_out, sequence_length)

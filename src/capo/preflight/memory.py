@@ -14,7 +14,10 @@ from capo.preflight.architecture import Blueprint
 from capo.preflight.tracing import Adapter, cast_bytes, policy_module
 from capo.runtime.optimizers import ADAMW_8BIT
 
-EIGHT_BIT_FROM, BLOCK = 4096, 256  # bitsandbytes: smaller tensors keep float32 moments; a scale for each block of a moment
+EIGHT_BIT_FROM, BLOCK = (
+    4096,
+    256,
+)  # bitsandbytes: smaller tensors keep float32 moments; a scale for each block of a moment
 LATENT_ITEM = 2  # float16 in a pool
 CHECKPOINTS = 3  # on disk at once: the best, the last, and the one that is being written
 
@@ -49,7 +52,10 @@ def optimiser_bytes(policy: nn.Module, name: str) -> int:
     trained = [p for p in policy.parameters() if p.requires_grad]
     if name != ADAMW_8BIT:
         return sum(2 * p.nbytes + 4 for p in trained)
-    return sum(2 * (p.numel() + 4 * math.ceil(p.numel() / BLOCK)) if p.numel() >= EIGHT_BIT_FROM else 8 * p.numel() for p in trained)
+    return sum(
+        2 * (p.numel() + 4 * math.ceil(p.numel() / BLOCK)) if p.numel() >= EIGHT_BIT_FROM else 8 * p.numel()
+        for p in trained
+    )
 
 
 _policy = cache(policy_module)  # to be looked at
@@ -65,7 +71,13 @@ def parameters(blueprint: Blueprint, lora: Adapter | None) -> tuple[int, int]:
 
 @cache
 def holdings(
-    blueprint: Blueprint, lora: Adapter | None, precision: str, optimizer: str, reference: bool, shards: int = 1, frozen_in: str = "32-true"
+    blueprint: Blueprint,
+    lora: Adapter | None,
+    precision: str,
+    optimizer: str,
+    reference: bool,
+    shards: int = 1,
+    frozen_in: str = "32-true",
 ) -> Holdings:
     """What a run keeps on each device.
 
@@ -82,7 +94,10 @@ def holdings(
 
 @cache
 def _numbers(blueprint: Blueprint) -> dict[str, int]:
-    return {name: sum(p.numel() for p in blueprint.module(name).parameters()) for name in sorted(blueprint.configs)}
+    return {
+        name: sum(p.numel() for p in blueprint.module(name).parameters())
+        for name in sorted(blueprint.configs)
+    }
 
 
 @cache
@@ -92,7 +107,7 @@ def autocast_copies(blueprint: Blueprint, lora: Adapter | None, precision: str) 
 
 
 def pipeline_bytes(blueprint: Blueprint, itemsize: int) -> dict[str, int]:
-    """component -> bytes of its weights in memory."""
+    """Component -> bytes of its weights in memory."""
     return {name: count * itemsize for name, count in _numbers(blueprint).items()}
 
 
@@ -108,4 +123,6 @@ def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str)
     """One checkpoint: the policy but for what LoRA leaves frozen, and the optimiser's state."""
     policy = _policy(blueprint, lora)
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
-    return sum(tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen) + optimiser_bytes(policy, optimizer)
+    return sum(
+        tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen
+    ) + optimiser_bytes(policy, optimizer)

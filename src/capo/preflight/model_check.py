@@ -20,7 +20,9 @@ from capo.backbones.sampling import SamplerSettings, candidate_generators, sampl
 from capo.data.importing.images import pixels
 from capo.runtime.files import write_whole
 
-Known = Sequence[tuple[Image.Image, str]]  # pictures of the kind that the model was trained on, and what they show
+Known = Sequence[
+    tuple[Image.Image, str]
+]  # pictures of the kind that the model was trained on, and what they show
 PLACES = (0.15, 0.3, 0.5, 0.7, 0.85)  # u of the times at which errors are looked at
 DRAWS = 16  # noises a time, shared out over the known pictures
 LEAST_PSNR = 22.0  # dB; published autoencoders reach 26-36 on photographs
@@ -60,7 +62,12 @@ class Denoising:
 def photograph() -> Known:
     """A photograph in the public domain that matplotlib ships (Grace Hopper, United States Navy, 1984)."""
     path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    return [(Image.open(path).convert("RGB"), "a portrait photograph of an elderly woman in a navy uniform with glasses and a white cap")]
+    return [
+        (
+            Image.open(path).convert("RGB"),
+            "a portrait photograph of an elderly woman in a navy uniform with glasses and a white cap",
+        )
+    ]
 
 
 def pixels_of(known: Known, size: tuple[int, int]) -> Tensor:
@@ -73,7 +80,9 @@ def pixels_of(known: Known, size: tuple[int, int]) -> Tensor:
     for picture, _ in known:
         short = min(picture.width / width, picture.height / height)
         box = ((picture.width - short * width) / 2, (picture.height - short * height) / 2)
-        part = picture.resize((width, height), Image.Resampling.LANCZOS, (*box, box[0] + short * width, box[1] + short * height))
+        part = picture.resize(
+            (width, height), Image.Resampling.LANCZOS, (*box, box[0] + short * width, box[1] + short * height)
+        )
         parts.append(part)
     return pixels(parts)
 
@@ -96,7 +105,9 @@ def check_vae(backbone: Backbone, known: Known) -> tuple[Check, Tensor]:
     return Check("VAE round trip", passed, found, "" if passed else remedy), latents
 
 
-def denoising_at(backbone: Backbone, latents: Tensor, captions: Sequence[str], place: float, batch: int) -> Denoising:
+def denoising_at(
+    backbone: Backbone, latents: Tensor, captions: Sequence[str], place: float, batch: int
+) -> Denoising:
     """Errors of the base at the time u = `place`, on latents (B, C, h, w) of known pictures, `batch` at a time."""
     draw = torch.Generator().manual_seed(round(1000 * place))
     rows = torch.arange(DRAWS) % len(latents)
@@ -109,7 +120,9 @@ def denoising_at(backbone: Backbone, latents: Tensor, captions: Sequence[str], p
     for part in torch.arange(DRAWS).split(batch):
         predict = partial(_predict, backbone, noisy[part], t[part])
         told.append(predict({key: value[rows[part].to(value.device)] for key, value in text.items()}))
-        untold.append(predict({key: value.expand(len(part), *value.shape[1:]) for key, value in empty.items()}))
+        untold.append(
+            predict({key: value.expand(len(part), *value.shape[1:]) for key, value in empty.items()})
+        )
     told, untold = torch.cat(told), torch.cat(untold)
     scale = (target * noisy).sum() / noisy.square().sum()
     return Denoising(
@@ -122,7 +135,10 @@ def denoising_at(backbone: Backbone, latents: Tensor, captions: Sequence[str], p
 
 def _nearest(told: Tensor, targets: dict[str, Tensor]) -> str | None:
     """The target that explains more than half of itself, and the most."""
-    misses = {name: ((told - target).square().mean() / target.square().mean()).item() for name, target in targets.items()}
+    misses = {
+        name: ((told - target).square().mean() / target.square().mean()).item()
+        for name, target in targets.items()
+    }
     best = min(misses, key=lambda name: misses[name] if misses[name] == misses[name] else math.inf)
     return best if misses[best] < 0.5 else None
 
@@ -130,14 +146,23 @@ def _nearest(told: Tensor, targets: dict[str, Tensor]) -> str | None:
 @torch.inference_mode()
 def _predict(backbone: Backbone, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
     text = {key: value.to(backbone.device) for key, value in text.items()}
-    return backbone.predict(backbone.denoiser, noisy.to(backbone.device), t.to(backbone.device), text).float().cpu()
+    return (
+        backbone.predict(backbone.denoiser, noisy.to(backbone.device), t.to(backbone.device), text)
+        .float()
+        .cpu()
+    )
 
 
 def possible_targets(x: Tensor, noise: Tensor, log_snr: Tensor) -> dict[str, Tensor]:
     """What networks are trained to predict of x and noise (B, C, H, W): by name, (B, C, H, W)."""
     shape = (-1, 1, 1, 1)
     alpha, sigma = log_snr.sigmoid().sqrt().view(shape), (-log_snr).sigmoid().sqrt().view(shape)
-    return {"the noise": noise, "the image": x, "v": alpha * noise - sigma * x, "a flow's velocity": noise - x}
+    return {
+        "the noise": noise,
+        "the image": x,
+        "v": alpha * noise - sigma * x,
+        "a flow's velocity": noise - x,
+    }
 
 
 def check_denoising(found: Sequence[Denoising]) -> Check:
@@ -161,21 +186,27 @@ def check_sample(backbone: Backbone, prompt: str, settings: SamplerSettings, pat
     """One picture of `prompt`, written to `path`."""
     generators = candidate_generators([0])
     noise = torch.randn((1, *backbone.latent_shape), generator=generators[0])
-    latent = sample(backbone, backbone.denoiser, backbone.encode_prompts([prompt]), noise, settings, generators=generators)
+    latent = sample(
+        backbone, backbone.denoiser, backbone.encode_prompts([prompt]), noise, settings, generators=generators
+    )
     finite = bool(latent.isfinite().all())
     largest = latent.abs().max().item()
     if finite:
         path.parent.mkdir(parents=True, exist_ok=True)
         backbone.decode(latent)[0].save(path)
     found = f'"{prompt}" in {path}, largest latent {largest:.1f}' if finite else "a latent that is not finite"
-    return Check("sample", finite, found, "" if finite else "sample in another precision (sampling.precision=32-true)")
+    return Check(
+        "sample", finite, found, "" if finite else "sample in another precision (sampling.precision=32-true)"
+    )
 
 
 def check_table(checks: Sequence[Check]) -> Table:
     """The findings for a console."""
     table = Table("check", "", "found", "what to do", title="check", title_justify="left", show_lines=True)
     for check in checks:
-        table.add_row(check.name, "[green]passed" if check.passed else "[red]failed", check.found, check.remedy)
+        table.add_row(
+            check.name, "[green]passed" if check.passed else "[red]failed", check.found, check.remedy
+        )
     return table
 
 

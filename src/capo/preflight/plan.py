@@ -21,7 +21,11 @@ from capo.preflight.tracing import Adapter, activation_bytes, decoder_forward, d
 from capo.runtime.launch import FSDP, Division
 
 HOUR = 3600  # seconds
-SAMPLING, DECODING, BOTH = "sampling", "decoding", "sampling and decoding"  # parts of a phase that draws, scores, or does both
+SAMPLING, DECODING, BOTH = (
+    "sampling",
+    "decoding",
+    "sampling and decoding",
+)  # parts of a phase that draws, scores, or does both
 REWARDS = "rewards"
 
 
@@ -125,7 +129,13 @@ class Request:
         """What the run keeps on each of so many devices."""
         training = self.training
         return holdings(
-            self.blueprint, training.lora, training.precision, training.optimizer, training.reference, shards, training.frozen_in
+            self.blueprint,
+            training.lora,
+            training.precision,
+            training.optimizer,
+            training.reference,
+            shards,
+            training.frozen_in,
         )
 
     @property
@@ -155,7 +165,9 @@ def make_plan(request: Request) -> dict[str, object]:
 
 def _phases(phases: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
     """Parts and total of each phase, and the largest total as `peak`."""
-    told: dict[str, object] = {name: {**parts, "total": sum(parts.values())} for name, parts in phases.items()}
+    told: dict[str, object] = {
+        name: {**parts, "total": sum(parts.values())} for name, parts in phases.items()
+    }
     return {**told, "peak": max(sum(parts.values()) for parts in phases.values())}
 
 
@@ -167,27 +179,46 @@ def device_memory(request: Request) -> dict[str, object]:
     training, blueprint = request.training, request.blueprint
     kept = asdict(request.holdings(training.shards))
     activations = activation_bytes(
-        blueprint, training.images, training.precision, training.gpu, training.lora, training.gradient_checkpointing, training.frozen_in
+        blueprint,
+        training.images,
+        training.precision,
+        training.gpu,
+        training.lora,
+        training.gradient_checkpointing,
+        training.frozen_in,
     )
     pipeline = pipeline_bytes(blueprint, request.itemsize)
     others = sum(size for name, size in pipeline.items() if name != blueprint.denoiser_name)
     sampling = request.sampling
-    drawing = sampling.batch * sampling.branches * denoiser_forward(blueprint, sampling.precision, training.gpu).working
+    drawing = (
+        sampling.batch
+        * sampling.branches
+        * denoiser_forward(blueprint, sampling.precision, training.gpu).working
+    )
     decoding = sampling.decode * decoder_forward(blueprint).working
     copies = autocast_copies(blueprint, training.lora, sampling.precision)  # of a policy; the base is frozen
-    base, rewards = {"denoiser": pipeline[blueprint.denoiser_name], "VAE and text encoders": others}, request.rewards
+    base, rewards = (
+        {"denoiser": pipeline[blueprint.denoiser_name], "VAE and text encoders": others},
+        request.rewards,
+    )
     compared = base | {"policy": request.holdings().weights}
-    return _phases({
-        "pool": {**base, SAMPLING: drawing},
-        "pool scoring": {**base, REWARDS: rewards.pool, DECODING: decoding},
-        "training": {**kept, "activations": activations},
-        "validation": {**kept, "VAE and text encoders": others, BOTH: max(drawing + copies, decoding)},
-        "validation scoring": {**kept, REWARDS: rewards.validation},
-        **({
-            "evaluation": {**compared, SAMPLING: drawing + copies},
-            "evaluation scoring": {**compared, REWARDS: rewards.evaluation, DECODING: decoding},
-        } if request.evaluate else {}),
-    })  # fmt: skip
+    return _phases(
+        {
+            "pool": {**base, SAMPLING: drawing},
+            "pool scoring": {**base, REWARDS: rewards.pool, DECODING: decoding},
+            "training": {**kept, "activations": activations},
+            "validation": {**kept, "VAE and text encoders": others, BOTH: max(drawing + copies, decoding)},
+            "validation scoring": {**kept, REWARDS: rewards.validation},
+            **(
+                {
+                    "evaluation": {**compared, SAMPLING: drawing + copies},
+                    "evaluation scoring": {**compared, REWARDS: rewards.evaluation, DECODING: decoding},
+                }
+                if request.evaluate
+                else {}
+            ),
+        }
+    )
 
 
 def host_memory(request: Request) -> dict[str, object]:
@@ -195,10 +226,21 @@ def host_memory(request: Request) -> dict[str, object]:
     whole = request.holdings()
     pipeline = sum(pipeline_bytes(request.blueprint, request.itemsize).values())
     rewards = request.rewards.everything
-    return _phases({
-        "loading": {"pipeline": pipeline, "rewards": rewards, "policy": whole.weights, "reference": whole.reference},
-        "training": {"pipeline": pipeline, "rewards": rewards, "checkpoint in flight": request.checkpoint},
-    })  # fmt: skip
+    return _phases(
+        {
+            "loading": {
+                "pipeline": pipeline,
+                "rewards": rewards,
+                "policy": whole.weights,
+                "reference": whole.reference,
+            },
+            "training": {
+                "pipeline": pipeline,
+                "rewards": rewards,
+                "checkpoint in flight": request.checkpoint,
+            },
+        }
+    )
 
 
 def flops_of(request: Request) -> dict[str, float]:
@@ -226,7 +268,11 @@ def disk_space(request: Request) -> dict[str, object]:
     blueprint, whole = request.blueprint, request.holdings()
 
     def size(pool: PoolRequest) -> int | None:
-        return None if pool.prompts is None else pool_bytes(blueprint, pool.prompts, pool.images, pool.rewards, request.itemsize)
+        return (
+            None
+            if pool.prompts is None
+            else pool_bytes(blueprint, pool.prompts, pool.images, pool.rewards, request.itemsize)
+        )
 
     pools = {name: size(pool) for name, pool in request.pools.items() if pool.stored}
     # a full policy is a whole pipeline in float32, an adapter its own weights
@@ -248,7 +294,10 @@ def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float 
     training, division = request.training, request.training.division
     rate = request.flops * request.utilisation * division.devices * HOUR
     pairs = math.prod(asdict(division).values())
-    images = _sum(None if pool.prompts is None else pool.prompts * pool.images * pool.times for pool in request.pools.values())
+    images = _sum(
+        None if pool.prompts is None else pool.prompts * pool.images * pool.times
+        for pool in request.pools.values()
+    )
     return {
         "training": training.steps * pairs * arithmetic["pair"] / rate,
         "sampling": None if images is None else images * arithmetic["image"] / rate,
@@ -260,12 +309,19 @@ def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float 
 
 def notes(request: Request) -> list[str]:
     """What the figures leave out or assume."""
-    told = ["hours leave out rewards, text encoders, loading and reading", "memory leaves out what the device's libraries and its kernels take"]
+    told = [
+        "hours leave out rewards, text encoders, loading and reading",
+        "memory leaves out what the device's libraries and its kernels take",
+    ]
     unknown = [name for name, pool in request.pools.items() if pool.prompts is None]
     if unknown:
-        told.append(f"number of prompts unknown until the sets are read or given a limit: {', '.join(unknown)}")
+        told.append(
+            f"number of prompts unknown until the sets are read or given a limit: {', '.join(unknown)}"
+        )
     if request.rewards.unknown:
-        told.append(f"memory of these rewards is not known and left out: {', '.join(request.rewards.unknown)}")
+        told.append(
+            f"memory of these rewards is not known and left out: {', '.join(request.rewards.unknown)}"
+        )
     if request.training.gpu and request.training.precision != "32-true":
         told.append("activations follow a GPU's autocast; on a CPU they are somewhat smaller")
     return told

@@ -19,14 +19,32 @@ def _settings(plan: dict) -> list[tuple[str, str]]:
     trainer, objective = cfg["trainer"], cfg["objective"]
     name, there = device_bytes(trainer["accelerator"])
     return [
-        ("model", f"{plan['model']}: {plan['parameters']['denoiser']:,} parameters, {plan['parameters']['trained']:,} trained"),
-        ("objective", f"{_last(objective)}, beta {objective.get('beta')}; pairs {_last(cfg['pairs'])}; rewards {', '.join(cfg['rewards'])}"),
-        ("step", f"{division['pairs']} pairs: {division['devices']} devices x {division['micro_batch']} x {division['accumulate']} accumulated"),
-        ("how", f"{trainer['precision']}, {trainer['optimizer']}, gradient checkpointing {'on' if trainer['gradient_checkpointing'] else 'off'}, strategy {trainer['strategy']}"),
+        (
+            "model",
+            f"{plan['model']}: {plan['parameters']['denoiser']:,} parameters, {plan['parameters']['trained']:,} trained",
+        ),
+        (
+            "objective",
+            f"{_last(objective)}, beta {objective.get('beta')}; pairs {_last(cfg['pairs'])}; rewards {', '.join(cfg['rewards'])}",
+        ),
+        (
+            "step",
+            f"{division['pairs']} pairs: {division['devices']} devices x {division['micro_batch']} x {division['accumulate']} accumulated",
+        ),
+        (
+            "how",
+            f"{trainer['precision']}, {trainer['optimizer']}, gradient checkpointing {'on' if trainer['gradient_checkpointing'] else 'off'}, strategy {trainer['strategy']}",
+        ),
         ("steps", f"{plan['steps']:,}, learning rate {trainer['lr']:g}, warm-up {trainer['warm_up']}"),
-        ("prompts", ", ".join(f"{split} {'unknown' if count is None else f'{count:,}'}" for split, count in plan["prompts"].items())),
+        (
+            "prompts",
+            ", ".join(
+                f"{split} {'unknown' if count is None else f'{count:,}'}"
+                for split, count in plan["prompts"].items()
+            ),
+        ),
         ("device here", f"{name}, {readable(there)}"),
-    ]  # fmt: skip
+    ]
 
 
 def _parts(told: dict[str, object]) -> str:
@@ -36,14 +54,23 @@ def _parts(told: dict[str, object]) -> str:
 def _figures(plan: dict) -> list[tuple[str, str]]:
     rows = []
     for place in ("device", "host"):
-        rows += [(f"{place}, {phase}", f"{readable(parts['total'])}: {_parts(parts)}") for phase, parts in plan[place].items() if phase != "peak"]
+        rows += [
+            (f"{place}, {phase}", f"{readable(parts['total'])}: {_parts(parts)}")
+            for phase, parts in plan[place].items()
+            if phase != "peak"
+        ]
         rows.append((f"{place}, peak", readable(plan[place]["peak"])))
     flops, hours, disk = plan["flops"], plan["hours"], plan["disk"]
-    spent = {name: "unknown" if hours[name] is None else f"{hours[name]:,.2f}" for name in ("training", "sampling")}
+    spent = {
+        name: "unknown" if hours[name] is None else f"{hours[name]:,.2f}" for name in ("training", "sampling")
+    }
     return [
         *rows,
         ("TFLOP", f"{flops['pair'] / 1e12:,.3g} a pair, {flops['image'] / 1e12:,.3g} an image that is drawn"),
-        ("hours", f"training {spent['training']}, drawing {spent['sampling']}; at {hours['utilisation']:.0%} of {hours['flops'] / 1e12:,.0f} TFLOP/s a device"),
+        (
+            "hours",
+            f"training {spent['training']}, drawing {spent['sampling']}; at {hours['utilisation']:.0%} of {hours['flops'] / 1e12:,.0f} TFLOP/s a device",
+        ),
         ("disk, pools", f"{readable(disk['pools']['total'])}: {_parts(disk['pools'])}"),
         ("disk, run", f"{readable(disk['run']['total'])}: {_parts(disk['run'])}"),
     ]
@@ -66,11 +93,22 @@ def _print_list(console: Console, title: str, lines: Sequence[str]) -> None:
 
 
 # heading on the console -> figure; two tables, so that numbers stay whole on 80 columns
-HOLDS = {"parameters": "parameters/denoiser", "trained": "parameters/trained", "device": "device/peak", "pools": "disk/pools"}
+HOLDS = {
+    "parameters": "parameters/denoiser",
+    "trained": "parameters/trained",
+    "device": "device/peak",
+    "pools": "disk/pools",
+}
 
 
-TAKES = {"steps": "steps", "images": "images", "training h": "hours/training", "drawing h": "hours/sampling", "missing": "missing",
-         "certain": "missing/certain"}  # fmt: skip
+TAKES = {
+    "steps": "steps",
+    "images": "images",
+    "training h": "hours/training",
+    "drawing h": "hours/sampling",
+    "missing": "missing",
+    "certain": "missing/certain",
+}
 
 
 BYTES = ("device/peak", "disk/pools")

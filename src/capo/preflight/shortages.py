@@ -71,7 +71,12 @@ def disk_findings(needs: Mapping[Path, int]) -> list[Finding]:
         need, free = sum(parts.values()), free_bytes(next(iter(parts)))
         if need > free:
             told = " and ".join(f"{folder} needs {readable(size)}" for folder, size in parts.items() if size)
-            found.append(Finding("disk", f"{told}; {readable(free)} are free there: make room, or set pool.root and hydra.run.dir to a larger disk"))
+            found.append(
+                Finding(
+                    "disk",
+                    f"{told}; {readable(free)} are free there: make room, or set pool.root and hydra.run.dir to a larger disk",
+                )
+            )
     return found
 
 
@@ -97,13 +102,18 @@ def certain_memory(held: Holdings, accelerator: str) -> list[Finding]:
     name, there = device_bytes(accelerator)
     if held.total <= there:
         return []
-    return [Finding(
-        "memory", f"weights, gradients, optimiser and reference take {readable(held.total)} on a device, which has {readable(there)} ({name}): "
-        f"{LESS_HELD} (plan=true says what takes what)",
-    )]  # fmt: skip
+    return [
+        Finding(
+            "memory",
+            f"weights, gradients, optimiser and reference take {readable(held.total)} on a device, which has {readable(there)} ({name}): "
+            f"{LESS_HELD} (plan=true says what takes what)",
+        )
+    ]
 
 
-def likely_memory(device: Mapping, host: Mapping, accelerator: str, precisions: Sequence[str] = ()) -> list[Finding]:
+def likely_memory(
+    device: Mapping, host: Mapping, accelerator: str, precisions: Sequence[str] = ()
+) -> list[Finding]:
     """Findings where the plan's largest phase, with its estimates, is more than there is.
 
     `device`, `host`: of a plan. `precisions`: keys of the precision of each reward that is in float32 and could be in half.
@@ -112,13 +122,23 @@ def likely_memory(device: Mapping, host: Mapping, accelerator: str, precisions: 
     found = []
     if device["peak"] > there:
         phase, part, size = _largest(device)
-        found.append(Finding(
-            "memory", f"the largest phase, {phase}, takes about {readable(device['peak'])} on a device, which has {readable(there)} "
-            f"({name}); its largest part is {part}, {readable(size)}: {_remedy(phase, part, precisions)}", certain=False,
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "memory",
+                f"the largest phase, {phase}, takes about {readable(device['peak'])} on a device, which has {readable(there)} "
+                f"({name}); its largest part is {part}, {readable(size)}: {_remedy(phase, part, precisions)}",
+                certain=False,
+            )
+        )
     on_host = host["peak"] + (0 if _on_gpu(accelerator) else device["peak"])
     if on_host > host_bytes():
-        found.append(Finding("memory", f"this machine's own memory: about {readable(on_host)} are needed, {readable(host_bytes())} are here", certain=False))
+        found.append(
+            Finding(
+                "memory",
+                f"this machine's own memory: about {readable(on_host)} are needed, {readable(host_bytes())} are here",
+                certain=False,
+            )
+        )
     return found
 
 
@@ -134,6 +154,8 @@ def _remedy(phase: str, part: str, precisions: Sequence[str]) -> str:
     """What makes the largest part of a phase smaller."""
     if part == REWARDS:
         half = " ".join(f"{key}=bfloat16" for key in precisions)
-        return (f"set {half} (half the memory, other scores), or " if half else "") + "take fewer or smaller rewards"
+        return (
+            f"set {half} (half the memory, other scores), or " if half else ""
+        ) + "take fewer or smaller rewards"
     remedy = REMEDIES.get(part, LESS_HELD)
     return f"{LESS_KEPT}; or {remedy}" if phase == "training" and remedy == LESS_HELD else remedy

@@ -29,11 +29,21 @@ def step_batch(backbone: Backbone, latents: Tensor, captions: Sequence[str], pai
     winners = latents[rows]
     losers = winners + 0.3 * torch.randn(winners.shape, generator=draw)
     gaps = torch.linspace(0.2, 0.9, pairs)
-    text = {key: value[rows.to(value.device)].cpu() for key, value in backbone.encode_prompts(list(captions)).items()}
+    text = {
+        key: value[rows.to(value.device)].cpu()
+        for key, value in backbone.encode_prompts(list(captions)).items()
+    }
     both = torch.stack([winners, losers], dim=1)
     u = (torch.arange(pairs) + 0.5) / pairs
     rewards = torch.stack([0.5 + gaps / 2, 0.5 - gaps / 2], dim=1)
-    return PreferenceBatch(both, torch.randn(both.shape, generator=draw), u, rewards, text, [f"known {row}" for row in rows.tolist()])
+    return PreferenceBatch(
+        both,
+        torch.randn(both.shape, generator=draw),
+        u,
+        rewards,
+        text,
+        [f"known {row}" for row in rows.tolist()],
+    )
 
 
 class Watch(L.Callback):
@@ -45,7 +55,9 @@ class Watch(L.Callback):
         self.peak: int | None = None
         self._began = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: PreferenceModule, batch: PreferenceBatch, index: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: PreferenceModule, batch: PreferenceBatch, index: int
+    ) -> None:
         if index == 0:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self._first(module, batch)
@@ -62,7 +74,9 @@ class Watch(L.Callback):
         same = replace(errors, policy_winner=errors.reference_winner, policy_loser=errors.reference_loser)
         self.loss, self.expected = (float(module.objective(found).mean()) for found in (errors, same))
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int
+    ) -> None:
         if module.device.type == "cuda":
             torch.cuda.synchronize()
             self.peak = torch.cuda.max_memory_allocated()
@@ -73,15 +87,28 @@ def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: st
     """Train on the same batch for a few steps; the module is of no other use afterwards."""
     watch = Watch()
     trainer = L.Trainer(
-        accelerator=accelerator, devices=1, precision=precision, max_steps=STEPS, max_epochs=-1, logger=False, callbacks=[watch],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        num_sanity_val_steps=0, inference_mode=False, barebones=False,
-    )  # fmt: skip
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,
+        max_steps=STEPS,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[watch],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        barebones=False,
+    )
     trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))
     return watch
 
 
-def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pairs: int, rate: float | None = None) -> list[Check]:
+def check_steps(
+    watch: Watch, planned_bytes: int | None, flops: float | None, pairs: int, rate: float | None = None
+) -> list[Check]:
     """Verdicts on what `take_steps` saw.
 
     Args:
@@ -92,10 +119,16 @@ def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pa
     checks = []
     if not math.isnan(watch.largest):
         same = watch.largest == 0
-        checks.append(Check(
-            "reference = policy", same, f"largest |h| of the first batch {watch.largest:.3g}, mean dR {watch.gap:.3f}",
-            "" if same else "policy and reference compute differently at equal weights: trainer.compile=false, trainer.precision=32-true",
-        ))  # fmt: skip
+        checks.append(
+            Check(
+                "reference = policy",
+                same,
+                f"largest |h| of the first batch {watch.largest:.3g}, mean dR {watch.gap:.3f}",
+                ""
+                if same
+                else "policy and reference compute differently at equal weights: trainer.compile=false, trainer.precision=32-true",
+            )
+        )
         near = abs(watch.loss - watch.expected) <= 1e-4 * max(abs(watch.expected), 1e-3)
         found = f"{watch.loss:.6f}, the objective at h = 0 is {watch.expected:.6f}"
         checks.append(Check("first loss", near, found, "" if near else "see reference = policy"))
@@ -105,7 +138,14 @@ def check_steps(watch: Watch, planned_bytes: int | None, flops: float | None, pa
     else:
         memory = f"peak {watch.peak / 1e9:.2f} GB, planned {planned_bytes / 1e9:.2f} GB"
         fits = abs(watch.peak / planned_bytes - 1) <= NEAR
-    checks.append(Check("one step", fits, f"{speed}; {memory}", "" if fits else "the plan is off by more than 20 % here: leave room, and report check.json"))
+    checks.append(
+        Check(
+            "one step",
+            fits,
+            f"{speed}; {memory}",
+            "" if fits else "the plan is off by more than 20 % here: leave room, and report check.json",
+        )
+    )
     return checks
 
 

@@ -23,10 +23,16 @@ from capo.preflight.architecture import Blueprint
 
 Adapter = tuple[tuple[str, object], ...]  # the items of a LoRA's settings
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # whose weights autocast takes in half precision
-IN_FLOAT32 = (F.group_norm, F.layer_norm, F.softmax)  # what autocast computes in float32 on a GPU, but not on a CPU
+IN_FLOAT32 = (
+    F.group_norm,
+    F.layer_norm,
+    F.softmax,
+)  # what autocast computes in float32 on a GPU, but not on a CPU
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args, out_val: object = None, **kwargs) -> int:
+def _attention_flops(
+    query: Tensor, key: Tensor, value: Tensor, *args, out_val: object = None, **kwargs
+) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
@@ -152,7 +158,11 @@ def _cast(arguments: dict[str, object], dtype: torch.dtype) -> dict[str, object]
 
 def adapter_of(lora: Mapping[str, object] | None) -> Adapter | None:
     """{rank, alpha, seed, targets} as a value that results can be kept by."""
-    return None if lora is None else tuple((key, tuple(lora[key]) if key == "targets" else lora[key]) for key in sorted(lora))
+    return (
+        None
+        if lora is None
+        else tuple((key, tuple(lora[key]) if key == "targets" else lora[key]) for key in sorted(lora))
+    )
 
 
 def policy_module(blueprint: Blueprint, lora: Adapter | None, frozen_in: str = "32-true") -> nn.Module:
@@ -191,7 +201,12 @@ def _measured(module: nn.Module, call: Callable[[], object]) -> Forward:
 
 @cache
 def activation_bytes(
-    blueprint: Blueprint, images: int, precision: str, gpu: bool, lora: Adapter | None = None, checkpointing: bool = False,
+    blueprint: Blueprint,
+    images: int,
+    precision: str,
+    gpu: bool,
+    lora: Adapter | None = None,
+    checkpointing: bool = False,
     frozen_in: str = "32-true",
 ) -> int:
     """Bytes that a forward pass of the policy keeps for its backward pass, and with checkpointing what that makes again.
@@ -226,5 +241,10 @@ def cast_bytes(policy: nn.Module, precision: str) -> int:
     """What autocast keeps of a policy's trained weights in half precision during a forward pass."""
     if precision not in HALVES:
         return 0
-    return sum(2 * p.numel() for module in policy.modules() if isinstance(module, PRODUCTS)
-               for p in module.parameters(recurse=False) if p.requires_grad)  # fmt: skip
+    return sum(
+        2 * p.numel()
+        for module in policy.modules()
+        if isinstance(module, PRODUCTS)
+        for p in module.parameters(recurse=False)
+        if p.requires_grad
+    )

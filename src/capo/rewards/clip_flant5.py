@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 PUBLISHED = "zhiqiulin/clip-flant5-xxl"
 LAYER = -2  # of the tower's hidden states: what the layer before the last gives
-ARCHITECTURE = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": LAYER, "mm_vision_select_feature": "patch"}
+ARCHITECTURE = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": LAYER,
+    "mm_vision_select_feature": "patch",
+}
 UNREAD = "EncDecAttention.relative_attention_bias.weight"  # of old T5 files: no T5 has used it
 
 
@@ -34,9 +38,13 @@ class ClipFlanT5(nn.Module):
 
         super().__init__()
         self.t5 = T5ForConditionalGeneration(t5)
-        self.t5.set_input_embeddings(self.t5.shared)  # one table for encoder and decoder; the answer's head has its own
+        self.t5.set_input_embeddings(
+            self.t5.shared
+        )  # one table for encoder and decoder; the answer's head has its own
         self.vision_tower = CLIPVisionModel(tower)
-        self.mm_projector = nn.Sequential(nn.Linear(tower.hidden_size, t5.d_model), nn.GELU(), nn.Linear(t5.d_model, t5.d_model))
+        self.mm_projector = nn.Sequential(
+            nn.Linear(tower.hidden_size, t5.d_model), nn.GELU(), nn.Linear(t5.d_model, t5.d_model)
+        )
         self.vocabulary = vocabulary
 
     def forward(self, pixels: Tensor, before: Tensor, after: Tensor, answer: Tensor) -> Tensor:
@@ -47,16 +55,32 @@ class ClipFlanT5(nn.Module):
         image, padding = self.look(pixels), self.t5.config.pad_token_id
         words = self.t5.shared
         read = torch.cat([words(before).expand(len(after), -1, -1), image, words(after)], dim=1)
-        mask = torch.cat([torch.ones(read.shape[0], read.shape[1] - after.shape[1], device=after.device), after != padding], dim=1)
+        mask = torch.cat(
+            [
+                torch.ones(read.shape[0], read.shape[1] - after.shape[1], device=after.device),
+                after != padding,
+            ],
+            dim=1,
+        )
         written = torch.cat([answer.new_full((1,), padding), answer[:-1]])  # T5 begins with the padding token
         logits = self.t5(
-            inputs_embeds=read, attention_mask=mask, decoder_input_ids=written.expand(len(after), -1), use_cache=False
+            inputs_embeds=read,
+            attention_mask=mask,
+            decoder_input_ids=written.expand(len(after), -1),
+            use_cache=False,
         ).logits
-        return logits[..., : self.vocabulary].float().log_softmax(-1).gather(-1, answer.expand(len(after), -1)[..., None])[..., 0]
+        return (
+            logits[..., : self.vocabulary]
+            .float()
+            .log_softmax(-1)
+            .gather(-1, answer.expand(len(after), -1)[..., None])[..., 0]
+        )
 
     def look(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) -> patches (B, (H / patch)^2, width of T5); the class token is left out."""
-        seen = self.vision_tower(pixel_values=pixels.to(self.t5.dtype), output_hidden_states=True).hidden_states[LAYER]
+        seen = self.vision_tower(
+            pixel_values=pixels.to(self.t5.dtype), output_hidden_states=True
+        ).hidden_states[LAYER]
         return self.mm_projector(seen[:, 1:])
 
 
@@ -71,18 +95,24 @@ def t5_config(folder: Path, setting: str) -> T5Config:
         )
     for key, value in ARCHITECTURE.items():
         if found.get(key, value) != value:
-            raise InputError(f"{setting}={folder}: its {key} is {found[key]}, this reward reads {value}, as in {PUBLISHED}")
+            raise InputError(
+                f"{setting}={folder}: its {key} is {found[key]}, this reward reads {value}, as in {PUBLISHED}"
+            )
     own = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version")
     # whether T5's head and its words share weights stands in the config; transformers 5 only scales by it
-    return T5Config(**{key: value for key, value in found.items() if key not in own and not key.startswith("mm_")})
+    return T5Config(
+        **{key: value for key, value in found.items() if key not in own and not key.startswith("mm_")}
+    )
 
 
 def weight_files(folder: Path, setting: str) -> list[Path]:
     """The files of a checkpoint, safetensors where there are any; InputError for one that its index names and that is not there."""
     names = sorted(set(_index(folder).values())) or [file.name for file in _first_format(folder)][:1]
     if lacking := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{setting}={folder}: {', '.join(lacking)} of its index {'is' if len(lacking) == 1 else 'are'} not there; "
-                         "get the folder again")  # fmt: skip
+        raise InputError(
+            f"{setting}={folder}: {', '.join(lacking)} of its index {'is' if len(lacking) == 1 else 'are'} not there; "
+            "get the folder again"
+        )
     return [folder / name for name in names]
 
 
@@ -93,7 +123,11 @@ def holds_tower(folder: Path) -> bool:
 
 def _index(folder: Path) -> Mapping[str, str]:
     """The file of every tensor of a checkpoint in several files; empty for one in a single file."""
-    name = "model.safetensors.index.json" if _first_format(folder)[0].suffix == ".safetensors" else "pytorch_model.bin.index.json"
+    name = (
+        "model.safetensors.index.json"
+        if _first_format(folder)[0].suffix == ".safetensors"
+        else "pytorch_model.bin.index.json"
+    )
     if not (folder / name).is_file():
         return {}
     return json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
@@ -104,7 +138,9 @@ def _first_format(folder: Path) -> list[Path]:
     return next(found for pattern in MODEL_FILES if (found := sorted(folder.glob(pattern))))
 
 
-def load_clip_flant5(network: ClipFlanT5, files: Iterable[Path], tower: Iterable[Path], dtype: torch.dtype, setting: str) -> None:
+def load_clip_flant5(
+    network: ClipFlanT5, files: Iterable[Path], tower: Iterable[Path], dtype: torch.dtype, setting: str
+) -> None:
     """Fills a network without memory (meta device) from a checkpoint's files, one after the other, in `dtype`.
 
     tower: files of a CLIP whose vision tower the network has where the checkpoint brings none.
@@ -115,22 +151,36 @@ def load_clip_flant5(network: ClipFlanT5, files: Iterable[Path], tower: Iterable
     source = ""
     for state, source in _states(files, tower, setting):
         try:
-            network.load_state_dict({name: _cast(value, dtype) for name, value in state.items() if name in wanted}, False, True)
+            network.load_state_dict(
+                {name: _cast(value, dtype) for name, value in state.items() if name in wanted}, False, True
+            )
         except RuntimeError as error:  # sizes
-            raise InputError(f"{setting}={source}: {error}; this reward reads the weights of {PUBLISHED}") from error
+            raise InputError(
+                f"{setting}={source}: {error}; this reward reads the weights of {PUBLISHED}"
+            ) from error
         seen |= set(state)
     refuse_other_names(wanted - seen, seen - wanted, source, setting, PUBLISHED)
     embeddings = network.vision_tower.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
 
 
-def _states(files: Iterable[Path], tower: Iterable[Path], setting: str) -> Iterator[tuple[dict[str, Tensor], str]]:
+def _states(
+    files: Iterable[Path], tower: Iterable[Path], setting: str
+) -> Iterator[tuple[dict[str, Tensor], str]]:
     """What each file holds, by the network's own names, and the file; the checkpoint's own tower comes last and so stays."""
     for file in tower:
-        state = {name: value for name, value in read_state(file, setting).items() if name.startswith("vision_model.")}
+        state = {
+            name: value
+            for name, value in read_state(file, setting).items()
+            if name.startswith("vision_model.")
+        }
         yield {own_name(f"vision_tower.{name}"): value for name, value in state.items()}, str(file)
     for file in files:
-        state = {own_name(name): value for name, value in read_state(file, setting).items() if not name.endswith(UNREAD)}
+        state = {
+            own_name(name): value
+            for name, value in read_state(file, setting).items()
+            if not name.endswith(UNREAD)
+        }
         yield state, str(file)
 
 

@@ -35,7 +35,9 @@ class ClipInputs:
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
             self.processor = CLIPImageProcessorPil.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise InputError(f"{setting}={folder}: no CLIP tokenizer and image processor ({error}); get the folder again") from error
+            raise InputError(
+                f"{setting}={folder}: no CLIP tokenizer and image processor ({error}); get the folder again"
+            ) from error
         self.length = config.text_config.max_position_embeddings  # 77
         if len(self.tokenizer) != config.text_config.vocab_size:
             raise InputError(
@@ -83,14 +85,22 @@ class BatchScorer(ABC):
 class ClipScorer(BatchScorer):
     """A BatchScorer whose prompts become tokens apart from the images; prompts that repeat are read once."""
 
-    def __init__(self, module: nn.Module, inputs: ClipInputs, batch: int = BATCH, precision: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: ClipInputs,
+        batch: int = BATCH,
+        precision: torch.dtype = torch.float32,
+    ):
         super().__init__(module, batch, precision)
         self.inputs = inputs
 
     def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         row = torch.tensor([rows[prompt] for prompt in prompts], device=self.device)
-        return self._score(self.inputs.pixels(images).to(self.device), self.inputs.tokens(list(rows)).to(self.device), row)
+        return self._score(
+            self.inputs.pixels(images).to(self.device), self.inputs.tokens(list(rows)).to(self.device), row
+        )
 
     @abstractmethod
     def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
@@ -117,8 +127,13 @@ class PickScore(ClipScorer):
     ):
         check_batch(batch, self.name)
         setting = f"rewards.{self.name}.weights"
-        folder, inputs_setting = fetch(weights, revision, setting, *MODEL_FILES), f"rewards.{self.name}.scorer.processor"
-        beside = fetch(processor, processor_revision, inputs_setting, *PROCESSOR_FILES) if processor else folder
+        folder, inputs_setting = (
+            fetch(weights, revision, setting, *MODEL_FILES),
+            f"rewards.{self.name}.scorer.processor",
+        )
+        beside = (
+            fetch(processor, processor_revision, inputs_setting, *PROCESSOR_FILES) if processor else folder
+        )
         model = load_clip(folder, setting, self.published)
         super().__init__(model, ClipInputs(beside, model.config, inputs_setting), batch)
 
@@ -159,7 +174,9 @@ def clip_config(folder: Path, setting: str) -> CLIPConfig:
     return CLIPConfig.from_pretrained(folder)
 
 
-def load_clip(folder: Path, setting: str, published: str, state: dict[str, Tensor] | None = None) -> CLIPModel:
+def load_clip(
+    folder: Path, setting: str, published: str, state: dict[str, Tensor] | None = None
+) -> CLIPModel:
     """The CLIP of a folder, in float32; with `state`, those weights in the architecture of the folder's config.json.
 
     Raises InputError for weights that do not fit, naming `published`, which do.
@@ -167,10 +184,18 @@ def load_clip(folder: Path, setting: str, published: str, state: dict[str, Tenso
     from transformers import CLIPModel
 
     config = clip_config(folder, setting)
-    place = {"pretrained_model_name_or_path": folder} if state is None else {"pretrained_model_name_or_path": None, "state_dict": state}
+    place = (
+        {"pretrained_model_name_or_path": folder}
+        if state is None
+        else {"pretrained_model_name_or_path": None, "state_dict": state}
+    )
     try:
-        model, found = CLIPModel.from_pretrained(**place, config=config, dtype=torch.float32, output_loading_info=True)
+        model, found = CLIPModel.from_pretrained(
+            **place, config=config, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{setting}={folder}: its weights do not load ({error}); this reward reads those of {published}") from error
+        raise InputError(
+            f"{setting}={folder}: its weights do not load ({error}); this reward reads those of {published}"
+        ) from error
     refuse_other_names(found["missing_keys"], found["unexpected_keys"], str(folder), setting, published)
     return model

@@ -32,26 +32,36 @@ if TYPE_CHECKING:
     from transformers import CLIPConfig
 
 FILE, PUBLISHED = "HPS_v2.1_compressed.pt", "xswu/HPSv2 (HPS_v2.1_compressed.pt)"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the images that CLIP was trained on
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of the images that CLIP was trained on
 # open_clip's names, in this order; a group is kept
-RENAMED = [(re.compile(pattern), name) for pattern, name in (
-    (r"visual\.(class_embedding)", r"vision_model.embeddings.\1"),
-    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    (r"visual\.conv1\.(.+)", r"vision_model.embeddings.patch_embedding.\1"),
-    (r"visual\.ln_pre\.(.+)", r"vision_model.pre_layrnorm.\1"),  # spelt so
-    (r"visual\.ln_post\.(.+)", r"vision_model.post_layernorm.\1"),
-    (r"visual\.proj", "visual_projection.weight"),
-    (r"visual\.transformer\.resblocks\.(.+)", r"vision_model.encoder.layers.\1"),
-    (r"token_embedding\.(.+)", r"text_model.embeddings.token_embedding.\1"),
-    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    (r"ln_final\.(.+)", r"text_model.final_layer_norm.\1"),
-    (r"text_projection", "text_projection.weight"),
-    (r"transformer\.resblocks\.(.+)", r"text_model.encoder.layers.\1"),
-    (r"(logit_scale)", r"\1"),
-)]  # fmt: skip
+RENAMED = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"visual\.(class_embedding)", r"vision_model.embeddings.\1"),
+        (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        (r"visual\.conv1\.(.+)", r"vision_model.embeddings.patch_embedding.\1"),
+        (r"visual\.ln_pre\.(.+)", r"vision_model.pre_layrnorm.\1"),  # spelt so
+        (r"visual\.ln_post\.(.+)", r"vision_model.post_layernorm.\1"),
+        (r"visual\.proj", "visual_projection.weight"),
+        (r"visual\.transformer\.resblocks\.(.+)", r"vision_model.encoder.layers.\1"),
+        (r"token_embedding\.(.+)", r"text_model.embeddings.token_embedding.\1"),
+        (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+        (r"ln_final\.(.+)", r"text_model.final_layer_norm.\1"),
+        (r"text_projection", "text_projection.weight"),
+        (r"transformer\.resblocks\.(.+)", r"text_model.encoder.layers.\1"),
+        (r"(logit_scale)", r"\1"),
+    )
+]
 IN_BLOCK = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 BLOCK = re.compile(r"(.+\.layers\.\d+)\.(.+)[._](weight|bias)")
 
 
@@ -65,7 +75,11 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name == "attn_mask":  # a constant, which old versions stored
             continue
         new = next((pattern.sub(other, name) for pattern, other in RENAMED if pattern.fullmatch(name)), name)
-        value = value.float().T.contiguous() if new.endswith("_projection.weight") and new != name else value.float()
+        value = (
+            value.float().T.contiguous()
+            if new.endswith("_projection.weight") and new != name
+            else value.float()
+        )
         found |= _in_block(new, value)
     return found
 
@@ -87,7 +101,9 @@ def fitted(image: Image, side: int, antialias: bool = True) -> Tensor:
     scale = side / max(pixels.shape[1:])
     size = [max(1, round(length * scale)) for length in pixels.shape[1:]]
     if size != [*pixels.shape[1:]]:
-        pixels = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=antialias)[0]
+        pixels = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=antialias)[
+            0
+        ]
     down, across = (side - length for length in size)
     pixels = F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

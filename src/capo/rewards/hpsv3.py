@@ -33,7 +33,11 @@ IMAGE, REWARD, PLACE = "<|image_pad|>", "<|Reward|>", "{prompt}"
 BATCH = 8  # images in one forward pass
 TOKENS = 256  # of an image, about: every image is made smaller or larger to TOKENS squares of 28 pixels
 UNREAD = ("lm_head.",)  # what would say the next word
-RENAMED = {"visual.": "model.visual.", "model.": "model.language_model.", "rm_head.": "head."}  # published names begin so
+RENAMED = {
+    "visual.": "model.visual.",
+    "model.": "model.language_model.",
+    "rm_head.": "head.",
+}  # published names begin so
 
 # Verbatim, double spaces at the ends of lines too: what the model was trained with. The published text goes on after the reward's token,
 # which no token before it can see.
@@ -76,7 +80,13 @@ def asked(prompt: str) -> str:
 
 def head(width: int) -> nn.Sequential:
     """(B, width) -> (B, 2): mean and logarithm of the deviation of a score; the numbers are the published ones."""
-    layers = {"0": nn.Linear(width, 1024), "1": nn.ReLU(), "3": nn.Linear(1024, 16), "4": nn.ReLU(), "5": nn.Linear(16, 2)}
+    layers = {
+        "0": nn.Linear(width, 1024),
+        "1": nn.ReLU(),
+        "3": nn.Linear(1024, 16),
+        "4": nn.ReLU(),
+        "5": nn.Linear(16, 2),
+    }
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -90,7 +100,9 @@ class Asker:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         except Exception as error:  # the errors of the tokenizers library have no class in common
-            raise InputError(f"{BASE_SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again") from error
+            raise InputError(
+                f"{BASE_SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again"
+            ) from error
         self.tokenizer.add_tokens([REWARD], special_tokens=True)
         self.image, self.reward = self.tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
         pixels = TOKENS * (self.processor.patch_size * self.processor.merge_size) ** 2
@@ -101,13 +113,17 @@ class Asker:
         found = dict(self.processor(list(images), size=self.size, return_tensors="pt"))
         counts = found["image_grid_thw"].prod(-1) // self.processor.merge_size**2
         rows = [self._tokens(prompt, int(count)) for prompt, count in zip(prompts, counts, strict=True)]
-        found["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=self.reward)  # behind, where nothing looks
+        found["input_ids"] = pad_sequence(
+            rows, batch_first=True, padding_value=self.reward
+        )  # behind, where nothing looks
         # words and patches counted through, in all three directions: the published model never gives an image rows and columns
         found["position_ids"] = torch.arange(found["input_ids"].shape[1]).expand(3, len(rows), -1)
         return found, torch.tensor([len(row) - 1 for row in rows])
 
     def _tokens(self, prompt: str, count: int) -> Tensor:
-        before, after = (self.tokenizer(part, add_special_tokens=False).input_ids for part in asked(prompt).split(IMAGE))
+        before, after = (
+            self.tokenizer(part, add_special_tokens=False).input_ids for part in asked(prompt).split(IMAGE)
+        )
         return torch.tensor([*before, *[self.image] * count, *after])
 
 
@@ -151,8 +167,11 @@ class HPSv3(BatchScorer):
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that are read, under the names of `model` and `head`; a name that is none of the published stays as it is."""
     start = re.compile("|".join(map(re.escape, RENAMED)))
-    return {start.sub(lambda found: RENAMED[found[0]], name, count=1) if start.match(name) else name: value
-            for name, value in state.items() if not name.startswith(UNREAD)}  # fmt: skip
+    return {
+        start.sub(lambda found: RENAMED[found[0]], name, count=1) if start.match(name) else name: value
+        for name, value in state.items()
+        if not name.startswith(UNREAD)
+    }
 
 
 def _config(folder: Path) -> Qwen2VLConfig:
@@ -162,21 +181,32 @@ def _config(folder: Path) -> Qwen2VLConfig:
     return Qwen2VLConfig.from_pretrained(folder)
 
 
-def _loaded(config: Qwen2VLConfig, state: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> nn.ModuleDict:
+def _loaded(
+    config: Qwen2VLConfig, state: Mapping[str, Tensor], dtype: torch.dtype, source: str
+) -> nn.ModuleDict:
     from transformers import Qwen2VLModel
 
-    own, top = ({name.removeprefix(part): value for name, value in state.items() if name.startswith(part)} for part in ("model.", "head."))
+    own, top = (
+        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+        for part in ("model.", "head.")
+    )
     last = head(config.text_config.hidden_size)
     try:
         model, found = _filled(Qwen2VLModel, config, own, dtype)
         others = last.load_state_dict(top, strict=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # sizes
-        raise InputError(f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}") from error
-    unknown = [name for name in state if not name.startswith(("model.", "head."))] + [f"head.{name}" for name in others.unexpected_keys]
+        raise InputError(
+            f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
+        ) from error
+    unknown = [name for name in state if not name.startswith(("model.", "head."))] + [
+        f"head.{name}" for name in others.unexpected_keys
+    ]
     missing = [*found["missing_keys"], *(f"head.{name}" for name in others.missing_keys)]
     refuse_other_names(missing, [*found["unexpected_keys"], *unknown], source, SETTING, PUBLISHED)
     return nn.ModuleDict({"model": model, "head": last})
 
 
-def _filled(kind: type[Qwen2VLModel], config: Qwen2VLConfig, state: dict[str, Tensor], dtype: torch.dtype) -> tuple[Qwen2VLModel, dict]:
+def _filled(
+    kind: type[Qwen2VLModel], config: Qwen2VLConfig, state: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Qwen2VLModel, dict]:
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)

@@ -32,22 +32,37 @@ BERT = "google-bert/bert-base-uncased"
 VOCABULARY = ("vocab.txt", "tokenizer.json")
 ADDED = ["[DEC]", "[ENC]"]  # BLIP's, which ImageReward never writes itself: its texts begin with [CLS]
 LENGTH = 35  # tokens of a prompt
-AVERAGE, SPREAD = 0.16717362830052426, 1.0333394966054072  # of the head's output, by which published scores are standardised
+AVERAGE, SPREAD = (
+    0.16717362830052426,
+    1.0333394966054072,
+)  # of the head's output, by which published scores are standardised
 HEAD = 64  # width of an attention's head, in both towers: 1024 / 16 and 768 / 12
 UNREAD = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's own training, not of this score
 # published names, in this order; a group is kept
-RENAMED = [(re.compile(pattern), name) for pattern, name in (
-    (r"blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
-    (r"blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
-    (r"blip\.visual_encoder\.patch_embed\.proj\.(.+)", r"vision.embeddings.patch_embedding.\1"),
-    (r"blip\.visual_encoder\.norm\.(.+)", r"vision.post_layernorm.\1"),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.(.+)", r"vision.encoder.layers.\1.layer_norm\2.\3"),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.(.+)", r"vision.encoder.layers.\1.self_attn.qkv.\2"),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.(.+)", r"vision.encoder.layers.\1.self_attn.projection.\2"),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.mlp\.(.+)", r"vision.encoder.layers.\1.mlp.\2"),
-    (r"blip\.text_encoder\.(.+)", r"text.\1"),
-    (r"mlp\.(layers\..+)", r"\1"),
-)]  # fmt: skip
+RENAMED = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
+        (r"blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
+        (r"blip\.visual_encoder\.patch_embed\.proj\.(.+)", r"vision.embeddings.patch_embedding.\1"),
+        (r"blip\.visual_encoder\.norm\.(.+)", r"vision.post_layernorm.\1"),
+        (
+            r"blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.(.+)",
+            r"vision.encoder.layers.\1.layer_norm\2.\3",
+        ),
+        (
+            r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.(.+)",
+            r"vision.encoder.layers.\1.self_attn.qkv.\2",
+        ),
+        (
+            r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.(.+)",
+            r"vision.encoder.layers.\1.self_attn.projection.\2",
+        ),
+        (r"blip\.visual_encoder\.blocks\.(\d+)\.mlp\.(.+)", r"vision.encoder.layers.\1.mlp.\2"),
+        (r"blip\.text_encoder\.(.+)", r"text.\1"),
+        (r"mlp\.(layers\..+)", r"\1"),
+    )
+]
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,7 +70,9 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if not name.startswith(UNREAD):
-            new = next((pattern.sub(other, name) for pattern, other in RENAMED if pattern.fullmatch(name)), name)
+            new = next(
+                (pattern.sub(other, name) for pattern, other in RENAMED if pattern.fullmatch(name)), name
+            )
             found[new] = value.float() if value.is_floating_point() else value
     return found
 
@@ -74,17 +91,32 @@ def network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
     if seen % HEAD or read % HEAD:
         raise ValueError(f"widths {seen} and {read} do not divide into heads of {HEAD}")
     vision = BlipVisionConfig(
-        hidden_size=seen, intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.weight"]), num_attention_heads=seen // HEAD,
-        num_hidden_layers=_count(state, r"vision\.encoder\.layers\.(\d+)\..+"), patch_size=patch, hidden_act="gelu", layer_norm_eps=1e-6,
+        hidden_size=seen,
+        intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.weight"]),
+        num_attention_heads=seen // HEAD,
+        num_hidden_layers=_count(state, r"vision\.encoder\.layers\.(\d+)\..+"),
+        patch_size=patch,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
         image_size=patch * math.isqrt(state["vision.embeddings.position_embedding"].shape[1] - 1),
-    )  # fmt: skip
+    )
     text = BlipTextConfig(
-        vocab_size=tokens, hidden_size=read, encoder_hidden_size=seen, num_attention_heads=read // HEAD, hidden_act="gelu",
-        intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]), layer_norm_eps=1e-12, is_decoder=True,
+        vocab_size=tokens,
+        hidden_size=read,
+        encoder_hidden_size=seen,
+        num_attention_heads=read // HEAD,
+        hidden_act="gelu",
+        intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]),
+        layer_norm_eps=1e-12,
+        is_decoder=True,
         num_hidden_layers=_count(state, r"text\.encoder\.layer\.(\d+)\..+"),
         max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
     )  # fmt: skip  (is_decoder: with attention to the image; what decides on looking ahead is an argument of forward)
-    parts = {"vision": BlipVisionModel(vision), "text": BlipTextModel(text, add_pooling_layer=False), "layers": linear_stack(read)}
+    parts = {
+        "vision": BlipVisionModel(vision),
+        "text": BlipTextModel(text, add_pooling_layer=False),
+        "layers": linear_stack(read),
+    }
     return nn.ModuleDict(parts)
 
 
@@ -96,9 +128,14 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 def fitted(image: Image.Image, side: int) -> Tensor:
     """(3, side, side): shortest side to `side` (bicubic), centre crop, normalised, with torchvision's way of rounding."""
     shortest = min(image.size)
-    image = image.convert("RGB").resize([int(side * length / shortest) for length in image.size], Image.Resampling.BICUBIC)
+    image = image.convert("RGB").resize(
+        [int(side * length / shortest) for length in image.size], Image.Resampling.BICUBIC
+    )
     left, top = (round((length - side) / 2) for length in image.size)
-    pixels = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1).float() / 255
+    pixels = (
+        torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1).float()
+        / 255
+    )
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
@@ -111,7 +148,12 @@ class ImageReward(BatchScorer):
     """
 
     def __init__(
-        self, weights: str, revision: str | None = None, bert: str = BERT, bert_revision: str | None = None, batch: int = BATCH
+        self,
+        weights: str,
+        revision: str | None = None,
+        bert: str = BERT,
+        bert_revision: str | None = None,
+        batch: int = BATCH,
     ):
         check_batch(batch, "imagereward")
         file = fetch_file(weights, revision, SETTING, FILE)
@@ -123,14 +165,21 @@ class ImageReward(BatchScorer):
     def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, both (B, 35): longer prompts are cut off before the end token, shorter ones padded."""
         return self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_token_type_ids=False, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=LENGTH,
+            return_token_type_ids=False,
+            return_tensors="pt",
         )
 
     def _batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         side = self.module["vision"].config.image_size
         pixels = torch.stack([fitted(image, side) for image in images]).to(self.device)
         seen = self.module["vision"](pixel_values=pixels).last_hidden_state
-        read = self.module["text"](**self.tokens(prompts).to(self.device), encoder_hidden_states=seen).last_hidden_state
+        read = self.module["text"](
+            **self.tokens(prompts).to(self.device), encoder_hidden_states=seen
+        ).last_hidden_state
         return (self.module["layers"](read[:, 0])[:, 0] - AVERAGE) / SPREAD
 
 
@@ -142,7 +191,9 @@ def _loaded(state: Mapping[str, Tensor], source: str) -> nn.ModuleDict:
         refuse_other_names([error.args[0]], [], source, SETTING, PUBLISHED)
         raise
     except (RuntimeError, ValueError) as error:  # sizes
-        raise InputError(f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}") from error
+        raise InputError(
+            f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
+        ) from error
     refuse_other_names(found.missing_keys, found.unexpected_keys, source, SETTING, PUBLISHED)
     return model
 
@@ -153,7 +204,9 @@ def _tokenizer(folder: Path, size: int) -> BertTokenizer:
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
     except Exception as error:  # the errors of the tokenizers library have no class in common
-        raise InputError(f"{BERT_SETTING}={folder}: no BERT tokenizer ({error}); get the folder again") from error
+        raise InputError(
+            f"{BERT_SETTING}={folder}: no BERT tokenizer ({error}); get the folder again"
+        ) from error
     tokenizer.add_tokens(ADDED, special_tokens=True)
     if len(tokenizer) != size:
         raise InputError(

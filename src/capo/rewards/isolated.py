@@ -30,8 +30,15 @@ from capo.rewards import worker
 ATTEMPTS = 2  # a worker that dies is started again once, and gets the same batch
 PATIENCE = 120  # seconds for an interpreter to start
 NOT_INHERITED = (  # another interpreter's home; the worker is none of the launcher's processes
-    "PYTHONHOME", "__PYVENV_LAUNCHER__", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+    "PYTHONHOME",
+    "__PYVENV_LAUNCHER__",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 log = logging.getLogger(__name__)
 
 
@@ -57,8 +64,14 @@ class IsolatedScorer:
     of memory WorkerOutOfMemory.
     """
 
-    def __init__(self, name: str, python: str, scorer: Mapping[str, Any], timeout: float = 300,
-                 logs: Path | None = None):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        scorer: Mapping[str, Any],
+        timeout: float = 300,
+        logs: Path | None = None,
+    ):
         self.name, self.python, self.timeout = name, find_python(name, python), timeout
         self.scorer, self.log_file = dict(scorer), (logs or _temporary_folder()) / f"{name}.log"
         self._device: str | None = None
@@ -77,11 +90,20 @@ class IsolatedScorer:
         """Raw scores (B,) float64."""
         files = [_png(image) for image in images]
         with self._lock:
-            answer = self._persist(lambda: self._running().ask({"prompts": list(prompts)}, files, self.timeout))
+            answer = self._persist(
+                lambda: self._running().ask({"prompts": list(prompts)}, files, self.timeout)
+            )
         scores = self._checked(answer).get("scores")
-        if not isinstance(scores, list) or len(scores) != len(files) or not all(isinstance(score, float) for score in scores):
+        if (
+            not isinstance(scores, list)
+            or len(scores) != len(files)
+            or not all(isinstance(score, float) for score in scores)
+        ):
             count = f"{len(scores)} numbers" if isinstance(scores, list) else repr(scores)
-            raise self._fault(f"returned {count} for {len(files)} images; it must return one number an image", "its output is in")
+            raise self._fault(
+                f"returned {count} for {len(files)} images; it must return one number an image",
+                "its output is in",
+            )
         return torch.tensor(scores, dtype=torch.float64)
 
     def leave(self) -> None:
@@ -109,9 +131,15 @@ class IsolatedScorer:
                 except _Died as death:
                     self._end()
                     if attempt == ATTEMPTS:
-                        raise self._fault(f"died {ATTEMPTS} times in a row (exit code {death})", "the reason should be in") from None
-                    log.warning("reward '%s': its worker died (exit code %s) and is started again; its log is %s",
-                                self.name, death, self.log_file)  # fmt: skip
+                        raise self._fault(
+                            f"died {ATTEMPTS} times in a row (exit code {death})", "the reason should be in"
+                        ) from None
+                    log.warning(
+                        "reward '%s': its worker died (exit code %s) and is started again; its log is %s",
+                        self.name,
+                        death,
+                        self.log_file,
+                    )
         except _Silent:
             self._end()
             raise self._fault(
@@ -134,7 +162,10 @@ class IsolatedScorer:
         if answer.get("kind") == "OutOfMemoryError":
             raise WorkerOutOfMemory(str(self._fault(f"ran out of memory ({answer['error']})", "see")))
         if answer.get("kind") == "ModuleNotFoundError" and answer.get("module"):
-            raise InputError(_not_there(self.name, self.python, [answer["module"]]) + f"; the traceback is in {self.log_file}")
+            raise InputError(
+                _not_there(self.name, self.python, [answer["module"]])
+                + f"; the traceback is in {self.log_file}"
+            )
         raise self._fault(f"failed: {answer['error']}", "the traceback is in")
 
     def _fault(self, what: str, pointer: str) -> InputError:
@@ -188,9 +219,13 @@ def _keep(command: Sequence[str], log_file: Path, born: Future[subprocess.Popen]
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
             output.flush()
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, env=_environment(),
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=_environment(),
                 start_new_session=True,  # a Ctrl-C in the terminal is this process's to handle
-            )  # fmt: skip
+            )
     except OSError as error:
         born.set_exception(error)
         return
@@ -227,8 +262,10 @@ def find_python(name: str, python: str) -> str:
     # links are not followed: a virtual environment's interpreter is known by its own path
     if found := shutil.which(Path(python).expanduser()):
         return os.path.abspath(found)
-    raise InputError(f"reward '{name}': there is no interpreter at python={python}; give the path of its environment's python, "
-                     "or python=null for this one")  # fmt: skip
+    raise InputError(
+        f"reward '{name}': there is no interpreter at python={python}; give the path of its environment's python, "
+        "or python=null for this one"
+    )
 
 
 def check_environment(name: str, python: str, modules: Sequence[str]) -> None:
@@ -241,15 +278,26 @@ def check_environment(name: str, python: str, modules: Sequence[str]) -> None:
 def _lacking(name: str, python: str, modules: Sequence[str]) -> list[str]:
     command = [python, worker.__file__, "missing", *modules]
     try:
-        done = subprocess.run(command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=PATIENCE, check=True)  # fmt: skip
+        done = subprocess.run(
+            command,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
         return json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         said = (getattr(error, "stderr", None) or "").strip().splitlines()[-1:] or [str(error)]
-        raise InputError(f"reward '{name}': python={python} cannot run a worker ({said[0]}); it must be a Python of version 3.7 or "
-                         "newer that starts") from error  # fmt: skip
+        raise InputError(
+            f"reward '{name}': python={python} cannot run a worker ({said[0]}); it must be a Python of version 3.7 or "
+            "newer that starts"
+        ) from error
 
 
 def _not_there(name: str, python: str, modules: Sequence[str]) -> str:
-    return (f"reward '{name}' needs {', '.join(modules)}, which {python} cannot import: {python} -m pip install {' '.join(modules)} "
-            "(or the package that brings it); the folder of a module of your own goes into PYTHONPATH")  # fmt: skip
+    return (
+        f"reward '{name}' needs {', '.join(modules)}, which {python} cannot import: {python} -m pip install {' '.join(modules)} "
+        "(or the package that brings it); the folder of a module of your own goes into PYTHONPATH"
+    )

@@ -37,7 +37,12 @@ class LaionAesthetics(BatchScorer):
     """
 
     def __init__(
-        self, weights: str, revision: str | None = None, clip: str = CLIP_L, clip_revision: str | None = None, batch: int = BATCH
+        self,
+        weights: str,
+        revision: str | None = None,
+        clip: str = CLIP_L,
+        clip_revision: str | None = None,
+        batch: int = BATCH,
     ):
         check_batch(batch, "laion_aes")
         setting, clip_setting = "rewards.laion_aes.weights", "rewards.laion_aes.scorer.clip"

@@ -79,7 +79,9 @@ class LookAtWords(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
         wide = WIDENING * dim
-        self.ff = nn.Sequential(nn.Linear(dim, 2 * wide, bias=False), Gate(), nn.Linear(wide, dim, bias=False))
+        self.ff = nn.Sequential(
+            nn.Linear(dim, 2 * wide, bias=False), Gate(), nn.Linear(wide, dim, bias=False)
+        )
 
     def forward(self, x: Tensor, words: Tensor, seen: Tensor) -> Tensor:
         y = self.norm(x)
@@ -128,7 +130,9 @@ class CrossModel(nn.Module):
     def __init__(self, dim: int, layers: int, heads: int, head_dim: int):
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.ModuleList([Residual(LookAtWords(dim, heads, head_dim)), Residual(LookAround(dim, heads, head_dim))])
+            nn.ModuleList(
+                [Residual(LookAtWords(dim, heads, head_dim)), Residual(LookAround(dim, heads, head_dim))]
+            )
             for _ in range(layers)
         )
 
@@ -167,15 +171,20 @@ class MPS(ClipScorer):
         batch: int = BATCH,
     ):
         if not 0 <= threshold < 1:
-            raise InputError(f"rewards.mps.scorer.threshold={threshold}: a share of the largest nearness, 0 or more and below 1 (0.3)")
+            raise InputError(
+                f"rewards.mps.scorer.threshold={threshold}: a share of the largest nearness, 0 or more and below 1 (0.3)"
+            )
         check_batch(batch, "mps")
         setting, clip_setting = "rewards.mps.weights", "rewards.mps.scorer.clip"
         file = fetch_file(weights, revision, setting, "model.safetensors")
         folder = fetch(clip, clip_revision, clip_setting, *PROCESSOR_FILES)
         parts = _parts(read_state(file, setting), weights, setting)
         model = load_clip(folder, setting, PUBLISHED, parts["model"])
-        super().__init__(nn.ModuleDict({"model": model, "cross_model": _cross(parts["cross_model"], weights, setting)}),
-                         ClipInputs(folder, model.config, clip_setting), batch)  # fmt: skip
+        super().__init__(
+            nn.ModuleDict({"model": model, "cross_model": _cross(parts["cross_model"], weights, setting)}),
+            ClipInputs(folder, model.config, clip_setting),
+            batch,
+        )
         self.threshold = threshold
 
     def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
@@ -204,7 +213,9 @@ def _parts(state: Mapping[str, Tensor], source: str, setting: str) -> dict[str, 
             parts[part][rest] = value.float() if value.is_floating_point() else value
         else:
             unknown.append(name)
-    refuse_other_names([f"{part}.*" for part, held in parts.items() if not held], unknown, source, setting, PUBLISHED)
+    refuse_other_names(
+        [f"{part}.*" for part, held in parts.items() if not held], unknown, source, setting, PUBLISHED
+    )
     return parts
 
 
@@ -217,6 +228,8 @@ def _cross(state: Mapping[str, Tensor], source: str, setting: str) -> CrossModel
     try:
         found = cross.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # sizes
-        raise InputError(f"{setting}={source}: {error}; this reward reads the weights of {PUBLISHED}") from error
+        raise InputError(
+            f"{setting}={source}: {error}; this reward reads the weights of {PUBLISHED}"
+        ) from error
     refuse_other_names(found.missing_keys, found.unexpected_keys, source, setting, PUBLISHED)
     return cross

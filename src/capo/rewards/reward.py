@@ -43,22 +43,29 @@ class Reward:
     needs_prompt: bool = True  # false where the scorer sees the image only
     requires: Sequence[str] = ()  # modules that the scorer imports
     extra: str | None = None  # the pip extra of this package that brings them
-    python: str | None = None  # another environment's interpreter, which the scorer runs under; moves no score
+    python: str | None = (
+        None  # another environment's interpreter, which the scorer runs under; moves no score
+    )
     isolated: bool = False  # its modules are not for this process: where python is null it runs in another one of this interpreter
     timeout: float = 300.0  # seconds after which a scorer there that has not answered is ended
     logs: Path | None = None  # folder of the log of a scorer in another process; None: a temporary one
 
     def __post_init__(self) -> None:
         if self.link not in LINKS:
-            raise InputError(f"reward '{self.name}': link '{self.link}' is unknown; choose one of "
-                             f"{', '.join(LINKS)}")
+            raise InputError(
+                f"reward '{self.name}': link '{self.link}' is unknown; choose one of {', '.join(LINKS)}"
+            )
         if not self.scale > 0:
-            raise InputError(f"reward '{self.name}': scale {self.scale} must be above 0; for a reward that "
-                             "is better when lower, negate it in its scorer")
+            raise InputError(
+                f"reward '{self.name}': scale {self.scale} must be above 0; for a reward that "
+                "is better when lower, negate it in its scorer"
+            )
         if (self.python or self.isolated) and not isinstance(self.scorer, Mapping):
             place = f"python={self.python}" if self.python else "isolated=true"
-            raise InputError(f"reward '{self.name}': {place} needs a scorer that is named, "
-                             "`scorer: {_target_: module.Class}`, not a callable of this process")
+            raise InputError(
+                f"reward '{self.name}': {place} needs a scorer that is named, "
+                "`scorer: {_target_: module.Class}`, not a callable of this process"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,14 +76,23 @@ class Reward:
 
     @property
     def sources(self) -> dict[str, tuple[str, str | None]]:
-        """setting -> (file, folder or hub id; revision) of all that a scorer of this package reads in this process."""
-        if self.python or self.isolated or not isinstance(self.scorer, Mapping) or not str(self.scorer["_target_"]).startswith("capo.rewards."):
+        """Setting -> (file, folder or hub id; revision) of all that a scorer of this package reads in this process."""
+        if (
+            self.python
+            or self.isolated
+            or not isinstance(self.scorer, Mapping)
+            or not str(self.scorer["_target_"]).startswith("capo.rewards.")
+        ):
             return {}
         paired = {key: "revision" if key == "weights" else f"{key}_revision" for key in self.scorer}
         return {
-            f"rewards.{self.name}.{key if key == 'weights' else f'scorer.{key}'}": (str(self.scorer[key]), self.scorer[revision])
-            for key, revision in paired.items() if revision in self.scorer and self.scorer[key]
-        }  # fmt: skip
+            f"rewards.{self.name}.{key if key == 'weights' else f'scorer.{key}'}": (
+                str(self.scorer[key]),
+                self.scorer[revision],
+            )
+            for key, revision in paired.items()
+            if revision in self.scorer and self.scorer[key]
+        }
 
     @property
     def key(self) -> str:
@@ -96,7 +112,11 @@ class Reward:
         """What helps where the device's memory runs out."""
         key = f"rewards.{self.name}.scorer.precision"
         full = isinstance(self.scorer, Mapping) and self.scorer.get("precision") == "float32"
-        half = f"set {key}=bfloat16, and evaluation.{key} where it evaluates too (half the memory, other scores), " if full else ""
+        half = (
+            f"set {key}=bfloat16, and evaluation.{key} where it evaluates too (half the memory, other scores), "
+            if full
+            else ""
+        )
         return f"{half}score apart from sampling (generate.py stage=score) or on a device with more memory, or choose smaller weights"
 
     def setup(self, device: str | torch.device) -> None:
@@ -115,7 +135,9 @@ class Reward:
         self.rest()
         torch.cuda.empty_cache()  # what the message calls free is free
         size = f" ({self.held / 1e9:.1f} GB)" if self.held else ""
-        raise InputError(f"reward '{self.name}': its weights{size} do not fit into {device_memory()}: {self._remedy} ({reason})")
+        raise InputError(
+            f"reward '{self.name}': its weights{size} do not fit into {device_memory()}: {self._remedy} ({reason})"
+        )
 
     def rest(self) -> None:
         """Off the device until the next `setup`: during training steps its memory is the policy's."""
@@ -135,8 +157,9 @@ class Reward:
         """Pixels of the square images that it judges, where its scorer's `side` says that it takes no others."""
         return getattr(self._callable, "side", None)
 
-    def score(self, images: Sequence[Image], prompts: Sequence[str],
-              where: Callable[[int], str] | None = None) -> Tensor:
+    def score(
+        self, images: Sequence[Image], prompts: Sequence[str], where: Callable[[int], str] | None = None
+    ) -> Tensor:
         """Raw scores (B,) float32 on the CPU, one an image; in smaller batches where the device's memory runs out.
 
         `where` names image i of the batch in messages. Raises InputError for a score that is not finite, or
@@ -148,8 +171,10 @@ class Reward:
             first = int(bad.nonzero()[0])
             place = where(first) if where else f'image {first} ("{prompts[first]}")'
             fault = "is no probability" if self.link == "log" else "cannot be compared"
-            raise InputError(f"{place}: reward '{self.name}' is {scores[first].item()}, which {fault}; check "
-                             "its weights and precision, then run generate.py again (what is scored stays)")
+            raise InputError(
+                f"{place}: reward '{self.name}' is {scores[first].item()}, which {fault}; check "
+                "its weights and precision, then run generate.py again (what is scored stays)"
+            )
         return scores
 
     @torch.no_grad()
@@ -157,8 +182,10 @@ class Reward:
         raw = self._callable(list(images), list(prompts))
         scores = torch.as_tensor(raw).detach().to("cpu", torch.float32)
         if scores.shape != (len(images),):
-            raise InputError(f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for "
-                             f"{len(images)} images; it must return one number an image, shape (B,)")
+            raise InputError(
+                f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for "
+                f"{len(images)} images; it must return one number an image, shape (B,)"
+            )
         return scores
 
     def _unusable(self, scores: Tensor) -> Tensor:
@@ -205,8 +232,9 @@ def _load(name: str, entry: dict[str, Any], place: str) -> Reward:
     elif missing := [module for module in reward.requires if find_spec(module) is None]:
         raise InputError(_not_installed(reward, ", ".join(missing)))
     if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
-        raise InputError(f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to "
-                         "where they lie")
+        raise InputError(
+            f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to where they lie"
+        )
     return reward
 
 
@@ -219,7 +247,9 @@ def _not_installed(reward: Reward, modules: str) -> str:
 
 def _build(reward: Reward) -> Scorer:
     if reward.python or reward.isolated:
-        return IsolatedScorer(reward.name, reward.python or sys.executable, reward.scorer, reward.timeout, reward.logs)
+        return IsolatedScorer(
+            reward.name, reward.python or sys.executable, reward.scorer, reward.timeout, reward.logs
+        )
     try:
         return worker.build(dict(reward.scorer))
     except InputError:
@@ -227,8 +257,10 @@ def _build(reward: Reward) -> Scorer:
     except Exception as error:  # a user's own class can raise anything
         if isinstance(error, ModuleNotFoundError) and error.name:
             raise InputError(_not_installed(reward, error.name)) from error
-        raise InputError(f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be made "
-                         f"({error}); compare its arguments with the class") from error
+        raise InputError(
+            f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be made "
+            f"({error}); compare its arguments with the class"
+        ) from error
 
 
 def _qualified_name(scorer: Scorer) -> str:
@@ -247,8 +279,11 @@ def _content(value: Any) -> Any:
         if _lies_there(path) and path.is_file():
             return file_digest(path)
         if _lies_there(path) and path.is_dir():
-            return {str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*"))
-                    if file.is_file() and not file.name.startswith(".")}
+            return {
+                str(file.relative_to(path)): file_digest(file)
+                for file in sorted(path.rglob("*"))
+                if file.is_file() and not file.name.startswith(".")
+            }
     return value
 
 

@@ -26,7 +26,9 @@ PROMPTS = {  # picture -> what it shows
     "hearts": "two red hearts on a white background",
     "circles": "three blue circles on a white background",
 }
-TOLERANCE = 1e-3  # of a score, and of its size where that is above 1; another batch or device moves less in float32
+TOLERANCE = (
+    1e-3  # of a score, and of its size where that is above 1; another batch or device moves less in float32
+)
 SCHEMA = 1  # of a golden file
 LIBRARIES = ("torch", "transformers", "pillow", "capo")
 PASSED, WARNING, FAILED = "passed", "warning", "failed"
@@ -67,7 +69,10 @@ def pairs(side: int = SIDE) -> tuple[list[Image.Image], list[str]]:
     names = list(PROMPTS)
     images, prompts = [], []
     for number, name in enumerate(names):
-        with files("capo.rewards").joinpath("pictures", f"{name}.png").open("rb") as file, Image.open(file) as picture:
+        with (
+            files("capo.rewards").joinpath("pictures", f"{name}.png").open("rb") as file,
+            Image.open(file) as picture,
+        ):
             image = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         images += [image, image]
         prompts += [PROMPTS[name], PROMPTS[names[(number + 1) % len(names)]]]
@@ -88,7 +93,9 @@ def measure(reward: Reward, device: torch.device) -> Measured:
 def _measured(reward: Reward, device: torch.device) -> Measured:
     images, prompts = pairs(reward.side or SIDE)
     scores = reward.score(images, prompts)
-    alone = torch.cat([reward.score([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)])
+    alone = torch.cat(
+        [reward.score([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)]
+    )
     turned = reward.score(images[::-1], prompts[::-1]).flip(0)
     begun, count = time.perf_counter(), 0
     while not count or time.perf_counter() - begun < SHORTEST:
@@ -102,12 +109,16 @@ def _peak(reward: Reward, device: torch.device) -> str:
     if reward.python or reward.isolated:
         return "not known: it runs in another process"
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of {torch.cuda.get_device_name(device)}"
+        return (
+            f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of {torch.cuda.get_device_name(device)}"
+        )
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return f"{kilobytes * 1024 / 1e9:.2f} GB of this process, Python and libraries included"
 
 
-def findings(reward: Reward, measured: Measured, golden: Mapping | None, tolerance: float = TOLERANCE) -> list[Finding]:
+def findings(
+    reward: Reward, measured: Measured, golden: Mapping | None, tolerance: float = TOLERANCE
+) -> list[Finding]:
     """What the scores say; `golden` are those recorded for the same fingerprint, or None where nobody has."""
     return [
         _range(reward, measured.scores),
@@ -125,44 +136,69 @@ def _range(reward: Reward, scores: Tensor) -> Finding:
     least, most = reward.range
     if least <= low and high <= most:
         return Finding("range", PASSED, f"{found}, within {least:g} to {most:g}")
-    return Finding("range", WARNING, f"{found}, outside of the usual {least:g} to {most:g}",
-                   "drawn shapes may score unusually; far outside, compare weights, processor and precision with what was published")  # fmt: skip
+    return Finding(
+        "range",
+        WARNING,
+        f"{found}, outside of the usual {least:g} to {most:g}",
+        "drawn shapes may score unusually; far outside, compare weights, processor and precision with what was published",
+    )
 
 
 def _order(scores: Tensor) -> Finding:
     wrong = [name for name, (own, other) in zip(PROMPTS, scores.tolist(), strict=True) if not own > other]
     if not wrong:
         return Finding("order", PASSED, "each picture's own prompt scores higher than another's")
-    return Finding("order", FAILED, f"{', '.join(wrong)}: another picture's prompt scores as high or higher",
-                   "weights, tokenizer or image processor are not the model's, or the score is better when lower (negate it)")  # fmt: skip
+    return Finding(
+        "order",
+        FAILED,
+        f"{', '.join(wrong)}: another picture's prompt scores as high or higher",
+        "weights, tokenizer or image processor are not the model's, or the score is better when lower (negate it)",
+    )
 
 
 def _blindness(scores: Tensor, tolerance: float) -> Finding:
     if _near(scores[:, 0], scores[:, 1], tolerance):
         return Finding("prompt", PASSED, "not read: both prompts give the same score")
-    return Finding("prompt", FAILED, f"scores move with the prompt, by up to {_gap(scores[:, 0], scores[:, 1]):.3g}", "set needs_prompt: true in its yaml")
+    return Finding(
+        "prompt",
+        FAILED,
+        f"scores move with the prompt, by up to {_gap(scores[:, 0], scores[:, 1]):.3g}",
+        "set needs_prompt: true in its yaml",
+    )
 
 
 def _independence(measured: Measured, tolerance: float) -> Finding:
     for name, other in {"alone": measured.alone, "in opposite order": measured.turned}.items():
         if not _near(measured.scores, other, tolerance):
-            return Finding("batch", FAILED, f"an image scores otherwise {name}, by up to {_gap(measured.scores, other):.3g}",
-                           "a score must be its own image's and prompt's: look for maxima, means or padding over the batch, and for layers in "
-                           "training mode; half precision may need a larger --tolerance")  # fmt: skip
+            return Finding(
+                "batch",
+                FAILED,
+                f"an image scores otherwise {name}, by up to {_gap(measured.scores, other):.3g}",
+                "a score must be its own image's and prompt's: look for maxima, means or padding over the batch, and for layers in "
+                "training mode; half precision may need a larger --tolerance",
+            )
     return Finding("batch", PASSED, "each image scores the same alone, in a batch and in opposite order")
 
 
 def _recorded(scores: Tensor, golden: Mapping | None, tolerance: float) -> Finding:
     if golden is None:
-        return Finding("recorded scores", PASSED, "none for this fingerprint: not compared", "where you trust these scores, --record keeps them")
+        return Finding(
+            "recorded scores",
+            PASSED,
+            "none for this fingerprint: not compared",
+            "where you trust these scores, --record keeps them",
+        )
     before = torch.tensor(golden["scores"])
     made = f"recorded on {golden['device']} with {', '.join(f'{name} {number}' for name, number in golden['versions'].items())}"
     if _near(scores, before, tolerance):
         return Finding("recorded scores", PASSED, f"the same ({made})")
     row, column = divmod(int((scores - before).abs().argmax()), 2)
-    return Finding("recorded scores", FAILED,
-                   f"{list(PROMPTS)[row]}, prompt {column + 1}: {scores[row, column]:.5g}, recorded {before[row, column]:.5g} ({made})",
-                   "weights are the same, so a library's preprocessing or arithmetic is not: compare the versions; --record replaces them")  # fmt: skip
+    return Finding(
+        "recorded scores",
+        FAILED,
+        f"{list(PROMPTS)[row]}, prompt {column + 1}: {scores[row, column]:.5g}, recorded {before[row, column]:.5g} ({made})",
+        "weights are the same, so a library's preprocessing or arithmetic is not: compare the versions; --record replaces them",
+    )
 
 
 def _gap(scores: Tensor, others: Tensor) -> float:
@@ -175,7 +211,11 @@ def _near(scores: Tensor, others: Tensor, tolerance: float) -> bool:
 
 def golden_places(name: str, given: Path | None) -> list[Path]:
     """Where recorded scores are looked for: `given` alone, else `golden/NAME.json` here, else the one in the package."""
-    return [given] if given else [Path("golden") / f"{name}.json", Path(str(files("capo.rewards"))) / "golden" / f"{name}.json"]
+    return (
+        [given]
+        if given
+        else [Path("golden") / f"{name}.json", Path(str(files("capo.rewards"))) / "golden" / f"{name}.json"]
+    )
 
 
 def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
@@ -185,19 +225,30 @@ def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
             continue
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found["schema"] == SCHEMA and found["fingerprint"] == fingerprint and torch.tensor(found["scores"]).shape == (len(PROMPTS), 2):
+            if (
+                found["schema"] == SCHEMA
+                and found["fingerprint"] == fingerprint
+                and torch.tensor(found["scores"]).shape == (len(PROMPTS), 2)
+            ):
                 return {key: found[key] for key in ("scores", "device", "versions")}
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} holds no recorded scores ({error!r}); remove it, or write it again with --record") from error
+            raise InputError(
+                f"{path} holds no recorded scores ({error!r}); remove it, or write it again with --record"
+            ) from error
     return None
 
 
 def write_golden(path: Path, reward: Reward, scores: Tensor, device: torch.device) -> None:
     """Record scores, with what they are of and what made them."""
     record = {
-        "schema": SCHEMA, "name": reward.name, "fingerprint": reward.fingerprint, "device": device_name(device),
-        "versions": {name: version(name) for name in LIBRARIES}, "prompts": PROMPTS, "scores": scores.tolist(),
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "name": reward.name,
+        "fingerprint": reward.fingerprint,
+        "device": device_name(device),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "prompts": PROMPTS,
+        "scores": scores.tolist(),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=2) + "\n")
 

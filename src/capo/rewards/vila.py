@@ -26,20 +26,30 @@ class VILA:
         weights = os.path.expanduser(weights)
         if os.path.isabs(weights) or os.path.isdir(weights):
             if not os.path.isfile(os.path.join(weights, "saved_model.pb")):
-                raise ValueError(f"weights={weights}: that folder holds no saved_model.pb; give the unpacked folder of {PUBLISHED}")
+                raise ValueError(
+                    f"weights={weights}: that folder holds no saved_model.pb; give the unpacked folder of {PUBLISHED}"
+                )
         elif not weights.startswith("https://"):
             raise ValueError(f"weights={weights}: no folder, and no handle such as {HANDLE}")
-        self.weights, self.model, self.predict = weights, None, None  # a signature alone does not keep its model's variables
+        self.weights, self.model, self.predict = (
+            weights,
+            None,
+            None,
+        )  # a signature alone does not keep its model's variables
 
     def to(self, device):
         """Loads the model onto `device`, as torch names it; a tensorflow without GPU stays on the CPU."""
         import tensorflow as tf
 
         kind, _, index = str(device).partition(":")
-        seen = [gpu for gpu in tf.config.list_physical_devices("GPU") if kind == "cuda"][int(index or 0) :][:1]
+        seen = [gpu for gpu in tf.config.list_physical_devices("GPU") if kind == "cuda"][int(index or 0) :][
+            :1
+        ]
         tf.config.set_visible_devices(seen, "GPU")
         for gpu in seen:
-            tf.config.experimental.set_memory_growth(gpu, True)  # or it takes all the memory that training needs
+            tf.config.experimental.set_memory_growth(
+                gpu, True
+            )  # or it takes all the memory that training needs
         self.predict = self._signature(tf)
 
     def __call__(self, images, prompts):
@@ -51,11 +61,17 @@ class VILA:
         return [_number(self.predict(tf.constant(image))[OUTPUT].numpy()) for image in images]
 
     def _signature(self, tf):
-        self.model = _downloaded(self.weights) if self.weights.startswith("https://") else tf.saved_model.load(self.weights)
+        self.model = (
+            _downloaded(self.weights)
+            if self.weights.startswith("https://")
+            else tf.saved_model.load(self.weights)
+        )
         found = getattr(self.model, "signatures", {})
         if INPUT not in found or OUTPUT not in found[INPUT].structured_outputs:
-            raise ValueError(f"weights={self.weights}: another model's: it has no signature {INPUT} that gives {OUTPUT}; "
-                             f"this reward reads {PUBLISHED}")  # fmt: skip
+            raise ValueError(
+                f"weights={self.weights}: another model's: it has no signature {INPUT} that gives {OUTPUT}; "
+                f"this reward reads {PUBLISHED}"
+            )
         return found[INPUT]
 
 
@@ -65,11 +81,15 @@ def _downloaded(handle):
     try:
         return tensorflow_hub.load(handle)
     except Exception as error:  # its own, tensorflow's and urllib's have no class in common
-        raise OSError(f"weights={handle} are not to be had ({error}); try again with a network, set TFHUB_CACHE_DIR to a cache that holds "
-                      "them, or give the folder of the unpacked model, rewards.vila.weights=FOLDER") from error  # fmt: skip
+        raise OSError(
+            f"weights={handle} are not to be had ({error}); try again with a network, set TFHUB_CACHE_DIR to a cache that holds "
+            "them, or give the folder of the unpacked model, rewards.vila.weights=FOLDER"
+        ) from error
 
 
 def _number(prediction):
     if prediction.size != 1:
-        raise ValueError(f"the model gave {prediction.size} numbers an image, of shape {prediction.shape}; this reward reads {PUBLISHED}")
+        raise ValueError(
+            f"the model gave {prediction.size} numbers an image, of shape {prediction.shape}; this reward reads {PUBLISHED}"
+        )
     return float(prediction.reshape(-1)[0])

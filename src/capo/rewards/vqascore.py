@@ -70,25 +70,33 @@ class Questions:
         try:
             self.tokenizer = T5Tokenizer.from_pretrained(words, padding_side="right")
         except Exception as error:  # the errors of the tokenizers library have no class in common
-            raise InputError(f"{settings[0]}={words}: no T5 tokenizer ({error}); get the folder again") from error
+            raise InputError(
+                f"{settings[0]}={words}: no T5 tokenizer ({error}); get the folder again"
+            ) from error
         try:
             self.processor = CLIPImageProcessorPil.from_pretrained(tower)
         except (OSError, ValueError) as error:
-            raise InputError(f"{settings[1]}={tower}: no CLIP image processor ({error}); get the folder again") from error
+            raise InputError(
+                f"{settings[1]}={tower}: no CLIP image processor ({error}); get the folder again"
+            ) from error
         if not 0 <= config.vocab_size - len(self.tokenizer) < PADDED:
             raise InputError(
                 f"{settings[0]}={words}: its tokenizer has {len(self.tokenizer)} tokens, the model {config.vocab_size} (up to "
                 f"{PADDED - 1} more are usual); give the tokenizer that the model was trained with"
             )
         self.question = question
-        self.before = torch.tensor(self.tokenizer(BEFORE).input_ids)  # ends with the end token, as each piece does
+        self.before = torch.tensor(
+            self.tokenizer(BEFORE).input_ids
+        )  # ends with the end token, as each piece does
         self.colour = tuple(int(255 * part) for part in self.processor.image_mean)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """(P, M): what stands after the image, padded to the longest; what is longer than the model reads is cut off."""
         texts = [AFTER.format(question=self.question.replace(PLACE, prompt)) for prompt in prompts]
         room = LENGTH - len(self.before) - 1
-        return self.tokenizer(texts, padding=True, truncation=True, max_length=room, return_tensors="pt").input_ids
+        return self.tokenizer(
+            texts, padding=True, truncation=True, max_length=room, return_tensors="pt"
+        ).input_ids
 
     def answer(self, text: str) -> Tensor:
         """(A,): the answer's tokens, the end token last."""
@@ -96,7 +104,9 @@ class Questions:
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, 3, 336, 336): made square with CLIP's mean colour, resized (bicubic), normalised."""
-        return self.processor([squared(image, self.colour) for image in images], return_tensors="pt").pixel_values
+        return self.processor(
+            [squared(image, self.colour) for image in images], return_tensors="pt"
+        ).pixel_values
 
 
 class VQAScore(ClipScorer):
@@ -152,7 +162,9 @@ class VQAScore(ClipScorer):
 def check_question(question: str, precision: str, place: str) -> None:
     """InputError for a question without {prompt}, and for a precision that is none of PRECISIONS; `place` is the scorer's key."""
     if PLACE not in question:
-        raise InputError(f"{place}.question={question}: it does not say where the prompt goes; write {PLACE} there")
+        raise InputError(
+            f"{place}.question={question}: it does not say where the prompt goes; write {PLACE} there"
+        )
     check_precision(precision, place)
 
 
@@ -164,6 +176,8 @@ def check_precision(precision: str, place: str) -> None:
 
 def _check_answer(answer: str, form: str) -> None:
     if not answer.strip():
-        raise InputError(f"rewards.vqascore.scorer.answer={answer!r}: no answer whose probability could be the score; give one, as in Yes")
+        raise InputError(
+            f"rewards.vqascore.scorer.answer={answer!r}: no answer whose probability could be the score; give one, as in Yes"
+        )
     if form not in FORMS:
         raise InputError(f"rewards.vqascore.scorer.form={form}: unknown; choose one of {', '.join(FORMS)}")

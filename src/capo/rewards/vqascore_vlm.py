@@ -43,26 +43,36 @@ class Chat:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         except Exception as error:  # the errors of the tokenizers library have no class in common
-            raise InputError(f"{SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again") from error
+            raise InputError(
+                f"{SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again"
+            ) from error
         self.question = question
         self.template = self.tokenizer.chat_template or _template_beside(folder)
         self.image = self.tokenizer.convert_tokens_to_ids(IMAGE)
         if not self.template or self.text("").count(IMAGE) != 1:
-            raise InputError(f"{SETTING}={folder}: no chat template with one {IMAGE} for an image; get the folder again")
+            raise InputError(
+                f"{SETTING}={folder}: no chat template with one {IMAGE} for an image; get the folder again"
+            )
         pieces = [self.tokenizer(word, add_special_tokens=False).input_ids for word in YES]
         self.yes = torch.tensor(sorted({piece[0] for piece in pieces if len(piece) == 1}))
         if not len(self.yes):
-            raise InputError(f"{SETTING}={folder}: its tokenizer has none of {', '.join(map(repr, YES))} as one token; give {PUBLISHED}")
+            raise InputError(
+                f"{SETTING}={folder}: its tokenizer has none of {', '.join(map(repr, YES))} as one token; give {PUBLISHED}"
+            )
 
     def text(self, prompt: str) -> str:
         """The conversation, with one place for the image."""
         asked = [{"type": "image"}, {"type": "text", "text": self.question.replace(PLACE, prompt)}]
         turns = [{"role": "user", "content": asked}]
-        return self.tokenizer.apply_chat_template(turns, chat_template=self.template, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self.template, add_generation_prompt=True, tokenize=False
+        )
 
     def inputs(self, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature:
         """What the model takes, for B conversations padded on the left, so that each ends where its answer begins."""
-        found = self.processor(list(images), return_tensors="pt")  # patches of all images in a row; rows and columns of each
+        found = self.processor(
+            list(images), return_tensors="pt"
+        )  # patches of all images in a row; rows and columns of each
         counts = found["image_grid_thw"].prod(-1) // self.processor.merge_size**2
         rows = [self._tokens(prompt, int(count)) for prompt, count in zip(prompts, counts, strict=True)]
         ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
@@ -74,7 +84,10 @@ class Chat:
     def _tokens(self, prompt: str, count: int) -> Tensor:
         before, after = self.text(prompt).split(IMAGE, 1)
         # a prompt that speaks of the place for an image must not open a second one
-        before, after = (self.tokenizer(part, add_special_tokens=False).input_ids for part in (before, after.replace(IMAGE, "")))
+        before, after = (
+            self.tokenizer(part, add_special_tokens=False).input_ids
+            for part in (before, after.replace(IMAGE, ""))
+        )
         return torch.tensor([*before, *[self.image] * count, *after])
 
 
@@ -88,7 +101,12 @@ class VQAScoreVLM(BatchScorer):
     """
 
     def __init__(
-        self, weights: str, revision: str | None = None, question: str = QUESTION, precision: str = "float32", batch: int = BATCH
+        self,
+        weights: str,
+        revision: str | None = None,
+        question: str = QUESTION,
+        precision: str = "float32",
+        batch: int = BATCH,
     ):
         check_question(question, precision, "rewards.vqascore_vlm.scorer")
         check_batch(batch, "vqascore_vlm")
@@ -113,8 +131,12 @@ def _load(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
     from transformers import AutoModelForImageTextToText
 
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{SETTING}={folder}: its weights do not load ({error}); this reward reads those of {PUBLISHED}") from error
+        raise InputError(
+            f"{SETTING}={folder}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
+        ) from error
     refuse_other_names(found["missing_keys"], found["unexpected_keys"], str(folder), SETTING, PUBLISHED)
     return model

@@ -38,7 +38,9 @@ def fetch(source: str, revision: str | None, setting: str, *patterns: str) -> Pa
     if path.is_dir():
         if any(any(path.glob(pattern)) for pattern in patterns):
             return path
-        raise InputError(f"{setting}={source}: that folder holds no {' and no '.join(patterns)}; give the folder that does")
+        raise InputError(
+            f"{setting}={source}: that folder holds no {' and no '.join(patterns)}; give the folder that does"
+        )
     _require_hub_id(source, setting)
     return _from_hub(source, revision, setting, patterns)
 
@@ -86,7 +88,9 @@ def _from_hub(source: str, revision: str | None, setting: str, patterns: Collect
 
 def _not_here(source: str, revision: str | None, setting: str, patterns: Collection[str], reason: str) -> str:
     includes = [f"--include '{pattern}'" for pattern in [*SMALL, *patterns]]
-    command = " ".join([f"hf download {source}", *([f"--revision {revision}"] if revision else []), *includes])
+    command = " ".join(
+        [f"hf download {source}", *([f"--revision {revision}"] if revision else []), *includes]
+    )
     by_hand = f", or {command}" if patterns else ""  # without them it would be all that the repository holds
     return (
         f"{setting}={source} (revision {revision or 'main'}) is not here\n"
@@ -105,7 +109,11 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
     Raises InputError for a file that is neither, such as a pickled module: loading one runs whatever code it holds.
     """
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise InputError(
             f"{setting}={path}: no safetensors file and no state dict ({first_line(error)}); a pickled module can run any code when "
@@ -124,7 +132,9 @@ def read_config(folder: Path, setting: str) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         alone = "it is a file; give the folder that holds it and its config.json"
-        fault = alone if folder.is_file() else "its config.json is missing or unreadable; get the folder again"
+        fault = (
+            alone if folder.is_file() else "its config.json is missing or unreadable; get the folder again"
+        )
         raise InputError(f"{setting}={folder}: {fault}") from error
 
 
@@ -132,15 +142,25 @@ def require_type(folder: Path, setting: str, wanted: str, told: str) -> None:
     """InputError, as `read_config`'s, or where the config's `model_type` is not `wanted`; `told` says what the reward reads."""
     found = read_config(folder, setting).get("model_type")
     if found != wanted:
-        raise InputError(f"{setting}={folder}: it holds a model of type {found}, this reward reads {told} (type {wanted})")
+        raise InputError(
+            f"{setting}={folder}: it holds a model of type {found}, this reward reads {told} (type {wanted})"
+        )
 
 
-def refuse_other_names(missing: Collection[str], unexpected: Collection[str], source: str, setting: str, published: str) -> None:
+def refuse_other_names(
+    missing: Collection[str], unexpected: Collection[str], source: str, setting: str, published: str
+) -> None:
     """InputError where a checkpoint has not exactly the tensors of the model; `published` is one that has."""
     unexpected = [name for name in unexpected if not name.endswith(REMADE)]
-    faults = [f"{word} {_named(names)}" for word, names in (("lacks", missing), ("has unknown", unexpected)) if names]
+    faults = [
+        f"{word} {_named(names)}"
+        for word, names in (("lacks", missing), ("has unknown", unexpected))
+        if names
+    ]
     if faults:
-        raise InputError(f"{setting}={source}: another model's weights: it {' and '.join(faults)}; this reward reads those of {published}")
+        raise InputError(
+            f"{setting}={source}: another model's weights: it {' and '.join(faults)}; this reward reads those of {published}"
+        )
 
 
 def _named(names: Collection[str]) -> str:

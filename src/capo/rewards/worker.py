@@ -29,7 +29,9 @@ import traceback
 MAGIC = b"CAPO"
 START = struct.Struct(">4sI")  # magic, bytes of the header
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
-STANDALONE = ("capo.rewards.vila",)  # import nothing of this package: with it, torch would come beside their tensorflow
+STANDALONE = (
+    "capo.rewards.vila",
+)  # import nothing of this package: with it, torch would come beside their tensorflow
 PNG = "png"  # a target whose attribute `takes` is this gets the files' bytes; any other one PIL images
 
 
@@ -78,11 +80,19 @@ def build(node):
         return [build(inner) for inner in node]
     if not isinstance(node, dict):
         return node
-    given = {key: build(value) for key, value in node.items() if key not in ("_target_", "_partial_", "_convert_", "_recursive_")}
+    given = {
+        key: build(value)
+        for key, value in node.items()
+        if key not in ("_target_", "_partial_", "_convert_", "_recursive_")
+    }
     if "_target_" not in node:
         return given
     target, positional = locate(node["_target_"]), given.pop("_args_", [])
-    return functools.partial(target, *positional, **given) if node.get("_partial_") else target(*positional, **given)
+    return (
+        functools.partial(target, *positional, **given)
+        if node.get("_partial_")
+        else target(*positional, **given)
+    )
 
 
 def locate(path):
@@ -127,7 +137,11 @@ class Service:
     def answer(self, header, blobs):
         """The reply to a request; whatever goes wrong is told in it, and its traceback is in the log."""
         try:
-            return self.make(**header) if "scorer" in header else {"scores": self.score(header["prompts"], blobs)}
+            return (
+                self.make(**header)
+                if "scorer" in header
+                else {"scores": self.score(header["prompts"], blobs)}
+            )
         except BaseException as error:  # a target's sys.exit() too
             traceback.print_exc()
             last = traceback.format_exception_only(type(error), error)[-1].strip()

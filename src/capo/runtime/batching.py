@@ -26,7 +26,9 @@ class FittingBatch:
         self.largest: int | None = None  # None: memory has not run out yet
         self._refused = 0  # the smallest batch for which it has, until a smaller one has fitted
 
-    def __call__(self, function: Callable[[slice], Result], count: int, most: int | None = None) -> list[Result]:
+    def __call__(
+        self, function: Callable[[slice], Result], count: int, most: int | None = None
+    ) -> list[Result]:
         """[function(part), ...] for slices of up to `most` that cover range(count), in order; at least one, if an empty one.
 
         Raises InputError where a single image does not fit.
@@ -51,13 +53,20 @@ class FittingBatch:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if size <= 1:
-            raise InputError(f"{self.what}: a single image does not fit into {device_memory()}: {self.remedy} ({reason})")
+            raise InputError(
+                f"{self.what}: a single image does not fit into {device_memory()}: {self.remedy} ({reason})"
+            )
         self._refused, self.largest = size, size // 2
 
     def _fitted(self) -> None:
         if self._refused:
-            log.warning("%s: %d images at once do not fit into %s; from here on it gets %d",
-                        self.what, self._refused, device_memory(), self.largest)  # fmt: skip
+            log.warning(
+                "%s: %d images at once do not fit into %s; from here on it gets %d",
+                self.what,
+                self._refused,
+                device_memory(),
+                self.largest,
+            )
             self._refused = 0
 
 

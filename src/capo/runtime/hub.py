@@ -30,7 +30,9 @@ def check_access(repository: str) -> None:
         raise InputError(f"{place}: no name of a repository ({error}); write owner/name") from error
     except (HfHubHTTPError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{place}: {constants.ENDPOINT} does not know who you are ({reason}); hf auth login, with a token that writes") from error
+        raise InputError(
+            f"{place}: {constants.ENDPOINT} does not know who you are ({reason}); hf auth login, with a token that writes"
+        ) from error
 
 
 def push(folder: Path, repository: str) -> str:
@@ -40,9 +42,13 @@ def push(folder: Path, repository: str) -> str:
     """
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
-        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="capo policy"))
+        return str(
+            HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="capo policy")
+        )
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"push_to_hub={repository}: {str(error).splitlines()[0]}; the policy itself is in {folder}") from error
+        raise InputError(
+            f"push_to_hub={repository}: {str(error).splitlines()[0]}; the policy itself is in {folder}"
+        ) from error
 
 
 LOGIN = "log in with `hf auth login` (or set HF_TOKEN), then give the same command again"
@@ -69,13 +75,19 @@ def _reason(error: Exception, hub: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"it is gated; accept its conditions at {page}, {LOGIN}"
     if isinstance(error, RepositoryNotFoundError):
-        return f"the hub knows no such data set, or it is private; look at {page}, and if it is yours, {LOGIN}"
+        return (
+            f"the hub knows no such data set, or it is private; look at {page}, and if it is yours, {LOGIN}"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"it has no such revision; {page} lists its commits"
     if isinstance(error, HFValidationError):
         return "that is no id of a data set; write owner/name"
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        offline = "HF_HUB_OFFLINE says not to ask the hub" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        offline = (
+            "HF_HUB_OFFLINE says not to ask the hub"
+            if constants.HF_HUB_OFFLINE
+            else f"{constants.ENDPOINT} cannot be reached"
+        )
         return (
             f"it is not in the hub's cache ({constants.HF_HUB_CACHE}), and {offline}; give the same command once with a network, "
             "or a cache copied from elsewhere: HF_HOME=FOLDER before the command"

@@ -38,7 +38,7 @@ class Launch:
 
 @functools.cache
 def cluster() -> ClusterEnvironment | None:
-    """torchrun's or SLURM's environment; None for a process that was started alone.
+    """Torchrun's or SLURM's environment; None for a process that was started alone.
 
     Jobs that SLURM interrupts are begun again by their own script: the same command goes on.
     """
@@ -58,9 +58,18 @@ def launch() -> Launch:
     here = cluster()
     if here is None:
         return Launch()
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
+    told = (
+        os.environ.get("LOCAL_WORLD_SIZE")
+        or os.environ.get("SLURM_NTASKS_PER_NODE")
+        or os.environ.get("SLURM_TASKS_PER_NODE", "")
+    )
     tasks = re.match(r"\d+", told)  # SLURM writes 8, or 8(x2) for two machines
-    return Launch(here.global_rank(), here.world_size(), here.local_rank(), int(tasks[0]) if tasks else here.world_size())
+    return Launch(
+        here.global_rank(),
+        here.world_size(),
+        here.local_rank(),
+        int(tasks[0]) if tasks else here.world_size(),
+    )
 
 
 AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
@@ -91,7 +100,11 @@ def divide(batch: int, devices: int, micro_batch: int | None = None) -> Division
     accumulate, left = divmod(batch, devices * given)
     if left or not accumulate:
         each = [n for n in range(1, batch // devices + 1) if batch % (devices * n) == 0]
-        remedy = f"trainer.micro_batch can be {', '.join(map(str, each))}" if each else "make trainer.batch a multiple of the devices"
+        remedy = (
+            f"trainer.micro_batch can be {', '.join(map(str, each))}"
+            if each
+            else "make trainer.batch a multiple of the devices"
+        )
         raise InputError(
             f"trainer.batch={batch} is no multiple of {devices} devices x {given} pairs "
             f"(trainer.micro_batch={micro_batch or 'null'}): {remedy}"
@@ -131,8 +144,11 @@ def check_launch(here: Launch, strategy: str, devices: int | str | Sequence[int]
 def check_fsdp(strategy: str, precision: str, optimizer: str, channels_last: bool) -> None:
     """InputError for what FSDP2 does not go with."""
     refused = {
-        "trainer.channels_last=true": channels_last, "trainer.optimizer=adamw_8bit": optimizer == ADAMW_8BIT,
+        "trainer.channels_last=true": channels_last,
+        "trainer.optimizer=adamw_8bit": optimizer == ADAMW_8BIT,
         "trainer.precision=16-mixed": precision == "16-mixed",
-    }  # fmt: skip
+    }
     if strategy == FSDP and (found := [name for name, given in refused.items() if given]):
-        raise InputError(f"trainer.strategy=fsdp does not go with {', '.join(found)}: leave it out, or choose trainer=ddp")
+        raise InputError(
+            f"trainer.strategy=fsdp does not go with {', '.join(found)}: leave it out, or choose trainer=ddp"
+        )

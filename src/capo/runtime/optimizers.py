@@ -19,12 +19,18 @@ FUSED_ON = ("cpu", "cuda")
 def check_optimiser(name: str) -> None:
     """InputError where the optimiser of that name needs a package that is not installed."""
     if name == ADAMW_8BIT and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("trainer.optimizer=adamw_8bit needs bitsandbytes: pip install 'capo[bitsandbytes]', or choose adamw")
+        raise InputError(
+            "trainer.optimizer=adamw_8bit needs bitsandbytes: pip install 'capo[bitsandbytes]', or choose adamw"
+        )
     if name == ADAMW_8BIT and not torch.cuda.is_available():
-        raise InputError("trainer.optimizer=adamw_8bit needs a CUDA device, and torch sees none here: choose adamw")
+        raise InputError(
+            "trainer.optimizer=adamw_8bit needs a CUDA device, and torch sees none here: choose adamw"
+        )
 
 
-def make_optimiser(name: str, parameters: Sequence[nn.Parameter], lr: float, scaled: bool = False) -> Optimizer:
+def make_optimiser(
+    name: str, parameters: Sequence[nn.Parameter], lr: float, scaled: bool = False
+) -> Optimizer:
     """AdamW without weight decay. `scaled`: gradients come scaled, as under 16-mixed, where a fused step would unscale them itself.
 
     Fused where torch has it: one pass over the weights in place of a dozen. Raises InputError where the 8-bit form's package is missing.

@@ -14,14 +14,10 @@ from torch import distributed
 from capo.errors import InputError
 from capo.runtime.launch import Launch, cluster, launch
 
-PATIENCE = timedelta(hours=2)  # for the slowest process: the first one writes pictures and policies while the others wait
+PATIENCE = timedelta(
+    hours=2
+)  # for the slowest process: the first one writes pictures and policies while the others wait
 Value = TypeVar("Value")
-
-
-
-
-
-
 
 
 @contextmanager
@@ -36,7 +32,10 @@ def process_group(cuda: bool) -> Iterator[Launch]:
     if environment is None or here.world == 1:
         yield here
         return
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
+        environment.main_address,
+        str(environment.main_port),
+    )
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     distributed.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=PATIENCE)
     yield here

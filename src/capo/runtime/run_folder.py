@@ -7,9 +7,17 @@ from pathlib import Path
 
 from capo.runtime.files import write_whole
 
-CONFIG, OUTCOME, ERROR = "config.yaml", "outcome.json", "error.txt"  # configuration; written at the end; of a failed job
+CONFIG, OUTCOME, ERROR = (
+    "config.yaml",
+    "outcome.json",
+    "error.txt",
+)  # configuration; written at the end; of a failed job
 METRICS, CHECKPOINTS, LAST = "metrics.csv", "checkpoints", "last.ckpt"
-CALIBRATION, VALIDATION, POLICY = "calibration", "validation", "policy"  # folders: report, image grids, exported policy
+CALIBRATION, VALIDATION, POLICY = (
+    "calibration",
+    "validation",
+    "policy",
+)  # folders: report, image grids, exported policy
 EVALUATION = "evaluation"  # folder of what follows
 RESULTS, SETTINGS, REPORT, POOLS = "results.json", "settings.json", "report.html", "pool"
 MONITOR = "val/win_rate"  # figure by which checkpoints are compared, and key of the outcome

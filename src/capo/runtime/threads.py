@@ -11,7 +11,9 @@ Part, Result = TypeVar("Part"), TypeVar("Result")
 OPERATIONS, BATCHES = "operations", "batches"
 
 
-def in_lanes(function: Callable[[Part], Result], parts: Iterable[Part], parallel: str, device: torch.device) -> list[Result]:
+def in_lanes(
+    function: Callable[[Part], Result], parts: Iterable[Part], parallel: str, device: torch.device
+) -> list[Result]:
     """[function(part) for part in parts].
 
     With `parallel` "batches" on a CPU as many parts at a time as this process has torch threads, one thread each: small
@@ -40,4 +42,6 @@ def over_rows(function: Callable[[slice], None], rows: int, least: int, device: 
         function(slice(0, rows))
         return
     size = math.ceil(rows / lanes)
-    in_lanes(function, [slice(start, min(start + size, rows)) for start in range(0, rows, size)], BATCHES, device)
+    in_lanes(
+        function, [slice(start, min(start + size, rows)) for start in range(0, rows, size)], BATCHES, device
+    )

@@ -26,7 +26,9 @@ class ValidatedCheckpoint(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self._validation = validation
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
+    ) -> None:
         if self._validation.validated == trainer.global_step:
             super().on_train_batch_end(trainer, module, outputs, batch, index)
 
@@ -68,12 +70,16 @@ def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
     module.policy = module.fresh_policy()
     kept = module.load_state_dict(state["state_dict"], strict=False)
     if kept.unexpected_keys or module.trained_names().intersection(kept.missing_keys):
-        raise InputError(f"{checkpoints.best_model_path} holds the weights of another model: {[*kept.unexpected_keys, *kept.missing_keys][:3]}")
+        raise InputError(
+            f"{checkpoints.best_model_path} holds the weights of another model: {[*kept.unexpected_keys, *kept.missing_keys][:3]}"
+        )
     module.policy.eval().requires_grad_(False)
     return float(checkpoints.best_model_score)
 
 
-def check_checkpoint(path: Path, module: nn.Module, names: Collection[str] | None = None, base: str | None = None) -> None:
+def check_checkpoint(
+    path: Path, module: nn.Module, names: Collection[str] | None = None, base: str | None = None
+) -> None:
     """InputError where the checkpoint at `path` cannot be read or holds the weights of another model than `module`.
 
     `names`: what it has to hold of the module's state; None: all. `base`: fingerprint of the base that the run is tuned from. A run whose weights were exchanged under the same name would otherwise go on from none of its own.
@@ -82,7 +88,9 @@ def check_checkpoint(path: Path, module: nn.Module, names: Collection[str] | Non
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stored = checkpoint["state_dict"]
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); remove it, and training begins again") from error
+        raise InputError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); remove it, and training begins again"
+        ) from error
     if base and checkpoint.get("base", base) != base:
         raise InputError(
             f"{path} was tuned from another base ({checkpoint['base'][:8]}, this is {base[:8]}): configure the weights of this run, "
@@ -90,7 +98,9 @@ def check_checkpoint(path: Path, module: nn.Module, names: Collection[str] | Non
         )
     own = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    if other := sorted({name for name in own if shapes.get(name) != own[name].shape} | (shapes.keys() - own.keys())):
+    if other := sorted(
+        {name for name in own if shapes.get(name) != own[name].shape} | (shapes.keys() - own.keys())
+    ):
         raise InputError(
             f"{path} is a checkpoint of another model ({len(other)} of {len(own)} tensors do not fit, the first {other[0]}); "
             "configure the model of this run, or choose another hydra.run.dir"

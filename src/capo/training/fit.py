@@ -30,12 +30,6 @@ def encode_aside(backbone: Backbone, prompts: list[str]) -> dict[str, Tensor]:
         return backbone.encode_prompts(prompts)
 
 
-
-
-
-
-
-
 def _own_devices(devices: int | str | Sequence[int], here: Launch) -> int | str | Sequence[int]:
     """What Lightning shall take on this machine: one device a process; which one, a process that is alone may say."""
     if here.world > 1:
@@ -43,9 +37,21 @@ def _own_devices(devices: int | str | Sequence[int], here: Launch) -> int | str 
     return 1 if device_count(devices) is None else devices
 
 
-def fit(module: PreferenceModule, data: PreferenceData, validation: WinRateValidation, loggers: list[Logger], folder: Path, *,
-        max_steps: int, log_every: int, accelerator: str, precision: str, accumulate: int, devices: int | str | Sequence[int] = 1,
-        strategy: str = AUTO) -> ModelCheckpoint:
+def fit(
+    module: PreferenceModule,
+    data: PreferenceData,
+    validation: WinRateValidation,
+    loggers: list[Logger],
+    folder: Path,
+    *,
+    max_steps: int,
+    log_every: int,
+    accelerator: str,
+    precision: str,
+    accumulate: int,
+    devices: int | str | Sequence[int] = 1,
+    strategy: str = AUTO,
+) -> ModelCheckpoint:
     """Train for `max_steps` optimiser steps; the checkpoint with the highest validation win-rate is kept beside the last.
 
     Goes on from `checkpoints/last.ckpt` where there is one: weights, optimiser, order, visits and curves are then those of a
@@ -62,17 +68,41 @@ def fit(module: PreferenceModule, data: PreferenceData, validation: WinRateValid
         if here.first and isinstance(logger, CurvesFile) and logger.rows:
             logger.drop_after(step)
     checkpoints = ValidatedCheckpoint(
-        validation, folder / "checkpoints", filename="{step:06d}", monitor=MONITOR, mode="max", save_top_k=1, save_last=True,
-        every_n_train_steps=1, auto_insert_metric_name=False, enable_version_counter=False,
-    )  # fmt: skip
+        validation,
+        folder / "checkpoints",
+        filename="{step:06d}",
+        monitor=MONITOR,
+        mode="max",
+        save_top_k=1,
+        save_last=True,
+        every_n_train_steps=1,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
     trainer = L.Trainer(
-        accelerator=accelerator, devices=_own_devices(devices, here), num_nodes=here.machines,
-        strategy=make_strategy(strategy, here.world), precision=precision, max_steps=max_steps, max_epochs=-1,
-        accumulate_grad_batches=accumulate, logger=loggers, default_root_dir=folder,
-        callbacks=[Curves(log_every), validation, checkpoints, SameBatches(), TQDMProgressBar(refresh_rate=1, leave=True)],
-        plugins=[WholeCheckpoints(), *([cluster()] if here.world > 1 else [])], use_distributed_sampler=False,
-        enable_model_summary=False, num_sanity_val_steps=0, inference_mode=False,
-    )  # fmt: skip
+        accelerator=accelerator,
+        devices=_own_devices(devices, here),
+        num_nodes=here.machines,
+        strategy=make_strategy(strategy, here.world),
+        precision=precision,
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        logger=loggers,
+        default_root_dir=folder,
+        callbacks=[
+            Curves(log_every),
+            validation,
+            checkpoints,
+            SameBatches(),
+            TQDMProgressBar(refresh_rate=1, leave=True),
+        ],
+        plugins=[WholeCheckpoints(), *([cluster()] if here.world > 1 else [])],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+    )
     home = module.backbone.device
     module.backbone.to("cpu")
     trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
@@ -81,5 +111,7 @@ def fit(module: PreferenceModule, data: PreferenceData, validation: WinRateValid
     gc.collect()  # the trainer is in cycles, and with it go optimiser and reference
     module.backbone.to(home)
     if checkpoints.best_model_score is None:
-        raise InputError(f"no validation took place in {max_steps} steps; set validation.every to at most trainer.max_steps")
+        raise InputError(
+            f"no validation took place in {max_steps} steps; set validation.every to at most trainer.max_steps"
+        )
     return checkpoints

@@ -35,7 +35,9 @@ class CurvesFile(Logger):
         self.rows: list[dict[str, object]] = []
         if self.path.is_file():
             with self.path.open(encoding="utf-8", newline="") as file:
-                self.rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+                self.rows = [
+                    {name: value for name, value in row.items() if value} for row in csv.DictReader(file)
+                ]
         self._unwritten = 0
 
     @property
@@ -131,8 +133,12 @@ class WandbRun(WandbLogger):
 
         online = wandb_is_online()
         if not online:
-            print(f"W&B: offline (no key, or WANDB_MODE says so); `wandb sync {self.save_dir}/wandb/offline-*` uploads the run")
-        before = json.loads(self.record_path.read_text(encoding="utf-8")) if self.record_path.is_file() else {}
+            print(
+                f"W&B: offline (no key, or WANDB_MODE says so); `wandb sync {self.save_dir}/wandb/offline-*` uploads the run"
+            )
+        before = (
+            json.loads(self.record_path.read_text(encoding="utf-8")) if self.record_path.is_file() else {}
+        )
         self._record = {
             "id": before.get("id") or secrets.token_hex(4),
             "group": identity.group,
@@ -146,16 +152,24 @@ class WandbRun(WandbLogger):
         if not online:
             given["settings"] = wandb.Settings(silent=True)  # the line above has said it all
         self._experiment = wandb.init(
-            project=self.name, dir=self.save_dir, mode="online" if online else "offline", resume="allow", reinit="create_new",
+            project=self.name,
+            dir=self.save_dir,
+            mode="online" if online else "offline",
+            resume="allow",
+            reinit="create_new",
             **(given | self._options),
-        )  # fmt: skip
+        )
         self._experiment.define_metric("trainer/global_step")
         self._experiment.define_metric("*", step_metric="trainer/global_step")
 
     def summarise(self, figures: Mapping[str, float]) -> None:
         """The run's outcome: as summaries, as a table `outcome`, and in `wandb.json`."""
         self._record["summary"] = dict(figures)
-        self.log_table("outcome", columns=["figure", "value"], data=[[name, float(value)] for name, value in figures.items()])
+        self.log_table(
+            "outcome",
+            columns=["figure", "value"],
+            data=[[name, float(value)] for name, value in figures.items()],
+        )
         self.experiment.summary.update(dict(figures))
         self._write()
 
@@ -173,7 +187,9 @@ def wandb_is_online() -> bool:
     mode = os.environ.get("WANDB_MODE", "").lower()
     if mode:
         return mode == "online"
-    os.environ.pop("WANDB_MODE", None)  # set to nothing it says nothing, but wandb would take it for a mode that it does not know
+    os.environ.pop(
+        "WANDB_MODE", None
+    )  # set to nothing it says nothing, but wandb would take it for a mode that it does not know
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
@@ -204,7 +220,9 @@ class Curves(L.Callback):
             self._began = time.perf_counter()
         self._pairs += len(batch.prompt_ids) * trainer.world_size
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
+    ) -> None:
         """Nothing until the optimiser has moved."""
         step = trainer.global_step
         if step == self._seen:

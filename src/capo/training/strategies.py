@@ -20,22 +20,6 @@ from capo.runtime.launch import AUTO, FSDP
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 whose checkpoint is the one file that every other strategy writes, optimiser included.
 
@@ -44,7 +28,9 @@ class ShardedStrategy(ModelParallelStrategy):
     """
 
     def __init__(self, processes: int):
-        super().__init__(data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        super().__init__(
+            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         """The whole state on the first process, by numbers as a plain optimiser has it; empty on the others."""
@@ -53,17 +39,31 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.global_rank:
             return {}
         numbers = {name: number for number, name in enumerate(self._trained())}
-        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in found["param_groups"]]
-        return {"state": {numbers[name]: state for name, state in found["state"].items()}, "param_groups": groups}
+        groups = [
+            {**group, "params": [numbers[name] for name in group["params"]]}
+            for group in found["param_groups"]
+        ]
+        return {
+            "state": {numbers[name]: state for name, state in found["state"].items()},
+            "param_groups": groups,
+        }
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, object]:
         """Weights and optimiser into their shards; the rest of the checkpoint is returned."""
         checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only)
         # not strict: what LoRA leaves frozen is in no checkpoint
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=StateDictOptions(full_state_dict=True, strict=False))
+        set_model_state_dict(
+            self.model,
+            checkpoint.pop("state_dict"),
+            options=StateDictOptions(full_state_dict=True, strict=False),
+        )
         names = self._trained()
         for optimiser, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            set_optimizer_state_dict(self.model, optimiser, _by_name(state, names), options=StateDictOptions(full_state_dict=True))
+            set_optimizer_state_dict(
+                self.model, optimiser, _by_name(state, names), options=StateDictOptions(full_state_dict=True)
+            )
         return checkpoint
 
     def _trained(self) -> list[str]:
@@ -71,8 +71,13 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _by_name(state: Mapping[str, object], names: list[str]) -> dict[str, object]:
-    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[number]: moments for number, moments in state["state"].items()}, "param_groups": groups}
+    groups = [
+        {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+    ]
+    return {
+        "state": {names[number]: moments for number, moments in state["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def make_strategy(name: str, processes: int) -> Strategy | str:

@@ -11,7 +11,9 @@ from capo.data.candidates import Candidates
 from capo.module import PreferenceModule
 
 
-def print_summary(facts: dict[str, object], candidates: Candidates, module: PreferenceModule, console: Console) -> None:
+def print_summary(
+    facts: dict[str, object], candidates: Candidates, module: PreferenceModule, console: Console
+) -> None:
     """What is being optimised, before the first step is taken."""
     found = candidates.selection.statistics()
     table = Table(title="what is being optimised", show_header=False, title_justify="left")
@@ -23,14 +25,20 @@ def print_summary(facts: dict[str, object], candidates: Candidates, module: Pref
         "X+ / X-": f"{found.winners:.1f} / {found.losers:.1f} candidates a prompt, {found.pairs:.1f} pairs to draw from",
     }
     for name, spread_ in zip(candidates.labels, candidates.spreads, strict=True):
-        shares = "" if spread_.flat != spread_.flat else f", flat {spread_.flat:.0%}, saturated {spread_.saturated:.0%} of prompts"
+        shares = (
+            ""
+            if spread_.flat != spread_.flat
+            else f", flat {spread_.flat:.0%}, saturated {spread_.saturated:.0%} of prompts"
+        )
         rows[f"spread of {name}"] = f"{spread_.std:.3f}{shares}"
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)
 
 
-def beta_warning(objective: str, beta: float | None, ranges: dict[str, Sequence[float]], model: str) -> str | None:
+def beta_warning(
+    objective: str, beta: float | None, ranges: dict[str, Sequence[float]], model: str
+) -> str | None:
     """One sentence where beta lies outside of what was measured for the model, else None."""
     if beta is None or ranges.get(objective) is None:
         return None

@@ -53,7 +53,10 @@ def validation_set(base: Drawn, rewards: Sequence[Reward], pictures: int) -> Val
     rows = [position for row in pool.text_shards(positions) for position in pool.text_shard(row).positions]
     places = torch.tensor([rows.index(position) for position in positions])
     text = {name: torch.cat([part[name] for part in parts])[places] for name in parts[0]}
-    seeds = [[candidate_seed(plan.seed, prompt.id, index) for index in range(plan.candidates)] for prompt in plan.prompts]
+    seeds = [
+        [candidate_seed(plan.seed, prompt.id, index) for index in range(plan.candidates)]
+        for prompt in plan.prompts
+    ]
     shown = [base.images(row)[0] for row in range(min(pictures, len(plan.prompts)))]
     return ValidationSet(list(plan.prompts), text, seeds, base.scores(rewards), shown)
 
@@ -78,14 +81,24 @@ class WinRateValidation(L.Callback):
     rise, a line says so.
     """
 
-    def __init__(self, base: ValidationSet, backbone: Backbone, rewards: Sequence[Reward], settings: SamplerSettings,
-                 every: int, folder: Path, held_out: HeldOut | None = None):
+    def __init__(
+        self,
+        base: ValidationSet,
+        backbone: Backbone,
+        rewards: Sequence[Reward],
+        settings: SamplerSettings,
+        every: int,
+        folder: Path,
+        held_out: HeldOut | None = None,
+    ):
         self.held_out = held_out or HeldOut()
         self.base, self.backbone, self.rewards, self.settings = base, backbone, list(rewards), settings
         self.every, self.folder = every, Path(folder)
         self.validated = 0  # the last step after which this was done
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
+    ) -> None:
         """Validate every `every` steps and after the last one."""
         step = trainer.global_step
         last = trainer.max_steps > 0 and step == trainer.max_steps
@@ -98,14 +111,19 @@ class WinRateValidation(L.Callback):
         figures["time/validation_seconds"] = time.perf_counter() - begun
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
-        rates = "  ".join(f"{name.removeprefix('val/win_rate/')} {value:.3f}" for name, value in figures.items()
-                          if name.startswith("val/win_rate/"))
+        rates = "  ".join(
+            f"{name.removeprefix('val/win_rate/')} {value:.3f}"
+            for name, value in figures.items()
+            if name.startswith("val/win_rate/")
+        )
         module.print(f"step {step}: win-rate against the base {figures[MONITOR]:.3f}  ({rates})")
         if alarm:
             module.print(alarm)
 
     @torch.no_grad()
-    def validate(self, trainer: L.Trainer, policy: torch.nn.Module, step: int) -> tuple[dict[str, float], str | None]:
+    def validate(
+        self, trainer: L.Trainer, policy: torch.nn.Module, step: int
+    ) -> tuple[dict[str, float], str | None]:
         """Win-rates and mean scores of `policy` on the validation prompts; the alarm, where a held-out reward falls."""
         was_training = policy.training
         policy.eval()
@@ -113,7 +131,11 @@ class WinRateValidation(L.Callback):
         with self.backbone.visiting(trainer.strategy.root_device):
             latents = self._sample(policy, drawn, trainer.is_global_zero, alone=trainer.world_size == 1)
             policy.train(was_training)
-            images = self.backbone.decode(latents[: len(mine)].flatten(0, 1), batch=self.settings.decoded) if mine else []
+            images = (
+                self.backbone.decode(latents[: len(mine)].flatten(0, 1), batch=self.settings.decoded)
+                if mine
+                else []
+            )
         figures, alarm = self._figures(images, mine, step, trainer.strategy.root_device)
         shown = self._shown(images, mine)
         if trainer.is_global_zero:
@@ -126,11 +148,15 @@ class WinRateValidation(L.Callback):
         seeds = [self.base.seeds[row] for row in drawn]
         text = {name: value[drawn] for name, value in self.base.text.items()}
         total = len(seeds) * len(seeds[0]) * settings.steps
-        with tqdm(total=total, desc="validation", unit="image step", leave=False, disable=not progress) as bar:
+        with tqdm(
+            total=total, desc="validation", unit="image step", leave=False, disable=not progress
+        ) as bar:
             latents = sample_prompts(self.backbone, policy, text, seeds, settings, bar.update)
         return latents.to(torch.float16).float()
 
-    def _figures(self, images: list[Image], mine: list[int], step: int, device: torch.device) -> tuple[dict[str, float], str | None]:
+    def _figures(
+        self, images: list[Image], mine: list[int], step: int, device: torch.device
+    ) -> tuple[dict[str, float], str | None]:
         """Of all processes' images together: the same in each of them."""
         figures: dict[str, float] = {}
         rates: dict[str, dict[int, float]] = {}  # reward -> {prompt: win-rate} of this process's share
@@ -147,14 +173,19 @@ class WinRateValidation(L.Callback):
         verdict = judge(list(everyones.values()), held_out, self.held_out.seed)
         return figures | verdict.figures(), verdict.message(step)
 
-    def _judged(self, reward: Reward, images: list[Image], mine: list[int], device: torch.device) -> tuple[dict[str, float], dict[int, float]]:
+    def _judged(
+        self, reward: Reward, images: list[Image], mine: list[int], device: torch.device
+    ) -> tuple[dict[str, float], dict[int, float]]:
         """Win-rate and mean score of all processes' images, and the win-rates of the prompts that this one has drawn."""
         per_prompt = len(self.base.seeds[0])
         prompts = [self.base.prompts[row].text for row in mine for _ in range(per_prompt)]
         rate, score, rates = WinRate(), MeanMetric(), {}
         if mine:
             reward.setup(device)  # one after the other: beside the policy there may be no room for all
-            scores, base = reward.score(images, prompts).view(len(mine), per_prompt), self.base.base_scores[reward.name][mine]
+            scores, base = (
+                reward.score(images, prompts).view(len(mine), per_prompt),
+                self.base.base_scores[reward.name][mine],
+            )
             reward.rest()
             rate.update(scores, base)
             score.update(scores)
@@ -164,13 +195,19 @@ class WinRateValidation(L.Callback):
     def _shown(self, images: list[Image], mine: list[int]) -> list[Image]:
         """The policy's first image of the first prompts, whichever process has drawn it."""
         per_prompt = len(self.base.seeds[0])
-        own = {row: images[number * per_prompt] for number, row in enumerate(mine) if row < len(self.base.pictures)}
+        own = {
+            row: images[number * per_prompt]
+            for number, row in enumerate(mine)
+            if row < len(self.base.pictures)
+        }
         found = {row: image for part in gathered(own) for row, image in part.items()}
         return [found[row] for row in sorted(found)]
 
     def _draw(self, shown: list[Image], step: int) -> Path:
         path = self.folder / f"step{step:06d}.png"
-        image_grid(self.base.pictures, shown, [prompt.text for prompt in self.base.prompts[: len(shown)]], path)
+        image_grid(
+            self.base.pictures, shown, [prompt.text for prompt in self.base.prompts[: len(shown)]], path
+        )
         return path
 
     def state_dict(self) -> dict[str, int]:

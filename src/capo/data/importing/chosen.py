@@ -42,12 +42,16 @@ class Imported:
         """
         pool, table = Pool.open(folder), read_import_table(Path(folder))
         if labels == HUMAN_LABELS and table.ranks is None:
-            raise InputError(f"pool.labels=human: nobody has judged the images of {folder}; say pool.labels=rewards, or import them with "
-                             "the column of their scores (import.score)")
+            raise InputError(
+                f"pool.labels=human: nobody has judged the images of {folder}; say pool.labels=rewards, or import them with "
+                "the column of their scores (import.score)"
+            )
         taken = {prompt.id for prompt in held_out}
         prompts = [prompt for prompt, _ in pool.prompts if prompt_id(prompt.text) not in taken]
         if not prompts:
-            raise InputError(f"pool.imported={folder}: all of its {len(pool.prompts)} captions are validation or test prompts; give others")
+            raise InputError(
+                f"pool.imported={folder}: all of its {len(pool.prompts)} captions are validation or test prompts; give others"
+            )
         return cls(pool, table, prompts, len(pool.prompts) - len(prompts))
 
     @property
@@ -57,31 +61,48 @@ class Imported:
 
     def described(self, labels: Sequence[LabelSource]) -> str:
         """One line for summaries and model cards."""
-        left_out = f"; {self.held_out} left out, whose captions are validation or test prompts" if self.held_out else ""
+        left_out = (
+            f"; {self.held_out} left out, whose captions are validation or test prompts"
+            if self.held_out
+            else ""
+        )
         return f"{len(self.prompts)} imported entries of {self.candidates} images ({self.pool.folder.name}), {described(labels)}{left_out}"
 
-    def ready(self, backbone: Backbone, settings: SamplerSettings, labels: Sequence[LabelSource], progress: bool = True) -> Imported:
+    def ready(
+        self,
+        backbone: Backbone,
+        settings: SamplerSettings,
+        labels: Sequence[LabelSource],
+        progress: bool = True,
+    ) -> Imported:
         """Makes the scores that `labels` lack; human choices were stored when the pool was imported.
 
         Raises InputError where the pool was made with other latents or text encoders than the model's, or is not complete.
         """
         mine, its = backbone.fingerprints, dataclasses.asdict(self.pool.manifest)
         if wrong := [part for part in ("latent_space", "text_encoders") if mine[part] != its[part]]:
-            raise InputError(f"pool.imported={self.pool.folder}: its {' and '.join(wrong)} are not those of {backbone.name}; import the "
-                             "images with this model (generate.py stage=import)")
+            raise InputError(
+                f"pool.imported={self.pool.folder}: its {' and '.join(wrong)} are not those of {backbone.name}; import the "
+                "images with this model (generate.py stage=import)"
+            )
         self.pool.check_latent_shape(backbone.latent_shape)
         self._check_complete()
         if rewards := scored(labels):
-            stage = ScoreStage(self.pool, self.pool.text_shards(), backbone, settings, False, rewards, self.candidates)
+            stage = ScoreStage(
+                self.pool, self.pool.text_shards(), backbone, settings, False, rewards, self.candidates
+            )
             check_space(self.pool, [stage])
             run_stage(stage, progress)
         return self
 
     def _check_complete(self) -> None:
-        lacking = [shard.name for shard in self.pool.shards(self.candidates)
-                   if not (self.pool.has_text(shard.row) and self.pool.has_latents(shard))]
+        lacking = [
+            shard.name
+            for shard in self.pool.shards(self.candidates)
+            if not (self.pool.has_text(shard.row) and self.pool.has_latents(shard))
+        ]
         if lacking or len(self.pool.prompts) != len(self.table.ids):
-            raise InputError(f"pool.imported={self.pool.folder} is not complete ({len(lacking)} shards are missing): run the generate.py "
-                             "stage=import that made it again; it goes on where it stopped")
-
-
+            raise InputError(
+                f"pool.imported={self.pool.folder} is not complete ({len(lacking)} shards are missing): run the generate.py "
+                "stage=import that made it again; it goes on where it stopped"
+            )

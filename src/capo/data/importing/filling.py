@@ -36,20 +36,34 @@ class EncodeStage(Stage):
 
     name = "latents"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool,
-                 source: Source, table: ImportTable):
+    def __init__(
+        self,
+        pool: Pool,
+        rows: Sequence[int],
+        backbone: Backbone,
+        settings: SamplerSettings,
+        verify: bool,
+        source: Source,
+        table: ImportTable,
+    ):
         super().__init__(pool, rows, backbone, settings, verify)
         self.source, self.table = source, table
 
     def missing(self, row: int) -> list[Shard]:
-        return [shard for shard in self.pool.row_shards(row, self.table.candidates) if not self.pool.has_latents(shard, self.verify)]
+        return [
+            shard
+            for shard in self.pool.row_shards(row, self.table.candidates)
+            if not self.pool.has_latents(shard, self.verify)
+        ]
 
     def run(self, shard: Shard, report: Report) -> None:
-        places = self.table.places[shard.positions.start:shard.positions.stop, shard.candidates.start:shard.candidates.stop]
+        places = self.table.places[
+            shard.positions.start : shard.positions.stop, shard.candidates.start : shard.candidates.stop
+        ]
         flat = [tuple(place) for place in places.reshape(-1, 3).tolist()]
         parts = []
         for start in range(0, len(flat), self.settings.batch):
-            images = [self._picture(place) for place in flat[start:start + self.settings.batch]]
+            images = [self._picture(place) for place in flat[start : start + self.settings.batch]]
             parts.append(self.backbone.encode_images(pixels(images)).cpu())
             report(len(images))
         latents = torch.cat(parts).unflatten(0, places.shape[:2])
@@ -59,7 +73,9 @@ class EncodeStage(Stage):
         try:
             return picture(self.source.cell(place), self.source.images, image_size(self.backbone))
         except BrokenImage as error:
-            raise InputError(f"{self.source.where(place)} could be read at first and now cannot ({error}); restore it") from error
+            raise InputError(
+                f"{self.source.where(place)} could be read at first and now cannot ({error}); restore it"
+            ) from error
 
     def bytes_missing(self) -> int:
         return 2 * torch.Size(self.backbone.latent_shape).numel() * sum(shard.images for shard in self.todo())
@@ -70,7 +86,15 @@ class ChoiceStage(Stage):
 
     name = "choices"
 
-    def __init__(self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool, table: ImportTable):
+    def __init__(
+        self,
+        pool: Pool,
+        rows: Sequence[int],
+        backbone: Backbone,
+        settings: SamplerSettings,
+        verify: bool,
+        table: ImportTable,
+    ):
         super().__init__(pool, rows, backbone, settings, verify)
         self.table = table
 
@@ -81,7 +105,9 @@ class ChoiceStage(Stage):
         return [shard for shard in shards if not self.pool.has_scores(HUMAN.key, shard, self.verify)]
 
     def run(self, shard: Shard, report: Report) -> None:
-        ranks = self.table.ranks[shard.positions.start:shard.positions.stop, shard.candidates.start:shard.candidates.stop]
+        ranks = self.table.ranks[
+            shard.positions.start : shard.positions.stop, shard.candidates.start : shard.candidates.stop
+        ]
         self.pool.write_scores(HUMAN.key, shard, torch.from_numpy(ranks.copy()), {})
         report(shard.images)
 
@@ -89,16 +115,29 @@ class ChoiceStage(Stage):
         return 0  # a thousandth of the latents
 
 
-def import_pool(source: Source, backbone: Backbone, settings: SamplerSettings, root: Path, model: str, *,
-                prompts_per_shard: int = 8, progress: bool = True) -> Pool:
+def import_pool(
+    source: Source,
+    backbone: Backbone,
+    settings: SamplerSettings,
+    root: Path,
+    model: str,
+    *,
+    prompts_per_shard: int = 8,
+    progress: bool = True,
+) -> Pool:
     """The pool of a source under `root`, made, completed or found whole.
 
     The generator in its manifest is the fingerprint of the source's content, its seed 0, since nothing is drawn. Raises InputError
     where nothing can be imported, for too little disk space, and for a pool there of another model's latents or texts.
     """
     parts = backbone.fingerprints
-    manifest = Manifest(prompts_per_shard=prompts_per_shard, seed=0, generator=source.fingerprint,
-                        latent_space=parts["latent_space"], text_encoders=parts["text_encoders"])
+    manifest = Manifest(
+        prompts_per_shard=prompts_per_shard,
+        seed=0,
+        generator=source.fingerprint,
+        latent_space=parts["latent_space"],
+        text_encoders=parts["text_encoders"],
+    )
     folder = Path(root) / pool_name(model, manifest.generator, 0, SPLIT)
     table = None if is_imported(folder) else survey(source, progress)
     pool = Pool.create(folder, manifest)
@@ -109,8 +148,11 @@ def import_pool(source: Source, backbone: Backbone, settings: SamplerSettings, r
     pool.append_prompts([Prompt(*pair) for pair in zip(table.ids, table.texts, strict=True)], SPLIT)
     pool.check_latent_shape(backbone.latent_shape)
     rows = pool.text_shards()
-    stages = [TextStage(pool, rows, backbone, settings, True), EncodeStage(pool, rows, backbone, settings, True, source, table),
-              ChoiceStage(pool, rows, backbone, settings, True, table)]
+    stages = [
+        TextStage(pool, rows, backbone, settings, True),
+        EncodeStage(pool, rows, backbone, settings, True, source, table),
+        ChoiceStage(pool, rows, backbone, settings, True, table),
+    ]
     check_space(pool, stages)
     for stage in stages:
         run_stage(stage, progress)

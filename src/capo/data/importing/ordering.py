@@ -11,8 +11,12 @@ from capo.errors import InputError
 
 Place = tuple[int, int, int]  # of an image in a source: table, row, number among the images of the row
 TIE, UNLABELLED, NO_CAPTION, TOO_FEW, UNEQUAL = (
-    "ties", "without a choice", "without a caption", "with too few images", "with more or fewer ranks than images",
-)  # fmt: skip
+    "ties",
+    "without a choice",
+    "without a caption",
+    "with too few images",
+    "with more or fewer ranks than images",
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ def choice_of(value: object, where: str) -> tuple[int, int] | None:
     """label_0 -> ranks of the two images; None where nobody chose."""
     label = number_of(value, where)
     if label not in (None, 0.0, 0.5, 1.0):
-        raise InputError(f"{where} is {value}; it must be 1 (the first image was chosen), 0 (the second) or 0.5 (a tie)")
+        raise InputError(
+            f"{where} is {value}; it must be 1 (the first image was chosen), 0 (the second) or 0.5 (a tie)"
+        )
     return {None: None, 1.0: (1, 0), 0.0: (0, 1), 0.5: (0, 0)}[label]
 
 

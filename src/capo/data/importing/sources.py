@@ -41,7 +41,9 @@ class Source(ABC):
         options: JSON values that decide what the entries are.
     """
 
-    def __init__(self, tables: Sequence[Table], images: Path, columns: Sequence[str], options: dict[str, object]):
+    def __init__(
+        self, tables: Sequence[Table], images: Path, columns: Sequence[str], options: dict[str, object]
+    ):
         self.tables, self.images, self.columns, self.options = list(tables), images, list(columns), options
         self._cursors: dict[int, RowCursor] = {}
 
@@ -57,7 +59,9 @@ class Source(ABC):
         """What stands for an image: bytes, `{bytes, path}` or a path. Quick in rising order of places."""
         table, row, item = place
         if table not in self._cursors:
-            self._cursors = {table: RowCursor(self.tables[table], self.columns)}  # the last one's rows are let go
+            self._cursors = {
+                table: RowCursor(self.tables[table], self.columns)
+            }  # the last one's rows are let go
         return self.pick(self._cursors[table].row(row), item)
 
     def where(self, place: Place) -> str:
@@ -84,7 +88,12 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """64 hex digits over the content: options, tables, and the files of images that lie outside of them."""
         return content_fingerprint(
-            {"import": 1, "options": self.options, "tables": [file_digest(table.path) for table in self.tables], "images": self._files()}
+            {
+                "import": 1,
+                "options": self.options,
+                "tables": [file_digest(table.path) for table in self.tables],
+                "images": self._files(),
+            }
         )
 
     def _files(self) -> list[str | None]:
@@ -104,7 +113,13 @@ class _Pairs(Source):
     def __init__(self, tables, caption: str, image_0: str, image_1: str, label: str, limit: int | None):
         for table in tables:
             table.require({"caption": caption, "image_0": image_0, "image_1": image_1, "label": label})
-        options = {"kind": "pairs", "caption": caption, "images": [image_0, image_1], "label": label, "limit": limit}
+        options = {
+            "kind": "pairs",
+            "caption": caption,
+            "images": [image_0, image_1],
+            "label": label,
+            "limit": limit,
+        }
         super().__init__(tables, tables[0].path.parent, [image_0, image_1], options)
         self.caption, self.label, self.limit = caption, label, limit
 
@@ -129,10 +144,19 @@ class _Pairs(Source):
 class _Lists(Source):
     """A row is a caption with a list of images and a list of their places or scores."""
 
-    def __init__(self, tables, images: Path, caption: str, column: str, order: str, better: str, candidates: int | None):
+    def __init__(
+        self, tables, images: Path, caption: str, column: str, order: str, better: str, candidates: int | None
+    ):
         for table in tables:
             table.require({"caption": caption, "image": column, "order": order})
-        options = {"kind": "lists", "caption": caption, "images": column, "order": order, "better": better, "candidates": candidates}
+        options = {
+            "kind": "lists",
+            "caption": caption,
+            "images": column,
+            "order": order,
+            "better": better,
+            "candidates": candidates,
+        }
         super().__init__(tables, images, [column], options)
         self.caption, self.order, self.better, self.candidates = caption, order, better, candidates
 
@@ -141,10 +165,17 @@ class _Lists(Source):
 
     def _rows(self, dropped: Counter[str]) -> Iterator[Entry]:
         for number, table in enumerate(self.tables):
-            columns = [self.caption, self.order, *([self.columns[0]] if table.holds_paths(self.columns[0]) else [])]
+            columns = [
+                self.caption,
+                self.order,
+                *([self.columns[0]] if table.holds_paths(self.columns[0]) else []),
+            ]
             for row, values in table.rows(columns):
                 where = f"{table.path} row {row}: {self.order}"
-                caption, numbers = normalise(values.get(self.caption) or ""), numbers_of(values.get(self.order), where)
+                caption, numbers = (
+                    normalise(values.get(self.caption) or ""),
+                    numbers_of(values.get(self.order), where),
+                )
                 ranks = dense_ranks(numbers, self.better) if numbers else None
                 count = len(values.get(self.columns[0]) or ()) if len(columns) == 3 else len(numbers or ())
                 if reason := unusable(caption, ranks) or (UNEQUAL if count != len(ranks) else None):
@@ -160,9 +191,25 @@ class _Lists(Source):
 class _Files(Source):
     """A row is an image with its caption and, where there is one, its score; the rows of a caption are its candidates."""
 
-    def __init__(self, table: Table, images: Path, caption: str, column: str, score: str | None, better: str, candidates: int | None):
+    def __init__(
+        self,
+        table: Table,
+        images: Path,
+        caption: str,
+        column: str,
+        score: str | None,
+        better: str,
+        candidates: int | None,
+    ):
         table.require({"caption": caption, "image": column} | ({"score": score} if score else {}))
-        options = {"kind": "files", "caption": caption, "images": column, "score": score, "better": better, "candidates": candidates}
+        options = {
+            "kind": "files",
+            "caption": caption,
+            "images": column,
+            "score": score,
+            "better": better,
+            "candidates": candidates,
+        }
         super().__init__([table], images, [column], options)
         self.caption, self.score, self.better, self.candidates = caption, score, better, candidates
 
@@ -172,7 +219,11 @@ class _Files(Source):
     def _captions(self, dropped: Counter[str]) -> Iterator[Entry]:
         groups: dict[str, list[tuple[int, float | None]]] = {}
         for row, values in self.tables[0].rows([self.caption, *([self.score] if self.score else [])]):
-            score = number_of(values.get(self.score), f"{self.tables[0].path} row {row}: {self.score}") if self.score else None
+            score = (
+                number_of(values.get(self.score), f"{self.tables[0].path} row {row}: {self.score}")
+                if self.score
+                else None
+            )
             groups.setdefault(normalise(values.get(self.caption) or ""), []).append((row, score))
         for caption, members in groups.items():
             scores = [score for _, score in members]
@@ -187,9 +238,13 @@ class _Files(Source):
 
 
 def pickapic(
-    files: str | list[str], caption: str = "caption", image_0: str = "jpg_0", image_1: str = "jpg_1", label: str = "label_0",
+    files: str | list[str],
+    caption: str = "caption",
+    image_0: str = "jpg_0",
+    image_1: str = "jpg_1",
+    label: str = "label_0",
     limit: int | None = None,
-) -> Source:  # fmt: skip
+) -> Source:
     """Comparisons of two images in the columns of Pick-a-Pic: `label` is 1 where the first was chosen, 0 the second, 0.5 a tie.
 
     `files`: a table, a folder of parquet files, or several; `limit`: the first so many comparisons.
@@ -198,21 +253,39 @@ def pickapic(
 
 
 def rankings(
-    files: str | list[str], images: str | None = None, caption: str = "prompt", image: str = "image_path", order: str = "rank",
-    better: str = "lower", candidates: int | None = None,
-) -> Source:  # fmt: skip
+    files: str | list[str],
+    images: str | None = None,
+    caption: str = "prompt",
+    image: str = "image_path",
+    order: str = "rank",
+    better: str = "lower",
+    candidates: int | None = None,
+) -> Source:
     """Rankings of several images, as HPD has them: lists of images and of their ranks (`better=lower`) or scores (`higher`).
 
     `images`: folder that paths are relative to, by default the table's; `candidates`: see `same_size`.
     """
     tables = _tables(files)
-    return _Lists(tables, Path(images or tables[0].path.parent).expanduser(), caption, image, order, _direction(better), candidates)
+    return _Lists(
+        tables,
+        Path(images or tables[0].path.parent).expanduser(),
+        caption,
+        image,
+        order,
+        _direction(better),
+        candidates,
+    )
 
 
 def folder(
-    files: str, table: str | None = None, caption: str = "caption", image: str = "file_name", score: str | None = None,
-    better: str = "higher", candidates: int | None = None,
-) -> Source:  # fmt: skip
+    files: str,
+    table: str | None = None,
+    caption: str = "caption",
+    image: str = "file_name",
+    score: str | None = None,
+    better: str = "higher",
+    candidates: int | None = None,
+) -> Source:
     """A folder of images with a table of one row an image: file, caption and, where somebody has judged them, a score.
 
     `table`: file in the folder, by default the first of metadata.csv, .tsv, .jsonl, .parquet. `candidates`: see `same_size`.
@@ -221,7 +294,9 @@ def folder(
     names = [table] if table else FOLDER_TABLES
     found = next((root / name for name in names if (root / name).is_file()), None)
     if found is None:
-        raise InputError(f"import.files={files}: no {' or '.join(names)} in it; name the table with import.table=FILE")
+        raise InputError(
+            f"import.files={files}: no {' or '.join(names)} in it; name the table with import.table=FILE"
+        )
     return _Files(Table(found), root, caption, image, score, _direction(better), candidates)
 
 
@@ -232,7 +307,9 @@ def _tables(files: str | Sequence[str]) -> list[Table]:
         inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not inside or not all(file.is_file() for file in inside):
             what = "no parquet file in it" if path.is_dir() else "no such file"
-            raise InputError(f"import.files={name}: {what}; give a table, a folder of parquet files, or a list of them")
+            raise InputError(
+                f"import.files={name}: {what}; give a table, a folder of parquet files, or a list of them"
+            )
         paths += inside
     if not paths:
         raise InputError("import.files is empty; give a table, a folder of parquet files, or a list of them")

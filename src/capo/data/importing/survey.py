@@ -36,7 +36,9 @@ def survey(source: Source, progress: bool = True) -> ImportTable:
     """
     kept: list[Entry] = []
     broken: list[str] = []
-    for entry in tqdm(source.entries, desc="looking at images", unit="entry", disable=not progress, dynamic_ncols=True):
+    for entry in tqdm(
+        source.entries, desc="looking at images", unit="entry", disable=not progress, dynamic_ncols=True
+    ):
         faults = [fault for place in entry.places if (fault := _fault(source, place))]
         broken += faults
         if not faults:
@@ -67,7 +69,13 @@ def _table(kept: list[Entry], report: dict[str, object]) -> ImportTable:
     chosen = kept[0].ranks is not None
     ranks = np.array([entry.ranks for entry in kept], dtype=np.float32) if chosen else None
     report = report | {"captions": len(seen)}
-    return ImportTable(ids, [entry.caption for entry in kept], np.array([e.places for e in kept], dtype=np.int64), ranks, report)
+    return ImportTable(
+        ids,
+        [entry.caption for entry in kept],
+        np.array([e.places for e in kept], dtype=np.int64),
+        ranks,
+        report,
+    )
 
 
 def described(report: dict[str, object]) -> str:

@@ -30,9 +30,13 @@ class Table:
         if path.suffix not in KINDS:
             raise InputError(f"{path}: a table of an unknown kind; it must end in one of {', '.join(KINDS)}")
         try:
-            self.names, self.count = self._parquet_shape() if path.suffix == ".parquet" else self._text_shape()
+            self.names, self.count = (
+                self._parquet_shape() if path.suffix == ".parquet" else self._text_shape()
+            )
         except (OSError, pa.ArrowException, UnicodeDecodeError, ValueError, csv.Error) as error:
-            raise InputError(f"{path} cannot be read as {path.suffix[1:]} ({error}); give another file") from error
+            raise InputError(
+                f"{path} cannot be read as {path.suffix[1:]} ({error}); give another file"
+            ) from error
 
     def _parquet_shape(self) -> tuple[list[str], int]:
         with pq.ParquetFile(self.path) as file:
@@ -48,8 +52,16 @@ class Table:
     def _rows(self) -> list[dict]:
         text = self.path.read_text(encoding="utf-8-sig")
         if self.path.suffix in (".csv", ".tsv"):
-            return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if self.path.suffix == ".tsv" else ","))
-        rows = json.loads(text) if self.path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+            return list(
+                csv.DictReader(
+                    io.StringIO(text, newline=""), delimiter="\t" if self.path.suffix == ".tsv" else ","
+                )
+            )
+        rows = (
+            json.loads(text)
+            if self.path.suffix == ".json"
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it must be a list of objects, one a row")
         return rows
@@ -84,7 +96,9 @@ class Table:
                 if first + rows <= start:
                     first += rows
                     continue
-                for batch in file.iter_batches(BATCH, row_groups=[group], columns=list(columns), use_threads=False):
+                for batch in file.iter_batches(
+                    BATCH, row_groups=[group], columns=list(columns), use_threads=False
+                ):
                     if first + len(batch) > start:
                         yield first, batch.to_pylist()
                     first += len(batch)

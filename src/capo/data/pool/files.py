@@ -23,10 +23,16 @@ from capo.runtime.files import write_whole
 
 # safetensors' name -> what numpy reads it as, what torch makes of that (numpy has no bfloat16)
 DTYPES = {
-    "F64": (np.float64, torch.float64), "F32": (np.float32, torch.float32),
-    "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16),
-    "I64": (np.int64, torch.int64), "I32": (np.int32, torch.int32), "I16": (np.int16, torch.int16),
-    "I8": (np.int8, torch.int8), "U8": (np.uint8, torch.uint8), "BOOL": (np.bool_, torch.bool),
+    "F64": (np.float64, torch.float64),
+    "F32": (np.float32, torch.float32),
+    "F16": (np.float16, torch.float16),
+    "BF16": (np.int16, torch.bfloat16),
+    "I64": (np.int64, torch.int64),
+    "I32": (np.int32, torch.int32),
+    "I16": (np.int16, torch.int16),
+    "I8": (np.int8, torch.int8),
+    "U8": (np.uint8, torch.uint8),
+    "BOOL": (np.bool_, torch.bool),
 }
 LOCK_POLL = 0.1  # seconds
 
@@ -67,7 +73,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     plain = memoryview(save(owned, dict(metadata)))
     header = parse_header(path, plain)
-    data = plain[header.start:]
+    data = plain[header.start :]
     metadata = header.metadata | {"checksum": header.checksum(data)}
     # sorted, because safetensors' own order is random: the same content gives the same bytes
     complete = {"__metadata__": dict(sorted(metadata.items())), **header.entries}
@@ -80,7 +86,7 @@ def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
     """Header from the first bytes of a file. Raises DamagedShard when they are not a safetensors header."""
     length = int.from_bytes(start_of_file[:8], "little")
     try:
-        entries = json.loads(bytes(start_of_file[8:8 + length]))
+        entries = json.loads(bytes(start_of_file[8 : 8 + length]))
         metadata = entries.pop("__metadata__", {})
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         return Header(metadata, dict(entries), 8 + length, 8 + length + end)
@@ -122,7 +128,7 @@ class TensorFile:
                 raise DamagedShard(path, "it is empty") from error
         self.header = whole_header(path, memoryview(self._map), len(self._map))
         if verify:
-            data = memoryview(self._map)[self.header.start:]
+            data = memoryview(self._map)[self.header.start :]
             if self.header.checksum(data) != self.header.metadata.get("checksum"):
                 raise DamagedShard(path, "its checksum is not that of its data")
         self.arrays = {name: self._view(entry) for name, entry in self.header.entries.items()}
@@ -164,8 +170,10 @@ def _try_lock(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be written ({error.strerror}): set pool.root to a folder "
-                         "that can be written") from error
+        raise InputError(
+            f"{path.parent} cannot be written ({error.strerror}): set pool.root to a folder "
+            "that can be written"
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
@@ -175,8 +183,11 @@ def _try_lock(path: Path) -> int | None:
     except FileNotFoundError:  # removed by its holder between the two looks
         pass
     except OSError as error:
-        warnings.warn(f"{path.parent}: no advisory locks on this file system ({error.strerror}); "
-                      "let only one process at a time fill this pool", stacklevel=2)
+        warnings.warn(
+            f"{path.parent}: no advisory locks on this file system ({error.strerror}); "
+            "let only one process at a time fill this pool",
+            stacklevel=2,
+        )
         return handle
     os.close(handle)
     return None

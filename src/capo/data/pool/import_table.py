@@ -51,9 +51,11 @@ def write_import_table(folder: Path, table: ImportTable) -> None:
         "prompt_id": np.repeat(np.array(table.ids, dtype=object), candidates),
         "prompt": np.repeat(np.array(table.texts, dtype=object), candidates),
         "candidate": np.tile(np.arange(candidates, dtype=np.int32), entries),
-        "table": file, "row": row, "item": item,
+        "table": file,
+        "row": row,
+        "item": item,
         "rank": pa.nulls(entries * candidates, pa.float32()) if table.ranks is None else table.ranks.ravel(),
-    }  # fmt: skip
+    }
     metadata = {"candidates": str(candidates), "report": json.dumps(dict(table.report))}
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer, write_page_checksum=True)
@@ -64,14 +66,23 @@ def read_import_table(folder: Path) -> ImportTable:
     """The table of an imported pool. Raises InputError for a pool that was sampled, and a file that is damaged."""
     path = Path(folder) / NAME
     if not path.is_file():
-        raise InputError(f"{folder} is no imported pool (no {NAME}): generate.py stage=import makes one and prints its folder")
+        raise InputError(
+            f"{folder} is no imported pool (no {NAME}): generate.py stage=import makes one and prints its folder"
+        )
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         candidates, report = int(metadata["candidates"]), json.loads(metadata["report"])
-        places = np.stack([table[name].to_numpy() for name in ("table", "row", "item")], axis=-1).reshape(-1, candidates, 3)
+        places = np.stack([table[name].to_numpy() for name in ("table", "row", "item")], axis=-1).reshape(
+            -1, candidates, 3
+        )
         ranks = None if table["rank"].null_count else table["rank"].to_numpy().reshape(-1, candidates)
-        ids, texts = (table[name].take(np.arange(0, len(table), candidates)).to_pylist() for name in ("prompt_id", "prompt"))
+        ids, texts = (
+            table[name].take(np.arange(0, len(table), candidates)).to_pylist()
+            for name in ("prompt_id", "prompt")
+        )
     except (OSError, pa.ArrowException, AttributeError, LookupError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it, and the same generate.py stage=import makes it again") from error
+        raise InputError(
+            f"{path} is damaged ({error}); remove it, and the same generate.py stage=import makes it again"
+        ) from error
     return ImportTable(ids, texts, places, ranks, report)

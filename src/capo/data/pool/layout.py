@@ -22,8 +22,11 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """One clause a field that differs: `seed is 0, this configuration has 1`."""
         mine, its = asdict(self), asdict(other)
-        return [f"{name} is {mine[name]}, this configuration has {its[name]}"
-                for name in mine if mine[name] != its[name]]
+        return [
+            f"{name} is {mine[name]}, this configuration has {its[name]}"
+            for name in mine
+            if mine[name] != its[name]
+        ]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from capo.data.pool.files import write_file
 from capo.data.prompts import Prompt
 from capo.errors import InputError
 
-SCHEMA = pa.schema({"prompt_id": pa.string(), "prompt": pa.string(), "split": pa.string(),
-                    "position": pa.int64()})
+SCHEMA = pa.schema(
+    {"prompt_id": pa.string(), "prompt": pa.string(), "split": pa.string(), "position": pa.int64()}
+)
 
 
 class PromptTable:
@@ -47,8 +48,10 @@ class PromptTable:
         rows, counts = np.unique(numbers // self.prompts_per_shard, return_counts=True)
         ends = counts.cumsum()
         # row -> its places in the columns
-        self._rows = {row: slice(start, end) for row, start, end in
-                      zip(rows.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)}
+        self._rows = {
+            row: slice(start, end)
+            for row, start, end in zip(rows.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+        }
         self._digests: dict[int, str] = {}
 
     def append(self, prompts: Sequence[Prompt], split: str, lock: AbstractContextManager) -> None:

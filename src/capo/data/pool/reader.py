@@ -59,8 +59,9 @@ class PoolReader:
         row, place = divmod(position, self.prompts_per_shard)
         file = self._file(text_path, row)
         # a leading 1 is a tensor that is the same for every prompt of the row
-        return {name: file.tensor(name, place if len(array) > 1 else 0)
-                for name, array in file.arrays.items()}
+        return {
+            name: file.tensor(name, place if len(array) > 1 else 0) for name, array in file.arrays.items()
+        }
 
     def _candidate(self, row: int, place: int, candidate: int) -> np.ndarray:
         """View of one candidate's latent. Blocks before its own are opened once, to learn where they end."""

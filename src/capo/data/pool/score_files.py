@@ -13,14 +13,17 @@ from capo.data.pool.layout import read_range, scores_path
 from capo.errors import InputError
 
 
-def write_score_file(path: Path, ids: Sequence[str], candidates: range, scores: np.ndarray,
-                     metadata: Mapping[str, str]) -> None:
+def write_score_file(
+    path: Path, ids: Sequence[str], candidates: range, scores: np.ndarray, metadata: Mapping[str, str]
+) -> None:
     """`scores` (prompts, candidates) float32, written a row per candidate in that order."""
-    table = pa.table({
-        "prompt_id": pa.array(np.repeat(np.array(ids, dtype=object), len(candidates)), pa.string()),
-        "candidate": pa.array(np.tile(np.array(candidates, dtype=np.int32), len(ids))),
-        "score": pa.array(scores.astype(np.float32).ravel()),
-    })
+    table = pa.table(
+        {
+            "prompt_id": pa.array(np.repeat(np.array(ids, dtype=object), len(candidates)), pa.string()),
+            "candidate": pa.array(np.tile(np.array(candidates, dtype=np.int32), len(ids))),
+            "score": pa.array(scores.astype(np.float32).ravel()),
+        }
+    )
     complete = dict(metadata) | {"checksum": _checksum(metadata, scores)}
     buffer = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(complete), buffer)
@@ -53,8 +56,10 @@ def holds_rows(path: Path, ids: Sequence[str], candidates: range) -> bool:
         columns = pq.ParquetFile(path).read(columns=["prompt_id", "candidate"], use_threads=False).to_pydict()
     except (OSError, pa.ArrowException, LookupError, ValueError) as error:
         raise DamagedShard(path, "it cannot be read as parquet") from error
-    return columns == {"prompt_id": [name for name in ids for _ in candidates],
-                       "candidate": [*candidates] * len(ids)}
+    return columns == {
+        "prompt_id": [name for name in ids for _ in candidates],
+        "candidate": [*candidates] * len(ids),
+    }
 
 
 def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: int) -> np.ndarray:
@@ -70,8 +75,10 @@ def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: i
         try:
             metadata, flat = read_score_file(path)
         except FileNotFoundError as error:
-            raise InputError(f"{path}: reward '{key}' has not scored candidates {covered}-{candidates - 1} "
-                             "of this row's prompts; generate.py of the same configuration does") from error
+            raise InputError(
+                f"{path}: reward '{key}' has not scored candidates {covered}-{candidates - 1} "
+                "of this row's prompts; generate.py of the same configuration does"
+            ) from error
         if metadata["prompts"] != digest:
             raise DamagedShard(path, "it belongs to other prompts")
         numbers = read_range(metadata["candidates"])

@@ -52,14 +52,17 @@ class Pool:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.get("schema") != SCHEMA:
-                raise InputError(f"{path}: the pool has schema {values.get('schema')}, this version reads "
-                                 f"{SCHEMA}; use another pool.root")
+                raise InputError(
+                    f"{path}: the pool has schema {values.get('schema')}, this version reads "
+                    f"{SCHEMA}; use another pool.root"
+                )
             return cls(folder, Manifest(**values))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{folder} is no pool (no manifest.json); generate.py makes one") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise InputError(f"{path} cannot be read ({error}); remove the pool or use another "
-                             "pool.root") from error
+            raise InputError(
+                f"{path} cannot be read ({error}); remove the pool or use another pool.root"
+            ) from error
 
     @classmethod
     def create(cls, folder: str | Path, manifest: Manifest) -> "Pool":
@@ -71,8 +74,10 @@ class Pool:
                     write_file(path, json.dumps(asdict(manifest), indent=2).encode() + b"\n")
         pool = cls.open(folder)
         if differences := pool.manifest.differences(manifest):
-            raise InputError(f"pool {folder} was made otherwise: {'; '.join(differences)}. "
-                             "Configure what it was made with, or use another pool.root")
+            raise InputError(
+                f"pool {folder} was made otherwise: {'; '.join(differences)}. "
+                "Configure what it was made with, or use another pool.root"
+            )
         return pool
 
     def lock(self, kind: str, row: int | None = None, wait: bool = False) -> AbstractContextManager[bool]:
@@ -163,22 +168,28 @@ class Pool:
         count = len(self._table.row_positions(row))
         if wrong := {name: tuple(tensor.shape) for name, tensor in text.items() if len(tensor) != count}:
             raise ValueError(f"row {row} has {count} prompts, its text {wrong}")
-        stored = {name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor
-                  for name, tensor in text.items()}
+        stored = {
+            name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor
+            for name, tensor in text.items()
+        }
         write_tensors(text_path(self.folder, row), stored, self._text_identity(row) | _described(settings))
 
     def read_text(self, row: int) -> dict[str, Tensor]:
         """The text of a row, leading dimension: its prompts."""
         file = TensorFile(text_path(self.folder, row), verify=True)
         count = len(self._table.row_positions(row))
-        return {name: file.tensor(name).expand(count, *array.shape[1:])
-                for name, array in file.arrays.items()}
+        return {
+            name: file.tensor(name).expand(count, *array.shape[1:]) for name, array in file.arrays.items()
+        }
 
     # --- latents ---
 
     def _latents_identity(self, shard: Shard) -> dict[str, str]:
-        return {"fingerprint": self.manifest.generator, "prompts": self._table.digest(shard.row),
-                "candidates": write_range(shard.candidates)}
+        return {
+            "fingerprint": self.manifest.generator,
+            "prompts": self._table.digest(shard.row),
+            "candidates": write_range(shard.candidates),
+        }
 
     def has_latents(self, shard: Shard, verify: bool = False) -> bool:
         """Whether a shard's latents are there; with `verify`, their checksum is compared once."""
@@ -195,8 +206,10 @@ class Pool:
         half = latents.to(torch.float16)
         if not (finite := half.isfinite().flatten(2).all(2)).all():
             place, candidate = (~finite).nonzero()[0].tolist()
-            raise InputError(f"{self.place(shard, place, candidate)}: the latent is not finite in float16; "
-                             "sample in another precision (model.dtype) or with less guidance")
+            raise InputError(
+                f"{self.place(shard, place, candidate)}: the latent is not finite in float16; "
+                "sample in another precision (model.dtype) or with less guidance"
+            )
         path = latents_path(self.folder, shard.row, shard.block)
         write_tensors(path, {"latents": half}, self._latents_identity(shard) | _described(settings))
 
@@ -215,15 +228,21 @@ class Pool:
             if (header := self._inspection.header(path)) is not None:
                 stored = header.entries["latents"]["shape"][2:]
                 if stored != list(shape):
-                    raise InputError(f"pool {self.folder} holds latents of shape {tuple(stored)}, the model "
-                                     f"works on {tuple(shape)}: use the model and size it was made with")
+                    raise InputError(
+                        f"pool {self.folder} holds latents of shape {tuple(stored)}, the model "
+                        f"works on {tuple(shape)}: use the model and size it was made with"
+                    )
                 return
 
     # --- scores ---
 
     def _scores_identity(self, key: str, shard: Shard, latents: str) -> dict[str, str]:
-        return {"reward": key, "prompts": self._table.digest(shard.row),
-                "candidates": write_range(shard.candidates), "latents": latents}
+        return {
+            "reward": key,
+            "prompts": self._table.digest(shard.row),
+            "candidates": write_range(shard.candidates),
+            "latents": latents,
+        }
 
     def _latents_checksum(self, shard: Shard) -> str | None:
         header = self._inspection.header(latents_path(self.folder, shard.row, shard.block))
@@ -241,11 +260,15 @@ class Pool:
             return False
         identity = self._scores_identity(key, shard, latents)
         ids = self._table.row_ids(shard.row) if verify else None
-        return self._inspection.confirmed(path, (verify, *identity.values()),
-                                          lambda: self._are_scores(path, identity, shard.candidates, ids))
+        return self._inspection.confirmed(
+            path,
+            (verify, *identity.values()),
+            lambda: self._are_scores(path, identity, shard.candidates, ids),
+        )
 
-    def _are_scores(self, path: Path, identity: Mapping[str, str], candidates: range,
-                    ids: Sequence[str] | None) -> bool:
+    def _are_scores(
+        self, path: Path, identity: Mapping[str, str], candidates: range, ids: Sequence[str] | None
+    ) -> bool:
         try:
             metadata, _ = read_score_file(path)
             if ids is not None and not holds_rows(path, ids, candidates):

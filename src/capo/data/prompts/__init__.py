@@ -11,6 +11,16 @@ from capo.data.prompts.splits import PromptSets, split_sets
 from capo.data.prompts.text import text_files
 
 __all__ = [
-    "Prompt", "PromptSets", "SplitReport", "candidate_seed", "check_splits", "make_prompt", "missing_inputs", "normalise", "prompt_id",
-    "report_table", "split_sets", "text_files",
-]  # fmt: skip
+    "Prompt",
+    "PromptSets",
+    "SplitReport",
+    "candidate_seed",
+    "check_splits",
+    "make_prompt",
+    "missing_inputs",
+    "normalise",
+    "prompt_id",
+    "report_table",
+    "split_sets",
+    "text_files",
+]

@@ -14,7 +14,9 @@ from capo.errors import InputError
 
 BATCH = 2**15  # rows held as Python objects at a time
 Batch = dict[str, list]  # column -> its values, all of one length
-Choose = Callable[[Sequence[str]], Sequence[str]]  # the columns there are -> those to read; InputError where one is missing
+Choose = Callable[
+    [Sequence[str]], Sequence[str]
+]  # the columns there are -> those to read; InputError where one is missing
 
 
 def read_text(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
@@ -26,7 +28,10 @@ def read_folder(folder: Path, place: str, choose: Choose) -> Iterator[Batch]:
     """One prompt a *.txt file, by name: columns `prompt` (all of the file's text) and `name` (the file's, without .txt)."""
     names = choose(["prompt", "name"])
     files = sorted(folder.glob("*.txt"))
-    values = {"prompt": lambda file: "".join(decoded_lines(file, f"{place}/{file.name}")), "name": lambda file: file.stem}
+    values = {
+        "prompt": lambda file: "".join(decoded_lines(file, f"{place}/{file.name}")),
+        "name": lambda file: file.stem,
+    }
     return _columns(names, ([values[name](file) for name in names] for file in files))
 
 
@@ -42,7 +47,9 @@ def read_tsv(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
 
 def read_jsonl(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
     """A JSON object a line; its keys are the columns, a key that a line lacks is None. Lines without text are passed over."""
-    lines = ((number, line) for number, line in enumerate(decoded_lines(file, place), start=1) if line.strip())
+    lines = (
+        (number, line) for number, line in enumerate(decoded_lines(file, place), start=1) if line.strip()
+    )
     while chunk := list(islice(lines, BATCH)):
         records = [_record(line, f"{place}: line {number}") for number, line in chunk]
         names = list(dict.fromkeys(name for record in records for name in record))
@@ -57,13 +64,27 @@ def read_parquet(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
             for batch in table.iter_batches(BATCH, columns=names):
                 yield batch.to_pydict()
     except pa.ArrowException as error:
-        raise InputError(f"{place}: no whole Parquet file ({str(error).splitlines()[0]}); get it again") from error
+        raise InputError(
+            f"{place}: no whole Parquet file ({str(error).splitlines()[0]}); get it again"
+        ) from error
 
 
-READERS = {"text": read_text, "folder": read_folder, "csv": read_csv, "tsv": read_tsv, "jsonl": read_jsonl, "parquet": read_parquet}
+READERS = {
+    "text": read_text,
+    "folder": read_folder,
+    "csv": read_csv,
+    "tsv": read_tsv,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+}
 ENDINGS = {
-    ".txt": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
-}  # fmt: skip
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
 
 
 def row_count(file: Path, form: str) -> int | None:
@@ -83,7 +104,9 @@ def _table(file: Path, place: str, choose: Choose, **dialect: object) -> Iterato
         names = choose(header)
         yield from _columns(names, _cells(rows, header, names, place))
     except csv.Error as error:
-        raise InputError(f"{place}: line {rows.line_num} cannot be read ({error}); write it as CSV or TSV") from error
+        raise InputError(
+            f"{place}: line {rows.line_num} cannot be read ({error}); write it as CSV or TSV"
+        ) from error
 
 
 def _cells(rows, header: list[str], names: Sequence[str], place: str) -> Iterator[list[str]]:

@@ -61,6 +61,8 @@ def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:
                 raise InputError(f"{split} prompt {number} is empty: take it out")
             if prompt.id in places:
                 other, there = places[prompt.id]
-                raise InputError(f'{split} prompt {number} ("{prompt.text}") is also {other} prompt {there}: take one of the '
-                                 "two out (white space does not count)")  # fmt: skip
+                raise InputError(
+                    f'{split} prompt {number} ("{prompt.text}") is also {other} prompt {there}: take one of the '
+                    "two out (white space does not count)"
+                )
             places[prompt.id] = split, number

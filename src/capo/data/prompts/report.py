@@ -25,9 +25,16 @@ class SplitReport:
 
 
 WORDS = {
-    "read": "rows read", "empty": "empty", "nsfw": "NSFW", "unwanted": "other than `where`", "too_long": "too long",
-    "duplicates": "duplicates", "elsewhere": "also in another split", "over_limit": "beyond the limit", "kept": "kept",
-}  # fmt: skip
+    "read": "rows read",
+    "empty": "empty",
+    "nsfw": "NSFW",
+    "unwanted": "other than `where`",
+    "too_long": "too long",
+    "duplicates": "duplicates",
+    "elsewhere": "also in another split",
+    "over_limit": "beyond the limit",
+    "kept": "kept",
+}
 ALWAYS = ("read", "kept")
 
 
@@ -46,7 +53,9 @@ def report_table(reports: Sequence[SplitReport]) -> Table:
     for key in [field.name for field in fields(SplitReport) if field.name in WORDS]:
         counts = [getattr(report, key) for report in reports]
         if any(counts) or key in ALWAYS:
-            table.add_row(WORDS[key], *(f"{count:,}" for count in counts), style="bold" if key == "kept" else "")
+            table.add_row(
+                WORDS[key], *(f"{count:,}" for count in counts), style="bold" if key == "kept" else ""
+            )
     return table
 
 

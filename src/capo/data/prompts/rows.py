@@ -13,7 +13,9 @@ from capo.data.prompts.identity import Prompt, digest, make_prompt, normalise
 from capo.data.prompts.sources import Columns, PromptFile, Source
 from capo.errors import InputError
 
-FINE, EMPTY, NSFW, UNWANTED, TOO_LONG, DUPLICATE, ELSEWHERE, OVER_LIMIT, KEPT = range(9)  # what becomes of a row
+FINE, EMPTY, NSFW, UNWANTED, TOO_LONG, DUPLICATE, ELSEWHERE, OVER_LIMIT, KEPT = range(
+    9
+)  # what becomes of a row
 YES, NO = ("true", "yes", "nsfw"), ("false", "no", "sfw", "safe")  # what files of text write for a switch
 SLOW = 2.0  # seconds after which reading shows its progress
 
@@ -51,15 +53,21 @@ def _batches(source: Source, files: Sequence[PromptFile], verb: str) -> Iterator
     counts = [row_count(file.path, file.form) for file in files]
     total = None if None in counts else sum(counts)
     description = f"prompts.{source.split}: {verb}"
-    with tqdm(desc=description, total=total, unit="row", unit_scale=True, delay=SLOW, leave=False, disable=None) as bar:
+    with tqdm(
+        desc=description, total=total, unit="row", unit_scale=True, delay=SLOW, leave=False, disable=None
+    ) as bar:
         for file in files:
-            for batch in READERS[file.form](file.path, file.place, lambda names, file=file: source.columns(names, file.place).all):
+            for batch in READERS[file.form](
+                file.path, file.place, lambda names, file=file: source.columns(names, file.place).all
+            ):
                 columns = source.columns(list(batch), file.place)
                 yield file.place, columns, batch
                 bar.update(len(batch[columns.text]))
 
 
-def _judge(batch: Batch, columns: Columns, source: Source, place: str, start: int) -> tuple[np.ndarray, np.ndarray]:
+def _judge(
+    batch: Batch, columns: Columns, source: Source, place: str, start: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids and fates of a batch whose first row is row `start` of its split."""
     longest = sys.maxsize if source.max_length is None else source.max_length
     ids, fates = [], []
@@ -71,7 +79,9 @@ def _judge(batch: Batch, columns: Columns, source: Source, place: str, start: in
     for name in columns.where:
         found[[not _same(value, source.where[name]) for value in batch[name]]] = UNWANTED
     for name in columns.nsfw:
-        reached = partial(_is_nsfw, threshold=source.nsfw, place=f"{place}: column '{name}'", split=source.split)
+        reached = partial(
+            _is_nsfw, threshold=source.nsfw, place=f"{place}: column '{name}'", split=source.split
+        )
         found[list(map(reached, batch[name]))] = NSFW
     found[np.array(fates) == EMPTY] = EMPTY
     return np.array(ids, np.uint64), found
@@ -82,7 +92,9 @@ def _clean(text: object, place: str, split: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise InputError(f"{place}: the prompt is {text!r}, not text; name another column: prompts.{split}.column=...")
+        raise InputError(
+            f"{place}: the prompt is {text!r}, not text; name another column: prompts.{split}.column=..."
+        )
     clean = normalise(text)
     if not clean.isascii() and any("\ud800" <= letter <= "\udfff" for letter in clean):
         raise InputError(f"{place}: {clean!a} holds half a character; correct it")

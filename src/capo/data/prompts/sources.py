@@ -38,7 +38,9 @@ class Columns:
     @property
     def all(self) -> list[str]:
         """Each name once."""
-        return list(dict.fromkeys([self.text, *([self.category] if self.category else []), *self.nsfw, *self.where]))
+        return list(
+            dict.fromkeys([self.text, *([self.category] if self.category else []), *self.nsfw, *self.where])
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,9 @@ class Source:
                 raise InputError(f"prompts.{self.split}.{key}={value}: must be {words}")
         if self.path is None and (self.hub is None or self.file is None):
             place = f"prompts.{self.split}"
-            raise InputError(f"{place}: neither a path nor a hub data set with a file in it; give {place}.path=FILE")
+            raise InputError(
+                f"{place}: neither a path nor a hub data set with a file in it; give {place}.path=FILE"
+            )
 
     @property
     def title(self) -> str:
@@ -93,7 +97,13 @@ class Source:
         if self.path is not None:
             return self._local(f"prompts.{self.split}.path={self.path}")
         names = [self.file] if isinstance(self.file, str) else list(self.file or ())
-        found = [(hub_file(str(self.hub), name, self.revision, self.split), f"prompts.{self.split}: {self.hub}/{name}") for name in names]
+        found = [
+            (
+                hub_file(str(self.hub), name, self.revision, self.split),
+                f"prompts.{self.split}: {self.hub}/{name}",
+            )
+            for name in names
+        ]
         return [PromptFile(path, place, self._form(path, place)) for path, place in found]
 
     def _local(self, place: str) -> list[PromptFile]:
@@ -107,7 +117,9 @@ class Source:
         found = [Path(name) for name in sorted(glob(str(path)))]
         if not found:
             raise InputError(f"{place}: no file has such a name; give the path of {self.origin}")
-        return [PromptFile(file, f"prompts.{self.split}.path={file}", self._form(file, place)) for file in found]
+        return [
+            PromptFile(file, f"prompts.{self.split}.path={file}", self._form(file, place)) for file in found
+        ]
 
     def _in_folder(self, folder: Path, place: str) -> list[PromptFile]:
         """The folder itself where it holds texts, else its files of the one format that they have."""
@@ -115,7 +127,9 @@ class Source:
         form = self.format or ("folder" if forms <= {"text"} else forms.pop() if len(forms) == 1 else None)
         if form is None:
             found = ", ".join(sorted(forms))
-            raise InputError(f"{place}: holds files of {len(forms)} formats ({found}); name one: prompts.{self.split}.format=...")
+            raise InputError(
+                f"{place}: holds files of {len(forms)} formats ({found}); name one: prompts.{self.split}.format=..."
+            )
         if form == "folder":
             if not any(folder.glob("*.txt")):
                 raise InputError(f"{place}: a folder without prompts; give the path of {self.origin}")
@@ -123,29 +137,48 @@ class Source:
         endings = [ending for ending, ended in ENDINGS.items() if ended == form]
         files = sorted(file for ending in endings for file in folder.glob(f"*{ending}"))
         if not files:
-            raise InputError(f"{place}: no {' or '.join(endings)} in this folder; give the path of {self.origin}")
+            raise InputError(
+                f"{place}: no {' or '.join(endings)} in this folder; give the path of {self.origin}"
+            )
         return [PromptFile(file, f"prompts.{self.split}.path={file}", form) for file in files]
 
     def _form(self, path: Path, place: str) -> str:
         form = self.format or ENDINGS.get(path.suffix.lower())
         if form is None:
-            raise InputError(f"{place}: its ending names no format; name it: prompts.{self.split}.format= one of {', '.join(READERS)}")
+            raise InputError(
+                f"{place}: its ending names no format; name it: prompts.{self.split}.format= one of {', '.join(READERS)}"
+            )
         if form == "folder":
-            raise InputError(f"{place}: a file, but prompts.{self.split}.format=folder; give the folder, or another format")
+            raise InputError(
+                f"{place}: a file, but prompts.{self.split}.format=folder; give the folder, or another format"
+            )
         return form
 
     def columns(self, names: Sequence[str], place: str) -> Columns:
         """Which of the columns `names` are read. Raises InputError, with the names there are, for one that is missing."""
         text = self.column or next((name for name in names if name.lower() == "prompt"), None)
         if text is None:
-            raise InputError(f"{place}: no column is called prompt; name one: prompts.{self.split}.column= one of {', '.join(names)}")
-        nsfw = tuple(name for name in names if NSFW_NAME.search(name)) if self.nsfw_columns is None else tuple(self.nsfw_columns)
+            raise InputError(
+                f"{place}: no column is called prompt; name one: prompts.{self.split}.column= one of {', '.join(names)}"
+            )
+        nsfw = (
+            tuple(name for name in names if NSFW_NAME.search(name))
+            if self.nsfw_columns is None
+            else tuple(self.nsfw_columns)
+        )
         wanted = Columns(text, self.category, nsfw if self.nsfw is not None else (), tuple(self.where))
-        keys = [("column", [wanted.text]), ("category", [wanted.category]), ("nsfw_columns", wanted.nsfw), ("where", wanted.where)]
+        keys = [
+            ("column", [wanted.text]),
+            ("category", [wanted.category]),
+            ("nsfw_columns", wanted.nsfw),
+            ("where", wanted.where),
+        ]
         for key, asked in keys:
             for name in asked:
                 if name is not None and name not in names:
-                    raise InputError(f"{place}: no column '{name}' (prompts.{self.split}.{key}); there are {', '.join(names)}")
+                    raise InputError(
+                        f"{place}: no column '{name}' (prompts.{self.split}.{key}); there are {', '.join(names)}"
+                    )
         return wanted
 
 
@@ -170,20 +203,21 @@ def _is_count(value: object) -> bool:
 
 
 RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
-    **dict.fromkeys(["path", "hub", "revision", "column", "category"], ("text, or null", _optional(_is_text))),
-    "file": (
-        "the name of a file in the data set, or a list of them, or null", _optional(_are_names)
+    **dict.fromkeys(
+        ["path", "hub", "revision", "column", "category"], ("text, or null", _optional(_is_text))
     ),
+    "file": ("the name of a file in the data set, or a list of them, or null", _optional(_are_names)),
     "format": (f"one of {', '.join(READERS)}, or null", _optional(lambda value: value in tuple(READERS))),
     "nsfw": (
-        "a finite number above 0, or null", _optional(lambda value: type(value) in (int, float) and math.isfinite(value) and value > 0)
+        "a finite number above 0, or null",
+        _optional(lambda value: type(value) in (int, float) and math.isfinite(value) and value > 0),
     ),
     "nsfw_columns": ("a list of columns, or null", _optional(_are_texts)),
     "where": ("column: value", lambda value: isinstance(value, Mapping)),
     "max_length": ("a whole number of at least 1, or null", _optional(_is_count)),
     "limit": ("a whole number of at least 1, or null", _optional(_is_count)),
     "published_size": ("a whole number of at least 1, or null", _optional(_is_count)),
-}  # fmt: skip
+}
 
 
 def source_of(split: str, given: object) -> Source:

@@ -18,7 +18,9 @@ from capo.runtime.launch import launch
 SPLITS = ("train", "validation", "test")
 PRIORITY = ("test", "validation", "train")
 
-_remembered: dict[str, "PromptSets"] = {}  # one entry: a stage asks twice, a sweep once a job, and the console hears it once
+_remembered: dict[
+    str, "PromptSets"
+] = {}  # one entry: a stage asks twice, a sweep once a job, and the console hears it once
 
 
 class PromptSets(dict[str, list[Prompt]]):
@@ -30,7 +32,11 @@ class PromptSets(dict[str, list[Prompt]]):
 
 
 def split_sets(
-    train: Mapping, validation: Mapping, test: Mapping, seed: int | None = 0, priority: Sequence[str] = PRIORITY
+    train: Mapping,
+    validation: Mapping,
+    test: Mapping,
+    seed: int | None = 0,
+    priority: Sequence[str] = PRIORITY,
 ) -> PromptSets:
     """Three disjoint prompt sets; prints once, in one process, how many rows were left out and why.
 
@@ -45,7 +51,9 @@ def split_sets(
     """
     if sorted(priority) != sorted(SPLITS):
         raise InputError(f"prompts.priority={list(priority)}: must name {', '.join(SPLITS)} once each")
-    sources = {split: source_of(split, given) for split, given in zip(SPLITS, (train, validation, test), strict=True)}
+    sources = {
+        split: source_of(split, given) for split, given in zip(SPLITS, (train, validation, test), strict=True)
+    }
     files = {split: source.files() for split, source in sources.items()}
     key = _state(sources, files, seed, priority)
     if key not in _remembered:
@@ -57,7 +65,10 @@ def split_sets(
 
 
 def read_sets(
-    sources: Mapping[str, Source], files: Mapping[str, Sequence[PromptFile]], seed: int | None, priority: Sequence[str]
+    sources: Mapping[str, Source],
+    files: Mapping[str, Sequence[PromptFile]],
+    seed: int | None,
+    priority: Sequence[str],
 ) -> PromptSets:
     """What `split_sets` gives, read anew and without a word."""
     taken = np.zeros(0, np.uint64)
@@ -107,7 +118,9 @@ def choose(
 
 def _ranks(ids: np.ndarray, seed: int) -> np.ndarray:
     """(R,) uint64: the hash of seed and prompt by which a set is ordered and drawn."""
-    hashed = (hashlib.blake2b(f"{seed}/{number:016x}".encode(), digest_size=8).digest() for number in ids.tolist())
+    hashed = (
+        hashlib.blake2b(f"{seed}/{number:016x}".encode(), digest_size=8).digest() for number in ids.tolist()
+    )
     return np.fromiter(map(int.from_bytes, hashed), np.uint64, len(ids))
 
 
@@ -135,11 +148,23 @@ def _nothing_left(report: SplitReport, priority: Sequence[str]) -> str:
     return f"{message}; give another file, or loosen prompts.{report.split}'s nsfw, where or max_length"
 
 
-def _state(sources: Mapping[str, Source], files: Mapping[str, Sequence[PromptFile]], seed: int | None, priority: Sequence[str]) -> str:
+def _state(
+    sources: Mapping[str, Source],
+    files: Mapping[str, Sequence[PromptFile]],
+    seed: int | None,
+    priority: Sequence[str],
+) -> str:
     """What the sets follow from, as text: equal where reading again would give the same."""
-    seen = [sorted(file.path.glob("*.txt")) if file.form == "folder" else [file.path] for found in files.values() for file in found]
+    seen = [
+        sorted(file.path.glob("*.txt")) if file.form == "folder" else [file.path]
+        for found in files.values()
+        for file in found
+    ]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for paths in seen for path in paths]
-    return json.dumps([{split: asdict(source) for split, source in sources.items()}, stats, seed, list(priority)], default=str)
+    return json.dumps(
+        [{split: asdict(source) for split, source in sources.items()}, stats, seed, list(priority)],
+        default=str,
+    )
 
 
 def _show(reports: Sequence[SplitReport], limits: dict[str, int | None]) -> None:

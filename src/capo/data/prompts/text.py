@@ -14,7 +14,9 @@ def readable(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{place}: cannot be read ({error.strerror or error}); give the path of a file that is there") from error
+        raise InputError(
+            f"{place}: cannot be read ({error.strerror or error}); give the path of a file that is there"
+        ) from error
 
 
 def decoded_lines(file: Path, place: str) -> Iterator[str]:
@@ -25,7 +27,9 @@ def decoded_lines(file: Path, place: str) -> Iterator[str]:
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
-                raise InputError(f"{place}: not UTF-8 text (byte {start + error.start}) in line {number}; save it as UTF-8") from error
+                raise InputError(
+                    f"{place}: not UTF-8 text (byte {start + error.start}) in line {number}; save it as UTF-8"
+                ) from error
             start += len(line)
             yield text.removeprefix("\ufeff") if number == 1 else text
 
@@ -38,7 +42,9 @@ def text_files(train: str | Path, validation: str | Path, test: str | Path) -> d
     `check_splits` refuses.
     """
     files = {"train": train, "validation": validation, "test": test}
-    splits = {split: _prompts(f"prompts.{split}={file}", Path(file).expanduser()) for split, file in files.items()}
+    splits = {
+        split: _prompts(f"prompts.{split}={file}", Path(file).expanduser()) for split, file in files.items()
+    }
     check_splits(splits)
     return splits
 

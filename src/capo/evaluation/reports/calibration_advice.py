@@ -21,7 +21,10 @@ def warnings_of(report: CalibrationReport) -> list[str]:
 def reward_warnings(name: str, figures: RewardFigures) -> list[str]:
     """A sentence where a reward is flat or saturated, with the scale that would mend it, and where it leaves its declared range."""
     shares = [math.nan if share is None else share for share in (figures.flat, figures.saturated)]
-    found = [f"{told}. {scale_advice(name, figures)}" for told in spread_warnings([Spread(figures.spread, *shares)], [name])]
+    found = [
+        f"{told}. {scale_advice(name, figures)}"
+        for told in spread_warnings([Spread(figures.spread, *shares)], [name])
+    ]
     if figures.outside is not None and figures.outside > OUTSIDE:
         found.append(
             f"reward '{name}': {figures.outside:.0%} of its scores lie outside of {figures.declared[0]:g} to {figures.declared[1]:g}, "
@@ -50,7 +53,9 @@ def pair_warnings(report: CalibrationReport) -> list[str]:
     selected, frontier, found = report.selection, report.frontier, []
     if selected.skipped:
         share = selected.skipped / report.prompts
-        found.append(f"{selected.skipped} of {report.prompts} prompts ({share:.0%}) have no pair with dR > 0 and are skipped")
+        found.append(
+            f"{selected.skipped} of {report.prompts} prompts ({share:.0%}) have no pair with dR > 0 and are skipped"
+        )
     if frontier and selected.lower and (frontier.undominated > CROWDED or frontier.empty > EMPTY):
         found.append(_degenerate(report))
     return found
@@ -58,7 +63,9 @@ def pair_warnings(report: CalibrationReport) -> list[str]:
 
 def _degenerate(report: CalibrationReport) -> str:
     frontier, independent = report.frontier, report.independent
-    wider = "; pairs.lower=all_dominated draws from more candidates, but gives no pair to a prompt that has none"
+    wider = (
+        "; pairs.lower=all_dominated draws from more candidates, but gives no pair to a prompt that has none"
+    )
     return (
         f"the frontier of {len(report.rewards)} rewards has degenerated: {frontier.undominated:.0%} of the candidates are dominated by "
         f"none (independent rewards: {independent.undominated:.0%}), and in {frontier.empty:.0%} of the prompts X- is empty "

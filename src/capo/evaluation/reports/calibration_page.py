@@ -28,7 +28,9 @@ RAW, CALIBRATED, WINNERS, LOSERS = "#5a6170", "#2563a8", "#2a8a5a", "#cf5f27"
 GREY, PALE = "#8d94a1", "#dfe3ea"
 
 
-def write_report(folder: str | Path, title: str, report: CalibrationReport, settings: Mapping[str, object]) -> list[str]:
+def write_report(
+    folder: str | Path, title: str, report: CalibrationReport, settings: Mapping[str, object]
+) -> list[str]:
     """Writes calibration.json, .png and .html to `folder`, in place of what lies there, all or none; returns the warnings.
 
     `settings`: what the figures are of, for page and JSON; no path and no time, so that equal figures give equal bytes. Raises
@@ -38,9 +40,13 @@ def write_report(folder: str | Path, title: str, report: CalibrationReport, sett
     figures = {"settings": dict(settings), "warnings": warnings, **dataclasses.asdict(report)}
     try:
         with fresh_folder(folder) as fresh:
-            (fresh / f"{STEM}.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            (fresh / f"{STEM}.json").write_text(
+                json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
             (fresh / f"{STEM}.png").write_bytes(png)
-            (fresh / f"{STEM}.html").write_text(render_page(title, report, settings, warnings, png), encoding="utf-8")
+            (fresh / f"{STEM}.html").write_text(
+                render_page(title, report, settings, warnings, png), encoding="utf-8"
+            )
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): {REMEDY}") from error
     return warnings
@@ -64,7 +70,15 @@ def picture(report: CalibrationReport) -> bytes:
 def _draw_raw(axes: Axes, name: str, reward: RewardFigures) -> None:
     axes.set_title(f"{name}: raw scores", fontsize=9)
     if reward.raw is None:
-        axes.text(0.5, 0.5, "a human choice: ranks, no scores", ha="center", va="center", color=GREY, transform=axes.transAxes)
+        axes.text(
+            0.5,
+            0.5,
+            "a human choice: ranks, no scores",
+            ha="center",
+            va="center",
+            color=GREY,
+            transform=axes.transAxes,
+        )
         axes.set_axis_off()
         return
     _bars(axes, reward.raw, RAW)
@@ -92,8 +106,17 @@ def _bars(axes: Axes, found: Histogram, colour: str) -> None:
 def _draw_sizes(axes: Axes, report: CalibrationReport) -> None:
     selected = report.selection
     axes.set_title(f"sizes of X+ and X-, pairs={selected.strategy}", fontsize=9)
-    for shift, label, colour, counts in ((-0.2, "X+", WINNERS, selected.winners), (0.2, "X-", LOSERS, selected.losers)):
-        axes.bar(np.arange(len(counts)) + shift, 100 * np.array(counts) / report.prompts, width=0.4, label=label, color=colour)
+    for shift, label, colour, counts in (
+        (-0.2, "X+", WINNERS, selected.winners),
+        (0.2, "X-", LOSERS, selected.losers),
+    ):
+        axes.bar(
+            np.arange(len(counts)) + shift,
+            100 * np.array(counts) / report.prompts,
+            width=0.4,
+            label=label,
+            color=colour,
+        )
     axes.set_xlabel(f"candidates of {report.candidates}", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("prompts, %", fontsize=8)
@@ -112,19 +135,33 @@ def _draw_correlation(axes: Axes, report: CalibrationReport) -> None:
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, signed(report.correlation[row][column]), ha="center", va="center", fontsize=8,
-                  color="white" if abs(value) > 0.6 else "black")  # fmt: skip
+        axes.text(
+            column,
+            row,
+            signed(report.correlation[row][column]),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if abs(value) > 0.6 else "black",
+        )
 
 
-def render_page(title: str, report: CalibrationReport, settings: Mapping[str, object], warnings: Sequence[str], png: bytes) -> str:
+def render_page(
+    title: str, report: CalibrationReport, settings: Mapping[str, object], warnings: Sequence[str], png: bytes
+) -> str:
     """One offline page: the warnings, the picture and the figures as tables."""
     environment = page_environment()
     environment.filters |= {function.__name__: function for function in (share, plain, signed)}
     return environment.get_template("calibration.html.j2").render(
-        title=title, report=report, settings=settings, warnings=warnings, picture=base64.b64encode(png).decode(), target=TARGET,
+        title=title,
+        report=report,
+        settings=settings,
+        warnings=warnings,
+        picture=base64.b64encode(png).decode(),
+        target=TARGET,
         overrides={name: suggested(name, reward) for name, reward in report.rewards.items()},
         sizes={"X+": sizes(report.selection.winners), "X-": sizes(report.selection.losers)},
-    )  # fmt: skip
+    )
 
 
 def share(value: float | None) -> str:
@@ -154,21 +191,47 @@ def sizes(counts: Sequence[int]) -> dict[str, float]:
     every = np.repeat(np.arange(len(counts)), counts)
     quantiles = np.quantile(every, (0, 0.1, 0.5, 0.9, 1), method="inverted_cdf")
     names = ("lowest", "10 %", "median", "90 %", "highest")
-    return {"mean": float(every.mean()), **dict(zip(names, map(float, quantiles), strict=True)), "empty": counts[0] / sum(counts)}
+    return {
+        "mean": float(every.mean()),
+        **dict(zip(names, map(float, quantiles), strict=True)),
+        "empty": counts[0] / sum(counts),
+    }
 
 
 def print_report(report: CalibrationReport, warnings: Sequence[str], console: Console) -> None:
     """A row a reward, a line on the pairs, then the warnings."""
-    table = Table("reward", "scale", "median pair", "spread", "flat", "saturated", f"for {TARGET:g}", box=box.SIMPLE_HEAD,
-                  title=f"calibration={report.method}: {report.prompts} prompts x {report.candidates} candidates")  # fmt: skip
+    table = Table(
+        "reward",
+        "scale",
+        "median pair",
+        "spread",
+        "flat",
+        "saturated",
+        f"for {TARGET:g}",
+        box=box.SIMPLE_HEAD,
+        title=f"calibration={report.method}: {report.prompts} prompts x {report.candidates} candidates",
+    )
     for name, reward in report.rewards.items():
-        scale = plain(reward.suggested_scale) if reward.suggested_scale is not None else suggested(name, reward)
-        table.add_row(name, f"{reward.scale:g}", plain(reward.pair_win_rate), f"{reward.spread:.3f}", share(reward.flat),
-                      share(reward.saturated), scale)  # fmt: skip
+        scale = (
+            plain(reward.suggested_scale) if reward.suggested_scale is not None else suggested(name, reward)
+        )
+        table.add_row(
+            name,
+            f"{reward.scale:g}",
+            plain(reward.pair_win_rate),
+            f"{reward.spread:.3f}",
+            share(reward.flat),
+            share(reward.saturated),
+            scale,
+        )
     console.print(table)
     winners, losers = sizes(report.selection.winners), sizes(report.selection.losers)
-    console.print(f"X+ / X-: {winners['mean']:.1f} / {losers['mean']:.1f} candidates a prompt, {report.selection.mean_pairs:.1f} pairs to "
-                  f"draw from, {report.selection.skipped} prompts skipped", highlight=False, soft_wrap=True)  # fmt: skip
+    console.print(
+        f"X+ / X-: {winners['mean']:.1f} / {losers['mean']:.1f} candidates a prompt, {report.selection.mean_pairs:.1f} pairs to "
+        f"draw from, {report.selection.skipped} prompts skipped",
+        highlight=False,
+        soft_wrap=True,
+    )
     print_warnings(warnings, console)
 
 

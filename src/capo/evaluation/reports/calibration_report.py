@@ -122,8 +122,16 @@ class CalibrationReport:
     independent: Frontier | None
 
 
-def calibration_report(scores: Tensor, calibrated: Tensor, selection: Selection, rewards: Sequence[Described], prompts: Sequence[str],
-                       method: str, strategy: Strategy, chosen: bool = False) -> CalibrationReport:
+def calibration_report(
+    scores: Tensor,
+    calibrated: Tensor,
+    selection: Selection,
+    rewards: Sequence[Described],
+    prompts: Sequence[str],
+    method: str,
+    strategy: Strategy,
+    chosen: bool = False,
+) -> CalibrationReport:
     """The figures of a scored pool; some seconds for 100 000 prompts x 16 candidates x 3 rewards.
 
     Args:
@@ -144,17 +152,36 @@ def calibration_report(scores: Tensor, calibrated: Tensor, selection: Selection,
     several = len(rewards) > 1
     frontier = frontier_shares(scores) if several else None
     independent = independent_frontier(scores.shape[1], len(rewards)) if several else None
-    return CalibrationReport(len(scores), scores.shape[1], method, figures, rank_correlation(scores), selected, frontier, independent)
+    return CalibrationReport(
+        len(scores),
+        scores.shape[1],
+        method,
+        figures,
+        rank_correlation(scores),
+        selected,
+        frontier,
+        independent,
+    )
 
 
-def _reward_figures(reward: Described, scores: Tensor, calibrated: Tensor, raw: Spread, rated: Spread, method: str,
-                    chosen: bool) -> RewardFigures:
+def _reward_figures(
+    reward: Described,
+    scores: Tensor,
+    calibrated: Tensor,
+    raw: Spread,
+    rated: Spread,
+    method: str,
+    chosen: bool,
+) -> RewardFigures:
     """Of one reward: (P, N) scores and calibrated rewards, and their spreads."""
     values, bounds = scores.numpy(), (0.0, 1.0) if method == "win_rate" else (None, None)
     declared = None if reward.range is None else (float(reward.range[0]), float(reward.range[1]))
     gap = None if chosen else median_gap(scores, reward.link)
     return RewardFigures(
-        link=reward.link, scale=reward.scale, declared=declared, seen=(float(values.min()), float(values.max())),
+        link=reward.link,
+        scale=reward.scale,
+        declared=declared,
+        seen=(float(values.min()), float(values.max())),
         outside=None if declared is None else float(((values < declared[0]) | (values > declared[1])).mean()),
         deviation=None if chosen else raw.std,
         spread=rated.std,
@@ -165,15 +192,19 @@ def _reward_figures(reward: Described, scores: Tensor, calibrated: Tensor, raw: 
         suggested_scale=None if gap is None else scale_for(gap),
         raw=None if chosen else histogram(values),
         calibrated=histogram(calibrated.numpy(), *bounds),
-    )  # fmt: skip
+    )
 
 
-def histogram(values: np.ndarray, low: float | None = None, high: float | None = None, bins: int = BINS) -> Histogram:
+def histogram(
+    values: np.ndarray, low: float | None = None, high: float | None = None, bins: int = BINS
+) -> Histogram:
     """Of all `values`, from the lowest to the highest where no bounds are given; a single value stands in a bin of width 1 / bins."""
     low, high = float(values.min() if low is None else low), float(values.max() if high is None else high)
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    counts, _ = np.histogram(values.astype(np.float64), bins=bins, range=(low, high))  # float32 has no room for bins in rounding noise
+    counts, _ = np.histogram(
+        values.astype(np.float64), bins=bins, range=(low, high)
+    )  # float32 has no room for bins in rounding noise
     return Histogram(low, high, counts.tolist())
 
 
@@ -185,7 +216,9 @@ def median_gap(scores: Tensor, link: str) -> float:
     candidates = scores.shape[1]
     first, second = np.triu_indices(candidates, 1)
     step = math.ceil(len(scores) * len(first) / MOST_PAIRS)
-    log_odds = np.ascontiguousarray(LINKS[link].to_log_odds(scores[::step].float()).numpy().T)  # a row a candidate
+    log_odds = np.ascontiguousarray(
+        LINKS[link].to_log_odds(scores[::step].float()).numpy().T
+    )  # a row a candidate
     return float(np.median(np.abs(log_odds[first] - log_odds[second])))
 
 
@@ -202,10 +235,15 @@ def rank_correlation(scores: Tensor) -> list[list[float | None]]:
     ranks = rankdata(scores.numpy(), axis=1).transpose(2, 0, 1)  # (L, P, N)
     ranks -= (scores.shape[1] + 1) / 2
     norms = np.sqrt(np.square(ranks).sum(-1))
-    return [[_mean_correlation(a, b, p, q) for b, q in zip(ranks, norms, strict=True)] for a, p in zip(ranks, norms, strict=True)]
+    return [
+        [_mean_correlation(a, b, p, q) for b, q in zip(ranks, norms, strict=True)]
+        for a, p in zip(ranks, norms, strict=True)
+    ]
 
 
-def _mean_correlation(first: np.ndarray, second: np.ndarray, first_norm: np.ndarray, second_norm: np.ndarray) -> float | None:
+def _mean_correlation(
+    first: np.ndarray, second: np.ndarray, first_norm: np.ndarray, second_norm: np.ndarray
+) -> float | None:
     both = (first_norm > 0) & (second_norm > 0)
     if not both.any():
         return None
@@ -216,13 +254,22 @@ def _mean_correlation(first: np.ndarray, second: np.ndarray, first_norm: np.ndar
 def pair_figures(selection: Selection, prompts: Sequence[str], strategy: Strategy) -> PairFigures:
     """Sizes, pairs a prompt and skipped prompts of a selection; `prompts`: P texts."""
     candidates = selection.winners.shape[1]
-    sizes = [torch.bincount(mask.sum(1), minlength=candidates + 1).tolist() for mask in (selection.winners, selection.losers)]
+    sizes = [
+        torch.bincount(mask.sum(1), minlength=candidates + 1).tolist()
+        for mask in (selection.winners, selection.losers)
+    ]
     skipped = (~selection.usable).nonzero().flatten().tolist()
     pairs_ = selection.pairs[selection.usable].double()
-    extent = (int(pairs_.min()), float(np.median(pairs_.numpy())), int(pairs_.max())) if len(pairs_) else (0, 0.0, 0)
+    extent = (
+        (int(pairs_.min()), float(np.median(pairs_.numpy())), int(pairs_.max()))
+        if len(pairs_)
+        else (0, 0.0, 0)
+    )
     mean = pairs_.mean().item() if len(pairs_) else 0.0
     examples = [prompts[row] for row in skipped[:EXAMPLES]]
-    return PairFigures(strategy_name(strategy), *sizes, extent, mean, len(skipped), examples, _lower(strategy))
+    return PairFigures(
+        strategy_name(strategy), *sizes, extent, mean, len(skipped), examples, _lower(strategy)
+    )
 
 
 def _lower(strategy: Strategy) -> str | None:
@@ -245,7 +292,9 @@ def independent_frontier(candidates: int, rewards: int) -> Frontier:
 
     Simulated, because X+ and X- have no closed form (F+ has: A(N, L) = sum_{k <= N} A(k, L - 1) / k, A(N, 1) = 1).
     """
-    return frontier_shares(torch.rand(SIMULATED, candidates, rewards, generator=torch.Generator().manual_seed(0)))
+    return frontier_shares(
+        torch.rand(SIMULATED, candidates, rewards, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def strategy_name(strategy: Strategy) -> str:

@@ -106,7 +106,11 @@ def read_curves(path: str | Path) -> list[Chart]:
         return []
     groups: dict[str, list[Curve]] = {}
     for name in filter(_is_shown, rows[0] if rows else ()):
-        group = name if name.startswith(APART) else TOGETHER.get(name) or "/".join(name.split("/")[: 3 if name.startswith(NESTED) else 2])
+        group = (
+            name
+            if name.startswith(APART)
+            else TOGETHER.get(name) or "/".join(name.split("/")[: 3 if name.startswith(NESTED) else 2])
+        )
         if points := _points(rows, name):
             groups.setdefault(group, []).append(Curve(_label(name, group), thinned(points)))
     charts = [

@@ -54,7 +54,11 @@ class Report:
 def page_environment() -> Environment:
     """What this package's pages are made with: values are escaped, and one that is missing is an error."""
     return Environment(
-        loader=PackageLoader("capo.evaluation.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("capo.evaluation.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

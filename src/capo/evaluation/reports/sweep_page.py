@@ -14,16 +14,36 @@ from matplotlib.figure import Figure
 from capo.evaluation.reports.page import page_environment, verdict
 
 Row = Mapping[str, object]  # of sweep.csv
-VALIDATION, TEST, ZERO, ORACLE = "val/win_rate", "test/win_rate/", "zero/", "oracle/"  # columns; the last three begin them
+VALIDATION, TEST, ZERO, ORACLE = (
+    "val/win_rate",
+    "test/win_rate/",
+    "zero/",
+    "oracle/",
+)  # columns; the last three begin them
 PANELS = 3  # pairs of rewards at most
 WIDE = 5  # a positive axis whose ends are this factor apart is logarithmic
-COLOURS = ("#2563a8", "#cf5f27", "#2a8a5a", "#8b5bb5", "#a9842a", "#c2477f", "#3b8794", "#7a5c48", "#5a6170", "#98a22e")
+COLOURS = (
+    "#2563a8",
+    "#cf5f27",
+    "#2a8a5a",
+    "#8b5bb5",
+    "#a9842a",
+    "#c2477f",
+    "#3b8794",
+    "#7a5c48",
+    "#5a6170",
+    "#98a22e",
+)
 
 
 def named(rows: Sequence[Row], start: str) -> dict[str, str]:
-    """reward or measure -> its column `start` + name, of those that the rows have; its bounds and the like are left out."""
+    """Reward or measure -> its column `start` + name, of those that the rows have; its bounds and the like are left out."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    return {name.removeprefix(start): name for name in columns if name.startswith(start) and "/" not in name.removeprefix(start)}
+    return {
+        name.removeprefix(start): name
+        for name in columns
+        if name.startswith(start) and "/" not in name.removeprefix(start)
+    }
 
 
 def number_of(value: object) -> float:
@@ -79,9 +99,19 @@ def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Seq
         for number, (column, name) in enumerate(names.items()):
             _line(axes, [place(row) for row in group], group, column, COLOURS[number % len(COLOURS)], name)
             zero = [100 * number_of(row.get(f"{ZERO}{name}")) for row in group]
-            axes.plot([place(row) for row in group], zero, ":", color=COLOURS[number % len(COLOURS)], linewidth=1)
+            axes.plot(
+                [place(row) for row in group], zero, ":", color=COLOURS[number % len(COLOURS)], linewidth=1
+            )
         xs, ys = [place(row) for row in group], [100 * number_of(row[VALIDATION]) for row in group]
-        axes.plot(xs, ys, "--o", markersize=3, linewidth=1, label=f"validation, mean {label}".strip(), color=None if label else "#8d94a1")
+        axes.plot(
+            xs,
+            ys,
+            "--o",
+            markersize=3,
+            linewidth=1,
+            label=f"validation, mean {label}".strip(),
+            color=None if label else "#8d94a1",
+        )
     axes.axhline(50, color="#8d94a1", linewidth=1, linestyle="--")
     axes.set_xlabel(axis)
     axes.set_ylabel("win-rate against the base, %")
@@ -105,7 +135,9 @@ def _places(rows: Sequence[Row], axis: str, axes: Axes):
 
 def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, colour: str, label: str) -> None:
     ys = [100 * number_of(row.get(column)) for row in rows]
-    axes.errorbar(xs, ys, yerr=_errors(rows, column), fmt="-o", markersize=5, capsize=3, color=colour, label=label)
+    axes.errorbar(
+        xs, ys, yerr=_errors(rows, column), fmt="-o", markersize=5, capsize=3, color=colour, label=label
+    )
 
 
 def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
@@ -113,10 +145,15 @@ def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
     middle = [number_of(row.get(column)) for row in rows]
     low = [number_of(row.get(f"{column}/low")) for row in rows]
     high = [number_of(row.get(f"{column}/high")) for row in rows]
-    return [[100 * (m - end) for m, end in zip(middle, low)], [100 * (end - m) for m, end in zip(middle, high)]]
+    return [
+        [100 * (m - end) for m, end in zip(middle, low)],
+        [100 * (end - m) for m, end in zip(middle, high)],
+    ]
 
 
-def _frontiers(rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Sequence[tuple[str, str]]) -> Figure:
+def _frontiers(
+    rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Sequence[tuple[str, str]]
+) -> Figure:
     """A panel a pair of rewards: one's win-rate against the other's, a line along `axis` for each setting of the rest."""
     figure = Figure(figsize=(5 * len(pairs) + 0.5, 5.2), layout="constrained")
     panels = figure.subplots(1, len(pairs), squeeze=False)[0]
@@ -124,11 +161,22 @@ def _frontiers(rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Seque
         columns = [f"{TEST}{first}", f"{TEST}{second}"]
         for number, (label, group) in enumerate(curves(rows, keys, axis).items()):
             xs, ys = ([100 * number_of(row.get(column)) for row in group] for column in columns)
-            axes.errorbar(xs, ys, xerr=_errors(group, columns[0]), yerr=_errors(group, columns[1]), fmt="-o", markersize=4,
-                          elinewidth=0.6, color=COLOURS[number % len(COLOURS)], label=label)
+            axes.errorbar(
+                xs,
+                ys,
+                xerr=_errors(group, columns[0]),
+                yerr=_errors(group, columns[1]),
+                fmt="-o",
+                markersize=4,
+                elinewidth=0.6,
+                color=COLOURS[number % len(COLOURS)],
+                label=label,
+            )
             for x, y, row in zip(xs, ys, group):
                 if math.isfinite(x) and math.isfinite(y):
-                    axes.annotate(str(row[axis]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+                    axes.annotate(
+                        str(row[axis]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8
+                    )
         axes.axhline(50, color="#8d94a1", linewidth=1, linestyle="--")
         axes.axvline(50, color="#8d94a1", linewidth=1, linestyle="--")
         axes.set_xlabel(f"{first}: win-rate against the base, %")
@@ -141,10 +189,20 @@ def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: b
     """One offline page: the picture, and a row a job with a link to its report."""
     rewards, measures = list(named(rows, TEST)), list(named(rows, ORACLE))
     jobs = [_job(row, keys, rewards, measures) for row in rows]
-    return page_environment().get_template("sweep.html.j2").render(
-        title=title, keys=keys, rewards=rewards, measures=measures, jobs=jobs, zero=bool(named(rows, ZERO)),
-        finished=sum(job["status"] == "finished" for job in jobs), picture=picture and base64.b64encode(picture).decode(),
-    )  # fmt: skip
+    return (
+        page_environment()
+        .get_template("sweep.html.j2")
+        .render(
+            title=title,
+            keys=keys,
+            rewards=rewards,
+            measures=measures,
+            jobs=jobs,
+            zero=bool(named(rows, ZERO)),
+            finished=sum(job["status"] == "finished" for job in jobs),
+            picture=picture and base64.b64encode(picture).decode(),
+        )
+    )
 
 
 def _job(row: Row, keys: Sequence[str], rewards: Sequence[str], measures: Sequence[str]) -> dict[str, object]:
