@@ -131,11 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rate = flops * row["images_per_second"]
             row |= {
                 "flops": rate,
-                "utilisation": rate / about["peak_flops"] if about["peak_flops"] else None,
+                "utilization": rate / about["peak_flops"] if about["peak_flops"] else None,
                 "of_matmul": rate / about["matmul_flops"],
             }
         records.add(key, row)
-        print_rows({key: row}, ("images_per_second", "faster than pipeline", "utilisation", "of_matmul"))
+        print_rows({key: row}, ("images_per_second", "faster than pipeline", "utilization", "of_matmul"))
 
 
 if __name__ == "__main__":

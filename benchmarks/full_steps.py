@@ -27,8 +27,8 @@ from timing import median_ratio
 
 OURS, BARE, FOUR, PUBLISHED = "capo", "bare loop", "four passes", "published"
 PRECISION = "bf16-mixed"
-PAPER_BATCH = 256  # pairs an optimiser step
-ACCUMULATED = 2  # forward and backward passes of a round, the last one with the optimiser's step
+PAPER_BATCH = 256  # pairs an optimizer step
+ACCUMULATED = 2  # forward and backward passes of a round, the last one with the optimizer's step
 VAE_BATCH = 8  # images through the encoder at once, as published trainers have it
 LORA = {"rank": 32, "alpha": 32, "seed": 0}
 MODELS = {  # bias of the weight, beta, draw of times: those of conf/model
@@ -156,7 +156,7 @@ def published_loss(module: TimedModule, pairs: PreferenceBatch) -> Tensor:
 
 
 def other_ways(module: TimedModule) -> dict[str, Take]:
-    """What takes turns with `capo`: on its weights and with its optimiser, of which there is room for one."""
+    """What takes turns with `capo`: on its weights and with its optimizer, of which there is room for one."""
     return {
         BARE: lambda pairs: module.training_step(pairs, 0),
         FOUR: partial(four_pass_loss, module),
@@ -165,12 +165,12 @@ def other_ways(module: TimedModule) -> dict[str, Take]:
 
 
 class Clock(L.Callback):
-    """Seconds of rounds of `ACCUMULATED` passes, the optimiser's step in the last; after each, the others' turns.
+    """Seconds of rounds of `ACCUMULATED` passes, the optimizer's step in the last; after each, the others' turns.
 
     Attributes:
         rounds: way -> seconds of each of its rounds.
-        plain, stepping: of `capo`'s passes without and with the optimiser's step.
-        peaks: way -> most bytes its tensors held; the first round, which makes the optimiser's state, is in it.
+        plain, stepping: of `capo`'s passes without and with the optimizer's step.
+        peaks: way -> most bytes its tensors held; the first round, which makes the optimizer's state, is in it.
     """
 
     def __init__(self, others: Mapping[str, Take], context: Callable[[], AbstractContextManager]):
@@ -198,7 +198,7 @@ class Clock(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: TimedModule, outputs, batch: PreferenceBatch, index: int
     ) -> None:
-        """Nothing until the optimiser has moved."""
+        """Nothing until the optimizer has moved."""
         if index % ACCUMULATED != ACCUMULATED - 1:
             return
         end = now(module.device)
@@ -219,11 +219,11 @@ class Clock(L.Callback):
         peak = peak_bytes(device)
         self.peaks[name] = None if peak is None else max(peak, self.peaks.get(name) or 0)
 
-    def _turn(self, name: str, module: TimedModule, optimiser: Optimizer, batch: PreferenceBatch) -> None:
+    def _turn(self, name: str, module: TimedModule, optimizer: Optimizer, batch: PreferenceBatch) -> None:
         self._begin(module.device)
         try:
             with torch.enable_grad():
-                self._round(self.others[name], module, optimiser, batch)
+                self._round(self.others[name], module, optimizer, batch)
         except torch.OutOfMemoryError:
             module.zero_grad(set_to_none=True)
             del self.others[name]
@@ -231,18 +231,18 @@ class Clock(L.Callback):
             return
         self._note(name, now(module.device) - self._since, module.device)
 
-    def _round(self, take: Take, module: TimedModule, optimiser: Optimizer, batch: PreferenceBatch) -> None:
+    def _round(self, take: Take, module: TimedModule, optimizer: Optimizer, batch: PreferenceBatch) -> None:
         for _ in range(ACCUMULATED):
             with self.context():
                 loss = take(batch)
             (loss / ACCUMULATED).backward()
-        module.configure_gradient_clipping(optimiser)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        module.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         module.take_figures()
 
     def teardown(self, trainer: L.Trainer, module: TimedModule, stage: str) -> None:
-        """The optimiser's state is freed here; Lightning would carry it to the CPU first."""
+        """The optimizer's state is freed here; Lightning would carry it to the CPU first."""
         trainer.strategy.optimizers = []
 
     def on_exception(self, trainer: L.Trainer, module: TimedModule, exception: BaseException) -> None:
@@ -287,14 +287,14 @@ def run_setting(
 
 
 def step_figures(clock: Clock, micro_batch: int) -> dict[str, object]:
-    """Medians of all rounds but the first: pairs a second of the passes, and with an optimiser step every 256 pairs."""
+    """Medians of all rounds but the first: pairs a second of the passes, and with an optimizer step every 256 pairs."""
     micro, stepping = (statistics.median(found[1:]) for found in (clock.plain, clock.stepping))
-    optimiser = max(0.0, stepping - micro)
+    optimizer = max(0.0, stepping - micro)
     found: dict[str, object] = {
         "pairs_per_second": micro_batch / micro,
-        "pairs_per_second_256": PAPER_BATCH / (PAPER_BATCH / micro_batch * micro + optimiser),
+        "pairs_per_second_256": PAPER_BATCH / (PAPER_BATCH / micro_batch * micro + optimizer),
         "micro_seconds": micro,
-        "optimiser_seconds": optimiser,
+        "optimizer_seconds": optimizer,
         "peak_bytes": clock.peaks[OURS],
         "loss": clock.loss,
     }

@@ -1,4 +1,4 @@
-"""Training steps of SDXL and SD3-Medium with random weights: speed, memory and utilisation, setting by setting.
+"""Training steps of SDXL and SD3-Medium with random weights: speed, memory and utilization, setting by setting.
 
     python benchmarks/train_step.py --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 3] [--only TEXT] [--plans]
     python benchmarks/train_step.py --size tiny --model sdxl --device cpu
@@ -6,7 +6,7 @@
 Each setting is a row: out of memory is one too. Rows are written as they come; the same command goes on with those that are
 missing. `--plans` measures nothing and puts beside each peak what `plan=true` says of that setting; it needs no GPU.
 
-Pairs a second: of forward and backward passes, and with an optimiser step every 256 pairs. Utilisation: the arithmetic that has
+Pairs a second: of forward and backward passes, and with an optimizer step every 256 pairs. Utilization: the arithmetic that has
 to be done (a forward pass of policy and reference, the policy's backward pass; what checkpointing repeats is not counted),
 against the vendor's dense bf16 peak, and against a product of matrices measured beside it.
 """
@@ -24,7 +24,7 @@ from capo.backbones import Backbone
 from capo.backbones.lora import JOINT_ATTENTION
 from capo.cli.process import prepare_process
 from capo.preflight.architecture import Blueprint
-from capo.preflight.memory import holdings
+from capo.preflight.memory import model_states
 from capo.preflight.tracing import activation_bytes, adapter_of, denoiser_forward
 from capo.runtime.optimizers import ADAMW
 from full_steps import LORA, PAPER_BATCH, PRECISION, Setting, TimedModule, make_module, run_setting
@@ -44,7 +44,7 @@ PRINTED = (
     "pairs_per_second",
     "pairs_per_second_256",
     "peak_bytes",
-    "utilisation",
+    "utilization",
     "of_matmul",
     "faster than published",
     "faster than four passes",
@@ -109,7 +109,7 @@ def pair_flops(blueprint: Blueprint, lora: bool) -> float:
     return 2 * (2 * once.flops + (1 if lora else 2) * once.weight_flops + 2 * once.attention_flops)
 
 
-def utilisation(row: Row, flops: float, about: Row) -> Row:
+def utilization(row: Row, flops: float, about: Row) -> Row:
     """A measured row with FLOP/s in it, and what share of the device's that is."""
     if row["status"] != "measured":
         return row
@@ -118,7 +118,7 @@ def utilisation(row: Row, flops: float, about: Row) -> Row:
     return {
         **row,
         "flops": rate,
-        "utilisation": rate / peak if peak else None,
+        "utilization": rate / peak if peak else None,
         "of_matmul": rate / about["matmul_flops"],
     }
 
@@ -126,7 +126,7 @@ def utilisation(row: Row, flops: float, about: Row) -> Row:
 def planned_bytes(blueprint: Blueprint, model: str, setting: Setting) -> int:
     """Device memory of a setting by the plan."""
     lora = adapter_of(lora_of(model, setting))
-    held = holdings(blueprint, lora, PRECISION, ADAMW, True, frozen_in=PRECISION)
+    held = model_states(blueprint, lora, PRECISION, ADAMW, True, frozen_in=PRECISION)
     return held.total + activation_bytes(
         blueprint, 2 * setting.micro_batch, PRECISION, True, lora, setting.checkpointing, frozen_in=PRECISION
     )
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {
         **what,
         **facts(device, 8192 if device.type == "cuda" else 256),
-        "pairs an optimiser step": PAPER_BATCH,
+        "pairs an optimizer step": PAPER_BATCH,
     }
     records, workshop = Records(path, about), Workshop(args.model, blueprint, device)
     flops = {lora: pair_flops(blueprint, lora) for lora in (False, True)}
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{setting.key} and what follows: not reached; the same command goes on from here")
             return
         row = measure(workshop, setting, args.rounds)
-        records.add(setting.key, utilisation(row, flops[setting.lora], about))
+        records.add(setting.key, utilization(row, flops[setting.lora], about))
         print_rows({setting.key: records.rows[setting.key]}, PRINTED)
 
 

@@ -81,7 +81,7 @@ def sized_blueprint(model: str, size: str) -> Blueprint:
 def random_module(
     blueprint: Blueprint, component: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """The component as its class initialises it, on the device from the start: drawing 5 billion weights on a CPU takes minutes."""
+    """The component as its class initializes it, on the device from the start: drawing 5 billion weights on a CPU takes minutes."""
     config = blueprint.configs[component]
     with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

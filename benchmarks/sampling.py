@@ -27,10 +27,10 @@ from PIL.Image import Image
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings, candidate_generators, sample_prompts
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import Prompt, candidate_seed
 from capo.rewards import Reward
-from capo.runtime.threads import in_lanes
+from capo.runtime.threads import map_batches
 from configuration import model_and_sizes
 from timing import in_turn, print_rates
 
@@ -66,7 +66,7 @@ def our_sampling(backbone: Backbone, prompts: Sequence[Prompt], settings: Sample
     seeds = [seeds_of(prompt, settings.batch) for prompt in prompts]
     latents = sample_prompts(backbone, backbone.denoiser, text, seeds, settings).flatten(0, 1)
     parts = latents.split(settings.batch)
-    decoded = in_lanes(
+    decoded = map_batches(
         lambda part: backbone.decode(part, settings.batch), parts, settings.parallel, backbone.device
     )
     return [image for images in decoded for image in images]
@@ -78,7 +78,7 @@ def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable
 
     def job() -> None:
         with tempfile.TemporaryDirectory() as root:
-            plan = PoolPlan(
+            plan = PoolSpec(
                 Path(root), generator.backbone.name, "train", SEED, prompts, generator.settings.batch
             )
             fill_pool(plan, generator, [reward], progress=False)

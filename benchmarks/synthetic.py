@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import ImageGenerator, PoolPlan, open_pool
+from capo.data.generation import ImageGenerator, PoolSpec, open_pool
 from capo.data.pool import Pool, Shard
 from capo.data.prompts import Prompt, make_prompt
 from capo.rewards import Reward
@@ -43,14 +43,14 @@ def numbers_generator(
     return ImageGenerator(Numbers(latent_shape, text_shapes), nn.Identity(), "0" * 64, settings)
 
 
-def numbers_plan(root: Path, prompts: Sequence[Prompt], candidates: int, prompts_per_shard: int) -> PoolPlan:
+def numbers_plan(root: Path, prompts: Sequence[Prompt], candidates: int, prompts_per_shard: int) -> PoolSpec:
     """A plan for a pool of `numbers_generator`."""
-    return PoolPlan(Path(root), "numbers", "train", 0, prompts, candidates, prompts_per_shard)
+    return PoolSpec(Path(root), "numbers", "train", 0, prompts, candidates, prompts_per_shard)
 
 
 def numbered_prompts(count: int) -> list[Prompt]:
     """`count` different prompts of about the length of a real one."""
-    scene = "a red circle above a blue square on a grey background"
+    scene = "a red circle above a blue square on a gray background"
     return [make_prompt(f"prompt number {number}: {scene}") for number in range(count)]
 
 
@@ -61,7 +61,7 @@ def synthetic_rewards(count: int) -> list[Reward]:
     ]
 
 
-def synthetic_pool(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> Pool:
+def synthetic_pool(plan: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward]) -> Pool:
     """The plan's pool, complete; what is there already stays.
 
     Texts are the generator's; latents and scores are standard normal, sigmoids of such where the link is log.

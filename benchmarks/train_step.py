@@ -37,7 +37,7 @@ from capo.backbones.sampling import SamplerSettings
 from capo.data import PreferenceBatch
 from capo.data.candidates import select_candidates
 from capo.data.dataset import PairDataset
-from capo.data.generation import ImageGenerator, PoolPlan
+from capo.data.generation import ImageGenerator, PoolSpec
 from capo.module import PreferenceModule, Weighting
 from capo.pairs import frs
 from capo.runtime.run_folder import MONITOR
@@ -52,7 +52,7 @@ from timing import print_rates
 CANDIDATES = 16
 VAE_BATCH = 8  # images through the encoder at once, as published trainers have it
 OURS, BARE, FOUR, PUBLISHED = "capo", "bare loop", "four passes", "published"
-Steps = Iterator[Tensor]  # each `next` takes an optimiser step and gives its loss
+Steps = Iterator[Tensor]  # each `next` takes an optimizer step and gives its loss
 
 
 class Bare(PreferenceModule):
@@ -65,14 +65,14 @@ class Bare(PreferenceModule):
 
 
 def stepping(module: Bare, losses: Iterator[Tensor]) -> Steps:
-    """An optimiser step for every loss, with the module's own optimiser, warm-up and clipping."""
+    """An optimizer step for every loss, with the module's own optimizer, warm-up and clipping."""
     configured = module.configure_optimizers()
-    optimiser, warm_up = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    optimizer, warm_up = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for loss in losses:
         loss.backward()
-        module.configure_gradient_clipping(optimiser)
-        optimiser.step()
-        optimiser.zero_grad()
+        module.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
         warm_up.step()
         module.take_figures()
         module.global_step += 1
@@ -147,7 +147,7 @@ class Rounds(L.Callback):
 def make_dataset(cfg: DictConfig, backbone: Backbone, folder: Path) -> PairDataset:
     """Pairs of the configuration's training prompts: encoded texts, random latents and scores."""
     rewards, prompts = synthetic_rewards(3), instantiate(cfg.prompts)["train"]
-    plan = PoolPlan(folder, cfg.model.name, "train", 0, prompts, CANDIDATES)
+    plan = PoolSpec(folder, cfg.model.name, "train", 0, prompts, CANDIDATES)
     pool = synthetic_pool(plan, ImageGenerator.base(backbone, SamplerSettings(**cfg.sampling)), rewards)
     return select_candidates(
         pool, prompts, CANDIDATES, rewards, frs, cfg.calibration, cfg.seed, cfg.noise.shared

@@ -18,7 +18,7 @@ LOG_FLOOR = 1e-6  # probabilities are clamped here before the logarithm
 LOG_CEILING = 1 + 1e-6  # what rounding may leave of a probability of 1
 FLAT, SATURATED = 0.05, 0.95  # shares of the largest spread that win-rates can have
 
-# PyTorch evaluates the last elements of a range one by one, with another `exp` than the vectorised one.
+# PyTorch evaluates the last elements of a range one by one, with another `exp` than the vectorized one.
 # Columns in multiples of LANES, in blocks too small to be split over threads, have no such rest, so equal
 # scores get equal win-rates to the last bit, whatever prompts stand beside them. BLOCK elements and two
 # buffers stay in the L2 cache.
@@ -114,10 +114,10 @@ def zscores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tenso
     """
     _checked(scores)
     work = scores.double().contiguous()
-    centred = work - work.mean(-1, keepdim=True)
-    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    centerd = work - work.mean(-1, keepdim=True)
+    deviation = centerd.square().mean(-1, keepdim=True).sqrt()
     same = work.eq(work[..., :1]).all(-1, keepdim=True)  # not std == 0: the mean of equal numbers is rounded
-    return torch.where(same, 0.0, centred / deviation).to(_result_dtype(scores))
+    return torch.where(same, 0.0, centerd / deviation).to(_result_dtype(scores))
 
 
 METHODS: dict[str, Callable[[Tensor, str, float], Tensor]] = {

@@ -23,7 +23,7 @@ from capo.errors import InputError
 from capo.metrics import drift_by_time, training_figures
 from capo.noise import constant_weight
 from capo.objectives import Objective, PairErrors, margin, requirements
-from capo.runtime.optimizers import ADAMW, clip_gradients, make_optimiser
+from capo.runtime.optimizers import ADAMW, clip_gradients, make_optimizer
 from capo.runtime.processes import gathered
 
 log = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ class PreferenceModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clip; drop the gradients of a step where their norm is not finite, so that the optimiser does not move."""
+        """Clip; drop the gradients of a step where their norm is not finite, so that the optimizer does not move."""
         norm = clip_gradients(list(self.policy.parameters()), self.gradient_clip or math.inf)
         bad = not math.isfinite(norm)
         self.bad_steps, self.bad_in_a_row = self.bad_steps + bad, bad * (self.bad_in_a_row + 1)
@@ -305,10 +305,10 @@ class PreferenceModule(L.LightningModule):
     def configure_optimizers(self):
         """AdamW without weight decay and a linear warm-up; a LoRA policy trains its adapter alone."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        optimiser = make_optimiser(
+        optimizer = make_optimizer(
             self.execution.optimizer, trained, self.lr, scaled=self.execution.precision == "16-mixed"
         )
         warm = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: min(1.0, (step + 1) / max(1, self.warm_up))
+            optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warm_up))
         )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": warm, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm, "interval": "step"}}

@@ -49,7 +49,7 @@ def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"scores must be (P, N, L) with candidates and rewards; got {tuple(scores.shape)}")
     _check_finite(scores)
     prompts, candidates, _ = scores.shape
-    # NumPy, because PyTorch does not vectorise comparisons into bool tensors (four times slower)
+    # NumPy, because PyTorch does not vectorize comparisons into bool tensors (four times slower)
     values = (
         scores.detach().to("cpu", torch.float32 if scores.dtype == torch.bfloat16 else scores.dtype).numpy()
     )

@@ -157,7 +157,7 @@ def test_sdxl_says_where_its_weights_were_looked_for_and_how_to_provide_them(sdx
     for way in ("hf download stabilityai/stable-diffusion-xl-base-1.0 --revision 4621", "model.backbone.weights=FOLDER", "HF_HOME=FOLDER"):
         assert way in message
     # 2 567 463 684 x 4, x 4, x 8, and the reference, most of it x 2: 10.3 + 10.3 + 20.5 + 5.1
-    for amount in ("2,567,463,684", "weights 10.3", "gradients 10.3", "optimiser 20.5", "reference 5.1", "46.2 GB", "plan=true"):
+    for amount in ("2,567,463,684", "weights 10.3", "gradients 10.3", "optimizer 20.5", "reference 5.1", "46.2 GB", "plan=true"):
         assert amount in message
     assert "hour" not in message and "prompts" not in message and "scorer" not in message
     assert not (tmp_path / "run").exists()

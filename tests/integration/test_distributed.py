@@ -78,7 +78,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def moments(folder: Path) -> list[tuple[int, float, tuple[int, ...]]]:
-    """Number, step and shape of what the optimiser of the last checkpoint remembers."""
+    """Number, step and shape of what the optimizer of the last checkpoint remembers."""
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     return [(number, float(part["step"]), tuple(part["exp_avg"].shape)) for number, part in sorted(state.items())]
 

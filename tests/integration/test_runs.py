@@ -1,4 +1,4 @@
-"""Runs that are cut off and go on, recognise themselves, and refuse to be another."""
+"""Runs that are cut off and go on, recognize themselves, and refuse to be another."""
 
 import csv
 import json
@@ -81,7 +81,7 @@ def test_a_run_that_was_cut_off_becomes_the_uninterrupted_one(tiny_run, whole, m
 
 
 def test_a_finished_run_says_so_and_returns_what_is_stored(tiny_run, whole, capsys, monkeypatch):
-    monkeypatch.setattr("capo.cli.tune.build_world", lambda *given, **options: pytest.fail("nothing is to be done"))
+    monkeypatch.setattr("capo.cli.tune.build_components", lambda *given, **options: pytest.fail("nothing is to be done"))
     before = {path: path.stat().st_mtime_ns for path in (whole[1] / "checkpoints").iterdir()}
     stored = json.loads((whole[1] / "outcome.json").read_text())["val/win_rate"]
     assert train_script.run(tiny_run("whole1", *STEPS, "data.workers=2")) == stored  # workers may differ

@@ -113,7 +113,7 @@ def test_scale_matters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("candidates", [2, 3, 7, 16, 33])
 def test_ties_stay_ties_to_the_last_bit(candidates, dtype, link):
-    # many sizes: what vectorised code leaves over at the end of a range is where ties break
+    # many sizes: what vectorized code leaves over at the end of a range is where ties break
     for prompts in [*range(1, 40), 1100]:
         scores = normal(prompts, candidates, seed=prompts).sigmoid().to(dtype)
         scores[:, -1] = scores[:, 0]

@@ -101,7 +101,7 @@ def test_interval_narrows_with_the_prompts():
 
 
 def test_chunks_cover_every_resample():
-    # 3000 prompts take many chunks; a resample left out would be an uninitialised or zero mean
+    # 3000 prompts take many chunks; a resample left out would be an uninitialized or zero mean
     values = 5 + torch.rand(3000, generator=torch.Generator().manual_seed(0))
     low, high = bootstrap_interval(values, seed=0, resamples=1000)
     standard_error = values.std().item() / 3000**0.5

@@ -117,15 +117,15 @@ def test_figures_by_hand():
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny_backbone):
     module = module_for(tiny_backbone, max_bad_steps=2)
     module.log = lambda *args, **kwargs: None  # it needs a trainer
-    optimiser = module.configure_optimizers()["optimizer"]
+    optimizer = module.configure_optimizers()["optimizer"]
     before = [parameter.clone() for parameter in module.policy.parameters()]
     module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("nan"))
-    module.configure_gradient_clipping(optimiser)
-    optimiser.step()
+    module.configure_gradient_clipping(optimizer)
+    optimizer.step()
     assert module.bad_steps == 1 and all(torch.equal(a, b) for a, b in zip(before, module.policy.parameters()))
     module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("inf"))
     with pytest.raises(InputError, match="2 steps in a row"):
-        module.configure_gradient_clipping(optimiser)
+        module.configure_gradient_clipping(optimizer)
 
 
 def test_unknown_weighting_is_refused():

@@ -131,7 +131,7 @@ def _not_here(weights: str, revision: str | None, variant: str | None, in_cache:
         f"  looked in: folder {Path(weights).absolute()} (not there); hub cache {constants.HF_HUB_CACHE} ({in_cache}); "
         f"{constants.ENDPOINT} ({refusal})\n"
         f"  provide them in one of three ways:\n"
-        f"    from the hub: the same command with a network, or {command} (a gated model: accept its licence on its page, then hf auth login)\n"
+        f"    from the hub: the same command with a network, or {command} (a gated model: accept its license on its page, then hf auth login)\n"
         f"    as a folder in diffusers' format: model.backbone.weights=FOLDER\n"
         f"    as a hub cache copied from another machine: HF_HOME=FOLDER before the command"
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from capo.backbones.base import Backbone, Text
 from capo.backbones.precision import AUTOCAST
 from capo.errors import InputError
-from capo.runtime.threads import BATCHES, OPERATIONS, in_lanes
+from capo.runtime.threads import BATCHES, OPERATIONS, map_batches
 
 Progress = Callable[[int], object]  # called after each denoising step with the number of images that took it
 
@@ -194,5 +194,5 @@ def sample_prompts(
         return sample(backbone, denoiser, conditions, noise, settings, progress and report, generators).cpu()
 
     starts = range(0, len(flat), settings.batch)
-    latents = torch.cat(in_lanes(batch, starts, settings.parallel, backbone.device))
+    latents = torch.cat(map_batches(batch, starts, settings.parallel, backbone.device))
     return latents.unflatten(0, (prompts, candidates))

@@ -16,7 +16,7 @@ from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import worker_logs
 from capo.data.candidates import TrainingData
-from capo.data.generation import STAGES, ImageGenerator, PoolPlan
+from capo.data.generation import STAGES, ImageGenerator, PoolSpec
 from capo.data.importing.chosen import Imported
 from capo.data.labels import HUMAN, LabelSource
 from capo.data.pool.import_table import HUMAN_LABELS
@@ -28,15 +28,15 @@ from capo.rewards import Reward, load_rewards
 
 
 @dataclass(frozen=True)
-class World:
+class Components:
     """What every stage needs: the base and its sampler, prompts by split, rewards trained and rewards evaluated."""
 
     generator: ImageGenerator
     splits: dict[str, Sequence[Prompt]]
     rewards: list[Reward]
     evaluation_rewards: list[Reward]
-    oracle: list[Reward]  # measured in evaluations beside the rewards; empty where the model's world has none
-    plans: dict[str, PoolPlan]  # train, validation, test, zero
+    oracle: list[Reward]  # measured in evaluations beside the rewards; empty where the model has none
+    pool_specs: dict[str, PoolSpec]  # train, validation, test, zero
     held_out: list[Reward] = field(default_factory=list)  # score validation images beside the trained ones
 
     @property
@@ -64,23 +64,23 @@ def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
     return splits
 
 
-def build_world(cfg: DictConfig, scoring: bool = True, watching: bool = True) -> World:
+def build_components(cfg: DictConfig, scoring: bool = True, watching: bool = True) -> Components:
     """Everything that generation, training and evaluation share. Cheap checks come before weights are loaded.
 
     `scoring`: whether images will be scored, for which the rewards are built. `watching`: whether validation images will be;
-    without it the world has no held-out rewards, which score nothing else.
+    without it there are no held-out rewards, which score nothing else.
     """
     splits = prompt_splits(cfg)
     settings = SamplerSettings(**cfg.sampling)
     rewards, evaluated, oracle = all_rewards(cfg)
     held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
-    plans = pool_plans(cfg, splits)
+    specs = pool_specs(cfg, splits)
     for reward in {
         reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring
     }.values():
         reward.setup("cpu")  # so that weights that are missing are found before images are drawn
-    return World(
-        ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, plans, held_out
+    return Components(
+        ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, specs, held_out
     )
 
 
@@ -106,12 +106,14 @@ def check_imported(cfg: DictConfig) -> None:
         imported_pool(cfg, prompt_splits(cfg))
 
 
-def training_data(cfg: DictConfig, world: World, stages: Sequence[str] = STAGES) -> TrainingData:
+def training_data(cfg: DictConfig, components: Components, stages: Sequence[str] = STAGES) -> TrainingData:
     """What pairs are drawn from; `stages` of the base's own pool are completed, of an imported one the scores."""
-    labels = label_sources(cfg, world.rewards)
+    labels = label_sources(cfg, components.rewards)
     if cfg.pool.get("imported"):
-        return TrainingData.imported(imported_pool(cfg, world.splits), world.generator, labels)
-    return TrainingData.sampled(world.plans["train"], world.generator, world.rewards, stages)
+        return TrainingData.imported(imported_pool(cfg, components.splits), components.generator, labels)
+    return TrainingData.sampled(
+        components.pool_specs["train"], components.generator, components.rewards, stages
+    )
 
 
 def all_rewards(cfg: DictConfig) -> tuple[list[Reward], list[Reward], list[Reward]]:
@@ -142,28 +144,28 @@ def rewards_of(cfg: DictConfig, place: str) -> list[Reward]:
     return sorted(load_rewards(entries, place, worker_logs()), key=lambda reward: reward.name)
 
 
-def pool_plans(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str, PoolPlan]:
+def pool_specs(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str, PoolSpec]:
     """The four pools of the base's images: candidates, validation, test, and test with other seeds (the zero line)."""
 
-    def plan(split: str, seed: int, candidates: int, prompts: Sequence[Prompt]) -> PoolPlan:
-        return PoolPlan(
+    def spec(split: str, seed: int, candidates: int, prompts: Sequence[Prompt]) -> PoolSpec:
+        return PoolSpec(
             Path(cfg.pool.root), cfg.model.name, split, seed, prompts, candidates, cfg.pool.prompts_per_shard
         )
 
     evaluation, test = cfg.evaluation, splits["test"]
     return {
-        "train": plan("train", cfg.pool.seed, cfg.pool.candidates, splits["train"]),
-        "validation": plan("validation", evaluation.seed, cfg.validation.images, splits["validation"]),
-        "test": plan("test", evaluation.seed, evaluation.images, test),
-        "zero": plan("test", evaluation.seed + 1, evaluation.images, test[: evaluation.zero_prompts]),
+        "train": spec("train", cfg.pool.seed, cfg.pool.candidates, splits["train"]),
+        "validation": spec("validation", evaluation.seed, cfg.validation.images, splits["validation"]),
+        "test": spec("test", evaluation.seed, evaluation.images, test),
+        "zero": spec("test", evaluation.seed + 1, evaluation.images, test[: evaluation.zero_prompts]),
     }
 
 
 def evaluate_policy(
-    cfg: DictConfig, world: World, policy: Path, folder: Path, curves: Path | None = None
+    cfg: DictConfig, components: Components, policy: Path, folder: Path, curves: Path | None = None
 ) -> dict:
     """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate.evaluate`."""
-    backbone, settings = world.backbone, world.generator.settings
+    backbone, settings = components.backbone, components.generator.settings
     tuned = ImageGenerator(
         backbone,
         load_policy(backbone, policy, settings.precision),
@@ -172,11 +174,11 @@ def evaluate_policy(
     )
     return evaluate(
         folder,
-        world.plans["test"],
+        components.pool_specs["test"],
         tuned,
-        world.evaluation_rewards,
-        zero=world.plans["zero"],
-        oracle=world.oracle,
+        components.evaluation_rewards,
+        zero=components.pool_specs["zero"],
+        oracle=components.oracle,
         title=f"{cfg.model.name}: tuned against base",
         config=OmegaConf.to_yaml(cfg, resolve=True),
         curves=curves,

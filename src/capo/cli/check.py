@@ -97,5 +97,5 @@ def check_training(
         watch = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)
     except InputError as error:  # compiled blocks that round differently
         return [Check("reference = policy", False, "see what to do", str(error))]
-    rate = request.flops * request.utilisation
+    rate = request.flops * request.utilization
     return check_steps(watch, plan["device"]["training"]["total"], pairs * plan["flops"]["pair"], pairs, rate)

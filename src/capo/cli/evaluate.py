@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from capo.cli.build import build_world, evaluate_policy
+from capo.cli.build import build_components, evaluate_policy
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
@@ -28,7 +28,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     prepare_process(own.threads)
     return evaluate_policy(
         own,
-        build_world(own, watching=False),
+        build_components(own, watching=False),
         folder / "policy",
         folder / "evaluation",
         curves=folder / "metrics.csv",
@@ -41,7 +41,7 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
         cfg.model.backbone.weights = str(Path(cfg.base).absolute())
     check_ready(cfg, watching=False)
     prepare_process(cfg.threads)
-    return evaluate_policy(cfg, build_world(cfg, watching=False), Path(cfg.policy), folder)
+    return evaluate_policy(cfg, build_components(cfg, watching=False), Path(cfg.policy), folder)
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo.backbones.sampling import SamplerSettings
-from capo.cli.build import World, base_of, build_world, built, check_imported, training_data
+from capo.cli.build import Components, base_of, build_components, built, check_imported, training_data
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
@@ -61,9 +61,9 @@ def import_images(cfg: DictConfig) -> None:
     console.print(f"python train.py pool.imported={pool.folder} objective=dpo", markup=False, soft_wrap=True)
 
 
-def export(cfg: DictConfig, world: World) -> None:
+def export(cfg: DictConfig, components: Components) -> None:
     """Write the pairs that training of the same configuration draws from, for other trainers."""
-    data = training_data(cfg, world, stages=("scores",))
+    data = training_data(cfg, components, stages=("scores",))
     candidates = data.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, cfg.noise.shared)
     settings = {
         "data": data.described,
@@ -76,7 +76,7 @@ def export(cfg: DictConfig, world: World) -> None:
     count = export_pairs(
         candidates,
         data.scores(),
-        world.backbone,
+        components.backbone,
         own.file,
         per_prompt=own.per_prompt,
         image_format=own.images,
@@ -87,11 +87,11 @@ def export(cfg: DictConfig, world: World) -> None:
     console.print(f"{count} pairs in {own.file}", soft_wrap=True)
 
 
-def report(cfg: DictConfig, world: World) -> None:
+def report(cfg: DictConfig, components: Components) -> None:
     """Say what scores, calibrated rewards and pairs of the candidates look like (docs/calibration.md)."""
     if not cfg.pool.imported:
-        check_scored(world.plans["train"], world.generator, world.rewards)
-    report_pool(training_data(cfg, world, stages=()), instantiate(cfg.pairs), cfg.calibration, console)
+        check_scored(components.pool_specs["train"], components.generator, components.rewards)
+    report_pool(training_data(cfg, components, stages=()), instantiate(cfg.pairs), cfg.calibration, console)
 
 
 def run(cfg: DictConfig) -> None:
@@ -110,22 +110,22 @@ def run(cfg: DictConfig) -> None:
     check_ready(cfg, scoring=scoring)
     check_imported(cfg)
     prepare_process(cfg.threads)
-    world = build_world(cfg, scoring=scoring)
+    components = build_components(cfg, scoring=scoring)
     if cfg.stage == "export":
-        return export(cfg, world)
+        return export(cfg, components)
     if cfg.stage == "report":
-        return report(cfg, world)
-    for name, plan in world.plans.items():
+        return report(cfg, components)
+    for name, spec in components.pool_specs.items():
         if name == "train" and cfg.pool.imported:
             continue  # its images are there
         rewards = {
-            "train": world.rewards,
-            "validation": [*world.rewards, *world.held_out],
-            "test": [*world.evaluation_rewards, *world.oracle],
-            "zero": world.evaluation_rewards,
+            "train": components.rewards,
+            "validation": [*components.rewards, *components.held_out],
+            "test": [*components.evaluation_rewards, *components.oracle],
+            "zero": components.evaluation_rewards,
         }[name]
-        pool = fill_pool(plan, world.generator, rewards, stages=FILLING[cfg.stage])
-        console.print(f"{name}: {len(plan.prompts)} prompts x {plan.candidates} images in {pool.folder}")
+        pool = fill_pool(spec, components.generator, rewards, stages=FILLING[cfg.stage])
+        console.print(f"{name}: {len(spec.prompts)} prompts x {spec.candidates} images in {pool.folder}")
 
 
 def main(cfg: DictConfig) -> None:

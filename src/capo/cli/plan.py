@@ -29,12 +29,12 @@ from capo.preflight.plan import (
     make_plan,
 )
 from capo.preflight.plan_tables import print_plan
-from capo.preflight.shortages import Finding, certain_memory, disk_findings, folder_bytes, likely_memory
+from capo.preflight.shortages import Shortage, certain_memory, disk_findings, folder_bytes, likely_memory
 from capo.preflight.tracing import adapter_of
 from capo.rewards import Reward, load_rewards
 from capo.runtime.files import write_whole
 from capo.runtime.launch import device_count, divide, launch
-from capo.runtime.optimizers import check_optimiser
+from capo.runtime.optimizers import check_optimizer
 
 PLAN = "plan.json"
 SPLITS = ("train", "validation", "test")
@@ -61,7 +61,7 @@ def blueprint_of(cfg: DictConfig) -> Blueprint:
 def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
     """The run's training, with as many devices as the launcher has started or the configuration names."""
     trainer, needs = cfg.trainer, requirements(built(cfg.objective))
-    devices = max(launch().world, (device_count(trainer.devices) or 1) * trainer.num_nodes)
+    devices = max(launch().world_size, (device_count(trainer.devices) or 1) * trainer.num_nodes)
     lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
     if lora:
         lora |= {"targets": get_class(cfg.model.backbone._target_).lora_targets}
@@ -80,7 +80,7 @@ def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
     )
 
 
-def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Finding]]:
+def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Shortage]]:
     """Prompts by split, and what keeps them from being read here. Sets of the hub are not fetched: limits and published sizes count."""
     settings = OmegaConf.to_container(cfg.prompts, resolve=True)
     expected = expected_counts(settings)
@@ -92,7 +92,7 @@ def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Finding]
     try:
         return {split: len(prompts) for split, prompts in prompt_splits(cfg).items()}, []
     except InputError as error:
-        return expected, [Finding("prompts", str(error))]
+        return expected, [Shortage("prompts", str(error))]
 
 
 def expected_counts(settings: Mapping) -> dict[str, int | None]:
@@ -214,13 +214,13 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
         pool_requests(cfg, counts),
         itemsize,
         cfg.planning.flops,
-        cfg.planning.utilisation,
+        cfg.planning.utilization,
         reward_request(cfg),
         cfg.evaluate,
     )
 
 
-def room_findings(cfg: DictConfig, request: Request) -> list[Finding]:
+def room_findings(cfg: DictConfig, request: Request) -> list[Shortage]:
     """What is certain of disk and memory: what is still to be written, and what the device holds whatever the batch."""
     root, run, space = Path(cfg.pool.root), Path(cfg.run_dir), disk_space(request)
     seeds = {
@@ -235,7 +235,7 @@ def room_findings(cfg: DictConfig, request: Request) -> list[Finding]:
         pools += max(0, need - folder_bytes(*root.glob(f"{cfg.model.name}-*-{seed}-{split}")))
     written = folder_bytes(run / "checkpoints", run / "policy")
     found = disk_findings({root: pools, run: max(0, space["run"]["total"] - written)})
-    return found + certain_memory(request.holdings(request.training.shards), cfg.trainer.accelerator)
+    return found + certain_memory(request.model_states(request.training.shards), cfg.trainer.accelerator)
 
 
 def require_room(cfg: DictConfig) -> None:
@@ -251,15 +251,15 @@ def require_room(cfg: DictConfig) -> None:
         raise InputError("\n".join(finding.message for finding in found))
 
 
-def _attempt(kind: str, check: Callable[[], object]) -> list[Finding]:
+def _attempt(kind: str, check: Callable[[], object]) -> list[Shortage]:
     try:
         check()
     except InputError as error:
-        return [Finding(kind, str(error))]
+        return [Shortage(kind, str(error))]
     return []
 
 
-def _reward_findings(cfg: DictConfig, place: str) -> list[Finding]:
+def _reward_findings(cfg: DictConfig, place: str) -> list[Shortage]:
     """What each reward at a key lacks, by itself."""
     entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
 
@@ -269,13 +269,13 @@ def _reward_findings(cfg: DictConfig, place: str) -> list[Finding]:
     return [finding for name in sorted(entries) for finding in _attempt("rewards", partial(check, name))]
 
 
-def find_missing(cfg: DictConfig) -> list[Finding]:
+def find_missing(cfg: DictConfig) -> list[Shortage]:
     """What `check_ready` would end with, all of it rather than the first: weights, rewards, extras, the device."""
     return [
         *_attempt("weights", lambda: check_weights(cfg)),
         *(finding for place in REWARD_PLACES for finding in _reward_findings(cfg, place)),
         *_attempt("rewards", lambda: held_out_rewards(cfg, all_rewards(cfg)[0], [])),
-        *_attempt("extras", lambda: check_optimiser(cfg.trainer.optimizer)),
+        *_attempt("extras", lambda: check_optimizer(cfg.trainer.optimizer)),
         *_attempt("configuration", lambda: check_draw(cfg)),
         *_attempt("device", lambda: check_accelerator(cfg)),
     ]

@@ -37,7 +37,7 @@ def prepare_process(threads: int | None) -> int:
 
 def _default_threads() -> int:
     here, told = launch(), os.environ.get("OMP_NUM_THREADS", "")
-    processes = here.local_world if here.world > 1 else int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    processes = here.local_world_size if here.world_size > 1 else int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     if not processes and told.isdigit() and int(told) > 0:
         return int(told)
     return max(1, (os.cpu_count() or 1) // (processes or 1))

@@ -10,14 +10,14 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.loading import MissingWeights, find_pipeline, find_vae, pipeline_index
-from capo.cli.build import all_rewards, built, held_out_rewards, label_sources, pool_plans, prompt_splits
+from capo.cli.build import all_rewards, built, held_out_rewards, label_sources, pool_specs, prompt_splits
 from capo.cli.values import check_values
 from capo.data.selection import select
 from capo.errors import InputError
 from capo.noise import FLOW_DRAWS
 from capo.objectives import requirements
 from capo.preflight.architecture import published, published_names
-from capo.preflight.memory import holdings, parameters
+from capo.preflight.memory import model_states, parameters
 from capo.rewards import Reward
 from capo.rewards.weights import look_for
 from capo.runtime.hub import check_access
@@ -27,7 +27,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     """Find out what keeps `cfg` from running before anything is loaded, downloaded or written.
 
     In this order: values, the model's weights, rewards, prompts, pairs and objective; of a run that has `finished` the values
-    alone. `scoring` and `watching` as `build_world` has them: the weights of rewards that nothing asks are not looked for.
+    alone. `scoring` and `watching` as `build_components` has them: the weights of rewards that nothing asks are not looked for.
     Raises InputError.
     """
     check_values(cfg)
@@ -38,7 +38,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
     if scoring:
         check_reward_weights([*rewards, *evaluated, *held_out])
-    pool_plans(cfg, prompt_splits(cfg))
+    pool_specs(cfg, prompt_splits(cfg))
     requirements(built(cfg.objective))
     nothing = torch.zeros(0, cfg.pool.candidates, len(label_sources(cfg, rewards)))
     select(built(cfg.pairs), nothing, nothing)  # does the strategy fit the rewards?
@@ -112,7 +112,7 @@ def memory_note(cfg: DictConfig) -> str:
     name = cfg.model.get("published") or cfg.model.name
     if name not in published_names():
         return ""
-    held = holdings(published(name), None, cfg.trainer.precision, cfg.trainer.optimizer, reference=True)
+    held = model_states(published(name), None, cfg.trainer.precision, cfg.trainer.optimizer, reference=True)
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in asdict(held).items())
     return (
         f"\n  tuning all of its {parameters(published(name), None)[0]:,} parameters holds {held.total / 1e9:.1f} GB before activations ({parts}); "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from capo.calibration import calibrate
 from capo.data.candidates import Candidates, TrainingData
-from capo.data.generation import COMMANDS, ImageGenerator, PoolPlan, lacking, stages_of
+from capo.data.generation import COMMANDS, ImageGenerator, PoolSpec, lacking, stages_of
 from capo.data.labels import scored
 from capo.data.pool import Pool, pool_name
 from capo.data.selection import Selection, select
@@ -23,15 +23,15 @@ from capo.rewards import Reward
 POOL_FOLDER, RUN_FOLDER = "report", "calibration"  # where the report lies in a pool, in a run directory
 
 
-def check_scored(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward]) -> None:
-    """InputError that names the stage to run first, where the plan's pool lacks a score; nothing is made, no pool either."""
-    folder = Path(plan.root) / pool_name(plan.model, generator.fingerprint, plan.seed, plan.split)
+def check_scored(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward]) -> None:
+    """InputError that names the stage to run first, where the spec's pool lacks a score; nothing is made, no pool either."""
+    folder = Path(spec.root) / pool_name(spec.model, generator.fingerprint, spec.seed, spec.split)
     if not (folder / "manifest.json").is_file():
         raise InputError(
             f"stage=report: there is no pool {folder} yet: run generate.py with the same values and stage=all first"
         )
     pool = Pool.open(folder)
-    for stage in stages_of(pool, plan, generator, rewards, verify=False):
+    for stage in stages_of(pool, spec, generator, rewards, verify=False):
         if stage.todo():
             raise InputError(
                 f"{lacking(stage)}, which stage=report needs: run generate.py with the same values and "

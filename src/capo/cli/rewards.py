@@ -41,7 +41,7 @@ from capo.rewards.selfcheck import (
 OVERRIDE = re.compile(
     r"^([+~]*)(?:rewards\.)?"
 )  # `NAME.weights=...` and `rewards.NAME.weights=...` are the same here
-COLOURS = {PASSED: "green", WARNING: "yellow", FAILED: "red"}
+COLORS = {PASSED: "green", WARNING: "yellow", FAILED: "red"}
 
 
 def arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
@@ -195,7 +195,7 @@ def finding_table(reward: Reward, found: Sequence[Finding]) -> Table:
     )
     for finding in found:
         table.add_row(
-            finding.name, f"[{COLOURS[finding.outcome]}]{finding.outcome}", finding.found, finding.remedy
+            finding.name, f"[{COLORS[finding.outcome]}]{finding.outcome}", finding.found, finding.remedy
         )
     return table
 

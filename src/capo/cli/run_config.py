@@ -112,7 +112,7 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
 
 
 def open_run(folder: Path, cfg: DictConfig) -> Progress:
-    """Begin, continue or recognise the run of `cfg` in `folder`; writes `config.yaml`.
+    """Begin, continue or recognize the run of `cfg` in `folder`; writes `config.yaml`.
 
     A larger `trainer.max_steps` continues a run, a finished one too. Raises InputError for a directory that holds another
     run, with the differences.

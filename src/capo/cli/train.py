@@ -15,7 +15,7 @@ from capo.cli.messages import plain_errors
 from capo.cli.run_config import is_finished
 from capo.errors import InputError
 from capo.runtime.launch import check_fsdp, check_launch, divide, launch
-from capo.runtime.optimizers import check_optimiser
+from capo.runtime.optimizers import check_optimizer
 from capo.runtime.run_folder import MONITOR, read_outcome
 
 
@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> float:
     """Run `cfg`, alone or as a job of a sweep; returns the best validation win-rate, NaN where there is none."""
     own = HydraConfig.get()
     with plain_errors():
-        if launch().world > 1:
+        if launch().world_size > 1:
             check_places(own)
         if own.mode is not RunMode.MULTIRUN:
             return run(cfg)
@@ -55,9 +55,9 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
 
 def check(cfg: DictConfig) -> float:
     """Measure the model on this machine; returns NaN, since nothing is trained."""
-    if launch().world > 1:
+    if launch().world_size > 1:
         raise InputError(
-            f"check=true measures one device, but {launch().world} processes were started: run it without the launcher"
+            f"check=true measures one device, but {launch().world_size} processes were started: run it without the launcher"
         )
     from capo.cli.check import run_checks
     from capo.cli.tune import module_of
@@ -76,8 +76,8 @@ def refuse_early(cfg: DictConfig) -> None:
     check_ready(cfg, finished)
     check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)
     check_fsdp(trainer.strategy, trainer.precision, trainer.optimizer, trainer.channels_last)
-    check_optimiser(trainer.optimizer)
-    divide(trainer.batch, launch().world, trainer.micro_batch)
+    check_optimizer(trainer.optimizer)
+    divide(trainer.batch, launch().world_size, trainer.micro_batch)
     if not finished:
         check_imported(cfg)
         require_room(cfg)
@@ -87,10 +87,10 @@ def check_places(own: DictConfig) -> None:
     """InputError where each of several processes would write to a directory of its own, or begin a sweep of its own."""
     if own.mode is RunMode.MULTIRUN:
         raise InputError(
-            f"-m with {launch().world} processes: each would begin the whole sweep; the jobs of a sweep take one process each, "
+            f"-m with {launch().world_size} processes: each would begin the whole sweep; the jobs of a sweep take one process each, "
             "and a run on several devices is started by itself (docs/training.md)"
         )
     if not any(override.startswith("hydra.run.dir=") for override in own.overrides.hydra):
         raise InputError(
-            f"{launch().world} processes would make a run directory each: give them one, hydra.run.dir=DIR"
+            f"{launch().world_size} processes would make a run directory each: give them one, hydra.run.dir=DIR"
         )

@@ -17,14 +17,14 @@ from rich.console import Console
 from capo.backbones import Backbone
 from capo.backbones.export import export_policy, load_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card
-from capo.cli.build import World, build_world, evaluate_policy, training_data
+from capo.cli.build import Components, build_components, evaluate_policy, training_data
 from capo.cli.process import prepare_process
 from capo.cli.report import RUN_FOLDER, report_run
 from capo.cli.run_config import Progress, open_run
 from capo.cli.sweep import found_figures
 from capo.data.dataset import ENCODE
 from capo.data.generation import ImageGenerator
-from capo.data.images import Drawn
+from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut, alarms
 from capo.evaluation.reports.calibration_page import print_warnings
 from capo.evaluation.reports.page import image_grid
@@ -32,7 +32,7 @@ from capo.module import Execution, PreferenceModule, Weighting
 from capo.runtime.hub import push
 from capo.runtime.launch import Division, divide, launch
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
-from capo.runtime.processes import by_first, leave_group, process_group
+from capo.runtime.processes import leave_group, process_group, run_on_first_process
 from capo.runtime.run_folder import EVALUATION, MONITOR, POLICY, POOLS, RESULTS, read_outcome, write_outcome
 from capo.training.checkpoints import load_best
 from capo.training.fit import encode_aside, fit
@@ -42,7 +42,7 @@ from capo.training.summary import beta_warning, print_summary
 from capo.training.validation import WinRateValidation, validation_set
 
 console = Console()
-OPTIMISERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
+OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
 
 
 def target_name(node: DictConfig) -> str:
@@ -50,11 +50,13 @@ def target_name(node: DictConfig) -> str:
     return node._target_.rsplit(".", 1)[-1]
 
 
-def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidation:
+def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinRateValidation:
     """Make the base's validation images and a first picture of them."""
     settings = cfg.validation
-    judges = [*world.rewards, *world.held_out]
-    drawn = Drawn.fill(world.plans["validation"], world.generator, judges, progress=True)
+    judges = [*components.rewards, *components.held_out]
+    drawn = GeneratedImages.fill(
+        components.pool_specs["validation"], components.generator, judges, progress=True
+    )
     base = validation_set(drawn, judges, settings.pictures)
     if launch().first:
         image_grid(
@@ -64,9 +66,15 @@ def validation_of(cfg: DictConfig, world: World, folder: Path) -> WinRateValidat
             folder / "step000000.png",
         )
     console.print(f"validation pictures of the base: {folder / 'step000000.png'}")
-    held_out = HeldOut(world.held_out, cfg.evaluation.seed)
+    held_out = HeldOut(components.held_out, cfg.evaluation.seed)
     return WinRateValidation(
-        base, world.backbone, world.rewards, world.generator.settings, settings.every, folder, held_out
+        base,
+        components.backbone,
+        components.rewards,
+        components.generator.settings,
+        settings.every,
+        folder,
+        held_out,
     )
 
 
@@ -98,11 +106,11 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
 
 def division_of(cfg: DictConfig) -> Division:
     """How the pairs of a step are shared out over the processes. Raises InputError where that does not come out whole."""
-    return divide(cfg.trainer.batch, launch().world, cfg.trainer.micro_batch)
+    return divide(cfg.trainer.batch, launch().world_size, cfg.trainer.micro_batch)
 
 
 def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
-    """What the summary and the model card say of the optimisation."""
+    """What the summary and the model card say of the optimization."""
     weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
     trainer = cfg.trainer
     return {
@@ -114,7 +122,7 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
         "calibration": cfg.calibration,
         "weighting": weighting,
         "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
-        "learning rate": f"{trainer.lr:g}, {OPTIMISERS[trainer.optimizer]}, linear warm-up over {trainer.warm_up} steps",
+        "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, linear warm-up over {trainer.warm_up} steps",
         "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
         "policy": f"LoRA {dict(cfg.model.lora)}" if cfg.model.lora else "all weights",
     }
@@ -151,24 +159,26 @@ def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[
             logger.begin(identity_of(cfg, group))
         yield loggers
         for logger in tracking:
-            logger.summarise(found_figures(folder))
+            logger.summarize(found_figures(folder))
     finally:
         for logger in tracking:
             logger.close()
 
 
 def tune(
-    cfg: DictConfig, world: World, folder: Path, loggers: Sequence[Logger]
+    cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]
 ) -> tuple[PreferenceModule, float, dict[str, object]]:
     """Fill the pools, select pairs, fit, keep the best. Returns module, its validation win-rate and the facts."""
-    module = module_of(cfg, world.backbone)  # before any image is drawn: a bad objective or beta ends here
+    module = module_of(
+        cfg, components.backbone
+    )  # before any image is drawn: a bad objective or beta ends here
     strategy = instantiate(cfg.pairs)
-    validation = validation_of(cfg, world, folder / "validation")
-    data = training_data(cfg, world)
+    validation = validation_of(cfg, components, folder / "validation")
+    data = training_data(cfg, components)
     candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
     facts = facts_of(cfg, module) | {"data": data.described}
     print_summary(facts, candidates, module, console)
-    found = by_first(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
+    found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
     print_warnings(found, console)
     console.print(f"calibration report: {folder / RUN_FOLDER}", markup=False, soft_wrap=True)
     if warning := beta_warning(
@@ -176,7 +186,7 @@ def tune(
     ):
         console.print(f"[yellow]{warning}")
     trainer, division = cfg.trainer, division_of(cfg)
-    encode = partial(encode_aside, world.backbone) if cfg.data.text == ENCODE else None
+    encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
     best = fit(
         module,
         PreferenceData(candidates.dataset, division.micro_batch, cfg.data.workers, encode),
@@ -194,15 +204,15 @@ def tune(
     return module, load_best(module, best), facts
 
 
-def train(cfg: DictConfig, world: World, folder: Path, loggers: Sequence[Logger]) -> None:
+def train(cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]) -> None:
     """Tune, export, and write down that training has finished; writing is the first process's."""
-    module, win_rate, facts = tune(cfg, world, folder, loggers)
-    by_first(lambda: finish(cfg, world, folder, module, win_rate, facts))
+    module, win_rate, facts = tune(cfg, components, folder, loggers)
+    run_on_first_process(lambda: finish(cfg, components, folder, module, win_rate, facts))
 
 
 def finish(
     cfg: DictConfig,
-    world: World,
+    components: Components,
     folder: Path,
     module: PreferenceModule,
     win_rate: float,
@@ -210,42 +220,46 @@ def finish(
 ) -> None:
     """Export the policy, and write down that training has finished."""
     card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)
-    policy = export_policy(world.backbone, module.policy, folder / "policy", card, full=cfg.export == "full")
+    policy = export_policy(
+        components.backbone, module.policy, folder / "policy", card, full=cfg.export == "full"
+    )
     outcome = {
         MONITOR: win_rate,
-        "policy": policy_fingerprint(world.backbone, policy),
+        "policy": policy_fingerprint(components.backbone, policy),
         "card": dataclasses.asdict(card),
     }
-    write_outcome(folder, outcome | ({"alarms": alarms(folder / "metrics.csv")} if world.held_out else {}))
+    write_outcome(
+        folder, outcome | ({"alarms": alarms(folder / "metrics.csv")} if components.held_out else {})
+    )
 
 
-def draw_for_evaluation(world: World, policy: Path, folder: Path) -> None:
+def draw_for_evaluation(components: Components, policy: Path, folder: Path) -> None:
     """Make what is missing of the images that an evaluation in `folder` compares, beside the process that compares them."""
-    backbone, base, test = world.backbone, world.generator, world.plans["test"]
+    backbone, base, test = components.backbone, components.generator, components.pool_specs["test"]
     tuned = ImageGenerator(
         backbone,
         load_policy(backbone, policy, base.settings.precision),
         policy_fingerprint(backbone, policy),
         base.settings,
     )
-    judges = [*world.evaluation_rewards, *world.oracle]
-    Drawn.fill(test, base, judges, progress=False)
-    Drawn.fill(world.plans["zero"], base, world.evaluation_rewards, progress=False)
-    Drawn.fill(dataclasses.replace(test, root=folder / POOLS), tuned, judges, progress=False)
+    judges = [*components.evaluation_rewards, *components.oracle]
+    GeneratedImages.fill(test, base, judges, progress=False)
+    GeneratedImages.fill(components.pool_specs["zero"], base, components.evaluation_rewards, progress=False)
+    GeneratedImages.fill(dataclasses.replace(test, root=folder / POOLS), tuned, judges, progress=False)
 
 
-def evaluate_run(cfg: DictConfig, world: World, folder: Path) -> None:
+def evaluate_run(cfg: DictConfig, components: Components, folder: Path) -> None:
     """Compare the run's policy with the base, and put the win-rates on its card.
 
     All processes draw the images, each what no other has drawn; the first one compares.
     """
     policy = folder / "policy"
     if not launch().first:
-        draw_for_evaluation(world, policy, folder / "evaluation")
+        draw_for_evaluation(components, policy, folder / "evaluation")
         return
-    found = evaluate_policy(cfg, world, policy, folder / "evaluation", curves=folder / "metrics.csv")
+    found = evaluate_policy(cfg, components, policy, folder / "evaluation", curves=folder / "metrics.csv")
     write_card(
-        world.backbone,
+        components.backbone,
         policy,
         dataclasses.replace(ModelCard(**read_outcome(folder)["card"]), win_rates=found["win_rate"]),
     )
@@ -260,19 +274,19 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     torch.manual_seed(cfg.seed)
     console.quiet = not launch().first
     with process_group(cuda=torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"):
-        progress, evaluated = by_first(
+        progress, evaluated = run_on_first_process(
             lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file())
         )
         if progress is Progress.FINISHED:
             console.print(f"{folder} holds this run already, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
-            world = build_world(cfg, watching=progress is not Progress.FINISHED)
+            components = build_components(cfg, watching=progress is not Progress.FINISHED)
             with trackers(cfg, group, folder) as loggers:
                 if progress is not Progress.FINISHED:
-                    train(cfg, world, folder, loggers)
+                    train(cfg, components, folder, loggers)
                 leave_group()  # what follows needs no answer from the others
                 if cfg.evaluate:
-                    evaluate_run(cfg, world, folder)
+                    evaluate_run(cfg, components, folder)
     if cfg.push_to_hub and launch().first:
         console.print(f"pushed: {push(folder / POLICY, cfg.push_to_hub)}")
     console.print(

@@ -167,7 +167,7 @@ TABLE: dict[str, Rule] = {
     "plan": SWITCH,
     "check": SWITCH,
     "planning.flops": number(above=0),
-    "planning.utilisation": Rule(
+    "planning.utilization": Rule(
         "a number above 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1
     ),
     "model.published": optional(TEXT),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capo.calibration import Spread, calibrate, spread
 from capo.data.dataset import PairDataset
-from capo.data.generation import STAGES, ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import STAGES, ImageGenerator, PoolSpec, fill_pool
 from capo.data.importing.chosen import Imported
 from capo.data.labels import LabelSource, described
 from capo.data.pool import Pool, PoolReader
@@ -35,19 +35,19 @@ class TrainingData:
     @classmethod
     def sampled(
         cls,
-        plan: PoolPlan,
+        spec: PoolSpec,
         generator: ImageGenerator,
         rewards: Sequence[Reward],
         stages: Sequence[str] = STAGES,
     ) -> TrainingData:
-        """The plan's pool; `stages` of it are completed. Raises as `fill_pool` does."""
-        pool = fill_pool(plan, generator, rewards, stages=stages, verify=False)
+        """The spec's pool; `stages` of it are completed. Raises as `fill_pool` does."""
+        pool = fill_pool(spec, generator, rewards, stages=stages, verify=False)
         return cls(
             pool,
-            plan.prompts,
-            plan.candidates,
+            spec.prompts,
+            spec.candidates,
             rewards,
-            f"{len(plan.prompts)} prompts x {plan.candidates} candidates of the base, {described(rewards)}",
+            f"{len(spec.prompts)} prompts x {spec.candidates} candidates of the base, {described(rewards)}",
         )
 
     @classmethod

@@ -65,7 +65,7 @@ class ImageGenerator:
 
 
 @dataclass(frozen=True)
-class PoolPlan:
+class PoolSpec:
     """What a pool shall hold, and where: `candidates` images of each of `prompts`, under `root`.
 
     `model` and `split` are for the folder's name; `seed` is that of the images. Raises InputError for no
@@ -92,28 +92,28 @@ class PoolPlan:
             raise InputError(f"pool of split '{self.split}': its prompt set is empty")
 
 
-def open_pool(plan: PoolPlan, generator: ImageGenerator) -> Pool:
-    """The plan's pool, created if need be, with all of the plan's prompts in it; nothing is sampled.
+def open_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool:
+    """The spec's pool, created if need be, with all of the spec's prompts in it; nothing is sampled.
 
     Raises InputError for a pool there that was made otherwise, and a root that cannot be written.
     """
     fingerprints = generator.backbone.fingerprints
     manifest = Manifest(
-        prompts_per_shard=plan.prompts_per_shard,
-        seed=plan.seed,
+        prompts_per_shard=spec.prompts_per_shard,
+        seed=spec.seed,
         generator=generator.fingerprint,
         latent_space=fingerprints["latent_space"],
         text_encoders=fingerprints["text_encoders"],
     )
-    folder = Path(plan.root) / pool_name(plan.model, manifest.generator, plan.seed, plan.split)
+    folder = Path(spec.root) / pool_name(spec.model, manifest.generator, spec.seed, spec.split)
     pool = Pool.create(folder, manifest)
-    pool.append_prompts(plan.prompts, plan.split)
+    pool.append_prompts(spec.prompts, spec.split)
     pool.check_latent_shape(generator.backbone.latent_shape)
     return pool
 
 
 def fill_pool(
-    plan: PoolPlan,
+    spec: PoolSpec,
     generator: ImageGenerator,
     rewards: Sequence[Reward] = (),
     *,
@@ -121,9 +121,9 @@ def fill_pool(
     progress: bool = True,
     verify: bool = True,
 ) -> Pool:
-    """Makes what is missing of the plan's pool: the rows of its prompts, that many candidates, all `rewards`.
+    """Makes what is missing of the spec's pool: the rows of its prompts, that many candidates, all `rewards`.
 
-    Any number of processes may do so at once. Rows are filled whole, so prompts of an earlier plan that share
+    Any number of processes may do so at once. Rows are filled whole, so prompts of an earlier spec that share
     a row are filled with them. With `verify` the checksum of everything that is there is compared, and
     damaged shards are made again; without it only headers and sizes are looked at. Raises InputError for a
     stage that needs an earlier one left out of `stages`, for too little disk space (before any work), and for
@@ -131,8 +131,8 @@ def fill_pool(
     """
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"stage {', '.join(sorted(unknown))} is unknown; choose from {', '.join(STAGES)}")
-    pool = open_pool(plan, generator)
-    work = stages_of(pool, plan, generator, rewards, verify)
+    pool = open_pool(spec, generator)
+    work = stages_of(pool, spec, generator, rewards, verify)
     wanted = [stage for stage in work if stage.name in stages]
     check_space(pool, wanted)
     for stage in work[: work.index(wanted[-1]) + 1] if wanted else ():
@@ -151,15 +151,15 @@ def lacking(stage: Stage) -> str:
 
 
 def stages_of(
-    pool: Pool, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool
+    pool: Pool, spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool
 ) -> list[Stage]:
     """What fills a pool, in its order; with `verify`, checksums of what is there are compared."""
-    rows = pool.text_shards(pool.positions(plan.prompts))
+    rows = pool.text_shards(pool.positions(spec.prompts))
     backbone, settings = generator.backbone, generator.settings
     return [
         TextStage(pool, rows, backbone, settings, verify),
-        LatentStage(pool, rows, backbone, settings, verify, generator.denoiser, plan.candidates),
-        ScoreStage(pool, rows, backbone, settings, verify, rewards, plan.candidates),
+        LatentStage(pool, rows, backbone, settings, verify, generator.denoiser, spec.candidates),
+        ScoreStage(pool, rows, backbone, settings, verify, rewards, spec.candidates),
     ]
 
 

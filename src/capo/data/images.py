@@ -7,7 +7,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.pool import Pool, PoolReader
 from capo.rewards import Reward
 
@@ -28,33 +28,33 @@ def latent_diversity(latents: Tensor) -> float:
 class Side:
     """One side of a comparison: its images, their scores and, where there is an oracle, what it measured."""
 
-    drawn: "Drawn"
+    drawn: "GeneratedImages"
     scores: Scores
     measures: Scores
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The images of a plan, in their pool: scored, and complete."""
+class GeneratedImages:
+    """The images of a spec, in their pool: scored, and complete."""
 
-    plan: PoolPlan
+    spec: PoolSpec
     generator: ImageGenerator
     pool: Pool
 
     @classmethod
     def fill(
-        cls, plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], progress: bool
-    ) -> "Drawn":
+        cls, spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], progress: bool
+    ) -> "GeneratedImages":
         """Makes what is missing of them."""
-        return cls(plan, generator, fill_pool(plan, generator, rewards, progress=progress))
+        return cls(spec, generator, fill_pool(spec, generator, rewards, progress=progress))
 
     @property
     def positions(self) -> list[int]:
-        return self.pool.positions(self.plan.prompts)
+        return self.pool.positions(self.spec.prompts)
 
     def scores(self, rewards: Sequence[Reward]) -> dict[str, Tensor]:
         """Reward -> (P, K) raw scores."""
-        scores = self.pool.scores([reward.key for reward in rewards], self.plan.candidates, self.positions)
+        scores = self.pool.scores([reward.key for reward in rewards], self.spec.candidates, self.positions)
         return {reward.name: scores[..., number] for number, reward in enumerate(rewards)}
 
     def side(self, rewards: Sequence[Reward], oracle: Sequence[Reward]) -> Side:
@@ -63,11 +63,11 @@ class Drawn:
 
     def diversity(self) -> float:
         """`latent_diversity`, mean over the prompts."""
-        reader, candidates = PoolReader(self.pool), range(self.plan.candidates)
+        reader, candidates = PoolReader(self.pool), range(self.spec.candidates)
         distances = [latent_diversity(reader.latents(place, candidates)) for place in self.positions]
         return sum(distances) / len(distances)
 
     def images(self, prompt: int) -> list[Image]:
-        """The K images of the plan's prompt number `prompt`."""
-        latents = PoolReader(self.pool).latents(self.positions[prompt], range(self.plan.candidates))
+        """The K images of the spec's prompt number `prompt`."""
+        latents = PoolReader(self.pool).latents(self.positions[prompt], range(self.spec.candidates))
         return self.generator.backbone.decode(latents, self.generator.settings.decoded)

@@ -127,7 +127,7 @@ def count_pairs(sets: PairSets, rewards: Tensor) -> Tensor:
             high = rewards[rows].masked_fill(~sets.winners[rows], -math.inf).T.contiguous()
             low = rewards[rows].masked_fill(~sets.losers[rows], math.inf).T.contiguous()
             beaten, above = torch.zeros_like(high), torch.empty_like(high)
-            for loser in low:  # compared into floats, since comparisons into bools are not vectorised
+            for loser in low:  # compared into floats, since comparisons into bools are not vectorized
                 beaten += torch.gt(high, loser, out=above)
             counts[rows] = beaten.sum(0).long()
 

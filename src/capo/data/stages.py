@@ -18,7 +18,7 @@ from capo.backbones.sampling import SamplerSettings, sample_prompts
 from capo.data.pool import Pool, Shard
 from capo.data.prompts import candidate_seed
 from capo.rewards import Reward
-from capo.runtime.threads import BATCHES, in_lanes
+from capo.runtime.threads import BATCHES, map_batches
 
 Report = Callable[[int], object]  # called with how many images (or prompts) were finished since the last call
 TEXT_BATCH = 64  # prompts through the text encoders at once
@@ -214,7 +214,7 @@ class ScoreStage(Stage):
     def close(self) -> None:
         """Leaves the device to what comes next."""
         for reward in self.rewards:
-            reward.rest()
+            reward.offload()
 
     def missing(self, row: int) -> list[Shard]:
         return [shard for shard in self.pool.row_shards(row, self.candidates) if self._unscored(shard)]
@@ -243,7 +243,9 @@ class ScoreStage(Stage):
                 report(len(images))
             return scores
 
-        parts = in_lanes(judged, range(0, len(latents), batch), self.settings.parallel, self.backbone.device)
+        parts = map_batches(
+            judged, range(0, len(latents), batch), self.settings.parallel, self.backbone.device
+        )
         for reward, scores in zip(rewards, zip(*parts, strict=True), strict=True):
             self.pool.write_scores(reward.key, shard, torch.cat(scores).view(-1, width), self.record())
 

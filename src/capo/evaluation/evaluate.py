@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from capo.data.generation import ImageGenerator, PoolPlan
-from capo.data.images import Drawn, Scores, Side
+from capo.data.generation import ImageGenerator, PoolSpec
+from capo.data.images import GeneratedImages, Scores, Side
 from capo.errors import InputError
 from capo.evaluation.reports.gallery import exhibits
 from capo.evaluation.reports.page import Report, print_results, render_report
@@ -113,10 +113,10 @@ def _change(policy: Tensor, base: Tensor, seed: int) -> dict[str, float]:
 class _Comparison:
     """What `evaluate` was asked to compare."""
 
-    plan: PoolPlan
+    spec: PoolSpec
     policy: ImageGenerator
     rewards: Sequence[Reward]
-    zero: PoolPlan | None
+    zero: PoolSpec | None
     oracle: Sequence[Reward]
 
     @property
@@ -125,9 +125,9 @@ class _Comparison:
 
     def settings(self) -> dict:
         """What decides the results, as JSON values."""
-        plan, zero, fingerprints = self.plan, self.zero, self.policy.backbone.fingerprints
-        identity = json.dumps([(prompt.id, prompt.category) for prompt in plan.prompts])
-        seen = {"seed": plan.seed, "images_per_prompt": plan.candidates}
+        spec, zero, fingerprints = self.spec, self.zero, self.policy.backbone.fingerprints
+        identity = json.dumps([(prompt.id, prompt.category) for prompt in spec.prompts])
+        seen = {"seed": spec.seed, "images_per_prompt": spec.candidates}
         unlike = zero and {
             "seed": zero.seed,
             "images_per_prompt": zero.candidates,
@@ -135,7 +135,7 @@ class _Comparison:
         }
         return {
             "schema": SCHEMA,
-            "model": plan.model,
+            "model": spec.model,
             "policy": self.policy.denoiser_fingerprint,
             "base": fingerprints["denoiser"],
             "policy_generator": self.policy.fingerprint,
@@ -149,15 +149,15 @@ class _Comparison:
             **seen,
             "zero": unlike,
             "categories": hashlib.sha256(identity.encode()).hexdigest(),
-            "prompts": [prompt.id for prompt in plan.prompts],
+            "prompts": [prompt.id for prompt in spec.prompts],
         }
 
     def sides(self, images: Path, progress: bool) -> tuple[Side, Side, dict[str, Tensor]]:
         """Policy, base, and the scores of the zero line; what is missing of their images is made first."""
         judges = [*self.rewards, *self.oracle]
-        base = Drawn.fill(self.plan, self.base, judges, progress)
-        other = self.zero and Drawn.fill(self.zero, self.base, self.rewards, progress)
-        tuned = Drawn.fill(replace(self.plan, root=images), self.policy, judges, progress)
+        base = GeneratedImages.fill(self.spec, self.base, judges, progress)
+        other = self.zero and GeneratedImages.fill(self.zero, self.base, self.rewards, progress)
+        tuned = GeneratedImages.fill(replace(self.spec, root=images), self.policy, judges, progress)
         return (
             tuned.side(self.rewards, self.oracle),
             base.side(self.rewards, self.oracle),
@@ -167,11 +167,11 @@ class _Comparison:
 
 def evaluate(
     folder: str | Path,
-    plan: PoolPlan,
+    spec: PoolSpec,
     policy: ImageGenerator,
     rewards: Sequence[Reward],
     *,
-    zero: PoolPlan | None = None,
+    zero: PoolSpec | None = None,
     oracle: Sequence[Reward] = (),
     title: str | None = None,
     shown: int = 12,
@@ -184,18 +184,18 @@ def evaluate(
     Args:
         folder: the policy's images go to its `pool`. A result of the same settings that lies there is
             returned as it stands, one of other settings is replaced.
-        plan: the base's images; their seeds are the policy's too, and `plan.seed` is the bootstrap's.
+        spec: the base's images; their seeds are the policy's too, and `spec.seed` is the bootstrap's.
         policy: what draws the policy's images, on the base's backbone.
-        zero: the base's images with other seeds, for the first prompts of `plan`; None: no zero line.
+        zero: the base's images with other seeds, for the first prompts of `spec`; None: no zero line.
         oracle: measures that are exact, or that nothing was tuned on; reported beside the rewards.
         title, shown, config, curves: of the report: its heading, how many prompts an order of the gallery
             shows, the text of the run's config.yaml, and its metrics.csv (which need not be there).
 
-    Raises InputError for whatever keeps a pool from being filled, and a zero plan of other prompts.
+    Raises InputError for whatever keeps a pool from being filled, and a zero spec of other prompts.
     """
-    if zero is not None and list(zero.prompts) != list(plan.prompts[: len(zero.prompts)]):
+    if zero is not None and list(zero.prompts) != list(spec.prompts[: len(zero.prompts)]):
         raise InputError("the zero line's prompts must be the first test prompts (evaluation.zero_prompts)")
-    folder, comparison = Path(folder), _Comparison(plan, policy, rewards, zero, oracle)
+    folder, comparison = Path(folder), _Comparison(spec, policy, rewards, zero, oracle)
     settings = comparison.settings() | {"shown": shown}
     found = stored_results(folder, settings)
     if found is not None:
@@ -204,7 +204,7 @@ def evaluate(
         tuned, base, zero_scores = comparison.sides(folder / POOLS, progress)
         found = _results_of(tuned, base, zero_scores, settings)
         report = Report(
-            title or plan.model, found, settings, rewards, exhibits(tuned, base, shown), config, curves
+            title or spec.model, found, settings, rewards, exhibits(tuned, base, shown), config, curves
         )
         _write(folder, settings, found, render_report(report))
         _remove_other_pools(folder / POOLS, tuned.drawn.pool.folder)
@@ -222,7 +222,7 @@ def _results_of(tuned: Side, base: Side, zero_scores: Scores, settings: Mapping)
         seed=settings["seed"],
         policy_measures=tuned.measures,
         base_measures=base.measures,
-        categories=[prompt.category for prompt in tuned.drawn.plan.prompts],
+        categories=[prompt.category for prompt in tuned.drawn.spec.prompts],
     )
 
 

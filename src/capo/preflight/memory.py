@@ -23,12 +23,12 @@ CHECKPOINTS = 3  # on disk at once: the best, the last, and the one that is bein
 
 
 @dataclass(frozen=True)
-class Holdings:
+class ModelStates:
     """What a device holds from the first step to the last, in bytes; FSDP gives each device its share."""
 
     weights: int
     gradients: int
-    optimiser: int
+    optimizer: int
     reference: int
 
     @property
@@ -47,7 +47,7 @@ def gradient_bytes(policy: nn.Module) -> int:
     return sum(p.nbytes for p in policy.parameters() if p.requires_grad)
 
 
-def optimiser_bytes(policy: nn.Module, name: str) -> int:
+def optimizer_bytes(policy: nn.Module, name: str) -> int:
     """Two moments of each trained parameter; AdamW keeps a step count of 4 bytes beside each pair of them."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     if name != ADAMW_8BIT:
@@ -70,7 +70,7 @@ def parameters(blueprint: Blueprint, lora: Adapter | None) -> tuple[int, int]:
 
 
 @cache
-def holdings(
+def model_states(
     blueprint: Blueprint,
     lora: Adapter | None,
     precision: str,
@@ -78,7 +78,7 @@ def holdings(
     reference: bool,
     shards: int = 1,
     frozen_in: str = "32-true",
-) -> Holdings:
+) -> ModelStates:
     """What a run keeps on each device.
 
     `reference`: whether the objective needs one, stored as `capo.backbones.precision.frozen_reference` does; with LoRA the policy is it, adapter
@@ -88,8 +88,8 @@ def holdings(
     kept = 0
     if reference and not lora:
         kept = module_bytes(half_stored(blueprint.module(blueprint.denoiser_name), precision))
-    whole = (module_bytes(policy), gradient_bytes(policy), optimiser_bytes(policy, optimizer), kept)
-    return Holdings(*(math.ceil(part / shards) for part in whole))
+    whole = (module_bytes(policy), gradient_bytes(policy), optimizer_bytes(policy, optimizer), kept)
+    return ModelStates(*(math.ceil(part / shards) for part in whole))
 
 
 @cache
@@ -120,9 +120,9 @@ def pool_bytes(blueprint: Blueprint, prompts: int, candidates: int, rewards: int
 
 @cache
 def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str) -> int:
-    """One checkpoint: the policy but for what LoRA leaves frozen, and the optimiser's state."""
+    """One checkpoint: the policy but for what LoRA leaves frozen, and the optimizer's state."""
     policy = _policy(blueprint, lora)
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     return sum(
         tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen
-    ) + optimiser_bytes(policy, optimizer)
+    ) + optimizer_bytes(policy, optimizer)

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from capo.preflight.architecture import Blueprint
 from capo.preflight.memory import (
     CHECKPOINTS,
-    Holdings,
+    ModelStates,
     autocast_copies,
     checkpoint_bytes,
-    holdings,
+    model_states,
     parameters,
     pipeline_bytes,
     pool_bytes,
@@ -34,8 +34,8 @@ class TrainingRequest:
     """How a run trains.
 
     Attributes:
-        division: of an optimiser step's pairs over devices and forward passes.
-        steps: of the optimiser.
+        division: of an optimizer step's pairs over devices and forward passes.
+        steps: of the optimizer.
         kinds: images of a pair that the objective looks at: 2, or the winner alone.
         reference: whether the objective needs the base's errors.
         lora: {rank, alpha, seed, targets} as `capo.preflight.tracing.adapter_of` has them, or None for all weights.
@@ -57,7 +57,7 @@ class TrainingRequest:
 
     @property
     def shards(self) -> int:
-        """Into how many parts policy, optimiser and reference are split."""
+        """Into how many parts policy, optimizer and reference are split."""
         return self.division.devices if self.strategy == FSDP else 1
 
     @property
@@ -121,14 +121,14 @@ class Request:
     pools: Mapping[str, PoolRequest]
     itemsize: int  # of the base's weights in memory, and of what its encoders give
     flops: float
-    utilisation: float
+    utilization: float
     rewards: RewardRequest = RewardRequest()
     evaluate: bool = True  # the policy, in the end
 
-    def holdings(self, shards: int = 1) -> Holdings:
+    def model_states(self, shards: int = 1) -> ModelStates:
         """What the run keeps on each of so many devices."""
         training = self.training
-        return holdings(
+        return model_states(
             self.blueprint,
             training.lora,
             training.precision,
@@ -177,7 +177,7 @@ def device_memory(request: Request) -> dict[str, object]:
     Images are drawn first and scored afterwards, and rewards are on the device for the second alone.
     """
     training, blueprint = request.training, request.blueprint
-    kept = asdict(request.holdings(training.shards))
+    kept = asdict(request.model_states(training.shards))
     activations = activation_bytes(
         blueprint,
         training.images,
@@ -201,7 +201,7 @@ def device_memory(request: Request) -> dict[str, object]:
         {"denoiser": pipeline[blueprint.denoiser_name], "VAE and text encoders": others},
         request.rewards,
     )
-    compared = base | {"policy": request.holdings().weights}
+    compared = base | {"policy": request.model_states().weights}
     return _phases(
         {
             "pool": {**base, SAMPLING: drawing},
@@ -223,7 +223,7 @@ def device_memory(request: Request) -> dict[str, object]:
 
 def host_memory(request: Request) -> dict[str, object]:
     """Bytes of each part beside the device: the pipeline waits there while others are on it, and a checkpoint is collected."""
-    whole = request.holdings()
+    whole = request.model_states()
     pipeline = sum(pipeline_bytes(request.blueprint, request.itemsize).values())
     rewards = request.rewards.everything
     return _phases(
@@ -265,7 +265,7 @@ def flops_of(request: Request) -> dict[str, float]:
 
 def disk_space(request: Request) -> dict[str, object]:
     """Bytes under the pool root by split (None: unknown), and in the run directory."""
-    blueprint, whole = request.blueprint, request.holdings()
+    blueprint, whole = request.blueprint, request.model_states()
 
     def size(pool: PoolRequest) -> int | None:
         return (
@@ -292,7 +292,7 @@ def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float 
     Not in it: rewards, text encoders, loading, and reading.
     """
     training, division = request.training, request.training.division
-    rate = request.flops * request.utilisation * division.devices * HOUR
+    rate = request.flops * request.utilization * division.devices * HOUR
     pairs = math.prod(asdict(division).values())
     images = _sum(
         None if pool.prompts is None else pool.prompts * pool.images * pool.times
@@ -303,7 +303,7 @@ def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float 
         "sampling": None if images is None else images * arithmetic["image"] / rate,
         "images": images,
         "flops": request.flops,
-        "utilisation": request.utilisation,
+        "utilization": request.utilization,
     }
 
 

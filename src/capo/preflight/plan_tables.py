@@ -69,7 +69,7 @@ def _figures(plan: dict) -> list[tuple[str, str]]:
         ("TFLOP", f"{flops['pair'] / 1e12:,.3g} a pair, {flops['image'] / 1e12:,.3g} an image that is drawn"),
         (
             "hours",
-            f"training {spent['training']}, drawing {spent['sampling']}; at {hours['utilisation']:.0%} of {hours['flops'] / 1e12:,.0f} TFLOP/s a device",
+            f"training {spent['training']}, drawing {spent['sampling']}; at {hours['utilization']:.0%} of {hours['flops'] / 1e12:,.0f} TFLOP/s a device",
         ),
         ("disk, pools", f"{readable(disk['pools']['total'])}: {_parts(disk['pools'])}"),
         ("disk, run", f"{readable(disk['run']['total'])}: {_parts(disk['run'])}"),

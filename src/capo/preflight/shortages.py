@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from capo.preflight.memory import Holdings
+from capo.preflight.memory import ModelStates
 from capo.preflight.plan import BOTH, DECODING, REWARDS, SAMPLING
 from capo.runtime.launch import launch
 
@@ -29,7 +29,7 @@ REMEDIES = {  # part of a phase -> what makes it smaller; any other part is held
 
 
 @dataclass(frozen=True)
-class Finding:
+class Shortage:
     """One thing that is missing here. `certain`: a run cannot succeed with it; others are said by a plan only."""
 
     kind: str  # disk, memory, weights, rewards, extras, prompts, configuration, device
@@ -61,7 +61,7 @@ def folder_bytes(*folders: Path) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
-def disk_findings(needs: Mapping[Path, int]) -> list[Finding]:
+def disk_findings(needs: Mapping[Path, int]) -> list[Shortage]:
     """Folders with what is still to be written to each, compared with the room on their disks; what shares one adds up."""
     by_disk: dict[int, dict[Path, int]] = {}
     for folder, need in needs.items():
@@ -72,7 +72,7 @@ def disk_findings(needs: Mapping[Path, int]) -> list[Finding]:
         if need > free:
             told = " and ".join(f"{folder} needs {readable(size)}" for folder, size in parts.items() if size)
             found.append(
-                Finding(
+                Shortage(
                     "disk",
                     f"{told}; {readable(free)} are free there: make room, or set pool.root and hydra.run.dir to a larger disk",
                 )
@@ -97,15 +97,15 @@ def device_bytes(accelerator: str) -> tuple[str, int]:
     return "no GPU here: cpu", host_bytes()
 
 
-def certain_memory(held: Holdings, accelerator: str) -> list[Finding]:
-    """A finding where weights, gradients, optimiser and reference alone are more than the device has."""
+def certain_memory(held: ModelStates, accelerator: str) -> list[Shortage]:
+    """A finding where weights, gradients, optimizer and reference alone are more than the device has."""
     name, there = device_bytes(accelerator)
     if held.total <= there:
         return []
     return [
-        Finding(
+        Shortage(
             "memory",
-            f"weights, gradients, optimiser and reference take {readable(held.total)} on a device, which has {readable(there)} ({name}): "
+            f"weights, gradients, optimizer and reference take {readable(held.total)} on a device, which has {readable(there)} ({name}): "
             f"{LESS_HELD} (plan=true says what takes what)",
         )
     ]
@@ -113,7 +113,7 @@ def certain_memory(held: Holdings, accelerator: str) -> list[Finding]:
 
 def likely_memory(
     device: Mapping, host: Mapping, accelerator: str, precisions: Sequence[str] = ()
-) -> list[Finding]:
+) -> list[Shortage]:
     """Findings where the plan's largest phase, with its estimates, is more than there is.
 
     `device`, `host`: of a plan. `precisions`: keys of the precision of each reward that is in float32 and could be in half.
@@ -123,7 +123,7 @@ def likely_memory(
     if device["peak"] > there:
         phase, part, size = _largest(device)
         found.append(
-            Finding(
+            Shortage(
                 "memory",
                 f"the largest phase, {phase}, takes about {readable(device['peak'])} on a device, which has {readable(there)} "
                 f"({name}); its largest part is {part}, {readable(size)}: {_remedy(phase, part, precisions)}",
@@ -133,7 +133,7 @@ def likely_memory(
     on_host = host["peak"] + (0 if _on_gpu(accelerator) else device["peak"])
     if on_host > host_bytes():
         found.append(
-            Finding(
+            Shortage(
                 "memory",
                 f"this machine's own memory: about {readable(on_host)} are needed, {readable(host_bytes())} are here",
                 certain=False,

@@ -121,7 +121,7 @@ class _Count(TorchDispatchMode):
 
 
 class _AsOnGpu(TorchFunctionMode):
-    """Autocast's rules of a GPU on a CPU: normalisation and softmax in float32."""
+    """Autocast's rules of a GPU on a CPU: normalization and softmax in float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in IN_FLOAT32 and args[0].is_floating_point():

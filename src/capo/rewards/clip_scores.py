@@ -26,7 +26,7 @@ BATCH = 32  # images in one forward pass
 
 
 class ClipInputs:
-    """What a CLIP reads: prompts as token numbers and images as normalised pixels, as its published processor makes them."""
+    """What a CLIP reads: prompts as token numbers and images as normalized pixels, as its published processor makes them."""
 
     def __init__(self, folder: Path, config: CLIPConfig, setting: str):
         from transformers import CLIPImageProcessorPil, CLIPTokenizer  # PIL: what torchvision's gives differs
@@ -52,7 +52,7 @@ class ClipInputs:
         ).input_ids
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """(B, 3, 224, 224): shortest side to 224 (bicubic), centre crop, normalised."""
+        """(B, 3, 224, 224): shortest side to 224 (bicubic), center crop, normalized."""
         return self.processor(list(images), return_tensors="pt").pixel_values
 
 

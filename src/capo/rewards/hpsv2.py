@@ -95,7 +95,7 @@ def _in_block(name: str, value: Tensor) -> dict[str, Tensor]:
 
 def fitted(image: Image, side: int, antialias: bool = True) -> Tensor:
     """(3, side, side): the longest side resized to `side` (bicubic, on numbers, so that edges overshoot 0-1), the rest zeros around it,
-    then normalised, so that the rim is no zero any more.
+    then normalized, so that the rim is no zero any more.
     """
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     scale = side / max(pixels.shape[1:])

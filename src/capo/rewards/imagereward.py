@@ -35,7 +35,7 @@ LENGTH = 35  # tokens of a prompt
 AVERAGE, SPREAD = (
     0.16717362830052426,
     1.0333394966054072,
-)  # of the head's output, by which published scores are standardised
+)  # of the head's output, by which published scores are standardized
 HEAD = 64  # width of an attention's head, in both towers: 1024 / 16 and 768 / 12
 UNREAD = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's own training, not of this score
 # published names, in this order; a group is kept
@@ -126,7 +126,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def fitted(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side): shortest side to `side` (bicubic), centre crop, normalised, with torchvision's way of rounding."""
+    """(3, side, side): shortest side to `side` (bicubic), center crop, normalized, with torchvision's way of rounding."""
     shortest = min(image.size)
     image = image.convert("RGB").resize(
         [int(side * length / shortest) for length in image.size], Image.Resampling.BICUBIC
@@ -140,7 +140,7 @@ def fitted(image: Image.Image, side: int) -> Tensor:
 
 
 class ImageReward(BatchScorer):
-    """The standardised score of the first token of a prompt that has looked at its image; about -2 to 2.
+    """The standardized score of the first token of a prompt that has looked at its image; about -2 to 2.
 
     weights: file, or folder or hub id, at `revision`, that holds ImageReward.pt under the published names.
     bert: folder or hub id, at `bert_revision`, of bert-base-uncased's tokenizer; its weights are not read.

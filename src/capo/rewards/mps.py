@@ -37,7 +37,7 @@ def attended_words(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
 
     text (P, L, D), condition (K, D): projected tokens. A word's nearness is its largest inner product with a word of the condition;
     it must exceed `threshold` times the largest in its own prompt (of the whole batch in the published code, which makes a score
-    depend on its neighbours).
+    depend on its neighbors).
     """
     nearness = torch.einsum("pld,kd->plk", text, condition).amax(-1)
     return nearness / nearness.amax(-1, keepdim=True) > threshold

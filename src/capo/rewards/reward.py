@@ -39,7 +39,7 @@ class Reward:
     memory: float | None = None  # bytes of its weights in float32, for plans
     weights: str | None = None
     revision: str | None = None
-    licence: str | None = None
+    license: str | None = None
     needs_prompt: bool = True  # false where the scorer sees the image only
     requires: Sequence[str] = ()  # modules that the scorer imports
     extra: str | None = None  # the pip extra of this package that brings them
@@ -132,14 +132,14 @@ class Reward:
         except torch.OutOfMemoryError as error:
             reason = str(error)
         # outside of the handler, whose traceback holds what was being moved
-        self.rest()
+        self.offload()
         torch.cuda.empty_cache()  # what the message calls free is free
         size = f" ({self.held / 1e9:.1f} GB)" if self.held else ""
         raise InputError(
             f"reward '{self.name}': its weights{size} do not fit into {device_memory()}: {self._remedy} ({reason})"
         )
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Off the device until the next `setup`: during training steps its memory is the policy's."""
         if isinstance(self._callable, IsolatedScorer):
             self._callable.leave()

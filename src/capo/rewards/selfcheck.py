@@ -87,7 +87,7 @@ def measure(reward: Reward, device: torch.device) -> Measured:
     try:
         return _measured(reward, device)
     finally:
-        reward.rest()  # the peak of the next one of a set is its own
+        reward.offload()  # the peak of the next one of a set is its own
 
 
 def _measured(reward: Reward, device: torch.device) -> Measured:

@@ -53,16 +53,16 @@ def without_end(log_probs: Tensor) -> Tensor:
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {"official": geometric_mean, "yes": without_end}
 
 
-def squared(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of a square of that colour, as wide as its longer side; an odd pixel goes right or below."""
+def squared(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square of that color, as wide as its longer side; an odd pixel goes right or below."""
     side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
+    square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
 class Questions:
-    """What CLIP-FlanT5 reads: the question's tokens around the image, and the image as normalised pixels."""
+    """What CLIP-FlanT5 reads: the question's tokens around the image, and the image as normalized pixels."""
 
     def __init__(self, words: Path, tower: Path, config: T5Config, question: str, settings: tuple[str, str]):
         from transformers import CLIPImageProcessorPil, T5Tokenizer
@@ -88,7 +88,7 @@ class Questions:
         self.before = torch.tensor(
             self.tokenizer(BEFORE).input_ids
         )  # ends with the end token, as each piece does
-        self.colour = tuple(int(255 * part) for part in self.processor.image_mean)
+        self.color = tuple(int(255 * part) for part in self.processor.image_mean)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """(P, M): what stands after the image, padded to the longest; what is longer than the model reads is cut off."""
@@ -103,9 +103,9 @@ class Questions:
         return torch.tensor(self.tokenizer(text).input_ids)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 3, 336, 336): made square with CLIP's mean colour, resized (bicubic), normalised."""
+        """(B, 3, 336, 336): made square with CLIP's mean color, resized (bicubic), normalized."""
         return self.processor(
-            [squared(image, self.colour) for image in images], return_tensors="pt"
+            [squared(image, self.color) for image in images], return_tensors="pt"
         ).pixel_values
 
 

@@ -110,7 +110,7 @@ def hub_refusal(weights: str, revision: str | None) -> str | None:
         if information.gated:
             HfApi().auth_check(weights)
     except GatedRepoError:
-        return f"gated, and no access from here: accept the licence on {constants.ENDPOINT}/{weights}, then hf auth login"
+        return f"gated, and no access from here: accept the license on {constants.ENDPOINT}/{weights}, then hf auth login"
     except HfHubHTTPError as error:
         return f"answers: {first_line(error)}"
     except Exception as error:  # the others of the hub's client have no class in common

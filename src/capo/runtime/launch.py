@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that a launcher started: `rank` of `world`, and `local_rank` of `local_world` on its machine."""
+    """This process among those that a launcher started: `rank` of `world_size`, and `local_rank` of `local_world_size` on its machine."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_world: int = 1
+    local_world_size: int = 1
 
     @property
     def machines(self) -> int:
         """How many machines take part."""
-        return self.world // self.local_world
+        return self.world_size // self.local_world_size
 
     @property
     def first(self) -> bool:
@@ -80,7 +80,7 @@ STRATEGIES = (AUTO, DDP, FSDP)
 
 @dataclass(frozen=True)
 class Division:
-    """How the pairs of an optimiser step are shared out: `devices` x `micro_batch` pairs at a time, `accumulate` times."""
+    """How the pairs of an optimizer step are shared out: `devices` x `micro_batch` pairs at a time, `accumulate` times."""
 
     devices: int
     micro_batch: int
@@ -124,19 +124,19 @@ def device_count(devices: int | str | Sequence[int]) -> int | None:
 def check_launch(here: Launch, strategy: str, devices: int | str | Sequence[int], num_nodes: int) -> None:
     """InputError where the processes that were started are not those of the configuration: one a device."""
     count = device_count(devices)
-    if here.world == 1 and (count or 1) * num_nodes > 1:
+    if here.world_size == 1 and (count or 1) * num_nodes > 1:
         raise InputError(
             f"trainer.devices={devices} on {num_nodes} machines, and this process is alone: one process a device is started with "
             f"torchrun --nproc-per-node {count or 'N'} train.py trainer={strategy if strategy != AUTO else DDP} ... hydra.run.dir=DIR"
         )
-    if here.world > 1 and count not in (None, here.local_world):
+    if here.world_size > 1 and count not in (None, here.local_world_size):
         raise InputError(
-            f"trainer.devices={devices}, and {here.local_world} processes were started on this machine: say trainer=ddp or "
-            f"trainer=fsdp, which take as many devices as there are processes, or trainer.devices={here.local_world}"
+            f"trainer.devices={devices}, and {here.local_world_size} processes were started on this machine: say trainer=ddp or "
+            f"trainer=fsdp, which take as many devices as there are processes, or trainer.devices={here.local_world_size}"
         )
-    if here.world > 1 and num_nodes != here.machines:
+    if here.world_size > 1 and num_nodes != here.machines:
         raise InputError(
-            f"trainer.num_nodes={num_nodes}, and {here.world} processes, {here.local_world} a machine, were started: "
+            f"trainer.num_nodes={num_nodes}, and {here.world_size} processes, {here.local_world_size} a machine, were started: "
             f"give trainer.num_nodes={here.machines}"
         )
 

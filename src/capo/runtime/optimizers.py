@@ -16,8 +16,8 @@ ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"
 FUSED_ON = ("cpu", "cuda")
 
 
-def check_optimiser(name: str) -> None:
-    """InputError where the optimiser of that name needs a package that is not installed."""
+def check_optimizer(name: str) -> None:
+    """InputError where the optimizer of that name needs a package that is not installed."""
     if name == ADAMW_8BIT and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             "trainer.optimizer=adamw_8bit needs bitsandbytes: pip install 'capo[bitsandbytes]', or choose adamw"
@@ -28,7 +28,7 @@ def check_optimiser(name: str) -> None:
         )
 
 
-def make_optimiser(
+def make_optimizer(
     name: str, parameters: Sequence[nn.Parameter], lr: float, scaled: bool = False
 ) -> Optimizer:
     """AdamW without weight decay. `scaled`: gradients come scaled, as under 16-mixed, where a fused step would unscale them itself.
@@ -36,7 +36,7 @@ def make_optimiser(
     Fused where torch has it: one pass over the weights in place of a dozen. Raises InputError where the 8-bit form's package is missing.
     """
     if name == ADAMW_8BIT:
-        check_optimiser(name)
+        check_optimizer(name)
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, lr=lr, weight_decay=0.0)

@@ -27,9 +27,9 @@ def process_group(cuda: bool) -> Iterator[Launch]:
     After an error the group is not left in order, since that would wait for the others: this process ends, and so do they.
     """
     here, environment = launch(), cluster()
-    if cuda and here.world > 1:
+    if cuda and here.world_size > 1:
         torch.cuda.set_device(here.local_rank)
-    if environment is None or here.world == 1:
+    if environment is None or here.world_size == 1:
         yield here
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
@@ -37,7 +37,7 @@ def process_group(cuda: bool) -> Iterator[Launch]:
         str(environment.main_port),
     )
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    distributed.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=PATIENCE)
+    distributed.init_process_group(backend, rank=here.rank, world_size=here.world_size, timeout=PATIENCE)
     yield here
     leave_group()
 
@@ -58,7 +58,7 @@ def gathered(value: Value) -> list[Value]:
     return values
 
 
-def by_first(task: Callable[[], Value]) -> Value:
+def run_on_first_process(task: Callable[[], Value]) -> Value:
     """What `task` gives to the first process, in all of them; an InputError there is one everywhere."""
     if not distributed.is_initialized():
         return task()

@@ -11,7 +11,7 @@ Part, Result = TypeVar("Part"), TypeVar("Result")
 OPERATIONS, BATCHES = "operations", "batches"
 
 
-def in_lanes(
+def map_batches(
     function: Callable[[Part], Result], parts: Iterable[Part], parallel: str, device: torch.device
 ) -> list[Result]:
     """[function(part) for part in parts].
@@ -42,6 +42,6 @@ def over_rows(function: Callable[[slice], None], rows: int, least: int, device: 
         function(slice(0, rows))
         return
     size = math.ceil(rows / lanes)
-    in_lanes(
+    map_batches(
         function, [slice(start, min(start + size, rows)) for start in range(0, rows, size)], BATCHES, device
     )

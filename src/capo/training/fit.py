@@ -1,4 +1,4 @@
-"""From a filled pool to the best policy: selection, the summary of what is optimised, the fit, the choice."""
+"""From a filled pool to the best policy: selection, the summary of what is optimized, the fit, the choice."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def encode_aside(backbone: Backbone, prompts: list[str]) -> dict[str, Tensor]:
 
 def _own_devices(devices: int | str | Sequence[int], here: Launch) -> int | str | Sequence[int]:
     """What Lightning shall take on this machine: one device a process; which one, a process that is alone may say."""
-    if here.world > 1:
-        return here.local_world
+    if here.world_size > 1:
+        return here.local_world_size
     return 1 if device_count(devices) is None else devices
 
 
@@ -52,9 +52,9 @@ def fit(
     devices: int | str | Sequence[int] = 1,
     strategy: str = AUTO,
 ) -> ModelCheckpoint:
-    """Train for `max_steps` optimiser steps; the checkpoint with the highest validation win-rate is kept beside the last.
+    """Train for `max_steps` optimizer steps; the checkpoint with the highest validation win-rate is kept beside the last.
 
-    Goes on from `checkpoints/last.ckpt` where there is one: weights, optimiser, order, visits and curves are then those of a
+    Goes on from `checkpoints/last.ckpt` where there is one: weights, optimizer, order, visits and curves are then those of a
     run that was never cut off, whatever the strategy and the devices of either (but for rounding). The backbone spends the
     steps on the CPU, and is then where it was; validation takes with it what it needs.
     """
@@ -83,7 +83,7 @@ def fit(
         accelerator=accelerator,
         devices=_own_devices(devices, here),
         num_nodes=here.machines,
-        strategy=make_strategy(strategy, here.world),
+        strategy=make_strategy(strategy, here.world_size),
         precision=precision,
         max_steps=max_steps,
         max_epochs=-1,
@@ -97,7 +97,7 @@ def fit(
             SameBatches(),
             TQDMProgressBar(refresh_rate=1, leave=True),
         ],
-        plugins=[WholeCheckpoints(), *([cluster()] if here.world > 1 else [])],
+        plugins=[WholeCheckpoints(), *([cluster()] if here.world_size > 1 else [])],
         use_distributed_sampler=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -108,7 +108,7 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
     module.trainer = None
     module.policy.zero_grad(set_to_none=True)
-    gc.collect()  # the trainer is in cycles, and with it go optimiser and reference
+    gc.collect()  # the trainer is in cycles, and with it go optimizer and reference
     module.backbone.to(home)
     if checkpoints.best_model_score is None:
         raise InputError(

@@ -162,7 +162,7 @@ class WandbRun(WandbLogger):
         self._experiment.define_metric("trainer/global_step")
         self._experiment.define_metric("*", step_metric="trainer/global_step")
 
-    def summarise(self, figures: Mapping[str, float]) -> None:
+    def summarize(self, figures: Mapping[str, float]) -> None:
         """The run's outcome: as summaries, as a table `outcome`, and in `wandb.json`."""
         self._record["summary"] = dict(figures)
         self.log_table(
@@ -223,7 +223,7 @@ class Curves(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
     ) -> None:
-        """Nothing until the optimiser has moved."""
+        """Nothing until the optimizer has moved."""
         step = trainer.global_step
         if step == self._seen:
             return

@@ -21,9 +21,9 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 whose checkpoint is the one file that every other strategy writes, optimiser included.
+    """FSDP2 whose checkpoint is the one file that every other strategy writes, optimizer included.
 
-    Lightning numbers the optimiser's state by all parameters; a LoRA policy trains some of them, and a plain optimiser
+    Lightning numbers the optimizer's state by all parameters; a LoRA policy trains some of them, and a plain optimizer
     numbers its own.
     """
 
@@ -33,7 +33,7 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
-        """The whole state on the first process, by numbers as a plain optimiser has it; empty on the others."""
+        """The whole state on the first process, by numbers as a plain optimizer has it; empty on the others."""
         plain = getattr(optimizer, "_optimizer", optimizer)
         found = get_optimizer_state_dict(self.model, plain, options=WHOLE)
         if self.global_rank:
@@ -51,7 +51,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, object]:
-        """Weights and optimiser into their shards; the rest of the checkpoint is returned."""
+        """Weights and optimizer into their shards; the rest of the checkpoint is returned."""
         checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only)
         # not strict: what LoRA leaves frozen is in no checkpoint
         set_model_state_dict(
@@ -60,9 +60,9 @@ class ShardedStrategy(ModelParallelStrategy):
             options=StateDictOptions(full_state_dict=True, strict=False),
         )
         names = self._trained()
-        for optimiser, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             set_optimizer_state_dict(
-                self.model, optimiser, _by_name(state, names), options=StateDictOptions(full_state_dict=True)
+                self.model, optimizer, _by_name(state, names), options=StateDictOptions(full_state_dict=True)
             )
         return checkpoint
 

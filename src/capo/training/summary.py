@@ -14,9 +14,9 @@ from capo.module import PreferenceModule
 def print_summary(
     facts: dict[str, object], candidates: Candidates, module: PreferenceModule, console: Console
 ) -> None:
-    """What is being optimised, before the first step is taken."""
+    """What is being optimized, before the first step is taken."""
     found = candidates.selection.statistics()
-    table = Table(title="what is being optimised", show_header=False, title_justify="left")
+    table = Table(title="what is being optimized", show_header=False, title_justify="left")
     trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
     rows = facts | {
         "error": "mean over channels, height and width, float32; loss: mean over pairs",

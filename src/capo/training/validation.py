@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings, sample_prompts
-from capo.data.images import Drawn
+from capo.data.images import GeneratedImages
 from capo.data.prompts import Prompt, candidate_seed
 from capo.evaluation.held_out import GROUP, HeldOut, by_prompt, judge
 from capo.evaluation.reports.page import image_grid
@@ -46,19 +46,19 @@ class ValidationSet:
     pictures: list[Image]
 
 
-def validation_set(base: Drawn, rewards: Sequence[Reward], pictures: int) -> ValidationSet:
+def validation_set(base: GeneratedImages, rewards: Sequence[Reward], pictures: int) -> ValidationSet:
     """Read from the base's images, which must be complete, what validation compares with."""
-    pool, plan, positions = base.pool, base.plan, base.positions
+    pool, spec, positions = base.pool, base.spec, base.positions
     parts = [pool.read_text(row) for row in pool.text_shards(positions)]
     rows = [position for row in pool.text_shards(positions) for position in pool.text_shard(row).positions]
     places = torch.tensor([rows.index(position) for position in positions])
     text = {name: torch.cat([part[name] for part in parts])[places] for name in parts[0]}
     seeds = [
-        [candidate_seed(plan.seed, prompt.id, index) for index in range(plan.candidates)]
-        for prompt in plan.prompts
+        [candidate_seed(spec.seed, prompt.id, index) for index in range(spec.candidates)]
+        for prompt in spec.prompts
     ]
-    shown = [base.images(row)[0] for row in range(min(pictures, len(plan.prompts)))]
-    return ValidationSet(list(plan.prompts), text, seeds, base.scores(rewards), shown)
+    shown = [base.images(row)[0] for row in range(min(pictures, len(spec.prompts)))]
+    return ValidationSet(list(spec.prompts), text, seeds, base.scores(rewards), shown)
 
 
 def share(prompts: int, rank: int, world: int) -> tuple[list[int], list[int]]:
@@ -71,7 +71,7 @@ def share(prompts: int, rank: int, world: int) -> tuple[list[int], list[int]]:
 
 
 class WinRateValidation(L.Callback):
-    """Every `every` optimiser steps: win-rates of the policy against the base, logged, and a grid of images.
+    """Every `every` optimizer steps: win-rates of the policy against the base, logged, and a grid of images.
 
     `val/win_rate`, the mean over rewards, is what checkpoints are compared by. Images are rounded to float16 before they
     are decoded, as those of a pool are. Each process takes its share of the prompts; the metrics add them up, so that all
@@ -186,7 +186,7 @@ class WinRateValidation(L.Callback):
                 reward.score(images, prompts).view(len(mine), per_prompt),
                 self.base.base_scores[reward.name][mine],
             )
-            reward.rest()
+            reward.offload()
             rate.update(scores, base)
             score.update(scores)
             rates = dict(zip(mine, win_rate(scores, base).tolist(), strict=True))

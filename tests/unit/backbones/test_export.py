@@ -12,7 +12,7 @@ from capo.backbones.lora import add_lora, has_adapter, merged
 from capo.backbones.model_card import ModelCard, write_card
 from capo.backbones.sampling import SamplerSettings, sample_prompts
 from capo.backbones.saving import save
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import candidate_seed, make_prompt
 from capo.errors import InputError
 
@@ -128,7 +128,7 @@ def test_pool_of_a_policy_holds_what_its_folder_draws_without_this_package(tiny_
         SamplerSettings(3, 5.0, 8),
     )
     prompts = [make_prompt(text) for text in PROMPTS]
-    pool = fill_pool(PoolPlan(tmp_path, "tiny", "test", 7, prompts, candidates=4), generator, progress=False)
+    pool = fill_pool(PoolSpec(tmp_path, "tiny", "test", 7, prompts, candidates=4), generator, progress=False)
     [shard] = pool.shards(4)
     arguments = {"num_inference_steps": 3, "guidance_scale": 5.0, "num_images_per_prompt": 4}
 

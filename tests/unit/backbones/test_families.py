@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from capo.backbones import MMDiTBackbone, UNetBackbone
 from capo.backbones.sampling import SamplerSettings, candidate_generators, candidate_noise, sample
 from capo.data import PreferenceBatch
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.importing.images import pixels
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
@@ -187,7 +187,7 @@ def test_sampling_under_autocast_is_another_generator_with_much_the_same_images(
 
 def test_truncation_is_warned_of_once(tiny_backbone, tmp_path, caplog):
     texts = [f"{' '.join(['red'] * 11)} {word}" for word in ("circle", "square", "triangle")] + ["a red circle"]
-    plan = PoolPlan(tmp_path, "tiny", "train", 0, [make_prompt(text) for text in texts], 2, prompts_per_shard=1)
+    plan = PoolSpec(tmp_path, "tiny", "train", 0, [make_prompt(text) for text in texts], 2, prompts_per_shard=1)
     with caplog.at_level(logging.WARNING):
         fill_pool(plan, ImageGenerator.base(tiny_backbone, SamplerSettings(1, 1.0, 2)), stages=("text",), progress=False)
     told = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]  # of whoever

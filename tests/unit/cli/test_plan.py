@@ -77,9 +77,9 @@ def test_a_full_disk_is_listed_by_a_plan_and_refused_by_a_run(tiny_run, monkeypa
 
 def test_too_little_memory_is_listed_and_refused_where_it_is_certain(tiny_run, monkeypatch):
     held = plan_of(tiny_run("memory_plan", "plan=true"))[0]["device"]["training"]
-    certain = sum(held[part] for part in ("weights", "gradients", "optimiser", "reference"))
+    certain = sum(held[part] for part in ("weights", "gradients", "optimizer", "reference"))
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain - 1))
-    with pytest.raises(InputError, match="weights, gradients, optimiser and reference take .* which has .* \\(a small one\\)"):
+    with pytest.raises(InputError, match="weights, gradients, optimizer and reference take .* which has .* \\(a small one\\)"):
         train_script.run(tiny_run("small"))
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain))
     found = [entry["certain"] for entry in plan_of(tiny_run("memory_plan", "plan=true"))[0]["missing here"] if entry["kind"] == "memory"]
@@ -113,8 +113,8 @@ def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
 
 
 def test_values_that_cannot_be_used_end_a_plan(tmp_path):
-    with pytest.raises(InputError, match="planning.utilisation=1.5: must be a number above 0 and at most 1"):
-        planned(tmp_path, "planning.utilisation=1.5")
+    with pytest.raises(InputError, match="planning.utilization=1.5: must be a number above 0 and at most 1"):
+        planned(tmp_path, "planning.utilization=1.5")
 
 
 def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():
@@ -162,13 +162,13 @@ GB = {"peak": 92e9, "training": {"weights": 10e9, "activations": 40e9, "total": 
 
 
 @pytest.mark.parametrize(("phase", "parts", "precisions", "told"), [
-    ("validation scoring", {"optimiser": 20e9, "rewards": 46e9}, ["rewards.a.scorer.precision", "evaluation.rewards.a.scorer.precision"],
+    ("validation scoring", {"optimizer": 20e9, "rewards": 46e9}, ["rewards.a.scorer.precision", "evaluation.rewards.a.scorer.precision"],
      ("validation scoring, takes about 92.0 GB on a device, which has 80.0 GB (a card); its largest part is rewards, 46.0 GB: "
      "set rewards.a.scorer.precision=bfloat16 evaluation.rewards.a.scorer.precision=bfloat16 (half the memory, other scores), "
      "or take fewer or smaller rewards")),
     ("pool scoring", {"denoiser": 10e9, "rewards": 46e9}, [], "its largest part is rewards, 46.0 GB: take fewer or smaller rewards"),
-    ("validation", {"gradients": 10e9, "optimiser": 46e9}, [], "part is optimiser, 46.0 GB: use an adapter (experiment=lora), trainer=fsdp"),
-    ("validation", {"optimiser": 20e9, "sampling and decoding": 46e9}, [], "46.0 GB: lower sampling.batch, and set sampling.decode=1"),
+    ("validation", {"gradients": 10e9, "optimizer": 46e9}, [], "part is optimizer, 46.0 GB: use an adapter (experiment=lora), trainer=fsdp"),
+    ("validation", {"optimizer": 20e9, "sampling and decoding": 46e9}, [], "46.0 GB: lower sampling.batch, and set sampling.decode=1"),
     ("evaluation scoring", {"rewards": 20e9, "VAE and text encoders": 46e9}, ["x"], "46.0 GB: store the base in half (model.backbone.dtype="),
 ])  # fmt: skip
 def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, phase, parts, precisions, told):
@@ -180,11 +180,11 @@ def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, ph
 
 def test_in_training_the_micro_batch_helps_whatever_is_largest(monkeypatch):
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a card", 80e9))
-    for largest in ("optimiser", "activations"):
+    for largest in ("optimizer", "activations"):
         device = {"peak": 92e9, "training": {"weights": 10e9, largest: 46e9, "total": 92e9}}
         message = lacking.likely_memory(device, {"peak": 0}, "auto")[0].message
         assert f"{largest}, 46.0 GB: lower trainer.micro_batch, or set trainer.gradient_checkpointing=true" in message
-        assert ("use an adapter" in message) == (largest == "optimiser")
+        assert ("use an adapter" in message) == (largest == "optimizer")
 
 
 @pytest.mark.parametrize(("choice", "peak"), [

@@ -196,14 +196,14 @@ def test_a_multirun_of_plans_ends_with_their_table(typed, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "plans.csv" in told and "failed" not in told and "nan" not in told.lower()
     with pytest.raises(SystemExit) as ended:
-        typed("train", "-m", "plan=true", "planning.utilisation=0.5,2", f"hydra.sweep.dir={sweep}")
+        typed("train", "-m", "plan=true", "planning.utilization=0.5,2", f"hydra.sweep.dir={sweep}")
     assert ended.value.code == 1
     first, second = read_table(sweep, "plans.csv")
-    assert (first["status"], second["status"], second["steps"]) == (PLANNED, FAILED, "") and "planning.utilisation=2" in second["error"]
+    assert (first["status"], second["status"], second["steps"]) == (PLANNED, FAILED, "") and "planning.utilization=2" in second["error"]
 
 
 def test_several_processes_begin_no_sweep_and_no_directories_of_their_own(typed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_script, "launch", lambda: Launch(world=2))
+    monkeypatch.setattr(train_script, "launch", lambda: Launch(world_size=2))
     monkeypatch.chdir(tmp_path)
     for arguments, refusal in {
         ("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"): "-m with 2 processes: each would begin the whole sweep",

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.build import all_rewards
 from capo.cli.compose import composed
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.importing import pickapic
 from capo.data.importing.filling import import_pool
 from capo.data.prompts import make_prompt
@@ -57,7 +57,7 @@ def test_a_sampled_pool_is_found_whole(pools):
     before = files(pools)
     rewards = [Reward(name, {"_target_": "fake_rewards.Brightness", "channel": number}) for name, number in (("red", 0), ("blue", 2))]
     prompts = [make_prompt(f"a {word} circle") for word in ("red", "blue", "green")]
-    plan = PoolPlan(pools, "tiny", "train", 0, prompts, 4, 2)
+    plan = PoolSpec(pools, "tiny", "train", 0, prompts, 4, 2)
     pool = fill_pool(plan, ImageGenerator.base(Unused(), SETTINGS), rewards, progress=False)
     assert files(pools) == before
     scores = pool.scores([reward.key for reward in rewards], 4, pool.positions(prompts))

@@ -14,7 +14,7 @@ import torch
 from capo.backbones import UNetBackbone
 from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
 from capo.data import generation
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool, generator_fingerprint, open_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, generator_fingerprint, open_pool
 from capo.data.pool import PoolReader
 from capo.data.prompts import candidate_seed, make_prompt
 from capo.data.stages import LatentStage, ScoreStage, TextStage
@@ -51,7 +51,7 @@ def tiny(tiny_backbone):
 @pytest.fixture
 def plan(tmp_path):
     """Three prompts in two rows, 10 candidates in blocks of 8 and 2: shards of 16, 4, 8 and 2 images."""
-    return PoolPlan(tmp_path / "pools", "tiny", "train", 5, PROMPTS[:3], candidates=10, prompts_per_shard=2)
+    return PoolSpec(tmp_path / "pools", "tiny", "train", 5, PROMPTS[:3], candidates=10, prompts_per_shard=2)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from capo.cli import generate as generate_script
-from capo.cli.build import build_world, training_data
+from capo.cli.build import build_components, training_data
 from capo.data.importing import pickapic
 from capo.data.pair_export import encoded
 from capo.errors import InputError
@@ -66,8 +66,8 @@ def test_the_winner_is_the_better_image(pairs):
 
 def test_they_are_the_pairs_of_trainings_first_visit(pairs, tiny_run):
     cfg = tiny_run("unused", "pool.candidates=6")
-    world = build_world(cfg)
-    found = training_data(cfg, world).select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, False)
+    components = build_components(cfg)
+    found = training_data(cfg, components).select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, False)
     rows = {row["prompt_id"]: row for row in pq.read_table(pairs).to_pylist()}
     usable = found.selection.usable.nonzero().flatten().tolist()
     assert len(rows) == len(usable)
@@ -94,7 +94,7 @@ def test_every_pair_there_is(exported, pairs, tiny_run):
     assert len(keys) == len(every)
     assert {(row["prompt_id"], *sorted([row["candidate_0"], row["candidate_1"]])) for row in pq.read_table(pairs).to_pylist()} <= keys
     cfg = tiny_run("unused", "pool.candidates=6")
-    found = training_data(cfg, build_world(cfg))
+    found = training_data(cfg, build_components(cfg))
     selection = found.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, False).selection
     assert len(every) == int(selection.pairs.sum())
 

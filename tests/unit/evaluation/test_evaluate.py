@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.pool import Pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
@@ -121,7 +121,7 @@ ORACLE = [Reward("dark", darkness), Reward("words", words)]
 
 
 def plan_of(root, **changes):
-    plan = PoolPlan(root, "tiny", "test", 0, PROMPTS, candidates=3, prompts_per_shard=2)
+    plan = PoolSpec(root, "tiny", "test", 0, PROMPTS, candidates=3, prompts_per_shard=2)
     return replace(plan, **changes)
 
 

@@ -14,8 +14,8 @@ from capo.objectives import capo
 from capo.preflight.architecture import Blueprint, from_folder, published, published_names
 from capo.preflight.memory import (
     checkpoint_bytes,
-    holdings,
-    optimiser_bytes,
+    model_states,
+    optimizer_bytes,
     parameters,
     pipeline_bytes,
     pool_bytes,
@@ -135,24 +135,24 @@ def adapter_for(backbone: Backbone, lora: dict | None):
 def compare_held(blueprint: Blueprint, backbone: Backbone, precision: str, lora: dict | None, half_frozen: bool) -> None:
     """Takes a step, and compares the plan's bytes with those of the tensors that there are then."""
     module = module_of(backbone, precision, lora, half_frozen)
-    optimiser = module.configure_optimizers()["optimizer"]
+    optimizer = module.configure_optimizers()["optimizer"]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         errors = module.pair_errors(pairs(blueprint, 2))
     module.objective(errors).mean().backward()
-    optimiser.step()
+    optimizer.step()
     policy = [*module.policy.parameters(), *module.policy.buffers()]
-    state = [value for moments in optimiser.state.values() for value in moments.values()]
+    state = [value for moments in optimizer.state.values() for value in moments.values()]
     frozen_in, adapter = precision if half_frozen else "32-true", adapter_for(backbone, lora)
-    planned = holdings(blueprint, adapter, precision, "adamw", reference=True, frozen_in=frozen_in)
+    planned = model_states(blueprint, adapter, precision, "adamw", reference=True, frozen_in=frozen_in)
     assert planned.weights == held(policy)
     assert planned.gradients == held([p.grad for p in module.policy.parameters() if p.grad is not None])
-    assert planned.optimiser == held(state)
+    assert planned.optimizer == held(state)
     with module.reference() as frozen:
         assert planned.reference == (0 if lora else held([*frozen.parameters(), *frozen.buffers()]))
     written = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(written)
     assert checkpoint_bytes(blueprint, adapter, "adamw") == sum(t.nbytes for t in written["state_dict"].values()) + held(state)
-    assert planned.total == planned.weights + planned.gradients + planned.optimiser + planned.reference
+    assert planned.total == planned.weights + planned.gradients + planned.optimizer + planned.reference
 
 
 @pytest.mark.parametrize(("precision", "lora", "half_frozen"), VARIETIES)
@@ -167,9 +167,9 @@ def test_an_mmdit_holds_the_bytes_of_its_tensors_too(mmdit, flow, precision, lor
 
 def test_eight_bit_moments_and_shards():
     layer = torch.nn.Linear(1000, 10)  # 10 000 numbers in 8 bits with a float32 scale for each 256 of them; 10 stay float32
-    assert optimiser_bytes(layer, "adamw_8bit") == 2 * (10_000 + 4 * 40) + 2 * 4 * 10
-    assert holdings(published("sd15"), None, "32-true", "adamw", False, shards=4).weights == 859_520_964 * 4 / 4
-    assert holdings(published("sd15"), None, "32-true", "adamw", False).reference == 0
+    assert optimizer_bytes(layer, "adamw_8bit") == 2 * (10_000 + 4 * 40) + 2 * 4 * 10
+    assert model_states(published("sd15"), None, "32-true", "adamw", False, shards=4).weights == 859_520_964 * 4 / 4
+    assert model_states(published("sd15"), None, "32-true", "adamw", False).reference == 0
 
 
 @pytest.mark.parametrize(("precision", "lora", "half_frozen"), VARIETIES)
@@ -273,7 +273,7 @@ def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
     for before in ("pool", "evaluation"):
         drawn, scored = device[before], device[f"{before} scoring"]
         assert scored["total"] == drawn["total"] - drawn["sampling"] + decoding and scored["decoding"] == decoding
-    assert device["evaluation"]["policy"] == holdings(unet, None, "32-true", "adamw", True).weights
+    assert device["evaluation"]["policy"] == model_states(unet, None, "32-true", "adamw", True).weights
     assert device["validation"]["sampling and decoding"] == max(drawing, decoding)
 
 

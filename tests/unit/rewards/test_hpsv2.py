@@ -104,7 +104,7 @@ def by_open_clip(clip, state, image, prompt):
 
 
 def by_pillow(image, side=SIDE):
-    """(3, side, side): resized by Pillow as floating point numbers, which neither rounds nor clips; zeros around; normalised."""
+    """(3, side, side): resized by Pillow as floating point numbers, which neither rounds nor clips; zeros around; normalized."""
     longest = max(image.size)
     width, height = (round(length * side / longest) for length in image.size)
     canvas = np.zeros((3, side, side))
@@ -149,7 +149,7 @@ def test_a_line_keeps_one_row_of_pixels():
 
 
 def test_a_hand_made_image_twice_as_wide_as_high():
-    """Red 40 x 20 becomes 16 x 8, with 4 rows of zeros above and below; level 0 normalised is -mean / std, level 1 (1 - mean) / std."""
+    """Red 40 x 20 becomes 16 x 8, with 4 rows of zeros above and below; level 0 normalized is -mean / std, level 1 (1 - mean) / std."""
     found = fitted(Image.new("RGB", (40, 20), (255, 0, 0)), 16).numpy()
     for channel, level in enumerate((1, 0, 0)):
         rim, inside = -MEAN[channel] / STD[channel], (level - MEAN[channel]) / STD[channel]
@@ -166,7 +166,7 @@ def test_an_odd_rest_is_larger_below_and_on_the_right():
     assert (np.abs(found - inside) < 1e-5).all(axis=0).tolist() == [False, True, True, True, True, True, False, False]
 
 
-def test_without_smoothing_a_row_is_interpolated_from_its_four_neighbours():
+def test_without_smoothing_a_row_is_interpolated_from_its_four_neighbors():
     """Halved, new point i lies between 2i and 2i + 1, so cubic weights at distances 1.5, 0.5, 0.5, 1.5 for a = -0.75:
     0.5: 1.25 x 0.125 - 2.25 x 0.25 + 1 = 0.59375; 1.5: -0.75 x (3.375 - 5 x 2.25 + 8 x 1.5 - 4) = -0.09375.
     """
@@ -180,7 +180,7 @@ def test_without_smoothing_a_row_is_interpolated_from_its_four_neighbours():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order(file, clip, batch):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(file, clip, batch):
     scorer, order = HPSv2(file, clip=clip, batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-5)
@@ -269,7 +269,7 @@ def test_the_yaml_reaches_the_scorer(file, clip):
         cfg = compose("train", overrides=["run_dir=/tmp/run", "rewards=permissive", f"rewards.hpsv2.weights={file}",
                                           f"rewards.hpsv2.scorer.clip={clip}"])  # fmt: skip
     clipscore, hpsv2 = load_rewards(OmegaConf.to_container(cfg.rewards, resolve=True))
-    assert (clipscore.licence, hpsv2.licence) == ("MIT", "Apache-2.0")
+    assert (clipscore.license, hpsv2.license) == ("MIT", "Apache-2.0")
     assert hpsv2.scale == 100 and clipscore.scale == 1  # both then in hundredths of a cosine
     hpsv2.setup("cpu")
     assert torch.equal(hpsv2.score(IMAGES, PROMPTS), HPSv2(file, clip=clip)(IMAGES, PROMPTS))

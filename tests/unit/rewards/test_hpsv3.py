@@ -165,7 +165,7 @@ def test_images_are_patches_of_their_own_shape_and_about_256_tokens(scorer):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order(made, scorer, batch):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(made, scorer, batch):
     apart, order = HPSv3(str(made[1]), base=made[0], batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([apart([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-4, atol=1e-4)

@@ -108,7 +108,7 @@ def seen_by_hand(state, image):
 
 
 def pixels_by_hand(image, side=SIDE):
-    """(3, side, side): shortest side to `side`, rounded down; the middle, half a pixel to the even side; normalised."""
+    """(3, side, side): shortest side to `side`, rounded down; the middle, half a pixel to the even side; normalized."""
     shortest = min(image.size)
     image = image.resize([int(side * length / shortest) for length in image.size], Image.Resampling.BICUBIC)
     left, top = (round((length - side) / 2) for length in image.size)
@@ -122,7 +122,7 @@ def ids_by_hand(prompt):
 
 
 def by_hand(state, image, prompt):
-    """One standardised score, in float64: BLIP's BERT with norms after, nothing padded."""
+    """One standardized score, in float64: BLIP's BERT with norms after, nothing padded."""
     w = {name.removeprefix("blip.text_encoder."): value.double() for name, value in state.items()}
     norm = lambda x, name: F.layer_norm(x, (READ,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
     linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -175,7 +175,7 @@ def test_a_margin_of_three_columns_leaves_two_on_the_left():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order(file, bert, batch):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(file, bert, batch):
     scorer, order = ImageReward(str(file), bert=bert, batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-4)
@@ -265,6 +265,6 @@ def test_the_yaml_reaches_the_scorer(file, bert, scorer):
         cfg = compose("train", overrides=["run_dir=/tmp/run", "rewards=imagereward", f"rewards.imagereward.weights={file.parent}",
                                           f"rewards.imagereward.scorer.bert={bert}"])  # fmt: skip
     (reward,) = load_rewards(OmegaConf.to_container(cfg.rewards, resolve=True))
-    assert reward.needs_prompt and reward.licence == "Apache-2.0"
+    assert reward.needs_prompt and reward.license == "Apache-2.0"
     reward.setup("cpu")
     assert torch.equal(reward.score(IMAGES, PROMPTS), scorer(IMAGES, PROMPTS))

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards, worker
@@ -437,7 +437,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(parallel, isolated, targets
 
     def scored(folder, backbone, **isolation):
         settings = SamplerSettings(steps=2, guidance=3.0, batch=3, parallel=parallel)
-        plan = PoolPlan(tmp_path / folder, "tiny", "train", 5, prompts, candidates=10, prompts_per_shard=2)
+        plan = PoolSpec(tmp_path / folder, "tiny", "train", 5, prompts, candidates=10, prompts_per_shard=2)
         config = {"scorer": {"_target_": "their_reward.Redness", "pids": pids.name}, **isolation}
         pool = fill_pool(plan, ImageGenerator.base(backbone, settings), load_rewards({"theirs": config}), progress=False)
         return {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in pool.folder.rglob("*") if path.is_file()}

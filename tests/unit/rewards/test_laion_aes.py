@@ -65,7 +65,7 @@ def test_the_layers_are_those_of_the_published_checkpoint():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order_nor_with_prompts(file, clip, batch):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order_nor_with_prompts(file, clip, batch):
     scorer, order = LaionAesthetics(str(file), clip=clip, batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [""]) for image in IMAGES])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-5)

@@ -134,7 +134,7 @@ def test_the_threshold_moves_scores(written, clip_folder):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order(written, clip_folder, batch):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(written, clip_folder, batch):
     scorer, order = MPS(written(), clip=str(clip_folder), threshold=0.9, batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-3)

@@ -29,9 +29,9 @@ def test_the_guides_table_agrees_with_the_yaml():
     rows = [[cell.strip().removesuffix(" (assumed)") for cell in line.strip("|").split("|")] for line in lines]
     rows = [row for row in rows if len(row) == 9]  # the sets' table has fewer
     assert len(rows) >= 13
-    for name, _, _, link, scale, licence, *_ in rows:
+    for name, _, _, link, scale, license, *_ in rows:
         name = name.strip("`")
         entry = yaml.safe_load((GUIDE.parents[1] / "conf" / "rewards" / f"{name}.yaml").read_text(encoding="utf-8"))[name]
         assert entry["scorer"], f"{name} is listed and has no scorer"
         assert (entry["link"], float(entry["scale"])) == (link, float(scale))
-        assert licence.split(" ")[0] == entry["licence"].split(" ")[0]
+        assert license.split(" ")[0] == entry["license"].split(" ")[0]

@@ -60,7 +60,7 @@ def test_the_scorer_is_built_once_and_late():
 
 def test_load_keeps_the_order_and_the_facts():
     looks = {"scorer": target(), "link": "identity", "scale": 10, "range": [0, 1], "needs_prompt": False}
-    alignment = {"scorer": target(factor=0.5), "link": "log", "licence": "MIT", "revision": "v2"}
+    alignment = {"scorer": target(factor=0.5), "link": "log", "license": "MIT", "revision": "v2"}
     loaded = load_rewards({"looks": looks, "alignment": alignment})
     assert [reward.name for reward in loaded] == ["looks", "alignment"]
     for reward, config in zip(loaded, (looks, alignment), strict=True):

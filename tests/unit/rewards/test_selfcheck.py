@@ -52,7 +52,7 @@ class Fitting:
         return "star" if red < 0.5 else "hearts" if red > blue else "circles"
 
 
-class Neighbours(Fitting):
+class Neighbors(Fitting):
     """Less by what the batch's mean is."""
 
     def __call__(self, images, prompts):
@@ -88,7 +88,7 @@ def test_a_sound_reward_passes():
 
 @pytest.mark.parametrize(("scorer", "facts", "check", "outcome"), [
     (Turned(), {}, "order", FAILED),
-    (Neighbours(), {}, "batch", FAILED),
+    (Neighbors(), {}, "batch", FAILED),
     (Fitting(), {"range": (5, 6)}, "range", WARNING),
     (Fitting(), {"needs_prompt": False}, "prompt", FAILED),
 ])  # fmt: skip

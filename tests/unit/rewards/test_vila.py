@@ -148,7 +148,7 @@ def test_scores_are_the_models_predictions_for_the_files_of_the_images(tensorflo
     assert reward._callable._worker.process.pid != os.getpid()
 
 
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order_nor_with_prompts(tensorflow, model):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order_nor_with_prompts(tensorflow, model):
     (reward,) = load_rewards(vila(weights=model()))
     together, order = reward.score(IMAGES, PROMPTS), [2, 0, 3, 1]
     assert torch.equal(reward.score([IMAGES[i] for i in order], ["other"] * 4), together[order])

@@ -42,7 +42,7 @@ def copied(folders, tmp_path):
 
 
 def square_by_hand(image):
-    """(3, SIDE, SIDE): rows or columns of the mean colour on both sides, then CLIP's resizing and normalising."""
+    """(3, SIDE, SIDE): rows or columns of the mean colour on both sides, then CLIP's resizing and normalizing."""
     pixels, side = np.asarray(image), max(image.size)
     up, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
     square = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)  # 255 x (0.4815, 0.4578, 0.4082), cut
@@ -98,7 +98,7 @@ def test_forms_on_numbers():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order(folders, batch):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(folders, batch):
     scorer, order = VQAScore(**folders.arguments(), form="yes", batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     assert alone.std() > 1e-3

@@ -127,7 +127,7 @@ def test_only_single_tokens_count_each_once(scorer):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_a_score_changes_neither_with_its_neighbours_nor_with_their_order(folder, batch):
+def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(folder, batch):
     scorer, order = VQAScoreVLM(str(folder), batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-8)

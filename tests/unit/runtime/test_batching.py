@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import ImageGenerator, PoolPlan, fill_pool
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import Prompt
 from capo.errors import InputError
 from capo.rewards import Reward
@@ -112,7 +112,7 @@ def test_a_pool_is_scored_alike_however_little_fits(tmp_path):
     for room in (8, 3):
         scorer = Hungry(room)
         reward = Reward("hungry", scorer)
-        pool = fill_pool(PoolPlan(tmp_path / str(room), "fake", "train", 0, prompts, 8), generator, [reward], progress=False)
+        pool = fill_pool(PoolSpec(tmp_path / str(room), "fake", "train", 0, prompts, 8), generator, [reward], progress=False)
         scores[room] = pool.scores([reward.key], 8, pool.positions(prompts))
         assert scorer.asked == ([8, 8] if room == 8 else [8, 4] + [2] * 8)
     assert torch.equal(scores[8], scores[3])
@@ -162,7 +162,7 @@ class Elsewhere(FakeBackbone):
 def test_a_reward_is_on_the_device_while_it_scores_and_leaves_the_memory_to_training(tmp_path):
     backbone, prompts, traveller = Elsewhere(), [Prompt("1", "a ring"), Prompt("2", "a red ring")], Traveller()
     reward, settings = Reward("traveller", traveller), SamplerSettings(steps=2, guidance=1.0, batch=4)
-    pool = fill_pool(PoolPlan(tmp_path, "fake", "train", 0, prompts, 2), ImageGenerator.base(backbone, settings), [reward], progress=False)
+    pool = fill_pool(PoolSpec(tmp_path, "fake", "train", 0, prompts, 2), ImageGenerator.base(backbone, settings), [reward], progress=False)
     assert traveller.where == [DEVICE, "cpu"]
     base = ValidationSet(prompts, backbone.encode_prompts(["a ring", "a red ring"]), [[1], [2]], {"traveller": torch.zeros(2, 1)}, [])
     validation = WinRateValidation(base, backbone, [reward], settings, 1, tmp_path)

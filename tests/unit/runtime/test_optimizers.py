@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from capo.errors import InputError
-from capo.runtime.optimizers import clip_gradients, make_optimiser
+from capo.runtime.optimizers import clip_gradients, make_optimizer
 
 
 def test_the_norm_is_that_of_all_gradients_and_is_clipped():
@@ -22,18 +22,18 @@ def test_the_norm_is_that_of_all_gradients_and_is_clipped():
 
 def test_a_first_fused_step_moves_by_the_learning_rate():
     weight = nn.Parameter(torch.tensor([1.0, -1.0]))
-    optimiser = make_optimiser("adamw", [weight], lr=0.1)
+    optimizer = make_optimizer("adamw", [weight], lr=0.1)
     weight.grad = torch.tensor([5.0, -0.01])
-    optimiser.step()
+    optimizer.step()
     # Adam's first step is lr g / (|g| + eps); no weight decay
-    assert optimiser.defaults["fused"] and torch.allclose(weight.detach(), torch.tensor([0.9, -0.9]), atol=1e-5)
+    assert optimizer.defaults["fused"] and torch.allclose(weight.detach(), torch.tensor([0.9, -0.9]), atol=1e-5)
 
 
 def test_scaled_gradients_are_not_fused():
-    assert not make_optimiser("adamw", [nn.Parameter(torch.zeros(1))], lr=0.1, scaled=True).defaults["fused"]
+    assert not make_optimizer("adamw", [nn.Parameter(torch.zeros(1))], lr=0.1, scaled=True).defaults["fused"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
 def test_eight_bits_need_their_package():
     with pytest.raises(InputError, match=r"capo\[bitsandbytes\]"):
-        make_optimiser("adamw_8bit", [nn.Parameter(torch.zeros(1))], lr=0.1)
+        make_optimizer("adamw_8bit", [nn.Parameter(torch.zeros(1))], lr=0.1)

@@ -6,7 +6,7 @@ import torch
 from capo.calibration import calibrate
 from capo.data.selection import select
 from capo.pairs import frs
-from capo.runtime.threads import in_lanes, over_rows
+from capo.runtime.threads import map_batches, over_rows
 
 CPU = torch.device("cpu")
 
@@ -27,9 +27,9 @@ def test_lanes_keep_the_order_and_have_one_thread_each(three_threads):
         return number, torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
-        assert in_lanes(part, range(6), "batches", CPU) == [(number, 1, False) for number in range(6)]
+        assert map_batches(part, range(6), "batches", CPU) == [(number, 1, False) for number in range(6)]
     assert torch.get_num_threads() == 3
-    assert in_lanes(lambda _: threading.current_thread(), [0, 1], "operations", CPU) == [threading.main_thread()] * 2
+    assert map_batches(lambda _: threading.current_thread(), [0, 1], "operations", CPU) == [threading.main_thread()] * 2
 
 
 def test_what_goes_wrong_in_a_lane_is_raised_and_the_threads_are_back(three_threads):
@@ -37,7 +37,7 @@ def test_what_goes_wrong_in_a_lane_is_raised_and_the_threads_are_back(three_thre
         raise OSError(f"part {number}")
 
     with pytest.raises(OSError, match="part 0"):
-        in_lanes(part, range(3), "batches", CPU)
+        map_batches(part, range(3), "batches", CPU)
     assert torch.get_num_threads() == 3
 
 

@@ -11,7 +11,7 @@ import torch
 
 from capo.backbones import UNetBackbone
 from capo.cli import train as train_script
-from capo.cli.build import build_world, training_data
+from capo.cli.build import build_components, training_data
 from capo.data.dataset import collate
 from capo.module import PreferenceModule
 from capo.pairs import frs
@@ -74,10 +74,10 @@ def test_compiled_blocks_take_the_same_steps(losses, plain):
 
 def test_text_encoded_aside_is_the_stored_one(tiny_run):
     """Bit for bit where the same prompts are encoded together, as here: a shard's."""
-    world = build_world(tiny_run("text"))
-    dataset = training_data(tiny_run("text"), world).select(frs, "win_rate", 0, False).dataset
+    components = build_components(tiny_run("text"))
+    dataset = training_data(tiny_run("text"), components).select(frs, "win_rate", 0, False).dataset
     stored = collate([{**dataset[row, 0]} for row in range(4)])
-    data = PreferenceData(dataset, 4, encode=partial(training.encode_aside, world.backbone))
+    data = PreferenceData(dataset, 4, encode=partial(training.encode_aside, components.backbone))
     assert dataset[0, 0]["text"] == {}
     encoded = collate([dataset[row, 0] for row in range(4)], data.encode)
     assert encoded.text.keys() == stored.text.keys()
@@ -139,7 +139,7 @@ def test_no_autoencoder_and_no_text_encoder_is_on_the_device_during_steps(tiny_r
 
 
 def test_visitors_come_and_leave(tiny_run, monkeypatch):
-    backbone = build_world(tiny_run("text")).backbone
+    backbone = build_components(tiny_run("text")).backbone
     moves = []
     for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
         part = getattr(backbone.pipeline, name)

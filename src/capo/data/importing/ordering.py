@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from capo.errors import InputError
 
 Place = tuple[int, int, int]  # of an image in a source: table, row, number among the images of the row
-TIE, UNLABELLED, NO_CAPTION, TOO_FEW, UNEQUAL = (
+TIE, UNLABELED, NO_CAPTION, TOO_FEW, UNEQUAL = (
     "ties",
     "without a choice",
     "without a caption",
@@ -21,7 +21,7 @@ TIE, UNLABELLED, NO_CAPTION, TOO_FEW, UNEQUAL = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A caption (normalised), its images, and their order: `ranks`, 0 the worst, equal where tied; None: nobody chose."""
+    """A caption (normalized), its images, and their order: `ranks`, 0 the worst, equal where tied; None: nobody chose."""
 
     caption: str
     places: tuple[Place, ...]
@@ -33,7 +33,7 @@ def unusable(caption: str, ranks: Sequence[int] | None) -> str | None:
     if not caption:
         return NO_CAPTION
     if ranks is None:
-        return UNLABELLED
+        return UNLABELED
     if len(ranks) < 2:
         return TOO_FEW
     return TIE if len(set(ranks)) == 1 else None

@@ -24,7 +24,7 @@ from capo.data.importing.ordering import (
     unusable,
 )
 from capo.data.importing.tables import RowCursor, Table
-from capo.data.prompts import normalise
+from capo.data.prompts import normalize
 from capo.errors import InputError
 from capo.runtime.fingerprints import content_fingerprint, file_digest
 
@@ -129,7 +129,7 @@ class _Pairs(Source):
             for row, values in table.rows([self.caption, self.label]):
                 if found == self.limit:
                     return
-                caption = normalise(values.get(self.caption) or "")
+                caption = normalize(values.get(self.caption) or "")
                 ranks = choice_of(values.get(self.label), f"{table.path} row {row}: {self.label}")
                 if reason := unusable(caption, ranks):
                     dropped[reason] += 1
@@ -173,7 +173,7 @@ class _Lists(Source):
             for row, values in table.rows(columns):
                 where = f"{table.path} row {row}: {self.order}"
                 caption, numbers = (
-                    normalise(values.get(self.caption) or ""),
+                    normalize(values.get(self.caption) or ""),
                     numbers_of(values.get(self.order), where),
                 )
                 ranks = dense_ranks(numbers, self.better) if numbers else None
@@ -224,7 +224,7 @@ class _Files(Source):
                 if self.score
                 else None
             )
-            groups.setdefault(normalise(values.get(self.caption) or ""), []).append((row, score))
+            groups.setdefault(normalize(values.get(self.caption) or ""), []).append((row, score))
         for caption, members in groups.items():
             scores = [score for _, score in members]
             ranks = dense_ranks(scores, self.better) if self.score and None not in scores else None

@@ -12,7 +12,7 @@ from capo.data.importing.images import BrokenImage, check
 from capo.data.importing.ordering import Entry
 from capo.data.importing.sources import Source
 from capo.data.pool.import_table import ImportTable
-from capo.data.prompts import normalise, prompt_id
+from capo.data.prompts import normalize, prompt_id
 from capo.errors import InputError
 
 NAMED = 10  # broken images that messages name; the report names all
@@ -22,11 +22,11 @@ BROKEN = "with a broken image"
 def entry_id(text: str, occurrence: int) -> str:
     """16 hex digits: of the first entry with that caption the prompt's own id, of a later one a hash of caption and number.
 
-    A normalised caption has no line break, so no caption has the id of another one's later entry.
+    A normalized caption has no line break, so no caption has the id of another one's later entry.
     """
     if occurrence == 0:
         return prompt_id(text)
-    return hashlib.blake2b(f"{normalise(text)}\n{occurrence}".encode(), digest_size=8).digest().hex()
+    return hashlib.blake2b(f"{normalize(text)}\n{occurrence}".encode(), digest_size=8).digest().hex()
 
 
 def survey(source: Source, progress: bool = True) -> ImportTable:

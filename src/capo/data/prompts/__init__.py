@@ -4,7 +4,7 @@
 without duplicates, disjoint and counted.
 """
 
-from capo.data.prompts.identity import Prompt, candidate_seed, check_splits, make_prompt, normalise, prompt_id
+from capo.data.prompts.identity import Prompt, candidate_seed, check_splits, make_prompt, normalize, prompt_id
 from capo.data.prompts.report import SplitReport, report_table
 from capo.data.prompts.sources import missing_inputs
 from capo.data.prompts.splits import PromptSets, split_sets
@@ -18,7 +18,7 @@ __all__ = [
     "check_splits",
     "make_prompt",
     "missing_inputs",
-    "normalise",
+    "normalize",
     "prompt_id",
     "report_table",
     "split_sets",

@@ -1,4 +1,4 @@
-"""What a prompt is: its normalised text, its id, and the seeds that follow from it."""
+"""What a prompt is: its normalized text, its id, and the seeds that follow from it."""
 
 import hashlib
 import unicodedata
@@ -10,31 +10,31 @@ from capo.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt in its normalised form; `id` follows from `text` alone, `category` is for reports."""
+    """A prompt in its normalized form; `id` follows from `text` alone, `category` is for reports."""
 
     id: str
     text: str
     category: str = ""
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Unicode NFC, outer white space removed, every run of white space one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def digest(normalised: str) -> bytes:
-    """8 bytes: the hash of a text that is normalised already."""
-    return hashlib.blake2b(normalised.encode(), digest_size=8).digest()
+def digest(normalized: str) -> bytes:
+    """8 bytes: the hash of a text that is normalized already."""
+    return hashlib.blake2b(normalized.encode(), digest_size=8).digest()
 
 
 def prompt_id(text: str) -> str:
-    """16 hex digits: a hash of the normalised text, the same on every machine."""
-    return digest(normalise(text)).hex()
+    """16 hex digits: a hash of the normalized text, the same on every machine."""
+    return digest(normalize(text)).hex()
 
 
 def make_prompt(text: str, category: str = "") -> Prompt:
-    """The prompt of `text`. The text is kept normalised, so that equal ids mean equal embeddings."""
-    text = normalise(text)
+    """The prompt of `text`. The text is kept normalized, so that equal ids mean equal embeddings."""
+    text = normalize(text)
     return Prompt(digest(text).hex(), text, category)
 
 

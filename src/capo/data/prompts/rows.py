@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from capo.data.prompts.files import READERS, Batch, row_count
-from capo.data.prompts.identity import Prompt, digest, make_prompt, normalise
+from capo.data.prompts.identity import Prompt, digest, make_prompt, normalize
 from capo.data.prompts.sources import Columns, PromptFile, Source
 from capo.errors import InputError
 
@@ -88,14 +88,14 @@ def _judge(
 
 
 def _clean(text: object, place: str, split: str) -> str:
-    """The normalised text of a cell, "" where it is empty. Raises InputError for what is no text."""
+    """The normalized text of a cell, "" where it is empty. Raises InputError for what is no text."""
     if text is None:
         return ""
     if not isinstance(text, str):
         raise InputError(
             f"{place}: the prompt is {text!r}, not text; name another column: prompts.{split}.column=..."
         )
-    clean = normalise(text)
+    clean = normalize(text)
     if not clean.isascii() and any("\ud800" <= letter <= "\udfff" for letter in clean):
         raise InputError(f"{place}: {clean!a} holds half a character; correct it")
     return clean

@@ -56,7 +56,7 @@ class Source:
     nsfw: a row whose NSFW score reaches it, whose NSFW switch is true or whose value is missing leaves its prompt out; null: none does.
     nsfw_columns: their names; null: every column with nsfw or unsafe in its name.
     where: column -> value that a row must have.
-    max_length: characters of the normalised prompt; limit: prompts kept. null: any number.
+    max_length: characters of the normalized prompt; limit: prompts kept. null: any number.
     published_size: prompts that the published set holds, for plans, which read no set of the hub. null: not known.
     """
 

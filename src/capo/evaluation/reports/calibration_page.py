@@ -25,7 +25,7 @@ from capo.runtime.files import REMEDY, fresh_folder
 
 STEM = "calibration"  # of the three files
 RAW, CALIBRATED, WINNERS, LOSERS = "#5a6170", "#2563a8", "#2a8a5a", "#cf5f27"
-GREY, PALE = "#8d94a1", "#dfe3ea"
+GRAY, PALE = "#8d94a1", "#dfe3ea"
 
 
 def write_report(
@@ -76,7 +76,7 @@ def _draw_raw(axes: Axes, name: str, reward: RewardFigures) -> None:
             "a human choice: ranks, no scores",
             ha="center",
             va="center",
-            color=GREY,
+            color=GRAY,
             transform=axes.transAxes,
         )
         axes.set_axis_off()
@@ -92,12 +92,12 @@ def _draw_calibrated(axes: Axes, name: str, reward: RewardFigures, method: str) 
     axes.set_title(f"{name}: {method}, spread {reward.spread:.3f}{shares}", fontsize=9)
     _bars(axes, reward.calibrated, CALIBRATED)
     if method == "win_rate":
-        axes.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
+        axes.axvline(0.5, color=GRAY, linewidth=1, linestyle="--")
 
 
-def _bars(axes: Axes, found: Histogram, colour: str) -> None:
+def _bars(axes: Axes, found: Histogram, color: str) -> None:
     edges, counts = np.linspace(found.low, found.high, len(found.counts) + 1), np.array(found.counts)
-    axes.stairs(100 * counts / counts.sum(), edges, fill=True, color=colour)
+    axes.stairs(100 * counts / counts.sum(), edges, fill=True, color=color)
     axes.set_xlim(found.low, found.high)
     axes.set_ylabel("candidates, %", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -106,7 +106,7 @@ def _bars(axes: Axes, found: Histogram, colour: str) -> None:
 def _draw_sizes(axes: Axes, report: CalibrationReport) -> None:
     selected = report.selection
     axes.set_title(f"sizes of X+ and X-, pairs={selected.strategy}", fontsize=9)
-    for shift, label, colour, counts in (
+    for shift, label, color, counts in (
         (-0.2, "X+", WINNERS, selected.winners),
         (0.2, "X-", LOSERS, selected.losers),
     ):
@@ -115,7 +115,7 @@ def _draw_sizes(axes: Axes, report: CalibrationReport) -> None:
             100 * np.array(counts) / report.prompts,
             width=0.4,
             label=label,
-            color=colour,
+            color=color,
         )
     axes.set_xlabel(f"candidates of {report.candidates}", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

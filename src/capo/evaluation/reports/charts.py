@@ -1,6 +1,6 @@
 """Small charts as inline SVG: intervals around a line, and training curves from a metrics.csv.
 
-Colours are CSS classes (`series-0` ...) and variables of the page that holds them: light and dark both read.
+Colors are CSS classes (`series-0` ...) and variables of the page that holds them: light and dark both read.
 """
 
 import csv
@@ -12,7 +12,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 POINTS = 160  # points of a curve at most; more steps than that are averaged
-SERIES = 10  # curves in a chart at most, one a colour
+SERIES = 10  # curves in a chart at most, one a color
 WIDTH, HEIGHT = 360, 200  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24  # its margins
 CLOCK = "time/"  # columns of metrics.csv that depend on the machine's speed
@@ -46,25 +46,25 @@ class Chart:
 
 
 def half_width(
-    intervals: Iterable[tuple[float, float]], centre: float, step: float = 0.1, most: float = math.inf
+    intervals: Iterable[tuple[float, float]], center: float, step: float = 0.1, most: float = math.inf
 ) -> float:
-    """Smallest multiple of `step`, up to `most`, that reaches from `centre` past every (low, high)."""
-    reach = max((abs(value - centre) for pair in intervals for value in pair), default=0.0)
+    """Smallest multiple of `step`, up to `most`, that reaches from `center` past every (low, high)."""
+    reach = max((abs(value - center) for pair in intervals for value in pair), default=0.0)
     return min(max(math.ceil(reach / step - 1e-9), 1) * step, most)
 
 
 def interval_bar(
-    low: float, mean: float, high: float, centre: float, half: float, band: tuple[float, float] | None = None
+    low: float, mean: float, high: float, center: float, half: float, band: tuple[float, float] | None = None
 ) -> Markup:
-    """An interval with its mean on an axis from centre - half to centre + half, a line at `centre`.
+    """An interval with its mean on an axis from center - half to center + half, a line at `center`.
 
     `band`: a second interval, drawn broad and pale behind (the zero line). As wide as its container.
     """
 
     def place(value: float) -> float:
-        return min(max(50 + 50 * (value - centre) / half, 0), 100)
+        return min(max(50 + 50 * (value - center) / half, 0), 100)
 
-    side = "up" if low > centre else "down" if high < centre else "level"
+    side = "up" if low > center else "down" if high < center else "level"
     back = ""
     if band is not None:
         start, stop = map(place, band)
@@ -73,7 +73,7 @@ def interval_bar(
         f'<svg class="interval {side}" width="100%" height="22" role="img" aria-label="{mean:.3f}, '
         f'95 % interval {low:.3f} to {high:.3f}">'
         f'<line class="axis" x1="0" x2="100%" y1="11" y2="11"/>{back}'
-        f'<line class="centre" x1="50%" x2="50%" y1="0" y2="22"/>'
+        f'<line class="center" x1="50%" x2="50%" y1="0" y2="22"/>'
         f'<rect class="span" x="{place(low):.2f}%" y="8" height="6" width="{place(high) - place(low):.2f}%"/>'
         f'<circle class="dot" cx="{place(mean):.2f}%" cy="11" r="5"/></svg>'
     )
@@ -165,7 +165,7 @@ def line_chart(chart: Chart) -> Markup:
     place = _Placement(_padded(xs, 0.0), _padded(ys + references, 0.06))
     parts = [_y_tick(place, value) for value in ticks(*place.y_range)]
     parts += [_x_tick(place, value) for value in ticks(*place.x_range)]
-    parts += [_level(place, value, "centre") for value in references]
+    parts += [_level(place, value, "center") for value in references]
     parts += [_polyline(place, curve, number) for number, curve in enumerate(chart.curves)]
     start = (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">'

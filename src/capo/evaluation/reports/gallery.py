@@ -83,7 +83,7 @@ def exhibits(policy: Side, base: Side, count: int) -> list[Exhibit]:
     margins = gains(policy.scores, base.scores)
 
     def exhibit(row: int) -> Exhibit:
-        prompt = policy.drawn.plan.prompts[row]
+        prompt = policy.drawn.spec.prompts[row]
         places = {order: rows.index(row) for order, rows in chosen.items() if row in rows}
         images = base.drawn.images(row), policy.drawn.images(row)
         return Exhibit(

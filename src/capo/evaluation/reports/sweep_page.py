@@ -22,7 +22,7 @@ VALIDATION, TEST, ZERO, ORACLE = (
 )  # columns; the last three begin them
 PANELS = 3  # pairs of rewards at most
 WIDE = 5  # a positive axis whose ends are this factor apart is logarithmic
-COLOURS = (
+COLORS = (
     "#2563a8",
     "#cf5f27",
     "#2a8a5a",
@@ -97,10 +97,10 @@ def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Seq
     names = {f"{TEST}{name}": name for name in rewards}
     for label, group in curves(rows, keys, axis).items():
         for number, (column, name) in enumerate(names.items()):
-            _line(axes, [place(row) for row in group], group, column, COLOURS[number % len(COLOURS)], name)
+            _line(axes, [place(row) for row in group], group, column, COLORS[number % len(COLORS)], name)
             zero = [100 * number_of(row.get(f"{ZERO}{name}")) for row in group]
             axes.plot(
-                [place(row) for row in group], zero, ":", color=COLOURS[number % len(COLOURS)], linewidth=1
+                [place(row) for row in group], zero, ":", color=COLORS[number % len(COLORS)], linewidth=1
             )
         xs, ys = [place(row) for row in group], [100 * number_of(row[VALIDATION]) for row in group]
         axes.plot(
@@ -133,10 +133,10 @@ def _places(rows: Sequence[Row], axis: str, axes: Axes):
     return lambda row: number_of(row[axis])
 
 
-def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, colour: str, label: str) -> None:
+def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, color: str, label: str) -> None:
     ys = [100 * number_of(row.get(column)) for row in rows]
     axes.errorbar(
-        xs, ys, yerr=_errors(rows, column), fmt="-o", markersize=5, capsize=3, color=colour, label=label
+        xs, ys, yerr=_errors(rows, column), fmt="-o", markersize=5, capsize=3, color=color, label=label
     )
 
 
@@ -169,7 +169,7 @@ def _frontiers(
                 fmt="-o",
                 markersize=4,
                 elinewidth=0.6,
-                color=COLOURS[number % len(COLOURS)],
+                color=COLORS[number % len(COLORS)],
                 label=label,
             )
             for x, y, row in zip(xs, ys, group):

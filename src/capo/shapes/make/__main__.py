@@ -1,4 +1,4 @@
-"""Make everything of the shapes world that is learned. Every stage resumes; a finished one is skipped.
+"""Make everything of the shapes components that is learned. Every stage resumes; a finished one is skipped.
 
     python -m capo.shapes.make scenes --work DIR
     python -m capo.shapes.make autoencoder --work DIR
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from capo.cli.build import build_world
+from capo.cli.build import build_components
 from capo.cli.compose import REPOSITORY, composed
 from capo.shapes.make import autoencoder, base, card, flow_autoencoder, lineups, mmdit, rewards, scenery
 from capo.shapes.make.fitting import process
@@ -73,14 +73,14 @@ def stage_rewards(options: argparse.Namespace) -> None:
 def stage_card(options: argparse.Namespace) -> None:
     """Measure a shipped base and write the figures into docs/shapes.md, between its two marks."""
     places = [f"run_dir={options.work}", f"pool.root={options.work / 'pools'}"]
-    world = build_world(composed("train", [f"model={options.model}", *places]))
+    components = build_components(composed("train", [f"model={options.model}", *places]))
     page, first, last = REPOSITORY / "docs" / "shapes.md", f"<!-- card of {options.model} -->", f"<!-- end of {options.model} -->"
     before, _, rest = page.read_text().partition(first)
     _, found_last, after = rest.partition(last)
     if not found_last:
         raise SystemExit(f"{page} holds no place for the card: the lines {first} and {last}")
-    found = card.measure_base(world.plans["test"], world.generator, world.evaluation_rewards, world.oracle)
-    told = card.markdown(found, world.backbone)
+    found = card.measure_base(components.pool_specs["test"], components.generator, components.evaluation_rewards, components.oracle)
+    told = card.markdown(found, components.backbone)
     page.write_text(f"{before}{first}\n\n{told}\n\n{last}{after}")
     print(told)
 

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from capo.backbones import Backbone
-from capo.data.generation import ImageGenerator, PoolPlan
-from capo.data.images import Drawn
+from capo.data.generation import ImageGenerator, PoolSpec
+from capo.data.images import GeneratedImages
 from capo.data.prompts import Prompt
 from capo.rewards import Reward
 from capo.shapes import oracle
@@ -50,13 +50,13 @@ class Measured:
     things: np.ndarray  # (P, K, n, 6) as the annotators look at them
 
 
-def measure_base(plan: PoolPlan, generator: ImageGenerator, rewards: Sequence[Reward], measures: Sequence[Reward]) -> Measured:
-    """Draw (or find) the base's images of the plan and measure them."""
-    drawn = Drawn.fill(plan, generator, [*rewards, *measures], progress=True)
+def measure_base(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], measures: Sequence[Reward]) -> Measured:
+    """Draw (or find) the base's images of the spec and measure them."""
+    drawn = GeneratedImages.fill(spec, generator, [*rewards, *measures], progress=True)
     side = drawn.side(rewards, measures)
-    things = np.stack([[recorded(oracle.measure(image)[0]) for image in drawn.images(row)] for row in range(len(plan.prompts))])
+    things = np.stack([[recorded(oracle.measure(image)[0]) for image in drawn.images(row)] for row in range(len(spec.prompts))])
     return Measured(
-        plan.prompts,
+        spec.prompts,
         {name: scores.numpy() for name, scores in side.scores.items()},
         {name: values.numpy() for name, values in side.measures.items()},
         things,

@@ -5,19 +5,19 @@ from capo.data.prompts import (
     candidate_seed,
     check_splits,
     make_prompt,
-    normalise,
+    normalize,
     prompt_id,
     text_files,
 )
 from capo.errors import InputError
 
 
-def test_normalise_collapses_white_space_and_composes():
+def test_normalize_collapses_white_space_and_composes():
     # "e" followed by the combining acute accent U+0301 is the one character U+00E9 in NFC
-    assert normalise("  a\tcafe\u0301\u00a0 in\n\nParis ") == "a caf\u00e9 in Paris"
+    assert normalize("  a\tcafe\u0301\u00a0 in\n\nParis ") == "a caf\u00e9 in Paris"
 
 
-def test_prompt_id_is_blake2b_of_the_normalised_text():
+def test_prompt_id_is_blake2b_of_the_normalized_text():
     # printf 'a red circle' | b2sum -l 64
     assert prompt_id("a red circle") == "8cbf502735c9b035"
     assert make_prompt(" a  red\ncircle", "colours") == Prompt("8cbf502735c9b035", "a red circle", "colours")

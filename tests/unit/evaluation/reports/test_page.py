@@ -35,7 +35,7 @@ SETTINGS = {
     for key in ("policy", "base", "policy_generator", "base_generator", "latent_space", "text_encoders")
 } | {"steps": 10, "guidance": 3.0, "seed": 0, "zero": {"prompts": 64}}
 REWARDS = [
-    Reward("looks", print, weights="/home/me/looks.safetensors", licence="Apache-2.0"),
+    Reward("looks", print, weights="/home/me/looks.safetensors", license="Apache-2.0"),
     Reward("alignment", print, link="log", weights="org/name", revision="v2"),
 ]
 VOID = {"meta", "img", "input", "br", "line", "rect", "circle", "polyline"}
