@@ -76,7 +76,7 @@ def brightness(channel: int) -> dict:
 @pytest.fixture(scope="session")
 def drawn_once():
     """Pictures of calibration reports, by report: runs on one pool have the same, and drawing it takes a quarter of a tiny run."""
-    from capo import calibration_page
+    from capo.evaluation.reports import calibration_page
 
     pictures, draw = {}, calibration_page.picture
 

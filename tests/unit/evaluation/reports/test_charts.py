@@ -142,7 +142,7 @@ def test_a_line_chart_puts_points_where_their_values_belong():
 
 def test_a_reference_is_drawn_even_where_no_curve_reaches_it():
     chart = parts(line_chart(Chart("val/win_rate", [Curve("looks", [(0, 0.7), (10, 0.8)])], reference=0.5)))
-    (line,) = [element for element in chart.iter("line") if element.attrib["class"] == "centre"]
+    (line,) = [element for element in chart.iter("line") if element.attrib["class"] == "center"]
     # 0.5 of 0.482 to 0.818
     assert float(line.attrib["y1"]) == pytest.approx(176 - 166 * 0.018 / 0.336, abs=0.06)
     assert line.attrib["y1"] == line.attrib["y2"]
