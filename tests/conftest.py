@@ -17,6 +17,15 @@ import pytest
 from fixtures import ROOT
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A worker for each core, where pytest-xdist is there and -n says nothing else; not in addopts, which `-p no:xdist` would refuse."""
+    option = config.option
+    if getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput"):
+        option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
+        option.dist = "worksteal" if option.dist == "no" else option.dist
+
+
 @pytest.fixture(scope="session")
 def build_tiny():
     """The function that builds a tiny pipeline, for tests that need another variety of it."""
