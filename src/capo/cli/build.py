@@ -12,7 +12,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones import Backbone
-from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import worker_logs
 from capo.data.candidates import TrainingData
@@ -22,7 +21,6 @@ from capo.data.labels import HUMAN, LabelSource
 from capo.data.pool.import_table import HUMAN_LABELS
 from capo.data.prompts import Prompt, check_splits, missing_inputs
 from capo.errors import InputError
-from capo.evaluation.evaluate import evaluate
 from capo.evaluation.held_out import refuse_trained
 from capo.rewards import Reward, load_rewards
 
@@ -159,27 +157,3 @@ def pool_specs(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str
         "test": spec("test", evaluation.seed, evaluation.images, test),
         "zero": spec("test", evaluation.seed + 1, evaluation.images, test[: evaluation.zero_prompts]),
     }
-
-
-def evaluate_policy(
-    cfg: DictConfig, components: Components, policy: Path, folder: Path, curves: Path | None = None
-) -> dict:
-    """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate.evaluate`."""
-    backbone, settings = components.backbone, components.generator.settings
-    tuned = ImageGenerator(
-        backbone,
-        load_policy(backbone, policy, settings.precision),
-        policy_fingerprint(backbone, policy),
-        settings,
-    )
-    return evaluate(
-        folder,
-        components.pool_specs["test"],
-        tuned,
-        components.evaluation_rewards,
-        zero=components.pool_specs["zero"],
-        oracle=components.oracle,
-        title=f"{cfg.model.name}: tuned against base",
-        config=OmegaConf.to_yaml(cfg, resolve=True),
-        curves=curves,
-    )

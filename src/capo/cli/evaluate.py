@@ -5,19 +5,46 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from capo.cli.build import build_components, evaluate_policy
+from capo.backbones.export import load_policy, policy_fingerprint
+from capo.cli.build import Components, build_components
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import run_config
 from capo.cli.values import check_values
+from capo.data.generation import ImageGenerator
 from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
+from capo.evaluation.evaluate import evaluate
 
 console = Console()
+
+
+def evaluate_policy(
+    cfg: DictConfig, components: Components, policy: Path, folder: Path, curves: Path | None = None
+) -> dict:
+    """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate.evaluate`."""
+    backbone, settings = components.backbone, components.generator.settings
+    tuned = ImageGenerator(
+        backbone,
+        load_policy(backbone, policy, settings.precision),
+        policy_fingerprint(backbone, policy),
+        settings,
+    )
+    return evaluate(
+        folder,
+        components.pool_specs["test"],
+        tuned,
+        components.evaluation_rewards,
+        zero=components.pool_specs["zero"],
+        oracle=components.oracle,
+        title=f"{cfg.model.name}: tuned against base",
+        config=OmegaConf.to_yaml(cfg, resolve=True),
+        curves=curves,
+    )
 
 
 def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:

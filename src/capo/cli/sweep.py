@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -231,39 +230,34 @@ def plans_tables(jobs: Sequence[Job], title: str) -> list[Table]:
     ]
 
 
-class SweepReport(Callback):
-    """After a multirun of `train.py`: the table on the console, `sweep.csv`, `sweep.png`, `sweep.html`; of plans `plans.csv`.
+def report_sweep(folder: Path, plans: bool) -> bool:
+    """Write and print what the jobs in a sweep's directory found, or planned; returns whether all of them are done."""
+    jobs = read_plans(folder) if plans else read_jobs(folder)
+    if jobs:
+        (write_plans if plans else write_runs)(folder, jobs)
+    return all(job.done for job in jobs)
 
-    Ends the process with exit code 1 where a job has failed or is unfinished.
-    """
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        jobs = read_plans(folder) if config.plan else read_jobs(folder)
-        if jobs:
-            (self.write_plans if config.plan else self.write)(folder, jobs)
-        if any(not job.done for job in jobs):
-            raise SystemExit(1)
+def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
+    """Write sweep.csv, sweep.png and sweep.html, and print the tables."""
+    columns, rows = sweep_rows(jobs)
+    keys = varying_keys(jobs)
+    write_table(folder / TABLE, columns, rows)
+    picture = sweep_picture(rows, keys)
+    if picture is not None:
+        write_whole(folder / PICTURE, picture)
+    write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
+    _show(jobs, console_tables(jobs, str(folder)))
+    print(
+        f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}"
+    )
 
-    def write(self, folder: Path, jobs: Sequence[Job]) -> None:
-        """All four of runs."""
-        columns, rows = sweep_rows(jobs)
-        keys = varying_keys(jobs)
-        write_table(folder / TABLE, columns, rows)
-        picture = sweep_picture(rows, keys)
-        if picture is not None:
-            write_whole(folder / PICTURE, picture)
-        write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
-        _show(jobs, console_tables(jobs, str(folder)))
-        print(
-            f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}"
-        )
 
-    def write_plans(self, folder: Path, jobs: Sequence[Job]) -> None:
-        """Both of plans; nothing was trained, so there are no rates to draw."""
-        write_table(folder / PLANS, *sweep_rows(jobs))
-        _show(jobs, plans_tables(jobs, str(folder)))
-        print(f"the plans' table: {folder / PLANS}; what is missing: {PLAN} of each job")
+def write_plans(folder: Path, jobs: Sequence[Job]) -> None:
+    """Write plans.csv and print the tables; nothing was trained, so there are no win-rates to plot."""
+    write_table(folder / PLANS, *sweep_rows(jobs))
+    _show(jobs, plans_tables(jobs, str(folder)))
+    print(f"the plans' table: {folder / PLANS}; what is missing: {PLAN} of each job")
 
 
 def _show(jobs: Sequence[Job], tables: Sequence[Table]) -> None:

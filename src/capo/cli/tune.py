@@ -17,7 +17,8 @@ from rich.console import Console
 from capo.backbones import Backbone
 from capo.backbones.export import export_policy, load_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card
-from capo.cli.build import Components, build_components, evaluate_policy, training_data
+from capo.cli.build import Components, build_components, training_data
+from capo.cli.evaluate import evaluate_policy
 from capo.cli.process import prepare_process
 from capo.cli.report import RUN_FOLDER, report_run
 from capo.cli.run_config import Progress, open_run

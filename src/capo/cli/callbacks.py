@@ -1,0 +1,22 @@
+"""Hydra callbacks of conf/train.yaml; what they need is imported when they are called, since every start imports this module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+class SweepReport(Callback):
+    """Report on a multirun of train.py at its end (`capo.cli.sweep`).
+
+    Ends the process with exit code 1 where a job has failed or is unfinished.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        """Write the tables and pages of the sweep's directory."""
+        from capo.cli.sweep import report_sweep
+
+        if not report_sweep(Path(config.hydra.sweep.dir), bool(config.plan)):
+            raise SystemExit(1)
