@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.stats import bootstrap
 from torch import Tensor
 
 LEVEL = 95  # percent of the bootstrap's resamples that an interval holds
@@ -32,11 +33,15 @@ def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -
         raise ValueError(
             f"an interval needs (P,) finite numbers and a resample; got {values.shape}, {resamples} resamples"
         )
-    generator = np.random.default_rng(seed)
-    means, block = np.empty(resamples), max(BLOCK // len(values), 1)
-    for start in range(0, resamples, block):
-        drawn = generator.integers(len(values), size=(min(block, resamples - start), len(values)))
-        means[start : start + block] = values[drawn].mean(1)
-    tail = (100 - LEVEL) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(BLOCK // len(values), 1),
+        confidence_level=LEVEL / 100,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
