@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import lightning as L
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from capo.backbones import Backbone
 from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.parallel import compile_blocks, shard
-from capo.backbones.precision import frozen_reference, half_stored
+from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.metrics import drift_by_time, training_figures
@@ -180,8 +180,12 @@ class PreferenceModule(L.LightningModule):
     def reference(self):
         """Context that yields the frozen base's denoiser, without gradients."""
         separate = self.__dict__["_reference"]
-        with torch.no_grad(), nullcontext() if separate is not None else adapter_off(self.policy):
-            yield separate if separate is not None else self.policy
+        if separate is None:
+            with torch.no_grad(), adapter_off(self.policy):
+                yield self.policy
+            return
+        with torch.no_grad(), marked_as_trained(separate):
+            yield separate
 
     def pair_errors(self, batch: PreferenceBatch) -> PairErrors:
         """The errors of policy and reference on a batch of pairs: one forward pass of 2B through each."""

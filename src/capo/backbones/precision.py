@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -59,3 +61,20 @@ def named_dtype(dtype: str) -> torch.dtype:
 
 # Lightning's name of a precision -> what autocast computes in
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@contextmanager
+def marked_as_trained(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's weights require gradients, as those of a policy do; gradients must be off.
+
+    torch computes a product of a batch of strided matrices with a weight in another way, rounded otherwise, where the weight
+    requires a gradient (`should_fold` in ATen's matmul): a frozen copy of the same weights would differ in the last bits.
+    """
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

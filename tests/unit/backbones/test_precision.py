@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from capo.backbones.lora import add_lora, merged
-from capo.backbones.precision import frozen_reference, half_stored
+from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -57,3 +57,16 @@ def test_a_half_stored_lora_policy_computes_what_a_float32_one_does(tiny_backbon
     assert sum(p.nbytes for p in half.parameters()) < 0.75 * sum(p.nbytes for p in whole.parameters())
     for one, other in zip(*(merged(policy, backbone.trainable_copy()).parameters() for policy in (whole, half)), strict=True):
         assert torch.equal(one, other)
+
+
+def test_marked_weights_round_as_trained_ones():
+    """A linear layer after a permutation, as in SDXL's attention blocks: on AVX-512 a frozen copy differs in the last bits."""
+    draw = torch.Generator().manual_seed(0)
+    trained = nn.Linear(16, 16)
+    frozen = nn.Linear(16, 16).requires_grad_(False)
+    frozen.load_state_dict(trained.state_dict())
+    inputs = [torch.randn((8, 16, 2, 2), generator=draw).permute(0, 2, 3, 1).reshape(8, 4, 16) for _ in range(8)]
+    with torch.no_grad(), marked_as_trained(frozen):
+        assert all(torch.equal(trained(x), frozen(x)) for x in inputs)
+        assert all(p.requires_grad for p in frozen.parameters())
+    assert not any(p.requires_grad for p in frozen.parameters())
