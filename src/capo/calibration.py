@@ -1,7 +1,8 @@
-"""Raw scores of the candidates of a prompt -> calibrated rewards (CaPO, section 4.2).
+"""Calibration: raw scores of a prompt's candidates -> calibrated rewards (CaPO, section 4.2).
 
-One function a method, all with the signature `(scores, link, scale)`; `METHODS` holds them by the names that
-`calibration=win_rate|raw|zscore` takes, and `calibrate` applies one of them reward by reward.
+Each calibration method is a function with the signature `(scores, link, scale)`. `METHODS` maps the names
+that `calibration=win_rate|raw|zscore` accepts to these functions; `calibrate` applies one of them to every
+reward.
 """
 
 import math
@@ -14,19 +15,19 @@ from torch import Tensor
 from capo.errors import InputError
 from capo.runtime.threads import over_rows
 
-LOG_FLOOR = 1e-6  # probabilities are clamped here before the logarithm
-LOG_CEILING = 1 + 1e-6  # what rounding may leave of a probability of 1
-FLAT, SATURATED = 0.05, 0.95  # shares of the largest spread that win-rates can have
+LOG_FLOOR = 1e-6  # probabilities are clamped to at least this before the logarithm
+LOG_CEILING = 1 + 1e-6  # a probability of 1 may exceed 1 by this much through rounding
+FLAT, SATURATED = 0.05, 0.95  # thresholds, as shares of the largest spread that win-rates can have
 
-# PyTorch evaluates the last elements of a range one by one, with another `exp` than the vectorized one.
-# Columns in multiples of LANES, in blocks too small to be split over threads, have no such rest, so equal
-# scores get equal win-rates to the last bit, whatever prompts stand beside them. BLOCK elements and two
-# buffers stay in the L2 cache.
+# PyTorch evaluates the last few elements of a range one by one, with an `exp` that rounds differently from
+# the vectorized one. If the number of columns is a multiple of LANES and the block is too small to be split
+# over threads, no such elements are left, so equal scores get bitwise equal win-rates whatever other prompts
+# are in the tensor. A block of BLOCK elements and two buffers fit in the L2 cache.
 LANES, BLOCK = 64, 2**14
 
 
 class ScoreError(InputError):
-    """Scores that cannot be calibrated; `index` is the first bad one's place in the tensor that was given."""
+    """Scores that cannot be calibrated; `index` locates the first bad score in the given tensor."""
 
     def __init__(self, message: str, index: tuple[int, ...]):
         super().__init__(message)
@@ -35,7 +36,7 @@ class ScoreError(InputError):
 
 @dataclass(frozen=True)
 class Link:
-    """What turns a score into log-odds, and the range of scores that it takes."""
+    """A function from scores to log-odds, and the range of scores that it accepts."""
 
     to_log_odds: Callable[[Tensor], Tensor]
     lowest: float = -math.inf
@@ -43,8 +44,8 @@ class Link:
 
 
 def _log(values: Tensor) -> Tensor:
-    # 1 * log(values), not Tensor.log, which hands every block to MKL's threads: on busy cores they wait for
-    # one another a hundred times as long as the logarithms take
+    # 1 * log(values) instead of Tensor.log, which gives every block to MKL's threads: on busy cores these
+    # wait for each other a hundred times as long as the logarithms take
     return torch.special.xlogy(1.0, values)
 
 
@@ -58,7 +59,7 @@ LINKS = {
 
 @torch.no_grad()
 def calibrated_rewards(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
-    """Mean probability of a candidate to win against the other candidates of its prompt (eq. 6, 7 and 28).
+    """Win-rates: mean probability of a candidate to win against the others of its prompt (eq. 6, 7, 28).
 
     `R_ca[i] = 1/(N-1) * sum_{j != i} sigmoid(u[i] - u[j])` with `u = scale * link(score)`.
 
@@ -68,13 +69,14 @@ def calibrated_rewards(scores: Tensor, link: str = "identity", scale: float = 1.
         scale: factor after the link; 100 turns the cosine of a CLIP-type reward into its logit.
 
     Returns:
-        (..., N) win-rates in [0, 1], mean 1/2 over the candidates; ties stay ties to the last bit. The dtype
-        is that of the scores (half precision computed in float32); integers give float32.
+        (..., N) win-rates in [0, 1]; their mean over the candidates is 1/2, and equal scores get bitwise
+        equal win-rates. The dtype is that of the scores (half precision is computed in float32); integers
+        give float32.
 
     Raises:
-        InputError: N < 2, an unknown link, a scale that is not finite, a score that is not finite or
-            overflows when scaled, with link `log` a score below 0 or above 1 + 1e-6. Scores are named by
-            index (`ScoreError`).
+        InputError: if N < 2, the link is unknown, the scale is not finite, a score is not finite or overflows
+            when scaled, or, with link `log`, a score is below 0 or above 1 + 1e-6. For a bad score it is a
+            `ScoreError`, which has the index of the score.
     """
     work = _checked(scores)
     _check_link(work, link, scale)
@@ -97,10 +99,10 @@ def calibrated_rewards(scores: Tensor, link: str = "identity", scale: float = 1.
 
 
 def raw_scores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
-    """The score itself, as eq. 22 reads literally (control): (..., N) -> (..., N).
+    """Raw scores, unchanged, as in a literal reading of eq. 22 (control): (..., N) -> (..., N).
 
-    Link and scale are not applied. dtype as in `calibrated_rewards`. Raises InputError for N < 2 and for a
-    score that is not finite.
+    Link and scale are ignored. The dtype is chosen as in `calibrated_rewards`. Raises InputError for N < 2
+    and for a score that is not finite.
     """
     return _checked(scores).to(_result_dtype(scores), copy=True)
 
@@ -108,15 +110,15 @@ def raw_scores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Te
 def zscores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tensor:
     """Scores in standard deviations from the mean of their prompt (control): (..., N) -> (..., N).
 
-    `(s - mean) / std` over the N candidates, population std; 0 where all candidates score the same. Link and
-    scale are not applied. dtype as in `calibrated_rewards` (computed in float64). Raises InputError for N < 2
-    and for a score that is not finite.
+    `(s - mean) / std` over the N candidates, with the population standard deviation; 0 where all candidates
+    score the same. Link and scale are ignored. The computation is in float64, the dtype of the result is
+    chosen as in `calibrated_rewards`. Raises InputError for N < 2 and for a score that is not finite.
     """
     _checked(scores)
     work = scores.double().contiguous()
     centerd = work - work.mean(-1, keepdim=True)
     deviation = centerd.square().mean(-1, keepdim=True).sqrt()
-    same = work.eq(work[..., :1]).all(-1, keepdim=True)  # not std == 0: the mean of equal numbers is rounded
+    same = work.eq(work[..., :1]).all(-1, keepdim=True)  # not std == 0, since the mean is rounded
     return torch.where(same, 0.0, centerd / deviation).to(_result_dtype(scores))
 
 
@@ -139,18 +141,20 @@ def calibrate(
     Args:
         scores: (P, N, L) raw scores: prompts, candidates, rewards.
         links: L links, see `calibrated_rewards`.
-        scales: L scales; positive, since domination and `best_worst` read a higher raw score as the better
-            one.
+        scales: L positive scales; a negative one would contradict domination and `best_worst`, which take the
+            higher raw score for the better one.
         method: a key of `METHODS`: `win_rate`, `raw` or `zscore`.
         names: L names of the rewards, for messages.
 
     Returns:
-        (P, N, L) calibrated rewards; dtype as in `calibrated_rewards`.
+        (P, N, L) calibrated rewards; the dtype is chosen as in `calibrated_rewards`.
 
     Raises:
-        InputError: an unknown method, a scale that is not positive, and what the method refuses, with the
-            reward's name in front. A `ScoreError` carries `index` = (prompt, candidate, reward).
-        ValueError: scores without three dimensions, or links, scales and names that are not one a reward.
+        InputError: if the method is unknown, a scale is not positive, or the method rejects the scores of a
+            reward (the message then starts with the reward's name). A `ScoreError` has `index` = (prompt,
+            candidate, reward).
+        ValueError: if the scores do not have three dimensions, or the numbers of links, scales or names
+            differ from the number of rewards.
     """
     names = names or [f"reward {index}" for index in range(len(links))]
     if scores.ndim != 3 or not scores.shape[-1] == len(links) == len(scales) == len(names):
@@ -177,15 +181,16 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Spread:
-    """How far apart a reward's win-rates lie, over all prompts of a pool.
+    """Spread of a reward's win-rates over all prompts of a pool.
 
     Attributes:
-        std: standard deviation within a prompt, root mean square over prompts, in units of the calibrated
+        std: standard deviation within a prompt, root mean square over the prompts, in units of the calibrated
             reward.
-        flat: share of prompts whose std is below 5 % of the largest that N win-rates can have: the reward
-            hardly tells the candidates apart. NaN where the values are no win-rates (`raw`, `zscore`).
-        saturated: share of prompts above 95 % of it: nearly every comparison is decided for certain. NaN
-            likewise.
+        flat: share of prompts whose standard deviation is below 5 % of the largest that N win-rates can have,
+            so that the reward hardly distinguishes the candidates. NaN where the values are not win-rates
+            (`raw`, `zscore`).
+        saturated: share of prompts whose standard deviation is above 95 % of that, so that the outcome of
+            nearly every comparison is certain. NaN where the values are not win-rates.
     """
 
     std: float
@@ -196,8 +201,9 @@ class Spread:
 def spread(calibrated: Tensor) -> list[Spread]:
     """Spread of each reward's calibrated rewards: (P, N, L) -> L `Spread`s.
 
-    The largest standard deviation of N win-rates is that of a ranking without doubt, the numbers k/(N-1):
-    `sqrt((N+1) / (12 (N-1)))`. Raises ValueError for P = 0 or N < 2.
+    The largest standard deviation that N win-rates can have is that of a ranking in which every comparison is
+    certain. Its win-rates are k/(N-1) for k = 0 ... N-1, with standard deviation `sqrt((N+1) / (12 (N-1)))`.
+    Raises ValueError for P = 0 or N < 2.
     """
     prompts, candidates = calibrated.shape[:2]
     if prompts == 0 or candidates < 2:
@@ -207,7 +213,7 @@ def spread(calibrated: Tensor) -> list[Spread]:
     largest = math.sqrt((candidates + 1) / (12 * (candidates - 1)))
     values = calibrated.movedim(-1, 0).float()  # (L, P, N)
     deviation = values.std(-1, correction=0)
-    # win-rates of a prompt average to 1/2 (to the rounding of bfloat16); raw scores and z-scores do not
+    # the win-rates of a prompt have mean 1/2 (within the rounding of bfloat16); raw and z-scores do not
     are_rates = ((values.mean(-1) - 0.5).abs() < 4e-3).all(-1)
     shares = torch.stack([deviation < FLAT * largest, deviation > SATURATED * largest]).float().mean(-1)
     shares = torch.where(are_rates, shares, math.nan)
@@ -216,12 +222,13 @@ def spread(calibrated: Tensor) -> list[Spread]:
 
 
 def spread_warnings(spreads: Sequence[Spread], names: Sequence[str], share: float = 0.5) -> list[str]:
-    """A sentence on each reward that is flat or saturated in more than `share` of the prompts."""
+    """Warnings on rewards whose win-rates are flat or saturated in more than `share` of the prompts."""
     warnings = []
     for name, found in zip(names, spreads, strict=True):
         if found.flat > share:
             warnings.append(
-                f"reward '{name}': the win-rates of {found.flat:.0%} of the prompts are flat (all near 0.5): it hardly takes part"
+                f"reward '{name}': the win-rates of {found.flat:.0%} of the prompts are flat (all near 0.5): "
+                "it hardly takes part"
             )
         if found.saturated > share:
             warnings.append(
@@ -232,10 +239,10 @@ def spread_warnings(spreads: Sequence[Spread], names: Sequence[str], share: floa
 
 
 def _expected_wins(u: Tensor) -> Tensor:
-    """(N, C) log-odds, a prompt a column -> (N, C) sum of sigmoid(u[i] - u[j]) over j != i.
+    """(N, C) log-odds, one prompt per column -> (N, C) sum of sigmoid(u[i] - u[j]) over j != i.
 
-    Every candidate adds the same rivals in the same order, itself included (sigmoid(0) = 1/2, taken off at
-    the end), so that the sums of equal candidates are rounded equally.
+    Every candidate sums over the same rivals in the same order, itself included (sigmoid(0) = 1/2, subtracted
+    at the end), so that the sums of equal candidates are rounded equally.
     """
     total, difference = torch.zeros_like(u), torch.empty_like(u)
     for rival in u:
@@ -249,7 +256,10 @@ def _result_dtype(scores: Tensor) -> torch.dtype:
 
 
 def _checked(scores: Tensor) -> Tensor:
-    """Scores in the dtype to compute in, float32 or float64; refuses N < 2 and scores that are not finite."""
+    """Cast scores to the dtype of the computation (float32 or float64).
+
+    Raises InputError for N < 2 and for scores that are not finite.
+    """
     candidates = scores.shape[-1] if scores.ndim else 0
     if candidates < 2:
         raise InputError(
@@ -257,7 +267,7 @@ def _checked(scores: Tensor) -> Tensor:
             f"two at least; raise pool.candidates"
         )
     work = scores if scores.dtype == torch.float64 else scores.float()
-    # the extremes of NaN are NaN: one pass and no temporary where all is well, which is nearly always
+    # aminmax returns NaN if any score is NaN: one pass and no temporary tensor in the usual case
     if work.numel() and not torch.stack(work.aminmax()).isfinite().all():
         _refuse(scores, ~work.isfinite(), "which is not finite; score the candidate again")
     return work
@@ -283,7 +293,7 @@ def _check_link(work: Tensor, link: str, scale: float) -> None:
 
 
 def _refuse(scores: Tensor, bad: Tensor, why: str) -> None:
-    """Raise a ScoreError that names the first bad score and counts the others."""
+    """Raise a ScoreError that names the first score marked in `bad` and says how many more there are."""
     found = bad.nonzero()
     index = tuple(found[0].tolist())
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

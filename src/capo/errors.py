@@ -1,4 +1,4 @@
-"""Errors that a user's value caused, as opposed to faults of this package, and what their messages share."""
+"""Errors caused by a value that the user gave (not by a fault of this package), and helpers for messages."""
 
 import difflib
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ class InputError(ValueError):
 
 
 def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
-    """Up to `count` of `words` that are most like `word`, ignoring case; empty where none is similar."""
+    """Up to `count` of `words` that are most similar to `word`, ignoring case; an empty list if none is."""
     by_lower = {name.lower(): name for name in words}
     return [by_lower[name] for name in difflib.get_close_matches(word.lower(), list(by_lower), count, 0.6)]
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or the name of its class where it has none."""
+    """First line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

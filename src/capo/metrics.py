@@ -1,4 +1,4 @@
-"""Win-rate of a policy's images against the base's, and its interval (CaPO, B.2)."""
+"""Win-rate of the policy's images against the base's (CaPO, B.2), and the figures logged during training."""
 
 import torch
 from torch import Tensor
@@ -9,20 +9,20 @@ from capo.objectives import PairErrors, margin
 
 
 def win_rate(policy: Tensor, base: Tensor) -> Tensor:
-    """Share of the K x K comparisons of a prompt that the policy's images win; a tie counts 1/2.
+    """Share of a prompt's K x K' comparisons that the policy's images win; a tie counts 1/2.
 
-    (Without the halves a model would have 39 % against itself on discrete scores.)
+    (If ties counted 0, a model would get 39 % against itself on discrete scores.)
 
     Args:
-        policy: (P, K) scores of the policy's images, one reward, higher is better.
+        policy: (P, K) scores of the policy's images by one reward; higher is better.
         base: (P, K') scores of the base's images for the same prompts.
 
     Returns:
-        (P,) win-rate of each prompt in [0, 1]; float64 for float64 scores, else float32.
+        (P,) win-rate of each prompt, in [0, 1]; float64 for float64 scores, else float32.
 
     Raises:
-        InputError: a score that is not finite.
-        ValueError: shapes that do not fit.
+        InputError: if a score is not finite.
+        ValueError: if the shapes do not match.
     """
     if (
         policy.ndim != 2
@@ -47,7 +47,7 @@ def win_rate(policy: Tensor, base: Tensor) -> Tensor:
 
 
 class WinRate(Metric):
-    """Mean over prompts of `win_rate`; holds two sums, so processes and batches add up to the same."""
+    """Mean of `win_rate` over prompts, from two sums: the result does not depend on batches or processes."""
 
     is_differentiable = False
     higher_is_better = True
@@ -55,18 +55,18 @@ class WinRate(Metric):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        # float32, since some devices have no other; for K a power of two its sums are exact
+        # float32, since some devices lack float64; if K is a power of two, its sums are exact
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("prompts", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, policy_scores: Tensor, base_scores: Tensor) -> None:
-        """Add P prompts: policy_scores (P, K) and base_scores (P, K). Raises as `win_rate` does."""
+        """Add P prompts with scores (P, K) of policy and base. Raises the errors of `win_rate`."""
         rates = win_rate(policy_scores, base_scores)
         self.total += rates.sum().to(self.total.dtype)
         self.prompts += len(rates)
 
     def compute(self) -> Tensor:
-        """Mean win-rate, a scalar; NaN before the first update."""
+        """Mean win-rate over all prompts added so far, a scalar; NaN before the first update."""
         return self.total / self.prompts
 
 
@@ -75,10 +75,12 @@ TIME_BINS = 5
 
 @torch.no_grad()
 def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor]:
-    """What every step logs: margin h, beta h against dR, implicit accuracy, drift m - r of winner and loser.
+    """Figures that every training step logs, each a scalar mean over the batch.
 
-    `saturated` is the share of pairs with |beta h| >= 1, the largest dR there is and IPO's target. Objectives without a
-    reference have errors only.
+    They are the winner's error and the weight; the margin h, the gap dR, beta h, the implicit accuracy (share
+    of pairs with h > 0, where h = 0 counts 1/2) and the drift m - r of winner and loser. `saturated` is the
+    share of pairs with |beta h| >= 1, the largest possible dR and the target of IPO. Without a reference or a
+    loser, only error and weight are returned; without a beta, neither beta h nor `saturated`.
     """
     figures = {"train/error_winner": errors.policy_winner.mean(), "train/weight": errors.weight.mean()}
     if errors.reference_winner is None or errors.policy_loser is None:
@@ -101,7 +103,11 @@ def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor
 
 @torch.no_grad()
 def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, Tensor]:
-    """Mean drift m - r of winner and loser in each fifth of the times that the batch has drawn."""
+    """Mean drift m - r of winner and loser for each fifth of [0, 1) that contains some of the batch's u.
+
+    The errors are those of B pairs with a reference, u is (B,). Returns scalars by name, such as
+    `drift/winner/u0.2` for u in [0.2, 0.4).
+    """
     figures = {}
     drifts = {
         "winner": errors.policy_winner - errors.reference_winner,

@@ -1,4 +1,4 @@
-"""The training step: policy and frozen reference on the same noisy latents, their errors, the objective's loss."""
+"""Training step: errors of policy and frozen reference on the same noisy latents -> the objective's loss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weighting:
-    """How a pair's time is weighted: `sigmoid` with bias b (section 4.4), or `constant` (w = 1)."""
+    """Weight of a pair by its time: `sigmoid` with bias b (section 4.4), or `constant` (w = 1)."""
 
     kind: str = "sigmoid"
     bias: float = 0.0
@@ -49,16 +49,18 @@ class Weighting:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a step is computed, not what: memory against speed, with results that differ by rounding at most.
+    """Settings that trade memory for speed in a training step; results differ by rounding at most.
 
     Attributes:
-        precision: Lightning's name of it; decides how the frozen reference is stored.
+        precision: Lightning's name for the precision; it also decides how the frozen reference is stored.
         optimizer: `adamw` or `adamw_8bit`.
-        gradient_checkpointing: keep no activations within blocks; the backward pass computes them again.
-        compile: torch.compile of the repeated blocks.
-        compile_tolerance: largest |h| of the first batch, as a share of the mean dR / beta, with which compiled blocks may train.
-        channels_last: convolutions with the channels last in memory.
-        half_frozen: what LoRA leaves frozen is stored as a reference is; right where images are drawn under the same autocast.
+        gradient_checkpointing: store no activations within blocks; the backward pass recomputes them.
+        compile: apply torch.compile to the repeated blocks.
+        compile_tolerance: largest |h| of the first batch with which compiled blocks may train, as a share of
+            the mean dR / beta.
+        channels_last: use the channels-last memory format for convolutions.
+        half_frozen: store the weights that LoRA leaves frozen in the reference's precision; correct if images
+            are generated under the same autocast.
     """
 
     precision: str = "32-true"
@@ -71,26 +73,31 @@ class Execution:
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """(B, C, H, W) twice -> (B,) float32: mean over channels, height and width of the squared difference.
+    """Denoising error: mean over channels, height and width of the squared difference.
 
-    In float32 whatever the network computed in: a target dR / beta is about 7e-4, the rounding of a bf16 error 1e-3.
+    prediction and target (B, C, H, W) -> (B,) float32. It is computed in float32 whatever the precision of
+    the network: a target dR / beta is about 7e-4, and rounding an error to bf16 changes it by 1e-3.
     """
     return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 class PreferenceModule(L.LightningModule):
-    """Tunes a copy of the backbone's denoiser against the frozen base.
+    """Lightning module that trains a copy of the backbone's denoiser, the policy, against the frozen base.
 
     Args:
-        backbone: model family, noise schedule and base; kept out of the module tree, so that checkpoints hold the policy alone.
-        objective: a function of `capo.objectives`, its beta bound.
-        lr: learning rate of AdamW (weight decay 0) after `warm_up` steps of linear warm-up.
-        weighting: weight of a pair's time.
+        backbone: model family, noise schedule and base; it is not registered as a submodule, so that
+            checkpoints contain only the policy.
+        objective: a function of `capo.objectives` with its beta bound.
+        lr: learning rate of AdamW (weight decay 0) after the warm-up.
+        warm_up: steps of linear warm-up.
+        weighting: weight of a pair by its time.
         draw: how times are drawn (`Backbone.timesteps`).
-        lora: {rank, alpha, seed} for a LoRA policy, whose reference is the policy with the adapter off; None: all weights.
-        gradient_clip: largest gradient norm; a larger one is scaled down. None: no limit.
-        max_bad_steps: consecutive steps with a gradient that is not finite after which training stops.
-        execution: memory and speed.
+        lora: {rank, alpha, seed} for a LoRA policy, whose reference is the policy with the adapter turned
+            off; None: train all weights.
+        gradient_clip: largest gradient norm; larger gradients are scaled down to it. None: no limit.
+        max_bad_steps: training stops after this many consecutive steps with a gradient that is not finite.
+        drift_every: steps between two logs of the drift by time (`capo.metrics.drift_by_time`).
+        execution: settings of memory and speed.
     """
 
     def __init__(
@@ -124,17 +131,18 @@ class PreferenceModule(L.LightningModule):
         self.gradient_clip, self.max_bad_steps, self.drift_every = gradient_clip, max_bad_steps, drift_every
         self.bad_steps = self.bad_in_a_row = 0
         self._figures: dict[str, list[Tensor | float]] = {}
-        self._untrained = True  # until the first batch, of which the margin is known
+        self._untrained = True  # until the first batch, whose margin should be 0
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen base and everything that belongs to its family."""
+        """The frozen base with its model family: schedule, VAE, text encoders."""
         return self.__dict__["_backbone"]
 
     def fresh_policy(self) -> nn.Module:
-        """The base as a policy that nothing has trained, on the CPU; with LoRA its adapter does nothing yet.
+        """An untrained policy on the CPU, equal to the base; with LoRA, its adapter changes nothing yet.
 
-        What is trained is float32; what LoRA leaves frozen may be stored as a reference is (`Execution.half_frozen`).
+        Trained weights are float32; weights that LoRA leaves frozen may be stored in the reference's
+        precision (`Execution.half_frozen`).
         """
         policy = self.backbone.trainable_copy()
         if not self.lora:
@@ -143,7 +151,7 @@ class PreferenceModule(L.LightningModule):
         return add_lora(frozen, targets=self.backbone.lora_targets, **self.lora)
 
     def trained_names(self) -> set[str]:
-        """Names in `state_dict` of what a checkpoint holds: all of a policy but what LoRA leaves frozen."""
+        """Keys of `state_dict` that a checkpoint holds: the policy's, without what LoRA leaves frozen."""
         frozen = {
             f"policy.{name}"
             for name, parameter in self.policy.named_parameters()
@@ -152,11 +160,12 @@ class PreferenceModule(L.LightningModule):
         return set(self.state_dict()) - (frozen if self.lora else set())
 
     def configure_model(self) -> None:
-        """Policy and reference as `execution` and Lightning's strategy want them, on this process's device.
+        """Prepare policy and reference for `execution` and Lightning's strategy, on this process's device.
 
-        The backbone's own denoiser, from which images are drawn, is the reference only where it is not changed for that.
+        If that changes the reference network, the reference becomes a copy: images are generated by the
+        backbone's own denoiser, which must stay as it is.
         """
-        self.policy.train()  # of no effect without dropout; a module in eval mode makes Lightning warn
+        self.policy.train()  # no effect without dropout; Lightning warns about modules in eval mode
         if self.execution.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         changes = self.execution.compile or self.execution.channels_last or self.device_mesh is not None
@@ -173,12 +182,12 @@ class PreferenceModule(L.LightningModule):
             compile_blocks(network)
         if self.device_mesh is None:
             network.to(self.trainer.strategy.root_device)
-        else:  # which moves it, block by block
+        else:  # sharding moves the network, block by block
             shard(network, self.device_mesh["data_parallel"])
 
     @contextmanager
     def reference(self):
-        """Context that yields the frozen base's denoiser, without gradients."""
+        """Context manager that yields the reference (LoRA: the policy, adapter off), gradients disabled."""
         separate = self.__dict__["_reference"]
         if separate is None:
             with torch.no_grad(), adapter_off(self.policy):
@@ -188,7 +197,10 @@ class PreferenceModule(L.LightningModule):
             yield separate
 
     def pair_errors(self, batch: PreferenceBatch) -> PairErrors:
-        """The errors of policy and reference on a batch of pairs: one forward pass of 2B through each."""
+        """Denoising errors of policy and reference on B pairs; one forward pass of 2B latents through each.
+
+        Only what the objective requires is computed; other fields are None.
+        """
         kinds = 2 if self.needs.loser else 1
         t = self.backbone.timesteps(batch.u, self.draw)
         times = t.repeat_interleave(kinds)
@@ -217,7 +229,7 @@ class PreferenceModule(L.LightningModule):
         )
 
     def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:
-        """Mean loss over the pairs of a batch."""
+        """Mean loss over the pairs of a batch, a scalar; also logs the figures of the step."""
         errors = self.pair_errors(batch)
         if self._untrained and self._trainer is not None:
             self._check_first(errors)
@@ -233,30 +245,35 @@ class PreferenceModule(L.LightningModule):
             self._figures.setdefault(name, []).append(value)
 
     def _check_first(self, errors: PairErrors) -> None:
-        """Print the largest |h| of the first batch, which is 0 where policy and reference compute alike.
+        """Print the largest |h| of the first batch, which is 0 if policy and reference round alike.
 
-        Raises InputError where compiled blocks make it more than the tolerated share of the mean dR / beta.
+        Raises InputError if, with compiled blocks, it exceeds the tolerated share of the mean dR / beta.
         """
         self._untrained = False
         if errors.reference_loser is None or self.beta is None:
             return
         found = gathered((float(margin(errors).detach().abs().max()), float(errors.gap.mean()) / self.beta))
         largest, aim = max(h for h, _ in found), sum(aim for _, aim in found) / len(found)
-        told = f"largest |h| of the first batch: {largest:.3g}, {largest / aim:.2%} of the mean dR / beta ({aim:.2g})"
+        told = (
+            f"largest |h| of the first batch: {largest:.3g}, {largest / aim:.2%} of the mean dR / beta "
+            f"({aim:.2g})"
+        )
         self.print(told)
         if largest <= self.execution.compile_tolerance * aim:
             return
         if self.execution.compile:
             raise InputError(
-                f"trainer.compile=true: {told}, though policy and reference are still the same; leave trainer.compile=false, or "
-                f"raise trainer.compile_tolerance={self.execution.compile_tolerance:g}"
+                f"trainer.compile=true: {told}, though policy and reference still have the same weights; set "
+                "trainer.compile=false, or raise "
+                f"trainer.compile_tolerance={self.execution.compile_tolerance:g}"
             )
         log.warning(
-            "policy and reference are still the same, so h should be 0: this device rounds them differently"
+            "policy and reference still have the same weights, so h should be 0: this device rounds them "
+            "differently"
         )
 
     def take_figures(self, of_all: bool = False) -> dict[str, float]:
-        """What the batches since the last call came to: the mean of each figure, over all processes with `of_all`."""
+        """Mean of each figure over the batches since the last call (`of_all`: over all processes)."""
         sums = {
             name: (sum(float(value) for value in values), len(values))
             for name, values in self._figures.items()
@@ -273,7 +290,10 @@ class PreferenceModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clip; drop the gradients of a step where their norm is not finite, so that the optimizer does not move."""
+        """Clip the gradient norm; if it is not finite, drop the gradients, so that no weight changes.
+
+        Raises InputError after `max_bad_steps` such steps in a row.
+        """
         norm = clip_gradients(list(self.policy.parameters()), self.gradient_clip or math.inf)
         bad = not math.isfinite(norm)
         self.bad_steps, self.bad_in_a_row = self.bad_steps + bad, bad * (self.bad_in_a_row + 1)
@@ -289,12 +309,12 @@ class PreferenceModule(L.LightningModule):
         )
         if self.bad_in_a_row >= self.max_bad_steps:
             raise InputError(
-                f"{self.bad_in_a_row} steps in a row had a gradient that is not finite; the last checkpoint is kept. "
-                f"Lower trainer.lr (now {self.lr}) or objective.beta (now {self.beta})"
+                f"{self.bad_in_a_row} steps in a row had a gradient that is not finite; the last checkpoint "
+                f"is kept. Lower trainer.lr (now {self.lr}) or objective.beta (now {self.beta})"
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """What is frozen is not kept; steps that were skipped are counted on by a run that goes on."""
+        """Leave frozen weights out; add the counts of skipped steps, which a resumed run continues."""
         trained = self.trained_names()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
@@ -307,7 +327,7 @@ class PreferenceModule(L.LightningModule):
         self._untrained = False
 
     def configure_optimizers(self):
-        """AdamW without weight decay and a linear warm-up; a LoRA policy trains its adapter alone."""
+        """AdamW without weight decay, with linear warm-up, over the trained weights (LoRA: the adapter)."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = make_optimizer(
             self.execution.optimizer, trained, self.lr, scaled=self.execution.precision == "16-mixed"

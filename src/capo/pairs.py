@@ -1,7 +1,7 @@
-"""Scores and calibrated rewards -> who may win and who may lose among a prompt's candidates (CaPO, 4.3).
+"""Pair selection: scores and calibrated rewards -> candidates that may win or lose (CaPO, section 4.3).
 
 A *strategy* is a function `(scores, calibrated, *, ...) -> PairSets`; each file of the Hydra group `pairs`
-names one. `capo.data.selection` applies a strategy to a whole pool and draws pairs from what it gives.
+names one. `capo.data.selection` applies a strategy to a whole pool and draws pairs from the sets it returns.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch import Tensor
 from capo.errors import InputError
 from capo.runtime.threads import over_rows
 
-BLOCK = 2**15  # candidates whose scores are compared at a time, so that the comparisons stay in the L2 cache
+BLOCK = 2**15  # candidates compared at a time, so that the comparisons fit in the L2 cache
 
 
 class PairSets(NamedTuple):
-    """Who may win and who may lose: two bool masks (P, N) over the candidates of each prompt."""
+    """Candidates of each prompt that may win, and that may lose: two bool masks (P, N)."""
 
     winners: Tensor
     losers: Tensor
@@ -29,27 +29,28 @@ Strategy = Callable[[Tensor, Tensor], PairSets]
 
 
 def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """F+ and F-: the candidates that none dominates, and those that dominate none.
+    """F+ and F-: the candidates that no other dominates, and the candidates that dominate no other.
 
-    `a` dominates `b` where all rewards are >= and one at least is >. (Strict Pareto: with the paper's literal
-    >= duplicates would dominate each other and F+ would be empty.)
+    `a` dominates `b` if `a` scores at least as high by every reward and higher by at least one. (This is
+    strict Pareto domination: with the paper's literal >=, duplicates would dominate each other and F+ would
+    be empty.)
 
     Args:
-        scores: (P, N, L) raw scores. Raw, since win-rates have ties that the scores have not, from
-            rounding and from the floor of the log link.
+        scores: (P, N, L) raw scores. Win-rates would not do: rounding and the floor of the log link give them
+            ties that the scores do not have.
 
     Returns:
-        Two bool masks (P, N).
+        F+ and F-, two bool masks (P, N).
 
     Raises:
-        InputError: a score that is not finite.
-        ValueError: scores without three dimensions, or without candidates or rewards.
+        InputError: if a score is not finite.
+        ValueError: if the scores do not have three dimensions, or have no candidates or no rewards.
     """
     if scores.ndim != 3 or 0 in scores.shape[1:]:
         raise ValueError(f"scores must be (P, N, L) with candidates and rewards; got {tuple(scores.shape)}")
     _check_finite(scores)
     prompts, candidates, _ = scores.shape
-    # NumPy, because PyTorch does not vectorize comparisons into bool tensors (four times slower)
+    # NumPy is four times as fast here: PyTorch does not vectorize comparisons into bool tensors
     values = (
         scores.detach().to("cpu", torch.float32 if scores.dtype == torch.bfloat16 else scores.dtype).numpy()
     )
@@ -67,21 +68,28 @@ def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frontiers(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """X+ = F+ \\ F- and X- = F- \\ F+: the upper and the lower frontier without what they share.
+    """X+ (F+ without F-) and X- (F- without F+): upper and lower frontier without their intersection.
 
-    (P, N, L) raw scores -> two bool masks (P, N). Unchanged by any strictly increasing map of a reward.
-    Raises as `non_dominated` does.
+    (P, N, L) raw scores -> two bool masks (P, N). They do not change under a strictly increasing map of a
+    reward. Raises InputError and ValueError as `non_dominated` does.
     """
     upper, lower = non_dominated(scores)
     return upper & ~lower, lower & ~upper
 
 
 def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
-    """The best candidate wins and the worst loses, by the one reward there is; ties: the lowest index.
+    """Best against worst: by a single reward, the best candidate wins and the worst loses.
 
-    scores, calibrated: (P, N, 1) -> one-hot masks (P, N). Decided on the raw score, as win-rates are rounded.
-        Raises InputError for more than one reward or a score that is not finite, ValueError for shapes that
-        do not fit.
+    Args:
+        scores: (P, N, 1) raw scores, which decide, since win-rates are rounded.
+        calibrated: (P, N, 1) calibrated rewards, not used.
+
+    Returns:
+        One-hot masks (P, N); among tied candidates the one with the lowest index is chosen.
+
+    Raises:
+        InputError: if there is more than one reward, or a score is not finite.
+        ValueError: if the shapes do not match.
     """
     _check_shapes(scores, calibrated)
     if scores.shape[-1] != 1:
@@ -94,18 +102,20 @@ def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
 
 
 def reward_sum(scores: Tensor, calibrated: Tensor, *, weights: Sequence[float] | None = None) -> PairSets:
-    """The highest (weighted) mean over rewards of the calibrated rewards wins, the lowest loses.
+    """Sum of rewards: the highest weighted mean of calibrated rewards wins, the lowest loses.
 
     Args:
-        scores, calibrated: (P, N, L); the scores are not looked at.
-        weights: L weights, none negative and one positive at least; None: equal. dR uses them too.
+        scores: (P, N, L) raw scores, not used.
+        calibrated: (P, N, L) calibrated rewards.
+        weights: L weights, not negative, at least one positive; None: equal weights. The pair's gap dR is
+            computed with the same weights.
 
     Returns:
-        One-hot masks (P, N); ties: the lowest index.
+        One-hot masks (P, N); among tied candidates the one with the lowest index is chosen.
 
     Raises:
-        InputError: weights that do not fit the rewards.
-        ValueError: shapes that do not fit.
+        InputError: if the weights are not valid for L rewards.
+        ValueError: if the shapes do not match.
     """
     _check_shapes(scores, calibrated)
     return _extremes(combined_rewards(calibrated, weights))
@@ -115,17 +125,19 @@ def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairS
     """Frontier-based rejection sampling: winners from the upper frontier, losers from the lower one.
 
     Args:
-        scores, calibrated: (P, N, L); domination is decided on the raw scores.
-        lower: `frontier`: X+ = F+ \\ F-, X- = F- \\ F+ (figure 2). `all_dominated`, the paper's other reading
-            ("set of dominated data"): X+ = F+ and X- = all others, which gives dR <= 0 in 9 % of the pairs
-            (independent rewards; 4 % at a correlation of 0.5) instead of 0.7 % (0.06 %).
+        scores: (P, N, L) raw scores, which decide domination (`non_dominated`).
+        calibrated: (P, N, L) calibrated rewards, not used.
+        lower: which candidates may lose. `frontier` (figure 2): X+ is F+ without F-, X- is F- without F+.
+            `all_dominated` is the paper's other reading ("set of dominated data"): X+ is F+, X- all other
+            candidates. It gives dR <= 0 in 9 % of the pairs for independent rewards (4 % at a correlation of
+            0.5), `frontier` in 0.7 % (0.06 %).
 
     Returns:
         Masks (P, N), not filtered by dR.
 
     Raises:
-        InputError: an unknown `lower`, or a score that is not finite.
-        ValueError: shapes that do not fit.
+        InputError: if `lower` is unknown, or a score is not finite.
+        ValueError: if the shapes do not match.
     """
     _check_shapes(scores, calibrated)
     if lower not in LOWER_SETS:
@@ -140,10 +152,10 @@ LOWER_SETS: dict[str, Callable[[Tensor, Tensor], PairSets]] = {
 
 
 def random_pair(scores: Tensor, calibrated: Tensor) -> PairSets:
-    """Any two candidates, ordered by the mean calibrated reward (control).
+    """Random pair: any two candidates, ordered by the mean of their calibrated rewards (control).
 
-    (P, N, L) -> masks (P, N), all true twice: only pairs with dR > 0 are drawn, which orders the two. Raises
-    ValueError for shapes that do not fit.
+    scores and calibrated (P, N, L) -> two masks (P, N) that are true everywhere: only pairs with dR > 0 are
+    drawn later, so of two candidates the better one wins. Raises ValueError if the shapes do not match.
     """
     _check_shapes(scores, calibrated)
     everyone = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
@@ -151,17 +163,18 @@ def random_pair(scores: Tensor, calibrated: Tensor) -> PairSets:
 
 
 def combined_rewards(calibrated: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """R_ca averaged over the rewards (section 4.3); the difference of two candidates is the pair's gap dR.
+    """Mean of R_ca over the rewards (section 4.3); its difference between two candidates is the gap dR.
 
     Args:
         calibrated: (P, N, L) calibrated rewards.
-        weights: L weights, none negative and one positive at least; None: equal.
+        weights: L weights, not negative, at least one positive; None: equal weights.
 
     Returns:
-        (P, N) weighted mean, float32, or float64 where that is given. Equal candidates get equal results.
+        (P, N) weighted mean: float64 for float64 input, else float32. Equal candidates get bitwise equal
+        means.
 
     Raises:
-        InputError: weights that do not fit the rewards.
+        InputError: if the weights are not valid for L rewards.
     """
     rewards = calibrated.shape[-1]
     weights = [1.0] * rewards if weights is None else [float(weight) for weight in weights]
@@ -173,16 +186,16 @@ def combined_rewards(calibrated: Tensor, weights: Sequence[float] | None = None)
         )
     dtype = calibrated.dtype if calibrated.dtype == torch.float64 else torch.float32
     mean = torch.zeros(calibrated.shape[:-1], dtype=dtype, device=calibrated.device)
-    # multiplication and addition stay apart: where only some elements are fused, ties break
+    # multiply, then add: a fused operation that rounds some elements differently would break ties
     for reward, weight in zip(calibrated.unbind(-1), weights, strict=True):
         mean += reward.to(dtype) * weight
     return mean / total
 
 
 def _domination(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(L, N, C) scores, a prompt a column -> bool (N, C) twice: dominated by another, dominating another."""
+    """(L, N, C) scores, one prompt per column -> two bool (N, C): dominated by another, dominates another."""
     dominated, dominating = np.zeros((2, *columns.shape[1:]), dtype=bool)
-    for offset in range(1, columns.shape[1]):  # every two candidates once: i and i + offset
+    for offset in range(1, columns.shape[1]):  # each pair of candidates once: i and i + offset
         first, second = columns[:, :-offset], columns[:, offset:]
         first_is_as_good = np.logical_and.reduce(first >= second)
         second_is_as_good = np.logical_and.reduce(second >= first)
@@ -196,7 +209,7 @@ def _domination(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _extremes(rewards: Tensor) -> PairSets:
-    """(P, N) rewards -> one-hot masks of the first highest and the first lowest."""
+    """(P, N) rewards -> one-hot masks of the highest and the lowest; among ties, the lowest index."""
     places = torch.arange(rewards.shape[1], device=rewards.device)
     best, worst = rewards.argmax(1, keepdim=True), rewards.argmin(1, keepdim=True)
     return PairSets(places == best, places == worst)

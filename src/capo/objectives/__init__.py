@@ -1,7 +1,8 @@
-"""Objectives: denoising errors and calibrated gap -> loss of each pair. One function an objective, one file a family.
+"""Objectives: denoising errors and calibrated gap of a pair -> its loss. One file per family of objectives.
 
-Every objective has the signature `(errors, *, beta, ...) -> (B,)` and declares with `@requires` what it reads, so that nothing
-else is computed. docs/extending.md says how to add one.
+Every objective is a function with the signature `(errors, *, beta, ...) -> (B,)` and declares with
+`@requires` what it reads, so that the training step computes nothing else. docs/extending.md explains how to
+add one.
 """
 
 from capo.objectives.base import (

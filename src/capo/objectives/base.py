@@ -1,4 +1,4 @@
-"""What objectives read, and the implicit rewards and margin that most of them share (CaPO, eq. 22)."""
+"""Inputs of the objectives, and the implicit rewards and margin that most of them share (CaPO, eq. 22)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from capo.errors import InputError
 
 @dataclass(frozen=True)
 class PairErrors:
-    """What is known of a batch of pairs after the forward passes; each field (B,) or None.
+    """Denoising errors, weights and gaps of a batch of B pairs after the forward passes; each (B,) or None.
 
-    An error is the mean over channels, height and width of the squared difference of prediction and target,
-    computed in float32: targets are dR / beta, about 7e-4, which bf16 cannot resolve beside an error of 0.3.
+    An error is the mean over channels, height and width of the squared difference of prediction and target.
+    It is computed in float32: the objectives act on differences of about dR / beta = 7e-4, which bf16 cannot
+    resolve in an error of 0.3.
 
     Attributes:
         policy_winner: m+, the policy's error on the winner.
         reference_winner: r+, the frozen reference's error on the same noisy latent, time, prompt and target.
-        policy_loser: m-, likewise on the loser.
-        reference_loser: r-, likewise.
-        weight: w, the weight of the pair's log-SNR (winner and loser share their time).
-        gap: dR, calibrated reward of the winner minus that of the loser.
+        policy_loser: m-, the policy's error on the loser.
+        reference_loser: r-, the reference's error on the loser.
+        weight: w, the weight at the pair's log-SNR (winner and loser share their time).
+        gap: dR, the calibrated reward of the winner minus that of the loser.
     """
 
     policy_winner: Tensor
@@ -41,7 +42,7 @@ Objective = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an objective reads: the reference's errors, the networks' predictions, the loser's errors."""
+    """Inputs of an objective: the reference's errors, the networks' predictions, the loser's errors."""
 
     reference: bool
     predictions: bool
@@ -51,7 +52,10 @@ class Requirements:
 def requires(
     *, reference: bool = True, predictions: bool = False, loser: bool = True
 ) -> Callable[[Objective], Objective]:
-    """Declare what an objective reads: its attributes needs_reference, needs_predictions and needs_loser."""
+    """Decorator that declares which inputs an objective reads.
+
+    It sets the function's attributes needs_reference, needs_predictions and needs_loser.
+    """
 
     def declare(objective: Objective) -> Objective:
         objective.needs_reference = reference
@@ -63,9 +67,9 @@ def requires(
 
 
 def requirements(objective: Objective) -> Requirements:
-    """What an objective, or a `functools.partial` of one as Hydra makes it, declares to read.
+    """Inputs that an objective, or a `functools.partial` of one as Hydra makes it, declares that it reads.
 
-    Raises InputError where it declares nothing.
+    Raises InputError for a function that is not decorated with `requires`.
     """
     while isinstance(objective, functools.partial):
         objective = objective.func
@@ -78,10 +82,10 @@ def requirements(objective: Objective) -> Requirements:
 
 
 def implicit_rewards(errors: PairErrors) -> tuple[Tensor, Tensor]:
-    """R_theta = -w (m - r) of winner and loser, each (B,): positive where the policy denoises better.
+    """Implicit rewards `R_theta = -w (m - r)` of winner and loser, each (B,).
 
-    (lam' is negative and taken as the constant -1; no factor 1/2.) Half precision gives float32. Raises
-    ValueError for a field that is None.
+    They are positive where the policy denoises better than the reference. (lam' is negative and taken as the
+    constant -1; there is no factor 1/2.) Half precision gives float32. Raises ValueError if a field is None.
     """
     policy_winner, reference_winner, policy_loser, reference_loser, weight = fields_of(
         errors, "policy_winner", "reference_winner", "policy_loser", "reference_loser", "weight"
@@ -90,9 +94,9 @@ def implicit_rewards(errors: PairErrors) -> tuple[Tensor, Tensor]:
 
 
 def margin(errors: PairErrors) -> Tensor:
-    """H = R_theta(x+) - R_theta(x-), (B,): exactly 0 where policy and reference err alike.
+    """Margin `h = R_theta(x+) - R_theta(x-)`, (B,); exactly 0 where policy and reference have equal errors.
 
-    dtype and errors as for `implicit_rewards`.
+    Dtype and exceptions are those of `implicit_rewards`.
     """
     winner, loser = implicit_rewards(errors)
     return winner - loser
@@ -107,7 +111,7 @@ def scaled_margin(errors: PairErrors, beta: float) -> Tensor:
 
 
 def fields_of(errors: PairErrors, *names: str) -> list[Tensor]:
-    """The named fields in float32 at least; ValueError for one that is None."""
+    """The named fields in float32 or float64. Raises ValueError if one is None."""
     missing = [name for name in names if getattr(errors, name) is None]
     if missing:
         raise ValueError(f"PairErrors has no {', '.join(missing)}, which the objective reads")

@@ -9,5 +9,5 @@ from capo.objectives.base import PairErrors, requires
 
 @requires(reference=False, loser=False)
 def sft(errors: PairErrors, *, beta: float | None = None) -> Tensor:
-    """Fine-tuning on the winner (control): m+ per pair, unweighted, (B,), dtype kept; beta is not used."""
+    """Supervised fine-tuning on the winner (control): its error m+, unweighted, (B,); beta is ignored."""
     return errors.policy_winner
