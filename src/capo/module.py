@@ -41,7 +41,7 @@ class Weighting:
             raise InputError(f"noise.weighting={self.kind!r} is unknown; choose sigmoid or constant")
 
     def __call__(self, backbone: Backbone, t: Tensor) -> Tensor:
-        """Times (B,) -> weights (B,) float32."""
+        """Weights (B,) float32 of the times t (B,)."""
         return (
             backbone.weight(t, self.bias) if self.kind == "sigmoid" else constant_weight(backbone.log_snr(t))
         )
@@ -323,6 +323,7 @@ class PreferenceModule(L.LightningModule):
         checkpoint["base"] = self.backbone.fingerprints["denoiser"]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Restore the counts of skipped steps; the policy is trained, so the first batch is not checked."""
         self.bad_steps, self.bad_in_a_row = checkpoint["bad_steps"]
         self._untrained = False
 

@@ -103,6 +103,7 @@ def margin(errors: PairErrors) -> Tensor:
 
 
 def scaled_margin(errors: PairErrors, beta: float) -> Tensor:
+    """Scaled margin `beta h`, (B,). Raises InputError if beta is not positive, else as `margin`."""
     if beta is None or not beta > 0:
         raise InputError(
             f"objective.beta={beta} must be a positive number; the model's yaml has one that suits it"
