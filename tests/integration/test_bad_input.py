@@ -185,7 +185,7 @@ def test_a_scorer_of_ones_own_can_be_named_on_the_command_line():
 
 @pytest.mark.parametrize(("content", "message"), [
     (None, r"prompts\.test=.*test\.txt: cannot be read \(No such file"),
-    (b"\n", r"prompts\.test=.*test\.txt: no prompt in it"),
+    (b"\n", r"prompts\.test=.*test\.txt: the file has no prompt"),
 ])
 def test_prompts_that_cannot_be_read_or_are_empty(plain, tmp_path, content, message):
     path = tmp_path / "test.txt"

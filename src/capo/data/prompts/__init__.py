@@ -1,7 +1,7 @@
-"""Prompts: their identity, the seeds that follow from it, and prompt sets read from files.
+"""Prompts: their identity, the seeds derived from it, and prompt sets read from files.
 
-`text_files` takes three hand-made text files as they are; `split_sets` makes sets from any file or hub data set, filtered,
-without duplicates, disjoint and counted.
+`text_files` reads three hand-made text files as they are. `split_sets` reads files or hub data sets of any
+format, filters them, removes duplicates, makes the sets disjoint and reports the counts.
 """
 
 from capo.data.prompts.identity import Prompt, candidate_seed, check_splits, make_prompt, normalize, prompt_id

@@ -1,4 +1,8 @@
-"""Files of prompts: one function a format, each giving batches of the columns that its caller chooses."""
+"""Readers of prompt files, one function per format; each yields batches of the columns that `choose` selects.
+
+All readers have the signature `(file, place, choose)`. `place` is the name of the file in messages, such as
+`prompts.train.path=FILE`. A reader raises InputError for a file that cannot be read in its format.
+"""
 
 import csv
 import json
@@ -16,16 +20,19 @@ BATCH = 2**15  # rows held as Python objects at a time
 Batch = dict[str, list]  # column -> its values, all of one length
 Choose = Callable[
     [Sequence[str]], Sequence[str]
-]  # the columns there are -> those to read; InputError where one is missing
+]  # names of all columns -> names of those to read; raises InputError if one is missing
 
 
 def read_text(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
-    """One prompt a line, column `prompt`."""
+    """Text file with one prompt per line, column `prompt`."""
     return _columns(choose(["prompt"]), ((line,) for line in decoded_lines(file, place)))
 
 
 def read_folder(folder: Path, place: str, choose: Choose) -> Iterator[Batch]:
-    """One prompt a *.txt file, by name: columns `prompt` (all of the file's text) and `name` (the file's, without .txt)."""
+    """Folder of *.txt files with one prompt each, sorted by name.
+
+    Columns: `prompt`, the whole text of the file, and `name`, its file name without .txt.
+    """
     names = choose(["prompt", "name"])
     files = sorted(folder.glob("*.txt"))
     values = {
@@ -36,17 +43,20 @@ def read_folder(folder: Path, place: str, choose: Choose) -> Iterator[Batch]:
 
 
 def read_csv(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
-    """Comma separated, in double quotes what needs them; the first line names the columns."""
+    """Comma-separated values, quoted with double quotes where needed; the first line names the columns."""
     return _table(file, place, choose, delimiter=",")
 
 
 def read_tsv(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
-    """Tab separated without quoting, as PartiPrompts is: a quotation mark is a character like any other."""
+    """Tab-separated values without quoting, as in PartiPrompts: a quotation mark is an ordinary character."""
     return _table(file, place, choose, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_jsonl(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
-    """A JSON object a line; its keys are the columns, a key that a line lacks is None. Lines without text are passed over."""
+    """JSON Lines: one object per line, whose keys are the columns; a missing key gives None.
+
+    Blank lines are skipped.
+    """
     lines = (
         (number, line) for number, line in enumerate(decoded_lines(file, place), start=1) if line.strip()
     )
@@ -57,7 +67,7 @@ def read_jsonl(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
 
 
 def read_parquet(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
-    """The chosen columns alone are read, a batch at a time."""
+    """Parquet file, of which only the chosen columns are read, one batch at a time."""
     try:
         with readable(place), pq.ParquetFile(file) as table:
             names = list(choose(table.schema_arrow.names))
@@ -65,7 +75,7 @@ def read_parquet(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
                 yield batch.to_pydict()
     except pa.ArrowException as error:
         raise InputError(
-            f"{place}: no whole Parquet file ({str(error).splitlines()[0]}); get it again"
+            f"{place}: not a complete Parquet file ({str(error).splitlines()[0]}); get it again"
         ) from error
 
 
@@ -88,11 +98,11 @@ ENDINGS = {
 
 
 def row_count(file: Path, form: str) -> int | None:
-    """Rows of a file where its format says so without being read; else None."""
+    """Number of rows of a file if its metadata states it (Parquet), else None."""
     try:
         return pq.read_metadata(file).num_rows if form == "parquet" else None
     except (OSError, pa.ArrowException):
-        return None  # whoever reads it says what is wrong
+        return None  # the reader of the file raises the error
 
 
 def _table(file: Path, place: str, choose: Choose, **dialect: object) -> Iterator[Batch]:
@@ -100,7 +110,7 @@ def _table(file: Path, place: str, choose: Choose, **dialect: object) -> Iterato
     try:
         header = next(rows, [])
         if not header:
-            raise InputError(f"{place}: empty in its first line, which must name the columns")
+            raise InputError(f"{place}: the first line is empty; it must name the columns")
         names = choose(header)
         yield from _columns(names, _cells(rows, header, names, place))
     except csv.Error as error:
@@ -110,13 +120,14 @@ def _table(file: Path, place: str, choose: Choose, **dialect: object) -> Iterato
 
 
 def _cells(rows, header: list[str], names: Sequence[str], place: str) -> Iterator[list[str]]:
-    """The cells of `names` in each row of a `csv.reader`; rows without anything are passed over."""
+    """Cells of the columns `names` in each row of a `csv.reader`; empty rows are skipped."""
     places = [header.index(name) for name in names]
     for row in rows:
-        if row and len(row) != len(header):  # a comma or a tab within a prompt would cut it off in silence
+        if row and len(row) != len(header):  # an unquoted separator in a prompt would silently truncate it
             raise InputError(
-                f"{place}: line {rows.line_num} has {len(row)} cells, but there are {len(header)} columns ({', '.join(header)}); "
-                "correct it (in CSV, double quotes stand around what holds a comma; TSV has no quotes)"
+                f"{place}: line {rows.line_num} has {len(row)} cells, but there are {len(header)} columns "
+                f"({', '.join(header)}); correct it (in CSV, put double quotes around a cell that contains a "
+                "comma; TSV has no quotes)"
             )
         if row:
             yield [row[index] for index in places]
@@ -126,9 +137,11 @@ def _record(line: str, place: str) -> dict:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{place} is not JSON ({error}); write one object a line") from error
+        raise InputError(f"{place} is not JSON ({error}); write one object per line") from error
     if not isinstance(record, dict):
-        raise InputError(f'{place} is no JSON object; write one a line, such as {{"prompt": "a red circle"}}')
+        raise InputError(
+            f'{place} is not a JSON object; write one per line, such as {{"prompt": "a red circle"}}'
+        )
     return record
 
 

@@ -1,4 +1,4 @@
-"""What a prompt is: its normalized text, its id, and the seeds that follow from it."""
+"""Identity of a prompt: its normalized text, its id, and the seeds derived from the id."""
 
 import hashlib
 import unicodedata
@@ -10,7 +10,7 @@ from capo.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt in its normalized form; `id` follows from `text` alone, `category` is for reports."""
+    """Prompt with normalized text; `id` is a function of `text` alone, `category` is used in reports."""
 
     id: str
     text: str
@@ -18,39 +18,39 @@ class Prompt:
 
 
 def normalize(text: str) -> str:
-    """Unicode NFC, outer white space removed, every run of white space one space."""
+    """Normalize to Unicode NFC, strip the text, and replace every run of white space by one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def digest(normalized: str) -> bytes:
-    """8 bytes: the hash of a text that is normalized already."""
+    """Hash, 8 bytes, of an already normalized text."""
     return hashlib.blake2b(normalized.encode(), digest_size=8).digest()
 
 
 def prompt_id(text: str) -> str:
-    """16 hex digits: a hash of the normalized text, the same on every machine."""
+    """Prompt id, 16 hex digits: a hash of the normalized text, equal on all machines."""
     return digest(normalize(text)).hex()
 
 
 def make_prompt(text: str, category: str = "") -> Prompt:
-    """The prompt of `text`. The text is kept normalized, so that equal ids mean equal embeddings."""
+    """Make a prompt from a text, which is stored normalized, so that equal ids mean equal embeddings."""
     text = normalize(text)
     return Prompt(digest(text).hex(), text, category)
 
 
 def candidate_seed(pool_seed: int, prompt_id: str, index: int) -> int:
-    """Seed in [0, 2^63) of a prompt's candidate `index`: a function of these three alone (FORMULAS 6).
+    """Seed in [0, 2^63) of candidate `index` of a prompt, a function of these three arguments alone.
 
-    So a pool can be resumed, extended and checked in any order and by any number of processes.
+    It allows a pool to be resumed, extended and checked in any order and by any number of processes.
     """
     hashed = hashlib.blake2b(f"{pool_seed}/{prompt_id}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(hashed) >> 1
 
 
 def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:
-    """Raises InputError for a split without prompts, an empty prompt, or a prompt that stands twice anywhere.
+    """Raise InputError for a split without prompts, an empty prompt, or a duplicate within or across splits.
 
-    A validation or test prompt that was trained on would make its win-rate worthless without a sign of it.
+    Training on a validation or test prompt would silently invalidate its win-rate.
     """
     places: dict[str, tuple[str, int]] = {}
     for split, prompts in splits.items():
@@ -58,11 +58,11 @@ def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:
             raise InputError(f"prompts '{split}': the set is empty; it needs at least one prompt")
         for number, prompt in enumerate(prompts, start=1):
             if not prompt.text:
-                raise InputError(f"{split} prompt {number} is empty: take it out")
+                raise InputError(f"{split} prompt {number} is empty: remove it")
             if prompt.id in places:
                 other, there = places[prompt.id]
                 raise InputError(
-                    f'{split} prompt {number} ("{prompt.text}") is also {other} prompt {there}: take one of the '
-                    "two out (white space does not count)"
+                    f'{split} prompt {number} ("{prompt.text}") is also {other} prompt {there}: remove one '
+                    "of the two (differences in white space are ignored)"
                 )
             places[prompt.id] = split, number

@@ -1,4 +1,4 @@
-"""What was left out of a prompt set and why, as values and as a table."""
+"""Report on prompt sets: how many rows were left out of each and why, as values and as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -8,18 +8,18 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Rows of a split's files by what became of them: `read` is the sum of all counts after it."""
+    """Counts of the rows of a split's files: `read` is the number of rows, the sum of the counts after it."""
 
     split: str
     name: str
-    places: tuple[str, ...]  # what was read; of the hub, with the commit
+    places: tuple[str, ...]  # files that were read; files of the hub with their commit
     read: int
     empty: int
     nsfw: int
-    unwanted: int  # other rows than `where` asks for
+    unwanted: int  # rows that do not match `where`
     too_long: int
-    duplicates: int  # of an earlier row
-    elsewhere: int  # of a prompt that another split has
+    duplicates: int  # rows with the prompt of an earlier row
+    elsewhere: int  # rows with a prompt of another split
     over_limit: int
     kept: int
 
@@ -39,13 +39,13 @@ ALWAYS = ("read", "kept")
 
 
 def left_out(report: SplitReport) -> str:
-    """The counts that are not 0, in words: `3 empty, 12 duplicates`."""
+    """Counts of rows left out that are not 0, in words: `3 empty, 12 duplicates`."""
     counts = [(getattr(report, key), words) for key, words in WORDS.items() if key not in ALWAYS]
     return ", ".join(f"{count:,} {words}" for count, words in counts if count) or "none left out"
 
 
 def report_table(reports: Sequence[SplitReport]) -> Table:
-    """A column a split, a row a count; counts that are 0 everywhere have no row."""
+    """Table with one column per split and one row per count; counts that are 0 in all splits have no row."""
     table = Table("prompts", title_justify="left")
     for report in reports:
         table.add_column(report.split, justify="right")
@@ -60,7 +60,7 @@ def report_table(reports: Sequence[SplitReport]) -> Table:
 
 
 def shortages(reports: Sequence[SplitReport], limits: dict[str, int | None]) -> list[str]:
-    """A line for each split that has fewer prompts than its limit asks for."""
+    """One line for each split that has fewer prompts than its limit (a number, or None: no limit)."""
     return [
         f"prompts.{report.split}.limit={limit}: {report.name} gives only {report.kept:,}"
         for report in reports

@@ -1,4 +1,4 @@
-"""The rows of a source: what becomes of each judged by itself, and the prompts of those that are chosen."""
+"""Rows of a source: filtering of each row by itself, and the prompts of the chosen rows."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,16 @@ from capo.data.prompts.identity import Prompt, digest, make_prompt, normalize
 from capo.data.prompts.sources import Columns, PromptFile, Source
 from capo.errors import InputError
 
-FINE, EMPTY, NSFW, UNWANTED, TOO_LONG, DUPLICATE, ELSEWHERE, OVER_LIMIT, KEPT = range(
-    9
-)  # what becomes of a row
-YES, NO = ("true", "yes", "nsfw"), ("false", "no", "sfw", "safe")  # what files of text write for a switch
-SLOW = 2.0  # seconds after which reading shows its progress
+FINE, EMPTY, NSFW, UNWANTED, TOO_LONG, DUPLICATE, ELSEWHERE, OVER_LIMIT, KEPT = range(9)  # outcomes of a row
+YES, NO = ("true", "yes", "nsfw"), ("false", "no", "sfw", "safe")  # spellings of a boolean in text files
+SLOW = 2.0  # seconds after which a progress bar is shown
 
 
 def scan(source: Source, files: Sequence[PromptFile]) -> tuple[np.ndarray, np.ndarray]:
-    """(R,) uint64 ids (0: empty) and (R,) uint8 fates of all rows: 9 bytes a row, whatever the prompts' length.
+    """Ids (R,) uint64 (0 for an empty prompt) and outcomes (R,) uint8 of all R rows of the files.
 
-    A fate here is EMPTY, NSFW, UNWANTED, TOO_LONG, the first of them that holds, or FINE. Raises InputError for files that cannot be read.
+    The outcome is the first that applies of EMPTY, NSFW, UNWANTED and TOO_LONG, else FINE. A row takes 9
+    bytes, whatever the length of its prompt. Raises InputError for files that cannot be read.
     """
     parts, start = [(np.zeros(0, np.uint64), np.zeros(0, np.uint8))], 0
     for place, columns, batch in _batches(source, files, "reading"):
@@ -34,7 +33,10 @@ def scan(source: Source, files: Sequence[PromptFile]) -> tuple[np.ndarray, np.nd
 
 
 def fetch(source: Source, files: Sequence[PromptFile], rows: np.ndarray) -> list[Prompt]:
-    """The prompts of `rows` (K,) in their order, from a second reading: only these become Python objects that stay."""
+    """Prompts of the rows with numbers `rows` (K,), in that order.
+
+    The files are read a second time, so that only the chosen prompts are kept as Python objects.
+    """
     order = np.argsort(rows)
     ascending, start = rows[order], 0
     prompts: list[Prompt | None] = [None] * len(rows)
@@ -49,7 +51,7 @@ def fetch(source: Source, files: Sequence[PromptFile], rows: np.ndarray) -> list
 
 
 def _batches(source: Source, files: Sequence[PromptFile], verb: str) -> Iterator[tuple[str, Columns, Batch]]:
-    """(place, columns, batch) of the columns that `source` reads, of every file."""
+    """Batches (place, columns, batch) of the columns that `source` reads, over all files."""
     counts = [row_count(file.path, file.form) for file in files]
     total = None if None in counts else sum(counts)
     description = f"prompts.{source.split}: {verb}"
@@ -68,7 +70,7 @@ def _batches(source: Source, files: Sequence[PromptFile], verb: str) -> Iterator
 def _judge(
     batch: Batch, columns: Columns, source: Source, place: str, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and fates of a batch whose first row is row `start` of its split."""
+    """Ids and outcomes of a batch whose first row is row number `start` of its split."""
     longest = sys.maxsize if source.max_length is None else source.max_length
     ids, fates = [], []
     for row, text in enumerate(batch[columns.text], start + 1):
@@ -88,7 +90,7 @@ def _judge(
 
 
 def _clean(text: object, place: str, split: str) -> str:
-    """The normalized text of a cell, "" where it is empty. Raises InputError for what is no text."""
+    """Normalized text of a cell, "" if it is empty. Raises InputError if the cell is not text."""
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -97,14 +99,14 @@ def _clean(text: object, place: str, split: str) -> str:
         )
     clean = normalize(text)
     if not clean.isascii() and any("\ud800" <= letter <= "\udfff" for letter in clean):
-        raise InputError(f"{place}: {clean!a} holds half a character; correct it")
+        raise InputError(f"{place}: {clean!a} contains an unpaired surrogate, half a character; correct it")
     return clean
 
 
 def _is_nsfw(value: object, threshold: float, place: str, split: str) -> bool:
-    """Whether a score reaches the threshold, or a switch is on; what is missing is not known to be safe."""
+    """Whether an NSFW score reaches the threshold or an NSFW boolean is true; a missing value is NSFW."""
     if type(value) in (float, int):
-        return not value < threshold  # NaN is missing too
+        return not value < threshold  # NaN counts as missing
     word = "" if value is None else str(value).strip().lower()
     if word in ("", *YES, *NO):
         return word not in NO
@@ -112,11 +114,11 @@ def _is_nsfw(value: object, threshold: float, place: str, split: str) -> bool:
         return not float(word) < threshold
     except ValueError:
         raise InputError(
-            f"{place} holds '{value}', which is no NSFW score and no switch; name the columns that are: "
-            f"prompts.{split}.nsfw_columns=[...], or filter nothing: prompts.{split}.nsfw=null"
+            f"{place} holds '{value}', which is neither an NSFW score nor a boolean; name the NSFW columns: "
+            f"prompts.{split}.nsfw_columns=[...], or turn the filter off: prompts.{split}.nsfw=null"
         ) from None
 
 
 def _same(value: object, wanted: object) -> bool:
-    """Whether a cell holds the value that `where` asks for; files of text write true as True or true."""
+    """Whether a cell equals the value in `where`, ignoring case (text files write True or true)."""
     return value == wanted or str(value).strip().lower() == str(wanted).strip().lower()

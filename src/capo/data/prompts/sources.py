@@ -1,4 +1,4 @@
-"""Where a split's prompts come from, and which rows of it count: a file, a folder, or a file of a hub data set."""
+"""Source of a split's prompts (a file, a folder, or files of a hub data set) and the filters of its rows."""
 
 import difflib
 import math
@@ -14,12 +14,15 @@ from capo.runtime.hub import hub_file
 
 NSFW_NAME = re.compile("nsfw|unsafe", re.IGNORECASE)
 PATTERN = re.compile(r"[*?\[]")
-KINDS = "a text file with one prompt a line, a folder of text files with one prompt each, CSV, TSV, JSONL or Parquet"
+KINDS = (
+    "a text file with one prompt per line, a folder of text files with one prompt each, CSV, TSV, JSONL or "
+    "Parquet"
+)
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A file (or a folder of texts) to be read: `place` is how messages call it, `form` a key of READERS."""
+    """File (or folder of text files) to read; `place` is its name in messages, `form` a key of READERS."""
 
     path: Path
     place: str
@@ -28,7 +31,7 @@ class PromptFile:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a file that are read, and what for."""
+    """Names of the columns to read from a file, by their purpose."""
 
     text: str
     category: str | None
@@ -37,7 +40,7 @@ class Columns:
 
     @property
     def all(self) -> list[str]:
-        """Each name once."""
+        """All names, without duplicates."""
         return list(
             dict.fromkeys([self.text, *([self.category] if self.category else []), *self.nsfw, *self.where])
         )
@@ -45,19 +48,28 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One split's prompts. Raises InputError for a value that cannot be used.
+    """Source of one split's prompts. Raises InputError for an invalid value.
 
-    split: whose prompts they are; in messages only.
-    name, origin: what the set is called, and what it is and where to get it; in messages and the report only.
-    path: a file, a folder, or a pattern with `*` on this machine. It comes before the hub's:
-    hub, file, revision: id of a data set, name of a file in it (or several), its commit (null: main).
-    format: one of READERS; null: by the file's ending.
-    column: of the prompts; null: the one called prompt, in whatever case. category: of what reports go by.
-    nsfw: a row whose NSFW score reaches it, whose NSFW switch is true or whose value is missing leaves its prompt out; null: none does.
-    nsfw_columns: their names; null: every column with nsfw or unsafe in its name.
-    where: column -> value that a row must have.
-    max_length: characters of the normalized prompt; limit: prompts kept. null: any number.
-    published_size: prompts that the published set holds, for plans, which read no set of the hub. null: not known.
+    Attributes:
+        split: name of the split, for messages.
+        name: name of the prompt set, for messages and the report.
+        origin: what the set is and where to get it, for messages and the report.
+        path: a local file, folder, or pattern with `*`; if given, the hub is not used.
+        hub: id of a data set on the hub.
+        file: name of a file in that data set, or several.
+        revision: commit of that data set; None: main.
+        format: a key of READERS; None: chosen by the file's extension.
+        column: column of the prompts; None: the column called prompt, in upper or lower case.
+        category: column of the categories used in reports.
+        nsfw: threshold of the NSFW scores. A prompt is left out if a row of it has an NSFW score of at least
+            this, a true NSFW boolean or a missing value. None: no filter.
+        nsfw_columns: columns with NSFW scores or booleans; None: every column with nsfw or unsafe in its
+            name.
+        where: column -> value that a row must have.
+        max_length: largest number of characters of the normalized prompt; None: no limit.
+        limit: largest number of prompts to keep; None: no limit.
+        published_size: number of prompts in the published set, used by plans, which download no data set;
+            None: not known.
     """
 
     split: str
@@ -89,11 +101,11 @@ class Source:
 
     @property
     def title(self) -> str:
-        """What the report calls the set: its name, else its file's."""
+        """Name of the set in the report: `name`, or else the name of the file or data set."""
         return self.name or Path(self.path or str(self.hub)).name
 
     def files(self) -> list[PromptFile]:
-        """What has to be read, downloaded where it must be. Raises InputError where it is not to be had."""
+        """Files to read, downloaded from the hub if necessary. Raises InputError if one is not available."""
         if self.path is not None:
             return self._local(f"prompts.{self.split}.path={self.path}")
         names = [self.file] if isinstance(self.file, str) else list(self.file or ())
@@ -116,19 +128,20 @@ class Source:
             return [PromptFile(path, place, self._form(path, place))]
         found = [Path(name) for name in sorted(glob(str(path)))]
         if not found:
-            raise InputError(f"{place}: no file has such a name; give the path of {self.origin}")
+            raise InputError(f"{place}: no file matches; give the path of {self.origin}")
         return [
             PromptFile(file, f"prompts.{self.split}.path={file}", self._form(file, place)) for file in found
         ]
 
     def _in_folder(self, folder: Path, place: str) -> list[PromptFile]:
-        """The folder itself where it holds texts, else its files of the one format that they have."""
+        """The folder itself if it holds text files, else its files, which must have one format."""
         forms = {form for ending, form in ENDINGS.items() if any(folder.glob(f"*{ending}"))}
         form = self.format or ("folder" if forms <= {"text"} else forms.pop() if len(forms) == 1 else None)
         if form is None:
             found = ", ".join(sorted(forms))
             raise InputError(
-                f"{place}: holds files of {len(forms)} formats ({found}); name one: prompts.{self.split}.format=..."
+                f"{place}: holds files of {len(forms)} formats ({found}); "
+                f"name one: prompts.{self.split}.format=..."
             )
         if form == "folder":
             if not any(folder.glob("*.txt")):
@@ -146,7 +159,8 @@ class Source:
         form = self.format or ENDINGS.get(path.suffix.lower())
         if form is None:
             raise InputError(
-                f"{place}: its ending names no format; name it: prompts.{self.split}.format= one of {', '.join(READERS)}"
+                f"{place}: its extension tells no format; name it: prompts.{self.split}.format= one of "
+                f"{', '.join(READERS)}"
             )
         if form == "folder":
             raise InputError(
@@ -155,11 +169,15 @@ class Source:
         return form
 
     def columns(self, names: Sequence[str], place: str) -> Columns:
-        """Which of the columns `names` are read. Raises InputError, with the names there are, for one that is missing."""
+        """Columns to read from a file with columns `names`; `place` names the file in messages.
+
+        Raises InputError, which lists `names`, if a column is missing.
+        """
         text = self.column or next((name for name in names if name.lower() == "prompt"), None)
         if text is None:
             raise InputError(
-                f"{place}: no column is called prompt; name one: prompts.{self.split}.column= one of {', '.join(names)}"
+                f"{place}: no column is called prompt; name one: prompts.{self.split}.column= one of "
+                f"{', '.join(names)}"
             )
         nsfw = (
             tuple(name for name in names if NSFW_NAME.search(name))
@@ -177,7 +195,8 @@ class Source:
             for name in asked:
                 if name is not None and name not in names:
                     raise InputError(
-                        f"{place}: no column '{name}' (prompts.{self.split}.{key}); there are {', '.join(names)}"
+                        f"{place}: no column '{name}' (prompts.{self.split}.{key}); there are "
+                        f"{', '.join(names)}"
                     )
         return wanted
 
@@ -221,7 +240,10 @@ RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 def source_of(split: str, given: object) -> Source:
-    """The source that a configuration describes; a text alone is a path. Raises InputError for an unknown key."""
+    """Make a source from its configuration: a mapping, or a string, which is a path.
+
+    Raises InputError for an unknown key or an invalid value.
+    """
     if isinstance(given, str | Path):
         given = {"path": str(given)}
     if not isinstance(given, Mapping):
@@ -236,13 +258,17 @@ def source_of(split: str, given: object) -> Source:
 
 
 def missing_inputs(keys: Sequence[str], given: Mapping[str, object]) -> str:
-    """What to say of `keys` (`prompts.train.path`) that the configuration `given` of prompts lacks: what each is, how to give it."""
+    """Message on missing keys: what each one is, and how to give it.
+
+    keys: full keys, such as `prompts.train.path`, that the configuration of prompts, `given`, lacks.
+    """
     wanted: dict[str, list[str]] = {}
     for key in keys:
         around = given.get(key.split(".")[1])
         origin = around.get("origin") if isinstance(around, Mapping) else None
-        wanted.setdefault(origin or "a UTF-8 text file with one prompt a line", []).append(key)
+        wanted.setdefault(origin or "a UTF-8 text file with one prompt per line", []).append(key)
     return "\n  ".join(
-        f"{', '.join(same)}: not given; {'each is ' if len(same) > 1 else ''}the path of {what}, e.g. {same[0]}=FILE"
+        f"{', '.join(same)}: not given; {'each is ' if len(same) > 1 else ''}the path of {what}, "
+        f"e.g. {same[0]}=FILE"
         for what, same in wanted.items()
     )

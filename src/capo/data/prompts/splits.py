@@ -1,4 +1,4 @@
-"""Prompt sets from files: filtered, without duplicates, disjoint by construction, drawn by a seed, and counted."""
+"""Prompt sets from files: filtered, deduplicated, disjoint, sampled by a seed, and counted."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ PRIORITY = ("test", "validation", "train")
 
 _remembered: dict[
     str, "PromptSets"
-] = {}  # one entry: a stage asks twice, a sweep once a job, and the console hears it once
+] = {}  # cache of one entry: stages and the jobs of a sweep ask again, but files and console output come once
 
 
 class PromptSets(dict[str, list[Prompt]]):
-    """Prompts by split (train, validation, test); `report` says what was left out of each."""
+    """Prompts by split (train, validation, test); `report` counts the rows left out of each."""
 
     def __init__(self, splits: Mapping[str, list[Prompt]], report: Sequence[SplitReport]):
         super().__init__(splits)
@@ -38,16 +38,23 @@ def split_sets(
     seed: int | None = 0,
     priority: Sequence[str] = PRIORITY,
 ) -> PromptSets:
-    """Three disjoint prompt sets; prints once, in one process, how many rows were left out and why.
+    """Read three disjoint prompt sets; the first process prints, once, how many rows were left out and why.
 
     Args:
-        train, validation, test: what `Source` takes, or the path of a file.
-        seed: of the limits' draw and of the order, which is that of a hash of seed and prompt: files may be in any order, the first
-            prompts of a set are a fair sample of it, and a larger limit only adds. None: the order of the files, and a limit takes
-            the first.
-        priority: a prompt that several splits hold stays in the one that is named first here.
+        train: arguments of `Source`, or the path of a file.
+        validation: likewise.
+        test: likewise.
+        seed: seed of the order, which is that of a hash of seed and prompt, and so of the sample that a limit
+            takes. The order does not depend on that of the files, the first prompts of a set are a fair
+            sample of it, and a larger limit only adds prompts. None: the order of the files, of which a limit
+            takes the first prompts.
+        priority: the splits in order; a prompt in several splits is kept in the first of these only.
 
-    Raises InputError for sources that cannot be used, and for a split of which nothing is left.
+    Returns:
+        The prompt sets with their report.
+
+    Raises:
+        InputError: if a source is invalid or cannot be read, or no prompt of a split is left.
     """
     if sorted(priority) != sorted(SPLITS):
         raise InputError(f"prompts.priority={list(priority)}: must name {', '.join(SPLITS)} once each")
@@ -70,7 +77,7 @@ def read_sets(
     seed: int | None,
     priority: Sequence[str],
 ) -> PromptSets:
-    """What `split_sets` gives, read anew and without a word."""
+    """Read the prompt sets of `split_sets`, without cache and without output."""
     taken = np.zeros(0, np.uint64)
     splits: dict[str, list[Prompt]] = {}
     reports: dict[str, SplitReport] = {}
@@ -89,16 +96,20 @@ def read_sets(
 def choose(
     ids: np.ndarray, fates: np.ndarray, taken: np.ndarray, seed: int | None, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows become prompts.
+    """Choose the rows that become prompts of a split.
+
+    A prompt is left out if any of its rows is NSFW, since one blurred picture says something about the
+    prompt.
 
     Args:
-        ids: (R,) uint64, the prompt of each row; 0 where it is empty.
-        fates: (R,) uint8, FINE for rows that passed their own filters, else which of them they did not pass.
-        taken: (T,) uint64, prompts of other splits.
+        ids: (R,) uint64 id of each row's prompt; 0 if it is empty.
+        fates: (R,) uint8 outcomes of `scan`: FINE, or the filter that rejected the row.
+        taken: (T,) uint64 ids of prompts in other splits.
+        seed: seed of the order; None: the order of the rows.
+        limit: largest number of prompts; None: no limit.
 
     Returns:
-        (K,) rows in the order of the set, and (R,) the fate of every row. A prompt of which any row is NSFW is left out whole,
-        since a picture that was blurred once says something of the prompt.
+        (K,) numbers of the chosen rows, in the order of the set, and (R,) the outcome of every row.
     """
     fates = fates.copy()
     flagged = np.unique(ids[fates == NSFW])
@@ -117,7 +128,7 @@ def choose(
 
 
 def _ranks(ids: np.ndarray, seed: int) -> np.ndarray:
-    """(R,) uint64: the hash of seed and prompt by which a set is ordered and drawn."""
+    """Hash (R,) uint64 of seed and prompt id, the sort key of a set."""
     hashed = (
         hashlib.blake2b(f"{seed}/{number:016x}".encode(), digest_size=8).digest() for number in ids.tolist()
     )
@@ -131,7 +142,7 @@ def _report(source: Source, files: Sequence[PromptFile], fates: np.ndarray) -> S
 
 
 def _origin(source: Source, file: PromptFile) -> str:
-    """Where a file came from: its path, or what it is called on the hub, with the commit."""
+    """Origin of a file: its path, or its name on the hub with the commit."""
     parts = file.path.parts
     if source.path is not None or "snapshots" not in parts:
         return str(file.path)
@@ -141,11 +152,14 @@ def _origin(source: Source, file: PromptFile) -> str:
 
 def _nothing_left(report: SplitReport, priority: Sequence[str]) -> str:
     found = f"{report.read:,} rows read, {left_out(report)}"
-    message = f"prompts.{report.split}: nothing is left of {report.name} ({report.places[0]}): {found}"
+    message = f"prompts.{report.split}: no prompt is left of {report.name} ({report.places[0]}): {found}"
     first = priority[: priority.index(report.split)]
     if report.elsewhere and first:
-        return f"{message}; leave some: a limit for {' or '.join(first)} (prompts.{first[0]}.limit=N), or another prompts.priority"
-    return f"{message}; give another file, or loosen prompts.{report.split}'s nsfw, where or max_length"
+        return (
+            f"{message}; leave some to it: set a limit for {' or '.join(first)} "
+            f"(prompts.{first[0]}.limit=N), or another prompts.priority"
+        )
+    return f"{message}; give another file, or relax nsfw, where or max_length of prompts.{report.split}"
 
 
 def _state(
@@ -154,7 +168,10 @@ def _state(
     seed: int | None,
     priority: Sequence[str],
 ) -> str:
-    """What the sets follow from, as text: equal where reading again would give the same."""
+    """Text that identifies sources, files (path, size, modification time), seed and priority.
+
+    It is equal if reading again would give the same sets.
+    """
     seen = [
         sorted(file.path.glob("*.txt")) if file.form == "folder" else [file.path]
         for found in files.values()

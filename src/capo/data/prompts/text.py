@@ -1,4 +1,4 @@
-"""UTF-8 text: the lines of a file, and prompt sets of one's own, one prompt a line."""
+"""UTF-8 text files: reading their lines, and prompt sets with one prompt per line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,23 @@ from capo.errors import InputError
 
 @contextmanager
 def readable(place: str) -> Iterator[None]:
-    """A file that the system does not hand out becomes an InputError; `place` is key and value, `prompts.train=FILE`."""
+    """Context manager that turns an OSError into an InputError.
+
+    `place` names the file in the message, as key and value: `prompts.train=FILE`.
+    """
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{place}: cannot be read ({error.strerror or error}); give the path of a file that is there"
+            f"{place}: cannot be read ({error.strerror or error}); give the path of a file that exists"
         ) from error
 
 
 def decoded_lines(file: Path, place: str) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, without a byte order mark. Raises InputError where they are no such text."""
+    """Lines of a UTF-8 file with their line ends, without a byte order mark.
+
+    Raises InputError if the file cannot be read or is not UTF-8.
+    """
     start = 0
     with readable(place), file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -35,11 +41,11 @@ def decoded_lines(file: Path, place: str) -> Iterator[str]:
 
 
 def text_files(train: str | Path, validation: str | Path, test: str | Path) -> dict[str, list[Prompt]]:
-    """Prompt sets from UTF-8 text files, one prompt a line, in the files' order; lines without text are passed over.
+    """Prompt sets from UTF-8 text files with one prompt per line, in the order of the lines.
 
-    These sets are one's own choice, so nothing is filtered, and a prompt that stands twice is an error: `split_sets` drops and
-    counts. Raises InputError for a file that cannot be read, is not UTF-8 text or holds no prompt, and for whatever
-    `check_splits` refuses.
+    Blank lines are skipped. The sets are taken to be hand-made: nothing is filtered, and a duplicate prompt
+    is an error (`split_sets` drops duplicates and counts them). Raises InputError for a file that cannot be
+    read, is not UTF-8 or has no prompt, and for everything that `check_splits` rejects.
     """
     files = {"train": train, "validation": validation, "test": test}
     splits = {
@@ -52,5 +58,5 @@ def text_files(train: str | Path, validation: str | Path, test: str | Path) -> d
 def _prompts(place: str, file: Path) -> list[Prompt]:
     prompts = [prompt for line in decoded_lines(file, place) if (prompt := make_prompt(line)).text]
     if not prompts:
-        raise InputError(f"{place}: no prompt in it; write one prompt a line")
+        raise InputError(f"{place}: the file has no prompt; write one prompt per line")
     return prompts

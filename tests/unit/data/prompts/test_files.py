@@ -77,13 +77,13 @@ def test_batches_of_lines_hold_every_row(tmp_path, monkeypatch, form):
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.txt", b"a circle\n\xff\xfe", r"^here=a.txt: not UTF-8 text \(byte 9\) in line 2; save"),
     ("a.csv", b"prompt\na circle\n\xe9", r"^here=a.csv: not UTF-8 text \(byte 16\) in line 3"),
-    ("a.csv", "", "here=a.csv: empty in its first line"),
+    ("a.csv", "", "here=a.csv: the first line is empty"),
     ("a.csv", "prompt,tag\nred, blue,x\n", r"here=a.csv: line 2 has 3 cells, but there are 2 columns \(prompt, tag\)"),
     ("a.tsv", "prompt\ttag\na\tx\nb\n", "here=a.tsv: line 3 has 1 cells"),
     ("a.csv", f"prompt\n{'x' * 140_000}\n", "here=a.csv: line 2 cannot be read"),
     ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "here=a.jsonl: line 3 is not JSON"),
-    ("a.jsonl", '"a circle"\n', "here=a.jsonl: line 1 is no JSON object"),
-    ("a.parquet", b"PAR1 and no more", "here=a.parquet: no whole Parquet file"),
+    ("a.jsonl", '"a circle"\n', "here=a.jsonl: line 1 is not a JSON object"),
+    ("a.parquet", b"PAR1 and no more", "here=a.parquet: not a complete Parquet file"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):

@@ -43,9 +43,9 @@ def test_candidate_seeds_depend_on_all_three():
 @pytest.mark.parametrize(("splits", "message"), [
     ({"train": ["a circle"], "test": []}, "prompts 'test': the set is empty"),
     ({"train": ["a circle", "a square", " a  circle"]},
-     r'train prompt 3 \("a circle"\) is also train prompt 1: take one'),
+     r'train prompt 3 \("a circle"\) is also train prompt 1: remove one'),
     ({"train": ["a circle"], "test": ["a star", "a circle"]},
-     r'test prompt 2 \("a circle"\) is also train prompt 1: take one'),
+     r'test prompt 2 \("a circle"\) is also train prompt 1: remove one'),
     ({"train": ["a circle", " "]}, "train prompt 2 is empty"),
 ])
 def test_check_splits_names_what_is_wrong(splits, message):
@@ -73,7 +73,7 @@ def test_text_files(files):
 
 @pytest.mark.parametrize(("content", "message"), [
     (None, r"prompts\.test=.*test: cannot be read \(No such file"),
-    (b"\n \n", r"prompts\.test=.*test: no prompt in it"),
+    (b"\n \n", r"prompts\.test=.*test: the file has no prompt"),
     (b"a circle\n\xff\xfe", r"prompts\.test=.*test: not UTF-8 text \(byte 9\)"),
     (b"a star", r'test prompt 1 \("a star"\) is also validation prompt 1'),
 ])

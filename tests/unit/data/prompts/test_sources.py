@@ -34,8 +34,8 @@ def test_local_files_and_their_formats(tmp_path, path, expected):
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"path": "gone.txt"}, "prompts.test.path=gone.txt: no such file or folder; give the path of a text file"),
-    ({"path": "gone-*.txt", "origin": "GenEval's jsonl"}, r"prompts.test.path=gone-\*.txt: no file has such a name; give"),
-    ({"path": "notes.md"}, r"notes.md: its ending names no format; name it: prompts.test.format= one of text, folder, csv"),
+    ({"path": "gone-*.txt", "origin": "GenEval's jsonl"}, r"prompts.test.path=gone-\*.txt: no file matches; give"),
+    ({"path": "notes.md"}, r"notes.md: its extension tells no format; name it: prompts.test.format= one of text, folder, csv"),
     ({"path": "a.csv", "format": "folder"}, "a.csv: a file, but prompts.test.format=folder"),
     ({"path": "empty"}, "empty: a folder without prompts"),
     ({"path": "empty", "format": "parquet"}, "empty: no .parquet in this folder"),
@@ -129,7 +129,7 @@ def test_missing_inputs_are_named_with_what_they_are():
     given = {"train": "???", "test": {"path": "???", "origin": "GenEval's jsonl"}, "validation": "???"}
     assert missing_inputs(["prompts.test.path", "prompts.train", "prompts.validation"], given).splitlines() == [
         "prompts.test.path: not given; the path of GenEval's jsonl, e.g. prompts.test.path=FILE",
-        "  prompts.train, prompts.validation: not given; each is the path of a UTF-8 text file with one prompt a line, e.g. prompts.train=FILE",
+        "  prompts.train, prompts.validation: not given; each is the path of a UTF-8 text file with one prompt per line, e.g. prompts.train=FILE",
     ]
 
 

@@ -84,7 +84,7 @@ def test_switches_and_scores_in_files_of_text(tmp_path):
     lines = ["prompt,nsfw,ok", "a,False,1", "b,True,1", "c,0.49,1", "d,0.5,1", "e,,1", "f,no,0"]
     found = sets(tmp_path, {"path": texts(tmp_path / "a.csv", *lines), "where": {"ok": 1}}, seed=None)
     assert words(found["train"]) == ["a", "c"] and counts(found.report[0]) == {"nsfw": 3, "unwanted": 1, "kept": 2}
-    with pytest.raises(InputError, match=r"column 'nsfw' holds 'rather', which is no NSFW score.*prompts.train.nsfw=null"):
+    with pytest.raises(InputError, match=r"column 'nsfw' holds 'rather', which is neither an NSFW score.*prompts.train.nsfw=null"):
         sets(tmp_path, texts(tmp_path / "b.csv", "prompt,nsfw", "a,rather"))
 
 
@@ -140,8 +140,8 @@ def test_priority_says_who_keeps_a_prompt(tmp_path):
     one, two, both = (texts(tmp_path / name, *lines) for name, lines in (("1.txt", "ab"), ("2.txt", "bc"), ("3.txt", "abcd")))
     found = split_sets(both, one, two)  # test b c, validation a, train d
     assert [sorted(words(found[split])) for split in ("test", "validation", "train")] == [["b", "c"], ["a"], ["d"]]
-    with pytest.raises(InputError, match=r"prompts.train: nothing is left of 1.txt .*2 rows read, 2 also in another split; leave "
-                       r"some: a limit for validation or test \(prompts.validation.limit=N\)"):  # fmt: skip
+    with pytest.raises(InputError, match=r"prompts.train: no prompt is left of 1.txt .*2 rows read, 2 also in another split; leave "
+                       r"some to it: set a limit for validation or test \(prompts.validation.limit=N\)"):  # fmt: skip
         split_sets(one, both, texts(tmp_path / "4.txt", "e"), priority=["validation", "test", "train"])
     with pytest.raises(InputError, match=r"prompts.priority=\['train'\]: must name train, validation, test once each"):
         split_sets(one, two, both, priority=["train"])
@@ -159,10 +159,10 @@ def test_choose_by_hand():
 
 
 @pytest.mark.parametrize(("name", "lines", "message"), [
-    ("a.txt", [" ", ""], r"prompts.train: nothing is left of a.txt \(.*a.txt\): 1 rows read, 1 empty; give another file"),
+    ("a.txt", [" ", ""], r"prompts.train: no prompt is left of a.txt \(.*a.txt\): 1 rows read, 1 empty; give another file"),
     ("a.jsonl", ['{"prompt": "a"}', '{"prompt": 3}'], "a.jsonl: row 2: the prompt is 3, not text; name another column"),
-    ("a.jsonl", [r'{"prompt": "a \ud83d"}'], r"a.jsonl: row 1: 'a \\ud83d' holds half a character"),
-    ("a.jsonl", [""], "prompts.train: nothing is left of a.jsonl .*: 0 rows read"),
+    ("a.jsonl", [r'{"prompt": "a \ud83d"}'], r"a.jsonl: row 1: 'a \\ud83d' contains an unpaired surrogate, half a character"),
+    ("a.jsonl", [""], "prompts.train: no prompt is left of a.jsonl .*: 0 rows read"),
     ("a.csv", ["text,tag", "a,b"], "a.csv: no column is called prompt; name one: prompts.train.column= one of text, tag"),
 ])  # fmt: skip
 def test_prompts_that_cannot_be_used(tmp_path, name, lines, message):
