@@ -1,20 +1,21 @@
-"""Candidate pools: the only package that knows how candidates lie on disk.
+"""Candidate pools; this is the only package that knows their files.
 
-    POOL/manifest.json                           `Manifest`: created once, never rewritten
-    POOL/prompts.parquet                         prompt_id, prompt, split, position; replaced whole on append
-    POOL/text/00000.safetensors                  what the denoiser needs of each prompt of the row; a tensor
-                                                 that is the same for all stands there once, with a leading 1
+    POOL/manifest.json                           `Manifest`, created once, never rewritten
+    POOL/prompts.parquet                         prompt_id, prompt, split, position; replaced on append
+    POOL/text/00000.safetensors                  text inputs of the denoiser for each prompt of a row; a
+                                                 tensor that is equal for all prompts is stored once, with
+                                                 leading dimension 1
     POOL/latents/00000-00.safetensors            `latents` (prompts, candidates, C, H, W) float16, scaled as
-                                                 the denoiser sees them
+                                                 the denoiser expects them
     POOL/scores/<reward>-<fp8>/00000-00.parquet  prompt_id, candidate, score: raw, in the order of the latents
-    POOL/imported.parquet                        of an imported pool alone: where its images come from, who was
-                                                 preferred
-    POOL/.locks/                                 empty but for the locks of processes that are writing
+    POOL/imported.parquet                        in imported pools only: origin of the images and the choices
+                                                 of people
+    POOL/.locks/                                 locks of processes that are writing, else empty
 
-A *row* is a range of prompts: position // prompts_per_shard is its number, the first of a file's two. A
-*shard* is a row's block of up to 8 candidates. Appended prompts begin a new row, so positions may have gaps;
-added candidates begin a new block, whose first candidate stands in its header. A file is written once, whole,
-and rewritten only when it is damaged.
+A *row* is a range of prompts; its number, position // prompts_per_shard, is the first number in a file's
+name. A *shard* is a block of up to 8 candidates of a row; the block is the second number. Appended prompts
+begin a new row, so positions may have gaps. Added candidates begin a new block, whose header has the range of
+its candidates. A file is written once and atomically, and rewritten only if it is damaged.
 """
 
 from capo.data.pool.files import DamagedShard

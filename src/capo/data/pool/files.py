@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, checksums that say so, locks that no dead process keeps."""
+"""Files of a pool: atomic writes, checksums, memory-mapped reads, and locks that a dead process releases."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ from torch import Tensor
 from capo.errors import InputError
 from capo.runtime.files import write_whole
 
-# safetensors' name -> what numpy reads it as, what torch makes of that (numpy has no bfloat16)
+# safetensors dtype -> NumPy dtype to read it with, torch dtype of the result (NumPy has no bfloat16)
 DTYPES = {
     "F64": (np.float64, torch.float64),
     "F32": (np.float32, torch.float32),
@@ -38,7 +38,7 @@ LOCK_POLL = 0.1  # seconds
 
 
 class DamagedShard(InputError):
-    """A file of a pool is truncated or changed after it was written; the message names file and remedy."""
+    """Error for a file of a pool that is truncated or was changed after it was written."""
 
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = path, reason
@@ -47,15 +47,15 @@ class DamagedShard(InputError):
 
 @dataclass(frozen=True)
 class Header:
-    """What stands at the start of a safetensors file."""
+    """Header of a safetensors file."""
 
     metadata: dict[str, str]
     entries: dict[str, dict]  # name -> dtype, shape, data_offsets
-    start: int  # of the data, in bytes
-    size: int  # of the whole file, in bytes
+    start: int  # offset of the data, in bytes
+    size: int  # expected size of the whole file, in bytes
 
     def checksum(self, data: memoryview | bytes) -> str:
-        """sha256 over the header, as sorted JSON without the checksum itself, and the data."""
+        """SHA-256 (hex) over the header, as sorted JSON without the checksum itself, and the data."""
         metadata = {key: value for key, value in self.metadata.items() if key != "checksum"}
         digest = hashlib.sha256(json.dumps([metadata, self.entries], sort_keys=True).encode())
         digest.update(data)
@@ -63,19 +63,19 @@ class Header:
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
-    """`write_whole` in a pool: the caller holds the lock that belongs to `path`, so it is the only writer."""
+    """Write a file of a pool atomically; the caller must hold its lock, so that there is only one writer."""
     write_whole(path, *parts, remedy="make room, or set pool.root to a folder that can be written")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file with `metadata` and a checksum in its header; any safetensors reader reads it."""
-    # cloned: safetensors refuses tensors that share memory, as expanded ones do
+    """Write a standard safetensors file with `metadata` and a checksum in its header."""
+    # cloned: safetensors rejects tensors that share memory, such as expanded ones
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     plain = memoryview(save(owned, dict(metadata)))
     header = parse_header(path, plain)
     data = plain[header.start :]
     metadata = header.metadata | {"checksum": header.checksum(data)}
-    # sorted, because safetensors' own order is random: the same content gives the same bytes
+    # sorted, since safetensors' own order is random: the same content gives the same bytes
     complete = {"__metadata__": dict(sorted(metadata.items())), **header.entries}
     raw = json.dumps(complete).encode()
     raw += b" " * (-len(raw) % 8)  # the format aligns the data to 8 bytes
@@ -83,7 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
-    """Header from the first bytes of a file. Raises DamagedShard when they are not a safetensors header."""
+    """Parse the header from the first bytes of a file. Raises DamagedShard if it is not a valid header."""
     length = int.from_bytes(start_of_file[:8], "little")
     try:
         entries = json.loads(bytes(start_of_file[8 : 8 + length]))
@@ -95,7 +95,7 @@ def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """Header of the file at `path`; checks its size, not its data. Raises DamagedShard, FileNotFoundError."""
+    """Read a file's header and check its size, not its data. Raises DamagedShard or FileNotFoundError."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
@@ -104,7 +104,7 @@ def read_header(path: Path) -> Header:
 
 
 def whole_header(path: Path, start_of_file: memoryview | bytes, size: int) -> Header:
-    """`parse_header` of a file of `size` bytes. Raises DamagedShard as it does, and for another size."""
+    """Parse the header of a file of `size` bytes. Raises DamagedShard if the header implies another size."""
     header = parse_header(path, start_of_file)
     if header.size != size:
         raise DamagedShard(path, f"it has {size} bytes instead of {header.size}")
@@ -112,15 +112,15 @@ def whole_header(path: Path, start_of_file: memoryview | bytes, size: int) -> He
 
 
 class TensorFile:
-    """A safetensors file mapped into memory: `arrays` are views by name, read when they are indexed.
+    """Memory-mapped safetensors file; `arrays` holds views by name, which are read when they are indexed.
 
-    Slices through `safetensors.safe_open` cost 40 us each, a view of the mapping 2: with latents of some
-    kilobytes that is the reading. With `verify` the whole data is read once and its checksum compared. Raises
+    A slice through `safetensors.safe_open` costs 40 us, a view of the mapping 2 us; for latents of a few
+    kilobytes this is most of the time. With `verify`, all data is read once and its checksum compared. Raises
     DamagedShard or FileNotFoundError.
     """
 
     def __init__(self, path: Path, verify: bool):
-        # opened once: pools of more files than may stay open are reopened at nearly every visit
+        # a single open() call: in pools with more files than may stay open, nearly every visit reopens a file
         with path.open("rb") as file:
             try:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -141,17 +141,17 @@ class TensorFile:
         return np.frombuffer(self._map, kind, count, offset).reshape(shape)
 
     def tensor(self, name: str, index=...) -> Tensor:
-        """A copy of `arrays[name][index]` with the dtype that was stored."""
+        """Copy of `arrays[name][index]` as a tensor of the stored dtype."""
         copy, dtype = torch.from_numpy(np.array(self.arrays[name][index])), self._dtypes[name]
         return copy if copy.dtype == dtype else copy.view(dtype)
 
 
 @contextmanager
 def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Yields whether this process now holds the advisory lock `path`; with `wait`, only once it does.
+    """Context manager that yields whether this process holds the advisory lock `path`; with `wait`, it waits.
 
-    The system drops the lock of a process that dies. The file is removed on release, so that a pool keeps no
-    litter; who finds that what it locked is no longer the file of that name has lost and tries again.
+    The operating system releases the lock of a process that dies. The file is removed on release, so that no
+    lock files are left in a pool; a process whose locked file is no longer the one at `path` tries again.
     """
     while (handle := _try_lock(path)) is None and wait:
         time.sleep(LOCK_POLL)
@@ -180,7 +180,7 @@ def _try_lock(path: Path) -> int | None:
             return handle
     except BlockingIOError:
         pass
-    except FileNotFoundError:  # removed by its holder between the two looks
+    except FileNotFoundError:  # removed by its holder between the two calls
         pass
     except OSError as error:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Where the images of an imported pool come from, and who was preferred: imported.parquet."""
+"""Table of an imported pool, imported.parquet: the origin of its images, and the choices of people."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,19 @@ from capo.data.pool.files import write_file
 from capo.errors import InputError
 
 NAME = "imported.parquet"
-HUMAN_LABELS, REWARD_LABELS = LABELS = ("human", "rewards")  # what orders the images of an imported pool
+HUMAN_LABELS, REWARD_LABELS = LABELS = ("human", "rewards")  # possible label sources of an imported pool
 
 
 @dataclass(frozen=True)
 class ImportTable:
-    """What was found in a source, in the order of the pool's positions.
+    """Entries of an imported pool, in the order of the pool's positions.
 
     Attributes:
-        ids, texts: E prompt ids, and captions.
-        places: (E, N, 3) int64: table, row and number in the row of each candidate's image.
-        ranks: (E, N) float32, 0 the worst; None where nobody chose.
-        report: JSON values: what was left out, and why.
+        ids: E prompt ids.
+        texts: E captions.
+        places: (E, N, 3) int64; table, row, and number in the row, of each candidate's image.
+        ranks: (E, N) float32 ranks, 0 the worst; None if the source has no choices.
+        report: JSON values that say what was left out and why.
     """
 
     ids: Sequence[str]
@@ -39,12 +40,12 @@ class ImportTable:
 
 
 def is_imported(folder: Path) -> bool:
-    """Whether the pool in `folder` was imported, not sampled."""
+    """Whether the pool in `folder` was imported (not sampled)."""
     return (Path(folder) / NAME).is_file()
 
 
 def write_import_table(folder: Path, table: ImportTable) -> None:
-    """One row a candidate; the report in the file's metadata."""
+    """Write imported.parquet, with one row per candidate and the report in the file's metadata."""
     entries, candidates = table.places.shape[:2]
     file, row, item = table.places.reshape(-1, 3).T
     columns = {
@@ -63,11 +64,12 @@ def write_import_table(folder: Path, table: ImportTable) -> None:
 
 
 def read_import_table(folder: Path) -> ImportTable:
-    """The table of an imported pool. Raises InputError for a pool that was sampled, and a file that is damaged."""
+    """Read the table of an imported pool. Raises InputError for a sampled pool and for a damaged file."""
     path = Path(folder) / NAME
     if not path.is_file():
         raise InputError(
-            f"{folder} is no imported pool (no {NAME}): generate.py stage=import makes one and prints its folder"
+            f"{folder} is not an imported pool (no {NAME}): generate.py stage=import makes one and prints "
+            "its folder"
         )
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
@@ -83,6 +85,6 @@ def read_import_table(folder: Path) -> ImportTable:
         )
     except (OSError, pa.ArrowException, AttributeError, LookupError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); remove it, and the same generate.py stage=import makes it again"
+            f"{path} is damaged ({error}); remove it and run the same generate.py stage=import again"
         ) from error
     return ImportTable(ids, texts, places, ranks, report)

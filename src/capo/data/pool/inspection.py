@@ -1,4 +1,4 @@
-"""Which files of a pool count: whole, unchanged, and made by what the pool says."""
+"""Validity of a pool's files: a valid file is complete, unchanged and made with the pool's settings."""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
@@ -10,14 +10,17 @@ log = logging.getLogger(__name__)
 
 
 class Inspection:
-    """Looks at files; remembers what was found right, and reports only once why a file does not count."""
+    """Checks files, remembers those found valid, and logs only once why a file is not."""
 
     def __init__(self):
-        self._confirmed: set[tuple] = set()  # (path, its inode and time of change, what was asked)
+        self._confirmed: set[tuple] = set()  # (path, inode, modification time, question)
         self._reported: set[Path] = set()
 
     def confirmed(self, path: Path, question: Hashable, look: Callable[[], bool]) -> bool:
-        """`look()`, but once it was true for `question`, not again before the file changes. False without one."""
+        """Result of `look()`; once it was true for `question`, it is not called again until the file changes.
+
+        False if there is no file.
+        """
         try:
             file = path.stat()
         except FileNotFoundError:
@@ -28,7 +31,7 @@ class Inspection:
         return key in self._confirmed
 
     def header(self, path: Path, verify: bool = False) -> Header | None:
-        """Header of a safetensors file, None where it is missing or damaged; `verify` reads the data too."""
+        """Header of a safetensors file, None if it is missing or damaged; `verify` compares the checksum."""
         try:
             header = read_header(path)
             if verify:
@@ -40,14 +43,14 @@ class Inspection:
             return self.report(path, error.reason)
 
     def report(self, path: Path, reason: str) -> None:
-        """Says by a log line that the file at `path` does not count."""
+        """Log, once per file, that the file at `path` is invalid and why."""
         if path not in self._reported:
-            log.warning("%s does not count: %s; it has to be made again", path, reason)
+            log.warning("%s is not valid: %s; it must be made again", path, reason)
             self._reported.add(path)
 
     def matches(self, path: Path, metadata: Mapping[str, str], expected: Mapping[str, str]) -> bool:
-        """Whether the metadata of a file has all of `expected`."""
+        """Whether the metadata of a file contains all of `expected`; logs the keys that differ."""
         wrong = [key for key, value in expected.items() if metadata.get(key) != value]
         if wrong:
-            self.report(path, f"what it says of {', '.join(wrong)} is not what the pool has")
+            self.report(path, f"its {', '.join(wrong)} differ from the pool's")
         return not wrong

@@ -1,26 +1,26 @@
-"""Names, ranges and the manifest of a pool: what lies where, without touching a disk."""
+"""Layout of a pool: its manifest, paths of files and ranges of blocks, as functions without disk access."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SCHEMA = 1
-BLOCK = 8  # most candidates in a shard
+BLOCK = 8  # largest number of candidates in a shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What made a pool. The three fingerprints are hashes of content, so they hold on any machine."""
+    """Settings of a pool; the three fingerprints are hashes of content, so any machine can compare them."""
 
     schema: int = SCHEMA
     prompts_per_shard: int = 8
     seed: int
-    generator: str  # denoiser and sampler
-    latent_space: str  # VAE and scaling
-    text_encoders: str
+    generator: str  # fingerprint of denoiser and sampler
+    latent_space: str  # fingerprint of VAE and scaling
+    text_encoders: str  # fingerprint of the text encoders
 
     def differences(self, other: "Manifest") -> list[str]:
-        """One clause a field that differs: `seed is 0, this configuration has 1`."""
+        """One clause for each field that differs, such as `seed is 0, this configuration has 1`."""
         mine, its = asdict(self), asdict(other)
         return [
             f"{name} is {mine[name]}, this configuration has {its[name]}"
@@ -31,7 +31,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Shard:
-    """A row of prompts and a block of its candidates: the unit of work, of commit and of resume."""
+    """A row of prompts and a block of its candidates: the unit of work, of writing and of resuming."""
 
     row: int
     block: int
@@ -48,7 +48,7 @@ class Shard:
 
 
 def pool_name(model: str, generator: str, seed: int, split: str) -> str:
-    """Folder of a pool under the pool root; of the fingerprint `generator` the first 8 digits count."""
+    """Name of a pool's folder; it contains the first 8 digits of the fingerprint `generator`."""
     return f"{model}-{generator[:8]}-{seed}-{split}"
 
 
@@ -65,7 +65,7 @@ def scores_path(folder: Path, key: str, row: int, block: int) -> Path:
 
 
 def write_range(numbers: range) -> str:
-    """`range(0, 8)` as `0-8`, the form that headers keep."""
+    """Format a range for a file's header: `range(0, 8)` as `0-8`."""
     return f"{numbers.start}-{numbers.stop}"
 
 
@@ -75,10 +75,10 @@ def read_range(text: str) -> range:
 
 
 def plan_blocks(existing: Mapping[int, range], candidates: int) -> list[range]:
-    """Candidates of blocks 0, 1, ... that together hold at least the first `candidates`.
+    """Candidate ranges of blocks 0, 1, ... that together hold at least the first `candidates`.
 
-    `existing` are the blocks that lie on disk and can be read: they keep their range. A lost block ends where
-    the next one that is left begins, and otherwise takes up to 8 candidates.
+    Blocks in `existing` (number -> range), those on disk that can be read, keep their range. A lost block
+    ends where the next existing one begins; a new block takes up to 8 candidates.
     """
     blocks: list[range] = []
     while (start := blocks[-1].stop if blocks else 0) < candidates:
@@ -93,7 +93,7 @@ def plan_blocks(existing: Mapping[int, range], candidates: int) -> list[range]:
 def _stop(existing: Mapping[int, range], number: int, start: int, candidates: int) -> int:
     later = min((n for n in existing if n > number), default=None)
     if later is not None:
-        lost = later - number - 1  # blocks between the two, of at least one candidate each
+        lost = later - number - 1  # blocks in between, with at least one candidate each
         if (stop := min(start + BLOCK, existing[later].start - lost)) > start:
             return stop
     return min(start + BLOCK, candidates)

@@ -1,4 +1,4 @@
-"""Which prompts a pool holds, and at which positions."""
+"""Prompt table of a pool: its prompts and their positions."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,11 @@ SCHEMA = pa.schema(
 
 
 class PromptTable:
-    """The file prompts.parquet of a pool: read once, replaced whole when prompts are appended.
+    """File prompts.parquet of a pool, which is read once and replaced when prompts are appended.
 
-    A row is the prompts with its number as position // prompts_per_shard. Categories are not kept. Only ids
-    and positions become Python objects, since a pool may have millions of prompts; texts stay in Arrow's
-    memory until they are asked for. Raises InputError for a file that cannot be read.
+    Row n consists of the prompts with position // prompts_per_shard = n. Categories are not stored. Since a
+    pool may have millions of prompts, only ids and positions become Python objects; texts stay in Arrow's
+    memory until they are needed. Raises InputError for a file that cannot be read.
     """
 
     def __init__(self, path: Path, prompts_per_shard: int):
@@ -43,11 +43,11 @@ class PromptTable:
         table = self._load()
         self._texts = table["prompt"]
         self._ids: list[str] = table["prompt_id"].to_pylist()
-        numbers = table["position"].to_numpy()  # ascending, as they were appended
+        numbers = table["position"].to_numpy()  # ascending, in order of appending
         self._positions = dict(zip(self._ids, numbers.tolist(), strict=True))
         rows, counts = np.unique(numbers // self.prompts_per_shard, return_counts=True)
         ends = counts.cumsum()
-        # row -> its places in the columns
+        # row -> slice of the columns
         self._rows = {
             row: slice(start, end)
             for row, start, end in zip(rows.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
@@ -55,7 +55,7 @@ class PromptTable:
         self._digests: dict[int, str] = {}
 
     def append(self, prompts: Sequence[Prompt], split: str, lock: AbstractContextManager) -> None:
-        """Adds the prompts that are not there yet, beginning a new row; takes `lock` only if it must."""
+        """Append prompts that the table lacks, in a new row; enters `lock` only if there are any."""
         if all(prompt.id in self._positions for prompt in prompts):
             return
         with lock:
@@ -75,12 +75,12 @@ class PromptTable:
 
     @property
     def prompts(self) -> list[tuple[Prompt, int]]:
-        """(prompt, position) of all prompts, made anew at every call."""
+        """Pairs (prompt, position) of all prompts; the list is built at every call."""
         columns = self._ids, self._texts.to_pylist(), self._positions.values()
         return [(Prompt(*pair), position) for *pair, position in zip(*columns, strict=True)]
 
     def positions(self, prompts: Iterable[Prompt] | None = None) -> list[int]:
-        """Position of each prompt, or of all there are. Raises InputError for one that is not in the pool."""
+        """Positions of `prompts` (default: all). Raises InputError for a prompt that is not in the pool."""
         if prompts is None:
             return list(self._positions.values())
         found = []
@@ -91,27 +91,27 @@ class PromptTable:
         return found
 
     def rows(self, positions: Iterable[int] | None = None) -> list[int]:
-        """Numbers of all rows, or of those of `positions`, ascending."""
+        """Numbers of all rows, or of the rows that contain `positions`, ascending."""
         if positions is None:
             return sorted(self._rows)
         return sorted({position // self.prompts_per_shard for position in positions})
 
     def row(self, number: int) -> list[Prompt]:
-        """The prompts of a row, in the order of their positions."""
+        """Prompts of a row, in the order of their positions."""
         texts = self._texts[self._rows[number]].to_pylist()
         return [Prompt(*pair) for pair in zip(self.row_ids(number), texts, strict=True)]
 
     def row_ids(self, number: int) -> list[str]:
-        """Their ids."""
+        """Ids of the prompts of a row, in the order of their positions."""
         return self._ids[self._rows[number]]
 
     def row_positions(self, number: int) -> range:
-        """The positions of a row's prompts."""
+        """Positions of the prompts of a row."""
         first, places = number * self.prompts_per_shard, self._rows[number]
         return range(first, first + places.stop - places.start)
 
     def digest(self, number: int) -> str:
-        """16 hex digits over the ids of a row: what a shard of it belongs to."""
-        if number not in self._digests:  # asked for with every file of the row
+        """Hash of the prompt ids of a row, 16 hex digits, which the headers of its shards contain."""
+        if number not in self._digests:  # needed for every file of the row
             self._digests[number] = hashlib.sha256(" ".join(self.row_ids(number)).encode()).hexdigest()[:16]
         return self._digests[number]

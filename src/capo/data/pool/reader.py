@@ -1,4 +1,4 @@
-"""Random access to the latents and texts of a pool, for training."""
+"""Random access to the latents and text embeddings of a pool, for training."""
 
 import resource
 from bisect import bisect_right
@@ -14,20 +14,21 @@ from capo.data.pool.files import TensorFile
 from capo.data.pool.layout import latents_path, read_range, text_path
 from capo.data.pool.store import Pool
 
-HANDLES = 4096  # files open at once, at most; many systems allow a process 1024 in all (`ulimit -n`)
+HANDLES = 4096  # upper limit of open files; many systems allow a process only 1024 (`ulimit -n`)
 
 
 def most_handles() -> int:
-    """HANDLES, or a quarter of what the system allows this process where that is less."""
+    """Limit of open files: HANDLES, or a quarter of what the system allows this process if that is less."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return HANDLES if allowed == resource.RLIM_INFINITY else max(1, min(HANDLES, allowed // 4))
 
 
 class PoolReader:
-    """Reads single candidates and texts of a complete pool, each file's checksum when it is first opened.
+    """Reader of single candidates and text embeddings of a complete pool.
 
-    Cheap to pickle: a loader's worker opens its own files. Raises DamagedShard (an InputError) for a file
-    that has changed since it was written, FileNotFoundError for one that was never made.
+    Each file's checksum is compared when it is first opened. The reader is cheap to pickle: every worker of a
+    data loader opens its own files. Raises DamagedShard (an InputError) for a file that has changed since it
+    was written, and FileNotFoundError for a missing file.
     """
 
     def __init__(self, pool: Pool, handles: int | None = None):
@@ -39,7 +40,7 @@ class PoolReader:
     def _forget(self) -> None:
         self._open: OrderedDict[tuple, TensorFile] = OrderedDict()
         self._verified: set[tuple] = set()
-        self._stops: dict[int, list[int]] = {}  # row -> first candidate after each block that has been opened
+        self._stops: dict[int, list[int]] = {}  # row -> end of the candidate range of each opened block
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "prompts_per_shard": self.prompts_per_shard, "handles": self.handles}
@@ -49,22 +50,22 @@ class PoolReader:
         self._forget()
 
     def latents(self, position: int, candidates: Sequence[int]) -> Tensor:
-        """(k, C, H, W) float16 of the prompt at `position`, in the order of `candidates`."""
+        """Latents (k, C, H, W) float16 of the prompt at `position`, in the order of `candidates`."""
         row, place = divmod(position, self.prompts_per_shard)
         views = [self._candidate(row, place, candidate) for candidate in candidates]
-        return torch.from_numpy(np.array(views))  # np.stack takes three times as long for two views
+        return torch.from_numpy(np.array(views))  # np.stack is three times as slow for two views
 
     def text(self, position: int) -> dict[str, Tensor]:
-        """What the denoiser needs of the prompt at `position`, without a leading batch dimension."""
+        """Text inputs of the denoiser for the prompt at `position`, without a batch dimension."""
         row, place = divmod(position, self.prompts_per_shard)
         file = self._file(text_path, row)
-        # a leading 1 is a tensor that is the same for every prompt of the row
+        # leading dimension 1: the tensor is equal for all prompts of the row
         return {
             name: file.tensor(name, place if len(array) > 1 else 0) for name, array in file.arrays.items()
         }
 
     def _candidate(self, row: int, place: int, candidate: int) -> np.ndarray:
-        """View of one candidate's latent. Blocks before its own are opened once, to learn where they end."""
+        """View of one candidate's latent; earlier blocks are opened once, to learn where they end."""
         stops = self._stops.setdefault(row, [])
         while not stops or stops[-1] <= candidate:
             file = self._file(latents_path, row, len(stops))
@@ -74,7 +75,7 @@ class PoolReader:
         return self._file(latents_path, row, block).arrays["latents"][place, candidate - first]
 
     def _file(self, locate: Callable[..., Path], *numbers: int) -> TensorFile:
-        """The file at `locate(folder, *numbers)`, opened if need be in place of the one longest unused."""
+        """Open file at `locate(folder, *numbers)`; at the limit, the least recently used one is closed."""
         key = (locate, numbers)
         file = self._open.get(key)
         if file is None:

@@ -1,4 +1,4 @@
-"""Scores of a shard as a parquet file, with a checksum, and that of the latents they were computed from."""
+"""Score files: the scores of a shard in parquet, with a checksum and that of the latents they belong to."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from capo.errors import InputError
 def write_score_file(
     path: Path, ids: Sequence[str], candidates: range, scores: np.ndarray, metadata: Mapping[str, str]
 ) -> None:
-    """`scores` (prompts, candidates) float32, written a row per candidate in that order."""
+    """Write scores (prompts, candidates) float32 to a parquet file with one row per candidate."""
     table = pa.table(
         {
             "prompt_id": pa.array(np.repeat(np.array(ids, dtype=object), len(candidates)), pa.string()),
@@ -31,12 +31,13 @@ def write_score_file(
 
 
 def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
-    """(metadata, flat scores float32), prompts outermost. Raises DamagedShard or FileNotFoundError.
+    """Read (metadata, flat float32 scores) with the prompts outermost.
 
-    Only the scores are read: the order of the rows is known, and the strings would be most of the work.
+    Only the column of scores is read: the order of the rows is known, and strings would take most of the
+    time. Raises DamagedShard or FileNotFoundError.
     """
     try:
-        # read whole: the files are small, and by its path each takes a quarter longer
+        # read into memory first: the files are small, and opening them by path takes a quarter longer
         file = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
         scores = file.read(columns=["score"], use_threads=False).column(0).to_numpy()
         metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
@@ -51,7 +52,7 @@ def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
 
 
 def holds_rows(path: Path, ids: Sequence[str], candidates: range) -> bool:
-    """Whether the file's rows are `candidates` of the prompts `ids`, in the order that is written."""
+    """Whether the file's rows are `candidates` of the prompts `ids`, in this order. Raises DamagedShard."""
     try:
         columns = pq.ParquetFile(path).read(columns=["prompt_id", "candidate"], use_threads=False).to_pydict()
     except (OSError, pa.ArrowException, LookupError, ValueError) as error:
@@ -63,10 +64,10 @@ def holds_rows(path: Path, ids: Sequence[str], candidates: range) -> bool:
 
 
 def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: int) -> np.ndarray:
-    """(prompts of the row, candidates) float32 of reward `key`, gathered over the row's blocks.
+    """Scores (prompts of the row, candidates) float32 of reward `key`, concatenated over the row's blocks.
 
-    `digest` is that of the row's prompts. Raises InputError for scores that are missing, damaged or of other
-    prompts.
+    `digest` is the digest of the row's prompts. Raises InputError for scores that are missing, damaged or of
+    other prompts.
     """
     blocks: list[np.ndarray] = []
     covered = 0
@@ -77,7 +78,7 @@ def read_row_scores(folder: Path, key: str, row: int, digest: str, candidates: i
         except FileNotFoundError as error:
             raise InputError(
                 f"{path}: reward '{key}' has not scored candidates {covered}-{candidates - 1} "
-                "of this row's prompts; generate.py of the same configuration does"
+                "of this row's prompts; run generate.py with the same configuration"
             ) from error
         if metadata["prompts"] != digest:
             raise DamagedShard(path, "it belongs to other prompts")

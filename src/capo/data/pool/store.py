@@ -1,4 +1,4 @@
-"""The pool itself: what is there, what is missing, and writing it shard by shard."""
+"""Pool of candidates: which files exist and are valid, and reading and writing them shard by shard."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,10 +31,11 @@ from capo.errors import InputError
 
 
 class Pool:
-    """Candidates of prompts, with scores, in a folder. Opened with `open`, made or found again with `create`.
+    """Candidates of prompts, with scores, in a folder; see `open` and `create`.
 
-    A file is there, whole and made by what the manifest says, or it is not: `has_...` answers that, and a log
-    line says why a file that lies there does not count. Writing needs the lock of (kind, row).
+    The methods `has_...` tell whether a valid file exists, that is one which is complete and was made with
+    the settings in the manifest; the log says why an existing file is not valid. A writer must hold the lock
+    of (kind, row).
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest):
@@ -47,18 +48,18 @@ class Pool:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Pool":
-        """The pool in `folder`. Raises InputError where there is none or it is another version's."""
+        """Open the pool in `folder`. Raises InputError if there is none, or if it has another schema."""
         path = Path(folder) / "manifest.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.get("schema") != SCHEMA:
                 raise InputError(
-                    f"{path}: the pool has schema {values.get('schema')}, this version reads "
+                    f"{path}: the pool has schema {values.get('schema')}, but this version reads "
                     f"{SCHEMA}; use another pool.root"
                 )
             return cls(folder, Manifest(**values))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{folder} is no pool (no manifest.json); generate.py makes one") from error
+            raise InputError(f"{folder} is not a pool (no manifest.json); generate.py makes one") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read ({error}); remove the pool or use another pool.root"
@@ -66,7 +67,10 @@ class Pool:
 
     @classmethod
     def create(cls, folder: str | Path, manifest: Manifest) -> "Pool":
-        """A new pool, or the one in `folder` if `manifest` is its own; else InputError with what differs."""
+        """Create a pool in `folder`, or open the one there.
+
+        Raises InputError, which lists the differences, if the existing pool has another manifest.
+        """
         path = Path(folder) / "manifest.json"
         if not path.exists():
             with file_lock(path.parent / ".locks" / "manifest", wait=True):
@@ -75,15 +79,15 @@ class Pool:
         pool = cls.open(folder)
         if differences := pool.manifest.differences(manifest):
             raise InputError(
-                f"pool {folder} was made otherwise: {'; '.join(differences)}. "
-                "Configure what it was made with, or use another pool.root"
+                f"pool {folder} was made with other settings: {'; '.join(differences)}. "
+                "Restore these settings, or use another pool.root"
             )
         return pool
 
     def lock(self, kind: str, row: int | None = None, wait: bool = False) -> AbstractContextManager[bool]:
-        """Context that yields whether this process now holds the lock of `kind` (a stage's name) in `row`.
+        """Context manager that yields whether this process holds the lock of a stage (`kind`) and row.
 
-        One lock covers all blocks of a row, because where a new block begins depends on those before it.
+        One lock covers all blocks of a row, because the start of a new block depends on the earlier ones.
         """
         return file_lock(self.folder / ".locks" / (kind if row is None else f"{kind}-{row:05d}"), wait)
 
@@ -91,50 +95,50 @@ class Pool:
 
     @property
     def prompts(self) -> list[tuple[Prompt, int]]:
-        """(prompt, position) of all prompts. Categories are not kept."""
+        """Pairs (prompt, position) of all prompts. Categories are not stored."""
         return self._table.prompts
 
     def append_prompts(self, prompts: Sequence[Prompt], split: str) -> list[int]:
-        """Adds the prompts that are not there yet, beginning a new row; positions of all of `prompts`.
+        """Append prompts that the pool lacks, in a new row, and return the positions of all of `prompts`.
 
-        Nothing is written when all are there.
+        Nothing is written if the pool has all of them.
         """
         self._table.append(prompts, split, self.lock("prompts", wait=True))
         return self.positions(prompts)
 
     def positions(self, prompts: Iterable[Prompt]) -> list[int]:
-        """Position of each prompt. Raises InputError for one that is not in the pool."""
+        """Position of each prompt. Raises InputError for a prompt that is not in the pool."""
         return self._table.positions(prompts)
 
     def text_shards(self, positions: Iterable[int] | None = None) -> list[int]:
-        """The rows of all prompts, or of those at `positions`, in order."""
+        """Numbers of all rows, or of the rows that contain `positions`, ascending."""
         return self._table.rows(positions)
 
     def text_shard(self, row: int) -> Shard:
-        """The text of a row as a unit of work: no candidates."""
+        """Shard that stands for the text of a row; it has no candidates."""
         return Shard(row, 0, self._table.row_positions(row), range(0))
 
     def row_prompts(self, row: int) -> list[Prompt]:
-        """The prompts of a row, in the order of their positions."""
+        """Prompts of a row, in the order of their positions."""
         return self._table.row(row)
 
     # --- what is there ---
 
     def shards(self, candidates: int, positions: Iterable[int] | None = None) -> list[Shard]:
-        """Shards that hold, or shall hold, the first `candidates` of all rows, or of those of `positions`."""
+        """Shards, existing or not, for the first `candidates` of all rows, or of the rows of `positions`."""
         return [shard for row in self.text_shards(positions) for shard in self.row_shards(row, candidates)]
 
     def row_shards(self, row: int, candidates: int) -> list[Shard]:
-        """The shards of one row that hold, or shall hold, its first `candidates`."""
+        """Shards, existing or not, for the first `candidates` of one row."""
         positions = self._table.row_positions(row)
         blocks = plan_blocks(self._blocks(row, candidates), candidates)
         return [Shard(row, block, positions, numbers) for block, numbers in enumerate(blocks)]
 
     def _blocks(self, row: int, candidates: int) -> dict[int, range]:
-        """The blocks of a row that lie on disk with a readable header."""
+        """Blocks of a row on disk that have a readable header: number -> range of candidates."""
         blocks: dict[int, range] = {}
         number = 0
-        # a lost block leaves a hole, so the search goes on at least as far as blocks of full size would reach
+        # a lost block leaves a gap, so the search extends at least as far as blocks of full size would
         path = latents_path(self.folder, row, number)
         while path.exists() or number * BLOCK < candidates:
             if numbers := self._stored_candidates(path):
@@ -148,7 +152,7 @@ class Pool:
         try:
             numbers = read_range(header.metadata["candidates"])
             return numbers if len(numbers) == header.entries["latents"]["shape"][1] else None
-        except (AttributeError, KeyError, ValueError):  # no header, or a damaged one that still is JSON
+        except (AttributeError, KeyError, ValueError):  # no header, or a damaged one that is valid JSON
             return None
 
     # --- text ---
@@ -157,14 +161,14 @@ class Pool:
         return {"fingerprint": self.manifest.text_encoders, "prompts": self._table.digest(row)}
 
     def has_text(self, row: int, verify: bool = False) -> bool:
-        """Whether the text of a row is there; with `verify`, its checksum is compared once."""
+        """Whether the row has valid text embeddings; with `verify`, their checksum is compared once."""
         path = text_path(self.folder, row)
         header = self._inspection.header(path, verify)
         expected = self._text_identity(row)
         return header is not None and self._inspection.matches(path, header.metadata, expected)
 
     def write_text(self, row: int, text: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
-        """Stores `text` (leading dimension: the row's prompts) in its own dtype, `settings` in the header."""
+        """Store text embeddings of a row; the leading dimension is its prompts, the header has `settings`."""
         count = len(self._table.row_positions(row))
         if wrong := {name: tuple(tensor.shape) for name, tensor in text.items() if len(tensor) != count}:
             raise ValueError(f"row {row} has {count} prompts, its text {wrong}")
@@ -175,7 +179,7 @@ class Pool:
         write_tensors(text_path(self.folder, row), stored, self._text_identity(row) | _described(settings))
 
     def read_text(self, row: int) -> dict[str, Tensor]:
-        """The text of a row, leading dimension: its prompts."""
+        """Text embeddings of a row by name; the leading dimension is the row's prompts."""
         file = TensorFile(text_path(self.folder, row), verify=True)
         count = len(self._table.row_positions(row))
         return {
@@ -192,14 +196,17 @@ class Pool:
         }
 
     def has_latents(self, shard: Shard, verify: bool = False) -> bool:
-        """Whether a shard's latents are there; with `verify`, their checksum is compared once."""
+        """Whether the shard has valid latents; with `verify`, their checksum is compared once."""
         path = latents_path(self.folder, shard.row, shard.block)
         header = self._inspection.header(path, verify)
         expected = self._latents_identity(shard)
         return header is not None and self._inspection.matches(path, header.metadata, expected)
 
     def write_latents(self, shard: Shard, latents: Tensor, settings: Mapping[str, object]) -> None:
-        """Stores (prompts, candidates, C, H, W) as float16; InputError for values not finite in it."""
+        """Store latents (prompts, candidates, C, H, W) as float16.
+
+        Raises InputError for values that are not finite in float16.
+        """
         expected = (len(shard.positions), len(shard.candidates))
         if latents.ndim != 5 or latents.shape[:2] != expected:
             raise ValueError(f"latents {tuple(latents.shape)} for shard {shard.name} of {expected} images")
@@ -214,23 +221,23 @@ class Pool:
         write_tensors(path, {"latents": half}, self._latents_identity(shard) | _described(settings))
 
     def read_latents(self, shard: Shard) -> Tensor:
-        """(prompts, candidates, C, H, W) float16. Raises DamagedShard, FileNotFoundError."""
+        """Latents (prompts, candidates, C, H, W) float16. Raises DamagedShard or FileNotFoundError."""
         return TensorFile(latents_path(self.folder, shard.row, shard.block), verify=True).tensor("latents")
 
     def place(self, shard: Shard, prompt: int, candidate: int) -> str:
-        """How messages name an image of a shard, from its indices there."""
+        """Name of an image for messages; `prompt` and `candidate` are its indices in the shard."""
         text = self._table.row(shard.row)[prompt].text
         return f'prompt {shard.positions[prompt]} ("{text}"), candidate {shard.candidates[candidate]}'
 
     def check_latent_shape(self, shape: Sequence[int]) -> None:
-        """Raises InputError where the stored latents are not of `shape` (C, H, W); looks at one shard."""
+        """Raise InputError if the stored latents do not have `shape` (C, H, W); one shard is checked."""
         for path in (self.folder / "latents").glob("*.safetensors"):
             if (header := self._inspection.header(path)) is not None:
                 stored = header.entries["latents"]["shape"][2:]
                 if stored != list(shape):
                     raise InputError(
-                        f"pool {self.folder} holds latents of shape {tuple(stored)}, the model "
-                        f"works on {tuple(shape)}: use the model and size it was made with"
+                        f"pool {self.folder} holds latents of shape {tuple(stored)}, but the model "
+                        f"works on {tuple(shape)}: use the model and image size it was made with"
                     )
                 return
 
@@ -249,10 +256,10 @@ class Pool:
         return header.metadata["checksum"] if header else None
 
     def has_scores(self, key: str, shard: Shard, verify: bool = False) -> bool:
-        """Whether reward `key` has scored the latents that lie there now.
+        """Whether the shard has valid scores of reward `key` for its present latents.
 
-        The scores are always compared with their checksum, once as long as the file does not change; with
-        `verify` the names of their rows are read too.
+        The checksum of the scores is always compared, once until the file changes; with `verify`, prompt ids
+        and candidates of the file's rows are compared too.
         """
         path = scores_path(self.folder, key, shard.row, shard.block)
         latents = self._latents_checksum(shard)
@@ -281,7 +288,7 @@ class Pool:
         return self._inspection.matches(path, metadata, identity)
 
     def write_scores(self, key: str, shard: Shard, scores: Tensor, settings: Mapping[str, object]) -> None:
-        """Stores (prompts, candidates) raw scores of the latents that lie there."""
+        """Store raw scores (prompts, candidates) of the shard's present latents."""
         if scores.shape != (len(shard.positions), len(shard.candidates)):
             raise ValueError(f"scores {tuple(scores.shape)} for shard {shard.name}")
         metadata = self._scores_identity(key, shard, self._latents_checksum(shard)) | _described(settings)
@@ -289,9 +296,10 @@ class Pool:
         write_score_file(path, self._table.row_ids(shard.row), shard.candidates, numbers, metadata)
 
     def scores(self, keys: Sequence[str], candidates: int, positions: Sequence[int] | None = None) -> Tensor:
-        """Raw scores (P, N, L) float32: prompts at `positions` (all), first `candidates`, rewards `keys`.
+        """Raw scores (P, N, L) float32 of the first `candidates` by the rewards `keys`.
 
-        Raises InputError that names a reward and row whose scores are missing or damaged.
+        P is the number of `positions`, by default of all prompts. Raises InputError, which names file and
+        reward, for scores that are missing or damaged.
         """
         if positions is None:
             positions = self._table.positions()

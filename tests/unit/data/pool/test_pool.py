@@ -107,15 +107,15 @@ def test_manifest_is_created_once_and_never_rewritten(pool):
 
 
 def test_create_lists_what_differs(pool):
-    message = (r"made otherwise: seed is 0, this configuration has 3; latent_space is l, "
+    message = (r"made with other settings: seed is 0, this configuration has 3; latent_space is l, "
                r"this configuration has v\. .*another pool\.root")
     with pytest.raises(InputError, match=message):
         Pool.create(pool.folder, manifest(seed=3, latent_space="v"))
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (None, r"is no pool \(no manifest.json\); generate.py makes one"),
-    ('{"schema": 99}', "has schema 99, this version reads 1"),
+    (None, r"is not a pool \(no manifest.json\); generate.py makes one"),
+    ('{"schema": 99}', "has schema 99, but this version reads 1"),
     ('{"schema": 1}', "manifest.json cannot be read"),
     ("[]", "manifest.json cannot be read"),
     ("{", "manifest.json cannot be read"),
@@ -216,7 +216,7 @@ def test_latents_that_are_not_finite_in_float16_are_named(pool):
 
 def test_latents_of_another_model_are_refused(pool):
     pool.check_latent_shape(SHAPE)
-    with pytest.raises(InputError, match=r"latents of shape \(2, 3, 3\), the model works on \(4, 8, 8\)"):
+    with pytest.raises(InputError, match=r"latents of shape \(2, 3, 3\), but the model works on \(4, 8, 8\)"):
         pool.check_latent_shape((4, 8, 8))
 
 
@@ -254,7 +254,7 @@ def test_a_truncated_shard_is_named_and_does_not_count(pool, size, caplog):
     first, second, *_ = pool.shards(10)
     with caplog.at_level(logging.WARNING):
         assert not reopened(pool).has_latents(first)
-    assert "latents/00000-00.safetensors does not count: it" in caplog.text
+    assert "latents/00000-00.safetensors is not valid: it" in caplog.text
     # its block is planned with the range that it had: the one after it, which is whole, begins there
     assert (first.candidates, second.candidates) == (range(8), range(8, 10))
     assert pool.has_latents(second)
@@ -271,8 +271,8 @@ def test_shards_of_another_model_or_other_prompts_do_not_count(pool, tmp_path, c
         for path in (pool.folder / "latents").iterdir():
             (other.folder / "latents" / path.name).write_bytes(path.read_bytes())
         assert not other.has_latents(shard)
-    assert "what it says of fingerprint is not what the pool has" in caplog.text
-    assert "what it says of prompts is not what the pool has" in caplog.text
+    assert "its fingerprint differ from the pool's" in caplog.text
+    assert "its prompts differ from the pool's" in caplog.text
 
 
 def test_nothing_stays_under_the_final_name_when_the_disk_is_full(pool, monkeypatch):
@@ -413,7 +413,7 @@ def test_scores_belong_to_the_latents_that_lie_there(pool, caplog):
     pool.write_latents(first, values(first) + 1, SETTINGS)
     assert not pool.has_scores("a-0", first)
     assert all(pool.has_scores("a-0", shard) for shard in others)
-    assert "what it says of latents is not what the pool has" in caplog.text
+    assert "its latents differ from the pool's" in caplog.text
 
 
 def test_damaged_scores_are_found_or_the_same(pool):
