@@ -1,4 +1,4 @@
-"""An imported pool as training sees it: its prompts, who orders its images, what it is called in summaries."""
+"""Imported pool as training data: its usable prompts, missing scores, and its description in summaries."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from capo.errors import InputError
 
 @dataclass(frozen=True)
 class Imported:
-    """An imported pool, less the entries whose caption is a prompt of validation or test.
+    """Imported pool without the entries whose caption is a validation or test prompt.
 
     Attributes:
-        pool, table: where it lies, and what it was made from.
-        prompts: its entries that training may use.
-        held_out: number of those that it may not.
+        pool: the pool.
+        table: origin of its images, and the choices.
+        prompts: entries that training may use.
+        held_out: number of entries left out.
     """
 
     pool: Pool
@@ -35,38 +36,48 @@ class Imported:
 
     @classmethod
     def open(cls, folder: str | Path, labels: str, held_out: Sequence[Prompt]) -> Imported:
-        """The pool in `folder`. Nothing but its prompts is read.
+        """Open the imported pool in `folder`, reading only its prompts and its table.
 
-        Raises InputError for a folder that is none or holds a sampled pool, for `labels=human` where nobody chose, and where no
-        entry is left.
+        Args:
+            folder: folder of the pool.
+            labels: `human` or `rewards`.
+            held_out: validation and test prompts.
+
+        Raises:
+            InputError: if the folder is not a pool or holds a sampled one, if `labels` is `human` but the
+                pool has no choices, or if no entry is left.
         """
         pool, table = Pool.open(folder), read_import_table(Path(folder))
         if labels == HUMAN_LABELS and table.ranks is None:
             raise InputError(
-                f"pool.labels=human: nobody has judged the images of {folder}; say pool.labels=rewards, or import them with "
-                "the column of their scores (import.score)"
+                f"pool.labels=human: {folder} has no human choices; set pool.labels=rewards, or import the "
+                "images with a column of scores (import.score)"
             )
         taken = {prompt.id for prompt in held_out}
         prompts = [prompt for prompt, _ in pool.prompts if prompt_id(prompt.text) not in taken]
         if not prompts:
             raise InputError(
-                f"pool.imported={folder}: all of its {len(pool.prompts)} captions are validation or test prompts; give others"
+                f"pool.imported={folder}: all of its {len(pool.prompts)} captions are validation or test "
+                "prompts; use other prompts there, or another pool"
             )
         return cls(pool, table, prompts, len(pool.prompts) - len(prompts))
 
     @property
     def candidates(self) -> int:
-        """Images a prompt."""
+        """Number of images per prompt."""
         return self.table.candidates
 
     def described(self, labels: Sequence[LabelSource]) -> str:
-        """One line for summaries and model cards."""
+        """Description in one line, for summaries and model cards."""
         left_out = (
             f"; {self.held_out} left out, whose captions are validation or test prompts"
             if self.held_out
             else ""
         )
-        return f"{len(self.prompts)} imported entries of {self.candidates} images ({self.pool.folder.name}), {described(labels)}{left_out}"
+        return (
+            f"{len(self.prompts)} imported entries of {self.candidates} images ({self.pool.folder.name}), "
+            f"{described(labels)}{left_out}"
+        )
 
     def ready(
         self,
@@ -75,15 +86,16 @@ class Imported:
         labels: Sequence[LabelSource],
         progress: bool = True,
     ) -> Imported:
-        """Makes the scores that `labels` lack; human choices were stored when the pool was imported.
+        """Compute missing scores of the rewards in `labels`; human choices were stored at import.
 
-        Raises InputError where the pool was made with other latents or text encoders than the model's, or is not complete.
+        Raises InputError if the pool was made with another latent space or other text encoders than the
+        model's, if it is incomplete, or if the disk has too little space.
         """
         mine, its = backbone.fingerprints, dataclasses.asdict(self.pool.manifest)
         if wrong := [part for part in ("latent_space", "text_encoders") if mine[part] != its[part]]:
             raise InputError(
-                f"pool.imported={self.pool.folder}: its {' and '.join(wrong)} are not those of {backbone.name}; import the "
-                "images with this model (generate.py stage=import)"
+                f"pool.imported={self.pool.folder}: its {' and '.join(wrong)} are not those of "
+                f"{backbone.name}; import the images with this model (generate.py stage=import)"
             )
         self.pool.check_latent_shape(backbone.latent_shape)
         self._check_complete()
@@ -103,6 +115,6 @@ class Imported:
         ]
         if lacking or len(self.pool.prompts) != len(self.table.ids):
             raise InputError(
-                f"pool.imported={self.pool.folder} is not complete ({len(lacking)} shards are missing): run the generate.py "
-                "stage=import that made it again; it goes on where it stopped"
+                f"pool.imported={self.pool.folder} is incomplete ({len(lacking)} shards are missing): run "
+                "the same generate.py stage=import again; it resumes where it stopped"
             )

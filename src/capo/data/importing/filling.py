@@ -1,4 +1,4 @@
-"""An imported pool on disk: text, latents and human choices, shard by shard; what is there is skipped."""
+"""Filling an imported pool with text, latents and human choices, shard by shard, skipping existing shards."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ SPLIT = "imported"
 
 
 def image_size(backbone: Backbone) -> tuple[int, int]:
-    """(width, height) in pixels of the images that the model's latents decode to."""
+    """Size (width, height) in pixels of the images that the model's latents decode to."""
     factor = 2 ** (len(backbone.vae.config.block_out_channels) - 1)
     _, height, width = backbone.latent_shape
     return width * factor, height * factor
 
 
 class EncodeStage(Stage):
-    """Images through the VAE: the posterior's mode, so nothing is drawn. Batches never reach into another shard."""
+    """Encoding stage: images -> latents by the VAE, as the mode of the posterior, so without randomness.
+
+    Batches stay within a shard.
+    """
 
     name = "latents"
 
@@ -82,7 +85,7 @@ class EncodeStage(Stage):
 
 
 class ChoiceStage(Stage):
-    """Who was preferred, as the scores of `HUMAN`: ranks, 0 the worst."""
+    """Choice stage: human choices, stored as scores of `HUMAN`, which are ranks, 0 the worst."""
 
     name = "choices"
 
@@ -112,7 +115,7 @@ class ChoiceStage(Stage):
         report(shard.images)
 
     def bytes_missing(self) -> int:
-        return 0  # a thousandth of the latents
+        return 0  # negligible: a thousandth of the latents
 
 
 def import_pool(
@@ -125,10 +128,26 @@ def import_pool(
     prompts_per_shard: int = 8,
     progress: bool = True,
 ) -> Pool:
-    """The pool of a source under `root`, made, completed or found whole.
+    """Import a source into a pool under `root`: create the pool, or complete an existing one.
 
-    The generator in its manifest is the fingerprint of the source's content, its seed 0, since nothing is drawn. Raises InputError
-    where nothing can be imported, for too little disk space, and for a pool there of another model's latents or texts.
+    In the manifest, the generator is the fingerprint of the source's content and the seed is 0, since nothing
+    is random.
+
+    Args:
+        source: tables and images.
+        backbone: model whose VAE and text encoders are used.
+        settings: batch size and precision.
+        root: folder of all pools.
+        model: name of the model, part of the folder's name.
+        prompts_per_shard: prompts in a row of the pool.
+        progress: whether to show progress bars.
+
+    Returns:
+        The complete pool.
+
+    Raises:
+        InputError: if no entry can be imported, if the disk has too little space, or if the existing pool was
+            made with another model's latent space or text encoders.
     """
     parts = backbone.fingerprints
     manifest = Manifest(

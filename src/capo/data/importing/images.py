@@ -1,4 +1,4 @@
-"""A cell of a table -> a picture of the model's size -> pixels."""
+"""Images of imported data: cell of a table -> image of the model's size -> pixels."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# Pillow raises all of these for bytes that are no picture, or half of one
+# exceptions that Pillow raises for bytes that are not an image, or a truncated one
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class BrokenImage(Exception):
-    """An image that is missing or cannot be decoded; the message says why."""
+    """Error for an image that is missing or cannot be decoded; the message says why."""
 
 
 def opened(cell: object, folder: Path) -> Image.Image:
-    """The picture of a cell, not yet decoded: encoded bytes, `{bytes, path}` of which the bytes count, or a path in `folder`.
+    """Open the image in a cell, without decoding it; raises BrokenImage.
 
-    Raises BrokenImage.
+    A cell has encoded bytes, a mapping `{bytes, path}`, of which the bytes are used, or a path relative to
+    `folder`.
     """
     if isinstance(cell, dict):
-        cell = cell.get("bytes")  # a path beside them names a file of the machine that wrote the table
+        cell = cell.get("bytes")  # the path belongs to the machine that wrote the table
     if not cell:
         raise BrokenImage("there is none")
     if not isinstance(cell, bytes | str):
@@ -37,7 +38,10 @@ def opened(cell: object, folder: Path) -> Image.Image:
 
 
 def check(cell: object, folder: Path) -> None:
-    """Decodes the whole image, a JPEG at an eighth of its size, which shows a truncated file too. Raises BrokenImage."""
+    """Decode an image to check that it is complete; raises BrokenImage.
+
+    A JPEG is decoded at an eighth of its size, which also detects a truncated file.
+    """
     with opened(cell, folder) as image:
         try:
             image.draft("RGB", (1, 1))
@@ -47,9 +51,10 @@ def check(cell: object, folder: Path) -> None:
 
 
 def picture(cell: object, folder: Path, size: tuple[int, int]) -> Image.Image:
-    """RGB image of `size` (width, height): turned as its EXIF says, alpha on white, the largest middle part of that shape, Lanczos.
+    """Read an image as RGB in `size` (width, height); raises BrokenImage.
 
-    Raises BrokenImage.
+    It is rotated by its EXIF orientation, composited on white, cropped to the largest centered box of that
+    aspect ratio, and resized with Lanczos.
     """
     with opened(cell, folder) as image:
         try:
@@ -60,7 +65,10 @@ def picture(cell: object, folder: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def middle(has: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Box (left, upper, right, lower) of the largest middle part of an image of size `has` that has the shape of `wanted`."""
+    """Largest centered box of an image of size `has` with the aspect ratio of the size `wanted`.
+
+    Sizes are (width, height); the box is (left, upper, right, lower), in pixels.
+    """
     width = min(has[0], max(1, round(has[1] * wanted[0] / wanted[1])))
     height = min(has[1], max(1, round(has[0] * wanted[1] / wanted[0])))
     left, upper = (has[0] - width) // 2, (has[1] - height) // 2
@@ -68,7 +76,7 @@ def middle(has: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """RGB; what shows through transparency is white."""
+    """Convert to RGB, with transparent parts composited on white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -77,11 +85,11 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """B RGB images of one size -> (B, 3, H, W) float32 in [-1, 1], what an autoencoder takes."""
+    """B RGB images of one size -> (B, 3, H, W) float32 in [-1, 1], the input of a VAE."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _reason(error: Exception) -> str:
-    # Pillow names the buffer by its address, which differs from run to run
+    # Pillow's message contains the address of the buffer, which differs between runs
     return "it is no image that can be read" if "identify image" in str(error) else str(error)

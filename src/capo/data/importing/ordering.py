@@ -1,4 +1,4 @@
-"""Who was preferred: cells -> ranks, and entries of one size (pure)."""
+"""Order of imported images, as pure functions: cells -> ranks, and entries with equal numbers of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from capo.errors import InputError
 
-Place = tuple[int, int, int]  # of an image in a source: table, row, number among the images of the row
+Place = tuple[int, int, int]  # place of an image in a source: table, row, number among the row's images
 TIE, UNLABELED, NO_CAPTION, TOO_FEW, UNEQUAL = (
     "ties",
     "without a choice",
@@ -21,7 +21,10 @@ TIE, UNLABELED, NO_CAPTION, TOO_FEW, UNEQUAL = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A caption (normalized), its images, and their order: `ranks`, 0 the worst, equal where tied; None: nobody chose."""
+    """Normalized caption with the places of its images and their ranks.
+
+    Rank 0 is the worst, tied images share a rank; None: the source has no choice for them.
+    """
 
     caption: str
     places: tuple[Place, ...]
@@ -29,7 +32,7 @@ class Entry:
 
 
 def unusable(caption: str, ranks: Sequence[int] | None) -> str | None:
-    """Why an entry cannot be used; None where it can."""
+    """Reason why an entry cannot be used, or None if it can."""
     if not caption:
         return NO_CAPTION
     if ranks is None:
@@ -40,26 +43,32 @@ def unusable(caption: str, ranks: Sequence[int] | None) -> str | None:
 
 
 def number_of(value: object, where: str) -> float | None:
-    """A cell as a number; None where it is empty or NaN. Raises InputError for what is no number."""
+    """Number in a cell, None if it is empty or NaN; `where` names the cell.
+
+    Raises InputError if the cell is not a number.
+    """
     try:
         number = math.nan if value is None or value == "" else float(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where} is {value!r}, which is no number") from error
+        raise InputError(f"{where} is {value!r}, which is not a number; correct it") from error
     return None if math.isnan(number) else number
 
 
 def numbers_of(values: object, where: str) -> list[float] | None:
-    """A list of numbers; None where one of them is empty. Raises InputError for what is none."""
+    """List of numbers in a cell, None if one is empty. Raises InputError if it is not such a list."""
     if values is None:
         return None
     if not isinstance(values, list):
-        raise InputError(f"{where} is {values!r}; it must be a list with one number an image")
+        raise InputError(f"{where} is {values!r}; it must be a list with one number per image")
     numbers = [number_of(value, where) for value in values]
     return None if None in numbers else numbers
 
 
 def choice_of(value: object, where: str) -> tuple[int, int] | None:
-    """label_0 -> ranks of the two images; None where nobody chose."""
+    """Ranks of two images from Pick-a-Pic's label_0; None if the cell is empty.
+
+    Raises InputError for a label other than 0, 0.5 and 1.
+    """
     label = number_of(value, where)
     if label not in (None, 0.0, 0.5, 1.0):
         raise InputError(
@@ -69,14 +78,20 @@ def choice_of(value: object, where: str) -> tuple[int, int] | None:
 
 
 def dense_ranks(values: Sequence[float], better: str) -> tuple[int, ...]:
-    """Ranks from 0, the worst, without gaps; equal values share one. `better`: which values are, `lower` or `higher`."""
+    """Ranks of values from 0, the worst, without gaps; equal values share a rank.
+
+    better: `lower` or `higher`, whichever values are better.
+    """
     order = sorted(set(values), reverse=better == "lower")
     places = {value: rank for rank, value in enumerate(order)}
     return tuple(places[value] for value in values)
 
 
 def same_size(entries: Sequence[Entry], candidates: int | None, dropped: Counter[str]) -> list[Entry]:
-    """Entries of `candidates` images each (by default what the smallest has): smaller ones are dropped, larger ones thinned."""
+    """Entries with `candidates` images each, by default as many as the smallest entry has.
+
+    Smaller entries are dropped and counted in `dropped`, larger ones thinned.
+    """
     count = candidates or min((len(entry.places) for entry in entries), default=2)
     large = [entry for entry in entries if len(entry.places) >= count]
     dropped[TOO_FEW] += len(entries) - len(large)
@@ -84,7 +99,10 @@ def same_size(entries: Sequence[Entry], candidates: int | None, dropped: Counter
 
 
 def thinned(entry: Entry, count: int) -> Entry:
-    """`count` of an entry's images: the best, the worst, and what lies evenly between; without ranks the first ones."""
+    """Entry with `count` of its images: the best, the worst and evenly spaced ones in between.
+
+    Without ranks, the first images are kept.
+    """
     total = len(entry.places)
     if total == count:
         return entry

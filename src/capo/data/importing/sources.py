@@ -1,6 +1,7 @@
-"""Where preferences come from: which columns hold captions, images and the order in which somebody put them.
+"""Sources of imported preferences: tables whose columns hold captions, images and their order.
 
-Each function of the Hydra group `import` makes a `Source`. Paths are checked when it is made, images later.
+Each file of the Hydra group `import` names a function that makes a `Source`. It checks paths; images are
+checked later.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ FOLDER_TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.par
 
 
 class Source(ABC):
-    """Tables of captions and images.
+    """Source of entries: tables of captions, images and choices.
 
     Attributes:
-        tables: in this order, which decides the order of the entries.
+        tables: the tables; their order determines that of the entries.
         images: folder that paths of images are relative to.
-        columns: those that hold images.
-        options: JSON values that decide what the entries are.
+        columns: names of the columns with images.
+        options: JSON values that determine the entries, part of the fingerprint.
     """
 
     def __init__(
@@ -49,25 +50,28 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, dropped: Counter[str]) -> Iterator[Entry]:
-        """The entries as they stand in the tables; counts in `dropped` those that cannot be used, by reason."""
+        """Entries in the order of the tables; counts in `dropped` those that cannot be used, by reason."""
 
     @abstractmethod
     def pick(self, row: dict, item: int) -> object:
-        """The cell of image number `item` of a row."""
+        """Cell of image number `item` of a row."""
 
     def cell(self, place: Place) -> object:
-        """What stands for an image: bytes, `{bytes, path}` or a path. Quick in rising order of places."""
+        """Cell of an image: bytes, `{bytes, path}` or a path. Requests in ascending order are fast."""
         table, row, item = place
         if table not in self._cursors:
             self._cursors = {
                 table: RowCursor(self.tables[table], self.columns)
-            }  # the last one's rows are let go
+            }  # releases the rows of the previous table
         return self.pick(self._cursors[table].row(row), item)
 
     def where(self, place: Place) -> str:
-        """How messages name an image: file, row (the first is 0) and which image of the row."""
+        """Name of an image in messages: file, row (counted from 0) and column or number of the image."""
         table, row, item = place
-        return f"{self.tables[table].path.name} row {row}, {self.columns[item] if len(self.columns) > 1 else f'image {item}'}"
+        return (
+            f"{self.tables[table].path.name} row {row}, "
+            f"{self.columns[item] if len(self.columns) > 1 else f'image {item}'}"
+        )
 
     @cached_property
     def _read(self) -> tuple[list[Entry], Counter[str]]:
@@ -76,17 +80,17 @@ class Source(ABC):
 
     @property
     def entries(self) -> list[Entry]:
-        """All entries that can be used, as far as the tables tell."""
+        """Entries that can be used; images are not checked yet."""
         return self._read[0]
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Reason -> number of entries left out, as far as the tables tell."""
+        """Reason -> number of entries left out; images are not checked yet."""
         return dict(self._read[1])
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits over the content: options, tables, and the files of images that lie outside of them."""
+        """Fingerprint, 64 hex digits, of the content: options, tables, and image files outside the tables."""
         return content_fingerprint(
             {
                 "import": 1,
@@ -108,7 +112,7 @@ def _digest(folder: Path, cell: object) -> str | None:
 
 
 class _Pairs(Source):
-    """A row is a comparison of two images."""
+    """Source in which a row is a comparison of two images."""
 
     def __init__(self, tables, caption: str, image_0: str, image_1: str, label: str, limit: int | None):
         for table in tables:
@@ -142,7 +146,7 @@ class _Pairs(Source):
 
 
 class _Lists(Source):
-    """A row is a caption with a list of images and a list of their places or scores."""
+    """Source in which a row is a caption with a list of images and a list of their ranks or scores."""
 
     def __init__(
         self, tables, images: Path, caption: str, column: str, order: str, better: str, candidates: int | None
@@ -189,7 +193,10 @@ class _Lists(Source):
 
 
 class _Files(Source):
-    """A row is an image with its caption and, where there is one, its score; the rows of a caption are its candidates."""
+    """Source in which a row is an image with its caption and perhaps a score.
+
+    The rows with the same caption are its candidates.
+    """
 
     def __init__(
         self,
@@ -245,9 +252,18 @@ def pickapic(
     label: str = "label_0",
     limit: int | None = None,
 ) -> Source:
-    """Comparisons of two images in the columns of Pick-a-Pic: `label` is 1 where the first was chosen, 0 the second, 0.5 a tie.
+    """Source of comparisons of two images, in the columns of Pick-a-Pic.
 
-    `files`: a table, a folder of parquet files, or several; `limit`: the first so many comparisons.
+    Args:
+        files: a table, a folder of parquet files, or a list of these.
+        caption: column of the captions.
+        image_0: column of the first images.
+        image_1: column of the second images.
+        label: column of the choices: 1 if the first image was chosen, 0 for the second, 0.5 for a tie.
+        limit: number of usable comparisons to read; None: all.
+
+    Raises:
+        InputError: if a file or column is missing.
     """
     return _Pairs(_tables(files), caption, image_0, image_1, label, limit)
 
@@ -261,9 +277,19 @@ def rankings(
     better: str = "lower",
     candidates: int | None = None,
 ) -> Source:
-    """Rankings of several images, as HPD has them: lists of images and of their ranks (`better=lower`) or scores (`higher`).
+    """Source of rankings of several images, as in HPD: lists of images and of their ranks or scores.
 
-    `images`: folder that paths are relative to, by default the table's; `candidates`: see `same_size`.
+    Args:
+        files: a table, a folder of parquet files, or a list of these.
+        images: folder that image paths are relative to; None: the folder of the first table.
+        caption: column of the captions.
+        image: column of the lists of images.
+        order: column of the lists of ranks or scores.
+        better: `lower` for ranks (1 is the best), `higher` for scores.
+        candidates: images per entry; see `same_size`.
+
+    Raises:
+        InputError: if a file or column is missing, or `better` is invalid.
     """
     tables = _tables(files)
     return _Lists(
@@ -286,9 +312,20 @@ def folder(
     better: str = "higher",
     candidates: int | None = None,
 ) -> Source:
-    """A folder of images with a table of one row an image: file, caption and, where somebody has judged them, a score.
+    """Source of images in a folder, with a table of one row per image: file, caption and perhaps a score.
 
-    `table`: file in the folder, by default the first of metadata.csv, .tsv, .jsonl, .parquet. `candidates`: see `same_size`.
+    Args:
+        files: the folder.
+        table: file name of the table in the folder; None: the first that exists of metadata.csv,
+            metadata.tsv, metadata.jsonl and metadata.parquet.
+        caption: column of the captions.
+        image: column of the image paths, relative to the folder.
+        score: column of the scores; None: the images have no order.
+        better: `lower` or `higher`, whichever scores are better.
+        candidates: images per entry; see `same_size`.
+
+    Raises:
+        InputError: if the table or a column is missing, or `better` is invalid.
     """
     root = Path(files).expanduser()
     names = [table] if table else FOLDER_TABLES

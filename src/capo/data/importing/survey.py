@@ -1,4 +1,4 @@
-"""Which entries of a source can become prompts of a pool: those whose images can all be decoded."""
+"""Survey of a source: entries whose images can all be decoded, which can become prompts of a pool."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from capo.data.pool.import_table import ImportTable
 from capo.data.prompts import normalize, prompt_id
 from capo.errors import InputError
 
-NAMED = 10  # broken images that messages name; the report names all
+NAMED = 10  # largest number of broken images named in a message; the report names all
 BROKEN = "with a broken image"
 
 
 def entry_id(text: str, occurrence: int) -> str:
-    """16 hex digits: of the first entry with that caption the prompt's own id, of a later one a hash of caption and number.
+    """Id, 16 hex digits, of the entry number `occurrence` with a caption.
 
-    A normalized caption has no line break, so no caption has the id of another one's later entry.
+    The first entry has the id of the prompt; later ones have a hash of caption and number. Both are separated
+    by a line break, which a normalized caption never contains, so the hash is not that of another caption.
     """
     if occurrence == 0:
         return prompt_id(text)
@@ -30,14 +31,14 @@ def entry_id(text: str, occurrence: int) -> str:
 
 
 def survey(source: Source, progress: bool = True) -> ImportTable:
-    """Decodes every image once; entries with one that cannot be are left out, counted and named in the report.
+    """Decode every image once and leave out entries with a broken image, which the report counts and names.
 
-    Raises InputError where no entry is left.
+    Returns the table of the entries kept. Raises InputError if no entry is left.
     """
     kept: list[Entry] = []
     broken: list[str] = []
     for entry in tqdm(
-        source.entries, desc="looking at images", unit="entry", disable=not progress, dynamic_ncols=True
+        source.entries, desc="checking images", unit="entry", disable=not progress, dynamic_ncols=True
     ):
         faults = [fault for place in entry.places if (fault := _fault(source, place))]
         broken += faults
@@ -79,7 +80,7 @@ def _table(kept: list[Entry], report: dict[str, object]) -> ImportTable:
 
 
 def described(report: dict[str, object]) -> str:
-    """One paragraph: how many entries there are, how many were left out and why, the first broken images by name."""
+    """Report in words: number of entries, how many were left out and why, and the first broken images."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report["dropped"].items())) or "none"
     captions = f" with {report['captions']} different captions" if "captions" in report else ""
     lines = [f"{report['entries']} entries{captions}; left out: {reasons}", *report["broken"][:NAMED]]

@@ -1,4 +1,4 @@
-"""Tables on disk, a few rows in memory at a time."""
+"""Tables on disk, read a few rows at a time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ import pyarrow.parquet as pq
 
 from capo.errors import InputError
 
-BATCH = 32  # rows at once: with two images of 1 MB each, 64 MB
+BATCH = 32  # rows in memory at a time: 64 MB for two images of 1 MB per row
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 
 
 class Table:
-    """A table of one file: `names` of its columns, `count` of its rows, `batches` of some columns.
+    """Table in one file, with the `names` of its columns and the `count` of its rows.
 
-    Parquet is read in batches of rows inside its row groups, whatever their size. The other kinds hold no images and are read
-    whole. Raises InputError for a file that cannot be read as what its name says.
+    Parquet is read in batches of rows within its row groups, whatever their size. The other formats hold no
+    images and are read at once. Raises InputError for a file that cannot be read in the format of its
+    extension.
     """
 
     def __init__(self, path: Path):
         self.path = path
         if path.suffix not in KINDS:
-            raise InputError(f"{path}: a table of an unknown kind; it must end in one of {', '.join(KINDS)}")
+            raise InputError(
+                f"{path}: unknown format of a table; its name must end in one of {', '.join(KINDS)}"
+            )
         try:
             self.names, self.count = (
                 self._parquet_shape() if path.suffix == ".parquet" else self._text_shape()
@@ -63,20 +66,20 @@ class Table:
             else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it must be a list of objects, one a row")
+            raise ValueError("it must be a list of objects, one per row")
         return rows
 
     def require(self, columns: dict[str, str]) -> None:
-        """InputError for a column that the table lacks; `columns`: option that names it -> its name."""
+        """Raise InputError if the table lacks a column; `columns` maps import options to column names."""
         for option, name in columns.items():
             if name not in self.names:
                 raise InputError(
-                    f"{self.path} has no column '{name}' (import.{option}); it has {', '.join(self.names) or 'none'}: "
-                    f"name the right one with import.{option}=COLUMN"
+                    f"{self.path} has no column '{name}' (import.{option}); it has "
+                    f"{', '.join(self.names) or 'none'}: name the right one with import.{option}=COLUMN"
                 )
 
     def holds_paths(self, column: str) -> bool:
-        """Whether the images of a column are files elsewhere; otherwise their bytes are in the table."""
+        """Whether a column holds paths of image files; otherwise it holds the bytes of the images."""
         if self.path.suffix != ".parquet":
             return True
         with pq.ParquetFile(self.path) as file:
@@ -85,7 +88,7 @@ class Table:
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     def batches(self, columns: Sequence[str], start: int = 0) -> Iterator[tuple[int, list[dict]]]:
-        """(number of the first row, rows) of `columns`, until the end; the first batch holds row `start`."""
+        """Batches (number of the first row, rows) of `columns`, from the batch that contains row `start`."""
         if self.path.suffix != ".parquet":
             yield 0, self._rows
             return
@@ -104,13 +107,13 @@ class Table:
                     first += len(batch)
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
-        """(number, row) of all rows."""
+        """Pairs (number, row) of all rows."""
         for first, rows in self.batches(columns):
             yield from enumerate(rows, start=first)
 
 
 class RowCursor:
-    """Single rows of a table, quick where they are asked for in rising order: keeps the batch that it has read."""
+    """Access to single rows of a table; it keeps the last batch, so requests in ascending order are fast."""
 
     def __init__(self, table: Table, columns: Sequence[str]):
         self.table, self.columns = table, columns
@@ -118,7 +121,7 @@ class RowCursor:
         self._batches: Iterator[tuple[int, list[dict]]] | None = None
 
     def row(self, number: int) -> dict:
-        """Row `number`. Raises IndexError beyond the last."""
+        """Row `number`. Raises IndexError beyond the last row."""
         if self._batches is None or number < self._first:
             self._batches, self._first, self._rows = self.table.batches(self.columns, number), 0, []
         while number >= self._first + len(self._rows):
