@@ -1,4 +1,4 @@
-"""A batch of prompts with their candidates, as the training step reads it."""
+"""Batch of prompts with their candidates, the input of the training step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 @dataclass
 class PreferenceBatch:
-    """B prompts with k candidates each; pairs: k = 2, the winner first.
+    """Batch of B prompts with k candidates each; for pairs k = 2, and the winner comes first.
 
     Attributes:
-        latents: (B, k, C, H, W) as the denoiser sees them, float32.
-        noise: (B, k, C, H, W) standard normal.
-        u: (B,) in [0, 1), from which the backbone makes the time that the candidates of a prompt share.
-        calibrated_rewards: (B, k), averaged over the rewards; the difference of two is dR.
-        text: what `Backbone.predict` needs, each with leading B.
-        prompt_ids: B ids.
+        latents: (B, k, C, H, W) float32 latents, scaled as the denoiser expects them.
+        noise: (B, k, C, H, W) standard normal noise.
+        u: (B,) in [0, 1), which the backbone maps to the time that the candidates of a prompt share.
+        calibrated_rewards: (B, k) calibrated rewards, averaged over the rewards; the difference of two is dR.
+        text: name -> tensor with leading dimension B, the text inputs of `Backbone.predict`.
+        prompt_ids: B prompt ids.
     """
 
     latents: Tensor
@@ -28,7 +28,7 @@ class PreferenceBatch:
     prompt_ids: list[str]
 
     def pin_memory(self) -> PreferenceBatch:
-        """The batch in memory from which a GPU copies by itself; the loader calls this."""
+        """Copy of the batch in pinned memory, for asynchronous transfer to a GPU; the loader calls this."""
         pinned = {
             name: getattr(self, name).pin_memory() for name in ("latents", "noise", "u", "calibrated_rewards")
         }

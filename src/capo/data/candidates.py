@@ -1,4 +1,4 @@
-"""What training draws its pairs from: the base's own candidates, or an imported pool."""
+"""Training data: a pool sampled from the base, or an imported one, and the candidates selected in it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from capo.rewards import Reward
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A pool with labels: `candidates` images of each of `prompts`, ordered by `labels`; `described` in one line."""
+    """Pool with labels.
+
+    Attributes:
+        pool: the pool, with scores of all `labels`.
+        prompts: the prompts of the pool to train on.
+        candidates: number of images per prompt.
+        labels: label sources (rewards or human choices) that order the images of a prompt.
+        described: one line about the data, for summaries.
+    """
 
     pool: Pool
     prompts: Sequence[Prompt]
@@ -40,7 +48,7 @@ class TrainingData:
         rewards: Sequence[Reward],
         stages: Sequence[str] = STAGES,
     ) -> TrainingData:
-        """The spec's pool; `stages` of it are completed. Raises as `fill_pool` does."""
+        """Complete `stages` of the spec's pool and return it as training data; errors as in `fill_pool`."""
         pool = fill_pool(spec, generator, rewards, stages=stages, verify=False)
         return cls(
             pool,
@@ -54,18 +62,18 @@ class TrainingData:
     def imported(
         cls, imported: Imported, generator: ImageGenerator, labels: Sequence[LabelSource]
     ) -> TrainingData:
-        """An imported pool; scores that `labels` lack are made. Raises as `Imported.ready` does."""
+        """Compute missing scores of an imported pool and return it; errors as in `Imported.ready`."""
         ready = imported.ready(generator.backbone, generator.settings, labels)
         return cls(ready.pool, ready.prompts, ready.candidates, labels, ready.described(labels))
 
     def scores(self) -> Tensor:
-        """(P, N, L) raw scores."""
+        """Raw scores (P, N, L): prompts, candidates, label sources."""
         return self.pool.scores(
             [label.key for label in self.labels], self.candidates, self.pool.positions(self.prompts)
         )
 
     def select(self, strategy: Strategy, calibration: str, seed: int, shared_noise: bool) -> Candidates:
-        """The pairs that can be drawn. Raises as `select_candidates` does."""
+        """Calibrate the scores and select the pairs that can be drawn; see `select_candidates`."""
         return select_candidates(
             self.pool, self.prompts, self.candidates, self.labels, strategy, calibration, seed, shared_noise
         )
@@ -73,14 +81,15 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Candidates:
-    """A scored pool, calibrated and selected.
+    """Candidates of a pool after calibration and pair selection.
 
     Attributes:
-        dataset: what training draws pairs from.
-        spreads: per label source, of its calibrated values; of human choices without the shares of flat and saturated prompts,
-            since they are saturated by construction.
-        labels: names of the label sources, in the same order.
-        scores, calibrated: (P, N, L) raw scores and calibrated rewards.
+        dataset: dataset of the selected pairs.
+        spreads: spread of the calibrated rewards of each label source. For human choices the shares of flat
+            and saturated prompts are NaN, since human labels are saturated by construction.
+        labels: names of the label sources, in the order of `spreads`.
+        scores: (P, N, L) raw scores.
+        calibrated: (P, N, L) calibrated rewards.
     """
 
     dataset: PairDataset
@@ -91,7 +100,7 @@ class Candidates:
 
     @property
     def selection(self) -> Selection:
-        """Winners, losers and gaps."""
+        """Masks of winners and losers, combined rewards and pair counts."""
         return self.dataset.selection
 
 
@@ -105,10 +114,21 @@ def select_candidates(
     seed: int,
     shared_noise: bool,
 ) -> Candidates:
-    """Raw scores of a complete pool -> calibrated rewards -> pairs.
+    """Calibrate the raw scores of a complete pool and select pairs.
 
-    Raises InputError for a strategy that does not fit the rewards, an unknown calibration, a score that cannot be used,
-    and where no prompt has a pair with dR > 0.
+    Args:
+        pool: complete pool with scores of all `labels`.
+        prompts: P prompts of the pool.
+        candidates: number of candidates per prompt, N; the first ones count.
+        labels: L label sources.
+        strategy: a function of `capo.pairs`.
+        calibration: a key of `capo.calibration.METHODS`.
+        seed: seed of the dataset's draws.
+        shared_noise: whether winner and loser share their noise.
+
+    Raises:
+        InputError: if the strategy does not fit the rewards, the calibration is unknown, a score is missing
+            or invalid, or no prompt has a pair with dR > 0.
     """
     positions, names = pool.positions(prompts), [label.name for label in labels]
     scores = pool.scores([label.key for label in labels], candidates, positions)
@@ -116,8 +136,8 @@ def select_candidates(
     selection = select(strategy, scores, calibrated)
     if not selection.usable.any():
         raise InputError(
-            f"none of {len(prompts)} prompts has a pair with dR > 0: use more candidates (pool.candidates={candidates}), "
-            "fewer rewards, or pairs=sum"
+            f"none of {len(prompts)} prompts has a pair with dR > 0: use more candidates "
+            f"(pool.candidates={candidates}), fewer rewards, or pairs=sum"
         )
     dataset = PairDataset(PoolReader(pool), positions, prompts, selection, seed, shared_noise)
     spreads = [

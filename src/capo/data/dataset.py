@@ -1,4 +1,4 @@
-"""From selected pairs to batches: what a visit of a prompt draws, in which order prompts are visited, and the loader."""
+"""Dataset of selected pairs: the random draw of one visit of a prompt, the order of visits, and collation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from capo.data.prompts import Prompt
 from capo.data.selection import Selection
 from capo.errors import InputError
 
-POOL, ENCODE = "pool", "encode"  # where a batch's text comes from
-Encode = Callable[[list[str]], dict[str, Tensor]]  # B prompts -> what `Backbone.predict` needs, leading B
+POOL, ENCODE = "pool", "encode"  # source of a batch's text: stored embeddings, or encoding in each step
+Encode = Callable[[list[str]], dict[str, Tensor]]  # B prompts -> text inputs of `Backbone.predict`, leading B
 
 
 def visit_generator(seed: int, prompt_id: str, visit: int) -> np.random.Generator:
-    """The generator of everything random in one visit of a prompt; a function of its arguments alone."""
+    """Random generator for one visit of a prompt; its state is a function of the arguments alone."""
     key = hashlib.blake2b(f"{seed}/{prompt_id}/{visit}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
 class PairDataset(Dataset):
-    """One pair per (row, visit): row of the selection, number of the visit.
+    """Dataset with one pair per key (row, visit): row of the selection, number of the visit of its prompt.
 
-    Pair, u and noise of a visit are functions of (seed, prompt_id, visit), so they depend neither on the order of
-    visits nor on the number of loader workers.
+    Pair, u and noise of a visit are functions of (seed, prompt_id, visit). They depend neither on the order
+    of visits nor on the number of loader workers.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PairDataset(Dataset):
             )
         self.reader, self.positions, self.prompts = reader, list(positions), list(prompts)
         self.selection, self.seed, self.shared_noise = selection, seed, shared_noise
-        self.stored_text = True  # whether the pool's embeddings are read
+        self.stored_text = True  # whether to read the pool's text embeddings
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -73,9 +73,10 @@ class PairDataset(Dataset):
 
 
 def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
-    """Stack the items of `PairDataset`; `encode` makes the text of a batch at once where it was not read.
+    """Stack items of `PairDataset` to a batch; with `encode`, compute its text embeddings from the prompts.
 
-    Text encoders round by batch: encoded with others than in the pool, an embedding can differ in its last bits.
+    Rounding in the text encoders depends on the batch, so computed embeddings can differ from those stored in
+    the pool in their last bits.
     """
     stacked = {
         name: torch.stack([item[name] for item in items])
@@ -86,16 +87,17 @@ def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
         if encode is None
         else encode([item["prompt"] for item in items])
     )
-    # u rounded down, because float32 would round the largest of them to 1
+    # clamped, since float32 would round a u just below 1 to 1
     u = torch.tensor([item["u"] for item in items], dtype=torch.float64).clamp(max=1 - 2**-24).float()
     return PreferenceBatch(u=u, text=text, prompt_ids=[item["prompt_id"] for item in items], **stacked)
 
 
 class VisitSampler(Sampler):
-    """An endless stream of batches of (row, visit).
+    """Endless sampler of batches of keys (row, visit) for `PairDataset`.
 
-    Epoch e visits every usable row once, in a permutation that is a function of (seed, e); a batch may span two epochs. Of
-    each global batch every rank takes its own part, so the stream is the same whatever their number.
+    Epoch e visits every usable row once, in a permutation that is a function of (seed, e); a batch may span
+    two epochs. Every rank takes its own part of each global batch, so the stream of visits does not depend on
+    the number of ranks. Raises InputError if no row is usable.
     """
 
     def __init__(
@@ -103,14 +105,15 @@ class VisitSampler(Sampler):
     ):
         if len(rows) == 0:
             raise InputError(
-                "no prompt has a usable pair; use more candidates (pool.candidates), other rewards or pairs=sum"
+                "no prompt has a usable pair; use more candidates (pool.candidates), other rewards "
+                "or pairs=sum"
             )
         self.rows, self.seed, self.batch = np.asarray(rows), seed, batch
         self.rank, self.world, self.start = rank, world, start
         self._epoch, self._order = -1, self.rows
 
     def _visit(self, count: int) -> tuple[int, int]:
-        """Row and visit number of the stream's element `count`."""
+        """Row and visit number of element `count` of the stream."""
         epoch, place = divmod(count, len(self.rows))
         if epoch != self._epoch:
             order = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))

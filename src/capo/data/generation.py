@@ -1,4 +1,4 @@
-"""Fill a pool with text, latents and scores, shard by shard; what is there is skipped."""
+"""Pool generation: fill a pool with text, latents and scores, shard by shard, skipping shards that exist."""
 
 import shutil
 import time
@@ -19,19 +19,20 @@ from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
 
-WAIT = 0.5  # seconds until shards that another process works on are looked at again
+WAIT = 0.5  # seconds between checks of shards that another process is working on
 COMMANDS = {
     "text": "text",
     "latents": "latents",
     "scores": "score",
-}  # stage -> what generate.py calls it: stage=...
+}  # stage -> its name on the command line, generate.py stage=NAME
 STAGES = tuple(COMMANDS)
 
 
 def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, settings: SamplerSettings) -> str:
-    """64 hex digits over what decides a latent beside prompt and seed: denoiser, sampler, steps, guidance.
+    """Fingerprint, 64 hex digits, of all that determines a latent besides prompt and seed.
 
-    The batch is left out: it moves a latent by rounding only, and stands in each shard's header.
+    That is the denoiser, the sampler, steps, guidance and, unless it is 32-true, the precision. The batch
+    size is left out: it changes latents by rounding only, and each shard's header records it.
     """
     known = {
         "denoiser": denoiser_fingerprint,
@@ -46,7 +47,7 @@ def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, setting
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """What draws a pool's images: a backbone's pipeline with `denoiser`, base or policy, in it."""
+    """Generator of a pool's images: a backbone's pipeline, its denoiser (base or policy) and its settings."""
 
     backbone: Backbone
     denoiser: nn.Module
@@ -55,21 +56,22 @@ class ImageGenerator:
 
     @classmethod
     def base(cls, backbone: Backbone, settings: SamplerSettings) -> "ImageGenerator":
-        """The frozen base itself."""
+        """Generator that samples from the frozen base."""
         return cls(backbone, backbone.denoiser, backbone.fingerprints["denoiser"], settings)
 
     @cached_property
     def fingerprint(self) -> str:
-        """`generator_fingerprint` of this one."""
+        """Fingerprint of this generator; see `generator_fingerprint`."""
         return generator_fingerprint(self.backbone, self.denoiser_fingerprint, self.settings)
 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """What a pool shall hold, and where: `candidates` images of each of `prompts`, under `root`.
+    """Specification of a pool: `candidates` images for each of `prompts`, in a folder under `root`.
 
-    `model` and `split` are for the folder's name; `seed` is that of the images. Raises InputError for no
-    prompts and for fewer than two candidates, which cannot be compared.
+    `model` and `split` are parts of the folder's name; `seed` is the seed of the images. Raises InputError if
+    there are no prompts, fewer than two candidates (which cannot be compared) or less than one prompt per
+    shard.
     """
 
     root: Path
@@ -93,9 +95,9 @@ class PoolSpec:
 
 
 def open_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool:
-    """The spec's pool, created if need be, with all of the spec's prompts in it; nothing is sampled.
+    """Open the spec's pool, or create it, and append missing prompts; nothing is sampled.
 
-    Raises InputError for a pool there that was made otherwise, and a root that cannot be written.
+    Raises InputError if the folder holds a pool made with other settings, or if the root is not writable.
     """
     fingerprints = generator.backbone.fingerprints
     manifest = Manifest(
@@ -121,13 +123,26 @@ def fill_pool(
     progress: bool = True,
     verify: bool = True,
 ) -> Pool:
-    """Makes what is missing of the spec's pool: the rows of its prompts, that many candidates, all `rewards`.
+    """Generate what the spec's pool lacks: text, latents of all candidates, scores of all `rewards`.
 
-    Any number of processes may do so at once. Rows are filled whole, so prompts of an earlier spec that share
-    a row are filled with them. With `verify` the checksum of everything that is there is compared, and
-    damaged shards are made again; without it only headers and sizes are looked at. Raises InputError for a
-    stage that needs an earlier one left out of `stages`, for too little disk space (before any work), and for
-    a latent or score that is not finite.
+    Any number of processes may fill the same pool at once. Rows are filled completely, so prompts of an
+    earlier spec in the same rows are filled too.
+
+    Args:
+        spec: prompts, candidates and place of the pool.
+        generator: generator of the latents.
+        rewards: rewards that score the images.
+        stages: stages to run, names from `STAGES`.
+        progress: whether to show progress bars.
+        verify: compare the checksums of existing shards and make damaged ones again; otherwise only headers
+            and file sizes are checked.
+
+    Returns:
+        The pool, complete in all `stages`.
+
+    Raises:
+        InputError: if a stage is unknown or needs an incomplete stage that is not in `stages`, if there is
+            too little disk space (checked before any work), or if a latent or score is not finite.
     """
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"stage {', '.join(sorted(unknown))} is unknown; choose from {', '.join(STAGES)}")
@@ -140,20 +155,21 @@ def fill_pool(
             run_stage(stage, progress)
         elif stage.todo():
             raise InputError(
-                f"{lacking(stage)}, which {wanted[-1].name} needs: run generate.py stage={COMMANDS[stage.name]} first"
+                f"{lacking(stage)}, which {wanted[-1].name} needs: "
+                f"run generate.py stage={COMMANDS[stage.name]} first"
             )
     return pool
 
 
 def lacking(stage: Stage) -> str:
-    """What a stage has still to make, for messages."""
+    """Message that says how many shards of a stage are missing."""
     return f"pool {stage.pool.folder}: {len(stage.todo())} shards lack their {stage.name}"
 
 
 def stages_of(
     pool: Pool, spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool
 ) -> list[Stage]:
-    """What fills a pool, in its order; with `verify`, checksums of what is there are compared."""
+    """Stages that fill a pool, in their order; with `verify`, they compare checksums of existing shards."""
     rows = pool.text_shards(pool.positions(spec.prompts))
     backbone, settings = generator.backbone, generator.settings
     return [
@@ -164,9 +180,10 @@ def stages_of(
 
 
 def run_stage(stage: Stage, progress: bool = True) -> None:
-    """The engine of one process: runs a stage's shards one after another until none is missing.
+    """Run the shards of a stage one after another in this process, until none is missing.
 
-    Shards that another process works on are passed over and looked at again, in case that process dies.
+    Shards locked by another process are skipped and checked again later, in case that process dies. Raises
+    RuntimeError if a shard is missing after it was written.
     """
     todo = stage.todo()
     if not todo:
@@ -187,14 +204,14 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
             todo = busy or stage.todo()
             if lost := made.intersection(todo):
                 raise RuntimeError(
-                    f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} "
-                    "was written and is not there: the disk does not keep what it is given"
+                    f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} was written "
+                    "but is missing: the disk does not keep written files; check it, or use another pool.root"
                 )
     stage.close()
 
 
 def _attempt(stage: Stage, shard: Shard, made: set[Shard], bar: tqdm) -> bool:
-    """Whether nothing is left to do for `shard`; false where another process holds its lock."""
+    """Run `shard` if it is missing. Returns False if another process holds its lock: try again later."""
     with stage.pool.lock(stage.name, shard.row) as mine:
         if not mine:
             return False
@@ -202,13 +219,15 @@ def _attempt(stage: Stage, shard: Shard, made: set[Shard], bar: tqdm) -> bool:
             stage.run(shard, bar.update)
             made.add(shard)
         elif bar.total:
-            bar.total -= stage.amount(shard)  # another process has made it: the rate shown stays this one's
+            bar.total -= stage.amount(
+                shard
+            )  # made by another process: the rate shown stays this process's own
             bar.refresh()
     return True
 
 
 def check_space(pool: Pool, stages: Sequence[Stage]) -> None:
-    """InputError when the disk has less room than `stages` will fill."""
+    """Raise InputError if the missing shards of `stages` need more disk space than is free."""
     needed = sum(stage.bytes_missing() for stage in stages)
     free = shutil.disk_usage(pool.folder).free
     if needed > free:

@@ -1,4 +1,4 @@
-"""The images of policy or base in their pool, read back: scores, distances, pictures."""
+"""Generated images of policy or base, read back from their pool: scores, diversity, decoded images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ Scores = Mapping[str, Tensor]  # reward or measure -> (P, K)
 
 
 def latent_diversity(latents: Tensor) -> float:
-    """Mean distance between two latents (K, C, H, W) of one prompt, over all pairs.
+    """Mean distance of the latents (K, C, H, W) of one prompt, over all pairs of them.
 
-    The distance is the root mean square difference, so that it does not grow with the size of the latents:
-    sqrt(2) for two independent latents of unit variance, 0 for copies.
+    The distance is the root mean square difference, which does not grow with the size of the latents: sqrt(2)
+    for two independent latents of unit variance, 0 for copies.
     """
     flat = latents.flatten(1).double()
     return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
@@ -26,7 +26,7 @@ def latent_diversity(latents: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: its images, their scores and, where there is an oracle, what it measured."""
+    """One side of a comparison: its images, their scores and, with an oracle, the oracle's measures."""
 
     drawn: "GeneratedImages"
     scores: Scores
@@ -35,7 +35,7 @@ class Side:
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """The images of a spec, in their pool: scored, and complete."""
+    """Images of a spec in their pool, complete and scored."""
 
     spec: PoolSpec
     generator: ImageGenerator
@@ -45,7 +45,7 @@ class GeneratedImages:
     def fill(
         cls, spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], progress: bool
     ) -> "GeneratedImages":
-        """Makes what is missing of them."""
+        """Generate and score the images that are missing; see `fill_pool`."""
         return cls(spec, generator, fill_pool(spec, generator, rewards, progress=progress))
 
     @property
@@ -53,21 +53,21 @@ class GeneratedImages:
         return self.pool.positions(self.spec.prompts)
 
     def scores(self, rewards: Sequence[Reward]) -> dict[str, Tensor]:
-        """Reward -> (P, K) raw scores."""
+        """Raw scores: name of the reward -> (P, K)."""
         scores = self.pool.scores([reward.key for reward in rewards], self.spec.candidates, self.positions)
         return {reward.name: scores[..., number] for number, reward in enumerate(rewards)}
 
     def side(self, rewards: Sequence[Reward], oracle: Sequence[Reward]) -> Side:
-        """What is known of the images, which both have scored."""
+        """Side of a comparison, from stored scores of `rewards` and `oracle` (which may be empty)."""
         return Side(self, self.scores(rewards), self.scores(oracle) if oracle else {})
 
     def diversity(self) -> float:
-        """`latent_diversity`, mean over the prompts."""
+        """Mean of `latent_diversity` over the prompts."""
         reader, candidates = PoolReader(self.pool), range(self.spec.candidates)
         distances = [latent_diversity(reader.latents(place, candidates)) for place in self.positions]
         return sum(distances) / len(distances)
 
     def images(self, prompt: int) -> list[Image]:
-        """The K images of the spec's prompt number `prompt`."""
+        """Decoded images, K, of prompt number `prompt` of the spec."""
         latents = PoolReader(self.pool).latents(self.positions[prompt], range(self.spec.candidates))
         return self.generator.backbone.decode(latents, self.generator.settings.decoded)

@@ -1,4 +1,4 @@
-"""Label sources: what orders the candidates of a prompt, a reward's scores or the choices of people."""
+"""Label sources: a reward's scores or human choices, which order the candidates of a prompt."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Protocol
 
 from capo.rewards import Reward
 
-# Log-odds between two ranks: sigmoid(1000) is 1 in any precision and sigmoid(-1000) is 0, so a choice between two has dR = 1.
+# Log-odds between adjacent ranks: sigmoid(1000) is 1 and sigmoid(-1000) is 0 in any precision, so the gap dR
+# of a choice between two images is exactly 1.
 CERTAIN = 1000.0
 
 
 class LabelSource(Protocol):
-    """A number for each candidate in a pool, under `key`, and how calibration reads it (`capo.calibration`)."""
+    """Source of one number per candidate, stored in the pool under `key`, and its link and scale.
+
+    `capo.calibration` explains link and scale; `range` is the range of valid numbers, None: any.
+    """
 
     @property
     def name(self) -> str: ...
@@ -33,9 +37,9 @@ class LabelSource(Protocol):
 
 @dataclass(frozen=True)
 class HumanChoices:
-    """Who was preferred, as ranks (0 the worst) that were stored when the pool was imported; no scorer computes them.
+    """Human choices, as ranks (0 the worst) that were stored when the pool was imported; they need no scorer.
 
-    `key` is part of the pool's layout: another one would orphan the choices of every imported pool.
+    `key` is part of the pool's layout: with another key, the choices of existing pools would not be found.
     """
 
     name: str = "human"
@@ -49,12 +53,12 @@ HUMAN = HumanChoices()
 
 
 def scored(labels: Sequence[LabelSource]) -> list[Reward]:
-    """Those of `labels` that a scorer computes from images."""
+    """Label sources that are rewards, computed from images by a scorer."""
     return [label for label in labels if isinstance(label, Reward)]
 
 
 def described(labels: Sequence[LabelSource]) -> str:
-    """What orders the candidates, for summaries and model cards."""
+    """Phrase for summaries and model cards that says what orders the candidates."""
     rewards = scored(labels)
     return (
         "scored by " + ", ".join(reward.name for reward in rewards) if rewards else "ordered by human choice"

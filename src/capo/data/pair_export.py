@@ -1,4 +1,4 @@
-"""Selected pairs as a parquet file in the columns of Pick-a-Pic, for trainers other than this one."""
+"""Export of selected pairs to a parquet file with the columns of Pick-a-Pic, for other trainers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = {"jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0}, "png": {
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of the row `row` of a selection: candidates that win and lose; `side` is the winner's, 0 or 1."""
+    """Pair of candidates in row `row` of a selection; `side` is the winner's side in the file, 0 or 1."""
 
     row: int
     winner: int
@@ -38,14 +38,15 @@ class Pair:
 
     @property
     def candidates(self) -> tuple[int, int]:
-        """The candidates of sides 0 and 1."""
+        """Candidates on side 0 and on side 1."""
         return (self.winner, self.loser) if self.side == 0 else (self.loser, self.winner)
 
 
 def selected_pairs(dataset: PairDataset, per_prompt: int | None = 1) -> list[Pair]:
-    """The different pairs among those that training draws on the first `per_prompt` visits of each prompt; None: every pair there is.
+    """Distinct pairs that training draws in the first `per_prompt` visits of each prompt; None: all pairs.
 
-    The winner stands on side 0 in half of them, to one more or less: which, the dataset's seed decides.
+    The winner is on side 0 in half of the pairs (one more if their number is odd); the dataset's seed
+    determines in which.
     """
     rows = dataset.selection.usable.nonzero().flatten().tolist()
     found = [(row, *pair) for row in rows for pair in _pairs_of(dataset, row, per_prompt)]
@@ -77,21 +78,29 @@ def export_pairs(
     settings: dict | None = None,
     progress: bool = True,
 ) -> int:
-    """Decodes the images of the selected pairs and writes them to `path`; returns the number of pairs.
+    """Decode the images of the selected pairs and write them to a parquet file.
 
-    Columns: jpg_0 and jpg_1 (encoded images), label_0 and label_1 (1.0 for the winner, 0.0), caption, dR, scores_0 and scores_1
-    (raw, by reward), prompt_id, candidate_0, candidate_1.
+    Columns: jpg_0 and jpg_1 (encoded images), label_0 and label_1 (1.0 for the winner, else 0.0), caption,
+    dR, scores_0 and scores_1 (raw scores by reward), prompt_id, candidate_0, candidate_1.
 
     Args:
-        candidates: from `TrainingData.select`.
+        candidates: result of `TrainingData.select`.
         scores: (P, N, L) raw scores of the same prompts.
+        backbone: backbone whose VAE decodes the latents.
+        path: file to write.
         per_prompt: see `selected_pairs`.
         image_format: a key of FORMATS.
-        row_group: pairs in a row group; so many are in memory at a time.
+        row_group: pairs in a row group; that many pairs are held in memory at a time.
         batch: images decoded at a time.
         settings: JSON values for the file's metadata.
+        progress: whether to show a progress bar.
 
-    Raises InputError for a path that cannot be written and a disk that has not enough room, judged by the first row group.
+    Returns:
+        The number of pairs.
+
+    Raises:
+        InputError: if the path is not writable, or the disk has too little space for all pairs, as estimated
+            from the first row group.
     """
     pairs = selected_pairs(candidates.dataset, per_prompt)
     with (
@@ -141,7 +150,7 @@ def _table(
     schema: pa.Schema,
 ) -> pa.Table:
     dataset, gains = candidates.dataset, candidates.selection.rewards
-    # one stack, so that images are decoded in full batches whatever pair they belong to
+    # concatenated, so that images are decoded in full batches across pairs
     latents = torch.cat(
         [dataset.reader.latents(dataset.positions[pair.row], pair.candidates) for pair in group]
     )
@@ -169,16 +178,17 @@ def _table(
 
 
 def encoded(image: Image, image_format: str) -> bytes:
-    """An image file's bytes in one of FORMATS."""
+    """Bytes of an image file in the format `image_format`, a key of FORMATS."""
     buffer = io.BytesIO()
     image.save(buffer, **FORMATS[image_format])
     return buffer.getvalue()
 
 
 def _check_room(unfinished: Path, written: int, left: int) -> None:
-    """InputError where the disk has less room than `left` pairs will take, at the size of those `written`."""
+    """Raise InputError if `left` more pairs do not fit on the disk, at the mean size of those `written`."""
     needed = unfinished.stat().st_size * left / written
     if needed > (free := shutil.disk_usage(unfinished.parent).free):
         raise InputError(
-            f"{left} pairs more need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {REMEDY}"
+            f"{left} more pairs need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
+            f"{REMEDY}"
         )

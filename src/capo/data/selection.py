@@ -1,4 +1,4 @@
-"""A strategy applied to a whole pool: which pairs can be drawn, how many there are, and the draw itself."""
+"""Selection of pairs in a whole pool: which pairs a strategy allows, how many there are, and drawing one."""
 
 import inspect
 import math
@@ -11,21 +11,24 @@ from torch import Tensor
 from capo.pairs import PairSets, Strategy, combined_rewards
 from capo.runtime.threads import over_rows
 
-# Candidates compared at a time: PyTorch splits 2^15 elements over threads, and waiting for one another costs
-# more than that gains, ten times as much where other processes run on the same cores.
+# Candidates compared at a time. PyTorch splits tensors of 2^15 elements over threads, whose synchronization
+# costs more than they gain, and ten times as much if other processes use the same cores.
 BLOCK = 2**14
 
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """What a selection came to, over all prompts.
+    """Statistics of a selection over all prompts.
 
     Attributes:
-        prompts, usable: number of prompts, and of those with a pair that can be drawn.
-        skipped_share: share of prompts without one.
-        winners, losers: mean size of X+ and of X- per prompt, in candidates.
-        winners_share, losers_share: the same as shares of the candidates.
-        pairs: mean number of pairs that can be drawn, over the usable prompts (0 where there is none).
+        prompts: number of prompts.
+        usable: number of prompts with at least one pair that can be drawn.
+        skipped_share: share of prompts without such a pair.
+        winners: mean number of candidates in X+ per prompt.
+        losers: mean number of candidates in X- per prompt.
+        winners_share: `winners` as a share of all candidates.
+        losers_share: `losers` as a share of all candidates.
+        pairs: mean number of pairs that can be drawn from a usable prompt; 0 if no prompt is usable.
     """
 
     prompts: int
@@ -40,11 +43,12 @@ class PairStatistics:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a strategy selected in a pool, and what can be drawn from it.
+    """Winners and losers that a strategy selected in a pool, and the pairs that can be drawn from them.
 
     Attributes:
-        winners, losers: (P, N) bool masks.
-        rewards: (P, N) calibrated rewards combined over the rewards; the difference of two is their dR.
+        winners: (P, N) bool mask of the candidates that may win, X+.
+        losers: (P, N) bool mask of the candidates that may lose, X-.
+        rewards: (P, N) calibrated rewards averaged over the rewards; the difference of two is their dR.
         pairs: (P,) int64 number of pairs that can be drawn.
     """
 
@@ -55,15 +59,15 @@ class Selection:
 
     @property
     def usable(self) -> Tensor:
-        """(P,) bool: prompts with a pair that can be drawn."""
+        """Mask (P,) of the prompts with a pair that can be drawn."""
         return self.pairs > 0
 
     def draw(self, prompt: int, draw: Callable[[int], int]) -> tuple[int, int]:
-        """(winner, loser) of the prompt in row `prompt`; see `draw_pair`."""
+        """Draw a pair (winner, loser) of the prompt in row `prompt`; see `draw_pair`."""
         return draw_pair(self.winners[prompt], self.losers[prompt], self.rewards[prompt], draw)
 
     def statistics(self) -> PairStatistics:
-        """Sizes of X+ and X- and the share of prompts that are skipped. Raises ValueError for P = 0."""
+        """Statistics over all prompts. Raises ValueError for P = 0."""
         prompts, candidates = self.winners.shape
         if prompts == 0:
             raise ValueError("a selection of no prompts has no statistics")
@@ -84,8 +88,8 @@ class Selection:
 def select(strategy: Strategy, scores: Tensor, calibrated: Tensor) -> Selection:
     """Apply a strategy to all prompts: scores and calibrated rewards (P, N, L) -> `Selection`.
 
-    With no prompts, (0, N, L), it only finds out whether the strategy fits L rewards, before any score is
-    there. Raises what the strategy raises.
+    With P = 0 it checks whether the strategy fits L rewards, which needs no scores. Raises the errors of the
+    strategy.
     """
     sets = strategy(scores, calibrated)
     rewards = combined_rewards(calibrated, gap_weights(strategy))
@@ -93,29 +97,29 @@ def select(strategy: Strategy, scores: Tensor, calibrated: Tensor) -> Selection:
 
 
 def gap_weights(strategy: Strategy) -> Sequence[float] | None:
-    """The `weights` that a strategy was given (read through `functools.partial`), its default, or None."""
+    """Argument `weights` of a strategy: as bound by `functools.partial`, or its default; None without one."""
     parameter = inspect.signature(strategy).parameters.get("weights")
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def pair_matrix(winners: Tensor, losers: Tensor, rewards: Tensor) -> Tensor:
-    """Which (winner, loser) can be drawn: masks (..., N) and combined rewards (..., N) -> bool (..., N, N).
+    """Pairs that can be drawn: masks (..., N) and combined rewards (..., N) -> bool (..., N, N).
 
-    `[i, j]` is true where i may win, j may lose, and dR = rewards[i] - rewards[j] > 0.
+    Element `[i, j]` is true if i may win, j may lose, and dR = rewards[i] - rewards[j] > 0.
     """
     allowed = winners[..., :, None] & losers[..., None, :]
     return allowed & (rewards[..., :, None] > rewards[..., None, :])
 
 
 def count_pairs(sets: PairSets, rewards: Tensor) -> Tensor:
-    """Number of pairs that can be drawn from each prompt: the sum of `pair_matrix`, which is never held.
+    """Number of pairs that can be drawn from each prompt: the sum of `pair_matrix`, without its memory.
 
     Args:
-        sets: masks (P, N).
+        sets: masks (P, N) of winners and losers.
         rewards: (P, N) combined rewards (`combined_rewards`).
 
     Returns:
-        (P,) int64; 0 where the prompt has to be skipped.
+        (P,) int64; 0 for a prompt that must be skipped.
     """
     prompts, candidates = rewards.shape
     counts = torch.zeros(prompts, dtype=torch.int64, device=rewards.device)
@@ -127,7 +131,7 @@ def count_pairs(sets: PairSets, rewards: Tensor) -> Tensor:
             high = rewards[rows].masked_fill(~sets.winners[rows], -math.inf).T.contiguous()
             low = rewards[rows].masked_fill(~sets.losers[rows], math.inf).T.contiguous()
             beaten, above = torch.zeros_like(high), torch.empty_like(high)
-            for loser in low:  # compared into floats, since comparisons into bools are not vectorized
+            for loser in low:  # float output, since comparisons with bool output are not vectorized
                 beaten += torch.gt(high, loser, out=above)
             counts[rows] = beaten.sum(0).long()
 
@@ -138,23 +142,24 @@ def count_pairs(sets: PairSets, rewards: Tensor) -> Tensor:
 def draw_pair(
     winners: Tensor, losers: Tensor, rewards: Tensor, draw: Callable[[int], int]
 ) -> tuple[int, int]:
-    """Draw one pair of a prompt, uniformly over winners x losers with dR > 0.
+    """Draw one pair of a prompt, uniformly over the pairs of winners x losers with dR > 0.
 
     Args:
-        winners, losers: (N,) bool masks of one prompt.
+        winners: (N,) bool mask of the candidates that may win.
+        losers: (N,) bool mask of the candidates that may lose.
         rewards: (N,) combined rewards.
-        draw: for n, an integer uniform on 0 ... n - 1; `integers` of a `numpy.random.Generator` is exactly
-            uniform.
+        draw: function n -> random integer, uniform on 0 ... n - 1, such as `integers` of a
+            `numpy.random.Generator`, which is exactly uniform.
 
     Returns:
         Indices (winner, loser) of two candidates.
 
     Raises:
-        ValueError: there is no pair to draw (`count_pairs` tells beforehand).
+        ValueError: if no pair can be drawn (`count_pairs` is 0).
     """
     pairs = pair_matrix(winners, losers, rewards).flatten().nonzero()
     if len(pairs) == 0:
         raise ValueError(
-            "no pair with dR > 0 to draw; leave out prompts that `Selection.usable` does not mark"
+            "no pair with dR > 0 to draw; leave out prompts for which `Selection.usable` is false"
         )
     return divmod(int(pairs[int(draw(len(pairs)))]), len(rewards))

@@ -1,4 +1,4 @@
-"""The three kinds of work on a pool: `setup`, and `run(shard)`, idempotent, which any engine can place."""
+"""Stages that fill a pool (text, latents, scores), each with an idempotent `run(shard)` for any engine."""
 
 import functools
 import logging
@@ -20,9 +20,9 @@ from capo.data.prompts import candidate_seed
 from capo.rewards import Reward
 from capo.runtime.threads import BATCHES, map_batches
 
-Report = Callable[[int], object]  # called with how many images (or prompts) were finished since the last call
-TEXT_BATCH = 64  # prompts through the text encoders at once
-SCORE_BYTES = 64  # of one score in parquet, generously
+Report = Callable[[int], object]  # called with the number of images (or prompts) finished since the last call
+TEXT_BATCH = 64  # prompts per batch of the text encoders
+SCORE_BYTES = 64  # upper estimate for one score in parquet
 log = logging.getLogger(__name__)
 RECORDED = ("torch", "diffusers", "transformers")
 
@@ -33,13 +33,16 @@ def _versions() -> dict[str, str]:
 
 
 def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
-    """What moves a result by rounding only: bitwise equality is promised where these are the same."""
+    """Settings that change results by rounding only; results are bitwise equal if these are equal."""
     threads = 1 if settings.parallel == BATCHES else torch.get_num_threads()
     return {"batch": settings.batch, "threads": threads, "device": str(backbone.device), **_versions()}
 
 
 class Stage(ABC):
-    """Work on the given rows of a pool. With `verify`, `missing` compares checksums of what is there."""
+    """One kind of work on the given rows of a pool.
+
+    With `verify`, `missing` compares the checksums of existing files.
+    """
 
     name: ClassVar[str]
     unit: ClassVar[str] = "image"
@@ -52,37 +55,37 @@ class Stage(ABC):
 
     @abstractmethod
     def missing(self, row: int) -> list[Shard]:
-        """The shards of a row that are not there, in the order in which they must be made."""
+        """Missing shards of a row, in the order in which they must be made."""
 
     @abstractmethod
     def run(self, shard: Shard, report: Report) -> None:
-        """Makes a shard. The caller holds the pool's lock of this stage and row."""
+        """Make a shard. The caller holds the pool's lock of this stage and row."""
 
     @abstractmethod
     def bytes_missing(self) -> int:
-        """Estimate of what is still to be written."""
+        """Estimated size in bytes of all missing shards."""
 
     def setup(self) -> None:
-        """Loads what is needed and was not given, before the first `run`."""
+        """Load models that the stage needs; called before the first `run`."""
 
     def close(self) -> None:
-        """Says what the whole work came to, after the last `run`."""
+        """Release models and log a summary; called after the last `run`."""
 
     def todo(self) -> list[Shard]:
-        """All shards that are not there."""
+        """Missing shards of all rows."""
         return [shard for row in self.rows for shard in self.missing(row)]
 
     def amount(self, shard: Shard) -> int:
-        """How much of the progress bar a shard is."""
+        """Units of progress (`unit`) in a shard."""
         return shard.images
 
     def record(self) -> dict[str, object]:
-        """What a file's header says about how it was made."""
+        """Settings for the header of a file, which record how it was made."""
         return sampling_record(self.backbone, self.settings)
 
 
 class TextStage(Stage):
-    """Prompts through the text encoders, once a row."""
+    """Text stage: encodes the prompts of each row."""
 
     name, unit = "text", "prompt"
 
@@ -109,11 +112,12 @@ class TextStage(Stage):
         report(len(prompts))
 
     def close(self) -> None:
-        """Warns of prompts that are longer than what the encoders read."""
+        """Warn about prompts with more tokens than the text encoders read."""
         for component, count in self._cut.items():
             if count:
                 log.warning(
-                    "%d of %d prompts are longer than the %d tokens that %s reads: what comes after them has no effect on the image",
+                    "%d of %d prompts are longer than the %d tokens that %s reads: what comes after them "
+                    "has no effect on the image",
                     count,
                     self._encoded,
                     self.backbone.token_limits[component],
@@ -129,7 +133,10 @@ class TextStage(Stage):
 
 
 class LatentStage(Stage):
-    """Sampling. Batches never reach into another shard, and the text is the stored one, as in training."""
+    """Latent stage: samples the candidates of each shard.
+
+    Batches stay within a shard, and the text embeddings are those stored in the pool, as in training.
+    """
 
     name = "latents"
 
@@ -171,7 +178,7 @@ class LatentStage(Stage):
 
 
 class _ImageCount:
-    """Turns `n images took a denoising step` into whole images, so that the bar moves within a batch."""
+    """Converts counts of images that took a denoising step into whole images, for progress within a batch."""
 
     def __init__(self, images: int, steps: int, report: Report):
         self.images, self.steps, self.report = images, steps, report
@@ -190,7 +197,7 @@ class _ImageCount:
 
 
 class ScoreStage(Stage):
-    """Decodes a shard's stored latents once and gives the images to every reward that has not scored them."""
+    """Score stage: decodes each shard once and scores its images by every reward that has not scored them."""
 
     name = "scores"
 
@@ -212,7 +219,7 @@ class ScoreStage(Stage):
             reward.setup(self.backbone.device)
 
     def close(self) -> None:
-        """Leaves the device to what comes next."""
+        """Move the scorers to the CPU, to free the device's memory."""
         for reward in self.rewards:
             reward.offload()
 
@@ -223,7 +230,7 @@ class ScoreStage(Stage):
         return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard, self.verify)]
 
     def run(self, shard: Shard, report: Report) -> None:
-        """Decodes a shard once and scores it by the rewards that it lacks."""
+        """Decode a shard once and store the scores of the rewards that have not scored it."""
         rewards, width, batch = self._unscored(shard), len(shard.candidates), self.settings.batch
         prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row) for _ in shard.candidates]
         latents = self.pool.read_latents(shard).flatten(0, 1)

@@ -337,7 +337,7 @@ def test_plans_that_cannot_be_filled(plan, changes, message):
 
 def test_a_pool_made_otherwise_is_refused(plan, generator):
     fill(plan, generator, stages=["text"])
-    with pytest.raises(InputError, match="made otherwise: prompts_per_shard is 2, this configuration has 4"):
+    with pytest.raises(InputError, match="made with other settings: prompts_per_shard is 2, this configuration has 4"):
         fill(dataclasses.replace(plan, prompts_per_shard=4), generator)
 
 
