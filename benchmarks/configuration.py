@@ -1,4 +1,4 @@
-"""What `train.py` would be given, for benchmarks that run on a model."""
+"""Configuration of `train.py`, for benchmarks that run on a model."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from capo.cli.process import prepare_process
 
 
 def configuration(model: str, prompts: int) -> DictConfig:
-    """`python train.py model=MODEL` with `prompts` prompts of the shapes world to train on."""
+    """Configuration of `python train.py model=MODEL` with `prompts` training prompts of the shapes world."""
     sizes = {"train": prompts, "validation": 1, "test": 1}
     return composed(
         "train", [f"model={model}", *(f"prompts.{split}={size}" for split, size in sizes.items())]
@@ -20,9 +20,15 @@ def configuration(model: str, prompts: int) -> DictConfig:
 def model_and_sizes(
     description: str, defaults: Mapping[str, int], arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, DictConfig]:
-    """Options of a benchmark that runs on a model, `threads` and `prompts` among them, and what they configure.
+    """Parse the options of a benchmark that runs on a model, and compose the configuration they describe.
 
-    `defaults` are those of its whole numbers; `description` is the script's docstring. The process gets its threads.
+    Args:
+        description: docstring of the script.
+        defaults: name -> default of the integer options; `threads` and `prompts` must be among them.
+        arguments: command-line arguments; None: those of the process.
+
+    Returns:
+        The options and the configuration. The number of threads of the process is set.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     for name, default in defaults.items():

@@ -1,11 +1,12 @@
-"""Images per second of SDXL and SD3-Medium with random weights, against the plain pipeline in bf16 at the same batch.
+"""Images per second of SDXL and SD3-Medium with random weights, against the plain bf16 pipeline.
 
     python benchmarks/sampling.py --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 2]
     python benchmarks/sampling.py --size tiny --model sdxl --device cpu
 
-Ours: float32 weights under bf16 autocast, as `sampling.precision=bf16-mixed` draws a pool, decoded by the float32 VAE. The
-pipeline: all weights in bf16. Both with the paper's sampler (SDXL: DDIM, guidance 7.5; SD3: flow DPM-Solver, guidance 5; 50 steps),
-text encoded, images decoded. They take turns; rows and files as in full_training.py.
+`capo` runs float32 weights under bf16 autocast, as `sampling.precision=bf16-mixed` samples a pool, and
+decodes with the float32 VAE. `pipeline` has all weights in bf16. Both use the same batch size and the paper's
+sampler (SDXL: DDIM, guidance 7.5; SD3: flow DPM-Solver, guidance 5; 50 steps), encode the text and decode the
+images. They take turns. Rows and files are those of full_training.py.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ from timing import median_ratio
 PAPER = {"sdxl": (7.5, "DDIMScheduler"), "sd3": (5.0, "DPMSolverMultistepScheduler")}  # guidance and sampler
 BATCHES = {FULL: (4, 8, 1, 16), TINY: (2, 1)}
 STEPS = {FULL: 50, TINY: 4}
-WARM = 2  # steps of the calls that warm up
+WARM = 2  # denoising steps of the warm-up calls
 WAYS = {"capo": our_sampling, "pipeline": plain_pipeline}
 
 
 def backbones(model: str, blueprint: Blueprint, device: torch.device) -> dict[str, Backbone]:
-    """The same weights twice: in float32 for ours, in bf16 for the pipeline."""
+    """Backbones with the same weights: in float32 for `capo`, in bf16 for `pipeline`."""
     name, scheduler = blueprint.denoiser_name, PAPER[model][1]
     parts = {
         name: random_module(blueprint, name, device),
@@ -65,12 +66,16 @@ def backbones(model: str, blueprint: Blueprint, device: torch.device) -> dict[st
 
 
 def image_flops(blueprint: Blueprint, steps: int) -> float:
-    """Of one image: both branches of guidance in every step, and the decoder."""
+    """Floating-point operations of one image: both branches of guidance in every step, and the decoder."""
     return 2 * steps * denoiser_forward(blueprint, PRECISION, True).flops + decoder_forward(blueprint).flops
 
 
 def draw(bases: dict[str, Backbone], settings: SamplerSettings, rounds: int, device: torch.device) -> Row:
-    """Figures of `rounds` calls of each way with one prompt, in turn, after one of a few steps each that warms up."""
+    """Measure `rounds` calls of each way with one prompt, in turn, after one short warm-up call of each.
+
+    Returns images per second, their ratio, and peak bytes, which include the weights of both backbones.
+    Raises RuntimeError if a way returns a wrong number of images.
+    """
     prompts, seconds, peaks = (
         [make_prompt("a small red cat sits on a green wall")],
         {name: [] for name in WAYS},
@@ -121,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if key in records.rows:
             continue
         if time.monotonic() - began > 60 * args.minutes:
-            print(f"{key} and what follows: not reached; the same command goes on from here")
+            print(f"{key} and the following rows: not reached; the same command resumes here")
             return
         bases = bases or backbones(args.model, blueprint, device)
         drawn = SamplerSettings(steps, guidance, batch, precision=PRECISION)

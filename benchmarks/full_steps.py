@@ -1,4 +1,4 @@
-"""One setting of a training step, timed through Lightning; other ways to take the same step in turn with it."""
+"""Timing of one setting of the training step in Lightning, in turn with other ways to take the same step."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from timing import median_ratio
 
 OURS, BARE, FOUR, PUBLISHED = "capo", "bare loop", "four passes", "published"
 PRECISION = "bf16-mixed"
-PAPER_BATCH = 256  # pairs an optimizer step
-ACCUMULATED = 2  # forward and backward passes of a round, the last one with the optimizer's step
-VAE_BATCH = 8  # images through the encoder at once, as published trainers have it
+PAPER_BATCH = 256  # pairs per optimizer step
+ACCUMULATED = 2  # forward and backward passes in a round; the optimizer's step follows the last one
+VAE_BATCH = 8  # images encoded at a time, as in published trainers
 LORA = {"rank": 32, "alpha": 32, "seed": 0}
-MODELS = {  # bias of the weight, beta, draw of times: those of conf/model
+MODELS = {  # bias of the weight, beta and draw of times, as in conf/model
     "sdxl": {"bias": 1.5, "beta": 500, "draw": "uniform"},
     "sd3": {"bias": -1.0, "beta": 50, "draw": "logsnr_uniform"},
 }
@@ -40,7 +40,7 @@ Take = Callable[[PreferenceBatch], Tensor]  # a batch -> its loss, under autocas
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is taken; `compare`: in turn with the other ways."""
+    """Setting of a training step; with `compare`, the step is timed in turn with the other ways."""
 
     micro_batch: int
     lora: bool = False
@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """Its name in a table."""
+        """Name of the setting in the results table."""
         parts = [
             "LoRA" if self.lora else "full",
             "checkpointing" if self.checkpointing else "no checkpointing",
@@ -65,7 +65,11 @@ class Setting:
 
     @property
     def execution(self) -> Execution:
-        """The module's; first batches of random weights have errors of their own size, so their h is told, not judged."""
+        """Execution settings of the module.
+
+        The tolerance for |h| of the first batch is infinite, since with random weights the errors have an
+        unusual size: |h| is recorded but not checked.
+        """
         return Execution(
             PRECISION,
             half_frozen=True,
@@ -77,25 +81,25 @@ class Setting:
 
 
 class TimedModule(PreferenceModule):
-    """The module with learning rate 0: all of a step's arithmetic, and every setting starts from the base."""
+    """Training module with learning rate 0: a step costs the same, but every setting starts from the base."""
 
     quiet, said = False, ""
 
     def log(self, *args, **kwargs) -> None:
-        """To nobody while another way has its turn."""
+        """Log, but not during another way's turn."""
         if not self.quiet:
             super().log(*args, **kwargs)
 
     def print(self, *args, **kwargs) -> None:
-        """Kept for the table."""
+        """Keep the text for the results table."""
         self.said = " ".join(map(str, args))
 
     def cpu(self) -> TimedModule:
-        """Stays where it is: Lightning clears a device after each fit, and there are many here."""
+        """Do nothing: Lightning moves a module to the CPU after each of the many calls of fit."""
         return self
 
     def prepare(self, execution: Execution) -> None:
-        """As if nothing had been trained with it, for another setting."""
+        """Reset the module for another setting, as if it had never been trained."""
         self.execution, self._untrained, self.said, self.quiet = execution, True, "", False
         self.zero_grad(set_to_none=True)
         self.take_figures()
@@ -109,7 +113,7 @@ class TimedModule(PreferenceModule):
 
 
 def make_module(model: str, backbone: Backbone, lora: bool) -> TimedModule:
-    """The module of the model's own configuration: capo, sigmoid weights, clipping at 1."""
+    """Module as in the model's configuration: capo, sigmoid weighting, gradient clipping at 1."""
     known = MODELS[model]
     return TimedModule(
         backbone,
@@ -125,7 +129,7 @@ def make_module(model: str, backbone: Backbone, lora: bool) -> TimedModule:
 
 
 def four_pass_loss(module: PreferenceModule, pairs: PreferenceBatch) -> Tensor:
-    """The same losses from four forward passes of B, latents and text from the pool."""
+    """Mean loss of a batch, as in `PreferenceModule`, but from four forward passes of B latents."""
     backbone = module.backbone
     t, errors = backbone.timesteps(pairs.u, module.draw), {}
     for place, kind in enumerate(("winner", "loser")):
@@ -140,11 +144,14 @@ def four_pass_loss(module: PreferenceModule, pairs: PreferenceBatch) -> Tensor:
 
 
 def published_loss(module: TimedModule, pairs: PreferenceBatch) -> Tensor:
-    """Both images through the VAE's encoder and the prompts through the text encoders first, which are on the policy's device."""
+    """Mean loss of B pairs as published trainers compute it, with images and prompts encoded in every step.
+
+    VAE and text encoders are on the policy's device. The images are random.
+    """
     backbone, count = module.backbone, len(pairs.u)
     height, width = (backbone.pipeline.vae_scale_factor * side for side in backbone.latent_shape[1:])
     pixels = torch.rand(2 * count, 3, height, width, device=pairs.u.device) * 2 - 1
-    with backbone.visiting(pixels.device):  # where VAE and encoders stay: nothing is moved
+    with backbone.visiting(pixels.device):  # VAE and text encoders are there already, so nothing moves
         latents = (
             torch.cat([backbone.encode_images(part) for part in pixels.split(VAE_BATCH)])
             .float()
@@ -156,7 +163,7 @@ def published_loss(module: TimedModule, pairs: PreferenceBatch) -> Tensor:
 
 
 def other_ways(module: TimedModule) -> dict[str, Take]:
-    """What takes turns with `capo`: on its weights and with its optimizer, of which there is room for one."""
+    """Ways that take turns with `capo`; they share its weights and optimizer, to fit in memory."""
     return {
         BARE: lambda pairs: module.training_step(pairs, 0),
         FOUR: partial(four_pass_loss, module),
@@ -165,12 +172,16 @@ def other_ways(module: TimedModule) -> dict[str, Take]:
 
 
 class Clock(L.Callback):
-    """Seconds of rounds of `ACCUMULATED` passes, the optimizer's step in the last; after each, the others' turns.
+    """Callback that times rounds of `ACCUMULATED` passes and an optimizer step, in turn with other ways.
 
     Attributes:
         rounds: way -> seconds of each of its rounds.
-        plain, stepping: of `capo`'s passes without and with the optimizer's step.
-        peaks: way -> most bytes its tensors held; the first round, which makes the optimizer's state, is in it.
+        plain: seconds of `capo`'s passes without the optimizer's step.
+        stepping: seconds of `capo`'s passes with the optimizer's step.
+        peaks: way -> peak bytes of its tensors, including the first round, which creates the optimizer's
+            state.
+        failed: way -> reason, if it failed.
+        loss: last loss of `capo`.
     """
 
     def __init__(self, others: Mapping[str, Take], context: Callable[[], AbstractContextManager]):
@@ -198,7 +209,10 @@ class Clock(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: TimedModule, outputs, batch: PreferenceBatch, index: int
     ) -> None:
-        """Nothing until the optimizer has moved."""
+        """After each optimizer step, record the round and give the other ways their turns.
+
+        Raises RuntimeError for a loss that is not finite.
+        """
         if index % ACCUMULATED != ACCUMULATED - 1:
             return
         end = now(module.device)
@@ -242,18 +256,22 @@ class Clock(L.Callback):
         module.take_figures()
 
     def teardown(self, trainer: L.Trainer, module: TimedModule, stage: str) -> None:
-        """The optimizer's state is freed here; Lightning would carry it to the CPU first."""
+        """Free the optimizer's state; Lightning would move it to the CPU first."""
         trainer.strategy.optimizers = []
 
     def on_exception(self, trainer: L.Trainer, module: TimedModule, exception: BaseException) -> None:
-        """The same, where `teardown` is not called."""
+        """Free the optimizer's state where `teardown` is not called."""
         trainer.strategy.optimizers = []
 
 
 def run_setting(
     setting: Setting, module: TimedModule, batch: PreferenceBatch, device: torch.device, rounds: int
 ) -> dict[str, object]:
-    """Figures of `rounds` rounds after one that warms up. Raises torch.OutOfMemoryError, RuntimeError for a loss that is not finite."""
+    """Measure `rounds` rounds of a setting after one warm-up round.
+
+    Returns `step_figures`, the seconds of the whole fit and what the module printed about its first batch.
+    Raises torch.OutOfMemoryError, and RuntimeError for a loss that is not finite.
+    """
     module.prepare(setting.execution)
     others = other_ways(module) if setting.compare else {}
     clock = Clock(others, lambda: torch.autocast(device.type, torch.bfloat16))
@@ -287,7 +305,11 @@ def run_setting(
 
 
 def step_figures(clock: Clock, micro_batch: int) -> dict[str, object]:
-    """Medians of all rounds but the first: pairs a second of the passes, and with an optimizer step every 256 pairs."""
+    """Row of figures, from medians of all rounds but the first.
+
+    Pairs per second are those of forward and backward passes alone, and with an optimizer step every 256
+    pairs.
+    """
     micro, stepping = (statistics.median(found[1:]) for found in (clock.plain, clock.stepping))
     optimizer = max(0.0, stepping - micro)
     found: dict[str, object] = {

@@ -1,14 +1,17 @@
-"""Training steps of SDXL and SD3-Medium with random weights: speed, memory and utilization, setting by setting.
+"""Speed, memory and utilization of training steps of SDXL and SD3-Medium with random weights, by setting.
 
-    python benchmarks/train_step.py --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 3] [--only TEXT] [--plans]
+    python benchmarks/train_step.py --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 3]
+                                    [--only TEXT] [--plans]
     python benchmarks/train_step.py --size tiny --model sdxl --device cpu
 
-Each setting is a row: out of memory is one too. Rows are written as they come; the same command goes on with those that are
-missing. `--plans` measures nothing and puts beside each peak what `plan=true` says of that setting; it needs no GPU.
+Each setting gives a row of results, also when it runs out of memory. Rows are written as they are measured;
+the same command resumes with the missing ones. `--plans` measures nothing: next to each measured peak it
+writes the memory that `plan=true` states for that setting. It needs no GPU.
 
-Pairs a second: of forward and backward passes, and with an optimizer step every 256 pairs. Utilization: the arithmetic that has
-to be done (a forward pass of policy and reference, the policy's backward pass; what checkpointing repeats is not counted),
-against the vendor's dense bf16 peak, and against a product of matrices measured beside it.
+Pairs per second are given for forward and backward passes alone, and with an optimizer step every 256 pairs.
+Utilization is the rate of the necessary operations (forward passes of policy and reference, and the policy's
+backward pass, but not what checkpointing recomputes), relative to the vendor's dense bf16 peak, and relative
+to the rate of a matrix product measured on the same device.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ PRINTED = (
 
 
 def settings(model: str, size: str) -> list[Setting]:
-    """What is measured, what matters most first; all of one policy before those of the other."""
+    """Settings to measure, the most important first; all full policies before all LoRA policies."""
     if size == TINY:
         return [
             Setting(2),
@@ -64,7 +67,7 @@ def settings(model: str, size: str) -> list[Setting]:
         ]
     last = (
         [Setting(8, channels_last=True)] if model == "sdxl" else []
-    )  # a transformer has no convolutions to speak of
+    )  # a transformer has hardly any convolutions
     full = [
         Setting(4),
         Setting(8),
@@ -94,23 +97,24 @@ def settings(model: str, size: str) -> list[Setting]:
 
 
 def lora_of(model: str, setting: Setting) -> dict | None:
-    """What `add_lora` is given for a setting."""
+    """Arguments of `add_lora` for a setting; None without LoRA."""
     if not setting.lora:
         return None
     return {**LORA, "targets": JOINT_ATTENTION} if model == "sd3" else LORA
 
 
 def pair_flops(blueprint: Blueprint, lora: bool) -> float:
-    """Floating-point operations that a pair needs, on two images each: forward twice, backward once.
+    """Floating-point operations of a pair: for two images, forward twice (policy, reference), backward once.
 
-    The backward pass of a product costs two of it; of one with frozen weights, which have no gradient, one.
+    The backward pass of a matrix product costs twice its forward pass, but only as much with frozen weights,
+    which need no gradient.
     """
     once = denoiser_forward(blueprint, PRECISION, True)
     return 2 * (2 * once.flops + (1 if lora else 2) * once.weight_flops + 2 * once.attention_flops)
 
 
 def utilization(row: Row, flops: float, about: Row) -> Row:
-    """A measured row with FLOP/s in it, and what share of the device's that is."""
+    """Add FLOP/s and utilization to a measured row; `about` holds the device's peak and measured rates."""
     if row["status"] != "measured":
         return row
     rate = flops * row["pairs_per_second_256"]
@@ -124,7 +128,7 @@ def utilization(row: Row, flops: float, about: Row) -> Row:
 
 
 def planned_bytes(blueprint: Blueprint, model: str, setting: Setting) -> int:
-    """Device memory of a setting by the plan."""
+    """Device memory in bytes that the plan states for a setting."""
     lora = adapter_of(lora_of(model, setting))
     held = model_states(blueprint, lora, PRECISION, ADAMW, True, frozen_in=PRECISION)
     return held.total + activation_bytes(
@@ -133,10 +137,10 @@ def planned_bytes(blueprint: Blueprint, model: str, setting: Setting) -> int:
 
 
 def add_plans(records: Records, blueprint: Blueprint, model: str, wanted: Sequence[Setting]) -> None:
-    """Beside every row what was planned, and the measured peak as a multiple of it."""
+    """Add to every row the planned memory, and the measured peak as a multiple of it."""
     for setting in wanted:
         row = records.rows.get(setting.key)
-        if row is None or setting.compile:  # the plan knows nothing of what a compiler keeps
+        if row is None or setting.compile:  # the plan does not include what a compiler stores
             continue
         planned = planned_bytes(blueprint, model, setting)
         peak = row.get("peak_bytes")
@@ -150,14 +154,14 @@ def add_plans(records: Records, blueprint: Blueprint, model: str, wanted: Sequen
 
 
 class Workshop:
-    """Base, policy and what the published procedure needs, made when a setting first asks for them."""
+    """Modules for the settings, and VAE and text encoders for the published way, created when needed."""
 
     def __init__(self, model: str, blueprint: Blueprint, device: torch.device):
         self.model, self.blueprint, self.device = model, blueprint, device
         self.module: TimedModule | None = None
 
     def module_for(self, setting: Setting) -> TimedModule:
-        """A module with the policy that the setting wants, of which the device holds one at a time."""
+        """Module with the policy that a setting needs; the device holds one at a time."""
         if self.module is None or bool(self.module.lora) != setting.lora:
             self.module = None
             release(self.device)
@@ -170,7 +174,7 @@ class Workshop:
         return self.module
 
     def _conditioning(self, backbone: Backbone, wanted: bool) -> None:
-        # in half precision, which is the better case for those who compute them in every step
+        # in half precision, which favors the published way, which runs them in every step
         empty = dict.fromkeys(["vae", *self.blueprint.encoder_names])
         parts = conditioning_parts(self.blueprint, self.device, torch.bfloat16) if wanted else empty
         backbone.pipeline.register_modules(**parts)
@@ -178,7 +182,7 @@ class Workshop:
 
 
 def measure(workshop: Workshop, setting: Setting, rounds: int) -> Row:
-    """The row of a setting; afterwards the device holds the policy and its reference alone."""
+    """Measure a setting and return its row; afterwards the device holds only the policy and its reference."""
 
     def job() -> Row:
         module = workshop.module_for(setting)
@@ -194,7 +198,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = sized_options(__doc__, "train", "timed, of two passes each", 3, 9.0)
     parser.add_argument("--only", default="", help="settings whose name has this text")
     parser.add_argument(
-        "--plans", action="store_true", help="what was planned beside what was measured; measures nothing"
+        "--plans", action="store_true", help="add planned memory to measured rows, and measure nothing"
     )
     return parser.parse_args(arguments)
 
@@ -221,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if setting.key in records.rows:
             continue
         if time.monotonic() - began > 60 * args.minutes:
-            print(f"{setting.key} and what follows: not reached; the same command goes on from here")
+            print(f"{setting.key} and the following rows: not reached; the same command resumes here")
             return
         row = measure(workshop, setting, args.rounds)
         records.add(setting.key, utilization(row, flops[setting.lora], about))

@@ -1,21 +1,22 @@
-"""Seconds and memory from a complete pool of a million prompts to the first batch of training.
+"""Time and memory from a complete pool of a million prompts to the first training batch.
 
     python benchmarks/growth.py [--prompts 1000000] [--candidates 16] [--rewards 3] [--prompts_per_shard 512]
                                 [--threads 2] [--pool FOLDER]
 
-The pool is made first, by the pool's own functions, and not counted; with `--pool` it stays in FOLDER and is found
-again. Everything in it is real but for its contents: scores are random, and latents and texts are one number each,
-so that the files of a million prompts fit on a disk. What is counted is what `train.py` does with the prompts:
+The pool is made first, with the functions of `capo.data.pool`, and is not timed; with `--pool` it is kept in
+FOLDER and used again. Its files are real but their content is not: scores are random, and latents and text
+embeddings are one number each, so that the files of a million prompts fit on a disk. The timed stages are
+what `train.py` does with the prompts:
 
-- `prompts`: read from a text file, checked for duplicates over the splits.
-- `what is there`: the pool is opened, the prompts are looked up, and every text, latent and score file is looked at
+- `prompts`: read them from a text file and check for duplicates across splits.
+- `what is there`: open the pool, look up the prompts, and check every text, latent and score file
   (`capo.data.generation.fill_pool`, which finds nothing to make).
-- `selection`: the scores are read, calibrated, compared, pairs are counted, and the dataset is built
+- `selection`: read the scores, calibrate and compare them, count pairs, and build the dataset
   (`capo.data.candidates.select_candidates`).
-- `first batch`: the loader's first order of a whole epoch, and the pairs of one batch read from their files.
+- `first batch`: order a whole epoch in the loader, and read the pairs of one batch from their files.
 
-Loading the model and reading latents of real size are not in it; `train_step.py` and `reading.py` time those. The
-memory is the peak of the whole process, making the pool included where it was made in the same run.
+Loading the model and reading latents of real size are not included; `train_step.py` and `reading.py` time
+them. Memory is the peak of the whole process; it includes making the pool if that was done in the same run.
 """
 
 import argparse
@@ -42,12 +43,12 @@ Result = TypeVar("Result")
 
 
 def peak_gib() -> float:
-    """Largest memory that this process has held so far."""
+    """Peak resident memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Stages:
-    """Runs one stage after another and prints what each took."""
+    """Runs stages and prints wall-clock seconds, processor seconds and peak memory after each."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -63,7 +64,7 @@ class Stages:
 
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Path]:
-    """A text file a split: all of `prompts` to train on, one other to validate and one to test."""
+    """Write a text file per split: `prompts` for training, one other prompt each for validation and test."""
     files = {split: folder / f"{split}.txt" for split in ("train", "validation", "test")}
     files["train"].write_text("\n".join(prompt.text for prompt in prompts))
     for split in ("validation", "test"):
@@ -72,7 +73,7 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Path]:
 
 
 def read_prompts(files: dict[str, Path]) -> list[Prompt]:
-    """The training prompts, checked again as `train.py` does with every kind of prompt set."""
+    """Read the training prompts and check them again, as `train.py` does with every kind of prompt set."""
     splits = text_files(**files)
     check_splits(splits)
     return splits["train"]
@@ -81,7 +82,7 @@ def read_prompts(files: dict[str, Path]) -> list[Prompt]:
 def make_pool(
     folder: Path, prompts: int, candidates: int, rewards: int, prompts_per_shard: int
 ) -> dict[str, Path]:
-    """Prompt files and a complete pool in `folder`; what is there already stays."""
+    """Write prompt files and a complete pool to `folder`, keeping existing files of the pool."""
     texts = numbered_prompts(prompts)
     plan = numbers_plan(folder, texts, candidates, prompts_per_shard)
     synthetic_pool(plan, GENERATOR, synthetic_rewards(rewards))
@@ -91,7 +92,7 @@ def make_pool(
 def start_training(
     files: dict[str, Path], candidates: int, rewards: int, prompts_per_shard: int
 ) -> tuple[Candidates, float]:
-    """Everything from the prompt files to the first batch; what was selected, and the seconds of all stages."""
+    """Run all stages from the prompt files to the first batch; returns the selection and total seconds."""
     stage, scored = Stages(), synthetic_rewards(rewards)
     prompts = stage("prompts", lambda: read_prompts(files))
     plan = numbers_plan(files["train"].parent, prompts, candidates, prompts_per_shard)
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument(
-        "--pool", type=Path, help="where the pool is made and kept; default: a temporary folder"
+        "--pool", type=Path, help="folder where the pool is made and kept; default: a temporary folder"
     )
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -127,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         files = make_pool(args.pool or Path(temporary), args.prompts, *sizes)
         print(
-            f"{args.prompts} prompts x {args.candidates} candidates x {args.rewards} rewards, {args.threads} threads; "
-            f"the pool was made in {time.perf_counter() - start:.0f} s, not counted"
+            f"{args.prompts} prompts x {args.candidates} candidates x {args.rewards} rewards, "
+            f"{args.threads} threads; the pool was made in {time.perf_counter() - start:.0f} s, not counted"
         )
         found, seconds = start_training(files, *sizes)
     usable = found.selection.statistics().usable

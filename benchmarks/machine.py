@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: its name, its peak by the vendor's word and as measured, its clock and its memory."""
+"""Facts about the machine of a benchmark: device name, nominal and measured peak, clock and memory."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ import time
 
 import torch
 
-# FLOP/s of dense bf16 products by the vendors' data sheets (without sparsity), by what the driver calls the device
+# part of the driver's device name -> FLOP/s of dense bf16 products (no sparsity) in the vendor's data sheet
 DENSE_BF16 = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12, "A100": 312e12}
-OTHERS = ("NVL", "PCIe H100", "GH200")  # the same letters, other chips or limits
+OTHERS = ("NVL", "PCIe H100", "GH200")  # parts of similar names of devices with other chips or limits
 
 
 def vendor_peak(name: str) -> float | None:
-    """FLOP/s of the device called `name`; None where no data sheet is noted here."""
+    """Nominal FLOP/s of the device `name`, or None if it is not in `DENSE_BF16`."""
     if any(other in name for other in OTHERS):
         return None
     return next((peak for part, peak in DENSE_BF16.items() if part in name), None)
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
+    """Time in seconds, after all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def matmul_rate(device: torch.device, side: int = 8192, products: int = 10) -> float:
-    """FLOP/s of `side`^3 products of random bf16 matrices, the mean of `products` after three that warm up."""
+    """Measured FLOP/s of a product of random bf16 matrices (`side`, `side`).
+
+    It is the mean over `products` products after three for warm-up.
+    """
     one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         one @ other
@@ -38,7 +41,7 @@ def matmul_rate(device: torch.device, side: int = 8192, products: int = 10) -> f
 
 
 def facts(device: torch.device, side: int) -> dict[str, object]:
-    """What a table of figures has to say of the machine."""
+    """Facts about the machine that belong to a table of results."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return {
@@ -53,18 +56,18 @@ def facts(device: torch.device, side: int) -> dict[str, object]:
 
 
 def forget_peak(device: torch.device) -> None:
-    """The peak counts from here."""
+    """Restart the measurement of peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Most bytes that tensors held since `forget_peak`; None where that is not known (CPU)."""
+    """Peak bytes of tensors since `forget_peak`; None if it is not known (CPU)."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def release(device: torch.device) -> None:
-    """What nobody holds any more goes back to the device."""
+    """Return unused cached memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Pipelines of the published configs with random weights, built where they are used, and pairs that nobody drew."""
+"""Pipelines with published configs and random weights, created on the device, and random pairs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NARROW_CLIP = {
     "num_hidden_layers": 2,
     "projection_dim": 8,
 }
-NARROW = {  # what makes a published config tiny; 64 x 64 images, latents of 8 x 8
+NARROW = {  # changes that make a published config tiny; 64 x 64 images, 8 x 8 latents
     "text_encoder": NARROW_CLIP,
     "text_encoder_2": {**NARROW_CLIP, "hidden_size": 16, "intermediate_size": 32, "projection_dim": 16},
     "text_encoder_3": {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1},
@@ -70,7 +70,7 @@ NARROW = {  # what makes a published config tiny; 64 x 64 images, latents of 8 x
 
 
 def sized_blueprint(model: str, size: str) -> Blueprint:
-    """The published configs of `model`, or with `tiny` the same classes and blocks a few channels wide."""
+    """Published configs of `model`; with size `tiny`, the same classes and blocks with a few channels."""
     full = published(model, sequence_length=T5_TOKENS if model == "sd3" else 0)
     if size == FULL:
         return full
@@ -81,7 +81,10 @@ def sized_blueprint(model: str, size: str) -> Blueprint:
 def random_module(
     blueprint: Blueprint, component: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """The component as its class initializes it, on the device from the start: drawing 5 billion weights on a CPU takes minutes."""
+    """Create a component with the random weights of its class, directly on the device.
+
+    Initializing 5 billion weights on a CPU would take minutes.
+    """
     config = blueprint.configs[component]
     with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -92,12 +95,12 @@ def random_module(
             module = kind(
                 kind.config_class(**{key: value for key, value in config.items() if key != "architectures"})
             )
-    nn.Module.to(module, device, dtype)  # diffusers' own form warns of parts that it has none of
+    nn.Module.to(module, device, dtype)  # diffusers' override of `to` gives irrelevant warnings
     return module.eval().requires_grad_(False)
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
-    # a token for each letter: the encoders' work does not depend on which tokens they see
+    # one token per letter: the encoders' work does not depend on which tokens they get
     pieces = [
         *(letter + end for letter in LETTERS for end in ("", "</w>")),
         "<|startoftext|>",
@@ -122,13 +125,13 @@ def _t5_tokenizer() -> T5TokenizerFast:
 def conditioning_parts(
     blueprint: Blueprint, device: torch.device, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
-    """VAE and text encoders."""
+    """VAE and text encoders by name, with random weights."""
     names = ["vae", *blueprint.encoder_names]
     return {name: random_module(blueprint, name, device, dtype) for name in names}
 
 
 def random_pipeline(model: str, parts: Mapping[str, nn.Module | None]) -> DiffusionPipeline:
-    """Diffusers' pipeline of the published schedule around `parts`; what they lack is None."""
+    """Diffusers pipeline with the published schedule and the given parts; missing parts are None."""
     if model == "sd3":
         pipeline = StableDiffusion3Pipeline(
             **_all(parts, ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")),
@@ -161,7 +164,7 @@ def _all(parts: Mapping[str, nn.Module | None], names: Collection[str]) -> dict[
 
 
 class RandomWeights:
-    """In place of `Backbone.__init__`: a pipeline that is there already, with no folder behind it."""
+    """Mixin that replaces `Backbone.__init__` by one that takes an existing pipeline instead of a folder."""
 
     def __init__(self, model: str, pipeline: DiffusionPipeline, scheduler: str | None = None):
         self.weights = self.name = model
@@ -172,23 +175,23 @@ class RandomWeights:
 
 
 class RandomUNet(RandomWeights, UNetBackbone):
-    """SDXL with random weights."""
+    """SDXL backbone with random weights."""
 
 
 class RandomMMDiT(RandomWeights, MMDiTBackbone):
-    """SD3 with random weights."""
+    """SD3 backbone with random weights."""
 
 
 def random_backbone(
     model: str, parts: Mapping[str, nn.Module | None], scheduler: str | None = None
 ) -> Backbone:
-    """The backbone of `model` around `parts`."""
+    """Backbone of `model` with the given parts; missing parts are None."""
     kind = RandomMMDiT if model == "sd3" else RandomUNet
     return kind(model, random_pipeline(model, parts), scheduler)
 
 
 def random_pairs(blueprint: Blueprint, pairs: int, device: torch.device) -> PreferenceBatch:
-    """`pairs` pairs of noise in the shapes of a pool: latents (B, 2, C, H, W), text, dR = 0.2."""
+    """Batch of B = `pairs` random pairs: latents (B, 2, C, H, W) and text in a pool's shapes, dR = 0.2."""
     draw = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -211,7 +214,15 @@ def random_pairs(blueprint: Blueprint, pairs: int, device: torch.device) -> Pref
 def sized_options(
     description: str, results: str, rounds: str, round_count: int, minutes: float
 ) -> argparse.ArgumentParser:
-    """The options of a benchmark at full or tiny size. `results`: its file's first word; `rounds`: what `round_count` of them are."""
+    """Options of a benchmark at full or tiny size.
+
+    Args:
+        description: docstring of the script.
+        results: first word of the name of the results file.
+        rounds: meaning of the option --rounds.
+        round_count: default of --rounds.
+        minutes: default of --minutes.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--size", choices=(FULL, TINY), default=FULL)
     parser.add_argument("--model", choices=MODELS, default="sdxl")
@@ -224,7 +235,7 @@ def sized_options(
         "--minutes",
         type=float,
         default=minutes,
-        help=f"after which nothing further is begun; default {minutes:g}",
+        help=f"start nothing new after this time; default {minutes:g}",
     )
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     return parser

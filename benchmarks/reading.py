@@ -1,17 +1,19 @@
 """Pairs per second read at random from a pool, against memory-mapped arrays of the same data.
 
-    python benchmarks/reading.py [--prompts 512] [--prompts_per_shard 8] [--visits 4096] [--batch 16] [--runs 7]
+    python benchmarks/reading.py [--prompts 512] [--prompts_per_shard 8] [--visits 4096] [--batch 16] [--runs
+    7]
                                  [--threads 2]
 
-- `pool`: `PoolReader`, that is safetensors shards, a bounded number of them open.
-- `memmap`: one .npy file for all latents and one for each tensor of the text, mapped once.
+- `pool`: `PoolReader`, which reads safetensors shards with a limited number of open files.
+- `memmap`: one .npy file for all latents and one for each text tensor, each mapped once.
 
-Both read the same pairs in the same order and collate them alike, in two measurements: `training loader` is
-`capo.data.dataset`'s own, with all that a step waits for, the draw of the pair and of its noise too, over either storage;
-`storage alone` only reads two latents and the text and stacks them. Everything is in the page cache. The tensors have
-the shapes of the shapes world (latents 8x16x16 in float16, 8 KB of text a prompt), 16 candidates a prompt. Prints
-medians, and the share of memmap's speed that the pool reaches (the median of each round's). The first epoch's speed
-is the pool's when every file is opened for the first time and its checksum computed.
+Both read the same pairs in the same order and collate them in the same way, in two measurements. `training
+loader` is the loader that training uses, on either storage, with all that a step waits for, such as drawing
+the pair and its noise. `storage alone` only reads two latents and the text and stacks them. Everything is in
+the page cache. The tensors have the shapes of the shapes world (latents 8x16x16 in float16, 8 KB of text per
+prompt), with 16 candidates per prompt. The script prints median speeds, and the pool's speed relative to
+memmap's (the median over rounds). In the first epoch of the pool, every file is opened for the first time and
+its checksum computed.
 """
 
 import argparse
@@ -41,24 +43,24 @@ Visit = tuple[int, list[int]]  # position, (winner, loser)
 
 
 class MappedArrays:
-    """A pool's latents (P, N, C, H, W) and text (P, ...), a memory-mapped array each; reads as a PoolReader does."""
+    """Memory-mapped arrays of a pool's latents (P, N, C, H, W) and text (P, ...); methods of PoolReader."""
 
     def __init__(self, folder: Path):
-        # plain views, because every index of the subclass np.memmap costs microseconds
+        # plain views, since each indexing of the subclass np.memmap costs microseconds
         arrays = {path.stem: np.load(path, mmap_mode="r").view(np.ndarray) for path in folder.glob("*.npy")}
         self._latents, self._text = arrays.pop("latents"), arrays
 
     def latents(self, position: int, candidates: Sequence[int]) -> Tensor:
-        """(k, C, H, W) float16."""
+        """Latents (k, C, H, W) float16 of the given candidates."""
         return torch.from_numpy(self._latents[position, list(candidates)])
 
     def text(self, position: int) -> dict[str, Tensor]:
-        """Without a leading batch dimension."""
+        """Text tensors of a prompt, without a batch dimension."""
         return {name: torch.from_numpy(array[position].copy()) for name, array in self._text.items()}
 
 
 def make_dataset(folder: Path, prompts: int, prompts_per_shard: int) -> tuple[Pool, PairDataset]:
-    """A pool of random numbers and the pairs selected in it."""
+    """Make a pool of random numbers and select pairs in it."""
     rewards, texts = synthetic_rewards(3), numbered_prompts(prompts)
     plan = numbers_plan(folder, texts, CANDIDATES, prompts_per_shard)
     pool = synthetic_pool(plan, numbers_generator(LATENT, TEXT), rewards)
@@ -66,7 +68,7 @@ def make_dataset(folder: Path, prompts: int, prompts_per_shard: int) -> tuple[Po
 
 
 def write_arrays(pool: Pool, folder: Path) -> None:
-    """The pool's latents and text, whole, as .npy files."""
+    """Write all latents and all text of the pool as .npy files."""
     texts = [pool.read_text(row) for row in pool.text_shards()]
     arrays = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
     rows = [
@@ -78,12 +80,12 @@ def write_arrays(pool: Pool, folder: Path) -> None:
 
 
 def over(reader: MappedArrays, dataset: PairDataset) -> PairDataset:
-    """The same pairs from another storage."""
+    """Dataset of the same pairs, read from another storage."""
     return PairDataset(reader, dataset.positions, dataset.prompts, dataset.selection, dataset.seed)
 
 
 def loading(dataset: PairDataset, batch: int, steps: int) -> Callable[[], Tensor]:
-    """Takes the first `steps` batches of the training loader; gives the last one's latents."""
+    """Job that takes the first `steps` batches of the training loader and returns the last one's latents."""
 
     def job() -> Tensor:
         *_, last = islice(PreferenceData(dataset, batch).train_dataloader(), steps)
@@ -93,7 +95,7 @@ def loading(dataset: PairDataset, batch: int, steps: int) -> Callable[[], Tensor
 
 
 def access(reader, visits: Sequence[Visit], batch: int) -> Callable[[], Tensor]:
-    """Reads visit after visit and stacks them `batch` at a time; gives the last latents."""
+    """Job that reads all visits, stacks them in batches and returns the latents of the last batch."""
 
     def job() -> Tensor:
         for start in range(0, len(visits), batch):
@@ -107,7 +109,7 @@ def access(reader, visits: Sequence[Visit], batch: int) -> Callable[[], Tensor]:
 
 
 def visited(dataset: PairDataset, batch: int, steps: int) -> list[Visit]:
-    """What the first `steps` batches of the training loader read."""
+    """Visits that the first `steps` batches of the training loader read."""
     sampler = VisitSampler(dataset.selection.usable.nonzero().flatten().tolist(), dataset.seed, batch)
     visits = []
     for row, visit in (key for keys in islice(sampler, steps) for key in keys):
@@ -117,7 +119,10 @@ def visited(dataset: PairDataset, batch: int, steps: int) -> list[Visit]:
 
 
 def time_reading(folder: Path, prompts: int, prompts_per_shard: int, batch: int, steps: int, runs: int):
-    """Seconds by (measurement, storage), seconds of the first epoch, number of files."""
+    """Seconds of each run by (measurement, storage), seconds of the first epoch, and the number of files.
+
+    Raises RuntimeError if the storages return different latents.
+    """
     pool, dataset = make_dataset(folder, prompts, prompts_per_shard)
     write_arrays(pool, folder)
     arrays, visits = MappedArrays(folder), visited(dataset, batch, steps)
@@ -149,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds, first, files = time_reading(Path(folder), *sizes)
     pairs = steps * args.batch
     print(
-        f"{args.prompts} prompts x {CANDIDATES} candidates in {files} files, {pairs} visits, {args.threads} threads, "
-        f"median of {args.runs} runs"
+        f"{args.prompts} prompts x {CANDIDATES} candidates in {files} files, {pairs} visits, "
+        f"{args.threads} threads, median of {args.runs} runs"
     )
     print(f"{'':<15}{'pool':>16}{'memmap':>16}  pool reaches")
     for kind in dict.fromkeys(kind for kind, _ in seconds):

@@ -1,4 +1,4 @@
-"""Figures kept as they come: a JSON file that a second call goes on from, and a markdown table beside it."""
+"""Results of a benchmark: a JSON file, written after every row so that runs can resume, and its table."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ REMEDY = "make room there, or name another file with --results"
 
 
 class Records:
-    """Rows by key, each written when it is measured.
+    """Rows of results by key, each written to the file when it is measured.
 
     Args:
-        path: of the JSON file; the table lies beside it with the suffix .md.
-        facts: of the machine and the benchmark; `device` and `what` have to be those of what the file holds. None: the file's own.
+        path: the JSON file; the table is written next to it, with the suffix .md.
+        facts: facts about the machine and the benchmark. If the file exists, its `device` and `what` must be
+            equal to these. None: take the facts of the file.
 
-    Raises InputError for a file of another device or another benchmark, and without `facts` for one that is not there.
+    Raises:
+        InputError: if the file has results of another device or benchmark, or, without `facts`, does not
+            exist.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, object] | None):
         self.path, self.facts, self.rows = path, dict(facts or {}), {}
         if not path.is_file():
             if facts is None:
-                raise InputError(f"{path} is not there: measure first, or name the file with --results")
+                raise InputError(f"{path} does not exist: measure first, or name the file with --results")
             return
         known = json.loads(path.read_text(encoding="utf-8"))
         if facts is None:
@@ -38,12 +41,13 @@ class Records:
         for name in ("device", "what"):
             if known["facts"].get(name) != facts.get(name):
                 raise InputError(
-                    f"{path} holds figures of {known['facts'].get(name)}, this is {facts.get(name)}: name another file with --results"
+                    f"{path} has results of {known['facts'].get(name)}, this is {facts.get(name)}: "
+                    "name another file with --results"
                 )
         self.rows = known["rows"]
 
     def add(self, key: str, row: Row) -> None:
-        """Keep a row, replace the one of the same key, and write all."""
+        """Add a row, or replace the one with the same key, and write both files."""
         self.rows[key] = row
         write_whole(
             self.path, json.dumps({"facts": self.facts, "rows": self.rows}, indent=1) + "\n", remedy=REMEDY
@@ -51,7 +55,7 @@ class Records:
         write_whole(self.path.with_suffix(".md"), self.markdown(), remedy=REMEDY)
 
     def markdown(self) -> str:
-        """A line about the machine, a table of the rows."""
+        """One line of facts and a table of all rows, in Markdown."""
         told = "; ".join(f"{name} {_number(value)}" for name, value in self.facts.items())
         names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
         lines = [["", *names], ["---"] * (len(names) + 1)]
@@ -72,7 +76,7 @@ def _number(value: object) -> str:
 
 
 def measured(job: Callable[[], Row]) -> Row:
-    """The row of `job`, or one that says why there is none: what fails in one setting does not end the others."""
+    """Row of `job`, or, if it fails, a row with the reason, so that other settings are still measured."""
     try:
         return {"status": "measured", **job()}
     except torch.OutOfMemoryError:
@@ -82,7 +86,7 @@ def measured(job: Callable[[], Row]) -> Row:
 
 
 def print_rows(rows: Mapping[str, Row], names: Sequence[str]) -> None:
-    """The columns `names` of rows that have just been measured."""
+    """Print the columns `names` of the rows, one row per line."""
     for key, row in rows.items():
         told = ", ".join(f"{name} {_number(row[name])}" for name in names if row.get(name) is not None)
         print(f"{key}: {row['status']}" + (f"; {told}" if told else ""), flush=True)

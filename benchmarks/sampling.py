@@ -1,16 +1,18 @@
-"""Images per second of our sampling, against a loop over the plain diffusers pipeline.
+"""Images per second of capo's sampling, against a loop over the plain diffusers pipeline.
 
     python benchmarks/sampling.py [--prompts 4] [--batch 16] [--runs 5] [--threads 2] [--model shapes_unet]
 
-`pipeline` is what a user would write: for each prompt `pipe([prompt] * batch, ...)`, with the same steps, guidance,
-scheduler and noise, which gives PIL images. Against it:
+`pipeline` is what a user would write: `pipe([prompt] * batch, ...)` for each prompt, with the same steps,
+guidance, scheduler and noise, which returns PIL images. It is compared with:
 
-- `sampling`: `capo.backbones.sampling.sample_prompts` and the pool's decoding, in memory, with the texts encoded once a prompt.
-- `pool`: `capo.data.generation.fill_pool`, as `generate.py` calls it, with a reward that costs nothing: the same images with
-  everything that a pool is on disk, locks, checksums and syncs included.
+- `sampling`: `capo.backbones.sampling.sample_prompts` and the pool's decoding, in memory, with each prompt
+  encoded once.
+- `pool`: `capo.data.generation.fill_pool`, as `generate.py` calls it, with a reward that costs nothing: the
+  same images with all disk operations of a pool, such as locks, checksums and syncs.
 
-All of them give `batch` images of each prompt. They take turns; prints medians, medians of each round's ratios, and how
-far the pixels of `sampling` are from the pipeline's (no pool's float16 between).
+Each makes `batch` images of each prompt, and they take turns. The script prints medians, the median over
+rounds of the ratios, and the largest difference between the pixels of `sampling` and `pipeline` (without the
+pool's float16).
 
 With `--size full`: SDXL and SD3-Medium on a GPU (`full_sampling.py`).
 """
@@ -38,17 +40,17 @@ SEED = 0
 
 
 def free_reward(images: Sequence[Image], prompts: Sequence[str]) -> torch.Tensor:
-    """No score at all, so that a pool's images are decoded for nothing else."""
+    """Reward that is always 0, so that a pool decodes its images at no other cost."""
     return torch.zeros(len(images))
 
 
 def seeds_of(prompt: Prompt, count: int) -> list[int]:
-    """The seeds of a pool's candidates."""
+    """Seeds of the first `count` candidates of a prompt, as in a pool."""
     return [candidate_seed(SEED, prompt.id, index) for index in range(count)]
 
 
 def plain_pipeline(backbone: Backbone, prompts: Sequence[Prompt], settings: SamplerSettings) -> list[Image]:
-    """A call of the pipeline for each prompt."""
+    """Images of all prompts from one call of the pipeline per prompt."""
     images: list[Image] = []
     for prompt in prompts:
         images += backbone.pipeline(
@@ -61,7 +63,7 @@ def plain_pipeline(backbone: Backbone, prompts: Sequence[Prompt], settings: Samp
 
 
 def our_sampling(backbone: Backbone, prompts: Sequence[Prompt], settings: SamplerSettings) -> list[Image]:
-    """Text, latents and decoding as a pool's stages do them, without the pool."""
+    """Images of all prompts, encoded, sampled and decoded as in a pool's stages, but in memory."""
     text = backbone.encode_prompts([prompt.text for prompt in prompts])
     seeds = [seeds_of(prompt, settings.batch) for prompt in prompts]
     latents = sample_prompts(backbone, backbone.denoiser, text, seeds, settings).flatten(0, 1)
@@ -73,7 +75,7 @@ def our_sampling(backbone: Backbone, prompts: Sequence[Prompt], settings: Sample
 
 
 def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable[[], object]:
-    """Fills a pool in a new folder each time."""
+    """Job that fills a pool in a new temporary folder."""
     reward = Reward("free", free_reward, needs_prompt=False)
 
     def job() -> None:
@@ -87,7 +89,7 @@ def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable
 
 
 def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
-    """Largest difference of two lists of images, in steps of 255."""
+    """Largest difference between the pixels of two lists of images, in units of 1/255."""
     pairs = zip(ours, theirs, strict=True)
     return max(
         int(np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)).max()) for a, b in pairs
@@ -96,7 +98,7 @@ def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     if any(argument.startswith("--size") for argument in (sys.argv[1:] if arguments is None else arguments)):
-        import full_sampling  # which takes its time
+        import full_sampling  # here, since it takes a while to import
 
         full_sampling.main(arguments)
         return
@@ -117,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = in_turn(jobs, args.runs)
     print(
         f"{args.model}, {args.prompts} prompts x {args.batch} images, {settings.steps} steps, guidance "
-        f"{settings.guidance:g}, parallel={settings.parallel}, {args.threads} threads, median of {args.runs} runs"
+        f"{settings.guidance:g}, parallel={settings.parallel}, {args.threads} threads, "
+        f"median of {args.runs} runs"
     )
     print_rates(seconds, args.prompts * args.batch, "images", "sampling")
     print(f"pixels of sampling and pipeline: {difference} of 255 apart at most")

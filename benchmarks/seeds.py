@@ -1,10 +1,11 @@
-"""What a configuration comes to over training seeds: win-rates against the base, with both kinds of chance in the error.
+"""Win-rates of a configuration over training seeds, with the errors due to seeds and to prompts.
 
     python train.py -m seed=0,1,2,3,4
     python benchmarks/seeds.py multirun/DATE/TIME
 
-For each reward the mean m over n seeds, the standard deviation s between them, the standard error SE over prompts
-(bootstrap of the prompts' rates, averaged over seeds), and m - 2 sqrt(s^2 / n + SE^2).
+For each reward, the script prints the mean m over n seeds, the standard deviation s between them, the
+standard error SE over prompts (bootstrap of the prompts' win-rates, averaged over seeds), and the lower bound
+m - 2 sqrt(s^2 / n + SE^2).
 """
 
 import argparse
@@ -23,7 +24,7 @@ from capo.metrics import win_rate
 
 
 def base_scores(folder: Path, settings: dict) -> dict[str, torch.Tensor]:
-    """Reward -> (P, K) of the base's images that a run was compared with."""
+    """Scores of the base's images that a run was compared with: reward -> (P, K)."""
     root = Path(OmegaConf.load(folder / "config.yaml").pool.root)
     for path in root.glob("*/manifest.json"):
         pool = Pool.open(path.parent)
@@ -39,7 +40,7 @@ def base_scores(folder: Path, settings: dict) -> dict[str, torch.Tensor]:
 
 
 def standard_error(per_prompt: torch.Tensor, resamples: int = 10_000) -> float:
-    """Standard deviation of the mean over resampled prompts."""
+    """Standard deviation of the mean of `per_prompt` (P,) over bootstrap resamples of the prompts."""
     values, draw = per_prompt.double().numpy(), np.random.default_rng(0)
     return float(
         np.std([values[draw.integers(len(values), size=len(values))].mean() for _ in range(resamples)])

@@ -1,8 +1,9 @@
-"""Seconds to turn the raw scores of a pool into pairs: calibration, frontiers, pair sets and their counts.
+"""Seconds from the raw scores of a pool to pairs: calibration, frontiers, pair sets and their counts.
 
     python benchmarks/selection.py [--prompts 100000] [--candidates 16] [--rewards 3] [--threads 2] [--runs 7]
 
-Scores are random and independent, their links `identity` and `log` in turn. Prints medians.
+Scores are random and independent; the rewards have the links `identity` and `log` in turn. The script prints
+medians.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from capo.pairs import best_worst, frs, random_pair, reward_sum
 
 
 def make_scores(prompts: int, candidates: int, rewards: int) -> tuple[torch.Tensor, list[str]]:
-    """(P, N, L) scores, every second reward a probability, and the links that fit."""
+    """Random scores (P, N, L), every second reward a probability, and the matching links."""
     scores = torch.randn(prompts, candidates, rewards, generator=torch.Generator().manual_seed(0))
     links = ["log" if reward % 2 else "identity" for reward in range(rewards)]
     for reward in range(1, rewards, 2):
@@ -27,7 +28,7 @@ def make_scores(prompts: int, candidates: int, rewards: int) -> tuple[torch.Tens
 
 
 def median_seconds(job, runs: int) -> float:
-    """Median wall-clock seconds of `runs` calls after one that warms up."""
+    """Median wall-clock seconds of `runs` calls, after one for warm-up."""
     job()
     seconds = []
     for _ in range(runs):

@@ -1,4 +1,4 @@
-"""Pools of random latents, texts and scores, written by the pool's own functions: no image is drawn for them."""
+"""Pools of random latents, text and scores, written with functions of `capo.data.pool`, without a model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +16,11 @@ SETTINGS = {"made by": "benchmarks/synthetic.py"}
 
 
 class Numbers:
-    """Stands for a backbone: all that a pool asks of a model, and random numbers in place of text embeddings.
+    """Stand-in for a backbone, with all that a pool needs of a model, and random text embeddings.
 
-    latent_shape: (C, H, W). text_shapes: name -> shape of one prompt's tensor, float32.
+    Args:
+        latent_shape: (C, H, W).
+        text_shapes: name -> shape of one prompt's float32 text tensor.
     """
 
     def __init__(self, latent_shape: Sequence[int], text_shapes: Mapping[str, Sequence[int]]):
@@ -27,44 +29,45 @@ class Numbers:
         self.device = torch.device("cpu")
 
     def sampler_identity(self) -> dict[str, object]:
-        """The latent's shape: pools of other shapes are other pools."""
+        """Shape of the latents, so that pools of different shapes have different fingerprints."""
         return {"latent_shape": list(self.latent_shape)}
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Each (B, *shape), standard normal."""
+        """Standard normal text tensors (B, *shape) by name."""
         return {name: torch.randn(len(prompts), *shape) for name, shape in self.text_shapes.items()}
 
 
 def numbers_generator(
     latent_shape: Sequence[int], text_shapes: Mapping[str, Sequence[int]]
 ) -> ImageGenerator:
-    """What a plan is filled with where no model is wanted."""
+    """Generator of a pool without a model."""
     settings = SamplerSettings(steps=1, guidance=1.0, batch=16)
     return ImageGenerator(Numbers(latent_shape, text_shapes), nn.Identity(), "0" * 64, settings)
 
 
 def numbers_plan(root: Path, prompts: Sequence[Prompt], candidates: int, prompts_per_shard: int) -> PoolSpec:
-    """A plan for a pool of `numbers_generator`."""
+    """Specification of a pool for `numbers_generator`."""
     return PoolSpec(Path(root), "numbers", "train", 0, prompts, candidates, prompts_per_shard)
 
 
 def numbered_prompts(count: int) -> list[Prompt]:
-    """`count` different prompts of about the length of a real one."""
+    """Distinct prompts, `count` of them, about as long as real ones."""
     scene = "a red circle above a blue square on a gray background"
     return [make_prompt(f"prompt number {number}: {scene}") for number in range(count)]
 
 
 def synthetic_rewards(count: int) -> list[Reward]:
-    """Rewards without a scorer, every second one a probability."""
+    """Rewards without a scorer; every second one is a probability."""
     return [
         Reward(f"reward{number}", {}, link="log" if number % 2 else "identity") for number in range(count)
     ]
 
 
 def synthetic_pool(plan: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward]) -> Pool:
-    """The plan's pool, complete; what is there already stays.
+    """Complete the pool of a specification with random numbers, keeping existing files.
 
-    Texts are the generator's; latents and scores are standard normal, sigmoids of such where the link is log.
+    Text comes from the generator. Latents and scores are standard normal; for the link `log`, scores are the
+    sigmoid of that.
     """
     pool = open_pool(plan, generator)
     for row in pool.text_shards(pool.positions(plan.prompts)):

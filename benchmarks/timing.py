@@ -1,4 +1,4 @@
-"""Jobs timed in turn, round by round: what slows the machine for a while slows all of them alike."""
+"""Timing of jobs in turn, round by round, so that a temporary slowdown of the machine affects all of them."""
 
 import statistics
 import time
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Wall-clock seconds of `runs` calls of every job, after one call each that warms up.
+    """Wall-clock seconds of `runs` calls of every job, after one warm-up call of each.
 
-    Every round begins with another job, so that none always follows the same one.
+    The job that begins changes from round to round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     names = list(jobs)
@@ -23,12 +23,12 @@ def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int) -> dict[str, li
 
 
 def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
-    """How many times as long the others took: the median over rounds, each round's ratio for itself."""
+    """Median over rounds of the ratio others / seconds: how many times as long the others took."""
     return statistics.median(other / own for own, other in zip(seconds, others, strict=True))
 
 
 def print_rates(seconds: Mapping[str, Sequence[float]], amount: float, unit: str, ours: str) -> None:
-    """A row a job: median of `amount` units a second, and how many times as fast `ours` is."""
+    """Print a row per job: its median rate, `amount` units per call, and how many times as fast `ours` is."""
     width = max(map(len, seconds))
     print(f"{'':<{width}}  {unit + '/s':>12}  {'ours is':>8}")
     for name, found in seconds.items():

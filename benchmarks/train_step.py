@@ -1,20 +1,21 @@
-"""Pairs per second of the training step, against other ways to take it.
+"""Pairs per second of the training step, compared with other ways to take it.
 
     python benchmarks/train_step.py [--batch 16] [--prompts 64] [--steps 5] [--runs 9] [--threads 2]
                                     [--model shapes_unet]
 
-`capo` is `capo.training.fit.fit` with all that belongs to it: loader, figures, curves, progress bar. Against it:
+`capo` is `capo.training.fit.fit` with its loader, logged figures, curves and progress bar. It is compared
+with:
 
-- `bare loop`: the same loader, module step and figures without Lightning. It takes the very same steps; the last
-  line says how far the weights of the two are from each other.
-- `four passes`: the same batches; policy and reference on the winners and on the losers, a pass each.
-- `published`: what published trainers do. In every step both images of each pair go through the VAE's encoder in
-  float32, 8 at a time, and the prompts through the text encoders; then policy and reference on 2B latents. Its
-  images lie in memory, decoded and of the right size: reading and resizing them is not counted.
+- `bare loop`: the same loader, module step and figures without Lightning. It takes exactly the same steps;
+  the last line of output is the largest difference between the weights of the two.
+- `four passes`: the same batches, with separate passes for winners and losers through policy and reference.
+- `published`: as published trainers do it. Every step encodes both images of each pair with the VAE in
+  float32, 8 at a time, and the prompts with the text encoders; then policy and reference run on 2B latents.
+  The images are in memory, decoded and of the right size: reading and resizing them is not timed.
 
-All take turns in one process: `steps` steps of each a round, `runs` rounds after one that warms up. The pool holds
-random latents and scores for prompts of the shapes world, whose texts are encoded. Prints medians, and medians of each
-round's ratios. On the CPU.
+All take turns in one process on the CPU: in each round, `steps` steps of each; `runs` rounds after one for
+warm-up. The pool has random latents and scores for prompts of the shapes world, whose text is encoded by the
+model. The script prints medians, and the medians over rounds of the ratios.
 
 With `--size full`: SDXL and SD3-Medium on a GPU (`full_training.py`).
 """
@@ -50,22 +51,22 @@ from synthetic import synthetic_pool, synthetic_rewards
 from timing import print_rates
 
 CANDIDATES = 16
-VAE_BATCH = 8  # images through the encoder at once, as published trainers have it
+VAE_BATCH = 8  # images encoded at a time, as in published trainers
 OURS, BARE, FOUR, PUBLISHED = "capo", "bare loop", "four passes", "published"
 Steps = Iterator[Tensor]  # each `next` takes an optimizer step and gives its loss
 
 
 class Bare(PreferenceModule):
-    """The module without a trainer: it counts its steps itself and has no progress bar to log to."""
+    """Training module that runs without a trainer: it counts its steps itself and does not log."""
 
     global_step = 0
 
     def log(self, *args, **kwargs) -> None:
-        """To nobody."""
+        """Do nothing."""
 
 
 def stepping(module: Bare, losses: Iterator[Tensor]) -> Steps:
-    """An optimizer step for every loss, with the module's own optimizer, warm-up and clipping."""
+    """Take an optimizer step for every loss, with the module's optimizer, warm-up and clipping."""
     configured = module.configure_optimizers()
     optimizer, warm_up = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for loss in losses:
@@ -80,19 +81,22 @@ def stepping(module: Bare, losses: Iterator[Tensor]) -> Steps:
 
 
 def bare_losses(module: Bare, data: PreferenceData) -> Iterator[Tensor]:
-    """The module's own step on its own batches."""
+    """Losses of the module's training step on the loader's batches."""
     for index, pairs in enumerate(data.train_dataloader()):
         yield module.training_step(pairs, index)
 
 
 def four_pass_losses(module: Bare, data: PreferenceData) -> Iterator[Tensor]:
-    """The same losses from four forward passes of B."""
+    """Losses of the same batches from four forward passes of B latents."""
     for pairs in data.train_dataloader():
         yield four_pass_loss(module, pairs)
 
 
 def published_losses(module: Bare, prompts: Sequence[str], batch: int) -> Iterator[Tensor]:
-    """Everything from images and words in every step; the passes through policy and reference are ours."""
+    """Losses of random images, with images and prompts encoded in every step.
+
+    The passes through policy and reference are those of the module.
+    """
     backbone, draw = module.backbone, torch.Generator().manual_seed(0)
     height, width = (backbone.pipeline.vae_scale_factor * side for side in backbone.latent_shape[1:])
     images = torch.randint(0, 256, (len(prompts), 2, 3, height, width), generator=draw, dtype=torch.uint8)
@@ -109,10 +113,10 @@ def published_losses(module: Bare, prompts: Sequence[str], batch: int) -> Iterat
 
 
 class Rounds(L.Callback):
-    """Stands where `fit` has its validation: after every `steps` steps of the trainer each of the others takes as many.
+    """Callback in place of `fit`'s validation: after `steps` trainer steps, each other way takes as many.
 
-    `seconds` has what every round took; all that lies between two steps of the trainer, but for these turns of the
-    others, is counted as the trainer's.
+    `seconds` maps each way to the seconds of its rounds. All time between the trainer's steps is counted as
+    the trainer's, except the turns of the others.
     """
 
     def __init__(self, others: Mapping[str, Steps], steps: int):
@@ -124,14 +128,14 @@ class Rounds(L.Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args) -> None:
-        """Nothing until a round is over."""
+        """At the end of each round, record the trainer's time and give the other ways their turns."""
         if trainer.global_step % self.steps:
             return
         self.seconds[OURS].append(time.perf_counter() - self._since)
         for name in self.others:
             self._turn(name)
         if trainer.global_step == trainer.max_steps:
-            module.log(MONITOR, 0.5, logger=False)  # `fit` keeps the best checkpoint and wants one
+            module.log(MONITOR, 0.5, logger=False)  # `fit` needs a value to choose the best checkpoint
             self.validated = trainer.global_step
         self._since = time.perf_counter()
 
@@ -145,7 +149,7 @@ class Rounds(L.Callback):
 
 
 def make_dataset(cfg: DictConfig, backbone: Backbone, folder: Path) -> PairDataset:
-    """Pairs of the configuration's training prompts: encoded texts, random latents and scores."""
+    """Dataset of pairs for the configuration's training prompts: encoded text, random latents and scores."""
     rewards, prompts = synthetic_rewards(3), instantiate(cfg.prompts)["train"]
     plan = PoolSpec(folder, cfg.model.name, "train", 0, prompts, CANDIDATES)
     pool = synthetic_pool(plan, ImageGenerator.base(backbone, SamplerSettings(**cfg.sampling)), rewards)
@@ -155,7 +159,7 @@ def make_dataset(cfg: DictConfig, backbone: Backbone, folder: Path) -> PairDatas
 
 
 def module_maker(cfg: DictConfig, backbone: Backbone) -> Callable[[type], PreferenceModule]:
-    """Class -> a module of the configuration, its policy still the base."""
+    """Function from a module class to a module of the configuration, whose policy is untrained."""
     trainer, weighting = cfg.trainer, Weighting(cfg.noise.weighting, cfg.noise.bias)
     return lambda kind: kind(
         backbone,
@@ -170,7 +174,11 @@ def module_maker(cfg: DictConfig, backbone: Backbone) -> Callable[[type], Prefer
 def time_steps(
     cfg: DictConfig, batch: int, steps: int, runs: int, folder: Path
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of every way's rounds but the first; largest difference of the weights of `capo` and the bare loop."""
+    """Time all ways to take a step.
+
+    Returns the seconds of every way's rounds but the first, and the largest difference between the weights of
+    `capo` and of the bare loop.
+    """
     backbone = instantiate(cfg.model.backbone, name=cfg.model.name)
     dataset, make = make_dataset(cfg, backbone, folder), module_maker(cfg, backbone)
     bare, four, published, ours = make(Bare), make(Bare), make(Bare), make(PreferenceModule)
@@ -203,7 +211,7 @@ def time_steps(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     if any(argument.startswith("--size") for argument in (sys.argv[1:] if arguments is None else arguments)):
-        import full_training  # which takes its time
+        import full_training  # here, since it takes a while to import
 
         full_training.main(arguments)
         return

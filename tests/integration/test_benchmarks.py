@@ -162,7 +162,7 @@ def test_figures_of_two_machines_do_not_mix(tmp_path):
     file = tmp_path / "figures.json"
     Records(file, {"device": "one", "what": "step"}).add("a", {"status": "measured", "peak_bytes": 2_500_000_000})
     assert "| a | measured | 2.50 GB |" in file.with_suffix(".md").read_text()
-    with pytest.raises(InputError, match="holds figures of one, this is two"):
+    with pytest.raises(InputError, match="has results of one, this is two"):
         Records(file, {"device": "two", "what": "step"})
 
 
