@@ -91,7 +91,7 @@ def draw(bases: dict[str, Backbone], settings: SamplerSettings, rounds: int, dev
             seconds[name].append(now(device) - start)
             peaks[name] = peak_bytes(device)
             if len(images) != settings.batch:
-                raise RuntimeError(f"{name} drew {len(images)} images, not {settings.batch}")
+                raise RuntimeError(f"{name} generated {len(images)} images instead of {settings.batch}")
     return {
         "images_per_second": settings.batch / statistics.median(seconds["capo"]),
         "pipeline images_per_second": settings.batch / statistics.median(seconds["pipeline"]),

@@ -81,7 +81,7 @@ class Setting:
 
 
 class TimedModule(PreferenceModule):
-    """Training module with learning rate 0: a step costs the same, but every setting starts from the base."""
+    """Training module with learning rate 0: it takes full steps, but its weights stay those of the base."""
 
     quiet, said = False, ""
 
@@ -95,7 +95,7 @@ class TimedModule(PreferenceModule):
         self.said = " ".join(map(str, args))
 
     def cpu(self) -> TimedModule:
-        """Do nothing: Lightning moves a module to the CPU after each of the many calls of fit."""
+        """Stay on the device: Lightning would move the module to the CPU after each of the many fits."""
         return self
 
     def prepare(self, execution: Execution) -> None:
@@ -163,7 +163,7 @@ def published_loss(module: TimedModule, pairs: PreferenceBatch) -> Tensor:
 
 
 def other_ways(module: TimedModule) -> dict[str, Take]:
-    """Ways that take turns with `capo`; they share its weights and optimizer, to fit in memory."""
+    """Other ways to take a step, with the weights and the optimizer of `capo`, to fit in memory."""
     return {
         BARE: lambda pairs: module.training_step(pairs, 0),
         FOUR: partial(four_pass_loss, module),

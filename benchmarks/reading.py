@@ -1,8 +1,7 @@
 """Pairs per second read at random from a pool, against memory-mapped arrays of the same data.
 
-    python benchmarks/reading.py [--prompts 512] [--prompts_per_shard 8] [--visits 4096] [--batch 16] [--runs
-    7]
-                                 [--threads 2]
+    python benchmarks/reading.py [--prompts 512] [--prompts_per_shard 8] [--visits 4096] [--batch 16]
+                                 [--runs 7] [--threads 2]
 
 - `pool`: `PoolReader`, which reads safetensors shards with a limited number of open files.
 - `memmap`: one .npy file for all latents and one for each text tensor, each mapped once.

@@ -40,7 +40,7 @@ SEED = 0
 
 
 def free_reward(images: Sequence[Image], prompts: Sequence[str]) -> torch.Tensor:
-    """Reward that is always 0, so that a pool decodes its images at no other cost."""
+    """Reward that is always 0 and costs nothing, for which a pool still decodes its images."""
     return torch.zeros(len(images))
 
 
@@ -89,7 +89,7 @@ def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable
 
 
 def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
-    """Largest difference between the pixels of two lists of images, in units of 1/255."""
+    """Largest difference between the pixels of two lists of images, as 8-bit values (0 to 255)."""
     pairs = zip(ours, theirs, strict=True)
     return max(
         int(np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)).max()) for a, b in pairs

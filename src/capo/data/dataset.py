@@ -44,7 +44,8 @@ class PairDataset(Dataset):
     ):
         if not len(positions) == len(prompts) == len(selection.pairs):
             raise ValueError(
-                f"{len(positions)} positions, {len(prompts)} prompts, {len(selection.pairs)} selected rows"
+                f"{len(positions)} positions, {len(prompts)} prompts and {len(selection.pairs)} selected "
+                "rows must be equal in number"
             )
         self.reader, self.positions, self.prompts = reader, list(positions), list(prompts)
         self.selection, self.seed, self.shared_noise = selection, seed, shared_noise

@@ -70,7 +70,7 @@ class PoolSpec:
     """Specification of a pool: `candidates` images for each of `prompts`, in a folder under `root`.
 
     `model` and `split` are parts of the folder's name; `seed` is the seed of the images. Raises InputError if
-    there are no prompts, fewer than two candidates (which cannot be compared) or less than one prompt per
+    there are no prompts, fewer than two candidates (which cannot be compared) or fewer than one prompt per
     shard.
     """
 
@@ -85,13 +85,15 @@ class PoolSpec:
     def __post_init__(self) -> None:
         if self.candidates < 2:
             raise InputError(
-                f"pool of split '{self.split}': {self.candidates} candidates a prompt; "
-                "fewer than 2 cannot be compared (pool.candidates, or images a prompt)"
+                f"pool of split '{self.split}': {self.candidates} candidates per prompt; "
+                "fewer than 2 cannot be compared (pool.candidates, or images per prompt)"
             )
         if self.prompts_per_shard < 1:
             raise InputError(f"pool.prompts_per_shard={self.prompts_per_shard} must be at least 1")
         if not self.prompts:
-            raise InputError(f"pool of split '{self.split}': its prompt set is empty")
+            raise InputError(
+                f"pool of split '{self.split}': its prompt set is empty; give at least one prompt"
+            )
 
 
 def open_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool:

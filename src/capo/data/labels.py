@@ -14,9 +14,10 @@ CERTAIN = 1000.0
 
 
 class LabelSource(Protocol):
-    """Source of one number per candidate, stored in the pool under `key`, and its link and scale.
+    """Source of one number per candidate, stored in the pool under `key`.
 
-    `capo.calibration` explains link and scale; `range` is the range of valid numbers, None: any.
+    Calibration applies `link` and `scale` to it (`capo.calibration`); `range` is the range of valid numbers,
+    None: any.
     """
 
     @property

@@ -326,7 +326,7 @@ def test_fingerprint_of_what_generates(tiny_backbone, tiny_folder):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"candidates": 1}, "split 'train': 1 candidates a prompt; fewer than 2 cannot be compared"),
+    ({"candidates": 1}, "split 'train': 1 candidates per prompt; fewer than 2 cannot be compared"),
     ({"prompts": []}, "split 'train': its prompt set is empty"),
     ({"prompts_per_shard": 0}, "prompts_per_shard=0 must be at least 1"),
 ])

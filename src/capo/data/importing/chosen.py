@@ -58,7 +58,7 @@ class Imported:
         if not prompts:
             raise InputError(
                 f"pool.imported={folder}: all of its {len(pool.prompts)} captions are validation or test "
-                "prompts; use other prompts there, or another pool"
+                "prompts; give other validation and test prompts, or another pool"
             )
         return cls(pool, table, prompts, len(pool.prompts) - len(prompts))
 

@@ -1,7 +1,7 @@
 """Sources of imported preferences: tables whose columns hold captions, images and their order.
 
-Each file of the Hydra group `import` names a function that makes a `Source`. It checks paths; images are
-checked later.
+Each file of the Hydra group `import` names a function that makes a `Source` and checks that its tables exist;
+`capo.data.importing.survey` checks the images.
 """
 
 from __future__ import annotations

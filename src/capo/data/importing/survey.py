@@ -22,8 +22,8 @@ BROKEN = "with a broken image"
 def entry_id(text: str, occurrence: int) -> str:
     """Id, 16 hex digits, of the entry number `occurrence` with a caption.
 
-    The first entry has the id of the prompt; later ones have a hash of caption and number. Both are separated
-    by a line break, which a normalized caption never contains, so the hash is not that of another caption.
+    The first entry has the id of the prompt; later ones have a hash of caption and number, joined by a line
+    break. A normalized caption never contains a line break, so this is not the id of another caption.
     """
     if occurrence == 0:
         return prompt_id(text)

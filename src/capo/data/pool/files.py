@@ -42,7 +42,7 @@ class DamagedShard(InputError):
 
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = path, reason
-        super().__init__(f"{path} is damaged: {reason}; generate.py of the same configuration makes it again")
+        super().__init__(f"{path} is damaged: {reason}; run generate.py with the same configuration again")
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class Pool:
         """Prompts of a row, in the order of their positions."""
         return self._table.row(row)
 
-    # --- what is there ---
+    # --- shards ---
 
     def shards(self, candidates: int, positions: Iterable[int] | None = None) -> list[Shard]:
         """Shards, existing or not, for the first `candidates` of all rows, or of the rows of `positions`."""
@@ -171,7 +171,7 @@ class Pool:
         """Store text embeddings of a row; the leading dimension is its prompts, the header has `settings`."""
         count = len(self._table.row_positions(row))
         if wrong := {name: tuple(tensor.shape) for name, tensor in text.items() if len(tensor) != count}:
-            raise ValueError(f"row {row} has {count} prompts, its text {wrong}")
+            raise ValueError(f"row {row} has {count} prompts, but its text has the shapes {wrong}")
         stored = {
             name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor
             for name, tensor in text.items()
@@ -209,7 +209,9 @@ class Pool:
         """
         expected = (len(shard.positions), len(shard.candidates))
         if latents.ndim != 5 or latents.shape[:2] != expected:
-            raise ValueError(f"latents {tuple(latents.shape)} for shard {shard.name} of {expected} images")
+            raise ValueError(
+                f"latents {tuple(latents.shape)} do not fit shard {shard.name}, {expected} images"
+            )
         half = latents.to(torch.float16)
         if not (finite := half.isfinite().flatten(2).all(2)).all():
             place, candidate = (~finite).nonzero()[0].tolist()
@@ -290,7 +292,7 @@ class Pool:
     def write_scores(self, key: str, shard: Shard, scores: Tensor, settings: Mapping[str, object]) -> None:
         """Store raw scores (prompts, candidates) of the shard's present latents."""
         if scores.shape != (len(shard.positions), len(shard.candidates)):
-            raise ValueError(f"scores {tuple(scores.shape)} for shard {shard.name}")
+            raise ValueError(f"scores {tuple(scores.shape)} do not fit shard {shard.name}")
         metadata = self._scores_identity(key, shard, self._latents_checksum(shard)) | _described(settings)
         path, numbers = scores_path(self.folder, key, shard.row, shard.block), scores.cpu().float().numpy()
         write_score_file(path, self._table.row_ids(shard.row), shard.candidates, numbers, metadata)
