@@ -1,4 +1,4 @@
-"""Errors caused by a value that the user gave (not by a fault of this package), and helpers for messages."""
+"""Errors caused by a value that the user gave, not by a fault of this package; parts of their messages."""
 
 import difflib
 from collections.abc import Sequence

@@ -31,14 +31,15 @@ def win_rate(policy: Tensor, base: Tensor) -> Tensor:
         or 0 in (policy.shape[1], base.shape[1])
     ):
         raise ValueError(
-            f"policy {tuple(policy.shape)} and base {tuple(base.shape)} must be (P, K): a prompt a row"
+            f"policy {tuple(policy.shape)} and base {tuple(base.shape)} must be (P, K), one prompt per row"
         )
     for name, scores in {"policy": policy, "base": base}.items():
         bad = (~scores.isfinite()).nonzero()
         if len(bad):
             prompt, image = bad[0].tolist()
             raise InputError(
-                f"{name} scores: prompt {prompt}, image {image}: {scores[prompt, image].item()} is no score"
+                f"{name} scores: prompt {prompt}, image {image}: {scores[prompt, image].item()} is not "
+                "finite; score the image again"
             )
     dtype = torch.float64 if torch.float64 in (policy.dtype, base.dtype) else torch.float32
     ours, theirs = policy[:, :, None], base[:, None, :]

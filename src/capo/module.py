@@ -314,7 +314,7 @@ class PreferenceModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leave frozen weights out; add the counts of skipped steps, which a resumed run continues."""
+        """Leave out frozen weights; add counts of skipped steps, for resuming, and the base's fingerprint."""
         trained = self.trained_names()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained

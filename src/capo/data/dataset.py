@@ -55,6 +55,7 @@ class PairDataset(Dataset):
         return len(self.positions)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Draw and read the pair of a visit, as one element of a `PreferenceBatch` for `collate`."""
         row, visit = key
         draw = visit_generator(self.seed, self.prompts[row].id, visit)
         pair = list(self.selection.draw(row, draw.integers))

@@ -16,8 +16,8 @@ CERTAIN = 1000.0
 class LabelSource(Protocol):
     """Source of one number per candidate, stored in the pool under `key`.
 
-    Calibration applies `link` and `scale` to it (`capo.calibration`); `range` is the range of valid numbers,
-    None: any.
+    Calibration applies `link` and `scale` to it (`capo.calibration`). `range` is the usual lowest and highest
+    number, for reports; None: not stated.
     """
 
     @property

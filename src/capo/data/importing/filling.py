@@ -60,6 +60,7 @@ class EncodeStage(Stage):
         ]
 
     def run(self, shard: Shard, report: Report) -> None:
+        """Read, crop and encode the images of a shard. Raises InputError for one that became unreadable."""
         places = self.table.places[
             shard.positions.start : shard.positions.stop, shard.candidates.start : shard.candidates.stop
         ]

@@ -40,6 +40,7 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """Numbers of row and block, such as `00003-01`, as in the names of files."""
         return f"{self.row:05d}-{self.block:02d}"
 
     @property
@@ -70,6 +71,7 @@ def write_range(numbers: range) -> str:
 
 
 def read_range(text: str) -> range:
+    """Parse a range from a file's header: `0-8` as `range(0, 8)`."""
     start, stop = text.split("-")
     return range(int(start), int(stop))
 

@@ -55,7 +55,7 @@ class PromptTable:
         self._digests: dict[int, str] = {}
 
     def append(self, prompts: Sequence[Prompt], split: str, lock: AbstractContextManager) -> None:
-        """Append prompts that the table lacks, in a new row; enters `lock` only if there are any."""
+        """Append prompts that the table lacks, from a new row on; enters `lock` only if there are any."""
         if all(prompt.id in self._positions for prompt in prompts):
             return
         with lock:

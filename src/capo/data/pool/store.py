@@ -99,7 +99,7 @@ class Pool:
         return self._table.prompts
 
     def append_prompts(self, prompts: Sequence[Prompt], split: str) -> list[int]:
-        """Append prompts that the pool lacks, in a new row, and return the positions of all of `prompts`.
+        """Append prompts that the pool lacks, from a new row on; returns the positions of all of `prompts`.
 
         Nothing is written if the pool has all of them.
         """
