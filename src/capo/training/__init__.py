@@ -1,1 +1,1 @@
-"""The fit: Lightning trainer, checkpoints, validation, loggers."""
+"""Training: the Lightning trainer, checkpoints, validation and loggers."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when they are written, that they are whole, and how a run goes on from one."""
+"""Write, check and load the checkpoints of a training run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from capo.training.validation import WinRateValidation
 
 
 class ValidatedCheckpoint(ModelCheckpoint):
-    """A checkpoint after each validation, the one after the last step included."""
+    """Save a checkpoint after each validation, including the one after the last step."""
 
     def __init__(self, validation: WinRateValidation, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -29,32 +29,36 @@ class ValidatedCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
     ) -> None:
+        """Save a checkpoint if the policy was validated after this step."""
         if self._validation.validated == trainer.global_step:
             super().on_train_batch_end(trainer, module, outputs, batch, index)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name beside its own, syncs and renames."""
+    """Write checkpoints atomically: under a temporary name in the same folder, synced, then renamed."""
 
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+        """Serialize `checkpoint` to memory, then write the file atomically."""
         state = io.BytesIO()
         torch.save(checkpoint, state)
         write_whole(path, state.getbuffer())
 
 
 class SameBatches(L.Callback):
-    """Lets a run go on with another number of devices or another micro-batch.
+    """Resume a run with another number of devices or another micro-batch size.
 
-    Lightning counts batches, of which a step may now have more or fewer: the count becomes that of as many steps.
+    Lightning counts batches, and an optimizer step may now take more or fewer of them than before. When a
+    checkpoint is loaded, its batch count is therefore recomputed from its number of optimizer steps.
     """
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        """Replace the batch count by the checkpoint's steps times the batches that a step takes now."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         recount(progress, checkpoint["global_step"] * trainer.accumulate_grad_batches)
 
 
 def recount(progress: dict[str, dict[str, int]], batches: int) -> None:
-    """Shift all counts of a loop's progress so that `batches` were begun; how far the others lag behind stays."""
+    """Shift all counts of a loop's progress so that "ready" is `batches`; their differences are kept."""
     for counts in (progress["total"], progress["current"]):
         shift = batches - counts["ready"]
         for name in ("ready", "started", "processed", "completed"):
@@ -62,16 +66,23 @@ def recount(progress: dict[str, dict[str, int]], batches: int) -> None:
 
 
 def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
-    """Put a policy with the best checkpoint's weights in the module's place, whole and on the CPU; returns its win-rate.
+    """Set `module.policy` to a new policy with the best checkpoint's weights, unsharded and on the CPU.
 
-    A new one, because what was trained may be compiled, or spread over devices.
+    The policy is built anew because the trained one may be compiled or sharded over devices.
+
+    Returns:
+        Validation win-rate of that checkpoint.
+
+    Raises:
+        InputError: the checkpoint holds the weights of another model.
     """
     state = torch.load(checkpoints.best_model_path, map_location="cpu", weights_only=True, mmap=True)
     module.policy = module.fresh_policy()
     kept = module.load_state_dict(state["state_dict"], strict=False)
     if kept.unexpected_keys or module.trained_names().intersection(kept.missing_keys):
         raise InputError(
-            f"{checkpoints.best_model_path} holds the weights of another model: {[*kept.unexpected_keys, *kept.missing_keys][:3]}"
+            f"{checkpoints.best_model_path} holds the weights of another model; tensors that do not match: "
+            f"{[*kept.unexpected_keys, *kept.missing_keys][:3]}"
         )
     module.policy.eval().requires_grad_(False)
     return float(checkpoints.best_model_score)
@@ -80,21 +91,29 @@ def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
 def check_checkpoint(
     path: Path, module: nn.Module, names: Collection[str] | None = None, base: str | None = None
 ) -> None:
-    """InputError where the checkpoint at `path` cannot be read or holds the weights of another model than `module`.
+    """Check that the checkpoint at `path` can be read and fits `module`, before a run resumes from it.
 
-    `names`: what it has to hold of the module's state; None: all. `base`: fingerprint of the base that the run is tuned from. A run whose weights were exchanged under the same name would otherwise go on from none of its own.
+    Args:
+        path: the checkpoint file.
+        module: the module that will load it.
+        names: entries of the module's state dict that the checkpoint must hold; None: all of them.
+        base: fingerprint of the base weights that this run tunes; None: not compared. It detects base weights
+            that were replaced under the same name since the checkpoint was written.
+
+    Raises:
+        InputError: the checkpoint cannot be read, was tuned from another base, or has other tensors.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stored = checkpoint["state_dict"]
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); remove it, and training begins again"
+            f"{path} cannot be read ({str(error).splitlines()[0]}); remove it to start training again"
         ) from error
     if base and checkpoint.get("base", base) != base:
         raise InputError(
-            f"{path} was tuned from another base ({checkpoint['base'][:8]}, this is {base[:8]}): configure the weights of this run, "
-            "or choose another hydra.run.dir"
+            f"{path} was tuned from another base (fingerprint {checkpoint['base'][:8]}, configured is "
+            f"{base[:8]}): configure the base weights of that run, or choose another hydra.run.dir"
         )
     own = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -102,6 +121,6 @@ def check_checkpoint(
         {name for name in own if shapes.get(name) != own[name].shape} | (shapes.keys() - own.keys())
     ):
         raise InputError(
-            f"{path} is a checkpoint of another model ({len(other)} of {len(own)} tensors do not fit, the first {other[0]}); "
-            "configure the model of this run, or choose another hydra.run.dir"
+            f"{path} is a checkpoint of another model ({len(other)} of {len(own)} tensors do not match, "
+            f"the first is {other[0]}); configure the model of that run, or choose another hydra.run.dir"
         )

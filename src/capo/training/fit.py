@@ -1,4 +1,4 @@
-"""From a filled pool to the best policy: selection, the summary of what is optimized, the fit, the choice."""
+"""Train a policy with Lightning, from the last checkpoint if there is one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from capo.training.validation import WinRateValidation
 
 
 def encode_aside(backbone: Backbone, prompts: list[str]) -> dict[str, Tensor]:
-    """What the denoiser needs of B prompts, by the text encoders on the CPU, where they are during training steps."""
+    """Text conditioning of B prompts, encoded on the CPU, where the text encoders are during training."""
     with backbone.visiting("cpu"):
         return backbone.encode_prompts(prompts)
 
 
 def _own_devices(devices: int | str | Sequence[int], here: Launch) -> int | str | Sequence[int]:
-    """What Lightning shall take on this machine: one device a process; which one, a process that is alone may say."""
+    """Devices for Lightning on this machine: one per process; only a single process may choose which one."""
     if here.world_size > 1:
         return here.local_world_size
     return 1 if device_count(devices) is None else devices
@@ -52,11 +52,18 @@ def fit(
     devices: int | str | Sequence[int] = 1,
     strategy: str = AUTO,
 ) -> ModelCheckpoint:
-    """Train for `max_steps` optimizer steps; the checkpoint with the highest validation win-rate is kept beside the last.
+    """Train for `max_steps` optimizer steps; keep the last checkpoint and the one with the best win-rate.
 
-    Goes on from `checkpoints/last.ckpt` where there is one: weights, optimizer, order, visits and curves are then those of a
-    run that was never cut off, whatever the strategy and the devices of either (but for rounding). The backbone spends the
-    steps on the CPU, and is then where it was; validation takes with it what it needs.
+    Training resumes from `folder/checkpoints/last.ckpt` if that file exists. Weights, optimizer state, data
+    order, visit numbers and curves then equal those of an uninterrupted run up to rounding, even if strategy
+    or devices have changed. The backbone is moved to the CPU during training and back to its device
+    afterwards; validation moves the parts that it needs to the device.
+
+    Returns:
+        The checkpoint callback, which knows the best checkpoint and its validation win-rate.
+
+    Raises:
+        InputError: the last checkpoint does not fit the module, or no validation took place.
     """
     here = launch()
     last = folder / "checkpoints" / "last.ckpt"
@@ -108,10 +115,11 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
     module.trainer = None
     module.policy.zero_grad(set_to_none=True)
-    gc.collect()  # the trainer is in cycles, and with it go optimizer and reference
+    gc.collect()  # cycles hold the trainer, and with it the optimizer and the reference
     module.backbone.to(home)
     if checkpoints.best_model_score is None:
         raise InputError(
-            f"no validation took place in {max_steps} steps; set validation.every to at most trainer.max_steps"
+            f"no validation took place in {max_steps} steps; "
+            "set validation.every to at most trainer.max_steps"
         )
     return checkpoints

@@ -1,4 +1,4 @@
-"""The training loader: this process's batches of pairs, from where an interrupted run stopped."""
+"""Load batches of preference pairs for this process, resuming where an interrupted run stopped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from capo.data.dataset import Encode, PairDataset, VisitSampler, collate
 
 
 class PreferenceData(L.LightningDataModule):
-    """The training loader over a `PairDataset`; `batch` pairs a forward pass and process, `workers` loader processes.
+    """Lightning data module over a `PairDataset`.
 
-    With `encode` the embeddings come from it rather than from the pool; it runs where a batch is put together: in the
-    workers, if there are any.
+    `batch` is the number of pairs in one forward pass of one process, `workers` the number of loader
+    processes. If `encode` is given, prompt embeddings are computed by it instead of read from the pool; it
+    runs where batches are collated, which is in the workers if there are any.
     """
 
     def __init__(self, dataset: PairDataset, batch: int, workers: int = 0, encode: Encode | None = None):
@@ -24,9 +25,9 @@ class PreferenceData(L.LightningDataModule):
         dataset.stored_text = encode is None
 
     def train_dataloader(self) -> DataLoader:
-        """This process's share of the pairs, from where the run before this one stopped."""
+        """Batches of this process's share of the pairs, starting after those that a resumed run has seen."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        # batches that a run before this one has seen; Lightning itself would begin at the first
+        # batches seen before the run was interrupted; Lightning itself would restart at the first one
         seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
         rows = self.dataset.selection.usable.nonzero().flatten().tolist()
         return DataLoader(

@@ -1,4 +1,4 @@
-"""Where curves go: `metrics.csv` in the run directory always, TensorBoard or W&B beside it on request."""
+"""Log training curves: always to `metrics.csv` in the run directory, on request to TensorBoard or W&B too."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from PIL import Image
 
 from capo.runtime.files import write_table, write_whole
 
-FLUSH = 50  # rows between two writes of the file
+FLUSH = 50  # rows collected in memory before the file is written
 
 
 class CurvesFile(Logger):
-    """`folder/metrics.csv`: a row for each step that is logged, a column for each figure, empty where it was not.
+    """Logger that writes `folder/metrics.csv`: one row per log call, one column per figure.
 
-    Rows of a file that is there are kept, and new ones are appended; the file is always whole. `drop_after` takes off what a
-    run that was cut off had written beyond the step from which it goes on.
+    A figure that was not logged in a row leaves its cell empty. Rows of an existing file are kept and new
+    ones appended; the file is replaced atomically. When a run resumes, `drop_after` removes the rows that the
+    interrupted run had logged after the step of its checkpoint.
     """
 
     def __init__(self, folder: str | Path):
@@ -42,23 +43,25 @@ class CurvesFile(Logger):
 
     @property
     def name(self) -> str:
+        """Empty: the file lies directly in the run directory."""
         return ""
 
     @property
     def version(self) -> str:
+        """Empty: the file lies directly in the run directory."""
         return ""
 
     def log_hyperparams(self, *args, **kwargs) -> None:
-        """Nothing: config.yaml has them."""
+        """Do nothing: config.yaml in the run directory holds the hyperparameters."""
 
     def drop_after(self, step: int) -> None:
-        """Keep the rows up to `step`."""
+        """Remove the rows of steps after `step`, and write the file."""
         self.rows = [row for row in self.rows if int(row["step"]) <= step]
         self._write()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """A row, in memory until `save` or until there are FLUSH of them."""
+        """Append a row; it stays in memory until `save` is called or FLUSH rows have been collected."""
         self.rows.append({**metrics, "step": step})
         self._unwritten += 1
         if self._unwritten >= FLUSH:
@@ -66,11 +69,12 @@ class CurvesFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what is not written yet."""
+        """Write the file if it lacks rows."""
         if self._unwritten:
             self._write()
 
     def finalize(self, status: str) -> None:
+        """Write the file if it lacks rows, however training ended."""
         self.save()
 
     def _write(self) -> None:
@@ -79,17 +83,17 @@ class CurvesFile(Logger):
 
 
 def csv_logger(folder: str | Path) -> Logger:
-    """`folder/metrics.csv`."""
+    """Return a logger that writes `folder/metrics.csv`."""
     return CurvesFile(folder)
 
 
 def tensorboard_logger(folder: str | Path) -> Logger:
-    """`folder/tensorboard/`; needs the extra `tensorboard`."""
+    """Return a logger that writes to `folder/tensorboard/`; needs the extra `tensorboard`."""
     return TensorBoardLogger(folder, name="tensorboard", version="")
 
 
 def log_picture(loggers: Sequence[Logger], name: str, path: Path, step: int) -> None:
-    """The picture at `path` to every logger that shows pictures."""
+    """Send the image at `path` to the W&B and TensorBoard loggers under the tag `name`."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [str(path)], step=step)
@@ -100,13 +104,15 @@ def log_picture(loggers: Sequence[Logger], name: str, path: Path, step: int) -> 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """How a run is found among others.
+    """Facts by which experiment trackers find and group a run.
 
     Attributes:
-        axes: what people sweep, flat: objective, beta, bias, pairs, rewards, model, lr, seed.
-        config: everything that was configured, as `config.yaml` holds it.
-        group: the sweep that it is a job of, or None.
-        tags: objective, pairs, model, rewards.
+        axes: settings that are often swept, as a flat mapping of objective, beta, bias, pairs, rewards,
+            model, lr, seed.
+        config: the whole configuration, as in `config.yaml`.
+        group: name of the sweep that the run is a job of, or None.
+        tags: names of the objective, pairs strategy, model and rewards.
+        job_type: W&B's job type.
     """
 
     axes: Mapping[str, object]
@@ -117,9 +123,10 @@ class RunIdentity:
 
 
 class WandbRun(WandbLogger):
-    """One W&B run for one run directory: the same id whenever it goes on, ended by `close`.
+    """W&B logger with one W&B run per run directory: a resumed run keeps its id, and `close` ends it.
 
-    `folder/wandb.json` holds id, group, job_type, tags, config and summary for whoever has not the server.
+    `folder/wandb.json` repeats id, group, job_type, tags, config and summary, so that they can be read
+    without the W&B server.
     """
 
     def __init__(self, folder: str | Path, project: str, **options: object):
@@ -128,13 +135,14 @@ class WandbRun(WandbLogger):
         self._record: dict[str, object] = {}
 
     def begin(self, identity: RunIdentity) -> None:
-        """Start the run, or go on with the one whose id `wandb.json` holds."""
+        """Start a W&B run, or resume the one whose id `wandb.json` holds."""
         import wandb
 
         online = wandb_is_online()
         if not online:
             print(
-                f"W&B: offline (no key, or WANDB_MODE says so); `wandb sync {self.save_dir}/wandb/offline-*` uploads the run"
+                "W&B: offline (no API key found, or set by WANDB_MODE); "
+                f"`wandb sync {self.save_dir}/wandb/offline-*` uploads the run"
             )
         before = (
             json.loads(self.record_path.read_text(encoding="utf-8")) if self.record_path.is_file() else {}
@@ -147,10 +155,11 @@ class WandbRun(WandbLogger):
             "config": {**identity.axes, "run": identity.config},
             "summary": before.get("summary", {}),
         }
-        self._write()  # before the server hears of it: whatever ends this process, the next one goes on with this id
+        # before the server is contacted: if this process ends early, the next one resumes under the same id
+        self._write()
         given = {key: self._record[key] for key in ("id", "group", "job_type", "tags", "config")}
         if not online:
-            given["settings"] = wandb.Settings(silent=True)  # the line above has said it all
+            given["settings"] = wandb.Settings(silent=True)  # the line printed above says it
         self._experiment = wandb.init(
             project=self.name,
             dir=self.save_dir,
@@ -163,7 +172,7 @@ class WandbRun(WandbLogger):
         self._experiment.define_metric("*", step_metric="trainer/global_step")
 
     def summarize(self, figures: Mapping[str, float]) -> None:
-        """The run's outcome: as summaries, as a table `outcome`, and in `wandb.json`."""
+        """Record the final figures: as W&B summary values, as a table `outcome`, and in `wandb.json`."""
         self._record["summary"] = dict(figures)
         self.log_table(
             "outcome",
@@ -174,7 +183,7 @@ class WandbRun(WandbLogger):
         self._write()
 
     def close(self) -> None:
-        """End the run, so that the next one of this process is another."""
+        """Finish the W&B run, so that this process can start another one."""
         if self._experiment is not None:
             self._experiment.finish()
 
@@ -183,39 +192,40 @@ class WandbRun(WandbLogger):
 
 
 def wandb_is_online() -> bool:
-    """Whether a run may go to the server: a key is found, and WANDB_MODE does not say otherwise."""
+    """Whether runs go to the W&B server: WANDB_MODE decides if it is set, else the presence of an API key."""
     mode = os.environ.get("WANDB_MODE", "").lower()
     if mode:
         return mode == "online"
-    os.environ.pop(
-        "WANDB_MODE", None
-    )  # set to nothing it says nothing, but wandb would take it for a mode that it does not know
+    os.environ.pop("WANDB_MODE", None)  # wandb would refuse the empty string as an unknown mode
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 
 def wandb_logger(folder: str | Path, project: str, **options: object) -> Logger:
-    """A W&B run, online where `wandb_is_online`, else offline under `folder/wandb/`, which one line says.
+    """Return a W&B logger, online if `wandb_is_online()`, else offline under `folder/wandb/`.
 
-    `options` go to `wandb.init` and win over what the run says of itself: entity, group, name, notes ...
+    An offline run prints one line that says how to upload it. `options` (entity, group, name, notes, ...) are
+    passed to `wandb.init` and take precedence over the values of `RunIdentity`.
     """
     return WandbRun(folder, project, **options)
 
 
 class Curves(L.Callback):
-    """Hands the figures of a step to the loggers, every `every` steps, before the step's checkpoint is written.
+    """Log the training figures every `every` optimizer steps, before the checkpoint of that step is written.
 
-    Lightning's own logging comes after the checkpoint: a run that goes on from there would lack a row.
+    Lightning itself logs after the checkpoint, so a run resumed from that checkpoint would lack a row.
     """
 
     def __init__(self, every: int):
         self.every, self._seen, self._pairs, self._began = every, 0, 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Count optimizer steps from the one at which training starts or resumes."""
         self._seen = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, index: int) -> None:
+        """Count pairs, and time an optimizer step from its first micro-batch."""
         if self._pairs == 0:
             self._began = time.perf_counter()
         self._pairs += len(batch.prompt_ids) * trainer.world_size
@@ -223,7 +233,7 @@ class Curves(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
     ) -> None:
-        """Nothing until the optimizer has moved."""
+        """Log the figures of an optimizer step once its last micro-batch is done."""
         step = trainer.global_step
         if step == self._seen:
             return
@@ -236,6 +246,6 @@ class Curves(L.Callback):
                 logger.log_metrics(figures, step=step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
-        """What was logged is on the disk before the checkpoint that comes after it."""
+        """Write the logged rows to disk before the checkpoint."""
         for logger in trainer.loggers:
             logger.save()

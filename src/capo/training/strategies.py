@@ -1,4 +1,4 @@
-"""A batch over devices, and a denoiser over devices: accumulation, repeated blocks, sharding, Lightning's strategies."""
+"""Lightning strategies for training on several devices: DDP, and FSDP2 with unsharded checkpoints."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 whose checkpoint is the one file that every other strategy writes, optimizer included.
+    """FSDP2 with the single-file checkpoint that all other strategies write, optimizer state included.
 
-    Lightning numbers the optimizer's state by all parameters; a LoRA policy trains some of them, and a plain optimizer
-    numbers its own.
+    Lightning's version numbers the optimizer state by all parameters of the model, whereas a plain optimizer
+    numbers only those it trains; for a LoRA policy the two differ. This class uses the plain numbering.
     """
 
     def __init__(self, processes: int):
@@ -33,7 +33,7 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
-        """The whole state on the first process, by numbers as a plain optimizer has it; empty on the others."""
+        """Gather the unsharded state on the first process, numbered as by a plain optimizer; elsewhere {}."""
         plain = getattr(optimizer, "_optimizer", optimizer)
         found = get_optimizer_state_dict(self.model, plain, options=WHOLE)
         if self.global_rank:
@@ -51,9 +51,9 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, object]:
-        """Weights and optimizer into their shards; the rest of the checkpoint is returned."""
+        """Load weights and optimizer state into their shards; return the checkpoint without the weights."""
         checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only)
-        # not strict: what LoRA leaves frozen is in no checkpoint
+        # not strict: parameters that LoRA leaves frozen are not in the checkpoint
         set_model_state_dict(
             self.model,
             checkpoint.pop("state_dict"),
@@ -81,10 +81,10 @@ def _by_name(state: Mapping[str, object], names: list[str]) -> dict[str, object]
 
 
 def make_strategy(name: str, processes: int) -> Strategy | str:
-    """Lightning's strategy for that many processes; for one alone its plain one, whatever the name."""
+    """Return Lightning's strategy for `processes`; with a single process always the automatic one."""
     if processes == 1:
         return AUTO
     if name == FSDP:
         return ShardedStrategy(processes)
-    # gradients lie in the buckets that are reduced: no second copy of them
+    # gradients are views of the all-reduce buckets, which saves a second copy of them
     return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)

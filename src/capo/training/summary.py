@@ -1,4 +1,4 @@
-"""What is being optimized, in a table before the first step."""
+"""Print what a run optimizes before its first step, and check its beta."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from capo.module import PreferenceModule
 def print_summary(
     facts: dict[str, object], candidates: Candidates, module: PreferenceModule, console: Console
 ) -> None:
-    """What is being optimized, before the first step is taken."""
+    """Print a table of `facts`, numbers of parameters and pairs, and the spread of each label source."""
     found = candidates.selection.statistics()
     table = Table(title="what is being optimized", show_header=False, title_justify="left")
     trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
@@ -22,7 +22,8 @@ def print_summary(
         "error": "mean over channels, height and width, float32; loss: mean over pairs",
         "trained parameters": f"{trained:,}",
         "prompts": f"{found.usable} kept, {found.prompts - found.usable} skipped (no pair with dR > 0)",
-        "X+ / X-": f"{found.winners:.1f} / {found.losers:.1f} candidates a prompt, {found.pairs:.1f} pairs to draw from",
+        "X+ / X-": f"{found.winners:.1f} / {found.losers:.1f} candidates per prompt, "
+        f"{found.pairs:.1f} pairs to draw from",
     }
     for name, spread_ in zip(candidates.labels, candidates.spreads, strict=True):
         shares = (
@@ -39,10 +40,16 @@ def print_summary(
 def beta_warning(
     objective: str, beta: float | None, ranges: dict[str, Sequence[float]], model: str
 ) -> str | None:
-    """One sentence where beta lies outside of what was measured for the model, else None."""
+    """Return a warning if `beta` lies outside the range measured for the objective and model, else None.
+
+    `ranges`: objective -> (lowest, highest) beta that was measured.
+    """
     if beta is None or ranges.get(objective) is None:
         return None
     low, high = ranges[objective]
     if low <= beta <= high:
         return None
-    return f"objective.beta={beta:g} lies outside {low:g}-{high:g}, the range that was measured for {objective} on {model}"
+    return (
+        f"objective.beta={beta:g} lies outside {low:g}-{high:g}, the range that was measured for {objective} "
+        f"on {model}"
+    )

@@ -1,4 +1,4 @@
-"""During training: sample fixed prompts and seeds, score, compare with the base's images, draw a picture."""
+"""Validate the policy during training: sample fixed prompts and seeds, and compare with the base's images."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ from capo.training.loggers import log_picture
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The base's side of every comparison.
+    """Fixed prompts and seeds of validation, and what the base reaches on them.
 
     Attributes:
-        prompts: P prompts, with text conditioning `text` (leading P) and seeds (P x K) of their images.
-        base_scores: reward -> (P, K) raw scores of the base's images for the same seeds.
-        pictures: the base's first image of the first prompts, for the grid.
+        prompts: P prompts.
+        text: text conditioning of the prompts by name; the leading dimension is P.
+        seeds: P lists of K seeds, one per image.
+        base_scores: reward -> (P, K) raw scores of the base's images for the same prompts and seeds.
+        pictures: the base's first image of each of the first prompts, for the image grid.
     """
 
     prompts: Sequence[Prompt]
@@ -47,7 +49,7 @@ class ValidationSet:
 
 
 def validation_set(base: GeneratedImages, rewards: Sequence[Reward], pictures: int) -> ValidationSet:
-    """Read from the base's images, which must be complete, what validation compares with."""
+    """Validation set from the base's images, which must be complete; `pictures` prompts go into the grid."""
     pool, spec, positions = base.pool, base.spec, base.positions
     parts = [pool.read_text(row) for row in pool.text_shards(positions)]
     rows = [position for row in pool.text_shards(positions) for position in pool.text_shard(row).positions]
@@ -62,23 +64,25 @@ def validation_set(base: GeneratedImages, rewards: Sequence[Reward], pictures: i
 
 
 def share(prompts: int, rank: int, world: int) -> tuple[list[int], list[int]]:
-    """(rows that a process draws, those of them that count): as many for each process as for any other.
+    """Prompts of process `rank` of `world`: (rows to sample, rows that count).
 
-    What is drawn beyond its share repeats the last prompt: a sharded policy must be called equally often everywhere.
+    Every process samples the same number of prompts, since a sharded policy must be called equally often by
+    all. A process whose share is smaller repeats the last prompt; these repetitions do not count.
     """
     mine = list(range(rank, prompts, world))
     return mine + [prompts - 1] * (math.ceil(prompts / world) - len(mine)), mine
 
 
 class WinRateValidation(L.Callback):
-    """Every `every` optimizer steps: win-rates of the policy against the base, logged, and a grid of images.
+    """Every `every` optimizer steps, log win-rates of the policy against the base and draw a grid of images.
 
-    `val/win_rate`, the mean over rewards, is what checkpoints are compared by. Images are rounded to float16 before they
-    are decoded, as those of a pool are. Each process takes its share of the prompts; the metrics add them up, so that all
-    choose the same checkpoint. VAE and text encoders are on the device for as long as this takes.
+    Checkpoints are ranked by `val/win_rate`, the mean over the rewards used in training. Latents are rounded
+    to float16 before they are decoded, as in a pool. Each process samples its share of the prompts; metrics
+    are summed over processes, so that all choose the same checkpoint. VAE and text encoders are moved to the
+    device for the duration of a validation.
 
-    The rewards of `held_out` score the same images and have no part in `val/win_rate`; where they fall while training's own
-    rise, a line says so.
+    Held-out rewards (`held_out`) score the same images but do not enter `val/win_rate`. If one of them falls
+    below the base while the rewards used in training rise above it, a warning of reward hacking is printed.
     """
 
     def __init__(
@@ -94,12 +98,12 @@ class WinRateValidation(L.Callback):
         self.held_out = held_out or HeldOut()
         self.base, self.backbone, self.rewards, self.settings = base, backbone, list(rewards), settings
         self.every, self.folder = every, Path(folder)
-        self.validated = 0  # the last step after which this was done
+        self.validated = 0  # the last step after which the policy was validated
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
     ) -> None:
-        """Validate every `every` steps and after the last one."""
+        """Validate every `every` optimizer steps and after the last one; log and print the figures."""
         step = trainer.global_step
         last = trainer.max_steps > 0 and step == trainer.max_steps
         if step == self.validated or not (step % self.every == 0 or last):
@@ -124,7 +128,11 @@ class WinRateValidation(L.Callback):
     def validate(
         self, trainer: L.Trainer, policy: torch.nn.Module, step: int
     ) -> tuple[dict[str, float], str | None]:
-        """Win-rates and mean scores of `policy` on the validation prompts; the alarm, where a held-out reward falls."""
+        """Sample and score the validation prompts with `policy`.
+
+        Returns:
+            Figures by name (win-rates and mean scores), and the reward-hacking warning or None.
+        """
         was_training = policy.training
         policy.eval()
         drawn, mine = share(len(self.base.prompts), trainer.global_rank, trainer.world_size)
@@ -143,7 +151,8 @@ class WinRateValidation(L.Callback):
         return figures, alarm
 
     def _sample(self, policy, drawn: list[int], progress: bool, alone: bool) -> Tensor:
-        # among others no lanes: each pass through a sharded policy is a conversation, which threads would start in any order
+        # with several processes no batches run in parallel threads: every pass through a sharded policy is a
+        # collective operation, and threads would start these in a different order on each process
         settings = self.settings if alone else replace(self.settings, parallel=OPERATIONS)
         seeds = [self.base.seeds[row] for row in drawn]
         text = {name: value[drawn] for name, value in self.base.text.items()}
@@ -157,9 +166,9 @@ class WinRateValidation(L.Callback):
     def _figures(
         self, images: list[Image], mine: list[int], step: int, device: torch.device
     ) -> tuple[dict[str, float], str | None]:
-        """Of all processes' images together: the same in each of them."""
+        """Figures and warning from the images of all processes, identical on each of them."""
         figures: dict[str, float] = {}
-        rates: dict[str, dict[int, float]] = {}  # reward -> {prompt: win-rate} of this process's share
+        rates: dict[str, dict[int, float]] = {}  # reward -> {prompt: win-rate}, for this process's share
         for group, rewards in {"val": self.rewards, GROUP: self.held_out.rewards}.items():
             for reward in rewards:
                 found, rates[reward.name] = self._judged(reward, images, mine, device)
@@ -176,12 +185,12 @@ class WinRateValidation(L.Callback):
     def _judged(
         self, reward: Reward, images: list[Image], mine: list[int], device: torch.device
     ) -> tuple[dict[str, float], dict[int, float]]:
-        """Win-rate and mean score of all processes' images, and the win-rates of the prompts that this one has drawn."""
+        """Figures of one reward over all processes, and the win-rates of this process's prompts."""
         per_prompt = len(self.base.seeds[0])
         prompts = [self.base.prompts[row].text for row in mine for _ in range(per_prompt)]
         rate, score, rates = WinRate(), MeanMetric(), {}
         if mine:
-            reward.setup(device)  # one after the other: beside the policy there may be no room for all
+            reward.setup(device)  # one reward at a time: beside the policy there may be no room for all
             scores, base = (
                 reward.score(images, prompts).view(len(mine), per_prompt),
                 self.base.base_scores[reward.name][mine],
@@ -193,7 +202,7 @@ class WinRateValidation(L.Callback):
         return {"win_rate": float(rate.compute()), "score": float(score.compute())}, rates
 
     def _shown(self, images: list[Image], mine: list[int]) -> list[Image]:
-        """The policy's first image of the first prompts, whichever process has drawn it."""
+        """The policy's first image of each of the first prompts, gathered from all processes."""
         per_prompt = len(self.base.seeds[0])
         own = {
             row: images[number * per_prompt]
@@ -211,7 +220,9 @@ class WinRateValidation(L.Callback):
         return path
 
     def state_dict(self) -> dict[str, int]:
+        """The last validated step, so that a resumed run does not validate it again."""
         return {"validated": self.validated}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the last validated step."""
         self.validated = state["validated"]
