@@ -1,1 +1,1 @@
-"""Tuned policies against their base: win-rates with intervals, comparisons, reports."""
+"""Evaluate tuned policies against their base: win-rates with intervals, comparisons of runs, reports."""

@@ -1,4 +1,4 @@
-"""Several evaluated runs in one table, and two of them head to head."""
+"""Compare evaluated runs in one table, and two of them head to head."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from capo.evaluation.statistics import bootstrap_interval
 from capo.metrics import win_rate
 from capo.runtime.run_folder import EVALUATION, RESULTS
 
-# settings that two runs must share to be set against each other
+# settings of the evaluation that two runs must share to be compared head to head
 SAME = ("prompts", "seed", "images_per_prompt", "rewards")
 
 
 def run_folders(runs: str | Sequence[str]) -> list[Path]:
-    """The run directories that `runs` names: a list of them, or a multirun directory.
+    """List the run directories that `runs` names: a list of them, one of them, or a multirun directory.
 
-    Of a multirun the evaluated jobs count. Raises InputError where there is none.
+    Of a multirun directory, the jobs that have been evaluated are listed. Raises InputError if there are
+    none.
     """
     folders = [Path(runs)] if isinstance(runs, str) else [Path(run) for run in runs]
     if len(folders) == 1 and not (folders[0] / "config.yaml").is_file():
@@ -48,7 +49,7 @@ def _read(folder: Path, name: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
-            f"runs: {folder} has not been evaluated ({path} is not there); run evaluate.py run={folder}"
+            f"runs: {folder} has not been evaluated ({path} does not exist); run evaluate.py run={folder}"
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(
@@ -57,7 +58,10 @@ def _read(folder: Path, name: str) -> dict:
 
 
 def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
-    """Reward -> (P, K) scores of a run's own images, prompts in the order of its settings."""
+    """Read the scores of a run's own images: reward -> (P, K), prompts in the order of `settings`.
+
+    `settings` is the run's settings.json. Raises InputError if the pool lacks some of its prompts.
+    """
     pool = _policy_pool(folder, settings)
     places = {prompt.id: place for prompt, place in pool.prompts}
     if missing := [prompt for prompt in settings["prompts"] if prompt not in places]:
@@ -71,7 +75,7 @@ def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
 
 
 def _policy_pool(folder: Path, settings: Mapping) -> Pool:
-    """The pool of the finished evaluation; one that another policy or seed has begun may lie beside it."""
+    """Open the pool of the finished evaluation; pools of another policy or seed may lie beside it."""
     for path in sorted((folder / EVALUATION / "pool").glob("*/manifest.json")):
         pool = Pool.open(path.parent)
         if (pool.manifest.generator, pool.manifest.seed) == (settings["policy_generator"], settings["seed"]):
@@ -83,14 +87,18 @@ def _policy_pool(folder: Path, settings: Mapping) -> Pool:
 
 
 def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
-    """Reward -> win-rate of the first run's images against the second's, with its interval over prompts.
+    """Win-rate of the first run's images against the second's.
 
-    Raises InputError where the two were evaluated with other prompts, seeds, images or rewards.
+    Returns:
+        Reward -> {"mean", "low", "high"}: win-rate in 0-1 and its 95 % interval over prompts.
+
+    Raises:
+        InputError: the two were evaluated with different prompts, seeds, numbers of images or rewards.
     """
     settings = [_read(folder, "settings.json") for folder in (first, second)]
     if differing := [key for key in SAME if settings[0][key] != settings[1][key]]:
         raise InputError(
-            f"{first} and {second} were evaluated with other {', '.join(differing)}; "
+            f"{first} and {second} were evaluated with different {', '.join(differing)}; "
             "evaluate both with the same"
         )
     ours, theirs = policy_scores(first, settings[0]), policy_scores(second, settings[1])
@@ -103,10 +111,13 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
 
 
 def compare_runs(folders: Sequence[Path], console: Console) -> dict:
-    """Print tables with a row a run, and for two runs their head-to-head win-rates; returns both as values.
+    """Print tables with one row per run and, for two runs, their head-to-head win-rates.
 
-    {"results": {run: results.json}, "head_to_head": {reward: {mean, low, high}} or None}. Raises InputError
-    for a run that has not been evaluated, and for two that cannot be set against each other.
+    Returns:
+        {"results": {run: results.json}, "head_to_head": {reward: {mean, low, high}} or None}.
+
+    Raises:
+        InputError: a run has not been evaluated, or two runs were evaluated with different settings.
     """
     results = {str(folder): _read(folder, RESULTS) for folder in folders}
     _print_rows(console, results, "win_rate", "win-rate against the base, %", _span)
@@ -124,7 +135,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
 def _print_rows(
     console: Console, results: Mapping[str, Mapping], key: str, title: str, cell: Callable[[Mapping], str]
 ) -> None:
-    """A table of what results hold under `key`, a column a reward or measure; none where no run has it."""
+    """Print a table of `results[run][key]`, one row per run; nothing if no run has such results."""
     names = list(dict.fromkeys(name for found in results.values() for name in found.get(key, {})))
     if not names:
         return

@@ -1,4 +1,4 @@
-"""Policy against base on prompts that nothing before has seen: images, scores, results.json, report.html."""
+"""Evaluate a policy against its base on unseen prompts: images, scores, results.json and report.html."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from capo.runtime.run_folder import POOLS, REPORT, RESULTS, SETTINGS
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1  # of settings.json; a result of another schema is made again
+SCHEMA = 1  # of settings.json; results written with another schema are computed again
 DIGITS = 6
 
 
@@ -40,17 +40,22 @@ def results(
     base_measures: Scores = MappingProxyType({}),
     categories: Sequence[str] = (),
 ) -> dict:
-    """What results.json holds: rates in 0-1, 95 % intervals over prompts, no place and no time (CaPO, B.2).
+    """Compute the content of results.json: win-rates in 0-1 with 95 % intervals over prompts (CaPO, B.2).
+
+    It holds no paths and no times, so equal inputs give equal results.
 
     Args:
-        policy_scores, base_scores: reward -> (P, K) raw scores, same prompts and seeds.
-        zero_scores: reward -> (Z, K) scores of the base's images with other seeds, for the first Z prompts;
-            empty where there is no zero line.
-        diversity: "policy" and "base" (`latent_diversity`, averaged over prompts).
-        fingerprints: "policy" and "base", of their denoisers.
-        seed: of the bootstrap.
-        policy_measures, base_measures: oracle measure -> (P, K); empty where there is no oracle.
-        categories: (P,) of the prompts; a prompt of category "" counts in the whole only.
+        policy_scores: reward -> (P, K) raw scores of the policy's images.
+        base_scores: reward -> (P, K) raw scores of the base's images, for the same prompts and seeds.
+        zero_scores: reward -> (Z, K) raw scores of the base's images with other seeds, for the first Z
+            prompts; empty if there is no zero line.
+        diversity: "policy" and "base" -> `latent_diversity`, averaged over prompts.
+        fingerprints: "policy" and "base" -> fingerprint of the denoiser.
+        seed: seed of the bootstrap.
+        policy_measures: oracle measure -> (P, K) for the policy's images; empty if there is no oracle.
+        base_measures: oracle measure -> (P, K) for the base's images; empty if there is no oracle.
+        categories: category of each of the P prompts; a prompt of category "" counts only in the overall
+            values.
     """
     prompts, images = next(iter(policy_scores.values())).shape
     rates = {name: win_rate(policy_scores[name], base) for name, base in base_scores.items()}
@@ -82,7 +87,7 @@ def _with_interval(per_prompt: Tensor, seed: int) -> dict[str, float]:
 
 
 def _measured(policy: Scores, base: Scores, categories: Sequence[str], seed: int) -> dict[str, dict]:
-    """ "oracle" and "oracle_by_category"; categories in the order in which the prompts bring them."""
+    """Entries "oracle" and "oracle_by_category" of the results, categories in order of first appearance."""
 
     def change(rows: list[int]) -> dict[str, dict[str, float]]:
         return {name: _change(policy[name][rows], base[name][rows], seed) for name in policy}
@@ -111,7 +116,7 @@ def _change(policy: Tensor, base: Tensor, seed: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What `evaluate` was asked to compare."""
+    """Policy and base of one evaluation: their images, the rewards, the zero line and the oracle."""
 
     spec: PoolSpec
     policy: ImageGenerator
@@ -124,7 +129,7 @@ class _Comparison:
         return ImageGenerator.base(self.policy.backbone, self.policy.settings)
 
     def settings(self) -> dict:
-        """What decides the results, as JSON values."""
+        """Everything that the results depend on, as JSON values (settings.json)."""
         spec, zero, fingerprints = self.spec, self.zero, self.policy.backbone.fingerprints
         identity = json.dumps([(prompt.id, prompt.category) for prompt in spec.prompts])
         seen = {"seed": spec.seed, "images_per_prompt": spec.candidates}
@@ -153,7 +158,7 @@ class _Comparison:
         }
 
     def sides(self, images: Path, progress: bool) -> tuple[Side, Side, dict[str, Tensor]]:
-        """Policy, base, and the scores of the zero line; what is missing of their images is made first."""
+        """Policy, base, and the zero line's scores; missing images and scores are generated first."""
         judges = [*self.rewards, *self.oracle]
         base = GeneratedImages.fill(self.spec, self.base, judges, progress)
         other = self.zero and GeneratedImages.fill(self.zero, self.base, self.rewards, progress)
@@ -179,19 +184,28 @@ def evaluate(
     curves: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
-    """Images of policy and base, same prompts and seeds -> `results`, results.json, report.html in `folder`.
+    """Generate and score images of policy and base, then write results.json and report.html to `folder`.
 
     Args:
-        folder: the policy's images go to its `pool`. A result of the same settings that lies there is
-            returned as it stands, one of other settings is replaced.
-        spec: the base's images; their seeds are the policy's too, and `spec.seed` is the bootstrap's.
-        policy: what draws the policy's images, on the base's backbone.
-        zero: the base's images with other seeds, for the first prompts of `spec`; None: no zero line.
-        oracle: measures that are exact, or that nothing was tuned on; reported beside the rewards.
-        title, shown, config, curves: of the report: its heading, how many prompts an order of the gallery
-            shows, the text of the run's config.yaml, and its metrics.csv (which need not be there).
+        folder: output folder; the policy's images go to its sub-folder `pool`. Results of the same settings
+            that are already there are returned unchanged, results of other settings are replaced.
+        spec: pool of the base's images; the policy uses the same prompts and seeds. `spec.seed` also seeds
+            the bootstrap.
+        policy: generator of the policy's images, on the base's backbone.
+        rewards: rewards for which win-rates are computed.
+        zero: pool of the base's images with other seeds, for the first prompts of `spec`; None: no zero line.
+        oracle: measures that are exact, or on which nothing was tuned; reported beside the rewards.
+        title: heading of the report; None: the model's name.
+        shown: number of prompts in each order of the report's gallery.
+        config: text of the run's config.yaml for the report, or None.
+        curves: the run's metrics.csv for the report, or None; the file may be missing.
+        progress: whether to show progress bars.
 
-    Raises InputError for whatever keeps a pool from being filled, and a zero spec of other prompts.
+    Returns:
+        The content of results.json, see `results`.
+
+    Raises:
+        InputError: a pool cannot be filled, or the prompts of `zero` are not the first ones of `spec`.
     """
     if zero is not None and list(zero.prompts) != list(spec.prompts[: len(zero.prompts)]):
         raise InputError("the zero line's prompts must be the first test prompts (evaluation.zero_prompts)")
@@ -199,7 +213,7 @@ def evaluate(
     settings = comparison.settings() | {"shown": shown}
     found = stored_results(folder, settings)
     if found is not None:
-        log.info("%s holds the results of these settings already", folder)
+        log.info("%s already holds the results of these settings", folder)
     else:
         tuned, base, zero_scores = comparison.sides(folder / POOLS, progress)
         found = _results_of(tuned, base, zero_scores, settings)
@@ -227,7 +241,7 @@ def _results_of(tuned: Side, base: Side, zero_scores: Scores, settings: Mapping)
 
 
 def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
-    """The results in `folder` if they are whole and were made with `settings`, else None."""
+    """Read the results in `folder` if they are complete and belong to `settings`, else return None."""
     try:
         found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         if found == settings and (folder / REPORT).is_file():
@@ -238,7 +252,7 @@ def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
 
 
 def _write(folder: Path, settings: dict, found: dict, page: str) -> None:
-    # written last: it says that the others are there, and whose they are
+    # settings.json is written last: it marks the other files as complete and says what they belong to
     (folder / SETTINGS).unlink(missing_ok=True)
     write_whole(folder / RESULTS, json.dumps(found, indent=2, allow_nan=False) + "\n")
     write_whole(folder / REPORT, page)
@@ -246,7 +260,7 @@ def _write(folder: Path, settings: dict, found: dict, page: str) -> None:
 
 
 def _remove_other_pools(root: Path, kept: Path) -> None:
-    """Removes the images of policies that were evaluated here before."""
+    """Remove the images of policies that were evaluated in this folder before."""
     for folder in root.iterdir():
         if folder.name != kept.name and (folder / "manifest.json").is_file():
             shutil.rmtree(folder)

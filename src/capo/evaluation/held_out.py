@@ -1,4 +1,4 @@
-"""Rewards that training does not use, asked of the validation images: what rises only where it is measured is hacked."""
+"""Score validation images with rewards not used in training, to detect reward hacking."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from capo.errors import InputError
 from capo.evaluation.statistics import bootstrap_interval
 from capo.rewards import Reward
 
-GROUP = "val/held_out"  # what the figures of held-out rewards begin with
-ALARM = f"{GROUP}/alarm"  # 1 where one of them has fallen while training's own rose; `ALARM/NAME` of each
+GROUP = "val/held_out"  # prefix of the figures of held-out rewards
+# 1 if a held-out reward fell while the rewards used in training rose, else 0; `ALARM/NAME` for each reward
+ALARM = f"{GROUP}/alarm"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rewards; `seed` is that of their intervals' bootstrap."""
+    """Held-out rewards, and the seed of the bootstrap for their intervals."""
 
     rewards: Sequence[Reward] = ()
     seed: int = 0
@@ -36,55 +37,60 @@ class Rate:
 
     @classmethod
     def of(cls, per_prompt: Tensor, seed: int) -> Rate:
-        """From the win-rates (P,) of the prompts."""
+        """Mean and interval of the win-rates (P,) of the prompts; `seed` seeds the bootstrap."""
         return cls(per_prompt.double().mean().item(), *bootstrap_interval(per_prompt, seed))
 
     def __str__(self) -> str:
+        """Format as `0.634 (0.601 to 0.668)`."""
         return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one validation says: `trained`, the mean over training's rewards, and each held-out one."""
+    """Win-rates of one validation: the mean over the rewards used in training, and each held-out reward."""
 
     trained: Rate
     held_out: Mapping[str, Rate]
 
     @property
     def fallen(self) -> list[str]:
-        """The held-out rewards whose interval lies below one half, where that of training's lies above it."""
+        """Held-out rewards that warn of reward hacking.
+
+        Their interval lies below 0.5, while that of the rewards used in training lies above it.
+        """
         return [name for name, rate in self.held_out.items() if rate.high < 0.5 < self.trained.low]
 
     def figures(self) -> dict[str, float]:
-        """1 or 0 under ALARM, and of each held-out reward under `ALARM/NAME`."""
+        """Figures to log: ALARM is 1 if a held-out reward has fallen, else 0; so is `ALARM/NAME` for each."""
         each = {f"{ALARM}/{name}": float(name in self.fallen) for name in self.held_out}
         return {ALARM: float(bool(self.fallen)), **each}
 
     def message(self, step: int) -> str | None:
-        """The alarm as one line; None where it does not ring."""
+        """Warning in one line, or None if no held-out reward has fallen."""
         if not self.fallen:
             return None
         falls = ", ".join(f"{name} {self.held_out[name]}" for name in self.fallen)
         return (
-            f"step {step}: reward hacking? The trained rewards win {self.trained} against the base, while held out {falls} "
-            "falls: look at the pictures, and consider a larger objective.beta, fewer steps, or training on it too"
+            f"step {step}: reward hacking? The rewards used in training have win-rate {self.trained} against "
+            f"the base, but held out {falls} fell below 0.5: look at the images, and consider a larger "
+            "objective.beta, fewer steps, or training on it too"
         )
 
 
 def judge(trained: Sequence[Tensor], held_out: Mapping[str, Tensor], seed: int) -> Verdict:
-    """The verdict on win-rates against the base.
+    """Compare the win-rates of held-out rewards with those of the rewards used in training.
 
     Args:
-        trained: (P,) a reward that training uses, one number a prompt.
-        held_out: name -> (P,) of those that it does not use.
-        seed: of the bootstrap over prompts; the same one gives the same verdict.
+        trained: win-rates (P,) against the base, for each reward used in training.
+        held_out: name -> win-rates (P,), for each held-out reward.
+        seed: seed of the bootstrap over prompts; the same seed gives the same verdict.
     """
     together = torch.stack(list(trained)).double().mean(0)
     return Verdict(Rate.of(together, seed), {name: Rate.of(rates, seed) for name, rates in held_out.items()})
 
 
 def by_prompt(parts: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, Tensor]:
-    """Reward -> (P,), from what each process found: reward -> {prompt: number}; the order of processes changes nothing."""
+    """Merge each process's reward -> {prompt: number} into reward -> (P,), ordered by prompt."""
     merged: dict[str, dict[int, float]] = {}
     for part in parts:
         for name, rates in part.items():
@@ -96,7 +102,7 @@ def by_prompt(parts: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, T
 
 
 def refuse_trained(held_out: Sequence[Reward], trained: Sequence[Reward]) -> None:
-    """InputError for a reward that is held out and trained: by its name, or the same scorer under another one."""
+    """Raise InputError for a held-out reward that training uses, under the same name or another one."""
     for reward in held_out:
         for own in trained:
             if reward.name == own.name or (reward.scorer, reward.weights, reward.revision) == (
@@ -105,13 +111,12 @@ def refuse_trained(held_out: Sequence[Reward], trained: Sequence[Reward]) -> Non
                 own.revision,
             ):
                 known = (
-                    ""
-                    if reward.name == own.name
-                    else f" (there as '{own.name}', the same scorer and weights)"
+                    "" if reward.name == own.name else f" (as '{own.name}', with the same scorer and weights)"
                 )
                 raise InputError(
-                    f"validation.held_out: '{reward.name}' is one of the rewards that are trained{known}, so it cannot tell whether they "
-                    f"are hacked; hold out another one, or leave it out of rewards={_listed(trained)}"
+                    f"validation.held_out: '{reward.name}' is used in training{known}, so it cannot "
+                    "detect reward hacking; hold out another reward, or leave it out of "
+                    f"rewards={_listed(trained)}"
                 )
 
 
@@ -120,7 +125,10 @@ def _listed(rewards: Sequence[Reward]) -> str:
 
 
 def alarms(curves: str | Path) -> dict[str, list[int]]:
-    """Reward -> the steps at which its alarm rang, of a run's metrics.csv; empty where none did, or there is no file."""
+    """Read the alarms of a run from its metrics.csv: held-out reward -> steps at which its alarm is 1.
+
+    A reward without alarms is left out; the result is empty if the file does not exist.
+    """
     try:
         with Path(curves).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -136,9 +144,9 @@ def alarms(curves: str | Path) -> dict[str, list[int]]:
 
 
 def remark(found: Mapping[str, Sequence[int]]) -> list[str]:
-    """A sentence a reward whose alarm rang, for people."""
+    """Sentences for a report, one per held-out reward in `found` (reward -> steps of its alarms)."""
     return [
-        f"{name}, held out of training, fell below the base in validation while the trained rewards rose, at step "
-        f"{', '.join(map(str, steps))}: reward hacking?"
+        f"{name}, held out of training, fell below the base in validation while the rewards used in training "
+        f"rose, at step {', '.join(map(str, steps))}: reward hacking?"
         for name, steps in found.items()
     ]

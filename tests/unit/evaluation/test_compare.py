@@ -116,7 +116,7 @@ def test_images_that_are_gone(runs):
 )
 def test_runs_of_other_prompts_seeds_images_or_rewards_are_refused(tmp_path, runs, key, value):
     other = write_run(tmp_path / "2", SECOND, "c" * 64, **{key: value})
-    with pytest.raises(InputError, match=f"evaluated with other {key}; evaluate both with the same"):
+    with pytest.raises(InputError, match=f"evaluated with different {key}; evaluate both with the same"):
         head_to_head(runs[0], other)
 
 

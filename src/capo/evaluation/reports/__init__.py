@@ -1,1 +1,1 @@
-"""Pages, tables and pictures for people."""
+"""HTML pages, console tables and images that present results."""

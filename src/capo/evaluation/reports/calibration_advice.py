@@ -1,4 +1,4 @@
-"""What the figures of a calibration report call for, in sentences (pure)."""
+"""Turn the figures of a calibration report into warnings and advice (pure functions)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 from capo.calibration import Spread, spread_warnings
 from capo.evaluation.reports.calibration_report import TARGET, CalibrationReport, RewardFigures
 
-OUTSIDE = 0.5  # share of scores outside of the declared range that is warned of
-CROWDED = 0.5  # share of the candidates in the upper frontier that is warned of
-EMPTY = 0.1  # share of prompts without a lower frontier that is warned of
+OUTSIDE = 0.5  # warn if a larger share of scores lies outside the declared range
+CROWDED = 0.5  # warn if a larger share of the candidates is in the upper frontier
+EMPTY = 0.1  # warn if a larger share of prompts has an empty X-
 
 
 def warnings_of(report: CalibrationReport) -> list[str]:
-    """What a user should know before training on these pairs: rewards in their order, then pairs; empty where all is well."""
+    """Warnings about training on these pairs: for each reward in order, then for the pairs; may be empty."""
     rewards = [told for name, figures in report.rewards.items() for told in reward_warnings(name, figures)]
     return [*rewards, *pair_warnings(report)]
 
 
 def reward_warnings(name: str, figures: RewardFigures) -> list[str]:
-    """A sentence where a reward is flat or saturated, with the scale that would mend it, and where it leaves its declared range."""
+    """Warn if a reward is flat or saturated, with a scale that corrects it, or leaves its declared range."""
     shares = [math.nan if share is None else share for share in (figures.flat, figures.saturated)]
     found = [
         f"{told}. {scale_advice(name, figures)}"
@@ -27,34 +27,37 @@ def reward_warnings(name: str, figures: RewardFigures) -> list[str]:
     ]
     if figures.outside is not None and figures.outside > OUTSIDE:
         found.append(
-            f"reward '{name}': {figures.outside:.0%} of its scores lie outside of {figures.declared[0]:g} to {figures.declared[1]:g}, "
-            f"its declared range (seen: {figures.seen[0]:.4g} to {figures.seen[1]:.4g}): other weights, or a factor that is missing?"
+            f"reward '{name}': {figures.outside:.0%} of its scores lie outside {figures.declared[0]:g} to "
+            f"{figures.declared[1]:g}, its declared range (seen: {figures.seen[0]:.4g} to "
+            f"{figures.seen[1]:.4g}): are these the weights that its yaml describes, or is a factor "
+            "missing?"
         )
     return found
 
 
 def scale_advice(name: str, figures: RewardFigures) -> str:
-    """The override that gives the median pair a win-rate of TARGET, or that there is none."""
+    """Name the override that gives the median pair win-rate TARGET, or say that no scale does."""
     if figures.suggested_scale is None:
-        return "No scale helps: in half of the pairs or more both candidates score the same"
+        return "No scale helps: in at least half of the pairs both candidates have the same score"
     return (
-        f"{override(name, figures.suggested_scale)} gives the better of two candidates a median win-rate of {TARGET:g} "
-        f"(now {figures.pair_win_rate:.3f})"
+        f"{override(name, figures.suggested_scale)} gives the better of two candidates a median win-rate of "
+        f"{TARGET:g} (now {figures.pair_win_rate:.3f})"
     )
 
 
 def override(name: str, scale: float) -> str:
-    """`rewards.NAME.scale=...` with three digits that count, as the command line takes it."""
+    """Command-line override `rewards.NAME.scale=...`, with three significant digits."""
     return f"rewards.{name}.scale={float(f'{scale:.3g}'):.12g}"
 
 
 def pair_warnings(report: CalibrationReport) -> list[str]:
-    """Sentences on prompts that are skipped and, where pairs come from frontiers, on ones that have degenerated."""
+    """Warn of skipped prompts and, if pairs are selected from frontiers, of degenerate frontiers."""
     selected, frontier, found = report.selection, report.frontier, []
     if selected.skipped:
         share = selected.skipped / report.prompts
         found.append(
-            f"{selected.skipped} of {report.prompts} prompts ({share:.0%}) have no pair with dR > 0 and are skipped"
+            f"{selected.skipped} of {report.prompts} prompts ({share:.0%}) have no pair with dR > 0 "
+            "and are skipped"
         )
     if frontier and selected.lower and (frontier.undominated > CROWDED or frontier.empty > EMPTY):
         found.append(_degenerate(report))
@@ -64,11 +67,13 @@ def pair_warnings(report: CalibrationReport) -> list[str]:
 def _degenerate(report: CalibrationReport) -> str:
     frontier, independent = report.frontier, report.independent
     wider = (
-        "; pairs.lower=all_dominated draws from more candidates, but gives no pair to a prompt that has none"
+        "; pairs.lower=all_dominated draws losers from more candidates, "
+        "but gives no pair to a prompt that has none"
     )
     return (
-        f"the frontier of {len(report.rewards)} rewards has degenerated: {frontier.undominated:.0%} of the candidates are dominated by "
-        f"none (independent rewards: {independent.undominated:.0%}), and in {frontier.empty:.0%} of the prompts X- is empty "
-        f"({independent.empty:.0%}). Take fewer rewards, more candidates (pool.candidates) or pairs=sum"
+        f"the frontier of {len(report.rewards)} rewards has degenerated: {frontier.undominated:.0%} of the "
+        f"candidates are dominated by no other (independent rewards: {independent.undominated:.0%}), and X- "
+        f"is empty in {frontier.empty:.0%} of the prompts (independent rewards: {independent.empty:.0%}). "
+        "Use fewer rewards, more candidates (pool.candidates) or pairs=sum"
         + (wider if report.selection.lower == "frontier" else "")
     )

@@ -1,4 +1,4 @@
-"""A calibration report to look at: a picture (the paper's figure 6), an offline page, JSON and a few lines on the console."""
+"""Present a calibration report: figure (CaPO, figure 6), offline HTML page, JSON and console table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from capo.evaluation.reports.calibration_report import TARGET, CalibrationReport
 from capo.evaluation.reports.page import page_environment
 from capo.runtime.files import REMEDY, fresh_folder
 
-STEM = "calibration"  # of the three files
+STEM = "calibration"  # file name of the three files, without extension
 RAW, CALIBRATED, WINNERS, LOSERS = "#5a6170", "#2563a8", "#2a8a5a", "#cf5f27"
 GRAY, PALE = "#8d94a1", "#dfe3ea"
 
@@ -31,10 +31,10 @@ GRAY, PALE = "#8d94a1", "#dfe3ea"
 def write_report(
     folder: str | Path, title: str, report: CalibrationReport, settings: Mapping[str, object]
 ) -> list[str]:
-    """Writes calibration.json, .png and .html to `folder`, in place of what lies there, all or none; returns the warnings.
+    """Write calibration.json, .png and .html to `folder`, which is replaced as a whole; return the warnings.
 
-    `settings`: what the figures are of, for page and JSON; no path and no time, so that equal figures give equal bytes. Raises
-    InputError where the folder cannot be written.
+    `settings` describes the data and goes into page and JSON. It should hold no path and no time, so that
+    equal figures give equal bytes. Raises InputError if the folder cannot be written.
     """
     warnings, png = warnings_of(report), picture(report)
     figures = {"settings": dict(settings), "warnings": warnings, **dataclasses.asdict(report)}
@@ -53,7 +53,11 @@ def write_report(
 
 
 def picture(report: CalibrationReport) -> bytes:
-    """PNG: a row a reward, raw scores beside calibrated rewards; below them the sizes of X+ and X- and the rank correlations."""
+    """Draw the report as PNG bytes.
+
+    Each reward has a row with histograms of its raw scores and calibrated rewards; the last row shows the
+    sizes of X+ and X- and the rank correlations.
+    """
     rows = len(report.rewards) + 1
     figure = Figure(figsize=(9, 2.3 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False)
@@ -83,7 +87,7 @@ def _draw_raw(axes: Axes, name: str, reward: RewardFigures) -> None:
         return
     _bars(axes, reward.raw, RAW)
     if reward.declared is not None:
-        axes.axvspan(*reward.declared, color=PALE, zorder=0)  # where scores usually lie
+        axes.axvspan(*reward.declared, color=PALE, zorder=0)  # the range where scores usually lie
         axes.set_xlim(reward.raw.low, reward.raw.high)
 
 
@@ -149,7 +153,7 @@ def _draw_correlation(axes: Axes, report: CalibrationReport) -> None:
 def render_page(
     title: str, report: CalibrationReport, settings: Mapping[str, object], warnings: Sequence[str], png: bytes
 ) -> str:
-    """One offline page: the warnings, the picture and the figures as tables."""
+    """Render the offline HTML page: the warnings, the picture `png`, and the figures as tables."""
     environment = page_environment()
     environment.filters |= {function.__name__: function for function in (share, plain, signed)}
     return environment.get_template("calibration.html.j2").render(
@@ -165,29 +169,29 @@ def render_page(
 
 
 def share(value: float | None) -> str:
-    """0.634 -> `63.4 %`; None -> `-`."""
+    """Format a share: 0.634 -> `63.4 %`, None -> `-`."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def plain(value: float | None) -> str:
-    """Four digits that count; None -> `-`."""
+    """Format with four significant digits; None -> `-`."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def signed(value: float | None) -> str:
-    """Two digits after the point with a sign; None -> `-`; what rounds to nothing is `+0.00`."""
+    """Format with a sign and two decimals; a value that rounds to zero gives `+0.00`, None `-`."""
     return "-" if value is None else f"{round(value, 2) + 0.0:+.2f}"
 
 
 def suggested(name: str, reward: RewardFigures) -> str:
-    """The override with which the median pair has win-rate TARGET, or why there is none."""
+    """Override that gives the median pair win-rate TARGET, or the reason why there is none."""
     if reward.median_gap is None:
         return "human choice"
     return "no scale helps" if reward.suggested_scale is None else override(name, reward.suggested_scale)
 
 
 def sizes(counts: Sequence[int]) -> dict[str, float]:
-    """Mean, quantiles and the share of empty sets from `counts[k]`, the number of prompts with k candidates in the set."""
+    """Mean, quantiles and empty share of set sizes; `counts[k]` prompts have a set of k candidates."""
     every = np.repeat(np.arange(len(counts)), counts)
     quantiles = np.quantile(every, (0, 0.1, 0.5, 0.9, 1), method="inverted_cdf")
     names = ("lowest", "10 %", "median", "90 %", "highest")
@@ -199,7 +203,7 @@ def sizes(counts: Sequence[int]) -> dict[str, float]:
 
 
 def print_report(report: CalibrationReport, warnings: Sequence[str], console: Console) -> None:
-    """A row a reward, a line on the pairs, then the warnings."""
+    """Print a table with one row per reward, a line on the pairs, and the warnings."""
     table = Table(
         "reward",
         "scale",
@@ -227,8 +231,8 @@ def print_report(report: CalibrationReport, warnings: Sequence[str], console: Co
     console.print(table)
     winners, losers = sizes(report.selection.winners), sizes(report.selection.losers)
     console.print(
-        f"X+ / X-: {winners['mean']:.1f} / {losers['mean']:.1f} candidates a prompt, {report.selection.mean_pairs:.1f} pairs to "
-        f"draw from, {report.selection.skipped} prompts skipped",
+        f"X+ / X-: {winners['mean']:.1f} / {losers['mean']:.1f} candidates per prompt, "
+        f"{report.selection.mean_pairs:.1f} pairs to draw from, {report.selection.skipped} prompts skipped",
         highlight=False,
         soft_wrap=True,
     )
@@ -236,6 +240,6 @@ def print_report(report: CalibrationReport, warnings: Sequence[str], console: Co
 
 
 def print_warnings(warnings: Sequence[str], console: Console) -> None:
-    """A yellow line each."""
+    """Print each warning as a yellow line."""
     for warning in warnings:
         console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""What scores, calibrated rewards and pairs of a pool look like, in figures; `capo.evaluation.reports.calibration_advice` says what to change."""
+"""Compute figures that describe the scores, calibrated rewards and pairs of a pool.
+
+`capo.evaluation.reports.calibration_advice` turns them into warnings and advice.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ from capo.calibration import LINKS, Spread, spread
 from capo.data.selection import Selection
 from capo.pairs import Strategy
 
-TARGET = 0.7  # median win-rate of the better of two candidates that a scale is suggested for
-BINS = 41  # of a histogram; odd, so that a win-rate of 0.5 stands in the middle of a bin
-MOST_PAIRS = 2**24  # pairs that a median is taken of; of larger pools, prompts at even distances
-EXAMPLES = 5  # skipped prompts that are named
-SIMULATED = 4000  # prompts of independent scores; the standard error of a share of prompts is below 0.008
+TARGET = 0.7  # a suggested scale gives the better of two candidates this median win-rate
+BINS = 41  # of a histogram; odd, so that a win-rate of 0.5 is the center of a bin
+MOST_PAIRS = 2**24  # maximum number of pairs of a median; in larger pools, evenly spaced prompts are used
+EXAMPLES = 5  # number of skipped prompts that are listed
+SIMULATED = 4000  # simulated prompts; the standard error of a share of prompts is below 0.008
 
 
 class Described(Protocol):
-    """What the report reads of a `Reward`."""
+    """Attributes of a label source that the report reads."""
 
     name: str
     link: str
@@ -36,7 +39,7 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values in bins of equal width from `low` to `high`."""
+    """Histogram: counts of values in bins of equal width from `low` to `high`."""
 
     low: float
     high: float
@@ -45,17 +48,25 @@ class Histogram:
 
 @dataclass(frozen=True)
 class RewardFigures:
-    """One reward. None: not available (no win-rates, or a human choice, which is a rank and no score).
+    """Figures of one reward; None: not available (no win-rates, or a human choice: ranks, no scores).
 
     Attributes:
-        link, scale, declared: of its yaml; `declared` is the usual lowest and highest score.
-        seen: lowest and highest score in the pool; `outside`: share of the scores outside of `declared`.
+        link: name of the reward's link function.
+        scale: the reward's scale.
+        declared: usual lowest and highest score according to the reward's yaml.
+        seen: lowest and highest score in the pool.
+        outside: share of the scores outside `declared`.
         deviation: standard deviation of the raw scores within a prompt, root mean square over prompts.
-        spread, flat, saturated: of the calibrated rewards, see `capo.calibration.Spread`.
-        median_gap: median over pairs of candidates of a prompt of |link(a) - link(b)|.
-        pair_win_rate: median win-rate of the better of two candidates of a prompt, `sigmoid(scale * median_gap)`.
-        suggested_scale: the scale at which that would be TARGET; None where half of the pairs are ties: no scale helps.
-        raw, calibrated: histograms over all candidates.
+        spread: standard deviation of the calibrated rewards within a prompt, see `capo.calibration.Spread`.
+        flat: share of flat prompts, see `Spread`.
+        saturated: share of saturated prompts, see `Spread`.
+        median_gap: median of |link(a) - link(b)| over the pairs of candidates of a prompt.
+        pair_win_rate: median win-rate of the better of two candidates of a prompt, equal to
+            `sigmoid(scale * median_gap)`.
+        suggested_scale: scale at which `pair_win_rate` equals TARGET; None if no scale does, since at least
+            half of the pairs are ties.
+        raw: histogram of the raw scores of all candidates.
+        calibrated: histogram of the calibrated rewards of all candidates.
     """
 
     link: str
@@ -76,10 +87,17 @@ class RewardFigures:
 
 @dataclass(frozen=True)
 class PairFigures:
-    """What was selected: `winners[k]`, `losers[k]` is the number of prompts with k candidates in X+, in X-.
+    """Figures of the selected pairs.
 
-    `pairs`: lowest, median and highest number of pairs that can be drawn from a prompt, of those with one; `mean_pairs` their
-    mean; `skipped`: prompts without one, the first of them named in `examples`; `lower`: the argument of `frs`, None of others.
+    Attributes:
+        strategy: name and arguments of the pairs strategy.
+        winners: `winners[k]` is the number of prompts with k candidates in X+.
+        losers: `losers[k]` is the number of prompts with k candidates in X-.
+        pairs: lowest, median and highest number of pairs to draw from, over the prompts that have a pair.
+        mean_pairs: mean number of pairs over these prompts.
+        skipped: number of prompts without a pair.
+        examples: the first skipped prompts.
+        lower: argument `lower` of `frs`; None for other strategies.
     """
 
     strategy: str
@@ -94,9 +112,13 @@ class PairFigures:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Mean shares of a prompt's candidates: `undominated` in the upper frontier F+, `winners` in X+, `losers` in X-.
+    """Sizes of the Pareto frontiers.
 
-    `empty`: share of prompts in which no candidate dominates another, so that X+ and X- are empty.
+    Attributes:
+        undominated: mean share of a prompt's candidates in the upper frontier F+.
+        winners: mean share in X+.
+        losers: mean share in X-.
+        empty: share of prompts in which no candidate dominates another, so that X+ and X- are empty.
     """
 
     undominated: float
@@ -107,9 +129,17 @@ class Frontier:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """All figures; `correlation[i][j]` is the rank correlation of rewards i and j (None: nowhere defined), in their order.
+    """All figures of a calibration report.
 
-    `frontier` and `independent` (the same number of independent rewards): None with one reward.
+    Attributes:
+        prompts: number of prompts.
+        candidates: number of candidates per prompt.
+        method: calibration method.
+        rewards: figures by reward.
+        correlation: `correlation[i][j]` is the rank correlation of rewards i and j, None if undefined.
+        selection: figures of the pairs.
+        frontier: frontier sizes; None with one reward.
+        independent: frontier sizes of the same number of independent rewards; None with one reward.
     """
 
     prompts: int
@@ -132,18 +162,21 @@ def calibration_report(
     strategy: Strategy,
     chosen: bool = False,
 ) -> CalibrationReport:
-    """The figures of a scored pool; some seconds for 100 000 prompts x 16 candidates x 3 rewards.
+    """Compute the figures of a scored pool; takes seconds for 100 000 prompts x 16 candidates x 3 rewards.
 
     Args:
-        scores, calibrated: (P, N, L) raw scores, and what `method` made of them (`capo.calibration.calibrate`).
-        selection: what `strategy` selected.
-        rewards: L of them, in the scores' order.
-        prompts: P texts, to name those that are skipped.
+        scores: (P, N, L) raw scores.
+        calibrated: (P, N, L) rewards calibrated by `capo.calibration.calibrate` with `method`.
+        selection: winners and losers selected by `strategy`.
+        rewards: L label sources, in the order of the scores.
+        prompts: P texts, from which skipped prompts are listed.
         method: a key of `capo.calibration.METHODS`.
-        strategy: for its name and arguments.
-        chosen: the one reward is a human choice, whose scores are ranks and whose win-rates are certain on purpose.
+        strategy: pairs strategy, read for its name and arguments.
+        chosen: whether the only label source is a human choice: its scores are ranks, and its win-rates are
+            saturated by construction.
 
-    Raises ValueError for P = 0 or N < 2.
+    Raises:
+        ValueError: P = 0 or N < 2.
     """
     raw, rated = spread(scores), spread(calibrated)
     columns = zip(rewards, scores.unbind(-1), calibrated.unbind(-1), raw, rated, strict=True)
@@ -173,7 +206,7 @@ def _reward_figures(
     method: str,
     chosen: bool,
 ) -> RewardFigures:
-    """Of one reward: (P, N) scores and calibrated rewards, and their spreads."""
+    """Figures of one reward from its (P, N) scores and calibrated rewards, and the spreads of both."""
     values, bounds = scores.numpy(), (0.0, 1.0) if method == "win_rate" else (None, None)
     declared = None if reward.range is None else (float(reward.range[0]), float(reward.range[1]))
     gap = None if chosen else median_gap(scores, reward.link)
@@ -198,39 +231,41 @@ def _reward_figures(
 def histogram(
     values: np.ndarray, low: float | None = None, high: float | None = None, bins: int = BINS
 ) -> Histogram:
-    """Of all `values`, from the lowest to the highest where no bounds are given; a single value stands in a bin of width 1 / bins."""
+    """Histogram of `values`, by default from the lowest to the highest.
+
+    If these are equal, the range is one unit wide around the value.
+    """
     low, high = float(values.min() if low is None else low), float(values.max() if high is None else high)
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    counts, _ = np.histogram(
-        values.astype(np.float64), bins=bins, range=(low, high)
-    )  # float32 has no room for bins in rounding noise
+    # float64, since float32 cannot resolve the bins of values that differ by rounding noise only
+    counts, _ = np.histogram(values.astype(np.float64), bins=bins, range=(low, high))
     return Histogram(low, high, counts.tolist())
 
 
 def median_gap(scores: Tensor, link: str) -> float:
-    """Median over the pairs of candidates of a prompt of |link(a) - link(b)|: (P, N) raw scores -> log-odds at scale 1.
+    """Median of |link(a) - link(b)| over all pairs of candidates of a prompt, in log-odds at scale 1.
 
-    Of more than MOST_PAIRS pairs: prompts at even distances.
+    `scores`: (P, N) raw scores. If there are more than MOST_PAIRS pairs, evenly spaced prompts are used.
     """
     candidates = scores.shape[1]
     first, second = np.triu_indices(candidates, 1)
     step = math.ceil(len(scores) * len(first) / MOST_PAIRS)
-    log_odds = np.ascontiguousarray(
-        LINKS[link].to_log_odds(scores[::step].float()).numpy().T
-    )  # a row a candidate
+    # (N, P'): one row per candidate
+    log_odds = np.ascontiguousarray(LINKS[link].to_log_odds(scores[::step].float()).numpy().T)
     return float(np.median(np.abs(log_odds[first] - log_odds[second])))
 
 
 def scale_for(gap: float, target: float = TARGET) -> float | None:
-    """The scale at which a pair with this gap has win-rate `target`: logit(target) / gap. None for a gap of 0."""
+    """Scale at which a pair with this gap has win-rate `target`, logit(target) / gap; None for a gap of 0."""
     return math.log(target / (1 - target)) / gap if gap > 0 else None
 
 
 def rank_correlation(scores: Tensor) -> list[list[float | None]]:
-    """Spearman's correlation within a prompt, averaged over prompts: (P, N, L) -> L x L.
+    """Spearman's rank correlation within a prompt, averaged over prompts: (P, N, L) -> L x L.
 
-    Ties have the mean of their ranks. Prompts in which one of the two rewards is constant are left out; None where none remains.
+    Ties get the mean of their ranks. Prompts in which one of the two rewards is constant are left out; the
+    entry is None if no prompt remains.
     """
     ranks = rankdata(scores.numpy(), axis=1).transpose(2, 0, 1)  # (L, P, N)
     ranks -= (scores.shape[1] + 1) / 2
@@ -252,7 +287,7 @@ def _mean_correlation(
 
 
 def pair_figures(selection: Selection, prompts: Sequence[str], strategy: Strategy) -> PairFigures:
-    """Sizes, pairs a prompt and skipped prompts of a selection; `prompts`: P texts."""
+    """Set sizes, numbers of pairs and skipped prompts of a selection; `prompts` holds the P texts."""
     candidates = selection.winners.shape[1]
     sizes = [
         torch.bincount(mask.sum(1), minlength=candidates + 1).tolist()
@@ -279,7 +314,7 @@ def _lower(strategy: Strategy) -> str | None:
 
 
 def frontier_shares(scores: Tensor) -> Frontier:
-    """How much of a prompt's candidates the frontiers hold: (P, N, L) raw scores."""
+    """Mean shares of a prompt's candidates in the frontiers, from (P, N, L) raw scores."""
     upper, lower = pairs.non_dominated(scores)
     winners, losers = upper & ~lower, lower & ~upper
     shares = [mask.float().mean().item() for mask in (upper, winners, losers)]
@@ -290,7 +325,8 @@ def frontier_shares(scores: Tensor) -> Frontier:
 def independent_frontier(candidates: int, rewards: int) -> Frontier:
     """`frontier_shares` of independent rewards without ties, over SIMULATED prompts drawn with a fixed seed.
 
-    Simulated, because X+ and X- have no closed form (F+ has: A(N, L) = sum_{k <= N} A(k, L - 1) / k, A(N, 1) = 1).
+    They are simulated because the sizes of X+ and X- have no closed form. The expected size of F+ has one:
+    A(N, L) = sum_{k <= N} A(k, L - 1) / k with A(N, 1) = 1.
     """
     return frontier_shares(
         torch.rand(SIMULATED, candidates, rewards, generator=torch.Generator().manual_seed(0))
@@ -298,7 +334,7 @@ def independent_frontier(candidates: int, rewards: int) -> Frontier:
 
 
 def strategy_name(strategy: Strategy) -> str:
-    """`frs(lower=frontier)`: name and arguments that were given, through `functools.partial`."""
+    """Name of a strategy with the arguments bound by `functools.partial`, e.g. `frs(lower=frontier)`."""
     function, given = getattr(strategy, "func", strategy), getattr(strategy, "keywords", {})
     arguments = ", ".join(f"{key}={value}" for key, value in given.items())
     return getattr(function, "__name__", type(function).__name__) + (f"({arguments})" if arguments else "")

@@ -1,6 +1,7 @@
-"""Small charts as inline SVG: intervals around a line, and training curves from a metrics.csv.
+"""Draw small charts as inline SVG: intervals around a line, and training curves from a metrics.csv.
 
-Colors are CSS classes (`series-0` ...) and variables of the page that holds them: light and dark both read.
+Colors are set by CSS classes (`series-0` ...) and variables of the page, so that light and dark mode both
+work.
 """
 
 import csv
@@ -11,25 +12,25 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-POINTS = 160  # points of a curve at most; more steps than that are averaged
-SERIES = 10  # curves in a chart at most, one a color
-WIDTH, HEIGHT = 360, 200  # of a chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24  # its margins
+POINTS = 160  # maximum number of points of a curve; curves with more are averaged
+SERIES = 10  # maximum number of curves in a chart, one per color
+WIDTH, HEIGHT = 360, 200  # of a chart, in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24  # margins of a chart, in SVG units
 CLOCK = "time/"  # columns of metrics.csv that depend on the machine's speed
 TOGETHER = {
     "train/drift_winner": "train/drift",
-    "train/drift_loser": "train/drift",  # read best against each other
+    "train/drift_loser": "train/drift",  # easiest to read in one chart
     "train/beta_h": "train/beta_h, dR",
     "train/dR": "train/beta_h, dR",
 }
-APART = ("val/score/", "val/held_out/score/")  # rewards have scales of their own
-NESTED = "val/held_out/"  # three levels: held_out/win_rate, held_out/alarm
-ORDER = ("val/win_rate", "val/", "train/")  # beginnings of titles, first chart first; others follow
+APART = ("val/score/", "val/held_out/score/")  # one chart per reward, since rewards have different scales
+NESTED = "val/held_out/"  # grouped by three levels of the name, such as val/held_out/win_rate
+ORDER = ("val/win_rate", "val/", "train/")  # charts are sorted by these title prefixes; others come last
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One column of metrics.csv over steps; `points` are (step, value), finite, ascending in step."""
+    """One column of metrics.csv over steps; `points` are finite (step, value), sorted by step."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -37,7 +38,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """The curves that share a chart; `reference`: where to draw a line; `left_out`: curves beyond SERIES."""
+    """A chart's curves; `reference`: y of a horizontal line; `left_out`: number of curves beyond SERIES."""
 
     title: str
     curves: Sequence[Curve]
@@ -48,7 +49,7 @@ class Chart:
 def half_width(
     intervals: Iterable[tuple[float, float]], center: float, step: float = 0.1, most: float = math.inf
 ) -> float:
-    """Smallest multiple of `step`, up to `most`, that reaches from `center` past every (low, high)."""
+    """Smallest multiple of `step`, at most `most`, for which center ± it covers all (low, high) intervals."""
     reach = max((abs(value - center) for pair in intervals for value in pair), default=0.0)
     return min(max(math.ceil(reach / step - 1e-9), 1) * step, most)
 
@@ -56,9 +57,10 @@ def half_width(
 def interval_bar(
     low: float, mean: float, high: float, center: float, half: float, band: tuple[float, float] | None = None
 ) -> Markup:
-    """An interval with its mean on an axis from center - half to center + half, a line at `center`.
+    """Draw an interval and its mean on an axis from center - half to center + half, with a line at `center`.
 
-    `band`: a second interval, drawn broad and pale behind (the zero line). As wide as its container.
+    `band` is a second interval (the zero line), drawn broad and pale behind the first. The SVG is as wide as
+    its container.
     """
 
     def place(value: float) -> float:
@@ -82,7 +84,8 @@ def interval_bar(
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers within [low, high], 1, 2 or 5 times a power of ten apart.
 
-    They may stand a quarter closer than `count` asks for: then every range gets at least two.
+    The spacing may be up to a quarter smaller than `count` asks for, so that every range gets at least two
+    ticks.
     """
     if not high > low:
         return [low]
@@ -94,10 +97,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def read_curves(path: str | Path) -> list[Chart]:
-    """Charts of all numeric columns of a metrics.csv, in ORDER; none where there is no such file.
+    """Read the numeric columns of a metrics.csv into charts, sorted by ORDER; [] if there is no such file.
 
-    `a/b/c` and `a/b` share the chart `a/b`, and so do those of TOGETHER; those of APART stand alone. Rows
-    without a step, empty cells and what is not finite are passed over.
+    Columns `a/b` and `a/b/c` share the chart `a/b`. Columns in TOGETHER share the chart named there, columns
+    that start with APART get one each. Rows without a step and cells without a finite number are ignored.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
@@ -133,7 +136,7 @@ def _label(name: str, group: str) -> str:
 
 
 def _is_share(title: str) -> bool:
-    return "win_rate" in title or "accuracy" in title  # 0.5 is what chance gives
+    return "win_rate" in title or "accuracy" in title  # shares, for which 0.5 is chance level
 
 
 def _points(rows: Sequence[dict[str, str]], name: str) -> list[tuple[float, float]]:
@@ -149,7 +152,7 @@ def _number(cell: str | None) -> float:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
-    """At most `most` points: means over runs of equal length (the last may be shorter)."""
+    """Average groups of consecutive points, equal in size but for the last, to at most `most` points."""
     run = math.ceil(len(points) / most) or 1
     chunks = [points[start : start + run] for start in range(0, len(points), run)]
     return [
@@ -158,7 +161,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[t
 
 
 def line_chart(chart: Chart) -> Markup:
-    """The curves over steps, with round ticks and, where there are several, a legend."""
+    """Draw a chart's curves over steps, with round ticks and, for several curves, a legend."""
     xs = [x for curve in chart.curves for x, _ in curve.points]
     ys = [y for curve in chart.curves for _, y in curve.points]
     references = [] if chart.reference is None else [chart.reference]
@@ -189,7 +192,7 @@ class _Placement:
 
 def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
     low, high = min(values), max(values)
-    spread = (high - low) or max(abs(high), 1.0) * 0.1  # a constant still needs an axis
+    spread = (high - low) or max(abs(high), 1.0) * 0.1  # a constant curve needs a range, too
     room = spread * share if high > low else spread
     return low - room, high + room
 

@@ -1,4 +1,4 @@
-"""Pictures side by side: base above policy, same prompt and seed, as a PNG and as what a page shows."""
+"""Show images of base and policy for the same prompts and seeds, in a PNG grid or in a report's gallery."""
 
 import base64
 import io
@@ -15,15 +15,15 @@ from capo.data.images import Scores, Side
 from capo.metrics import win_rate
 from capo.runtime.files import write_whole
 
-SMALL = 160  # pixels: up to here a page gets an image as it is, without loss
-LARGEST = 384  # pixels of a side of what a page embeds
+SMALL = 160  # pixels; images with sides up to this are embedded in a page losslessly
+LARGEST = 384  # pixels; longest side of images embedded in a page
 INK, FAINT, PAPER = (28, 30, 34), (110, 114, 122), (255, 255, 255)
-PAD, LINE = 8, 15  # pixels of a grid: between cells, and from one line of text to the next
+PAD, LINE = 8, 15  # pixels; space between the cells of a grid, and line height of its text
 
 
 @dataclass(frozen=True)
 class Change:
-    """A reward or oracle measure on one prompt: means over its images; `rate`: win-rate, if a reward."""
+    """A reward or oracle measure on one prompt: means over images, and for a reward the win-rate `rate`."""
 
     name: str
     base: float
@@ -33,9 +33,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A prompt in the gallery: images of base and policy with the same seeds, and what changed.
+    """A prompt in the gallery: images of base and policy with the same seeds, and the changes of its scores.
 
-    `places`: order -> rank of this prompt in it ("gain", "loss", "plain"), for the orders that show it.
+    `gain` is the win-rate minus 1/2, averaged over rewards. `places` maps each order of the gallery that
+    shows the prompt ("gain", "loss", "plain") to the prompt's rank in it.
     """
 
     prompt: str
@@ -48,16 +49,16 @@ class Exhibit:
 
 
 def gains(policy_scores: Scores, base_scores: Scores) -> Tensor:
-    """(P,) win-rate of each prompt less 1/2, averaged over the rewards; from raw scores."""
+    """Win-rate of each prompt minus 1/2, averaged over rewards: raw scores (P, K) per reward -> (P,)."""
     rates = [win_rate(policy_scores[name], base_scores[name]).double() for name in policy_scores]
     return torch.stack(rates).mean(0) - 0.5
 
 
 def ranking(policy_scores: Scores, base_scores: Scores) -> list[int]:
-    """Prompts from the largest gain to the smallest.
+    """Indices of the prompts from the largest gain to the smallest.
 
-    K images a prompt give few distinct gains: among equals the mean score change counts, in standard
-    deviations of the base's scores, and at last the order of the prompts.
+    K images per prompt give few distinct gains. Ties are broken by the mean change of scores, in standard
+    deviations of the base's scores, then by the order of the prompts.
     """
     moved = [
         (policy_scores[name].double().mean(1) - base.double().mean(1)) / base.double().std().clamp_min(1e-12)
@@ -68,9 +69,10 @@ def ranking(policy_scores: Scores, base_scores: Scores) -> list[int]:
 
 
 def chosen_prompts(order: Sequence[int], count: int) -> dict[str, list[int]]:
-    """Prompts to show, at most `count` each: front of `order` (gain), its back, worst first (loss), plain.
+    """Choose at most `count` prompts for each order of the gallery.
 
-    `plain` are spread evenly over the prompts as they stand, so that one sees what nobody picked.
+    "gain" holds the first of `order`, "loss" the last, worst first, and "plain" prompts evenly spaced over
+    the whole set, as an unselected sample.
     """
     count = min(count, len(order))
     plain = [place * len(order) // count for place in range(count)]
@@ -78,7 +80,7 @@ def chosen_prompts(order: Sequence[int], count: int) -> dict[str, list[int]]:
 
 
 def exhibits(policy: Side, base: Side, count: int) -> list[Exhibit]:
-    """The prompts to show, `count` in each order, as they stand in the set; their images are decoded."""
+    """Decode the images of `count` prompts for each order of the gallery; return them in the set's order."""
     chosen = chosen_prompts(ranking(policy.scores, base.scores), count)
     margins = gains(policy.scores, base.scores)
 
@@ -94,7 +96,7 @@ def exhibits(policy: Side, base: Side, count: int) -> list[Exhibit]:
 
 
 def changes(policy: Side, base: Side, row: int) -> list[Change]:
-    """Rewards, then measures, of the prompt number `row`."""
+    """Changes of prompt `row`: of all rewards, then of all oracle measures."""
 
     def change(name: str, ours: Tensor, theirs: Tensor, rate: float | None = None) -> Change:
         return Change(name, theirs[row].double().mean().item(), ours[row].double().mean().item(), rate)
@@ -109,7 +111,7 @@ def changes(policy: Side, base: Side, row: int) -> list[Change]:
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as a data URI: small ones without loss, others scaled to at most LARGEST pixels a side."""
+    """Encode an image as a data URI: PNG if small, else JPEG scaled to at most LARGEST pixels a side."""
     buffer = io.BytesIO()
     if max(image.size) <= SMALL:
         image.save(buffer, "PNG", optimize=True)
@@ -130,11 +132,12 @@ def image_grid(
     columns: int = 8,
     cell: int = 128,
 ) -> None:
-    """Writes a PNG: a column a prompt, the base's image above the policy's, the prompt's text below.
+    """Write a PNG with one column per prompt: the base's image, the policy's below it, then the prompt.
 
-    Image i of both belongs to `prompts[i]` and one seed; with `policy_images` None the base is alone. Images
-    are brought to `cell` pixels: whole multiples where they are smaller. More than `columns` prompts go into
-    further bands. Raises ValueError for numbers that do not agree, or no image.
+    Image i of both belongs to `prompts[i]` and has the same seed; if `policy_images` is None, only the base
+    is shown. Images are reduced to `cell` pixels, or enlarged by a whole factor up to that size. Beyond
+    `columns` prompts the grid continues in further bands. Raises ValueError if the numbers of images and
+    prompts differ or are 0.
     """
     rows = {"base": base_images} | ({} if policy_images is None else {"tuned": policy_images})
     if not prompts or any(len(images) != len(prompts) for images in rows.values()):
@@ -142,7 +145,7 @@ def image_grid(
             f"a grid needs an image for each prompt: {len(prompts)} prompts, "
             f"{ {name: len(images) for name, images in rows.items()} } images"
         )
-    columns = math.ceil(len(prompts) / math.ceil(len(prompts) / columns))  # bands of equal length
+    columns = math.ceil(len(prompts) / math.ceil(len(prompts) / columns))  # bands of nearly equal length
     sheets = []
     for part in (slice(start, start + columns) for start in range(0, len(prompts), columns)):
         sheets.append(
@@ -161,7 +164,7 @@ def image_grid(
 def _sheet(
     rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], columns: int, cell: int
 ) -> Image.Image:
-    """One band of a grid: the rows' images in columns of width `cell`, their prompts below."""
+    """Draw one band of a grid: the rows' images in columns of width `cell`, their prompts below."""
     font, margin = ImageFont.load_default(12), 50
     labels = [wrapped(prompt, font, cell) for prompt in prompts]
     height = len(rows) * (cell + PAD) + max(map(len, labels)) * LINE + 2 * PAD
@@ -182,7 +185,7 @@ def _sheet(
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """The image at most `cell` pixels a side: enlarged by whole factors (pixels stay pixels) or reduced."""
+    """Resize to at most `cell` pixels a side: by a whole factor without interpolation, or reduced."""
     image = image.convert("RGB")
     factor = cell // max(image.size)
     if factor >= 1:
@@ -192,7 +195,7 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 6) -> list[str]:
-    """`text` in lines of at most `width` pixels; cuts a word that is longer, and what is past `lines`."""
+    """Wrap `text` into lines of at most `width` pixels; split longer words, and cut after `lines` lines."""
     result = [""]
     for word in text.split():
         while font.getlength(word) > width:

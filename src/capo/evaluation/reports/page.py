@@ -1,4 +1,4 @@
-"""What an evaluation found, for people: one offline page, and a table on the console."""
+"""Present the results of an evaluation: an offline HTML page, and tables on the console."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,16 +30,16 @@ FINGERPRINTS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a page is made from.
+    """Content of an evaluation's page.
 
     Attributes:
-        title: heading.
-        results: as results.json holds them.
-        settings: as settings.json holds them.
-        rewards: what is known about the rewards of `results`.
-        exhibits: the gallery.
-        config: the text of the run's config.yaml, or None.
-        curves: its metrics.csv, or None; it need not be there.
+        title: heading of the page.
+        results: content of results.json.
+        settings: content of settings.json.
+        rewards: the rewards of `results`.
+        exhibits: prompts of the gallery.
+        config: text of the run's config.yaml, or None.
+        curves: path of the run's metrics.csv, or None; the file may be missing.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Report:
 
 
 def page_environment() -> Environment:
-    """What this package's pages are made with: values are escaped, and one that is missing is an error."""
+    """Jinja environment of this package's pages: values are escaped, and an undefined one is an error."""
     return Environment(
         loader=PackageLoader("capo.evaluation.reports"),
         autoescape=True,
@@ -63,7 +63,7 @@ def page_environment() -> Environment:
 
 
 def render_report(report: Report) -> str:
-    """The page as HTML: everything inside, nothing fetched. The same report gives the same text."""
+    """Render a self-contained HTML page that loads nothing else; the same report gives the same text."""
     environment = page_environment()
     environment.filters |= {
         function.__name__: function for function in (percent, number, fixed, moved, data_uri)
@@ -84,27 +84,27 @@ def render_report(report: Report) -> str:
 
 
 def percent(rate: float) -> str:
-    """0.634 -> `63.4 %`."""
+    """Format a rate: 0.634 -> `63.4 %`."""
     return f"{100 * rate:.1f} %"
 
 
 def number(value: float) -> str:
-    """A score with three digits after the point, or as many as make it three that count."""
+    """Format a score with three decimals, or with three significant digits below 0.1."""
     return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def fixed(value: float) -> str:
-    """Three digits after the point, for columns that are read downwards."""
+    """Format with three decimals, so that the numbers of a column align."""
     return f"{value:.3f}"
 
 
 def moved(value: float) -> str:
-    """`fixed` with its sign; what rounds to nothing is `+0.000`."""
+    """Format with a sign and three decimals; a value that rounds to zero gives `+0.000`."""
     return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def headline(results: Mapping) -> tuple[float, list[dict]]:
-    """Half the width of the win-rate axis, and a row a reward: rate, zero line, verdict, drawn interval."""
+    """Half the width of the win-rate axis, and one row per reward: rate, zero line, verdict and bar."""
     zero = results["zero"]
     intervals = [(entry["low"], entry["high"]) for entry in [*results["win_rate"].values(), *zero.values()]]
     half = half_width(intervals, 0.5, most=0.5)
@@ -125,12 +125,12 @@ def headline(results: Mapping) -> tuple[float, list[dict]]:
 
 
 def verdict(interval: Mapping[str, float], level: float) -> str:
-    """Whether an interval lies above `level`, below it, or holds it ("unclear")."""
+    """Whether an interval lies "above" `level`, "below" it, or contains it ("unclear")."""
     return "above" if interval["low"] > level else "below" if interval["high"] < level else "unclear"
 
 
 def oracle_sections(results: Mapping) -> list[dict]:
-    """A section a measure: half the width of its axis, and rows for all prompts and each category."""
+    """One section per oracle measure: half the axis width, and rows for all prompts and each category."""
     sections = []
     for measure in results.get("oracle", {}):
         entries = {"all prompts": results["oracle"][measure]}
@@ -152,26 +152,26 @@ def oracle_sections(results: Mapping) -> list[dict]:
 
 
 def remarks(results: Mapping) -> list[str]:
-    """Sentences about what a reader should not overlook: reward hacking, and a zero line that misses 0.5."""
+    """Warnings about the results: reward hacking, and a zero line whose interval excludes 0.5."""
     found = []
     for name, rate in results["win_rate"].items():
         measured = results.get("oracle", {}).get(name)
         if measured and rate["low"] > 0.5 and measured["high"] < 0:
             found.append(
-                f"{name}: the reward prefers the policy ({percent(rate['mean'])}), while the oracle measures "
+                f"{name}: the reward prefers the policy ({percent(rate['mean'])}), but the oracle measures "
                 f"a fall from {number(measured['base'])} to {number(measured['policy'])}: reward hacking."
             )
     for name, rate in results["zero"].items():
         if verdict(rate, 0.5) != "unclear":
             found.append(
                 f"{name}: the zero line's interval ({percent(rate['low'])} to {percent(rate['high'])}) does "
-                "not hold 50 %, although both sides are the base: read differences of that size as noise."
+                "not contain 50 %, although both sides are the base: treat differences of that size as noise."
             )
     return found
 
 
 def print_results(results: Mapping, console: Console | None = None) -> None:
-    """Tables of win-rates and, where there is one, of the oracle; then the remarks."""
+    """Print the tables of win-rates and, if there is one, of the oracle; then the remarks."""
     console = console or Console()
     for table in results_tables(results):
         console.print(table)
@@ -180,7 +180,7 @@ def print_results(results: Mapping, console: Console | None = None) -> None:
 
 
 def results_tables(results: Mapping) -> list[Table]:
-    """Win-rates in % against the base, and the oracle's measures, by category."""
+    """Tables of win-rates against the base in %, of the oracle's measures, and of these by category."""
     title = f"policy against base: {results['prompts']} prompts x {results['images_per_prompt']} images"
     table = Table(
         "reward", "win-rate %", "95 % interval", "zero line %", "mean score", title=title, box=box.SIMPLE_HEAD

@@ -1,4 +1,4 @@
-"""What a sweep found, to look at: win-rates over the swept axis, or one reward against another, and a page."""
+"""Present the results of a sweep: win-rates over the swept axis or reward against reward, and a page."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ from matplotlib.figure import Figure
 
 from capo.evaluation.reports.page import page_environment, verdict
 
-Row = Mapping[str, object]  # of sweep.csv
-VALIDATION, TEST, ZERO, ORACLE = (
-    "val/win_rate",
-    "test/win_rate/",
-    "zero/",
-    "oracle/",
-)  # columns; the last three begin them
-PANELS = 3  # pairs of rewards at most
-WIDE = 5  # a positive axis whose ends are this factor apart is logarithmic
+Row = Mapping[str, object]  # column -> value of a row of sweep.csv
+# a column of sweep.csv, and three prefixes of its columns
+VALIDATION, TEST, ZERO, ORACLE = "val/win_rate", "test/win_rate/", "zero/", "oracle/"
+PANELS = 3  # maximum number of pairs of rewards that are drawn
+WIDE = 5  # a positive axis is logarithmic if its ends differ by at least this factor
 COLORS = (
     "#2563a8",
     "#cf5f27",
@@ -37,7 +33,7 @@ COLORS = (
 
 
 def named(rows: Sequence[Row], start: str) -> dict[str, str]:
-    """Reward or measure -> its column `start` + name, of those that the rows have; its bounds and the like are left out."""
+    """Map each reward or measure in the rows to its column `start` + name; leave out columns of bounds."""
     columns = dict.fromkeys(name for row in rows for name in row)
     return {
         name.removeprefix(start): name
@@ -47,7 +43,7 @@ def named(rows: Sequence[Row], start: str) -> dict[str, str]:
 
 
 def number_of(value: object) -> float:
-    """The value as a number; NaN where it is none."""
+    """Convert a value to a number; NaN if it is not one."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -55,13 +51,13 @@ def number_of(value: object) -> float:
 
 
 def swept_axis(rows: Sequence[Row], keys: Sequence[str]) -> str | None:
-    """The key that a curve runs along: of the numeric ones that with most values, else the first of all."""
+    """Key for the x-axis: the numeric key with the most values, else the first key, else None."""
     numeric = [key for key in keys if all(math.isfinite(number_of(row[key])) for row in rows)]
     return max(numeric, key=lambda key: len({row[key] for row in rows}), default=next(iter(keys), None))
 
 
 def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, list[Row]]:
-    """The rows in order along `axis`, grouped by the values of the other keys: `key=value, ...` -> rows."""
+    """Group the rows by the values of the other keys, `key=value, ...` -> rows sorted along `axis`."""
     others = [key for key in keys if key != axis]
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: number_of(row[axis])):
@@ -70,9 +66,9 @@ def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, lis
 
 
 def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
-    """PNG: win-rates over the axis where one key varies, rewards against each other where several do.
+    """Draw a sweep as PNG bytes; None if no key varies or no job has a win-rate.
 
-    None where nothing varies or no job has a win-rate.
+    If one key varies, win-rates are drawn over it; if several do, rewards are drawn against each other.
     """
     done = [row for row in rows if math.isfinite(number_of(row.get(VALIDATION)))]
     axis = swept_axis(done, keys) if done else None
@@ -90,7 +86,7 @@ def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
 
 
 def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Sequence[str]) -> Figure:
-    """Win-rate of each reward, with its interval, over one key; validation alone where nothing was evaluated."""
+    """Draw each reward's win-rate with its interval over `axis`, and the validation win-rate."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     place = _places(rows, axis, axes)
@@ -120,7 +116,7 @@ def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Seq
 
 
 def _places(rows: Sequence[Row], axis: str, axes: Axes):
-    """Where a row stands on the axis; sets a logarithmic or named one up."""
+    """Return a function row -> position on the axis, and set up its ticks and, if needed, its log scale."""
     values = [number_of(row[axis]) for row in rows]
     if not all(map(math.isfinite, values)):
         names = list(dict.fromkeys(str(row[axis]) for row in rows))
@@ -141,7 +137,7 @@ def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, col
 
 
 def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
-    """Distances from the mean down and up to the interval's ends, in points."""
+    """Distances from the mean down and up to the ends of the interval, in percentage points."""
     middle = [number_of(row.get(column)) for row in rows]
     low = [number_of(row.get(f"{column}/low")) for row in rows]
     high = [number_of(row.get(f"{column}/high")) for row in rows]
@@ -154,7 +150,7 @@ def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
 def _frontiers(
     rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Sequence[tuple[str, str]]
 ) -> Figure:
-    """A panel a pair of rewards: one's win-rate against the other's, a line along `axis` for each setting of the rest."""
+    """Draw one panel per pair of rewards, win-rate against win-rate, one line per setting of other keys."""
     figure = Figure(figsize=(5 * len(pairs) + 0.5, 5.2), layout="constrained")
     panels = figure.subplots(1, len(pairs), squeeze=False)[0]
     for axes, (first, second) in zip(panels, pairs):
@@ -186,7 +182,7 @@ def _frontiers(
 
 
 def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: bytes | None) -> str:
-    """One offline page: the picture, and a row a job with a link to its report."""
+    """Render the offline page of a sweep: the picture, and one row per job with a link to its report."""
     rewards, measures = list(named(rows, TEST)), list(named(rows, ORACLE))
     jobs = [_job(row, keys, rewards, measures) for row in rows]
     return (
@@ -206,7 +202,7 @@ def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: b
 
 
 def _job(row: Row, keys: Sequence[str], rewards: Sequence[str], measures: Sequence[str]) -> dict[str, object]:
-    """What the page shows of a job."""
+    """Values that the page shows of a job."""
     evaluated = any(math.isfinite(number_of(row.get(f"{TEST}{name}"))) for name in rewards)
     return {
         "name": row["job"],
@@ -222,19 +218,19 @@ def _job(row: Row, keys: Sequence[str], rewards: Sequence[str], measures: Sequen
 
 
 def percent(row: Row, column: str) -> str:
-    """A share as a percentage, `-` where the row has none."""
+    """Format a column as a percentage; `-` if the row has no value."""
     share = number_of(row.get(column))
     return f"{100 * share:.1f}" if math.isfinite(share) else "-"
 
 
 def interval(row: Row, column: str) -> str:
-    """The 95 % interval of a column in %, empty where there is none."""
+    """Format the 95 % interval of a column in %; empty if the row has none."""
     low, high = percent(row, f"{column}/low"), percent(row, f"{column}/high")
     return "" if low == "-" else f"{low}–{high}"
 
 
 def moved(row: Row, column: str) -> str:
-    """`base → policy` of a measure, `-` where the row has none."""
+    """Format a measure as `base → policy`; `-` if the row has none."""
     base, policy = number_of(row.get(f"{column}/base")), number_of(row.get(column))
     return f"{base:.3f} → {policy:.3f}" if math.isfinite(base) and math.isfinite(policy) else "-"
 

@@ -168,7 +168,7 @@ def test_a_flat_reward_is_told_its_scale():
     flat, outside = warnings_of(found)
     assert flat.startswith("reward 'clip': the win-rates of 100% of the prompts are flat")
     assert f"{override('clip', found.rewards['clip'].suggested_scale)} gives" in flat and "(now 0.50" in flat
-    assert "100% of its scores lie outside of 15 to 35" in outside
+    assert "100% of its scores lie outside 15 to 35" in outside
 
 
 def test_a_saturated_reward_is_told_its_scale():
@@ -193,7 +193,7 @@ def test_a_pool_without_a_single_pair_is_reported():
 def test_a_degenerate_frontier_is_told_with_what_can_be_done():
     scores, rewards = random_scores(300, 8, 6), [reward(name) for name in "abcdef"]
     told = warnings_of(report_of(scores, rewards))[-1]
-    assert "the frontier of 6 rewards has degenerated" in told and "Take fewer rewards" in told
+    assert "the frontier of 6 rewards has degenerated" in told and "Use fewer rewards" in told
     assert "pairs=sum" in told and "pairs.lower=all_dominated" in told
     assert "all_dominated" not in warnings_of(report_of(scores, rewards, partial(frs, lower="all_dominated")))[-1]
     assert not any("frontier" in sentence for sentence in warnings_of(report_of(scores, rewards, reward_sum)))  # does not use it
