@@ -1,4 +1,4 @@
-"""Compare tuned policies with their base, reward by reward, on prompts that were used nowhere before.
+"""Compare tuned policies with their base, reward by reward, on prompts unused in training and validation.
 
 python evaluate.py run=outputs/DATE/TIME
 python evaluate.py runs=[outputs/A,outputs/B]
@@ -13,9 +13,9 @@ from capo.cli.messages import start
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    from capo.cli.evaluate import (
-        main as evaluate,  # after Hydra has composed: the libraries behind it take seconds
-    )
+    """Run the configured evaluation or comparison."""
+    # imported after Hydra has composed, since it takes seconds
+    from capo.cli.evaluate import main as evaluate
 
     evaluate(cfg)
 

@@ -1,4 +1,4 @@
-"""Tune a base model: candidate pool -> calibrated pairs -> policy, the best by validation win-rate, and its evaluation.
+"""Tune a base model on calibrated preference pairs, keep the policy with the best win-rate, and evaluate it.
 
 python train.py objective=capo pairs=frs
 python train.py -m objective.beta=10,30,100
@@ -12,7 +12,9 @@ from capo.cli.messages import start
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    from capo.cli.train import main as train  # after Hydra has composed: the libraries behind it take seconds
+    """Run the composed configuration; return the best validation win-rate."""
+    # imported after Hydra has composed, since it takes seconds
+    from capo.cli.train import main as train
 
     return train(cfg)
 

@@ -391,7 +391,7 @@ def test_interrupts_are_known_behind_what_lightning_makes_of_them(capsys):
     with pytest.raises(SystemExit) as end, plain_errors("the same command"):
         fit()
     assert end.value.code == 130
-    assert capsys.readouterr().err == "interrupted; what was finished is kept, and the same command goes on\n"
+    assert capsys.readouterr().err == "interrupted; finished work is kept, and the same command resumes it\n"
     with pytest.raises(SystemExit) as end, plain_errors():
         sys.exit(1)
     assert end.value.code == 1 and not was_interrupted(end.value)
@@ -411,7 +411,7 @@ def helper(tmp_path_factory):
 @pytest.mark.parametrize(("script", "arguments", "message"), [
     ("train.py", ["objective=capo", "model=sdxl", "pairs=frs"], "error: model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0'"),
     ("generate.py", ["pool.candidates=1"], "error: pool.candidates=1: must be a whole number of at least 2"),
-    ("evaluate.py", ["run=nothing"], "error: run=nothing is no run: it has no config.yaml; give the directory that train.py printed"),
+    ("evaluate.py", ["run=nothing"], "error: run=nothing is not a run directory: it has no config.yaml; give the directory that train.py printed"),
 ])  # fmt: skip
 def test_a_slip_ends_a_process_with_one_message(helper, tmp_path, script, arguments, message):
     code, error = helper.run(script, *arguments, cwd=tmp_path)
@@ -442,7 +442,7 @@ def shards(root: Path) -> dict[str, int]:
 
 def assert_interrupted(process, code: int, goes_on: str) -> None:
     assert code == 130
-    assert process.error.splitlines()[-1] == f"interrupted; what was finished is kept, and {goes_on} goes on"
+    assert process.error.splitlines()[-1] == f"interrupted; finished work is kept, and {goes_on} resumes it"
     assert "Traceback" not in process.error and "Error" not in process.error
 
 

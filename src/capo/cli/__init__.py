@@ -1,5 +1,5 @@
-"""From a command line to objects: the only home of Hydra and OmegaConf."""
+"""Turn a command line into objects and run a stage; the only package that uses Hydra and OmegaConf."""
 
 from capo.cli.resolvers import register
 
-register()  # here, so that no configuration is read without them, in the workers of a launcher too
+register()  # on import, so that every configuration has the resolvers, also in the workers of a launcher

@@ -1,4 +1,4 @@
-"""The border between Hydra's configuration and the package: beyond it there are objects and named values only."""
+"""Build objects from Hydra's configuration; the rest of the package sees only objects and named values."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from capo.rewards import Reward, load_rewards
 
 @dataclass(frozen=True)
 class Components:
-    """What every stage needs: the base and its sampler, prompts by split, rewards trained and rewards evaluated."""
+    """Objects that all stages share: the base with its sampler, prompts by split, rewards, and pool specs."""
 
     generator: ImageGenerator
     splits: dict[str, Sequence[Prompt]]
     rewards: list[Reward]
     evaluation_rewards: list[Reward]
-    oracle: list[Reward]  # measured in evaluations beside the rewards; empty where the model has none
+    oracle: list[Reward]  # measures reported in evaluations beside the rewards; empty if the model has none
     pool_specs: dict[str, PoolSpec]  # train, validation, test, zero
-    held_out: list[Reward] = field(default_factory=list)  # score validation images beside the trained ones
+    held_out: list[Reward] = field(default_factory=list)  # score validation images beside `rewards`
 
     @property
     def backbone(self) -> Backbone:
-        """The base's pipeline."""
+        """The backbone with the base weights."""
         return self.generator.backbone
 
 
 def built(node: DictConfig, **given: object) -> object:
-    """What `_target_` makes; a user's value that it refuses stays an InputError."""
+    """Instantiate a node's `_target_` with the arguments `given`; an InputError it raises is passed on."""
     try:
         return instantiate(node, **given)
     except InstantiationException as error:
@@ -54,7 +54,7 @@ def built(node: DictConfig, **given: object) -> object:
 
 
 def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
-    """The prompt sets by split. Raises InputError for sets that are not given or cannot be used."""
+    """Load the prompt sets by split. Raises InputError for sets that are missing or cannot be used."""
     if missing := sorted(OmegaConf.missing_keys(cfg.prompts)):
         raise InputError(missing_inputs(missing, OmegaConf.to_container(cfg.prompts, resolve=True)))
     splits = built(cfg.prompts)
@@ -63,10 +63,19 @@ def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
 
 
 def build_components(cfg: DictConfig, scoring: bool = True, watching: bool = True) -> Components:
-    """Everything that generation, training and evaluation share. Cheap checks come before weights are loaded.
+    """Build the objects that generation, training and evaluation share; cheap checks precede loading.
 
-    `scoring`: whether images will be scored, for which the rewards are built. `watching`: whether validation images will be;
-    without it there are no held-out rewards, which score nothing else.
+    Args:
+        cfg: the configuration.
+        scoring: whether images will be scored; if so, the rewards' scorers are built.
+        watching: whether validation images will be scored; otherwise there are no held-out rewards, which
+            score nothing else.
+
+    Returns:
+        The components.
+
+    Raises:
+        InputError: prompts, rewards or weights are missing or cannot be used.
     """
     splits = prompt_splits(cfg)
     settings = SamplerSettings(**cfg.sampling)
@@ -76,36 +85,39 @@ def build_components(cfg: DictConfig, scoring: bool = True, watching: bool = Tru
     for reward in {
         reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring
     }.values():
-        reward.setup("cpu")  # so that weights that are missing are found before images are drawn
+        reward.setup("cpu")  # so that missing weights are found before images are generated
     return Components(
         ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, specs, held_out
     )
 
 
 def base_of(cfg: DictConfig) -> Backbone:
-    """The base, loaded, on the device that it works on."""
+    """Load the base on the GPU, if there is one and `trainer.accelerator` is not cpu, else on the CPU."""
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     return built(cfg.model.backbone, name=cfg.model.name).to(device)
 
 
 def label_sources(cfg: DictConfig, rewards: list[Reward]) -> Sequence[LabelSource]:
-    """What orders the candidates: reward scores, or the human choices of an imported pool."""
+    """Preference labels: reward scores, or the human choices of an imported pool."""
     return [HUMAN] if cfg.pool.get("imported") and cfg.pool.labels == HUMAN_LABELS else rewards
 
 
 def imported_pool(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> Imported:
-    """`pool.imported`, less what is held out for validation and test."""
+    """Open the pool `pool.imported`, without the prompts of the validation and test splits."""
     return Imported.open(cfg.pool.imported, cfg.pool.labels, [*splits["validation"], *splits["test"]])
 
 
 def check_imported(cfg: DictConfig) -> None:
-    """InputError where `pool.imported` is given and cannot be trained on; nothing is loaded."""
+    """Raise InputError if `pool.imported` is set but cannot be trained on; no weights are loaded."""
     if cfg.pool.get("imported"):
         imported_pool(cfg, prompt_splits(cfg))
 
 
 def training_data(cfg: DictConfig, components: Components, stages: Sequence[str] = STAGES) -> TrainingData:
-    """What pairs are drawn from; `stages` of the base's own pool are completed, of an imported one the scores."""
+    """Training data that pairs are drawn from.
+
+    For the base's own pool, `stages` are completed; for an imported pool, the scores.
+    """
     labels = label_sources(cfg, components.rewards)
     if cfg.pool.get("imported"):
         return TrainingData.imported(imported_pool(cfg, components.splits), components.generator, labels)
@@ -115,17 +127,17 @@ def training_data(cfg: DictConfig, components: Components, stages: Sequence[str]
 
 
 def all_rewards(cfg: DictConfig) -> tuple[list[Reward], list[Reward], list[Reward]]:
-    """The rewards that are trained, those that are evaluated, and the oracle's measures; no scorer is built."""
+    """Rewards used in training, rewards of the evaluation, and the oracle's measures; builds no scorer."""
     oracle = rewards_of(cfg, "evaluation.oracle") if cfg.evaluation.oracle else []
     trained = rewards_of(cfg, "rewards")
-    # one that is trained and evaluated is one object, whose weights are in memory once
+    # a reward used in both training and evaluation is one object, so its weights are in memory once
     evaluated = _known(rewards_of(cfg, "evaluation.rewards"), trained)
     return trained, evaluated, oracle
 
 
 def held_out_rewards(cfg: DictConfig, trained: Sequence[Reward], evaluated: Sequence[Reward]) -> list[Reward]:
-    """The rewards that watch training from outside; InputError for one that is trained."""
-    if not cfg.validation.get("held_out"):  # runs of before have no such key
+    """Held-out rewards, which score only validation images; InputError for one that training uses."""
+    if not cfg.validation.get("held_out"):  # a stored configuration may lack the key
         return []
     held_out = rewards_of(cfg, "validation.held_out")
     refuse_trained(held_out, trained)
@@ -137,13 +149,13 @@ def _known(rewards: Sequence[Reward], others: Sequence[Reward]) -> list[Reward]:
 
 
 def rewards_of(cfg: DictConfig, place: str) -> list[Reward]:
-    """The rewards at a key, in the order of their names, which no command line changes."""
+    """Rewards at the key `place`, sorted by name, so that their order does not depend on the command line."""
     entries = OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True)
     return sorted(load_rewards(entries, place, worker_logs()), key=lambda reward: reward.name)
 
 
 def pool_specs(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str, PoolSpec]:
-    """The four pools of the base's images: candidates, validation, test, and test with other seeds (the zero line)."""
+    """Specs of the base's four pools: train (candidates), validation, test, and zero (test, other seeds)."""
 
     def spec(split: str, seed: int, candidates: int, prompts: Sequence[Prompt]) -> PoolSpec:
         return PoolSpec(

@@ -1,4 +1,4 @@
-"""`check=true`: load the model, measure it on this machine, write `check.json` and a table; no run is begun."""
+"""Run `check=true`: load the model, measure it on this machine, write `check.json`, print a table."""
 
 from __future__ import annotations
 
@@ -39,9 +39,19 @@ CHECKS = "check.json"
 def run_checks(
     cfg: DictConfig, module_of: Callable[[DictConfig, Backbone], PreferenceModule], console: Console
 ) -> list[Check]:
-    """All checks of the configured model, on one device.
+    """Run all checks of the configured model on one device; no run is started.
 
-    Raises InputError for values or weights that cannot be used, and, after everything is written, where a check has failed.
+    Args:
+        cfg: the configuration.
+        module_of: function that builds the module to train from the configuration and a backbone.
+        console: where the table is printed.
+
+    Returns:
+        The checks; they are also written to `check.json` in the run directory.
+
+    Raises:
+        InputError: values or weights cannot be used, or a check failed; the latter after everything is
+            written.
     """
     check_values(cfg)
     check_weights(cfg)
@@ -50,9 +60,8 @@ def run_checks(
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     folder = Path(cfg.run_dir)
-    request = request_of(
-        cfg, dict.fromkeys(("train", "validation", "test"))
-    )  # before weights load: it refuses what no batch divides by
+    # before weights load, since it refuses a batch that cannot be divided
+    request = request_of(cfg, dict.fromkeys(("train", "validation", "test")))
     backbone = base_of(cfg)
     known = built(cfg.model.known_images)
     vae, latents = check_vae(backbone, known)
@@ -62,10 +71,11 @@ def run_checks(
     folder.mkdir(parents=True, exist_ok=True)
     write_checks(checks, folder / CHECKS)
     console.print(check_table(checks))
-    console.print(f"{folder / CHECKS}; a picture in {folder / 'check'}")
+    console.print(f"{folder / CHECKS}; sample image in {folder / 'check'}")
     if failed := [check.name for check in checks if not check.passed]:
         raise InputError(
-            f"check=true: {len(failed)} of {len(checks)} failed: {', '.join(failed)}; the table says what to do"
+            f"check=true: {len(failed)} of {len(checks)} failed: {', '.join(failed)}; the table "
+            "says what to do"
         )
     return checks
 
@@ -73,7 +83,7 @@ def run_checks(
 def check_base(
     cfg: DictConfig, backbone: Backbone, latents: Tensor, captions: Sequence[str], folder: Path
 ) -> list[Check]:
-    """What the base's denoiser and sampler come to, on latents (B, C, h, w) of known pictures."""
+    """Check the base's denoiser on latents (B, C, h, w) of known images with captions, and its sampler."""
     settings = SamplerSettings(**cfg.sampling)
     found = [
         denoising_at(backbone, latents, captions, place, settings.batch)
@@ -88,14 +98,14 @@ def check_base(
 def check_training(
     cfg: DictConfig, request: Request, module: PreferenceModule, latents: Tensor, captions: Sequence[str]
 ) -> list[Check]:
-    """What a few steps on one device come to, beside the plan of the same step."""
+    """Check a few optimizer steps on one device against the plan of the same step."""
     backbone = module.backbone
     plan, pairs = make_plan(request), request.training.division.micro_batch
     batch = step_batch(backbone, latents, captions, pairs)
-    backbone.to("cpu")  # as in training: what the step needs of it comes to the device by itself
+    backbone.to("cpu")  # as in training; the step moves the parts that it needs to the device
     try:
         watch = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)
-    except InputError as error:  # compiled blocks that round differently
+    except InputError as error:  # compiled blocks whose rounding differs too much
         return [Check("reference = policy", False, "see what to do", str(error))]
     rate = request.flops * request.utilization
     return check_steps(watch, plan["device"]["training"]["total"], pairs * plan["flops"]["pair"], pairs, rate)

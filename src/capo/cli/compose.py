@@ -1,4 +1,4 @@
-"""A configuration composed outside the entry scripts, for programs that Hydra does not start."""
+"""Compose a configuration in programs that Hydra does not start."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 import capo
 from capo.errors import InputError
 
-REPOSITORY = Path(capo.__file__).parents[2]  # of an editable install, which holds conf/
+REPOSITORY = Path(capo.__file__).parents[2]  # holds conf/ in an editable install
 
 
 def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITORY / "conf") -> DictConfig:
-    """The configuration `name`.yaml in `folder` with `overrides`; None: of the overrides alone.
+    """Compose `folder`/`name`.yaml with `overrides`; with name None, from the overrides alone.
 
     Raises InputError for overrides that cannot be used.
     """

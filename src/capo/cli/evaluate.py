@@ -1,4 +1,4 @@
-"""What evaluate.py runs: the policy of a run, several runs, or an exported policy against its base."""
+"""Run evaluate.py: evaluate a run's policy or an exported policy against its base, or compare runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def evaluate_policy(
 
 
 def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
-    """Evaluate the policy of a run into its own folder, with the run's configuration."""
+    """Evaluate the policy of the run `cfg.run` into its own directory; return the results.
+
+    The run's own configuration is used, with `overrides` of the command line on top.
+    """
     folder = Path(cfg.run)
     own = run_config(folder, cfg, overrides)
     check_ready(own, watching=False)
@@ -63,7 +66,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
 
 
 def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
-    """Evaluate an exported policy with the composed configuration."""
+    """Evaluate the exported policy `cfg.policy` into `folder` with the composed configuration."""
     if cfg.base:
         cfg.model.backbone.weights = str(Path(cfg.base).absolute())
     check_ready(cfg, watching=False)
@@ -72,7 +75,7 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
-    """One of the three: a run, several runs, a policy folder."""
+    """Compare `runs`, evaluate `run`, or evaluate `policy`: the first that is configured, else InputError."""
     check_values(cfg)
     refuse_plans(cfg)
     if cfg.runs:
@@ -85,7 +88,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
 
 
 def main(cfg: DictConfig) -> None:
-    """Evaluate what the configuration names."""
+    """Evaluate or compare what the configuration names; user errors end the process with a message."""
     hydra_config = HydraConfig.get()
     with plain_errors("the same command" if cfg.run else None):
         run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))

@@ -1,4 +1,4 @@
-"""What generate.py runs: pools filled stage by stage, images imported, pairs exported, candidates reported on."""
+"""Run generate.py: fill pools stage by stage, import images, export pairs, or report on candidates."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError, closest
 
 console = Console()
-FILLING = {
-    "all": STAGES,
-    **{command: (stage,) for stage, command in COMMANDS.items()},
-}  # stage -> what of a pool it makes
+# stage on the command line -> stages of a pool that it completes
+FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
 
 
 def import_source(cfg: DictConfig) -> Source:
-    """Where `stage=import` takes its images from. Raises InputError for a source that is not given or lacks a column."""
+    """Source of the images of `stage=import`; InputError if it is not configured or lacks a column."""
     check_values(cfg)
     check_weights(cfg)
     if not cfg.get("import"):
         raise InputError(
-            "stage=import: say what is imported: import=pickapic, import=rankings or import=folder, and import.files=PLACE"
+            "stage=import: choose what to import: import=pickapic, import=rankings or import=folder, "
+            "and import.files=PLACE"
         )
     if OmegaConf.is_missing(cfg["import"], "files"):
         raise InputError(
-            "import.files: not given; it is the table, folder or list of tables to import, e.g. import.files=FOLDER"
+            "import.files is not given: set it to the table, folder or list of tables to import, e.g. "
+            "import.files=FOLDER"
         )
     return built(cfg["import"], _convert_="all")
 
 
 def import_images(cfg: DictConfig) -> None:
-    """Make a pool of images that are there already."""
+    """Make a pool from existing images and human choices, and print the command that trains on it."""
     source = import_source(cfg)
     prepare_process(cfg.threads)
     pool = import_pool(
@@ -62,7 +62,7 @@ def import_images(cfg: DictConfig) -> None:
 
 
 def export(cfg: DictConfig, components: Components) -> None:
-    """Write the pairs that training of the same configuration draws from, for other trainers."""
+    """Write the pairs that training with this configuration would draw from to a file for other trainers."""
     data = training_data(cfg, components, stages=("scores",))
     candidates = data.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, cfg.noise.shared)
     settings = {
@@ -88,14 +88,14 @@ def export(cfg: DictConfig, components: Components) -> None:
 
 
 def report(cfg: DictConfig, components: Components) -> None:
-    """Say what scores, calibrated rewards and pairs of the candidates look like (docs/calibration.md)."""
+    """Report on the scores, calibrated rewards and pairs of the candidates (docs/calibration.md)."""
     if not cfg.pool.imported:
         check_scored(components.pool_specs["train"], components.generator, components.rewards)
     report_pool(training_data(cfg, components, stages=()), instantiate(cfg.pairs), cfg.calibration, console)
 
 
 def run(cfg: DictConfig) -> None:
-    """Fill the four pools, or run one stage of each; or import images, export pairs, report on the candidates."""
+    """Run `cfg.stage`: fill the four pools or one stage of them, import images, export pairs, or report."""
     known = (*FILLING, "import", "export", "report")
     refuse_plans(cfg)
     if cfg.stage not in known:
@@ -117,7 +117,7 @@ def run(cfg: DictConfig) -> None:
         return report(cfg, components)
     for name, spec in components.pool_specs.items():
         if name == "train" and cfg.pool.imported:
-            continue  # its images are there
+            continue  # an imported pool already has its images
         rewards = {
             "train": components.rewards,
             "validation": [*components.rewards, *components.held_out],
@@ -129,6 +129,6 @@ def run(cfg: DictConfig) -> None:
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the configured stage."""
+    """Run the configured stage; user errors end the process with a message."""
     with plain_errors("the same command"):
         run(cfg)

@@ -1,4 +1,4 @@
-"""Between a command line and its stage: a user's slip ends with one message, Ctrl-C with one line."""
+"""End an entry script with one message for a user error, and with one line for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ PLACE_ERRORS = {
     errno.ENOTDIR,
 }
 OTHER_PLACE = "make room there, or choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
-NAMED_HELD_OUT = re.compile(
-    r"validation\.held_out=(?!null$|\{)"
-)  # null and a mapping are values, anything else names files
+# null and a mapping are values; anything else names files of conf/rewards
+NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
 UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
 
 def was_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind `error`: Lightning ends the process with exit code 1 where it meets one."""
+    """Whether Ctrl-C caused `error`; Lightning turns a KeyboardInterrupt into an exit with code 1."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 @contextmanager
 def plain_errors(go_on: str | None = None) -> Iterator[None]:
-    """Ends the process with one message for a user's value, a disk that cannot be written, or Ctrl-C (exit code 130).
+    """End the process with one message instead of a traceback.
 
-    `go_on` says what goes on with interrupted work; by default the same command in the same directory. HYDRA_FULL_ERROR=1
-    brings the traces back.
+    An InputError or a disk that cannot be written gives exit code 2, Ctrl-C 130. `go_on` names the command
+    that resumes interrupted work; by default the same command in the same directory. HYDRA_FULL_ERROR=1 shows
+    tracebacks.
     """
     try:
         yield
@@ -62,18 +62,18 @@ def plain_errors(go_on: str | None = None) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as error:
         if not was_interrupted(error) or _wants_trace():
             raise
-        _end(f"interrupted; what was finished is kept, and {go_on or _same_command()} goes on", INTERRUPTED)
+        _end(f"interrupted; finished work is kept, and {go_on or _same_command()} resumes it", INTERRUPTED)
 
 
 def grouped(arguments: Sequence[str]) -> list[str]:
-    """The command line, in which `validation.held_out=[a,b]` names rewards, as Hydra's `rewards@validation.held_out=[a,b]` does."""
+    """Rewrite `validation.held_out=[a,b]` as Hydra's `rewards@validation.held_out=[a,b]`."""
     return [f"rewards@{argument}" if NAMED_HELD_OUT.match(argument) else argument for argument in arguments]
 
 
 def start(main: Callable[[], object]) -> None:
-    """Calls a script's `main`, which `hydra.main` has made, with one message for a slip in the command line.
+    """Call a script's Hydra `main`; end with one message for an error in the command line.
 
-    Hydra's own message for an unknown key proposes to add it, which would then be ignored in silence.
+    Hydra's own message for an unknown key suggests adding the key, which would then be silently ignored.
     """
     report = hydra_internals.run_and_report
     sys.argv[1:] = grouped(sys.argv[1:])
@@ -91,14 +91,14 @@ def start(main: Callable[[], object]) -> None:
     try:
         main()
     except KeyboardInterrupt:  # before the stage has begun, or between the jobs of a sweep
-        _end("interrupted; what was finished is kept", INTERRUPTED)
+        _end("interrupted; finished work is kept", INTERRUPTED)
     finally:
         hydra_internals.run_and_report = report
 
 
 def disk_fault(error: BaseException | None) -> str | None:
-    """A message where `error` says that a place cannot be written; None where it says something else."""
-    if isinstance(error, SafetensorError):  # which has the number of the system's error in its text
+    """Message for an error that means that a file or folder cannot be written; None for any other error."""
+    if isinstance(error, SafetensorError):  # it has the errno only in its text
         known = any(f"(os error {number})" in str(error) for number in PLACE_ERRORS)
         return f"weights cannot be written ({error}): {OTHER_PLACE}" if known else None
     if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
@@ -107,10 +107,13 @@ def disk_fault(error: BaseException | None) -> str | None:
 
 
 def command_fault(error: BaseException) -> str | None:
-    """What is wrong with a command line, and what was probably meant; None for any other error."""
+    """Message for an error in the command line, with what was probably meant; None for any other error."""
     if isinstance(error, OverrideParseException):
         reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See "))]
-        return f"'{error.override}' cannot be read ({' '.join(reasons)}); write key=value, and quote what has brackets or spaces"
+        return (
+            f"'{error.override}' cannot be read ({' '.join(reasons)}); write key=value, and quote values "
+            "with brackets or spaces"
+        )
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         if options := error.options or _choices(str(error), group):
@@ -121,12 +124,15 @@ def command_fault(error: BaseException) -> str | None:
     cause, unknown = error.__cause__, UNKNOWN_KEY.search(str(error))
     if unknown and isinstance(getattr(cause, "parent_node", None), DictConfig):
         key = unknown[1]
-        return f"there is no key '{key}'{_meant(alike(key, _keys(cause.parent_node._get_root())))} `--cfg job` lists all keys"
+        return (
+            f"there is no key '{key}'{_meant(alike(key, _keys(cause.parent_node._get_root())))} "
+            "`--cfg job` lists all keys"
+        )
     return " ".join(f"{error} {cause or ''}".split())
 
 
 def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
-    """The known keys that `key` is probably meant to be: those of the same last name, or written much like it."""
+    """Known keys that were probably meant by `key`: those with the same last part or a similar spelling."""
     last = key.rpartition(".")[2]
     likeness = {name: difflib.SequenceMatcher(a=key, b=name).ratio() for name in known}
     chosen = [name for name, ratio in likeness.items() if ratio > 0.75 or name.rpartition(".")[2] == last]
@@ -139,7 +145,7 @@ def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
 
 
 def _keys(cfg: DictConfig) -> list[str]:
-    """The groups at the top, and the dotted key of every value."""
+    """Top-level keys, and the dotted key of every value."""
     found: list[str] = []
 
     def walk(node: object, key: str) -> None:
@@ -154,7 +160,10 @@ def _keys(cfg: DictConfig) -> list[str]:
 
 
 def _choices(message: str, group: str) -> list[str]:
-    """Files of a group in the folder that Hydra searched, where it does not say itself: one of a list is not there."""
+    """Choices of a group, read from the folder that Hydra searched.
+
+    Hydra does not list them itself if one name of a list is unknown.
+    """
     searched = SEARCHED.search(message)
     return sorted(path.stem for path in Path(searched[1], group).glob("*.yaml")) if searched and group else []
 

@@ -1,4 +1,7 @@
-"""`plan=true`: from a configuration to a plan, to what is missing here, to `plan.json` and a table; nothing is loaded."""
+"""Run `plan=true`: compute what a run takes and what this machine lacks for it, without loading anything.
+
+The plan is printed as tables and written to `plan.json` in the run directory.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ REWARD_PLACES = ("rewards", "evaluation.rewards", "validation.held_out")
 
 
 def blueprint_of(cfg: DictConfig) -> Blueprint:
-    """From the configs of the weights' folder where there is one, else from the published ones. Raises InputError where neither is."""
+    """Blueprint of the model, from the configs in the weights' folder or else the published ones.
+
+    Raises InputError if there are neither.
+    """
     backbone = cfg.model.backbone
     family, options = get_class(backbone._target_), OmegaConf.to_container(backbone, resolve=True)
     left_out = family.unused_parts(**options) if hasattr(family, "unused_parts") else {}
@@ -59,7 +65,7 @@ def blueprint_of(cfg: DictConfig) -> Blueprint:
 
 
 def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
-    """The run's training, with as many devices as the launcher has started or the configuration names."""
+    """Training request for as many devices as the launcher started or the configuration names."""
     trainer, needs = cfg.trainer, requirements(built(cfg.objective))
     devices = max(launch().world_size, (device_count(trainer.devices) or 1) * trainer.num_nodes)
     lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
@@ -81,7 +87,10 @@ def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
 
 
 def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Shortage]]:
-    """Prompts by split, and what keeps them from being read here. Sets of the hub are not fetched: limits and published sizes count."""
+    """Number of prompts by split, and shortages that keep prompt sets from being read on this machine.
+
+    Sets on the hub are not downloaded; their limits and published sizes are used instead.
+    """
     settings = OmegaConf.to_container(cfg.prompts, resolve=True)
     expected = expected_counts(settings)
     given = [value for value in settings.values() if isinstance(value, dict)]
@@ -96,9 +105,10 @@ def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Shortage
 
 
 def expected_counts(settings: Mapping) -> dict[str, int | None]:
-    """Prompts by split as far as `settings` of the prompts tell, nothing read: the limit, or what is there of a published set.
+    """Number of prompts by split, derived from the `prompts` settings without reading; None: unknown.
 
-    Splits of the same set share it in the order of `priority`.
+    The count is the smaller of the split's limit and the prompts left in a set of published size, which
+    splits of the same set share in the order of `priority`.
     """
     counts: dict[str, int | None] = dict.fromkeys(SPLITS)
     taken: dict[str, int] = {}
@@ -118,7 +128,7 @@ def expected_counts(settings: Mapping) -> dict[str, int | None]:
 
 
 def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, PoolRequest]:
-    """The base's pools, and the policy's images, which validation draws again and again and keeps nowhere."""
+    """Pools of the base, and the policy's images, which each validation generates anew and does not store."""
     evaluation, trained, evaluated = (
         cfg.evaluation,
         len(cfg.rewards),
@@ -145,7 +155,7 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
 
 
 def reward_request(cfg: DictConfig) -> RewardRequest:
-    """What the rewards hold, those left out that this machine cannot name (`find_missing` says so)."""
+    """Memory of the rewards' weights; rewards whose size is unknown are listed by name and not counted."""
     trained, evaluated, watching = (_known_rewards(cfg, place) for place in REWARD_PLACES)
     each, validating = _distinct([*trained, *evaluated, *watching]), [*trained, *watching]
 
@@ -172,12 +182,12 @@ def _known_reward(name: str, entry: dict, place: str) -> Reward:
     try:
         return Reward(name, **entry)
     except TypeError:
-        load_rewards({name: entry}, place)  # which names the key that it does not know
+        load_rewards({name: entry}, place)  # raises an InputError that names the unknown key
         raise
 
 
 def _distinct(rewards: Sequence[Reward]) -> list[Reward]:
-    """Each reward once. By what its fingerprint is made of, not by that: it would read the weights."""
+    """Remove duplicates by the parts of the fingerprint, since the fingerprint itself reads the weights."""
     found: dict[str, Reward] = {}
     for reward in rewards:
         found.setdefault(
@@ -187,7 +197,7 @@ def _distinct(rewards: Sequence[Reward]) -> list[Reward]:
 
 
 def float32_rewards(cfg: DictConfig) -> list[str]:
-    """Key of the precision of each reward whose scorer has such a key, at float32."""
+    """Keys of the scorers' precisions that are set to float32."""
     return [
         f"{place}.{reward.name}.scorer.precision"
         for place in REWARD_PLACES
@@ -197,7 +207,7 @@ def float32_rewards(cfg: DictConfig) -> list[str]:
 
 
 def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
-    """Everything that the plan of `cfg` follows from. Raises InputError for a model without configs."""
+    """Build the request from which the plan of `cfg` is made; InputError for a model without configs."""
     blueprint, sampling = blueprint_of(cfg), cfg.sampling
     drawing = SamplingRequest(
         sampling.steps,
@@ -221,7 +231,10 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
 
 
 def room_findings(cfg: DictConfig, request: Request) -> list[Shortage]:
-    """What is certain of disk and memory: what is still to be written, and what the device holds whatever the batch."""
+    """Shortages of disk and memory that are certain.
+
+    The disk must hold what is still to be written; the device must hold the model states, whatever the batch.
+    """
     root, run, space = Path(cfg.pool.root), Path(cfg.run_dir), disk_space(request)
     seeds = {
         "train": (cfg.pool.seed, "train"),
@@ -239,12 +252,12 @@ def room_findings(cfg: DictConfig, request: Request) -> list[Shortage]:
 
 
 def require_room(cfg: DictConfig) -> None:
-    """InputError where disk or memory are certain not to do; reads sizes only, before weights are loaded."""
+    """Raise InputError if disk or memory is certainly too small; reads sizes only, before weights load."""
     if cfg.model.backbone.get("weights") is None:
         return
     try:
         blueprint_of(cfg)
-    except InputError:  # a model of the user's own, of which nothing is known beforehand
+    except InputError:  # a user's own model, whose size is unknown before it is loaded
         return
     counts, _ = prompt_counts(cfg)
     if found := room_findings(cfg, request_of(cfg, counts)):
@@ -260,7 +273,7 @@ def _attempt(kind: str, check: Callable[[], object]) -> list[Shortage]:
 
 
 def _reward_findings(cfg: DictConfig, place: str) -> list[Shortage]:
-    """What each reward at a key lacks, by itself."""
+    """Shortages of the rewards at the key `place`, each checked by itself."""
     entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
 
     def check(name: str) -> None:
@@ -270,7 +283,7 @@ def _reward_findings(cfg: DictConfig, place: str) -> list[Shortage]:
 
 
 def find_missing(cfg: DictConfig) -> list[Shortage]:
-    """What `check_ready` would end with, all of it rather than the first: weights, rewards, extras, the device."""
+    """All shortages of weights, rewards, extras and device, where `check_ready` would stop at the first."""
     return [
         *_attempt("weights", lambda: check_weights(cfg)),
         *(finding for place in REWARD_PLACES for finding in _reward_findings(cfg, place)),
@@ -282,7 +295,11 @@ def find_missing(cfg: DictConfig) -> list[Shortage]:
 
 
 def run_plan(cfg: DictConfig, console: Console) -> dict[str, object]:
-    """Make the plan, print it, write it to the run directory, which stays no run's. Raises InputError for values that cannot be used."""
+    """Make the plan, print it, and write it to `plan.json` in the run directory; return its content.
+
+    The directory is not marked as a run; training can start there later. Raises InputError for values that
+    cannot be used.
+    """
     check_values(cfg)
     counts, missing = prompt_counts(cfg)
     request = request_of(cfg, counts)

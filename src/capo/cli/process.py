@@ -1,4 +1,4 @@
-"""Threads and messages of this process."""
+"""Set the threads of this process, and where its messages go."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from capo.runtime.launch import launch
 
 
 def prepare_process(threads: int | None) -> int:
-    """Set the torch threads of this process and silence what other libraries say of themselves; returns the threads.
+    """Set the number of torch threads and silence messages of other libraries; return the number of threads.
 
-    Default: cores divided by the processes that a launcher started on this machine; where there is none, OMP_NUM_THREADS
-    counts, by which joblib tells the jobs of a sweep their share.
+    If `threads` is None, the cores of this machine are divided by the number of processes that a launcher
+    started on it. Without a launcher OMP_NUM_THREADS is used, if set; joblib gives each job of a sweep
+    its share through it. Raises InputError for `threads` below 1.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings(
-        "ignore", message="Checkpoint directory .* exists and is not empty"
-    )  # a run that goes on
+    # it always exists when a run resumes
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if threads is not None and threads < 1:
@@ -44,5 +44,5 @@ def _default_threads() -> int:
 
 
 def worker_logs() -> Path | None:
-    """Folder for the logs of isolated rewards, in Hydra's output directory; None where no entry script runs."""
+    """Folder for the logs of isolated rewards, in Hydra's output directory; None outside an entry script."""
     return Path(HydraConfig.get().runtime.output_dir) / "workers" if HydraConfig.initialized() else None

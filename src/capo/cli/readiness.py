@@ -1,4 +1,4 @@
-"""What keeps a configuration from running, found before anything is loaded, downloaded or written."""
+"""Check that a configuration can run, before anything is loaded, downloaded or written."""
 
 from __future__ import annotations
 
@@ -24,11 +24,19 @@ from capo.runtime.hub import check_access
 
 
 def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, watching: bool = True) -> None:
-    """Find out what keeps `cfg` from running before anything is loaded, downloaded or written.
+    """Check that `cfg` can run, before anything is loaded, downloaded or written.
 
-    In this order: values, the model's weights, rewards, prompts, pairs and objective; of a run that has `finished` the values
-    alone. `scoring` and `watching` as `build_components` has them: the weights of rewards that nothing asks are not looked for.
-    Raises InputError.
+    Values, the model's weights, rewards, prompts, objective, pairs strategy, noise, hub access and
+    accelerator are checked in this order.
+
+    Args:
+        cfg: the configuration.
+        finished: whether the run has finished already; then only values are checked.
+        scoring: whether images will be scored; otherwise the weights of rewards are not looked for.
+        watching: whether validation images will be scored; otherwise held-out rewards are left out.
+
+    Raises:
+        InputError: the first check that fails.
     """
     check_values(cfg)
     if finished:
@@ -41,7 +49,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     pool_specs(cfg, prompt_splits(cfg))
     requirements(built(cfg.objective))
     nothing = torch.zeros(0, cfg.pool.candidates, len(label_sources(cfg, rewards)))
-    select(built(cfg.pairs), nothing, nothing)  # does the strategy fit the rewards?
+    select(built(cfg.pairs), nothing, nothing)  # raises InputError if the strategy does not fit the rewards
     check_draw(cfg)
     if cfg.push_to_hub:
         check_access(cfg.push_to_hub)
@@ -49,23 +57,25 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
 
 
 def refuse_plans(cfg: DictConfig) -> None:
-    """InputError for what train.py alone knows, where another script would pass it over in silence."""
+    """Raise InputError for plan=true and check=true, which only train.py supports."""
     if found := [key for key in ("plan", "check") if cfg.get(key)]:
         raise InputError(
-            f"{found[0]}=true belongs to train.py: the same values there plan, or check, the pools and evaluations too"
+            f"{found[0]}=true belongs to train.py: give it there with the same values; pools and evaluations "
+            "are included"
         )
 
 
 def check_accelerator(cfg: DictConfig) -> None:
-    """InputError where the configured accelerator is not on this machine."""
+    """Raise InputError if the configured accelerator is not on this machine."""
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
         raise InputError(
-            f"trainer.accelerator={cfg.trainer.accelerator}: torch sees no such device here; auto takes what there is"
+            f"trainer.accelerator={cfg.trainer.accelerator}: torch finds no such device here; auto uses what "
+            "there is"
         )
 
 
 def check_weights(cfg: DictConfig) -> None:
-    """InputError where the model's weights are neither here nor to be had, or are another family's."""
+    """Raise InputError if the model's weights are missing and not downloadable, or of another family."""
     model = cfg.model
     weights = model.backbone.get("weights")
     if weights is None:
@@ -84,9 +94,9 @@ def check_weights(cfg: DictConfig) -> None:
 
 
 def check_reward_weights(rewards: Sequence[Reward]) -> None:
-    """InputError that names each file, folder or hub id of these rewards that is neither here nor to be had."""
+    """Raise InputError that names each source of reward weights that is missing and not downloadable."""
     missing = []
-    # one name, trained and evaluated, may have two sources under the same setting
+    # a reward name used in training and evaluation may have two sources under the same setting
     for setting, (source, revision) in dict.fromkeys(
         item for reward in rewards for item in reward.sources.items()
     ):
@@ -99,22 +109,23 @@ def check_reward_weights(rewards: Sequence[Reward]) -> None:
 
 
 def check_draw(cfg: DictConfig) -> None:
-    """InputError where times cannot be drawn in the configured way on the model's schedule."""
+    """Raise InputError if the model's noise schedule does not support the configured `noise.draw`."""
     known = getattr(get_class(cfg.model.backbone._target_), "draws", FLOW_DRAWS)
     if cfg.noise.draw not in known:
         raise InputError(
-            f"noise.draw={cfg.noise.draw}: model={cfg.model.name} draws its times {' or '.join(known)}, not so"
+            f"noise.draw={cfg.noise.draw}: model={cfg.model.name} draws times by {' or '.join(known)} only"
         )
 
 
 def memory_note(cfg: DictConfig) -> str:
-    """What tuning all weights of a published model holds from the first step to the last; empty for other models."""
+    """Memory that tuning all weights of a published model takes, as text; empty for other models."""
     name = cfg.model.get("published") or cfg.model.name
     if name not in published_names():
         return ""
     held = model_states(published(name), None, cfg.trainer.precision, cfg.trainer.optimizer, reference=True)
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in asdict(held).items())
     return (
-        f"\n  tuning all of its {parameters(published(name), None)[0]:,} parameters holds {held.total / 1e9:.1f} GB before activations ({parts}); "
-        "plan=true beside the command says all that the run takes, of a low-rank adapter too (experiment=lora)"
+        f"\n  tuning all of its {parameters(published(name), None)[0]:,} parameters takes "
+        f"{held.total / 1e9:.1f} GB before activations ({parts}); add plan=true to the command to see all "
+        "that the run takes, also with a low-rank adapter (experiment=lora)"
     )

@@ -1,4 +1,4 @@
-"""`generate.py stage=report`, and the same report before the first step of training."""
+"""Write the calibration report: for `generate.py stage=report`, and before the first step of training."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from capo.evaluation.reports.calibration_report import CalibrationReport, calibr
 from capo.pairs import Strategy
 from capo.rewards import Reward
 
-POOL_FOLDER, RUN_FOLDER = "report", "calibration"  # where the report lies in a pool, in a run directory
+POOL_FOLDER, RUN_FOLDER = "report", "calibration"  # folder of the report in a pool, and in a run directory
 
 
 def check_scored(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward]) -> None:
-    """InputError that names the stage to run first, where the spec's pool lacks a score; nothing is made, no pool either."""
+    """Raise InputError that names the stage to run first if the pool lacks scores; creates nothing."""
     folder = Path(spec.root) / pool_name(spec.model, generator.fingerprint, spec.seed, spec.split)
     if not (folder / "manifest.json").is_file():
         raise InputError(
-            f"stage=report: there is no pool {folder} yet: run generate.py with the same values and stage=all first"
+            f"stage=report: there is no pool {folder} yet: run generate.py with the same values and "
+            "stage=all first"
         )
     pool = Pool.open(folder)
     for stage in stages_of(pool, spec, generator, rewards, verify=False):
@@ -40,10 +41,10 @@ def check_scored(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Re
 
 
 def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Console) -> Path:
-    """Writes the report of a scored pool to its folder `report`, and says what it found; returns that folder.
+    """Write the report of a scored pool to its folder `report`, print a summary, and return that folder.
 
-    A pool without a single usable pair is reported too. Raises InputError for scores that cannot be used and a folder that cannot
-    be written.
+    A pool without any usable pair gets a report, too. Raises InputError for scores that cannot be used and
+    for a folder that cannot be written.
     """
     scores, labels = data.scores(), data.labels
     calibrated = calibrate(
@@ -62,7 +63,7 @@ def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Co
 def report_run(
     data: TrainingData, candidates: Candidates, strategy: Strategy, method: str, run: Path
 ) -> list[str]:
-    """Writes the report of what a run trains on to `run`/calibration; returns its warnings. Reads neither images nor weights."""
+    """Write the report of a run's training pairs to `run`/calibration; return its warnings."""
     report = _report(data, candidates.scores, candidates.calibrated, candidates.selection, strategy, method)
     return write_report(
         run / RUN_FOLDER, f"Calibration of {data.pool.folder.name}", report, {"calibration": method}

@@ -1,4 +1,4 @@
-"""Resolvers: what `${shipped:...}` and `${evaluation_folder:...}` in the configuration stand for."""
+"""Resolve `${shipped:...}` and `${evaluation_folder:...}` in the configuration."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from capo.runtime.run_folder import CONFIG
 
 
 def shipped(name: str) -> str:
-    """Absolute path of what ships with the package under `shapes/weights/<name>`."""
+    """Absolute path of `shapes/weights/<name>` in the installed package."""
     return str(importlib.resources.files("capo.shapes") / "weights" / name)
 
 
 def _evaluation_folder(run: str | None) -> str:
-    """Where an evaluation keeps Hydra's own output: in the run that it evaluates, else in a folder of its own."""
+    """Directory for Hydra's output of an evaluation: in the evaluated run, else a new one under outputs/."""
     return (
         f"{run}/evaluation"
         if run and (Path(run) / CONFIG).is_file()
@@ -26,6 +26,6 @@ def _evaluation_folder(run: str | None) -> str:
 
 
 def register() -> None:
-    """Makes the resolvers known to OmegaConf; Hydra composes a configuration only after this."""
+    """Register the resolvers with OmegaConf; this must precede the composition of a configuration."""
     OmegaConf.register_new_resolver("shipped", shipped, replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder, replace=True, use_cache=True)

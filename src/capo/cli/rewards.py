@@ -3,7 +3,7 @@
     python -m capo.rewards check pickscore
     python -m capo.rewards check mps mps.weights=FILE --record
 
-Exit code 0 where everything passed, 1 where a check failed or nothing could be checked.
+The exit code is 0 if everything passed, 1 if a check failed or nothing could be checked.
 """
 
 from __future__ import annotations
@@ -38,46 +38,53 @@ from capo.rewards.selfcheck import (
     write_golden,
 )
 
-OVERRIDE = re.compile(
-    r"^([+~]*)(?:rewards\.)?"
-)  # `NAME.weights=...` and `rewards.NAME.weights=...` are the same here
+# overrides may be written `NAME.weights=...` or `rewards.NAME.weights=...`
+OVERRIDE = re.compile(r"^([+~]*)(?:rewards\.)?")
 COLORS = {PASSED: "green", WARNING: "yellow", FAILED: "red"}
 
 
 def arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "python -m capo.rewards", description="Check a reward on this machine, with its real weights."
     )
     parser.add_argument("command", choices=["check"])
     parser.add_argument(
-        "name", help="of conf/rewards/NAME.yaml; a set's rewards are checked one after the other"
+        "name", help="NAME of conf/rewards/NAME.yaml; the rewards of a set are checked one after the other"
     )
-    parser.add_argument("overrides", nargs="*", help="values of its yaml, as in NAME.weights=FOLDER")
     parser.add_argument(
-        "--record", action="store_true", help="keep the scores, for later checks to compare with"
+        "overrides", nargs="*", help="values of its yaml to override, as in NAME.weights=FOLDER"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="record the scores, with which later checks compare theirs"
     )
     parser.add_argument(
         "--golden",
         type=Path,
-        help="file of recorded scores; by default golden/NAME.json here, then the package's own",
+        help="file of recorded scores; by default ./golden/NAME.json, then the package's own",
     )
     parser.add_argument(
-        "--device", type=torch.device, help="cuda, cuda:1, cpu; by default the GPU where there is one"
+        "--device", type=torch.device, help="cuda, cuda:1 or cpu; by default the GPU if there is one"
     )
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help=f"of equal scores, {TOLERANCE} by default"
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"tolerance within which scores count as equal; default {TOLERANCE}",
     )
     parser.add_argument(
         "--conf",
         type=Path,
-        help="folder that holds rewards/NAME.yaml; by default the repository's conf/, or the one here",
+        help="folder that holds rewards/NAME.yaml; by default the repository's conf/, else ./conf",
     )
     return parser.parse_intermixed_args(command)
 
 
 def configured(name: str, overrides: Sequence[str], conf: Path | None) -> list[Reward]:
-    """The rewards of conf/rewards/NAME.yaml, no scorer built. Raises InputError for a name or value that cannot be used."""
+    """Rewards of conf/rewards/NAME.yaml with `overrides`; builds no scorer.
+
+    Raises InputError for a name or value that cannot be used.
+    """
     folder = _conf(conf)
     known = sorted(path.stem for path in (folder / "rewards").glob("*.yaml"))
     if name not in known:
@@ -98,29 +105,31 @@ def _conf(given: Path | None) -> Path:
         if (place / "rewards").is_dir():
             return place.absolute()
     raise InputError(
-        f"no rewards/ in {' and '.join(map(str, places))}; give the folder that has it: --conf FOLDER"
+        f"no rewards/ in {' or '.join(map(str, places))}; name the folder that holds it: --conf FOLDER"
     )
 
 
 def chosen_device(given: torch.device | None) -> torch.device:
-    """`given`, else the GPU where there is one; a GPU becomes the current one, of whose memory messages tell.
+    """Return `given`, else the GPU if there is one; make a GPU the current device, so its memory is read.
 
-    Raises InputError for one that torch does not see.
+    Raises InputError for a device that torch does not find.
     """
     device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(
-                f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; choose another one, or cpu"
+                f"--device {device}: torch finds {torch.cuda.device_count()} GPUs here; choose another one, "
+                "or cpu"
             )
         torch.cuda.set_device(device.index or 0)
     return device
 
 
 def recorded(reward: Reward, options: argparse.Namespace) -> dict | None:
-    """The scores to compare with; None where there are none, or they are to be recorded now.
+    """Recorded scores to compare with; None if there are none, or if they are to be recorded now.
 
-    Raises InputError for a file that is no record, and for one that the user has named and that lacks this fingerprint.
+    Raises InputError for a file without valid records, and for a file named by the user that lacks scores of
+    this fingerprint.
     """
     if options.record:
         return None
@@ -128,13 +137,14 @@ def recorded(reward: Reward, options: argparse.Namespace) -> dict | None:
     if options.golden and golden is None:
         fault = "it has no scores" if options.golden.is_file() else "there is no such file, so no scores"
         raise InputError(
-            f"--golden {options.golden}: {fault} of fingerprint {reward.fingerprint[:8]}; --record writes them there"
+            f"--golden {options.golden}: {fault} of fingerprint {reward.fingerprint[:8]}; --record writes "
+            "them there"
         )
     return golden
 
 
 def examined(reward: Reward, options: argparse.Namespace) -> tuple[Measured | None, list[Finding]]:
-    """What the reward gave, None where it gave nothing, and what was found."""
+    """Measure a reward: its scores, speed and memory (None if it gave no scores), and the findings."""
     try:
         golden = recorded(reward, options)
     except InputError as error:  # before weights are loaded
@@ -151,7 +161,7 @@ def examined(reward: Reward, options: argparse.Namespace) -> tuple[Measured | No
 
 
 def check(reward: Reward, options: argparse.Namespace, console: Console) -> bool:
-    """Print what was found of one reward; whether nothing failed."""
+    """Check one reward and print the findings; return whether no check failed."""
     measured, found = examined(reward, options)
     if measured:
         console.print(score_table(reward, measured))
@@ -162,12 +172,12 @@ def check(reward: Reward, options: argparse.Namespace, console: Console) -> bool
         write_golden(path, reward, measured.scores, options.device)
         console.print(f"recorded: {path}", markup=False, soft_wrap=True)
     elif options.record:
-        console.print("nothing is recorded, since a check failed")
+        console.print("nothing was recorded, since a check failed")
     return passed
 
 
 def score_table(reward: Reward, measured: Measured) -> Table:
-    """Scores, speed and memory."""
+    """Table of a reward's scores, with its speed and memory in the caption."""
     caption = f"{measured.speed:.1f} images/s; peak memory {measured.memory}"
     table = Table(
         "picture",
@@ -183,7 +193,7 @@ def score_table(reward: Reward, measured: Measured) -> Table:
 
 
 def finding_table(reward: Reward, found: Sequence[Finding]) -> Table:
-    """What passed and failed, and what to do."""
+    """Table of the findings: what passed or failed, and what to do."""
     table = Table(
         "check",
         "",
@@ -201,14 +211,15 @@ def finding_table(reward: Reward, found: Sequence[Finding]) -> Table:
 
 
 def main(command: Sequence[str] | None = None) -> int:
-    """Check and say so; the exit code."""
+    """Check the named rewards and print the findings; return the exit code."""
     options, console = arguments(command), Console()
     try:
         options.device = chosen_device(options.device)
         rewards = configured(options.name, options.overrides, options.conf)
         if options.golden and len(rewards) > 1:
             raise InputError(
-                f"--golden {options.golden}: {options.name} is a set of {len(rewards)} rewards; check them one by one to name a file"
+                f"--golden {options.golden}: {options.name} is a set of {len(rewards)} rewards; check them "
+                "one by one to name a file"
             )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run directory that is there already: what was configured, how far it came, whether a new start may go on from it."""
+"""Read the configuration of an existing run directory, and decide whether training may resume there."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from capo.errors import InputError
 from capo.runtime.files import write_whole
 from capo.runtime.run_folder import CONFIG, OUTCOME
 
-LAYOUT = 2  # of a run directory: what lies in it under which name, and which keys config.yaml has
-WRITER = "written_by"  # key of config.yaml: layout, and the version of this package
-# what may differ: where things lie, who watches, what happens after training, what moves a step by rounding only, and a rate
-# that acts through trainer.lr alone, which is compared
+LAYOUT = 2  # version of a run directory: its file names, and the keys of config.yaml
+WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
+# keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
+# settings that change a step by rounding only, and model.adapter_lr, which acts only through trainer.lr
+# (which is compared)
 FREE = (
     "model.adapter_lr",
     "run_dir",
@@ -48,7 +49,7 @@ FREE = (
         )
     ),
 )
-# where a reward runs, how long it may take, what is known of its size, and of a prompt set's
+# likewise: where a reward runs, its time limit, and the known sizes of a reward and of a prompt set
 FREE_WITHIN = re.compile(
     r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
 )
@@ -56,7 +57,7 @@ MISSING = "(not there)"
 
 
 class Progress(Enum):
-    """How far the run in a directory has come."""
+    """Progress of the run in a directory: not there yet, begun, or finished."""
 
     NEW = "new"
     BEGUN = "begun"
@@ -64,7 +65,7 @@ class Progress(Enum):
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf in which two configurations differ, FREE ones left out."""
+    """List `key: old -> new` where two configurations differ, except for keys that may change."""
     found = []
     for key in sorted(old.keys() | new.keys(), key=str):
         name = f"{prefix}{key}"
@@ -79,16 +80,16 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def read_config(folder: Path) -> DictConfig:
-    """The configuration of the run in `folder`. Raises InputError where it cannot be read, or is of another layout."""
+    """Read the configuration of the run in `folder`; InputError if it is unreadable or of another layout."""
     return _read(folder)[0]
 
 
 def _read(folder: Path) -> tuple[DictConfig, str]:
-    """The configuration, and the version of this package that wrote it."""
+    """Read the configuration, and the version of this package that wrote it."""
     path, here = folder / CONFIG, version("capo")
     try:
         cfg = OmegaConf.load(path)
-        writer = cfg.pop(WRITER, {"layout": LAYOUT, "capo": here})  # the first runs do not say
+        writer = cfg.pop(WRITER, {"layout": LAYOUT, "capo": here})  # a file without the key has this layout
         layout, capo = writer["layout"], writer["capo"]
     except (
         OSError,
@@ -104,18 +105,18 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
         ) from error
     if layout != LAYOUT:
         raise InputError(
-            f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout {LAYOUT}: use that version "
-            f"for it (pip install capo=={capo}), or train again in another hydra.run.dir; its policy alone is an ordinary "
-            "diffusers folder (evaluate.py policy=FOLDER)"
+            f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout "
+            f"{LAYOUT}: use that version for it (pip install capo=={capo}), or train again in another "
+            "hydra.run.dir; its policy is an ordinary diffusers folder (evaluate.py policy=FOLDER)"
         )
     return cfg, capo
 
 
 def open_run(folder: Path, cfg: DictConfig) -> Progress:
-    """Begin, continue or recognize the run of `cfg` in `folder`; writes `config.yaml`.
+    """Start, resume or recognize the run of `cfg` in `folder`; write `config.yaml` and return the progress.
 
-    A larger `trainer.max_steps` continues a run, a finished one too. Raises InputError for a directory that holds another
-    run, with the differences.
+    A larger `trainer.max_steps` resumes a run, even a finished one. Raises InputError for a directory that
+    holds a run of another configuration, with the differences.
     """
     path = folder / CONFIG
     new = OmegaConf.to_container(cfg, resolve=True)
@@ -133,7 +134,7 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
                 + ("" if capo == version("capo") else f", written by capo {capo}")
                 + ":\n  "
                 + "\n  ".join(found)
-                + "\ngive the same values to go on with it, or another hydra.run.dir"
+                + "\ngive the same values to resume it, or another hydra.run.dir"
             )
         progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
         if longer:
@@ -152,8 +153,10 @@ def is_finished(folder: Path, cfg: DictConfig) -> bool:
 
 
 def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
-    """What a run's config may not call: each `_target_` outside this package and the modules in `trusted`, and each program
-    (a reward's `python`) that is not in `trusted` itself.
+    """List the code that a run's config would call and that is not trusted.
+
+    This is each `_target_` outside this package and the modules in `trusted`, and each program (a reward's
+    `python`) that is not in `trusted`.
     """
     found: list[str] = []
 
@@ -177,21 +180,23 @@ def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
 
 
 def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a finished run, with what the command line names in its place.
+    """Configuration of a finished run, in which the keys of `overrides` have their values from `cfg`.
 
-    Raises InputError for a folder that is no run, a run that has not finished, and a run whose config would call code
-    outside this package that `trust` does not name.
+    Raises InputError for a folder that is not a run directory, a run that has not finished, and a run whose
+    config would call code outside this package that `cfg.trust` does not name.
     """
     if not (folder / CONFIG).is_file():
         raise InputError(
-            f"run={folder} is no run: it has no config.yaml; give the directory that train.py printed"
+            f"run={folder} is not a run directory: it has no config.yaml; give the directory that train.py "
+            "printed"
         )
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
-        raise InputError(f"run={folder} has not finished: it has no outcome.json; train it to its end first")
+        raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
     if foreign := foreign_targets(own, cfg.trust):
         raise InputError(
-            f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, say trust=[{foreign[0] if '/' in foreign[0] else foreign[0].split('.')[0]}]"
+            f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, add "
+            f"trust=[{foreign[0] if '/' in foreign[0] else foreign[0].split('.')[0]}]"
         )
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~").split("@")[-1]

@@ -1,4 +1,4 @@
-"""What the jobs of a multirun found, as one table, file, picture and page in the sweep's directory."""
+"""Collect the results of a multirun's jobs into a table, a file, a picture and a page."""
 
 from __future__ import annotations
 
@@ -34,22 +34,25 @@ from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, RESULTS, read_outcome
 
-ERROR = "error.txt"  # of a job that failed
+ERROR = "error.txt"  # in the directory of a failed job
 FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
 TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
-PLANS = "plans.csv"  # of a multirun with plan=true; the runs' own table may lie beside it
+PLANS = "plans.csv"  # table of a multirun with plan=true; sweep.csv of the runs may lie beside it
 SHARES = ("mean", "low", "high")
 
 
 def sweep_name(folder: Path) -> str:
-    """A sweep's directory as a name: without `multirun`, and without what lies above the working directory."""
+    """Name of a sweep: its directory relative to the working directory, without a leading `multirun`."""
     folder = folder.absolute()
     parts = folder.relative_to(Path.cwd()).parts if folder.is_relative_to(Path.cwd()) else (folder.name,)
     return "/".join(parts[1:] if len(parts) > 1 and parts[0] == "multirun" else parts)
 
 
 def run_job(task: Callable[[], float], folder: Path) -> float:
-    """`task()`, or NaN and `folder/error.txt` with what it raised: one failed job must not end a sweep's others."""
+    """Return `task()`, or NaN if it fails, so that a sweep continues with its other jobs.
+
+    The error is printed and written to `folder/error.txt`.
+    """
     (folder / ERROR).unlink(missing_ok=True)
     try:
         return task()
@@ -64,10 +67,10 @@ def run_job(task: Callable[[], float], folder: Path) -> float:
 
 
 def found_figures(folder: Path) -> dict[str, float]:
-    """What a run came to, under the names of `sweep.csv`'s columns; what it has not (yet) is left out.
+    """Figures of a run under the column names of `sweep.csv`; those that it lacks are left out.
 
-    `val/win_rate`; `test/win_rate/<reward>` with `/low` and `/high`; `zero/<reward>`; `oracle/<measure>` of the policy, with
-    `/base`.
+    The columns are `val/win_rate`, `test/win_rate/<reward>` with `/low` and `/high`, `zero/<reward>`, and
+    `oracle/<measure>` of the policy with `/base`.
     """
     figures: dict[str, float] = {}
     if (folder / OUTCOME).is_file():
@@ -86,7 +89,7 @@ def found_figures(folder: Path) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: its directory, what the command line gave it, how it ended, what it found."""
+    """One job of a sweep: its directory, command-line overrides, status, error and figures."""
 
     folder: Path
     overrides: Mapping[str, str]
@@ -96,12 +99,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The directory's name, by default the job's number."""
+        """Name of the job's directory, by default the job's number."""
         return self.folder.name
 
     @property
     def done(self) -> bool:
-        """Whether it has all that it was to find."""
+        """Whether the job has finished its run or plan."""
         return self.status in (FINISHED, PLANNED)
 
 
@@ -114,7 +117,7 @@ def _read_overrides(folder: Path) -> dict[str, str]:
 
 
 def read_job(folder: Path) -> Job:
-    """What a job's directory says of its run."""
+    """Read the result of a training job from its directory."""
     overrides = _read_overrides(folder)
     if (folder / ERROR).is_file():
         return Job(
@@ -133,45 +136,45 @@ def read_job(folder: Path) -> Job:
 
 
 def read_plan(folder: Path) -> Job:
-    """What a job's directory says of its plan."""
+    """Read the result of a planning job from its directory."""
     overrides = _read_overrides(folder)
-    if (folder / ERROR).is_file():  # what plan.json there is, is an earlier one
+    if (folder / ERROR).is_file():  # a plan.json in the directory is then from an earlier start
         return Job(folder, overrides, FAILED, _summary((folder / ERROR).read_text(encoding="utf-8")))
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     return Job(folder, overrides, PLANNED, figures=plan_figures(plan))
 
 
 def _summary(text: str) -> str:
-    """An error in one line: a message as it is, of a trace its last line."""
+    """Shorten an error to one line: a message as it is, a traceback to its last line."""
     lines = [line.strip() for line in text.strip().splitlines()] or ["unknown"]
     return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines)
 
 
 def _job_folders(sweep: Path, mark: str) -> list[Path]:
-    """Those that have the file `mark` or an error, 2 before 10."""
+    """Job directories with the file `mark` or an error, sorted so that 2 comes before 10."""
     folders = [path.parents[1] for path in sweep.glob("*/.hydra/overrides.yaml")]
     there = [folder for folder in folders if (folder / mark).is_file() or (folder / ERROR).is_file()]
     return sorted(there, key=lambda folder: (len(folder.name), folder.name))
 
 
 def read_jobs(sweep: Path) -> list[Job]:
-    """The training jobs in a sweep's directory, in order; what has only been planned is none."""
+    """Read the training jobs in a sweep's directory, in order; jobs that were only planned are left out."""
     return [read_job(folder) for folder in _job_folders(sweep, CONFIG)]
 
 
 def read_plans(sweep: Path) -> list[Job]:
-    """The jobs of a sweep with `plan=true`, in order."""
+    """Read the jobs of a sweep with `plan=true`, in order."""
     return [read_plan(folder) for folder in _job_folders(sweep, PLAN)]
 
 
 def varying_keys(jobs: Sequence[Job]) -> list[str]:
-    """The override keys that differ between jobs, in the order of the command line."""
+    """Override keys whose values differ between jobs, in the order of the command line."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
 
 
 def sweep_rows(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, object]]]:
-    """Columns and rows of `sweep.csv` or `plans.csv`: job, status, error, each varying key verbatim, figures."""
+    """Columns and rows of `sweep.csv` or `plans.csv`: job, status, error, varying keys verbatim, figures."""
     keys = varying_keys(jobs)
     figures = list(dict.fromkeys(name for job in jobs for name in job.figures))
     rows = [
@@ -184,7 +187,10 @@ def sweep_rows(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, object]]]
 
 
 def console_tables(jobs: Sequence[Job], title: str) -> list[Table]:
-    """A row a job: what varies, validation and test win-rates in % with intervals; then zero lines, then the oracle, where there are any."""
+    """Tables with one row per job: varying keys, and validation and test win-rates in % with intervals.
+
+    Further tables hold zero lines and the oracle's measures, if there are any.
+    """
     figures = [job.figures for job in jobs]
     rates = {"validation %": VALIDATION} | {
         f"{name} %": column for name, column in named(figures, TEST).items()
@@ -200,7 +206,7 @@ def console_tables(jobs: Sequence[Job], title: str) -> list[Table]:
 def _job_table(
     jobs: Sequence[Job], columns: Mapping[str, str], cell: Callable[[Mapping, str], str], title: str
 ) -> Table:
-    """A row a job with `columns`: heading -> figure; a job that is not done shows its status."""
+    """Table with one row per job, `columns` maps heading -> figure; a job not done shows its status."""
     keys = varying_keys(jobs)
     table = Table(
         "job",
@@ -209,7 +215,7 @@ def _job_table(
         box=box.SIMPLE_HEAD,
     )
     for head in columns:
-        table.add_column(head, overflow="fold")  # a narrow console wraps figures, never cuts them
+        table.add_column(head, overflow="fold")  # a narrow console wraps figures instead of cutting them
     for job in jobs:
         given = [job.overrides.get(key, "") for key in keys]
         cells = [cell(job.figures, name) for name in columns.values()] if job.done else [job.status]
@@ -223,7 +229,11 @@ def _rate(figures: Mapping[str, float], name: str) -> str:
 
 
 def plans_tables(jobs: Sequence[Job], title: str) -> list[Table]:
-    """A row a planned job: what varies, parameters, memory and disk; then steps, images, hours, and how much is missing here."""
+    """Tables with one row per planned job.
+
+    The first shows varying keys, parameters, memory and disk, the second steps, images, hours and the number
+    of shortages on this machine.
+    """
     return [
         _job_table(jobs, HOLDS, plan_cell, title),
         _job_table(jobs, TAKES, plan_cell, "what it takes, and how much is missing here"),
@@ -231,7 +241,7 @@ def plans_tables(jobs: Sequence[Job], title: str) -> list[Table]:
 
 
 def report_sweep(folder: Path, plans: bool) -> bool:
-    """Write and print what the jobs in a sweep's directory found, or planned; returns whether all of them are done."""
+    """Write and print the results of a sweep's jobs, or their plans; returns whether all jobs are done."""
     jobs = read_plans(folder) if plans else read_jobs(folder)
     if jobs:
         (write_plans if plans else write_runs)(folder, jobs)
@@ -257,11 +267,11 @@ def write_plans(folder: Path, jobs: Sequence[Job]) -> None:
     """Write plans.csv and print the tables; nothing was trained, so there are no win-rates to plot."""
     write_table(folder / PLANS, *sweep_rows(jobs))
     _show(jobs, plans_tables(jobs, str(folder)))
-    print(f"the plans' table: {folder / PLANS}; what is missing: {PLAN} of each job")
+    print(f"the plans' table: {folder / PLANS}; the shortages are in {PLAN} of each job")
 
 
 def _show(jobs: Sequence[Job], tables: Sequence[Table]) -> None:
-    """Tables on the console, then the errors in full."""
+    """Print the tables, then the errors in full."""
     console = Console()
     for table in tables:
         console.print(table)

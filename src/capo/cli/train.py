@@ -1,4 +1,4 @@
-"""What train.py runs: a plan, a check, or a training run, once everything that can be refused early has been refused."""
+"""Run train.py: a plan, a check, or a training run, after everything that can fail early has been checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from capo.runtime.run_folder import MONITOR, read_outcome
 
 
 def main(cfg: DictConfig) -> float:
-    """Run `cfg`, alone or as a job of a sweep; returns the best validation win-rate, NaN where there is none."""
+    """Run `cfg`, alone or as a job of a sweep; return the best validation win-rate, else NaN."""
     own = HydraConfig.get()
     with plain_errors():
         if launch().world_size > 1:
@@ -33,10 +33,11 @@ def main(cfg: DictConfig) -> float:
 
 
 def run(cfg: DictConfig, group: str | None = None) -> float:
-    """One training run, whole, or what is missing of it; returns the best validation win-rate.
+    """Do a training run, or what is missing of it; return the best validation win-rate.
 
-    `group` names the sweep that it is a job of. Heavy libraries are imported where they are needed: a plan needs no Lightning, and
-    what can be refused is refused before they are.
+    `group` names the sweep that the run is a job of. With plan=true or check=true nothing is trained, and NaN
+    is returned. Heavy libraries are imported where they are needed: a plan does without Lightning, and errors
+    in the configuration are found before the import.
     """
     if cfg.plan:
         from capo.cli.plan import run_plan
@@ -54,10 +55,11 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
 
 
 def check(cfg: DictConfig) -> float:
-    """Measure the model on this machine; returns NaN, since nothing is trained."""
+    """Check the model on this machine; return NaN, since nothing is trained."""
     if launch().world_size > 1:
         raise InputError(
-            f"check=true measures one device, but {launch().world_size} processes were started: run it without the launcher"
+            f"check=true measures one device, but {launch().world_size} processes were started: run it "
+            "without the launcher"
         )
     from capo.cli.check import run_checks
     from capo.cli.tune import module_of
@@ -67,7 +69,7 @@ def check(cfg: DictConfig) -> float:
 
 
 def refuse_early(cfg: DictConfig) -> None:
-    """InputError for what keeps `cfg` from running, before any weights load; of a finished run only its values count."""
+    """Raise InputError if `cfg` cannot run, before weights load; for a finished run only check values."""
     from capo.cli.build import check_imported
     from capo.cli.plan import require_room
     from capo.cli.readiness import check_ready
@@ -84,13 +86,15 @@ def refuse_early(cfg: DictConfig) -> None:
 
 
 def check_places(own: DictConfig) -> None:
-    """InputError where each of several processes would write to a directory of its own, or begin a sweep of its own."""
+    """Raise InputError if several processes would each start a sweep or make a run directory of their own."""
     if own.mode is RunMode.MULTIRUN:
         raise InputError(
-            f"-m with {launch().world_size} processes: each would begin the whole sweep; the jobs of a sweep take one process each, "
-            "and a run on several devices is started by itself (docs/training.md)"
+            f"-m with {launch().world_size} processes: each would start the whole sweep; run a sweep without "
+            "the launcher, one process per job, or a single run on several devices without -m "
+            "(docs/training.md)"
         )
     if not any(override.startswith("hydra.run.dir=") for override in own.overrides.hydra):
         raise InputError(
-            f"{launch().world_size} processes would make a run directory each: give them one, hydra.run.dir=DIR"
+            f"{launch().world_size} processes would each make a run directory: give them a common one, "
+            "hydra.run.dir=DIR"
         )

@@ -1,4 +1,4 @@
-"""One training run from a configuration: tune, export, evaluate."""
+"""Do a training run from a configuration: tune, export and evaluate."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
 
 
 def target_name(node: DictConfig) -> str:
-    """The name of the function that a group's choice calls."""
+    """Name of the function in a node's `_target_`, without its module."""
     return node._target_.rsplit(".", 1)[-1]
 
 
 def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinRateValidation:
-    """Make the base's validation images and a first picture of them."""
+    """Generate and score the base's validation images, draw them, and build the validation callback."""
     settings = cfg.validation
     judges = [*components.rewards, *components.held_out]
     drawn = GeneratedImages.fill(
@@ -66,7 +66,7 @@ def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinR
             [p.text for p in base.prompts[: settings.pictures]],
             folder / "step000000.png",
         )
-    console.print(f"validation pictures of the base: {folder / 'step000000.png'}")
+    console.print(f"validation images of the base: {folder / 'step000000.png'}")
     held_out = HeldOut(components.held_out, cfg.evaluation.seed)
     return WinRateValidation(
         base,
@@ -80,7 +80,7 @@ def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinR
 
 
 def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
-    """Policy, reference and objective."""
+    """Build the module to train, with policy, reference and objective."""
     lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
     trainer = cfg.trainer
     return PreferenceModule(
@@ -100,18 +100,18 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
             trainer.compile,
             trainer.compile_tolerance,
             trainer.channels_last,
-            half_frozen=cfg.sampling.precision == trainer.precision,  # or validation could not draw with it
+            half_frozen=cfg.sampling.precision == trainer.precision,  # else validation could not sample
         ),
     )
 
 
 def division_of(cfg: DictConfig) -> Division:
-    """How the pairs of a step are shared out over the processes. Raises InputError where that does not come out whole."""
+    """Division of a step's pairs over processes and micro-batches; InputError unless they divide evenly."""
     return divide(cfg.trainer.batch, launch().world_size, cfg.trainer.micro_batch)
 
 
 def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
-    """What the summary and the model card say of the optimization."""
+    """Facts about the optimization for the summary and the model card."""
     weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
     trainer = cfg.trainer
     return {
@@ -123,14 +123,15 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
         "calibration": cfg.calibration,
         "weighting": weighting,
         "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
-        "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, linear warm-up over {trainer.warm_up} steps",
+        "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, "
+        f"linear warm-up over {trainer.warm_up} steps",
         "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
         "policy": f"LoRA {dict(cfg.model.lora)}" if cfg.model.lora else "all weights",
     }
 
 
 def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
-    """How trackers find the run: flat axes, tags, and the sweep that it is a job of."""
+    """Identity of the run for experiment trackers: swept settings, tags, and its sweep `group`."""
     objective, pairs, rewards = target_name(cfg.objective), target_name(cfg.pairs), sorted(cfg.rewards)
     axes = {
         "objective": objective,
@@ -149,9 +150,10 @@ def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
 
 @contextmanager
 def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[Logger]]:
-    """The loggers; those that track runs get the run's identity before it, its figures after it, and are closed.
+    """Yield the loggers; only the first process has any.
 
-    Only the first process has any.
+    Experiment trackers among them get the run's identity at the start and its figures at the end, and are
+    closed.
     """
     loggers = list(instantiate(cfg.logger).values()) if launch().first else []
     tracking = [logger for logger in loggers if isinstance(logger, WandbRun)]
@@ -169,10 +171,13 @@ def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[
 def tune(
     cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]
 ) -> tuple[PreferenceModule, float, dict[str, object]]:
-    """Fill the pools, select pairs, fit, keep the best. Returns module, its validation win-rate and the facts."""
-    module = module_of(
-        cfg, components.backbone
-    )  # before any image is drawn: a bad objective or beta ends here
+    """Fill the pools, select pairs, train, and load the best checkpoint.
+
+    Returns:
+        The module with the best policy, its validation win-rate, and the facts for the model card.
+    """
+    # before any image is generated, since it refuses a wrong objective or beta
+    module = module_of(cfg, components.backbone)
     strategy = instantiate(cfg.pairs)
     validation = validation_of(cfg, components, folder / "validation")
     data = training_data(cfg, components)
@@ -206,7 +211,7 @@ def tune(
 
 
 def train(cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]) -> None:
-    """Tune, export, and write down that training has finished; writing is the first process's."""
+    """Tune, export the policy, and mark the run as finished; only the first process writes."""
     module, win_rate, facts = tune(cfg, components, folder, loggers)
     run_on_first_process(lambda: finish(cfg, components, folder, module, win_rate, facts))
 
@@ -219,7 +224,7 @@ def finish(
     win_rate: float,
     facts: dict[str, object],
 ) -> None:
-    """Export the policy, and write down that training has finished."""
+    """Export the policy to `folder`/policy, and write outcome.json, which marks the run as finished."""
     card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)
     policy = export_policy(
         components.backbone, module.policy, folder / "policy", card, full=cfg.export == "full"
@@ -235,7 +240,7 @@ def finish(
 
 
 def draw_for_evaluation(components: Components, policy: Path, folder: Path) -> None:
-    """Make what is missing of the images that an evaluation in `folder` compares, beside the process that compares them."""
+    """Generate and score missing images of the evaluation in `folder`, while the first process evaluates."""
     backbone, base, test = components.backbone, components.generator, components.pool_specs["test"]
     tuned = ImageGenerator(
         backbone,
@@ -250,9 +255,9 @@ def draw_for_evaluation(components: Components, policy: Path, folder: Path) -> N
 
 
 def evaluate_run(cfg: DictConfig, components: Components, folder: Path) -> None:
-    """Compare the run's policy with the base, and put the win-rates on its card.
+    """Evaluate the run's policy against the base, and write the win-rates to its model card.
 
-    All processes draw the images, each what no other has drawn; the first one compares.
+    All processes generate images, each those that no other has generated; the first one evaluates.
     """
     policy = folder / "policy"
     if not launch().first:
@@ -267,9 +272,9 @@ def evaluate_run(cfg: DictConfig, components: Components, folder: Path) -> None:
 
 
 def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
-    """Do what is missing of the run in `folder`: tune and export, then evaluate where `evaluate` is set, push where asked.
+    """Complete the run in `folder`: tune and export, evaluate if `evaluate` is set, push if `push_to_hub` is.
 
-    `group` names the sweep that it is a job of.
+    Steps that are already done are left out. `group` names the sweep that the run is a job of.
     """
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -279,17 +284,17 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
             lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file())
         )
         if progress is Progress.FINISHED:
-            console.print(f"{folder} holds this run already, finished")
+            console.print(f"{folder} already holds this run, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
             components = build_components(cfg, watching=progress is not Progress.FINISHED)
             with trackers(cfg, group, folder) as loggers:
                 if progress is not Progress.FINISHED:
                     train(cfg, components, folder, loggers)
-                leave_group()  # what follows needs no answer from the others
+                leave_group()  # from here on processes need no communication
                 if cfg.evaluate:
                     evaluate_run(cfg, components, folder)
     if cfg.push_to_hub and launch().first:
         console.print(f"pushed: {push(folder / POLICY, cfg.push_to_hub)}")
     console.print(
-        f"best validation win-rate {read_outcome(folder)[MONITOR]:.3f}; everything of this run is in {folder}"
+        f"best validation win-rate {read_outcome(folder)[MONITOR]:.3f}; all files of this run are in {folder}"
     )

@@ -1,4 +1,4 @@
-"""Which values a configuration may hold: one table of keys, read before anything is loaded or written."""
+"""Check the values of a configuration against one table of keys, before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from capo.runtime.launch import STRATEGIES
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
 from capo.runtime.threads import BATCHES, OPERATIONS
 
-MISSING = "???"  # a value that has to be given; whoever needs it says so
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights stored in half would swallow steps of 1e-5
+MISSING = "???"  # mandatory value that is not given; reported by the code that needs it
+# weights stored in half precision would lose updates of 1e-5
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be: in words, and as a test; `choices` are the words that it may be, if it is one of some."""
+    """Condition on a value, in words and as a test; `choices`: the allowed words, if there is a list."""
 
     words: str
     holds: Callable[[Any], bool]
     choices: Sequence[str] = ()
 
     def fault(self, key: str, value: object) -> str | None:
-        """`key=value: must be ...`, or None where the value may be used."""
+        """Message `key=value: must be ...`, or None if the value is valid."""
         if self.holds(value):
             return None
         near = closest(str(value), self.choices)
@@ -47,7 +48,7 @@ class Rule:
 
 
 def whole(low: int | None = None, high: int | None = None) -> Rule:
-    """A whole number from `low` to `high`."""
+    """Rule for an integer from `low` to `high`, without a limit where that is None."""
     span = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
 
     def holds(value: Any) -> bool:
@@ -57,7 +58,7 @@ def whole(low: int | None = None, high: int | None = None) -> Rule:
 
 
 def number(above: float | None = None) -> Rule:
-    """A finite number, greater than `above`."""
+    """Rule for a finite number, greater than `above` if given."""
 
     def holds(value: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value) and (above is None or value > above)
@@ -66,12 +67,12 @@ def number(above: float | None = None) -> Rule:
 
 
 def one_of(names: Sequence[str]) -> Rule:
-    """One of some words."""
+    """Rule for one of the words `names`."""
     return Rule(f"one of {', '.join(names)}", lambda value: value in names, tuple(names))
 
 
 def optional(rule: Rule) -> Rule:
-    """`rule`, or null."""
+    """Rule for a value that fulfills `rule` or is null."""
     return replace(
         rule, words=f"{rule.words}, or null", holds=lambda value: value is None or rule.holds(value)
     )
@@ -94,9 +95,8 @@ TABLE: dict[str, Rule] = {
     "seed": SEED,
     "threads": optional(whole(1)),
     "calibration": one_of(list(METHODS)),
-    "objective.beta": replace(
-        number(above=0), holds=optional(number(above=0)).holds
-    ),  # whether null will do, the objective says
+    # whether null is allowed is decided by the objective
+    "objective.beta": replace(number(above=0), holds=optional(number(above=0)).holds),
     "pool.root": TEXT,
     "pool.seed": SEED,
     "pool.candidates": whole(2),
@@ -120,7 +120,8 @@ TABLE: dict[str, Rule] = {
     "validation.images": whole(2),
     "validation.pictures": whole(1),
     "validation.held_out": Rule(
-        "rewards by name: validation.held_out=[looks] on the command line, rewards@validation.held_out: [looks] among a file's defaults",
+        "rewards by name: validation.held_out=[looks] on the command line, "
+        "rewards@validation.held_out: [looks] in the defaults list of a file",
         lambda value: value is None or isinstance(value, Mapping),
     ),
     "evaluation.seed": SEED,
@@ -185,17 +186,14 @@ TABLE: dict[str, Rule] = {
     "policy": optional(TEXT),
     "base": optional(TEXT),
 }
-CALLED = (
-    "objective",
-    "pairs",
-    "prompts",
-)  # groups of one `_target_`, whose arguments are what its signature says
+# groups with one `_target_`, whose arguments are checked against its signature
+CALLED = ("objective", "pairs", "prompts")
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Raises InputError with a line for each value that cannot be used: key, value, what it must be.
+    """Raise InputError with one line for each invalid value: key, value, and what it must be.
 
-    Values that are missing (`???`) are passed over, keys that the configuration does not have too.
+    Missing values (`???`) and keys that the configuration does not have are ignored.
     """
     values = resolved(cfg)
     faults: dict[str, str] = {}
@@ -214,7 +212,7 @@ def check_values(cfg: DictConfig) -> None:
 
 
 def resolved(cfg: DictConfig) -> dict:
-    """The configuration as plain values; InputError for a reference (`${...}`) to what is not there."""
+    """Resolve the configuration to plain values; InputError for a `${...}` that cannot be resolved."""
     try:
         return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
@@ -225,7 +223,7 @@ def resolved(cfg: DictConfig) -> dict:
 
 
 def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tuple[str, object]]:
-    """(key, value) of everything at `path`, in which `*` stands for every name."""
+    """Yield (key, value) of everything at `path`, where `*` matches every name."""
     if not path:
         yield above[1:], values
     elif isinstance(values, Mapping):
@@ -235,7 +233,7 @@ def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tup
 
 
 def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, fault) of arguments that the group's target does not take, or not of that type."""
+    """Yield (key, fault) for arguments that the group's target does not have, or of another type."""
     target = node.get("_target_")
     arguments = {name: value for name, value in node.items() if not name.startswith("_")}
     try:
@@ -262,7 +260,7 @@ def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str
 
 
 def _hinted(hint: object) -> Rule | None:
-    """The rule of a type annotation; None where it says nothing that a plain value could break."""
+    """Rule that follows from a type annotation; None if it does not restrict plain values."""
     if get_origin(hint) in (Union, types.UnionType):
         kinds = set(get_args(hint))
         if kinds <= {str, Path}:
@@ -273,7 +271,7 @@ def _hinted(hint: object) -> Rule | None:
 
 
 def _shown(value: object) -> str:
-    """A value as the command line has it."""
+    """Format a value as on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -198,7 +198,7 @@ def check_flow(backbone):
 def test_a_draw_of_the_other_family_is_refused(model, draw):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=[f"model={model}", f"noise.draw={draw}", "run_dir=x"])
-    with pytest.raises(InputError, match=f"noise.draw={draw}: model={model} draws its times uniform, not so"):
+    with pytest.raises(InputError, match=f"noise.draw={draw}: model={model} draws times by uniform only"):
         check_draw(cfg)
     cfg.noise.draw = "uniform"
     check_draw(cfg)

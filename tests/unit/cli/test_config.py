@@ -107,7 +107,7 @@ def test_code_from_a_runs_config_needs_trust(tmp_path):
     OmegaConf.update(own, "rewards.alignment.scorer._target_", "elsewhere.Scorer")
     assert foreign_targets(own) == ["elsewhere.Scorer"] and foreign_targets(own, ["elsewhere"]) == []
     OmegaConf.save(own, tmp_path / "config.yaml", resolve=True)
-    with pytest.raises(InputError, match="no run"):
+    with pytest.raises(InputError, match="not a run directory"):
         run_config(tmp_path / "missing", composed("evaluate"), [])
     with pytest.raises(InputError, match="not finished"):
         run_config(tmp_path, composed("evaluate"), [])

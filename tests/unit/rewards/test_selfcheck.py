@@ -128,7 +128,7 @@ def test_the_chosen_gpu_is_the_one_that_messages_tell_of(monkeypatch):
     assert chosen_device(torch.device("cuda:1")) == torch.device("cuda:1") and chosen_device(CPU) == CPU
     chosen_device(torch.device("cuda"))
     assert current == [1, 0]
-    with pytest.raises(InputError, match="--device cuda:2: torch sees 2 GPUs here; choose another one, or cpu"):
+    with pytest.raises(InputError, match="--device cuda:2: torch finds 2 GPUs here; choose another one, or cpu"):
         chosen_device(torch.device("cuda:2"))
 
 
@@ -216,7 +216,7 @@ def test_random_weights_fail_by_order_and_are_not_recorded(here, clip, capsys):
     build_clip(here / "other", seed=3)
     assert main(["check", "pickscore", *clip, f"rewards.pickscore.weights={here / 'other'}", "--device", "cpu", "--record"]) == 1
     told = capsys.readouterr().out
-    assert "another picture's prompt scores as high" in told and "nothing is recorded" in told
+    assert "another picture's prompt scores as high" in told and "nothing was recorded" in told
     assert not (here / "golden").exists()
 
 
