@@ -1,1 +1,1 @@
-"""What any program needs: files, threads, processes, fingerprints, the hub, optimizers."""
+"""Infrastructure below the method: files, threads, processes, fingerprints, optimizers and the hub."""

@@ -1,4 +1,4 @@
-"""Batches that fit the memory of a device, found by trying."""
+"""Find the batch size that fits a device's memory, by halving it when the memory runs out."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ log = logging.getLogger(__name__)
 
 
 class FittingBatch:
-    """Hands images over in batches that fit: one for which the device's memory runs out is halved, down to a single image.
+    """Process images in batches, halving a batch when the device runs out of memory, down to a single image.
 
-    What fitted is the largest batch from then on, for as long as this object lives, and is logged once. For work whose result
-    does not depend on how it is cut. `what` does the work, and `remedy` is what helps where a single image is too much.
+    The reduced size is the limit for all later calls on this object, and it is logged once. Use it only for
+    work whose result does not depend on the batch size.
+
+    Args:
+        what: name of the work, as messages show it.
+        remedy: advice for the error message if a single image does not fit.
     """
 
     def __init__(self, what: str, remedy: str):
         self.what, self.remedy = what, remedy
         self.largest: int | None = None  # None: memory has not run out yet
-        self._refused = 0  # the smallest batch for which it has, until a smaller one has fitted
+        self._refused = 0  # smallest batch that ran out of memory; 0 once a smaller one has fit
 
     def __call__(
         self, function: Callable[[slice], Result], count: int, most: int | None = None
     ) -> list[Result]:
-        """[function(part), ...] for slices of up to `most` that cover range(count), in order; at least one, if an empty one.
+        """Return [function(part), ...] for slices of at most `most` that cover range(count), in order.
 
-        Raises InputError where a single image does not fit.
+        With `count` 0 the function is called once, with an empty slice. Raises InputError if a single image
+        does not fit.
         """
         results: list[Result] = []
         start = 0
@@ -45,7 +50,7 @@ class FittingBatch:
                 start = stop
                 self._fitted()
                 continue
-            # outside of the handler, whose traceback holds what the batch had allocated
+            # Outside the handler: its traceback keeps alive the tensors that the batch allocated.
             self._halve(stop - start, reason)
         return results
 
@@ -61,7 +66,7 @@ class FittingBatch:
     def _fitted(self) -> None:
         if self._refused:
             log.warning(
-                "%s: %d images at once do not fit into %s; from here on it gets %d",
+                "%s: %d images at once do not fit into %s; from now on it gets %d",
                 self.what,
                 self._refused,
                 device_memory(),
@@ -71,7 +76,7 @@ class FittingBatch:
 
 
 def device_memory() -> str:
-    """The memory of the current GPU in words: its size, and what is free of it."""
+    """Describe the current GPU's memory, total and free, for messages."""
     if not torch.cuda.is_available():
         return "the device's memory"
     free, total = torch.cuda.mem_get_info()

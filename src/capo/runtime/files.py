@@ -1,4 +1,4 @@
-"""Files that are there whole under their final name, or not at all."""
+"""Atomic writes: a file or folder appears under its final name complete, or not at all."""
 
 import csv
 import io
@@ -15,11 +15,11 @@ REMEDY = "make room there, or choose another output directory (hydra.run.dir)"
 
 
 def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str = REMEDY) -> None:
-    """Writes `parts` (text as UTF-8) under a temporary name beside `path`, syncs and renames.
+    """Write `parts` (text as UTF-8) to a temporary file beside `path`, sync it and rename it to `path`.
 
-    The temporary name is always the same, so what a process that died has left is overwritten; there must be
-    one writer of `path` at a time. Makes the folder if need be. Raises InputError, with `remedy`, where the
-    folder cannot be written or the disk is full; what stood there before then stays.
+    The temporary name is fixed, so a leftover of a killed process is overwritten; only one process may write
+    `path` at a time. The folder is created if it is missing. Raises InputError, with `remedy`, if the folder
+    cannot be written or the disk is full; the previous file is then kept.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.tmp")
@@ -34,12 +34,12 @@ def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str 
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
     finally:
-        with suppress(OSError):  # it has been renamed, or its folder could not be made
+        with suppress(OSError):  # already renamed, or its folder could not be created
             unfinished.unlink()
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """`rows` as CSV, as `write_whole` writes; a value that a row lacks is an empty cell."""
+    """Write `rows` to a CSV file atomically (`write_whole`); a missing value becomes an empty cell."""
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -49,17 +49,16 @@ def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping
 
 @contextmanager
 def fresh_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`, which takes its place when the block ends without an exception.
+    """Yield an empty folder beside `folder`; it replaces `folder` when the block ends without an exception.
 
-    What stood there before is removed only after the new folder has been moved in; a block that raises leaves
-    it as it was.
+    The previous folder is removed only after the new one is in place; if the block raises, it stays.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         fresh = workplace / "new"
-        fresh.mkdir()  # mkdtemp's own folder is closed to everyone else, which a result should not be
+        fresh.mkdir()  # mkdtemp's own folder is readable by its owner alone; a result should not be
         yield fresh
         _swap(fresh, folder, workplace / "old")
     finally:
@@ -80,7 +79,10 @@ def _swap(fresh: Path, folder: Path, old: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; synced and renamed at the end, removed where that is not reached."""
+    """Yield a temporary path beside `path` to write to; sync and rename it to `path` when the block succeeds.
+
+    If the block raises, the temporary file is removed. Raises InputError if the file cannot be written.
+    """
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Fingerprints of models: a hash over the content of config and weight files, wherever they lie."""
+"""Fingerprints of models: hashes of the content of config and weight files, independent of their location."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capo.errors import InputError
 
-# What libraries write into configs about themselves and the origin of a file: no content of the model.
+# Keys in which libraries record themselves and a file's origin; they say nothing about the model.
 VOLATILE_KEYS = frozenset(
     {
         "_name_or_path",
@@ -24,7 +24,7 @@ VOLATILE_KEYS = frozenset(
         "local_files_only",
     }
 )
-# tokenizer.json also keeps how the tokenizer was last called before it was saved.
+# tokenizer.json also records how the tokenizer was last called before it was saved.
 CALL_STATE = frozenset({"truncation", "padding"})
 BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 # Shards are called `NAME.fp16-00001-of-00002.safetensors`; the older form has the variant last.
@@ -33,15 +33,16 @@ WEIGHT_NAME = re.compile(
     r"(?P<shard>-\d{5}-of-\d{5})?(\.(?P<old_variant>[^.]+))?\.safetensors"
 )
 
-# (path, size, mtime in ns) -> sha256: gigabytes take long to read
+# (path, size, mtime in ns) -> sha256: hashing gigabytes takes long
 _digests: dict[tuple[str, int, int], str] = {}
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 of a file's content, 64 hex digits.
+    """Return the sha256 of a file's content, 64 hex digits.
 
-    In the hub's cache a large file is a link to a blob named by its sha256, which is taken as it stands;
-    anywhere else the digest is remembered, as long as the process lives, by path, size and time of change.
+    In the hub's cache a large file is a link to a blob named by its sha256, and that name is used without
+    reading the file. Any other digest is cached for the life of the process, by path, size and modification
+    time.
     """
     target = Path(path).resolve()
     if target.parent.name == "blobs" and BLOB_NAME.fullmatch(target.name):
@@ -55,9 +56,9 @@ def file_digest(path: str | Path) -> str:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
-    """The safetensors of a component folder that loading reads: those of `variant`, or the plain ones.
+    """List the safetensors of a component folder that loading reads: those of `variant`, else the plain ones.
 
-    Keys are the names without the variant: the same content has the same name however it is published.
+    Keys are file names without the variant, so that the same content has the same name in every variant.
     """
     found: dict[str | None, dict[str, Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -68,12 +69,12 @@ def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
 
 
 def safetensors_fingerprint(path: str | Path) -> str:
-    """Hash, 64 hex digits, of the tensors and metadata in a small safetensors file.
+    """Hash the tensors and metadata of a small safetensors file, 64 hex digits.
 
-    Not of its bytes: the order of the metadata's entries in the file differs from save to save.
+    The raw bytes are not hashed, because the order of the metadata entries differs from save to save.
     """
     with safe_open(str(path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         entries = {
             name: [str(value.dtype), list(value.shape), _tensor_digest(value)]
             for name, value in tensors.items()
@@ -86,7 +87,7 @@ def _tensor_digest(values: Tensor) -> str:
 
 
 def content_fingerprint(entries: Mapping[str, object]) -> str:
-    """sha256, 64 hex digits, of a mapping of JSON values, whatever the order of its keys."""
+    """Return the sha256, 64 hex digits, of a mapping of JSON values, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
@@ -96,12 +97,12 @@ def component_fingerprint(
     variant: str | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> str:
-    """Fingerprint of some components of a diffusers pipeline folder, 64 hex digits.
+    """Fingerprint some components of a diffusers pipeline folder, 64 hex digits.
 
-    Covers each component's config (less what libraries write about themselves) and safetensors, or a
-    tokenizer's files, and `settings`, JSON values of the pipeline that belong to them. The same for the hub's
-    cache and a folder.
-    Raises InputError where a component's folder is missing or holds nothing to hash.
+    It covers each component's config (without `VOLATILE_KEYS`) and safetensors, or a tokenizer's files, and
+    `settings`: JSON values of the pipeline that belong to these components. A snapshot in the hub's cache and
+    a plain folder with the same content have the same fingerprint. Raises InputError if a component's folder
+    is missing or holds nothing to hash.
     """
     entries = {component: _component_entries(Path(folder) / component, variant) for component in components}
     return content_fingerprint({"components": entries, "settings": dict(settings or {})})
@@ -110,7 +111,7 @@ def component_fingerprint(
 def _component_entries(folder: Path, variant: str | None) -> dict[str, object]:
     weights = weight_files(folder, variant)
     entries: dict[str, object] = {name: file_digest(path) for name, path in weights.items()}
-    # Beside weights the hub hands out nothing but config.json; a tokenizer is all of its small files.
+    # A download of a model holds only config.json beside the weights; a tokenizer consists of small files.
     patterns = ("config.json",) if weights else ("*.json", "*.txt", "*.model")
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         entries[path.name] = _stable_config(path) if path.suffix == ".json" else file_digest(path)

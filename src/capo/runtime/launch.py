@@ -1,4 +1,4 @@
-"""Which process of a launch this one is, and its share of a step's pairs."""
+"""Rank and world size of this process, and the division of a step's pairs over devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that a launcher started: `rank` of `world_size`, and `local_rank` of `local_world_size` on its machine."""
+    """Place of this process among those that a launcher started.
+
+    Attributes:
+        rank: index among all processes.
+        world_size: number of all processes.
+        local_rank: index among the processes of this machine.
+        local_world_size: number of processes on this machine.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -27,20 +34,20 @@ class Launch:
 
     @property
     def machines(self) -> int:
-        """How many machines take part."""
+        """Number of machines."""
         return self.world_size // self.local_world_size
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is rank 0, the process that writes files and prints."""
         return self.rank == 0
 
 
 @functools.cache
 def cluster() -> ClusterEnvironment | None:
-    """Torchrun's or SLURM's environment; None for a process that was started alone.
+    """Return the environment of torchrun or SLURM, or None for a process that was started without a launcher.
 
-    Jobs that SLURM interrupts are begun again by their own script: the same command goes on.
+    SLURM's automatic requeue is off: the job's own script runs the same command again, which resumes the run.
     """
     if not ("TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1):
         return None  # before Lightning is imported, which takes seconds
@@ -54,7 +61,7 @@ def cluster() -> ClusterEnvironment | None:
 
 
 def launch() -> Launch:
-    """What the launcher says of this process; alone: the only one of one."""
+    """Return this process's place as the launcher set it; without a launcher, rank 0 of 1."""
     here = cluster()
     if here is None:
         return Launch()
@@ -80,7 +87,7 @@ STRATEGIES = (AUTO, DDP, FSDP)
 
 @dataclass(frozen=True)
 class Division:
-    """How the pairs of an optimizer step are shared out: `devices` x `micro_batch` pairs at a time, `accumulate` times."""
+    """Division of an optimizer step: `accumulate` times `micro_batch` pairs on each of `devices`."""
 
     devices: int
     micro_batch: int
@@ -92,9 +99,10 @@ class Division:
 
 
 def divide(batch: int, devices: int, micro_batch: int | None = None) -> Division:
-    """`batch` pairs a step over `devices`, `micro_batch` in a forward pass (None: all that a device gets).
+    """Divide the `batch` pairs of a step over `devices`, `micro_batch` of them in a forward pass.
 
-    Raises InputError where that does not come out whole.
+    `micro_batch` None: a device's whole share in one pass. `batch` must divide evenly; otherwise InputError
+    names the possible micro-batches.
     """
     given = micro_batch or max(1, batch // devices)
     accumulate, left = divmod(batch, devices * given)
@@ -106,14 +114,14 @@ def divide(batch: int, devices: int, micro_batch: int | None = None) -> Division
             else "make trainer.batch a multiple of the devices"
         )
         raise InputError(
-            f"trainer.batch={batch} is no multiple of {devices} devices x {given} pairs "
+            f"trainer.batch={batch} is not a multiple of {devices} devices x {given} pairs "
             f"(trainer.micro_batch={micro_batch or 'null'}): {remedy}"
         )
     return Division(devices, given, accumulate)
 
 
 def device_count(devices: int | str | Sequence[int]) -> int | None:
-    """How many devices `trainer.devices` names; None where it leaves that open (auto, -1)."""
+    """Return the number of devices that `trainer.devices` names, or None for auto and -1."""
     if devices in ("auto", -1):
         return None
     if isinstance(devices, str):
@@ -122,27 +130,29 @@ def device_count(devices: int | str | Sequence[int]) -> int | None:
 
 
 def check_launch(here: Launch, strategy: str, devices: int | str | Sequence[int], num_nodes: int) -> None:
-    """InputError where the processes that were started are not those of the configuration: one a device."""
+    """Raise InputError unless the launcher started one process per device of the configuration."""
     count = device_count(devices)
     if here.world_size == 1 and (count or 1) * num_nodes > 1:
         raise InputError(
-            f"trainer.devices={devices} on {num_nodes} machines, and this process is alone: one process a device is started with "
-            f"torchrun --nproc-per-node {count or 'N'} train.py trainer={strategy if strategy != AUTO else DDP} ... hydra.run.dir=DIR"
+            f"trainer.devices={devices} on {num_nodes} machines needs one process per device, but this is "
+            f"the only process: start with torchrun --nproc-per-node {count or 'N'} train.py "
+            f"trainer={strategy if strategy != AUTO else DDP} ... hydra.run.dir=DIR"
         )
     if here.world_size > 1 and count not in (None, here.local_world_size):
         raise InputError(
-            f"trainer.devices={devices}, and {here.local_world_size} processes were started on this machine: say trainer=ddp or "
-            f"trainer=fsdp, which take as many devices as there are processes, or trainer.devices={here.local_world_size}"
+            f"trainer.devices={devices}, but {here.local_world_size} processes were started on this machine: "
+            "choose trainer=ddp or trainer=fsdp, which use one device per process, or "
+            f"trainer.devices={here.local_world_size}"
         )
     if here.world_size > 1 and num_nodes != here.machines:
         raise InputError(
-            f"trainer.num_nodes={num_nodes}, and {here.world_size} processes, {here.local_world_size} a machine, were started: "
-            f"give trainer.num_nodes={here.machines}"
+            f"trainer.num_nodes={num_nodes}, but {here.world_size} processes were started, "
+            f"{here.local_world_size} per machine: set trainer.num_nodes={here.machines}"
         )
 
 
 def check_fsdp(strategy: str, precision: str, optimizer: str, channels_last: bool) -> None:
-    """InputError for what FSDP2 does not go with."""
+    """Raise InputError for settings that FSDP2 does not support."""
     refused = {
         "trainer.channels_last=true": channels_last,
         "trainer.optimizer=adamw_8bit": optimizer == ADAMW_8BIT,
@@ -150,5 +160,5 @@ def check_fsdp(strategy: str, precision: str, optimizer: str, channels_last: boo
     }
     if strategy == FSDP and (found := [name for name, given in refused.items() if given]):
         raise InputError(
-            f"trainer.strategy=fsdp does not go with {', '.join(found)}: leave it out, or choose trainer=ddp"
+            f"trainer.strategy=fsdp does not support {', '.join(found)}: leave it out, or choose trainer=ddp"
         )

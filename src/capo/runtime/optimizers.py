@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, its 8-bit form, and the norm of the gradients over all processes."""
+"""Optimizers, AdamW and its 8-bit form, and gradient clipping over all processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ FUSED_ON = ("cpu", "cuda")
 
 
 def check_optimizer(name: str) -> None:
-    """InputError where the optimizer of that name needs a package that is not installed."""
+    """Raise InputError if the optimizer `name` needs a package or a device that is missing."""
     if name == ADAMW_8BIT and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            "trainer.optimizer=adamw_8bit needs bitsandbytes: pip install 'capo[bitsandbytes]', or choose adamw"
+            "trainer.optimizer=adamw_8bit needs bitsandbytes: pip install 'capo[bitsandbytes]', "
+            "or choose adamw"
         )
     if name == ADAMW_8BIT and not torch.cuda.is_available():
         raise InputError(
@@ -31,9 +32,11 @@ def check_optimizer(name: str) -> None:
 def make_optimizer(
     name: str, parameters: Sequence[nn.Parameter], lr: float, scaled: bool = False
 ) -> Optimizer:
-    """AdamW without weight decay. `scaled`: gradients come scaled, as under 16-mixed, where a fused step would unscale them itself.
+    """Build AdamW, or its 8-bit form, without weight decay.
 
-    Fused where torch has it: one pass over the weights in place of a dozen. Raises InputError where the 8-bit form's package is missing.
+    On devices that support it the step is fused: one pass over the weights in place of a dozen. `scaled` says
+    that gradients arrive scaled, as under 16-mixed; the step is then not fused, because a fused one would
+    unscale them itself. Raises InputError as `check_optimizer` does.
     """
     if name == ADAMW_8BIT:
         check_optimizer(name)
@@ -45,9 +48,10 @@ def make_optimizer(
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """The norm of all gradients, a scalar, the same in all processes; a norm above `limit` is scaled down to it.
+    """Clip the norm of all gradients to `limit` in place, and return the norm before clipping, a scalar.
 
-    Sharded gradients are reduced over the processes; those of DDP are the same everywhere already.
+    The norm is the same in all processes: sharded gradients are reduced over them, and DDP's are equal
+    already.
     """
     moved = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in moved])

@@ -1,4 +1,4 @@
-"""The processes of one run: which of them this one is, what they tell each other, and what only the first of them does."""
+"""Collective operations of a run's processes: the process group, gathering, and work of the first process."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import distributed
 from capo.errors import InputError
 from capo.runtime.launch import Launch, cluster, launch
 
-PATIENCE = timedelta(
-    hours=2
-)  # for the slowest process: the first one writes pictures and policies while the others wait
+# Long, because the others wait while the first process writes images and policies.
+PATIENCE = timedelta(hours=2)
 Value = TypeVar("Value")
 
 
 @contextmanager
 def process_group(cuda: bool) -> Iterator[Launch]:
-    """Within the block the processes can talk to each other; this one's device is the current one. Alone, nothing happens.
+    """Join the process group for the block and select this process's GPU; with one process, do nothing.
 
-    After an error the group is not left in order, since that would wait for the others: this process ends, and so do they.
+    After an error the group is not destroyed, because that would wait for the other processes: this process
+    ends, and the launcher ends the others.
     """
     here, environment = launch(), cluster()
     if cuda and here.world_size > 1:
@@ -43,14 +43,14 @@ def process_group(cuda: bool) -> Iterator[Launch]:
 
 
 def leave_group() -> None:
-    """End the conversation, once all have come here; from then on each process is alone. Alone, nothing happens."""
+    """Wait for all processes, then destroy the process group; without a group, do nothing."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
 
 
 def gathered(value: Value) -> list[Value]:
-    """Every process's `value`, in the order of their ranks."""
+    """Gather every process's `value` into a list, ordered by rank."""
     if not distributed.is_initialized():
         return [value]
     values: list = [None] * distributed.get_world_size()
@@ -59,7 +59,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def run_on_first_process(task: Callable[[], Value]) -> Value:
-    """What `task` gives to the first process, in all of them; an InputError there is one everywhere."""
+    """Run `task` on the first process and return its result on all; an InputError there is raised on all."""
     if not distributed.is_initialized():
         return task()
     told: list = [None, None]

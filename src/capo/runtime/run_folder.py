@@ -1,4 +1,4 @@
-"""A run directory: the names of everything in it, and the outcome of a finished run."""
+"""Names of the files in a run directory, and the outcome that marks a run as finished."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ from pathlib import Path
 
 from capo.runtime.files import write_whole
 
-CONFIG, OUTCOME, ERROR = (
-    "config.yaml",
-    "outcome.json",
-    "error.txt",
-)  # configuration; written at the end; of a failed job
+# resolved configuration; result of a finished run; error of a failed job
+CONFIG, OUTCOME, ERROR = "config.yaml", "outcome.json", "error.txt"
 METRICS, CHECKPOINTS, LAST = "metrics.csv", "checkpoints", "last.ckpt"
-CALIBRATION, VALIDATION, POLICY = (
-    "calibration",
-    "validation",
-    "policy",
-)  # folders: report, image grids, exported policy
-EVALUATION = "evaluation"  # folder of what follows
+# folders: calibration report, image grids, exported policy
+CALIBRATION, VALIDATION, POLICY = "calibration", "validation", "policy"
+EVALUATION = "evaluation"  # folder of the files in the next line
 RESULTS, SETTINGS, REPORT, POOLS = "results.json", "settings.json", "report.html", "pool"
-MONITOR = "val/win_rate"  # figure by which checkpoints are compared, and key of the outcome
-PLAN, CHECK = "plan.json", "check.json"  # of plan=true and check=true, which begin no run
+MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key of the outcome
+PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run
 
 
 def read_outcome(folder: Path) -> dict[str, object]:
-    """The outcome of a finished run."""
+    """Read `outcome.json` of a finished run."""
     return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
 
 
 def write_outcome(folder: Path, outcome: dict[str, object]) -> None:
-    """`outcome.json`, whose presence marks a run as finished."""
+    """Write `outcome.json`, whose presence marks a run as finished."""
     write_whole(folder / OUTCOME, json.dumps(outcome, indent=2) + "\n")

@@ -113,7 +113,7 @@ class Hub:
     (Hub(error=HfHubHTTPError("404: no such repository", response=Mock(headers={}))), r"\(answers: 404: no such repository\)"),
     (Hub(gated="auto", error=HfHubHTTPError("401: log in", response=Mock(headers={}))), r"\(answers: 401: log in\)"),
     (Hub(gated="manual", error=GatedRepoError("403", response=Mock(headers={}))),
-     r"\(gated, and no access from here: accept the license on https://huggingface.co/some/model, then hf auth login\)"),
+     r"\(gated, and you have no access: accept the license on https://huggingface.co/some/model, then hf auth login\)"),
     (Hub(), None),
 ])  # fmt: skip
 def test_the_hub_is_asked_before_anything_is_downloaded(tmp_path, monkeypatch, hub, reason):

@@ -97,19 +97,19 @@ def test_a_hub_file_that_is_in_the_cache(hub_cache):
 
 
 def test_a_hub_file_that_is_not_to_be_had_offline(hub_cache):
-    with pytest.raises(InputError, match=r"(?s)prompts.train: file 'a.csv' of the data set 'owner/name' \(revision main\) is not to be "
-                       r"had: it is not in the hub's cache .*HF_HUB_OFFLINE says not to ask.*or give a file of your own: prompts.train.path"):  # fmt: skip
+    with pytest.raises(InputError, match=r"(?s)prompts.train: file 'a.csv' of the data set 'owner/name' \(revision main\) is not "
+                       r"available: it is not in the hub's cache .*HF_HUB_OFFLINE forbids downloads.*or give a file of your own: prompts.train.path"):  # fmt: skip
         source_of("train", {"hub": "owner/name", "file": "a.csv"}).files()
-    with pytest.raises(InputError, match="no id of a data set; write owner/name"):
+    with pytest.raises(InputError, match="not the id of a data set; write owner/name"):
         source_of("train", {"hub": "owner/name/more", "file": "a.csv"}).files()
 
 
 @pytest.mark.parametrize(("kind", "message"), [
     (errors.GatedRepoError, "it is gated; accept its conditions at https://.*/datasets/owner/name, log in with `hf auth login`"),
-    (errors.RepositoryNotFoundError, "knows no such data set, or it is private; .* `hf auth login`"),
+    (errors.RepositoryNotFoundError, "has no such data set, or it is private; .* `hf auth login`"),
     (errors.RevisionNotFoundError, "no such revision"),
     (errors.RemoteEntryNotFoundError, "has no such file"),
-    (errors.HfHubHTTPError, "500 of the hub; what has come is kept"),
+    (errors.HfHubHTTPError, "500 of the hub; what was downloaded is kept"),
 ])  # fmt: skip
 def test_what_the_hub_answers_becomes_a_remedy(monkeypatch, kind, message):
     def refuse(*_, **__):
