@@ -1,4 +1,4 @@
-"""Model families behind one interface."""
+"""Model families (UNet, MMDiT) behind one interface, `Backbone`."""
 
 from capo.backbones.base import Backbone
 from capo.backbones.mmdit import MMDiTBackbone

@@ -1,4 +1,4 @@
-"""The interface over model families; what they share stands here, what differs in a module per family."""
+"""The interface of a model family and the code that all families share; each family has its own module."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -23,35 +23,37 @@ from capo.errors import InputError
 from capo.runtime.batching import FittingBatch
 from capo.runtime.fingerprints import component_fingerprint
 
-# What `predict` needs beside latents and time, each tensor with a leading batch dimension.
+# Text conditioning: what `predict` needs beside latents and time, each tensor with a leading batch dimension.
 Text = Mapping[str, Tensor]
-ENCODING = (
-    Lock()
-)  # a tokenizer keeps the padding of the call that it is in: lanes must not call it at the same time
+# A tokenizer stores the padding of the current call, so threads must not call it at the same time.
+ENCODING = Lock()
 
 
 class Backbone(ABC):
-    """A frozen base pipeline: its latent space, its text conditioning, its noise schedule and its denoiser.
+    """A frozen base pipeline: latent space, text conditioning, noise schedule and denoiser.
 
     Args:
-        weights: a folder in diffusers' format, or a hub id with its `revision` and `variant`.
-        dtype: what the weights are loaded in, whatever they are stored in.
-        name: what results call the model; by default the last part of `weights`.
+        weights: a folder in diffusers' format, or a hub id.
+        revision: commit, branch or tag of the hub id.
+        variant: variant of the weight files, such as fp16.
+        dtype: name of the dtype to load the weights in, whatever they are stored in.
+        name: name of the model in results; by default the last part of `weights`.
         scheduler: a diffusers class that replaces the pipeline's own scheduler, built from its config.
-        channels_last: modules (unet, vae) to be kept in that memory format: faster convolutions, but results
+        channels_last: modules (unet, vae) to keep in that memory format: faster convolutions, but results
             that differ from the plain pipeline's in the last bits.
-        vae: a folder or hub id of an AutoencoderKL in place of the pipeline's own, with `vae_revision`: for SDXL one that
-            float16 does not make overflow.
-        unused: components that are not loaded, by default `unused_parts()`.
+        vae: a folder or hub id of an AutoencoderKL to use in place of the pipeline's own, for instance one
+            for SDXL that does not overflow in float16.
+        vae_revision: commit, branch or tag of `vae`.
+        unused: components that are not loaded; by default `unused_parts()`.
 
     Raises:
-        InputError: weights that are not there, not safe to load or not of this family.
+        InputError: the weights are missing, not safe to load or not of this family.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]]
     denoiser_component: ClassVar[str]
-    draws: ClassVar[tuple[str, ...]]  # ways to draw a time that the family knows (`timesteps`)
-    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # what a low-rank adapter sits on
+    draws: ClassVar[tuple[str, ...]]  # distributions of the time that `timesteps` accepts
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # layers that a LoRA adapter is added to
 
     def __init__(
         self,
@@ -79,29 +81,29 @@ class Backbone(ABC):
         )
         if vae is not None:
             self.pipeline.vae, self._vae_folder = load_vae(vae, vae_revision, self.dtype)
-        self.check_schedule()  # what the weights were trained with: a conversion would leave none of it to be seen
+        self.check_schedule()  # before a conversion, which would hide what the weights were trained with
         if scheduler is not None:
             self.pipeline.scheduler = self._converted(scheduler_class(scheduler))
             self.check_schedule()
         for component in channels_last:
             getattr(self.pipeline, component).to(memory_format=torch.channels_last)
         if self.vae.config.get("force_upcast") and self.dtype == torch.float16:
-            self.vae.float()  # as the pipeline does before it decodes: SDXL's VAE overflows in float16
+            self.vae.float()  # as the pipeline does before decoding: SDXL's VAE overflows in float16
         for speaker in (type(self.pipeline).__module__, "transformers.tokenization_utils_base"):
             logging.getLogger(speaker).addFilter(_not_about_truncation)
 
     @classmethod
     def unused_parts(cls, **options: object) -> dict[str, None]:
-        """Components of the pipeline that a backbone made with `options` neither loads nor needs, as keywords for the loader."""
+        """Name the components that a backbone with these `options` does not load, as {component: None}."""
         return {}
 
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
-        """A scheduler of class `kind` for the pipeline's schedule."""
+        """Build a scheduler of class `kind` from the config of the pipeline's scheduler."""
         return kind.from_config(self.pipeline.scheduler.config)
 
     @property
     def denoiser(self) -> nn.Module:
-        """The frozen base, in eval mode."""
+        """The base's denoiser, frozen and in eval mode."""
         return getattr(self.pipeline, self.denoiser_component)
 
     @property
@@ -110,17 +112,17 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where text is encoded and images are decoded: the denoiser's, but within `visiting` the one that is visited."""
+        """Device for text encoding and decoding: the denoiser's, or within `visiting` the one given there."""
         return self.__dict__.get("_visited") or self.denoiser.device
 
     def to(self, device: str | torch.device) -> "Backbone":
-        """Moves all of the pipeline's modules."""
+        """Move all modules of the pipeline to `device`."""
         self.pipeline.to(device)
         return self
 
     @contextmanager
     def visiting(self, device: str | torch.device) -> Iterator["Backbone"]:
-        """Within the block VAE and text encoders are on `device`, then where they were; the denoiser stays where it is."""
+        """Move VAE and text encoders to `device` for the block, then back; the denoiser is not moved."""
         parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
         homes = {name: part.device for name, part in parts.items() if name != self.denoiser_component}
         before = self.__dict__.get("_visited")
@@ -137,34 +139,34 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent at the size the denoiser was trained for."""
+        """Shape (C, H, W) of one latent at the size that the denoiser was trained for."""
 
     @abstractmethod
     def check_schedule(self) -> None:
-        """Raises InputError where the pipeline's scheduler is none that this family can train with."""
+        """Raise InputError if this family cannot train with the pipeline's scheduler."""
 
     @property
     @abstractmethod
     def token_limits(self) -> dict[str, int]:
-        """Tokenizer component -> most tokens, ends included, that the denoiser gets to see of a prompt."""
+        """Tokenizer component -> most tokens of a prompt, special ones included, that the denoiser sees."""
 
     @abstractmethod
     def _encoded(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What the pipeline's `encode_prompt` gives for B prompts."""
+        """Encode B prompts with the pipeline's `encode_prompt`; leading dimension B."""
 
     @abstractmethod
     def _negative(self, count: int) -> dict[str, Tensor]:
-        """The pipeline's negative branch for `count` images; leading `count`, or 1 where it is the same for all."""
+        """Encode the negative branch for `count` images; leading dimension `count`, or 1 if all are equal."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Text conditioning of B prompts as the pipeline computes it: all that `predict` needs, leading B."""
+        """Encode B prompts as the pipeline does, into all that `predict` needs; leading dimension B."""
         if not prompts:
             raise InputError("no prompt to encode: the list is empty")
         with torch.no_grad():
             return self._encoded(list(prompts))
 
     def unconditional(self, count: int) -> dict[str, Tensor]:
-        """The pipeline's negative branch, the keys and shapes of `encode_prompts`, leading `count`."""
+        """Return the pipeline's negative branch for `count` images, as `encode_prompts` returns prompts."""
         with ENCODING:
             kept = self._kept_negative
             if count not in kept and 0 not in kept:
@@ -181,7 +183,7 @@ class Backbone(ABC):
         return {}
 
     def truncated(self, prompts: Sequence[str]) -> dict[str, int]:
-        """Tokenizer component -> how many of the prompts it cuts off at `token_limits`."""
+        """Count, per tokenizer component, the prompts that it truncates at `token_limits`."""
         found = {}
         for component, limit in self.token_limits.items():
             ids = getattr(self.pipeline, component)(list(prompts), verbose=False).input_ids
@@ -190,38 +192,43 @@ class Backbone(ABC):
 
     @abstractmethod
     def timesteps(self, u: Tensor, draw: str) -> Tensor:
-        """(B,) in [0, 1) -> times (B,) as the denoiser takes them, rising with u; `draw` is one of `draws`."""
+        """Map u (B,) in [0, 1) to times (B,) in the denoiser's units, rising with u; `draw` is in `draws`."""
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """Times (B,) -> log-SNR (B,) float32."""
+        """Return the log-SNR (B,), float32, at times (B,)."""
 
     @abstractmethod
     def weight(self, t: Tensor, bias: float) -> Tensor:
-        """Times (B,) -> weight of the squared error (B,) float32 (section 4.4, on the family's own error)."""
+        """Return the weight (B,), float32, of the squared error at times (B,) (CaPO, section 4.4)."""
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents and noise (B, C, H, W), times (B,) -> x_t (B, C, H, W)."""
+        """Noise latents (B, C, H, W) to times (B,) with noise (B, C, H, W): x_t (B, C, H, W)."""
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` should return for x_t, (B, C, H, W)."""
+        """Return the target of `predict` for x_t, (B, C, H, W)."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
-        """Output (B, C, H, W) of any denoiser of the family for x_t (B, C, H, W), times (B,) or one time ().
+        """Return the output (B, C, H, W) of any denoiser of the family for x_t and times (B,) or ().
 
-        Casts its input to what the denoiser computes in; leaves autograd and autocast to the caller.
+        The input is cast to the dtype that the denoiser computes in (`input_dtype`); autograd and autocast
+        are left to the caller.
         """
 
     def scheduler(self) -> SchedulerMixin:
-        """A new scheduler of the pipeline's class and config: schedulers carry state from step to step."""
+        """Build a new scheduler of the pipeline's class and config; schedulers keep state between steps."""
         return type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch: int = 8) -> list[Image.Image]:
-        """Latents (B, C, H, W) as the denoiser sees them -> B 8-bit RGB images, `batch` at a time, fewer where memory runs out."""
+        """Decode latents (B, C, H, W) in the denoiser's scale to B 8-bit RGB images.
+
+        The VAE decodes `batch` latents at a time, and fewer if the device runs out of memory; raises
+        InputError if a single one does not fit.
+        """
         return [
             image
             for images in self._decoding(lambda part: self._pictures(latents[part]), len(latents), batch)
@@ -232,7 +239,8 @@ class Backbone(ABC):
     def _decoding(self) -> FittingBatch:
         return FittingBatch(
             "the VAE",
-            "set model.backbone.dtype=bfloat16, or score on a device with more memory (generate.py stage=score)",
+            "set model.backbone.dtype=bfloat16, or score on a device with more memory "
+            "(generate.py stage=score)",
         )
 
     def _pictures(self, latents: Tensor) -> list[Image.Image]:
@@ -243,14 +251,14 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> the posterior's mode (B, C, h, w) as the denoiser sees it."""
+        """Encode pixels (B, 3, H, W) in [-1, 1] to the posterior's mode (B, C, h, w), in denoiser scale."""
         posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
         return to_denoiser(self.vae, posterior.mode())
 
     def trainable_copy(self) -> nn.Module:
-        """A copy of the denoiser to train, on the CPU: float32, all parameters trainable, no dropout, whatever its mode.
+        """Copy the denoiser for training: on the CPU, in float32, all parameters trainable, without dropout.
 
-        Dropout would make policy and reference differ at equal weights.
+        Dropout is off even in train mode: it would make policy and reference differ at equal weights.
         """
         policy = cpu_copy(self.denoiser).float().requires_grad_(True)
         for module in policy.modules():
@@ -260,7 +268,7 @@ class Backbone(ABC):
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hashes, 64 hex digits, of the files of "denoiser", "latent_space" and "text_encoders"."""
+        """Content hashes, 64 hex digits each, of "denoiser", "latent_space" and "text_encoders"."""
         parts = self.pipeline.components.items()
         text = [
             name
@@ -278,16 +286,19 @@ class Backbone(ABC):
 
     @property
     def call_options(self) -> dict[str, object]:
-        """Keywords that the plain pipeline has to be called with to draw the same images."""
+        """Keywords with which the plain pipeline must be called to generate the same images."""
         return {}
 
     @property
     def text_settings(self) -> dict[str, object]:
-        """JSON values that move a prompt's conditioning beside the encoders' files."""
+        """JSON values that affect a prompt's conditioning besides the encoders' files."""
         return {}
 
     def sampler_identity(self) -> dict[str, object]:
-        """JSON values that decide a latent beside denoiser, steps, guidance and seed: for fingerprints."""
+        """Return the JSON values that, with denoiser, steps, guidance and seed, determine a latent.
+
+        Fingerprints of latents include them.
+        """
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
         own = pipeline.components
         options = {
@@ -305,7 +316,7 @@ class Backbone(ABC):
 
 
 def _not_about_truncation(record: logging.LogRecord) -> bool:
-    # every prompt that is cut off would be printed; they are counted instead (`Backbone.truncated`)
+    # These warnings would print every truncated prompt; `Backbone.truncated` counts them instead.
     told = record.getMessage()
     return (
         "part of your input was truncated" not in told
@@ -314,7 +325,10 @@ def _not_about_truncation(record: logging.LogRecord) -> bool:
 
 
 def input_dtype(denoiser: nn.Module, device: torch.device) -> torch.dtype:
-    """What `predict` casts to: float32 under autocast, where a reference stored in bf16 must see what the policy sees."""
+    """Return the dtype that `predict` casts its input to: the denoiser's, or float32 under autocast.
+
+    Under autocast a reference stored in bf16 must get the same input as the policy.
+    """
     if torch.is_autocast_enabled(device.type):
         return torch.float32
     return next(p.dtype for p in denoiser.parameters() if p.is_floating_point())

@@ -1,4 +1,4 @@
-"""Tuned policies on disk: a diffusers pipeline folder or a LoRA file, with a card; readable without capo."""
+"""Export and load tuned policies: a diffusers pipeline folder or a LoRA file, which diffusers can load."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,10 @@ from capo.runtime.fingerprints import component_fingerprint, content_fingerprint
 def export_policy(
     backbone: Backbone, denoiser: nn.Module, folder: str | Path, card: ModelCard, full: bool = False
 ) -> Path:
-    """Writes the policy with its README, in float32; replaces `folder`, never leaves half of one.
+    """Write the policy and its README (`card`) in float32, replacing `folder` atomically; return the folder.
 
-    A denoiser with a LoRA adapter becomes the adapter's file and the name of its base, or with `full` a whole
-    pipeline with the adapter merged; any other denoiser becomes a whole pipeline in any case.
+    A denoiser with a LoRA adapter is written as the adapter's file and the name of its base or, with `full`,
+    as a whole pipeline with the adapter merged. Any other denoiser is always written as a whole pipeline.
     """
     folder = Path(folder)
     with fresh_folder(folder) as fresh:
@@ -36,18 +36,17 @@ def export_policy(
 
 
 def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-true") -> nn.Module:
-    """The denoiser of an exported policy: frozen, on the backbone's device, an adapter unmerged.
+    """Load the denoiser of an exported policy: frozen, on the backbone's device, with an adapter not merged.
 
-    float32, or as `half_stored` keeps it where it is to draw images under that autocast.
-
-    Raises InputError where `folder` holds no policy, one of another shape, or an adapter of another base.
+    The weights are in float32 or, for sampling under the autocast of `precision`, stored as by `half_stored`.
+    Raises InputError if `folder` holds no policy, a policy of another shape, or an adapter of another base.
     """
     folder, component = Path(folder), backbone.denoiser_component
     if (folder / LORA_FILE).is_file():
         _check_base(backbone, folder)
         policy = backbone.trainable_copy()
         loader = type(backbone.pipeline)
-        state, *alphas, metadata = loader.lora_state_dict(  # alphas: of pipelines with a UNet alone
+        state, *alphas, metadata = loader.lora_state_dict(  # only pipelines with a UNet return alphas
             str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True
         )
         policy.load_lora_adapter(
@@ -77,7 +76,7 @@ def _take_weights(policy: nn.Module, folder: Path) -> None:
 
 
 def policy_fingerprint(backbone: Backbone, folder: str | Path) -> str:
-    """Content hash (64 hex digits) of an exported policy's denoiser, or of its adapter and its base."""
+    """Hash the content of an exported policy's denoiser, or of its adapter and its base; 64 hex digits."""
     adapter = Path(folder) / LORA_FILE
     if adapter.is_file():
         return content_fingerprint(
@@ -92,7 +91,7 @@ def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> Non
         name: tensor.to("cpu", torch.float32).contiguous()
         for name, tensor in get_peft_model_state_dict(denoiser, adapter_name=ADAPTER).items()
     }
-    # Without the metadata a loader would take alpha for the rank; a set has another order in every process.
+    # Without metadata a loader would set alpha to the rank. Sets are sorted: their order differs by process.
     metadata = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in denoiser.peft_config[ADAPTER].to_dict().items()
@@ -115,7 +114,7 @@ def _check_base(backbone: Backbone, folder: Path) -> None:
     try:
         base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     except OSError:
-        return  # an adapter from elsewhere does not say: a shape that does not fit is the loader's error
+        return  # an adapter made elsewhere does not name its base; the loader checks the shapes
     if base["denoiser"] != backbone.fingerprints["denoiser"]:
         raise InputError(
             f"policy '{folder}' is a LoRA adapter of '{base['weights']}' (denoiser {base['denoiser'][:8]}), "

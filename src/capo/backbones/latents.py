@@ -1,11 +1,11 @@
-"""Between a VAE's raw latents and what a denoiser sees: shifted and scaled, in the pipelines' own order of operations."""
+"""Conversion between a VAE's raw latents and the denoiser's scale, in diffusers' order of operations."""
 
 import torch
 from torch import Tensor, nn
 
 
 def from_denoiser(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as the denoiser sees them -> raw ones, for the VAE to decode."""
+    """Convert latents (B, C, h, w) from the denoiser's scale to raw ones, which the VAE decodes."""
     config = vae.config
     if statistics := _statistics(vae, latents):
         return latents * statistics[1] / config.scaling_factor + statistics[0]
@@ -15,7 +15,7 @@ def from_denoiser(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def to_denoiser(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Raw latents (B, C, h, w), as the VAE encodes them -> what the denoiser sees."""
+    """Convert raw latents (B, C, h, w), as the VAE encodes them, to the denoiser's scale."""
     config = vae.config
     if statistics := _statistics(vae, latents):
         return (latents - statistics[0]) * config.scaling_factor / statistics[1]
@@ -23,7 +23,7 @@ def to_denoiser(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def _statistics(vae: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and deviation of each channel, (1, C, 1, 1), where the config has them."""
+    """Return mean and standard deviation per channel, (1, C, 1, 1) each, or None if the config has none."""
     mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return None

@@ -1,4 +1,4 @@
-"""From what a config calls `weights` to a pipeline: a folder or a hub id, safetensors only, no code."""
+"""Find, download and load a pipeline or VAE from a folder or hub id: safetensors only, which run no code."""
 
 import json
 import re
@@ -21,15 +21,16 @@ VAE_FILES = ["config.json", "*.safetensors"]
 
 
 class MissingWeights(InputError):
-    """Weights that are neither in a folder nor in the hub's cache, and that the hub does not hand out either."""
+    """Weights that are neither in a folder nor in the hub's cache, and that cannot be downloaded either."""
 
 
 def pipeline_folder(
     weights: str, revision: str | None = None, variant: str | None = None, unused: Mapping[str, None] = {}
 ) -> Path:
-    """The local folder of a pipeline: `weights` itself, or the hub's snapshot of that id (downloaded if need be).
+    """Return the folder of a pipeline: `weights` itself, or that hub id's snapshot, downloaded if needed.
 
-    Components in `unused` need not be there. Raises InputError that says what was looked for where neither is to be had.
+    Components in `unused` may be missing. Raises InputError, which lists the places searched, if there is
+    none.
     """
     if folder := find_pipeline(weights, revision, variant, unused):
         return folder
@@ -39,19 +40,20 @@ def pipeline_folder(
                 str(weights), revision=revision, variant=variant, use_safetensors=True, **unused
             )
         )
-    except Exception as error:  # the errors of the hub's client have no class in common
+    except Exception as error:  # the hub client's errors share no base class
         raise InputError(
-            f"weights '{weights}': the download from {constants.ENDPOINT} ended ({first_line(error)}); what has "
-            f"come is kept in {constants.HF_HUB_CACHE}, and the same command goes on"
+            f"weights '{weights}': the download from {constants.ENDPOINT} failed ({first_line(error)}); what "
+            f"was downloaded is kept in {constants.HF_HUB_CACHE}, and running the same command again resumes"
         ) from error
 
 
 def find_pipeline(
     weights: str, revision: str | None = None, variant: str | None = None, unused: Mapping[str, None] = {}
 ) -> Path | None:
-    """Where a pipeline lies on this machine; None where it does not, but the hub would hand it out.
+    """Return a pipeline's folder on this machine, or None if it is not here but can be downloaded.
 
-    Loads and downloads nothing. Raises InputError where it is not to be had: MissingWeights for a hub id.
+    Nothing is loaded or downloaded. Raises InputError if there is no such folder, and MissingWeights for a
+    hub id that is not available.
     """
     folder = Path(weights).expanduser()
     if folder.is_dir():
@@ -72,7 +74,7 @@ def find_pipeline(
 def _in_cache(
     weights: str, revision: str | None, variant: str | None, unused: Mapping[str, None]
 ) -> tuple[Path | None, str]:
-    """The snapshot in the hub's cache if it is whole, else None and why it does not count."""
+    """Return the snapshot in the hub's cache if it is complete, else None and the reason."""
     try:
         snapshot = Path(snapshot_download(weights, revision=revision, local_files_only=True))
     except (OSError, ValueError):
@@ -82,9 +84,9 @@ def _in_cache(
 
 
 def lacking_parts(folder: Path, variant: str | None = None, unused: Mapping[str, None] = {}) -> list[str]:
-    """What a pipeline folder lacks of what its model_index.json names, as after a download that was cut off.
+    """List what a pipeline folder lacks of what its model_index.json names, as after an interrupted download.
 
-    Components in `unused` are not looked for.
+    Components in `unused` are not checked.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -110,7 +112,7 @@ def _is_component(name: str, entry: object) -> bool:
 
 
 def _has_weights(folder: Path, variant: str | None) -> bool:
-    """Whether a model's weights are whole: every shard that an index of theirs names, or a file of any kind."""
+    """Whether a model's weights are complete: all shards of an index, or a weight file of any kind."""
     for path in folder.glob(f"*.safetensors.index.{variant}.json" if variant else "*.safetensors.index.json"):
         shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         return all((folder / shard).is_file() for shard in shards)
@@ -127,25 +129,27 @@ def _not_here(weights: str, revision: str | None, variant: str | None, in_cache:
         ]
     )
     return (
-        f"weights '{weights}' (revision {revision or 'main'}, variant {variant or 'none'}, safetensors) are not here\n"
-        f"  looked in: folder {Path(weights).absolute()} (not there); hub cache {constants.HF_HUB_CACHE} ({in_cache}); "
-        f"{constants.ENDPOINT} ({refusal})\n"
+        f"weights '{weights}' (revision {revision or 'main'}, variant {variant or 'none'}, safetensors) "
+        "are not here\n"
+        f"  looked in: folder {Path(weights).absolute()} (not there); "
+        f"hub cache {constants.HF_HUB_CACHE} ({in_cache}); {constants.ENDPOINT} ({refusal})\n"
         f"  provide them in one of three ways:\n"
-        f"    from the hub: the same command with a network, or {command} (a gated model: accept its license on its page, then hf auth login)\n"
+        f"    from the hub: the same command with a network, or {command} "
+        "(a gated model: accept its license on its page, then hf auth login)\n"
         f"    as a folder in diffusers' format: model.backbone.weights=FOLDER\n"
         f"    as a hub cache copied from another machine: HF_HOME=FOLDER before the command"
     )
 
 
 def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:
-    """model_index.json of a pipeline folder; InputError where it is missing or of a class not in `known`."""
+    """Read model_index.json of a folder; raise InputError if missing or of a class not in `known`."""
     path = folder / "model_index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"weights '{folder}': '{path.name}' is missing or unreadable, so this is no diffusers pipeline "
-            "folder; write one with `pipeline.save_pretrained(folder)`"
+            f"weights '{folder}': '{path.name}' is missing or unreadable, so this is not the folder of a "
+            "diffusers pipeline; write one with `pipeline.save_pretrained(folder)`"
         ) from error
     if index.get("_class_name") not in known:
         raise InputError(
@@ -156,7 +160,7 @@ def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:
 
 
 def refuse_pickles(folder: Path, index: dict, variant: str | None = None) -> None:
-    """InputError naming a component that has pickled weights and no safetensors: pickles run code."""
+    """Raise InputError for a component with pickled weights only: loading a pickle can run any code."""
     for component in sorted(index):
         files = [file for pattern in PICKLES for file in sorted((folder / component).glob(pattern))]
         if files and not weight_files(folder / component, variant):
@@ -174,10 +178,10 @@ def load_pipeline(
     dtype: torch.dtype,
     unused: Mapping[str, None] = {},
 ) -> DiffusionPipeline:
-    """The pipeline of a folder, of one of the classes `known`: weights in `dtype`, frozen, in eval mode.
+    """Load the pipeline of a folder, of a class in `known`: weights in `dtype`, frozen, in eval mode.
 
-    Components in `unused`, and those that the folder itself leaves empty, are None. Raises InputError for a folder that does
-    not hold such a pipeline in safetensors.
+    Components in `unused`, and those that the folder itself leaves empty, are None. Raises InputError if the
+    folder does not hold such a pipeline in safetensors.
     """
     index = pipeline_index(folder, known)
     parts = {name: entry for name, entry in index.items() if _is_component(name, entry)}
@@ -192,7 +196,7 @@ def load_pipeline(
             f"weights '{folder}' (variant {variant or 'none'}) do not load: {error}. Get the folder again, "
             "or name the variant that it holds"
         ) from error
-    pipeline.watermark = None  # SDXL's, put into images where a certain package happens to be installed
+    pipeline.watermark = None  # SDXL would watermark images wherever invisible-watermark is installed
     pipeline.set_progress_bar_config(disable=True)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
@@ -201,14 +205,14 @@ def load_pipeline(
 
 
 def find_vae(weights: str, revision: str | None) -> None:
-    """InputError where an autoencoder of its own is neither a folder, nor in the hub's cache, nor to be had from the hub."""
+    """Raise InputError if the VAE `weights` is no folder and is not available from the hub or its cache."""
     folder = Path(weights).expanduser()
     if folder.is_dir() and (folder / "config.json").is_file():
         return
     refusal = (
         "that folder holds no config.json"
         if folder.is_dir()
-        else "no such folder, and no hub id 'owner/name'"
+        else "no such folder, and not a hub id 'owner/name'"
     )
     if not folder.is_dir() and HUB_ID.fullmatch(str(weights)):
         try:
@@ -222,15 +226,15 @@ def find_vae(weights: str, revision: str | None) -> None:
 
 def _no_vae(weights: str, revision: str | None, reason: str) -> str:
     return (
-        f"model.backbone.vae={weights} (revision {revision or 'main'}): no AutoencoderKL in safetensors to be had there ({reason}); "
-        "give its folder, or null for the pipeline's own"
+        f"model.backbone.vae={weights} (revision {revision or 'main'}): no AutoencoderKL in safetensors is "
+        f"available there ({reason}); give its folder, or null for the pipeline's own"
     )
 
 
 def load_vae(weights: str, revision: str | None, dtype: torch.dtype) -> tuple[AutoencoderKL, Path]:
-    """An autoencoder of its own, from a folder or a hub id, frozen, and the folder that it lies in.
+    """Load a VAE from a folder or hub id, frozen and in eval mode; return it and its folder.
 
-    Raises InputError where it is not to be had in safetensors.
+    Raises InputError if it is not available in safetensors.
     """
     folder = Path(weights).expanduser()
     try:

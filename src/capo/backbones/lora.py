@@ -1,4 +1,4 @@
-"""Low-rank adapters on a denoiser: add, switch off, merge. Switched off, the denoiser is the frozen base."""
+"""Add, disable and merge LoRA adapters; with its adapter disabled, a denoiser is the frozen base."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,23 +12,19 @@ from torch import nn
 from capo.errors import InputError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of diffusers' attention blocks
-JOINT_ATTENTION = (
-    *ATTENTION,
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)  # of images, and of text beside them
+# An MMDiT block has a second set of projections, for the text tokens.
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ADAPTER = "default"
 
 
 def add_lora(
     denoiser: nn.Module, rank: int, alpha: float, targets: Sequence[str] = ATTENTION, seed: int = 0
 ) -> nn.Module:
-    """Puts a LoRA adapter (W + alpha / rank * B A, B = 0 at first) into `denoiser` itself and returns it.
+    """Add a LoRA adapter (W + alpha / rank * B A, with B = 0 at first) to `denoiser` in place and return it.
 
-    Only A and B are trainable afterwards, in float32. A is drawn from `seed`, whatever the global generator's state.
-    Raises InputError where rank or alpha is not positive or no module's name ends in one of `targets`.
+    Afterwards only A and B are trainable, in float32. A is drawn from `seed`, independent of the global
+    generator. Raises InputError if rank or alpha is not positive, or if no module's name ends in one of
+    `targets`.
     """
     if rank < 1 or alpha <= 0:
         raise InputError(f"LoRA rank {rank} and alpha {alpha} must both be above 0 (model.lora)")
@@ -39,7 +35,7 @@ def add_lora(
         try:
             denoiser.add_adapter(config, ADAPTER)
             for parameter in denoiser.parameters():
-                if parameter.requires_grad:  # peft makes it in the dtype of what it sits on
+                if parameter.requires_grad:  # peft creates it in the dtype of its layer
                     parameter.data = parameter.data.float()
         except ValueError as error:
             raise InputError(f"LoRA targets {list(targets)}: {error}") from error
@@ -47,18 +43,18 @@ def add_lora(
 
 
 def has_adapter(denoiser: nn.Module) -> bool:
-    """Whether `denoiser` carries a LoRA adapter."""
+    """Whether `denoiser` has a LoRA adapter."""
     return any(True for _ in adapter_layers(denoiser))
 
 
 def adapter_layers(denoiser: nn.Module) -> Iterator[BaseTunerLayer]:
-    """The layers of `denoiser`, wrapped or not, that carry an adapter."""
+    """Iterate over the layers of `denoiser`, which may be wrapped, that have an adapter."""
     return (module for module in denoiser.modules() if isinstance(module, BaseTunerLayer))
 
 
 @contextmanager
 def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """Within the block `denoiser` computes the frozen base, bit for bit; then the adapter is on again."""
+    """Disable the adapter for the block, in which `denoiser` computes the frozen base bit for bit."""
     layers = list(adapter_layers(denoiser))
     for layer in layers:
         layer.enable_adapters(False)
@@ -70,7 +66,7 @@ def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
 
 
 def merged(denoiser: nn.Module, plain: nn.Module) -> nn.Module:
-    """`plain`, a denoiser without an adapter, with `denoiser`'s merged into it: W + alpha / rank * B A in place of W."""
+    """Merge `denoiser`'s adapter into `plain`, which has none, in place: W becomes W + alpha / rank * B A."""
     adapter = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     plain.add_adapter(denoiser.peft_config[ADAPTER], ADAPTER)
     set_peft_model_state_dict(
@@ -81,7 +77,7 @@ def merged(denoiser: nn.Module, plain: nn.Module) -> nn.Module:
     return plain
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
+LORA_FILE = "pytorch_lora_weights.safetensors"  # name that `load_lora_weights` expects
 
 
-BASE_FILE = "base.json"  # beside a LoRA file: the weights it belongs to
+BASE_FILE = "base.json"  # file beside a LoRA file that names its base weights

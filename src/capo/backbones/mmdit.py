@@ -9,18 +9,20 @@ from capo.backbones.lora import JOINT_ATTENTION
 from capo.backbones.schedulers import options_of
 from capo.errors import InputError
 
-USUAL = 256  # tokens of the T5 where the pipeline is not told
-LONGEST = 512  # tokens of the T5 that the pipeline takes
+USUAL = 256  # T5 tokens, the pipeline's default
+LONGEST = 512  # T5 tokens that the pipeline accepts at most
 
 
 class MMDiTBackbone(Backbone):
-    """StableDiffusion3Pipeline: SD3Transformer2DModel, two CLIP text encoders and a T5 that may be left out.
+    """StableDiffusion3Pipeline: SD3Transformer2DModel, two CLIP text encoders and an optional T5.
 
-    Times are the denoiser's, `num_train_timesteps` (1000) times the flow's t in (0, 1).
+    Times are in the denoiser's units: `num_train_timesteps` (1000) times the flow's t in (0, 1).
 
     Args:
-        t5: load the T5; without it, its tokens are zeros, as the pipeline has it.
-        sequence_length: the T5's tokens, the pipeline's `max_sequence_length`.
+        weights: see `Backbone`.
+        args: see `Backbone`.
+        t5: whether to load the T5; without it, its tokens are zeros, as in the pipeline.
+        sequence_length: number of T5 tokens, the pipeline's `max_sequence_length`.
         others: see `Backbone`.
     """
 
@@ -36,7 +38,8 @@ class MMDiTBackbone(Backbone):
         super().__init__(weights, *args, unused=self.unused_parts(t5=t5), **others)
         if t5 and self.pipeline.text_encoder_3 is None:
             raise InputError(
-                f"weights '{self.weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, or take weights with it"
+                f"weights '{self.weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, "
+                "or choose weights with it"
             )
 
     @classmethod
@@ -45,7 +48,7 @@ class MMDiTBackbone(Backbone):
 
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
         config = dict(self.pipeline.scheduler.config)
-        shift = config.get("shift", config.get("flow_shift", 1.0))  # the one's name for it, or the other's
+        shift = config.get("shift", config.get("flow_shift", 1.0))  # schedulers name it one way or the other
         config |= {
             "use_flow_sigmas": True,
             "shift": shift,
@@ -55,21 +58,26 @@ class MMDiTBackbone(Backbone):
         return kind.from_config({key: value for key, value in config.items() if key in options_of(kind)})
 
     def check_schedule(self) -> None:
-        """Accepts schedulers of a rectified flow with a fixed shift: FlowMatchEuler, DPM-Solver++ with flow sigmas."""
+        """Raise InputError unless the scheduler is a rectified flow with fixed shift, predicting velocity.
+
+        Such are FlowMatchEuler, and DPM-Solver++ with flow sigmas.
+        """
         scheduler, place = self.scheduler(), f"weights '{self.weights}', scheduler/scheduler_config.json"
         config = scheduler.config
-        # a config keeps keys that its class does not know, so the class is asked
+        # A config keeps keys that its class does not know, so the class's signature decides.
         if not ("shift" in options_of(type(scheduler)) or config.get("use_flow_sigmas")):
             raise InputError(
-                f"{place}: {type(scheduler).__name__} is no rectified flow; take weights that were trained on one, and let "
-                "model.backbone.scheduler name one too: FlowMatchEulerDiscreteScheduler or DPMSolverMultistepScheduler"
+                f"{place}: {type(scheduler).__name__} is not a rectified flow; choose weights that were "
+                "trained on one, and set model.backbone.scheduler to one too: "
+                "FlowMatchEulerDiscreteScheduler or DPMSolverMultistepScheduler"
             )
         if config.get("use_dynamic_shifting"):
             raise InputError(f"{place}: use_dynamic_shifting is not supported; set a fixed shift there")
         prediction = config.get("prediction_type", "flow_prediction")
         if prediction != "flow_prediction":
             raise InputError(
-                f"{place}: prediction_type '{prediction}' is not supported, only the flow's velocity ('flow_prediction')"
+                f"{place}: prediction_type '{prediction}' is not supported, only the flow's velocity "
+                "('flow_prediction')"
             )
 
     @property
@@ -97,7 +105,7 @@ class MMDiTBackbone(Backbone):
         return {"sequence_length": self.sequence_length}
 
     def _encoded(self, prompts: list[str]) -> dict[str, Tensor]:
-        """prompt_embeds (B, CLIP's and T5's tokens, D) and pooled_prompt_embeds (B, D2)."""
+        """Return prompt_embeds (B, CLIP's and T5's tokens, D) and pooled_prompt_embeds (B, D2)."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,
             None,
@@ -109,7 +117,7 @@ class MMDiTBackbone(Backbone):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def _negative(self, count: int) -> dict[str, Tensor]:
-        # encoded `count` at once, as the pipeline does it, because rounding depends on the batch
+        # Encode `count` at once, as the pipeline does: rounding depends on the batch size.
         return self._encoded([""] * count)
 
     def timesteps(self, u: Tensor, draw: str) -> Tensor:
@@ -125,7 +133,7 @@ class MMDiTBackbone(Backbone):
         return schedules.flow_add_noise(latents, noise, t / self._scale)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity, noise - latents."""
+        """Return the velocity, noise - latents, (B, C, H, W)."""
         return schedules.flow_target(latents, noise)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:

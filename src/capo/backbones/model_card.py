@@ -1,4 +1,4 @@
-"""The README of an exported policy: how to load it, how it was made, what it won."""
+"""The README of an exported policy: how to load it, how it was tuned, and its win-rates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from capo.runtime.files import write_whole
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the README of a policy says about its making.
+    """Facts about a policy for its README.
 
-    win_rates: reward -> {"mean", "low", "high"} in 0-1 against the base; None before any evaluation.
-    settings: further facts (beta, steps, ...) by name.
+    Attributes:
+        objective: name of the training objective.
+        data: description of the training data.
+        win_rates: reward -> {"mean", "low", "high"}, each 0-1, against the base; None before any evaluation.
+        settings: further facts (beta, steps, ...) by name.
     """
 
     objective: str
@@ -27,7 +30,7 @@ class ModelCard:
 
 
 def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
-    """Writes the README of an exported policy again, for instance with the win-rates of its evaluation."""
+    """Rewrite the README of an exported policy, for instance with the win-rates of its evaluation."""
     folder = Path(folder)
     write_whole(folder / "README.md", _readme(backbone, folder, folder.name, card))
 
@@ -37,7 +40,7 @@ def _base_weights(backbone: Backbone) -> str:
 
 
 def _from_anywhere(source: str) -> str:
-    """The hub id, or the folder however the reader's working directory may differ."""
+    """Return a hub id as it is, and a folder as an absolute path, which works from any working directory."""
     folder = Path(source).expanduser()
     return str(folder.absolute()) if folder.exists() else source
 
@@ -67,7 +70,7 @@ def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
 
 
 def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
-    """What the adapter was tuned with in the place of the base's own parts."""
+    """Return the lines that load the scheduler and VAE that replaced the base's own during tuning."""
     lines = []
     if backbone.other_scheduler:
         kind = type(backbone.pipeline.scheduler).__name__

@@ -1,4 +1,4 @@
-"""The frozen side of every comparison: the base's denoiser as the policy's precision wants it, and its memory format."""
+"""Dtypes by name, and the frozen reference stored for the policy's precision."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import nn
 
 from capo.errors import InputError
 
-HALVES = {
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}  # Lightning's names of autocast -> its dtype
+# Lightning's name of a mixed precision -> autocast's dtype
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def frozen_reference(denoiser: nn.Module, precision: str) -> nn.Module:
-    """The base for the policy's dtype path: bit-equal to a float32 policy of the same weights.
+    """Return the reference whose outputs equal, bit for bit, those of a float32 policy with its weights.
 
-    Under autocast a copy whose linear and convolution weights are stored in its dtype, to which autocast would round
-    them anyway, and all else in float32: half the memory. Without, the denoiser itself, or a float32 copy of one that
-    is not.
+    Under autocast this is a copy whose linear and convolution weights are stored in autocast's dtype, to
+    which it would round them anyway, and all other weights in float32: half the memory. Without autocast it
+    is the denoiser itself if it is float32, and else a float32 copy.
     """
     if precision not in HALVES and all(p.dtype == torch.float32 for p in denoiser.parameters()):
         return denoiser
@@ -30,7 +28,7 @@ def frozen_reference(denoiser: nn.Module, precision: str) -> nn.Module:
 
 
 def cpu_copy(module: nn.Module) -> nn.Module:
-    """A copy on the CPU; a device never holds the module twice."""
+    """Copy a module on the CPU, so that its device never holds it twice."""
     home = next(module.parameters()).device
     try:
         return copy.deepcopy(module.to("cpu"))
@@ -39,9 +37,9 @@ def cpu_copy(module: nn.Module) -> nn.Module:
 
 
 def half_stored(denoiser: nn.Module, precision: str) -> nn.Module:
-    """The float32 `denoiser` itself, its linear and convolution weights now in the dtype that autocast rounds them to anyway.
+    """Store the float32 `denoiser`'s linear and convolution weights in the dtype that autocast casts them to.
 
-    Without autocast nothing changes.
+    The denoiser is changed in place and returned; without autocast nothing changes.
     """
     for module in denoiser.modules() if precision in HALVES else ():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
@@ -53,13 +51,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def named_dtype(dtype: str) -> torch.dtype:
-    """Torch's dtype of that name; InputError for another name."""
+    """Return torch's dtype of that name; raise InputError for an unknown name."""
     if dtype not in DTYPES:
         raise InputError(f"model dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
-# Lightning's name of a precision -> what autocast computes in
+# Lightning's name of a precision -> autocast's dtype; None: no autocast
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 

@@ -1,4 +1,4 @@
-"""Batched guided sampling: the latents of the plain pipeline's `__call__`, for any denoiser of the family."""
+"""Batched sampling with classifier-free guidance: a pipeline's own latents, for any denoiser of a family."""
 
 import inspect
 import math
@@ -15,20 +15,20 @@ from capo.backbones.precision import AUTOCAST
 from capo.errors import InputError
 from capo.runtime.threads import BATCHES, OPERATIONS, map_batches
 
-Progress = Callable[[int], object]  # called after each denoising step with the number of images that took it
+Progress = Callable[[int], object]  # called after each denoising step with the number of images in the batch
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images are drawn.
+    """Settings of the sampler.
 
     Attributes:
-        steps: of denoising.
-        guidance: its scale; up to 1: no unconditional pass.
+        steps: number of denoising steps.
+        guidance: scale of classifier-free guidance; up to 1, no unconditional pass is made.
         batch: images in one forward pass, before guidance doubles them.
         parallel: what the threads of a CPU share: `operations`, or whole `batches` (`capo.runtime.threads`).
+        precision: precision of the denoiser's forward passes, by Lightning's name; mixed ones use autocast.
         decode: images that the VAE decodes at once; None: `batch`.
-        precision: of the denoiser's forward passes, in Lightning's names; the mixed ones run under autocast.
     """
 
     steps: int
@@ -61,12 +61,12 @@ class SamplerSettings:
 
 
 def candidate_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator a candidate, so that its noise depends on nothing but its seed."""
+    """Return one CPU generator per candidate, so that its noise depends on its seed alone."""
     return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
 
 def candidate_noise(seeds: Sequence[int] | Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise (B, *shape) float32 on the CPU, each candidate from a generator of its own."""
+    """Draw standard normal noise (B, *shape), float32 on the CPU, each candidate from its own generator."""
     generators = [
         seed if isinstance(seed, torch.Generator) else candidate_generators([seed])[0] for seed in seeds
     ]
@@ -82,12 +82,23 @@ def sample(
     progress: Progress | None = None,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W) float32 on the backbone's device, from standard normal noise (B, C, H, W).
+    """Sample latents (B, C, H, W), float32 on the backbone's device, from standard normal noise (B, C, H, W).
 
-    text: what `encode_prompts` gives, leading B. All B images are one batch, guidance included, whatever
-    `settings.batch` says. In float32 bit-equal to `pipeline(..., output_type="latent")` at the same batch.
-    generators: those that drew the noise, for schedulers that draw more at each step (DDPM, ancestral).
-    Raises InputError where they are needed and missing, or the scheduler refuses that number of steps.
+    All B images form one batch, guidance included; `settings.batch` is ignored. In float32 the result equals
+    `pipeline(..., output_type="latent")` at the same batch size bit for bit.
+
+    Args:
+        backbone: the model family.
+        denoiser: the network to sample from: the base or a policy.
+        text: the conditioning of B prompts, from `encode_prompts`.
+        noise: the initial noise.
+        settings: steps, guidance and precision.
+        progress: called after each denoising step with B.
+        generators: one per candidate, those that drew `noise`; needed by schedulers that draw noise at each
+            step (DDPM, ancestral ones).
+
+    Raises:
+        InputError: `generators` are needed and missing, or the scheduler refuses that number of steps.
     """
     if noise.shape[1:] != backbone.latent_shape or any(len(value) != len(noise) for value in text.values()):
         raise ValueError(
@@ -103,9 +114,8 @@ def sample(
         ) from error
     step = _step_of(scheduler, generators)
     conditions = _conditions(backbone, text, len(noise), settings.guidance)
-    scaled = getattr(
-        scheduler, "scale_model_input", lambda latents, t: latents
-    )  # flow schedulers have neither
+    # Flow schedulers have neither scale_model_input nor init_noise_sigma.
+    scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
     dtype = AUTOCAST[settings.precision]
     with torch.inference_mode(), torch.autocast(backbone.device.type, dtype, enabled=dtype is not None):
         latents = noise.to(backbone.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -114,11 +124,11 @@ def sample(
             latents = step(_guided(backbone, denoiser, noisy, t, conditions, settings.guidance), t, latents)
             if progress is not None:
                 progress(len(noise))
-    return latents.clone()  # outside of inference mode: a tensor that autograd accepts again
+    return latents.clone()  # cloned outside inference mode, so that autograd accepts it
 
 
 def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> Text:
-    """Text on the backbone's device; above guidance 1 (2B, ...), negative branch first, as in pipelines."""
+    """Move text to the backbone's device; above guidance 1, (2B, ...) with the negative branch first."""
     text = {key: value.to(backbone.device) for key, value in text.items()}
     if guidance <= 1:
         return text
@@ -129,7 +139,7 @@ def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> 
 def _guided(
     backbone: Backbone, denoiser: nn.Module, noisy: Tensor, t: Tensor, conditions: Text, guidance: float
 ) -> Tensor:
-    """Prediction (B, C, H, W) float32 for noisy latents (B, C, H, W); both branches in one forward pass."""
+    """Return the guided prediction (B, C, H, W), float32; both branches run in one forward pass."""
     if guidance <= 1:
         return backbone.predict(denoiser, noisy, t, conditions).float()
     both = backbone.predict(denoiser, torch.cat([noisy, noisy]), t, conditions).float()
@@ -140,7 +150,7 @@ def _guided(
 def _step_of(
     scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None
 ) -> Callable[..., Tensor]:
-    """scheduler.step with what the pipelines pass to it: eta 0 and the generators, where it takes them."""
+    """Wrap scheduler.step with the arguments that pipelines pass where it accepts them: eta 0, generators."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     accepted = inspect.signature(scheduler.step).parameters
@@ -154,7 +164,7 @@ def _step_of(
         latents = scheduler.step(predicted, t, latents, **options, return_dict=False)[0]
         if not torch.equal(probe.get_state(), untouched):
             raise InputError(
-                f"{type(scheduler).__name__} draws noise at each step: pass `generators`, one a candidate, "
+                f"{type(scheduler).__name__} draws noise at each step: pass `generators`, one per candidate, "
                 "or choose a deterministic scheduler (model.scheduler=DDIMScheduler)"
             )
         return latents
@@ -170,9 +180,11 @@ def sample_prompts(
     settings: SamplerSettings,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents (P, K, C, H, W) float32 on the CPU for P prompts (text with leading P) and their K seeds each.
+    """Sample latents (P, K, C, H, W), float32 on the CPU, for P prompts with K seeds each.
 
-    Candidates share batches of `settings.batch` images, prompt by prompt; the last batch may be smaller.
+    `text` has leading dimension P. Candidates are batched in order, `settings.batch` at a time, across
+    prompts; the last batch may be smaller. `progress` is called after each denoising step with the number of
+    images in its batch. Raises ValueError if prompts have different numbers of seeds.
     """
     prompts, candidates = len(seeds), len(seeds[0])
     flat = [seed for row in seeds for seed in row]

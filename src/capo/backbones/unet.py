@@ -13,7 +13,7 @@ from capo.errors import InputError
 
 
 class UNetBackbone(Backbone):
-    """UNet2DConditionModel in a StableDiffusionXLPipeline (text_time conditioning) or a StableDiffusionPipeline."""
+    """UNet2DConditionModel of a StableDiffusionPipeline, or of an XL pipeline with text_time conditioning."""
 
     pipeline_classes = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
     denoiser_component = "unet"
@@ -21,11 +21,11 @@ class UNetBackbone(Backbone):
 
     @classmethod
     def unused_parts(cls, **options: object) -> dict[str, None]:
-        return {"safety_checker": None}  # SD1.5's; it would blacken images between sampling and scoring
+        return {"safety_checker": None}  # SD1.5's, which would black out images before they are scored
 
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
         config = self.pipeline.scheduler.config
-        # some schedulers clip to [-1, 1] unless they are told: right for pixels, ruin for latents
+        # Some schedulers clip to [-1, 1] by default, which is right for pixels and wrong for latents.
         told = (
             {} if "clip_sample" in config or "clip_sample" not in options_of(kind) else {"clip_sample": False}
         )
@@ -36,12 +36,16 @@ class UNetBackbone(Backbone):
         return XLText() if hasattr(self.pipeline, "text_encoder_2") else PlainText()
 
     def check_schedule(self) -> None:
-        """Accepts schedulers with `alphas_cumprod` (DDIM, DDPM, Euler, ...) that predict the noise."""
+        """Raise InputError unless the scheduler predicts the noise and its `alphas_cumprod` are above 0.
+
+        DDIM, DDPM, Euler and others do. Guidance-distilled denoisers are refused too.
+        """
         scheduler, place = self.scheduler(), f"weights '{self.weights}', scheduler/scheduler_config.json"
         if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
             raise InputError(
-                f"{place}: {type(scheduler).__name__} has no alphas_cumprod, so it is no discrete variance-preserving schedule; "
-                "take weights that were trained on one, and let model.backbone.scheduler name one too, such as DDIMScheduler"
+                f"{place}: {type(scheduler).__name__} has no alphas_cumprod, so it is not a discrete "
+                "variance-preserving schedule; choose weights that were trained on one, and set "
+                "model.backbone.scheduler to one too, such as DDIMScheduler"
             )
         if (prediction := scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
             raise InputError(
@@ -50,8 +54,9 @@ class UNetBackbone(Backbone):
             )
         if not (scheduler.alphas_cumprod > 0).all():
             raise InputError(
-                f"{place}: {type(scheduler).__name__} ends in noise alone (its last alphas_cumprod is 0, as rescale_betas_zero_snr makes it), "
-                "where to predict the noise says nothing of the image; choose weights that were trained without it"
+                f"{place}: {type(scheduler).__name__} ends in noise alone (its last alphas_cumprod is 0, as "
+                "with rescale_betas_zero_snr), where predicting the noise carries no information about the "
+                "image; choose weights that were trained without it"
             )
         if self.denoiser.config.time_cond_proj_dim is not None:
             raise InputError(
@@ -97,7 +102,7 @@ class UNetBackbone(Backbone):
         return schedules.vp_add_noise(latents, noise, self._alpha_bar(t))
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noise itself."""
+        """Return the noise itself, (B, C, H, W)."""
         return noise
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
@@ -118,7 +123,7 @@ class PlainText:
         return {"prompt_embeds": backbone.pipeline.encode_prompt(prompts, backbone.device, 1, False)[0]}
 
     def negative(self, backbone: UNetBackbone, count: int) -> dict[str, Tensor]:
-        # encoded `count` at once, as the pipeline does it, because rounding depends on the batch
+        # Encode `count` at once, as the pipeline does: rounding depends on the batch size.
         return {"prompt_embeds": backbone.pipeline.encode_prompt([""] * count, backbone.device, 1, True)[1]}
 
     def added(self, text: Text, dtype: torch.dtype) -> None:
@@ -126,7 +131,7 @@ class PlainText:
 
 
 class XLText:
-    """SDXL's conditioning: `prompt_embeds` (B, tokens, D), `pooled_prompt_embeds` (B, D2) and `time_ids` (B, 6)."""
+    """SDXL's conditioning: `prompt_embeds` (B, T, D), `pooled_prompt_embeds` (B, D2), `time_ids` (B, 6)."""
 
     def encoded(self, backbone: UNetBackbone, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = backbone.pipeline.encode_prompt(
@@ -135,7 +140,7 @@ class XLText:
         return self._with_sizes(backbone, embeds, pooled)
 
     def negative(self, backbone: UNetBackbone, count: int) -> dict[str, Tensor]:
-        # Zeros where the pipeline forces them, else encoded `count` at once: rounding depends on the batch.
+        # Zeros if the pipeline forces them; else encode `count` at once: rounding depends on the batch size.
         encoded = 1 if backbone.pipeline.config.force_zeros_for_empty_prompt else count
         _, embeds, _, pooled = backbone.pipeline.encode_prompt(
             [""] * encoded, device=backbone.device, do_classifier_free_guidance=True
@@ -149,7 +154,7 @@ class XLText:
         _, height, width = backbone.latent_shape
         pipeline = backbone.pipeline
         size = height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
-        # original size, crop, target size: the size that is made, uncropped, as the pipeline assumes
+        # Original size, crop and target size: the generated size without a crop, the pipeline's default.
         time_ids = pipeline._get_add_time_ids(size, (0, 0), size, embeds.dtype, pooled.shape[-1])
         return {
             "prompt_embeds": embeds,

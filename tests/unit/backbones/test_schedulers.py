@@ -88,7 +88,7 @@ def test_noise_and_log_snr_are_the_schedulers(tiny_backbones, name):
 @pytest.mark.parametrize(
     ("name", "scheduler", "message"),
     [
-        ("sd3", "DDIMScheduler", "DDIMScheduler is no rectified flow"),
+        ("sd3", "DDIMScheduler", "DDIMScheduler is not a rectified flow"),
         ("sdxl", "FlowMatchEulerDiscreteScheduler", "has no alphas_cumprod"),
         ("sd15", "FlowMatchEulerDiscreteScheduler", "has no alphas_cumprod"),
     ],
@@ -119,7 +119,7 @@ FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0}
         ("sd3", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, "use_dynamic_shifting is not supported"),
         ("sd3", DPMSolverMultistepScheduler(prediction_type="v_prediction", **FLOW), None, "prediction_type 'v_prediction' is not supported"),
         ("sd3", DPMSolverMultistepScheduler(prediction_type="epsilon", **FLOW), DPM, "prediction_type 'epsilon' is not supported"),
-        ("sd3", DDIMScheduler(prediction_type="v_prediction"), DPM, "DDIMScheduler is no rectified flow"),
+        ("sd3", DDIMScheduler(prediction_type="v_prediction"), DPM, "DDIMScheduler is not a rectified flow"),
         ("sdxl", DDIMScheduler(prediction_type="v_prediction"), None, "prediction_type 'v_prediction' is not supported"),
         ("sdxl", DDIMScheduler(prediction_type="sample"), None, "prediction_type 'sample' is not supported"),
         ("sdxl", FlowMatchEulerDiscreteScheduler(), None, "FlowMatchEulerDiscreteScheduler has no alphas_cumprod"),
