@@ -1,1 +1,1 @@
-"""What a run takes and whether a model is sound, before a GPU hour is spent."""
+"""Checks before a GPU hour is spent: a run's memory, disk and time, and whether a model works."""

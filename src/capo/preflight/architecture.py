@@ -1,7 +1,7 @@
-"""A pipeline as its configs describe it: modules on torch's meta device, the shapes that go in, no weights.
+"""A pipeline's architecture from its configs: meta-device modules and input shapes, without weights.
 
-`published/<name>.json` holds the configs of the published models: those keys of the hub's config.json files from which sizes and
-arithmetic follow. A folder in diffusers' format brings its own.
+`published/<name>.json` holds the configs of a published model: those keys of the hub's config.json files that
+determine sizes and FLOPs. A folder in diffusers' format brings its own configs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ TIME_IDS = 6  # numbers of SDXL's size conditioning
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Configs of a pipeline's modules; hashable, so that what is found out about it can be kept.
+    """Configs of a pipeline's modules; hashable, so that results computed from it can be cached.
 
     Attributes:
-        text: JSON: component -> config.
-        sequence_length: tokens of the T5 where the pipeline has a place for one.
+        text: JSON text of {component: config}.
+        sequence_length: number of T5 tokens, for pipelines with a T5; 0 for others.
     """
 
     text: str
@@ -40,21 +40,21 @@ class Blueprint:
 
     @cached_property
     def configs(self) -> dict[str, dict]:
-        """Component -> config."""
+        """Configs by component."""
         return json.loads(self.text)
 
     @property
     def denoiser_name(self) -> str:
-        """The component that is tuned."""
+        """Name of the component that is tuned, `unet` or `transformer`."""
         return next(name for name in DENOISERS if name in self.configs)
 
     @property
     def encoder_names(self) -> list[str]:
-        """The text encoders."""
+        """Names of the text encoders, sorted."""
         return sorted(name for name in self.configs if name.startswith("text_encoder"))
 
     def module(self, component: str) -> nn.Module:
-        """The component on the meta device: float32, freshly built, all parameters trainable."""
+        """Build the component on the meta device: float32, all parameters trainable."""
         config = self.configs[component]
         with torch.device("meta"):
             if "_class_name" in config:
@@ -66,14 +66,14 @@ class Blueprint:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
+        """Shape (C, H, W) of one latent."""
         config = self.configs[self.denoiser_name]
         size = config["sample_size"]
         return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
 
     @property
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the denoiser needs of a prompt, by its name in a pool, without the leading batch dimension."""
+        """Shapes of a prompt's conditioning by their names in a pool, without the batch dimension."""
         config = self.configs[self.denoiser_name]
         tokens = self.configs["text_encoder"]["max_position_embeddings"]
         if self.denoiser_name == "transformer":
@@ -91,7 +91,7 @@ class Blueprint:
         return words | {"pooled_prompt_embeds": (pooled,), "time_ids": (TIME_IDS,)}
 
     def inputs(self, images: int) -> dict[str, object]:
-        """Empty arguments for the denoiser, `images` at once, on the current device."""
+        """Build uninitialized arguments for the denoiser, for `images` at once, on the current device."""
         text = {name: torch.empty(images, *shape) for name, shape in self.text_shapes.items()}
         noisy, words = torch.empty(images, *self.latent_shape), text["prompt_embeds"]
         if self.denoiser_name == "transformer":
@@ -118,7 +118,7 @@ def _blueprint(configs: dict[str, dict], left_out: Collection[str], sequence_len
 
 
 def published_names() -> list[str]:
-    """The models whose configs are kept here."""
+    """List the published models whose configs are in this package."""
     return sorted(
         path.name.removesuffix(".json")
         for path in importlib.resources.files("capo.preflight.published").iterdir()
@@ -127,11 +127,14 @@ def published_names() -> list[str]:
 
 
 def published(name: str, left_out: Collection[str] = (), sequence_length: int = 0) -> Blueprint:
-    """The blueprint of a published model. Raises InputError for a name without configs here."""
+    """Return the blueprint of a published model, without the components `left_out`.
+
+    Raises InputError for a name whose configs are not in this package.
+    """
     if name not in published_names():
         raise InputError(
-            f"model.published={name}: no configs of that name are kept here, there are {', '.join(published_names())}; "
-            "or give model.backbone.weights=FOLDER, whose own configs then count"
+            f"model.published={name}: no configs of that name are in this package; choose one of "
+            f"{', '.join(published_names())}, or give model.backbone.weights=FOLDER to use its own configs"
         )
     text = (
         importlib.resources.files("capo.preflight.published")
@@ -142,13 +145,16 @@ def published(name: str, left_out: Collection[str] = (), sequence_length: int = 
 
 
 def from_folder(folder: Path, left_out: Collection[str] = (), sequence_length: int = 0) -> Blueprint:
-    """The blueprint of a pipeline folder. Raises InputError for one that lacks a denoiser, a VAE or a text encoder of a known class."""
+    """Return the blueprint of a pipeline folder, without the components `left_out`.
+
+    Raises InputError if the folder lacks a denoiser, a VAE or a text encoder of a known class.
+    """
     configs = {}
     for path in sorted(folder.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
         if kind in DIFFUSERS or kind in TRANSFORMERS:
-            # where a folder was saved from and as what is no part of its architecture
+            # The folder's origin and its dtype are not part of the architecture.
             configs[path.parent.name] = {
                 key: value
                 for key, value in config.items()
@@ -165,6 +171,7 @@ def from_folder(folder: Path, left_out: Collection[str] = (), sequence_length: i
     ]
     if lacking:
         raise InputError(
-            f"weights '{folder}': no config.json of a known class for {', '.join(lacking)}; give the folder of a diffusers pipeline"
+            f"weights '{folder}': no config.json of a known class for {', '.join(lacking)}; "
+            "give the folder of a diffusers pipeline"
         )
     return _blueprint(configs, left_out, sequence_length)

@@ -1,4 +1,4 @@
-"""What a run holds in memory and writes to disk, in bytes, from shapes alone."""
+"""Sizes, in bytes, of what a run holds in memory and writes to disk, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from capo.preflight.architecture import Blueprint
 from capo.preflight.tracing import Adapter, cast_bytes, policy_module
 from capo.runtime.optimizers import ADAMW_8BIT
 
-EIGHT_BIT_FROM, BLOCK = (
-    4096,
-    256,
-)  # bitsandbytes: smaller tensors keep float32 moments; a scale for each block of a moment
-LATENT_ITEM = 2  # float16 in a pool
-CHECKPOINTS = 3  # on disk at once: the best, the last, and the one that is being written
+# bitsandbytes: elements from which a tensor has 8-bit moments, and elements of a moment that share a scale
+EIGHT_BIT_FROM, BLOCK = 4096, 256
+LATENT_ITEM = 2  # bytes of a latent's element in a pool: float16
+CHECKPOINTS = 3  # on disk at once: the best, the last, and the one being written
 
 
 @dataclass(frozen=True)
 class ModelStates:
-    """What a device holds from the first step to the last, in bytes; FSDP gives each device its share."""
+    """Bytes of the model states (ZeRO's term), which are held during all of training; FSDP shards them."""
 
     weights: int
     gradients: int
@@ -33,22 +31,25 @@ class ModelStates:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all model states, in bytes."""
         return sum(asdict(self).values())
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Parameters and buffers of a module."""
+    """Size of a module's parameters and buffers in bytes."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def gradient_bytes(policy: nn.Module) -> int:
-    """One gradient for each trained parameter, in its dtype."""
+    """Size in bytes of the gradients of the trained parameters, each in its parameter's dtype."""
     return sum(p.nbytes for p in policy.parameters() if p.requires_grad)
 
 
 def optimizer_bytes(policy: nn.Module, name: str) -> int:
-    """Two moments of each trained parameter; AdamW keeps a step count of 4 bytes beside each pair of them."""
+    """Size in bytes of the optimizer's state: two moments per trained parameter.
+
+    AdamW adds a step count of 4 bytes per parameter tensor; the 8-bit form adds a scale for each block.
+    """
     trained = [p for p in policy.parameters() if p.requires_grad]
     if name != ADAMW_8BIT:
         return sum(2 * p.nbytes + 4 for p in trained)
@@ -58,12 +59,12 @@ def optimizer_bytes(policy: nn.Module, name: str) -> int:
     )
 
 
-_policy = cache(policy_module)  # to be looked at
+_policy = cache(policy_module)  # shared, so callers must not change it
 
 
 @cache
 def parameters(blueprint: Blueprint, lora: Adapter | None) -> tuple[int, int]:
-    """Parameters of the base's denoiser, and of those that are trained."""
+    """Count the parameters of the base's denoiser, and the parameters that are trained."""
     policy = _policy(blueprint, lora)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     return sum(p.numel() for p in policy.parameters()) - (trained if lora else 0), trained
@@ -79,10 +80,18 @@ def model_states(
     shards: int = 1,
     frozen_in: str = "32-true",
 ) -> ModelStates:
-    """What a run keeps on each device.
+    """Compute the model states that training keeps on each device.
 
-    `reference`: whether the objective needs one, stored as `capo.backbones.precision.frozen_reference` does; with LoRA the policy is it, adapter
-    off, its frozen weights stored as for the precision `frozen_in`.
+    Args:
+        blueprint: the pipeline.
+        lora: the adapter, or None to train all weights.
+        precision: Lightning's name of the training precision.
+        optimizer: name of the optimizer.
+        reference: whether the objective needs a reference, stored as by
+            `capo.backbones.precision.frozen_reference`. With LoRA the reference is the policy without its
+            adapter.
+        shards: number of devices that share the states.
+        frozen_in: precision for which the weights that LoRA freezes are stored.
     """
     policy = _policy(blueprint, lora, frozen_in)
     kept = 0
@@ -102,17 +111,20 @@ def _numbers(blueprint: Blueprint) -> dict[str, int]:
 
 @cache
 def autocast_copies(blueprint: Blueprint, lora: Adapter | None, precision: str) -> int:
-    """Bytes of the policy's trained weights in half precision, which autocast keeps while a batch is trained on or images are drawn."""
+    """Size in bytes of the half-precision copies of trained weights that autocast keeps in a forward pass."""
     return cast_bytes(_policy(blueprint, lora), precision)
 
 
 def pipeline_bytes(blueprint: Blueprint, itemsize: int) -> dict[str, int]:
-    """Component -> bytes of its weights in memory."""
+    """Compute {component: bytes of its weights}, at `itemsize` bytes per parameter."""
     return {name: count * itemsize for name, count in _numbers(blueprint).items()}
 
 
 def pool_bytes(blueprint: Blueprint, prompts: int, candidates: int, rewards: int, text_item: int) -> int:
-    """A pool on disk: float16 latents, text once a prompt in the encoders' dtype, scores."""
+    """Size of a pool on disk in bytes: float16 latents, scores, and each prompt's conditioning once.
+
+    `rewards` is the number of rewards, and `text_item` the bytes per element of the encoders' dtype.
+    """
     text = text_item * sum(math.prod(shape) for shape in blueprint.text_shapes.values())
     image = LATENT_ITEM * math.prod(blueprint.latent_shape) + SCORE_BYTES * rewards
     return prompts * (text + candidates * image)
@@ -120,7 +132,7 @@ def pool_bytes(blueprint: Blueprint, prompts: int, candidates: int, rewards: int
 
 @cache
 def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str) -> int:
-    """One checkpoint: the policy but for what LoRA leaves frozen, and the optimizer's state."""
+    """Size of one checkpoint in bytes: the policy, without what LoRA freezes, and the optimizer's state."""
     policy = _policy(blueprint, lora)
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     return sum(

@@ -1,4 +1,4 @@
-"""What only real weights can show: a few measurements of a model on this machine, each with a verdict and a remedy."""
+"""Measure a model with its real weights on this machine; each check has a verdict and a remedy."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ from capo.backbones.sampling import SamplerSettings, candidate_generators, sampl
 from capo.data.importing.images import pixels
 from capo.runtime.files import write_whole
 
-Known = Sequence[
-    tuple[Image.Image, str]
-]  # pictures of the kind that the model was trained on, and what they show
-PLACES = (0.15, 0.3, 0.5, 0.7, 0.85)  # u of the times at which errors are looked at
-DRAWS = 16  # noises a time, shared out over the known pictures
+# Images like those that the model was trained on, with their captions.
+Known = Sequence[tuple[Image.Image, str]]
+PLACES = (0.15, 0.3, 0.5, 0.7, 0.85)  # u of the times at which errors are measured
+DRAWS = 16  # noise samples per time, distributed over the known images
 LEAST_PSNR = 22.0  # dB; published autoencoders reach 26-36 on photographs
-DEVIATION = (0.6, 1.6)  # of scaled latents: the scaling factor is there to make it 1
-RATIO = (0.002, 1.0)  # denoising error by that of the best multiple of the network's input
+DEVIATION = (0.6, 1.6)  # standard deviation of scaled latents; the scaling factor should make it 1
+RATIO = (0.002, 1.0)  # denoising error relative to that of the best multiple of the network's input
 DECLARED = "what its scheduler says"
-CLEAR = 2.0  # standard errors by which a caption must help
+CLEAR = 2.0  # standard errors by which a caption must reduce the error
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, whether it is as it should be, what was found, what to do otherwise."""
+    """Result of one check: its name, whether it passed, what was found, and the remedy if it failed."""
 
     name: str
     passed: bool
@@ -44,13 +43,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Denoising:
-    """Errors of the base at one time.
+    """Denoising errors of the base at one time.
 
     Attributes:
-        time: u.
-        ratio: error by that of the best multiple of the noisy latent, which a network that has learned anything beats.
-        gains: (DRAWS,) error without caption minus error with it, same noise.
-        nearest: of the things that a network may predict, the one that its output comes closest to; None where it is far from all.
+        time: the time as u in [0, 1).
+        ratio: error divided by that of the best multiple of the noisy latent, which any trained network
+            beats.
+        gains: (DRAWS,) error without caption minus error with it, at the same noise.
+        nearest: the possible target (noise, image, v, velocity) closest to the output; None if all are far.
     """
 
     time: float
@@ -60,7 +60,7 @@ class Denoising:
 
 
 def photograph() -> Known:
-    """A photograph in the public domain that matplotlib ships (Grace Hopper, United States Navy, 1984)."""
+    """Return a photograph in the public domain, from matplotlib (Grace Hopper, United States Navy, 1984)."""
     path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     return [
         (
@@ -71,9 +71,10 @@ def photograph() -> Known:
 
 
 def pixels_of(known: Known, size: tuple[int, int]) -> Tensor:
-    """Pictures, cut to the middle and resized to (height, width) -> (B, 3, H, W) in [-1, 1].
+    """Center-crop and resize images to (height, width), as pixels (B, 3, H, W) in [-1, 1].
 
-    The cut has fractions of a pixel, so that the shape is exact; that of an import (`capo.data.importing.images.picture`) has whole ones.
+    The crop box has fractions of a pixel, so that the aspect ratio is exact; imported images
+    (`capo.data.importing.images.picture`) are cropped at whole pixels.
     """
     height, width = size
     parts = []
@@ -88,7 +89,10 @@ def pixels_of(known: Known, size: tuple[int, int]) -> Tensor:
 
 
 def check_vae(backbone: Backbone, known: Known) -> tuple[Check, Tensor]:
-    """Known pictures there and back, and the size of their latents; also the latents (B, C, h, w)."""
+    """Encode and decode known images, and check the PSNR and the scale of the latents.
+
+    Returns the check and the latents (B, C, h, w), float32 on the CPU, in the denoiser's scale.
+    """
     factor = backbone.pipeline.vae_scale_factor
     shown = pixels_of(known, tuple(factor * side for side in backbone.latent_shape[1:]))
     latents = torch.cat([backbone.encode_images(part) for part in shown.split(1)]).float().cpu()
@@ -97,18 +101,25 @@ def check_vae(backbone: Backbone, known: Known) -> tuple[Check, Tensor]:
     psnr, deviation = 10 * math.log10(4 / max(error, 1e-9)), latents.std().item()
     passed = bool(psnr >= LEAST_PSNR and DEVIATION[0] <= deviation <= DEVIATION[1])  # NaN passes neither
     remedy = (
-        "the VAE's files are not those of the model: get vae/ again, or name another model.backbone.vae"
+        "the VAE's files are not those of the model: get vae/ again, or set another model.backbone.vae"
         if not psnr >= LEAST_PSNR
-        else "scaling_factor or shift_factor in vae/config.json is not this VAE's: latents should have a deviation of about 1"
+        else "scaling_factor or shift_factor in vae/config.json is not this VAE's: "
+        "latents should have a deviation of about 1"
     )
-    found = f"{psnr:.1f} dB (at least {LEAST_PSNR:g}), latents' deviation {deviation:.2f} ({DEVIATION[0]:g}-{DEVIATION[1]:g})"
+    found = (
+        f"{psnr:.1f} dB (at least {LEAST_PSNR:g}), latents' deviation {deviation:.2f} "
+        f"({DEVIATION[0]:g}-{DEVIATION[1]:g})"
+    )
     return Check("VAE round trip", passed, found, "" if passed else remedy), latents
 
 
 def denoising_at(
     backbone: Backbone, latents: Tensor, captions: Sequence[str], place: float, batch: int
 ) -> Denoising:
-    """Errors of the base at the time u = `place`, on latents (B, C, h, w) of known pictures, `batch` at a time."""
+    """Measure the base's errors at the time u = `place` on latents (B, C, h, w) of known images.
+
+    The noise is seeded by `place`; at most `batch` latents go through the denoiser at once.
+    """
     draw = torch.Generator().manual_seed(round(1000 * place))
     rows = torch.arange(DRAWS) % len(latents)
     x = latents[rows]
@@ -134,7 +145,7 @@ def denoising_at(
 
 
 def _nearest(told: Tensor, targets: dict[str, Tensor]) -> str | None:
-    """The target that explains more than half of itself, and the most."""
+    """Return the target with the smallest relative squared error, or None if that is 0.5 or more."""
     misses = {
         name: ((told - target).square().mean() / target.square().mean()).item()
         for name, target in targets.items()
@@ -154,7 +165,7 @@ def _predict(backbone: Backbone, noisy: Tensor, t: Tensor, text: dict[str, Tenso
 
 
 def possible_targets(x: Tensor, noise: Tensor, log_snr: Tensor) -> dict[str, Tensor]:
-    """What networks are trained to predict of x and noise (B, C, H, W): by name, (B, C, H, W)."""
+    """Return {name: target (B, C, H, W)} for what networks may predict, from x and noise (B, C, H, W)."""
     shape = (-1, 1, 1, 1)
     alpha, sigma = log_snr.sigmoid().sqrt().view(shape), (-log_snr).sigmoid().sqrt().view(shape)
     return {
@@ -166,24 +177,36 @@ def possible_targets(x: Tensor, noise: Tensor, log_snr: Tensor) -> dict[str, Ten
 
 
 def check_denoising(found: Sequence[Denoising]) -> Check:
-    """Whether the base denoises known pictures, at every time, and their captions help."""
+    """Check that the base denoises known images at every time, and that their captions reduce the error."""
     told = ", ".join(f"u {at.time:g}: {at.ratio:.2f}" for at in found)
     gains = torch.cat([at.gains for at in found])
     clear = (gains.mean() / (gains.std() / len(gains) ** 0.5)).item()
-    told = f"error / best multiple of the input ({RATIO[0]:g}-{RATIO[1]:g}): {told}; the caption helps by {clear:.1f} standard errors (at least {CLEAR:g})"
+    told = (
+        f"error / best multiple of the input ({RATIO[0]:g}-{RATIO[1]:g}): {told}; "
+        f"the caption helps by {clear:.1f} standard errors (at least {CLEAR:g})"
+    )
     remedy = ""
     middle = found[len(found) // 2]
     if not all(RATIO[0] < at.ratio < RATIO[1] for at in found):
-        remedy = "the denoiser does not fit these latents or this schedule: compare scaling_factor and the scheduler's config with the model's"
+        remedy = (
+            "the denoiser does not fit these latents or this schedule: "
+            "compare scaling_factor and the scheduler's config with the model's"
+        )
         if middle.nearest not in (DECLARED, None):
-            remedy = f"the denoiser predicts {middle.nearest}, not {DECLARED}: use the scheduler config of these weights"
+            remedy = (
+                f"the denoiser predicts {middle.nearest}, not {DECLARED}: "
+                "use the scheduler config of these weights"
+            )
     elif not clear >= CLEAR:
-        remedy = "the text that the denoiser gets is not what it was trained with: are text_encoder and text_encoder_2, or the tokenizers, exchanged?"
+        remedy = (
+            "the text conditioning is not what the denoiser was trained with: "
+            "are text_encoder and text_encoder_2, or the tokenizers, exchanged?"
+        )
     return Check("denoising error", not remedy, told, remedy)
 
 
 def check_sample(backbone: Backbone, prompt: str, settings: SamplerSettings, path: Path) -> Check:
-    """One picture of `prompt`, written to `path`."""
+    """Generate one image of `prompt`, write it to `path`, and check that its latent is finite."""
     generators = candidate_generators([0])
     noise = torch.randn((1, *backbone.latent_shape), generator=generators[0])
     latent = sample(
@@ -201,7 +224,7 @@ def check_sample(backbone: Backbone, prompt: str, settings: SamplerSettings, pat
 
 
 def check_table(checks: Sequence[Check]) -> Table:
-    """The findings for a console."""
+    """Lay out the results of checks as a table for the console."""
     table = Table("check", "", "found", "what to do", title="check", title_justify="left", show_lines=True)
     for check in checks:
         table.add_row(
@@ -211,5 +234,5 @@ def check_table(checks: Sequence[Check]) -> Table:
 
 
 def write_checks(checks: Sequence[Check], path: Path) -> None:
-    """`check.json`: the findings, to be sent along with a question."""
+    """Write the results of checks as JSON (`check.json`), which can be attached to a bug report."""
     write_whole(path, json.dumps([asdict(check) for check in checks], indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What a run will take, before any of it is loaded: memory by part, arithmetic, disk, steps and hours."""
+"""Plan a run before anything is loaded: memory by part, FLOPs, disk, steps and hours."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from capo.preflight.tracing import Adapter, activation_bytes, decoder_forward, d
 from capo.runtime.launch import FSDP, Division
 
 HOUR = 3600  # seconds
-SAMPLING, DECODING, BOTH = (
-    "sampling",
-    "decoding",
-    "sampling and decoding",
-)  # parts of a phase that draws, scores, or does both
+# parts of a phase that generates images, scores them, or does both
+SAMPLING, DECODING, BOTH = "sampling", "decoding", "sampling and decoding"
 REWARDS = "rewards"
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """How a run trains.
+    """Settings of the training that a plan depends on.
 
     Attributes:
-        division: of an optimizer step's pairs over devices and forward passes.
-        steps: of the optimizer.
-        kinds: images of a pair that the objective looks at: 2, or the winner alone.
-        reference: whether the objective needs the base's errors.
-        lora: {rank, alpha, seed, targets} as `capo.preflight.tracing.adapter_of` has them, or None for all weights.
-        frozen_in: the precision for which what LoRA leaves frozen is stored.
-        gpu: whether autocast follows a GPU's rules (which the plan assumes unless the accelerator is the CPU).
+        division: how a step's pairs are divided over devices and forward passes.
+        steps: number of optimizer steps.
+        kinds: images of a pair that the objective uses: 2, or 1 for the winner alone.
+        reference: whether the objective needs the reference's errors.
+        precision: Lightning's name of the training precision.
+        optimizer: name of the optimizer.
+        strategy: `auto`, `ddp` or `fsdp`.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
+        lora: {rank, alpha, seed, targets} from `capo.preflight.tracing.adapter_of`, or None for all weights.
+        gpu: whether autocast follows a GPU's rules; the plan assumes so unless the accelerator is the CPU.
+        frozen_in: precision for which the weights that LoRA freezes are stored.
     """
 
     division: Division
@@ -57,20 +58,25 @@ class TrainingRequest:
 
     @property
     def shards(self) -> int:
-        """Into how many parts policy, optimizer and reference are split."""
+        """Number of devices over which policy, optimizer state and reference are sharded."""
         return self.division.devices if self.strategy == FSDP else 1
 
     @property
     def images(self) -> int:
-        """Of one forward pass."""
+        """Number of images in one forward pass of a device."""
         return self.kinds * self.division.micro_batch
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """How images are drawn: `batch` at a time, `branches` forward passes of each (2 with guidance) in each of `steps`.
+    """Settings of the sampler that a plan depends on.
 
-    `decode` of them go through the VAE at once.
+    Attributes:
+        steps: number of denoising steps.
+        branches: forward passes per image and step: 2 with guidance, else 1.
+        batch: images in one forward pass, before guidance doubles them.
+        precision: Lightning's name of the denoiser's precision.
+        decode: images that the VAE decodes at once.
     """
 
     steps: int
@@ -82,26 +88,26 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class PoolRequest:
-    """Images of one split; `prompts` is None where their number is not known before the set is read."""
+    """Images of one split; `prompts` is None if their number is unknown until the prompt set is read."""
 
     prompts: int | None
-    images: int  # a prompt
+    images: int  # per prompt
     rewards: int
-    times: int = 1  # how often they are drawn
+    times: int = 1  # how often the images are generated
     stored: bool = True
 
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """Bytes of the rewards' weights, on a device and off it.
-
-    Rewards of `unknown` are left out: nobody has said what they hold. One in a process of its own counts like any other.
+    """Sizes of the rewards' weights in bytes; a reward in another process counts like any other.
 
     Attributes:
-        pool: of the most that score one of the base's pools together: the trained and the held-out ones, or the evaluated ones.
-        validation: of the largest one; they come one after the other.
-        evaluation: of those that are evaluated, together.
-        everything: of all of them, each once.
+        pool: the largest set of rewards that scores one of the base's pools together: the rewards used in
+            training and the held-out ones, or those of the evaluation.
+        validation: the largest single reward, since validation loads one at a time.
+        evaluation: all rewards of the evaluation together.
+        everything: all rewards, each counted once.
+        unknown: names of rewards that declare no size and are left out.
     """
 
     pool: float = 0
@@ -113,20 +119,20 @@ class RewardRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that a plan follows from; sizes in bytes, `flops` those of one device at its peak in a second."""
+    """Inputs of a plan; sizes in bytes, and `flops` the peak FLOP/s of one device."""
 
     blueprint: Blueprint
     training: TrainingRequest
     sampling: SamplingRequest
     pools: Mapping[str, PoolRequest]
-    itemsize: int  # of the base's weights in memory, and of what its encoders give
+    itemsize: int  # bytes per element of the base's weights in memory, and of its encoders' outputs
     flops: float
     utilization: float
     rewards: RewardRequest = RewardRequest()
-    evaluate: bool = True  # the policy, in the end
+    evaluate: bool = True  # whether the policy is evaluated after training
 
     def model_states(self, shards: int = 1) -> ModelStates:
-        """What the run keeps on each of so many devices."""
+        """Compute the model states on each of `shards` devices."""
         training = self.training
         return model_states(
             self.blueprint,
@@ -140,13 +146,16 @@ class Request:
 
     @property
     def checkpoint(self) -> int:
-        """Of one."""
+        """Size of one checkpoint in bytes."""
         training = self.training
         return checkpoint_bytes(self.blueprint, training.lora, training.optimizer)
 
 
 def make_plan(request: Request) -> dict[str, object]:
-    """The plan as JSON values: `parameters`, `division`, `device`, `host`, `flops`, `disk`, `steps`, `hours`, `notes`."""
+    """Compute the plan as JSON values.
+
+    Keys: `parameters`, `division`, `device`, `host`, `flops`, `disk`, `steps`, `hours`, `notes`.
+    """
     trained = request.training
     total, adapted = parameters(request.blueprint, trained.lora)
     arithmetic = flops_of(request)
@@ -164,7 +173,7 @@ def make_plan(request: Request) -> dict[str, object]:
 
 
 def _phases(phases: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
-    """Parts and total of each phase, and the largest total as `peak`."""
+    """Add the total to each phase's parts, and the largest total as `peak`."""
     told: dict[str, object] = {
         name: {**parts, "total": sum(parts.values())} for name, parts in phases.items()
     }
@@ -172,9 +181,10 @@ def _phases(phases: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
 
 
 def device_memory(request: Request) -> dict[str, object]:
-    """Bytes of each part on one device, by phase; the phases follow one another, so the largest is what is needed.
+    """Compute the bytes of each part on one device, by phase.
 
-    Images are drawn first and scored afterwards, and rewards are on the device for the second alone.
+    Phases run one after another, so the largest total is the memory that is needed. Images are generated
+    first and scored afterwards; rewards are on the device during scoring only.
     """
     training, blueprint = request.training, request.blueprint
     kept = asdict(request.model_states(training.shards))
@@ -222,7 +232,11 @@ def device_memory(request: Request) -> dict[str, object]:
 
 
 def host_memory(request: Request) -> dict[str, object]:
-    """Bytes of each part beside the device: the pipeline waits there while others are on it, and a checkpoint is collected."""
+    """Compute the bytes of each part in host memory, by phase.
+
+    The pipeline and the rewards stay there while they are off the device, and a checkpoint is collected
+    there.
+    """
     whole = request.model_states()
     pipeline = sum(pipeline_bytes(request.blueprint, request.itemsize).values())
     rewards = request.rewards.everything
@@ -244,11 +258,12 @@ def host_memory(request: Request) -> dict[str, object]:
 
 
 def flops_of(request: Request) -> dict[str, float]:
-    """Floating-point operations of a pair, and of an image that is drawn and decoded; a product and a sum are two.
+    """Count the FLOPs of a forward pass, of a pair, and of a generated and decoded image.
 
-    `pair_model` is what has to be computed: a forward pass of policy and reference, and the policy's backward pass, in which a
-    product with weights costs two more (with LoRA one: frozen weights have no gradient), one of activations two more. `pair`
-    adds the forward pass that gradient checkpointing repeats.
+    A multiplication and an addition count as two operations. `pair_model` counts the necessary ones: a
+    forward pass of policy and reference, and the policy's backward pass, where each product with weights
+    costs two more products (with LoRA one, since frozen weights have no gradient) and each product of
+    activations two more. `pair` adds the forward pass that gradient checkpointing repeats.
     """
     training, sampling = request.training, request.sampling
     once = denoiser_forward(request.blueprint, sampling.precision, training.gpu)
@@ -264,7 +279,7 @@ def flops_of(request: Request) -> dict[str, float]:
 
 
 def disk_space(request: Request) -> dict[str, object]:
-    """Bytes under the pool root by split (None: unknown), and in the run directory."""
+    """Compute the bytes under the pool root, by split (None: unknown), and in the run directory."""
     blueprint, whole = request.blueprint, request.model_states()
 
     def size(pool: PoolRequest) -> int | None:
@@ -275,7 +290,7 @@ def disk_space(request: Request) -> dict[str, object]:
         )
 
     pools = {name: size(pool) for name, pool in request.pools.items() if pool.stored}
-    # a full policy is a whole pipeline in float32, an adapter its own weights
+    # A fully tuned policy is exported as a whole pipeline in float32, an adapter as its own weights.
     policy = whole.gradients if request.training.lora else sum(pipeline_bytes(blueprint, 4).values())
     run = {"checkpoints": CHECKPOINTS * request.checkpoint, "policy": policy}
     return {"pools": {**pools, "total": _sum(pools.values())}, "run": {**run, "total": sum(run.values())}}
@@ -287,9 +302,9 @@ def _sum(values: Iterable[int | None]) -> int | None:
 
 
 def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float | None]:
-    """Hours of training, and of drawing all images, on all devices at the stated share of their peak.
+    """Estimate the hours of training and of generating all images, at `utilization` of all devices' peak.
 
-    Not in it: rewards, text encoders, loading, and reading.
+    Rewards, text encoders, loading and reading are left out. Unknown numbers are None.
     """
     training, division = request.training, request.training.division
     rate = request.flops * request.utilization * division.devices * HOUR
@@ -308,7 +323,7 @@ def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float 
 
 
 def notes(request: Request) -> list[str]:
-    """What the figures leave out or assume."""
+    """List what the figures leave out or assume."""
     told = [
         "hours leave out rewards, text encoders, loading and reading",
         "memory leaves out what the device's libraries and its kernels take",
@@ -319,9 +334,7 @@ def notes(request: Request) -> list[str]:
             f"number of prompts unknown until the sets are read or given a limit: {', '.join(unknown)}"
         )
     if request.rewards.unknown:
-        told.append(
-            f"memory of these rewards is not known and left out: {', '.join(request.rewards.unknown)}"
-        )
+        told.append(f"memory of these rewards is unknown and left out: {', '.join(request.rewards.unknown)}")
     if request.training.gpu and request.training.precision != "32-true":
         told.append("activations follow a GPU's autocast; on a CPU they are somewhat smaller")
     return told

@@ -1,4 +1,4 @@
-"""A plan as a table that a person reads before a run."""
+"""Print a plan as a table, and extract the figures by which plans are compared."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ def _settings(plan: dict) -> list[tuple[str, str]]:
     return [
         (
             "model",
-            f"{plan['model']}: {plan['parameters']['denoiser']:,} parameters, {plan['parameters']['trained']:,} trained",
+            f"{plan['model']}: {plan['parameters']['denoiser']:,} parameters, "
+            f"{plan['parameters']['trained']:,} trained",
         ),
         (
             "objective",
-            f"{_last(objective)}, beta {objective.get('beta')}; pairs {_last(cfg['pairs'])}; rewards {', '.join(cfg['rewards'])}",
+            f"{_last(objective)}, beta {objective.get('beta')}; pairs {_last(cfg['pairs'])}; "
+            f"rewards {', '.join(cfg['rewards'])}",
         ),
         (
             "step",
-            f"{division['pairs']} pairs: {division['devices']} devices x {division['micro_batch']} x {division['accumulate']} accumulated",
+            f"{division['pairs']} pairs: {division['devices']} devices x {division['micro_batch']} "
+            f"x {division['accumulate']} accumulated",
         ),
         (
             "how",
-            f"{trainer['precision']}, {trainer['optimizer']}, gradient checkpointing {'on' if trainer['gradient_checkpointing'] else 'off'}, strategy {trainer['strategy']}",
+            f"{trainer['precision']}, {trainer['optimizer']}, gradient checkpointing "
+            f"{'on' if trainer['gradient_checkpointing'] else 'off'}, strategy {trainer['strategy']}",
         ),
         ("steps", f"{plan['steps']:,}, learning rate {trainer['lr']:g}, warm-up {trainer['warm_up']}"),
         (
@@ -66,10 +70,11 @@ def _figures(plan: dict) -> list[tuple[str, str]]:
     }
     return [
         *rows,
-        ("TFLOP", f"{flops['pair'] / 1e12:,.3g} a pair, {flops['image'] / 1e12:,.3g} an image that is drawn"),
+        ("TFLOP", f"{flops['pair'] / 1e12:,.3g} per pair, {flops['image'] / 1e12:,.3g} per generated image"),
         (
             "hours",
-            f"training {spent['training']}, drawing {spent['sampling']}; at {hours['utilization']:.0%} of {hours['flops'] / 1e12:,.0f} TFLOP/s a device",
+            f"training {spent['training']}, sampling {spent['sampling']}; at {hours['utilization']:.0%} of "
+            f"{hours['flops'] / 1e12:,.0f} TFLOP/s per device",
         ),
         ("disk, pools", f"{readable(disk['pools']['total'])}: {_parts(disk['pools'])}"),
         ("disk, run", f"{readable(disk['run']['total'])}: {_parts(disk['run'])}"),
@@ -77,7 +82,7 @@ def _figures(plan: dict) -> list[tuple[str, str]]:
 
 
 def print_plan(plan: dict, console: Console) -> None:
-    """Settings and figures as a table, then what is missing here."""
+    """Print settings and figures as a table, then the notes and what is missing on this machine."""
     table = Table(title="plan", show_header=False, title_justify="left")
     for name, value in [*_settings(plan), *_figures(plan)]:
         table.add_row(name, value)
@@ -92,7 +97,7 @@ def _print_list(console: Console, title: str, lines: Sequence[str]) -> None:
         console.print(f"  - {line}", markup=False, highlight=False)
 
 
-# heading on the console -> figure; two tables, so that numbers stay whole on 80 columns
+# Heading on the console -> figure. There are two tables, so that no number is broken at 80 columns.
 HOLDS = {
     "parameters": "parameters/denoiser",
     "trained": "parameters/trained",
@@ -105,7 +110,7 @@ TAKES = {
     "steps": "steps",
     "images": "images",
     "training h": "hours/training",
-    "drawing h": "hours/sampling",
+    "sampling h": "hours/sampling",
     "missing": "missing",
     "certain": "missing/certain",
 }
@@ -115,9 +120,10 @@ BYTES = ("device/peak", "disk/pools")
 
 
 def plan_figures(plan: Mapping) -> dict[str, float | None]:
-    """A plan's figures, under the names of `plans.csv`'s columns: bytes, hours and counts; None where the plan does not know.
+    """Extract a plan's figures under the column names of `plans.csv`: bytes, hours and counts; None: unknown.
 
-    `missing` counts what this machine lacks, `missing/certain` what a run could not begin with.
+    `missing` counts what this machine lacks, and `missing/certain` the part of it without which no run can
+    start.
     """
     disk, hours, lacking = plan["disk"], plan["hours"], plan["missing here"]
     return {
@@ -137,7 +143,7 @@ def plan_figures(plan: Mapping) -> dict[str, float | None]:
 
 
 def plan_cell(figures: Mapping[str, float | None], name: str) -> str:
-    """A figure as the console shows it; `unknown` where the plan does not know."""
+    """Format a figure for the console; `unknown` for None."""
     value = figures[name]
     if value is None:
         return "unknown"

@@ -1,4 +1,4 @@
-"""What this machine lacks for a run: room on its disks, memory of its device and its own."""
+"""Find what this machine lacks for a run: disk space, device memory and host memory."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ from capo.preflight.memory import ModelStates
 from capo.preflight.plan import BOTH, DECODING, REWARDS, SAMPLING
 from capo.runtime.launch import launch
 
-LESS_HELD = "use an adapter (experiment=lora), trainer=fsdp on several devices, trainer.optimizer=adamw_8bit, or a larger device"
+LESS_HELD = (
+    "use an adapter (experiment=lora), trainer=fsdp on several devices, trainer.optimizer=adamw_8bit, "
+    "or a larger device"
+)
 LESS_KEPT = "lower trainer.micro_batch, or set trainer.gradient_checkpointing=true"
-HALF_BASE = "store the base in half (model.backbone.dtype=float16)"
-REMEDIES = {  # part of a phase -> what makes it smaller; any other part is held from the first step to the last
+HALF_BASE = "store the base in half precision (model.backbone.dtype=float16)"
+REMEDIES = {  # part of a phase -> what makes it smaller; any other part is a model state (LESS_HELD)
     "activations": LESS_KEPT,
     SAMPLING: "lower sampling.batch",
     DECODING: "set sampling.decode=1",
     BOTH: "lower sampling.batch, and set sampling.decode=1",
     "denoiser": HALF_BASE,
     "VAE and text encoders": HALF_BASE,
-    "policy": "evaluate elsewhere (evaluate=false here, then evaluate.py run=DIR), or tune an adapter (experiment=lora)",
+    "policy": (
+        "evaluate elsewhere (evaluate=false here, then evaluate.py run=DIR), "
+        "or tune an adapter (experiment=lora)"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """One thing that is missing here. `certain`: a run cannot succeed with it; others are said by a plan only."""
+    """Something that this machine lacks for a run.
+
+    A run is refused for a `certain` one, with which it cannot succeed; others are only reported in a plan.
+    """
 
     kind: str  # disk, memory, weights, rewards, extras, prompts, configuration, device
     message: str
@@ -38,14 +47,14 @@ class Shortage:
 
 
 def readable(size: float | None) -> str:
-    """Bytes in GB or MB, powers of ten."""
+    """Format bytes in GB or MB (powers of ten); `unknown` for None."""
     if size is None:
         return "unknown"
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space where `folder` lies or will lie."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     return shutil.disk_usage(_existing(folder)).free
 
 
@@ -57,12 +66,12 @@ def _existing(folder: Path) -> Path:
 
 
 def folder_bytes(*folders: Path) -> int:
-    """What lies in the folders by now."""
+    """Total bytes of the files in the folders."""
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def disk_findings(needs: Mapping[Path, int]) -> list[Shortage]:
-    """Folders with what is still to be written to each, compared with the room on their disks; what shares one adds up."""
+    """Compare {folder: bytes still to be written} with the free space; folders on one disk are added up."""
     by_disk: dict[int, dict[Path, int]] = {}
     for folder, need in needs.items():
         by_disk.setdefault(_existing(folder).stat().st_dev, {})[folder] = need
@@ -74,14 +83,15 @@ def disk_findings(needs: Mapping[Path, int]) -> list[Shortage]:
             found.append(
                 Shortage(
                     "disk",
-                    f"{told}; {readable(free)} are free there: make room, or set pool.root and hydra.run.dir to a larger disk",
+                    f"{told}; {readable(free)} are free there: make room, "
+                    "or set pool.root and hydra.run.dir to a larger disk",
                 )
             )
     return found
 
 
 def host_bytes() -> int:
-    """Memory of this machine."""
+    """Memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -90,7 +100,7 @@ def _on_gpu(accelerator: str) -> bool:
 
 
 def device_bytes(accelerator: str) -> tuple[str, int]:
-    """Name and memory of the device that a run takes here: the GPU, or without one this machine's own memory."""
+    """Return name and memory, in bytes, of the device of a run here: the GPU, or the host without one."""
     if _on_gpu(accelerator):
         properties = torch.cuda.get_device_properties(launch().local_rank)
         return properties.name, properties.total_memory
@@ -98,15 +108,15 @@ def device_bytes(accelerator: str) -> tuple[str, int]:
 
 
 def certain_memory(held: ModelStates, accelerator: str) -> list[Shortage]:
-    """A finding where weights, gradients, optimizer and reference alone are more than the device has."""
+    """Report a certain shortage if the model states alone exceed the device's memory."""
     name, there = device_bytes(accelerator)
     if held.total <= there:
         return []
     return [
         Shortage(
             "memory",
-            f"weights, gradients, optimizer and reference take {readable(held.total)} on a device, which has {readable(there)} ({name}): "
-            f"{LESS_HELD} (plan=true says what takes what)",
+            f"weights, gradients, optimizer and reference take {readable(held.total)} on a device, which has "
+            f"{readable(there)} ({name}): {LESS_HELD} (plan=true shows the memory of each part)",
         )
     ]
 
@@ -114,9 +124,13 @@ def certain_memory(held: ModelStates, accelerator: str) -> list[Shortage]:
 def likely_memory(
     device: Mapping, host: Mapping, accelerator: str, precisions: Sequence[str] = ()
 ) -> list[Shortage]:
-    """Findings where the plan's largest phase, with its estimates, is more than there is.
+    """Report likely shortages: phases whose estimated memory exceeds that of the device or the host.
 
-    `device`, `host`: of a plan. `precisions`: keys of the precision of each reward that is in float32 and could be in half.
+    Args:
+        device: device memory by phase, as in a plan.
+        host: host memory by phase, as in a plan.
+        accelerator: `trainer.accelerator`.
+        precisions: configuration keys of the precision of rewards that are in float32 and could be in half.
     """
     name, there = device_bytes(accelerator)
     found = []
@@ -125,8 +139,9 @@ def likely_memory(
         found.append(
             Shortage(
                 "memory",
-                f"the largest phase, {phase}, takes about {readable(device['peak'])} on a device, which has {readable(there)} "
-                f"({name}); its largest part is {part}, {readable(size)}: {_remedy(phase, part, precisions)}",
+                f"the largest phase, {phase}, takes about {readable(device['peak'])} on a device, which has "
+                f"{readable(there)} ({name}); its largest part is {part}, {readable(size)}: "
+                f"{_remedy(phase, part, precisions)}",
                 certain=False,
             )
         )
@@ -135,7 +150,8 @@ def likely_memory(
         found.append(
             Shortage(
                 "memory",
-                f"this machine's own memory: about {readable(on_host)} are needed, {readable(host_bytes())} are here",
+                f"this machine's own memory: about {readable(on_host)} are needed, "
+                f"{readable(host_bytes())} are here",
                 certain=False,
             )
         )
@@ -143,7 +159,7 @@ def likely_memory(
 
 
 def _largest(phases: Mapping) -> tuple[str, str, float]:
-    """The phase that takes most, its largest part, and the bytes of that."""
+    """Return the phase with the largest total, its largest part, and that part's bytes."""
     parts = {phase: told for phase, told in phases.items() if phase != "peak"}
     phase = max(parts, key=lambda name: parts[name]["total"])
     size, part = max((size, part) for part, size in parts[phase].items() if part != "total")
@@ -151,7 +167,7 @@ def _largest(phases: Mapping) -> tuple[str, str, float]:
 
 
 def _remedy(phase: str, part: str, precisions: Sequence[str]) -> str:
-    """What makes the largest part of a phase smaller."""
+    """Say how to reduce the largest part of a phase."""
     if part == REWARDS:
         half = " ".join(f"{key}=bfloat16" for key in precisions)
         return (

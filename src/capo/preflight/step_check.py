@@ -1,4 +1,4 @@
-"""A few training steps of a model on this machine: policy = reference, the loss at the start, time and memory of a step."""
+"""Take a few training steps on this machine; check policy = reference, the first loss, time and memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from capo.objectives import margin
 from capo.preflight.model_check import Check
 
 STEPS = 3  # the last one is timed
-NEAR = 0.2  # share by which the measured memory may differ from the plan's
+NEAR = 0.2  # largest relative difference between measured and planned memory
 
 
 def step_batch(backbone: Backbone, latents: Tensor, captions: Sequence[str], pairs: int) -> PreferenceBatch:
-    """`pairs` pairs: known latents (B, C, h, w) as winners, the same with noise on them as losers; gaps dR from 0.2 to 0.9."""
+    """Build a batch of `pairs` pairs from known latents (B, C, h, w) and their captions.
+
+    Winners are the latents, losers the same latents with added noise; the gaps dR range from 0.2 to 0.9.
+    """
     draw = torch.Generator().manual_seed(0)
     rows = torch.arange(pairs) % len(latents)
     winners = latents[rows]
@@ -47,7 +50,17 @@ def step_batch(backbone: Backbone, latents: Tensor, captions: Sequence[str], pai
 
 
 class Watch(L.Callback):
-    """What the first forward pass and the last step of a short fit came to."""
+    """Record the first forward pass and the last step of a short fit.
+
+    Attributes:
+        largest: largest |margin h| of the first batch; NaN if the objective has no reference or no loser.
+        loss: mean loss of the first batch; NaN as above.
+        expected: mean of the objective with the policy's errors replaced by the reference's (h = 0); NaN as
+            above.
+        gap: mean reward gap dR of the first batch; NaN as above.
+        seconds: duration of the last step.
+        peak: peak GPU memory of the last step in bytes; None on a CPU.
+    """
 
     def __init__(self) -> None:
         self.largest = self.loss = self.expected = math.nan
@@ -84,7 +97,7 @@ class Watch(L.Callback):
 
 
 def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: str, precision: str) -> Watch:
-    """Train on the same batch for a few steps; the module is of no other use afterwards."""
+    """Train `module` on the same batch for STEPS steps and return the record; do not reuse the module."""
     watch = Watch()
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -109,12 +122,14 @@ def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: st
 def check_steps(
     watch: Watch, planned_bytes: int | None, flops: float | None, pairs: int, rate: float | None = None
 ) -> list[Check]:
-    """Verdicts on what `take_steps` saw.
+    """Turn the record of `take_steps` into checks.
 
     Args:
-        planned_bytes: device memory of a step by the plan; None: not compared.
-        flops: of the same step, by the plan.
-        rate: FLOP/s that the plan assumes of a device, whatever this one is; the seconds that follow are said and judge nothing.
+        watch: the record.
+        planned_bytes: the plan's device memory for a step; None: not compared.
+        flops: the plan's FLOPs for the same step; None: no speed is reported.
+        pairs: number of pairs in the batch.
+        rate: FLOP/s per device that the plan assumes; the planned seconds are reported but not judged.
     """
     checks = []
     if not math.isnan(watch.largest):
@@ -126,7 +141,8 @@ def check_steps(
                 f"largest |h| of the first batch {watch.largest:.3g}, mean dR {watch.gap:.3f}",
                 ""
                 if same
-                else "policy and reference compute differently at equal weights: trainer.compile=false, trainer.precision=32-true",
+                else "policy and reference compute differently at equal weights: "
+                "trainer.compile=false, trainer.precision=32-true",
             )
         )
         near = abs(watch.loss - watch.expected) <= 1e-4 * max(abs(watch.expected), 1e-3)

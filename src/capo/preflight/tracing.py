@@ -1,4 +1,4 @@
-"""What a pass through a network computes and keeps, found with tensors that have shapes and no values."""
+"""Trace a network with fake tensors (shapes without values) to count its FLOPs and activation memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ from capo.backbones.lora import add_lora
 from capo.backbones.precision import HALVES, half_stored
 from capo.preflight.architecture import Blueprint
 
-Adapter = tuple[tuple[str, object], ...]  # the items of a LoRA's settings
-PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # whose weights autocast takes in half precision
-IN_FLOAT32 = (
-    F.group_norm,
-    F.layer_norm,
-    F.softmax,
-)  # what autocast computes in float32 on a GPU, but not on a CPU
+Adapter = tuple[tuple[str, object], ...]  # sorted items of a LoRA's settings
+PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # layers whose weights autocast casts to half precision
+# Autocast computes these in float32 on a GPU, but not on a CPU.
+IN_FLOAT32 = (F.group_norm, F.layer_norm, F.softmax)
 
 
 def _attention_flops(
@@ -36,7 +33,7 @@ def _attention_flops(
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-# products of activations with each other, by operation
+# Operations that multiply activations with each other -> function that counts their FLOPs.
 WITHOUT_WEIGHTS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     **{packet: flop_registry[packet] for packet in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)},
@@ -45,12 +42,14 @@ WITHOUT_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward pass without gradients.
+    """Cost of one forward pass without gradients.
 
     Attributes:
-        weight_flops: of products with weights (linear layers, convolutions); a product and a sum are two.
-        attention_flops: of products of activations with each other.
-        working: bytes alive at once beside weights and inputs, at most; without what kernels take for themselves.
+        weight_flops: FLOPs of products with weights (linear layers, convolutions); a multiply-add counts as
+            two.
+        attention_flops: FLOPs of products of activations with each other.
+        working: peak bytes of results alive at once besides weights and inputs, without kernels' own
+            workspace.
     """
 
     weight_flops: int
@@ -59,20 +58,20 @@ class Forward:
 
     @property
     def flops(self) -> int:
-        """All of them."""
+        """FLOPs of all products."""
         return self.weight_flops + self.attention_flops
 
 
 class Kept:
-    """Counts the bytes that autograd keeps for the backward pass: each storage once, `own` ones not at all."""
+    """Count the bytes that autograd saves for the backward pass: each storage once, except those of `own`."""
 
     def __init__(self, own: Iterable[Tensor]):
         self._known = {_storage_key(tensor) for tensor in own}
-        self._alive: list[Tensor] = []  # a storage that was freed would lend its address to the next one
+        self._alive: list[Tensor] = []  # a freed storage's address could be reused by another storage
         self.bytes = 0
 
     def note(self, tensor: Tensor) -> Tensor:
-        """A hook of `saved_tensors_hooks`."""
+        """Count a saved tensor and return it; the pack hook of `saved_tensors_hooks`."""
         key = _storage_key(tensor)
         if key not in self._known:
             self._known.add(key)
@@ -81,7 +80,7 @@ class Kept:
         return tensor
 
     def watch(self):
-        """Context in which what is kept is counted."""
+        """Return a context manager in which saved tensors are counted."""
         return torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor)
 
 
@@ -90,13 +89,13 @@ def _storage_key(tensor: Tensor) -> int:
 
 
 class _Count(TorchDispatchMode):
-    """Floating-point operations by kind, and the most bytes of results that were alive at once beside those of `own`."""
+    """Count FLOPs by kind, and the peak bytes of results alive at once besides the storages of `own`."""
 
     def __init__(self, own: Iterable[Tensor]) -> None:
         super().__init__()
         self.weight_flops = self.attention_flops = 0
         self.now = self.most = 0
-        self._own = [tensor.untyped_storage() for tensor in own]  # which views of weights share
+        self._own = [tensor.untyped_storage() for tensor in own]  # views of weights share these
         self._seen: weakref.WeakSet = weakref.WeakSet(self._own)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -121,7 +120,7 @@ class _Count(TorchDispatchMode):
 
 
 class _AsOnGpu(TorchFunctionMode):
-    """Autocast's rules of a GPU on a CPU: normalization and softmax in float32."""
+    """Apply a GPU's autocast rules on a CPU: normalization and softmax in float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in IN_FLOAT32 and args[0].is_floating_point():
@@ -131,10 +130,10 @@ class _AsOnGpu(TorchFunctionMode):
 
 @contextmanager
 def _imagined(module: nn.Module, precision: str, gpu: bool) -> Iterator[None]:
-    """`module`, on the meta device before, computes in Lightning's `precision` with values that nobody knows."""
+    """Make `module`, from the meta device, compute with fake tensors in Lightning's `precision`."""
     half = HALVES.get(precision)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # said to lie on a device that has autocast and fused attention, which meta has not
+    # The tensors claim to be on the CPU, which has autocast and fused attention; the meta device has neither.
     module._apply(lambda tensor: FakeTensor(mode, tensor.detach(), torch.device("cpu")))
     with ExitStack() as stack:
         stack.enter_context(mode)
@@ -146,7 +145,7 @@ def _imagined(module: nn.Module, precision: str, gpu: bool) -> Iterator[None]:
 
 
 def _cast(arguments: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """Arguments with their floating-point tensors in `dtype`."""
+    """Cast the floating-point tensors among the arguments, nested dicts included, to `dtype`."""
 
     def one(value: object) -> object:
         if isinstance(value, dict):
@@ -157,7 +156,7 @@ def _cast(arguments: dict[str, object], dtype: torch.dtype) -> dict[str, object]
 
 
 def adapter_of(lora: Mapping[str, object] | None) -> Adapter | None:
-    """{rank, alpha, seed, targets} as a value that results can be kept by."""
+    """Convert {rank, alpha, seed, targets} to a hashable value, under which results can be cached."""
     return (
         None
         if lora is None
@@ -166,7 +165,10 @@ def adapter_of(lora: Mapping[str, object] | None) -> Adapter | None:
 
 
 def policy_module(blueprint: Blueprint, lora: Adapter | None, frozen_in: str = "32-true") -> nn.Module:
-    """The denoiser as it is tuned, on the meta device: all of it, or with an adapter, its frozen weights stored as for the precision `frozen_in`."""
+    """Build the policy on the meta device: the denoiser, with an adapter if `lora` is given.
+
+    With an adapter, the frozen weights are stored as for the precision `frozen_in`.
+    """
     denoiser = blueprint.module(blueprint.denoiser_name)
     if lora is None:
         return denoiser
@@ -176,8 +178,8 @@ def policy_module(blueprint: Blueprint, lora: Adapter | None, frozen_in: str = "
 
 @cache
 def denoiser_forward(blueprint: Blueprint, precision: str, gpu: bool) -> Forward:
-    """One image through the frozen denoiser; of more images every figure is a multiple."""
-    # stored in half, because copies that autocast would make are no multiple of the images
+    """Measure the frozen denoiser on one image; every figure scales with the number of images."""
+    # Stored in half precision, because autocast's copies of weights do not scale with the number of images.
     denoiser = half_stored(blueprint.module(blueprint.denoiser_name).requires_grad_(False), precision)
     with _imagined(denoiser, precision, gpu):
         arguments = _cast(blueprint.inputs(1), torch.float32)
@@ -186,7 +188,7 @@ def denoiser_forward(blueprint: Blueprint, precision: str, gpu: bool) -> Forward
 
 @cache
 def decoder_forward(blueprint: Blueprint) -> Forward:
-    """One latent through the VAE's decoder, in float32."""
+    """Measure the VAE's decoder on one latent, in float32."""
     vae = blueprint.module("vae")
     with _imagined(vae, "32-true", False):
         latent = torch.empty(1, *blueprint.latent_shape)
@@ -209,17 +211,18 @@ def activation_bytes(
     checkpointing: bool = False,
     frozen_in: str = "32-true",
 ) -> int:
-    """Bytes that a forward pass of the policy keeps for its backward pass, and with checkpointing what that makes again.
+    """Count the bytes that a forward pass of the policy saves for its backward pass.
 
-    With gradient checkpointing: the inputs of the blocks, and on top of them the larger of what the largest block keeps while it
-    is computed again, and the copies of the weights that autocast keeps until the forward pass has ended.
+    With gradient checkpointing these are the inputs of the blocks, plus the larger of two: what the largest
+    block saves while it is recomputed, and the copies of weights that autocast keeps until the forward pass
+    ends.
     """
     policy = policy_module(blueprint, lora, frozen_in).train()
     blocks: list[int] = []
 
     def block(module: nn.Module, *args):
         inner = Kept(own)
-        with inner.watch():  # which keeps what is inside from `kept`, as a checkpoint does
+        with inner.watch():  # hides the block's saved tensors from `kept`, as a checkpoint does
             found = module(*args)
         blocks.append(inner.bytes)
         for tensor in tree_leaves(args):
@@ -238,7 +241,7 @@ def activation_bytes(
 
 
 def cast_bytes(policy: nn.Module, precision: str) -> int:
-    """What autocast keeps of a policy's trained weights in half precision during a forward pass."""
+    """Size in bytes of the half-precision copies of trained weights that autocast keeps in a forward pass."""
     if precision not in HALVES:
         return 0
     return sum(

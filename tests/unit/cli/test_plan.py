@@ -169,7 +169,7 @@ GB = {"peak": 92e9, "training": {"weights": 10e9, "activations": 40e9, "total": 
     ("pool scoring", {"denoiser": 10e9, "rewards": 46e9}, [], "its largest part is rewards, 46.0 GB: take fewer or smaller rewards"),
     ("validation", {"gradients": 10e9, "optimizer": 46e9}, [], "part is optimizer, 46.0 GB: use an adapter (experiment=lora), trainer=fsdp"),
     ("validation", {"optimizer": 20e9, "sampling and decoding": 46e9}, [], "46.0 GB: lower sampling.batch, and set sampling.decode=1"),
-    ("evaluation scoring", {"rewards": 20e9, "VAE and text encoders": 46e9}, ["x"], "46.0 GB: store the base in half (model.backbone.dtype="),
+    ("evaluation scoring", {"rewards": 20e9, "VAE and text encoders": 46e9}, ["x"], "46.0 GB: store the base in half precision (model.backbone.dtype="),
 ])  # fmt: skip
 def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, phase, parts, precisions, told):
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a card", 80e9))

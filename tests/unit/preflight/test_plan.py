@@ -119,7 +119,7 @@ def test_text_and_latents_of_the_published_models():
     assert published("sd3", sequence_length=256).text_shapes == {"prompt_embeds": (77 + 256, 4096), "pooled_prompt_embeds": (2048,)}
     assert published("sd3").latent_shape == (16, 128, 128) and published("sd15").latent_shape == (4, 64, 64)
     assert "text_encoder_3" not in published("sd3", left_out=["text_encoder_3"]).configs
-    with pytest.raises(InputError, match="model.published=sd9: no configs of that name are kept here, there are sd15"):
+    with pytest.raises(InputError, match="model.published=sd9: no configs of that name are in this package; choose one of sd15"):
         published("sd9")
 
 
@@ -262,7 +262,7 @@ def test_rewards_count_where_images_are_scored_and_nowhere_else(unet):
     # beside what training holds, and no VAE: that has left
     assert device["validation scoring"]["total"] == device["training"]["total"] - device["training"]["activations"] + 4e9
     assert host["training"]["rewards"] == host["loading"]["rewards"] == 8e9
-    assert "memory of these rewards is not known and left out: vila" in notes(with_rewards)
+    assert "memory of these rewards is unknown and left out: vila" in notes(with_rewards)
 
 
 def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):

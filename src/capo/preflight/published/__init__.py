@@ -1,0 +1,1 @@
+"""Configs of the published models, one JSON file each."""
