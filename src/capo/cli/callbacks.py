@@ -1,4 +1,7 @@
-"""Hydra callbacks of conf/train.yaml; what they need is imported when they are called, since every start imports this module."""
+"""Hydra callbacks of conf/train.yaml.
+
+Every start imports this module, so each callback imports its libraries when it is called.
+"""
 
 from __future__ import annotations
 

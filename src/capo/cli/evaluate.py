@@ -26,7 +26,7 @@ console = Console()
 def evaluate_policy(
     cfg: DictConfig, components: Components, policy: Path, folder: Path, curves: Path | None = None
 ) -> dict:
-    """Compare an exported policy with the base; results and report go to `folder`. See `capo.evaluation.evaluate.evaluate`."""
+    """Evaluate an exported policy against the base into `folder`; see `capo.evaluation.evaluate.evaluate`."""
     backbone, settings = components.backbone, components.generator.settings
     tuned = ImageGenerator(
         backbone,

@@ -259,7 +259,8 @@ def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
     write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
     _show(jobs, console_tables(jobs, str(folder)))
     print(
-        f"the sweep's table, picture and page: {folder / TABLE}, {PICTURE if picture else 'no picture'}, {PAGE}"
+        f"the sweep's table, picture and page: {folder / TABLE}, "
+        f"{PICTURE if picture else 'no picture'}, {PAGE}"
     )
 
 
