@@ -1,6 +1,7 @@
 """The figure of docs/architecture.md is drawn from the import graph and changes with it."""
 
 import pytest
+
 from docs.figures.layers import FIGURE, arrows, draw, implied, layers
 
 
