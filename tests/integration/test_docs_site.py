@@ -57,7 +57,7 @@ def test_every_package_of_the_api_has_a_page():
     assert {name.split(".")[1] for name in named} == {
         "objectives", "calibration", "pairs", "noise", "metrics", "module",
         "data", "backbones", "rewards", "evaluation", "training",
-    }  # fmt: skip
+    }
     for name in named:
         source = ROOT / "src" / name.replace(".", "/")
         assert source.with_suffix(".py").is_file() or (source / "__init__.py").is_file(), name
