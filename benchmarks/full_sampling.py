@@ -1,7 +1,7 @@
 """Images per second of SDXL and SD3-Medium with random weights, against the plain bf16 pipeline.
 
-    python benchmarks/sampling.py --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 2]
-    python benchmarks/sampling.py --size tiny --model sdxl --device cpu
+    python -m benchmarks.sampling --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 2]
+    python -m benchmarks.sampling --size tiny --model sdxl --device cpu
 
 `capo` runs float32 weights under bf16 autocast, as `sampling.precision=bf16-mixed` samples a pool, and
 decodes with the float32 VAE. `pipeline` has all weights in bf16. Both use the same batch size and the paper's
@@ -23,15 +23,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from capo.backbones import Backbone
-from capo.backbones.sampling import SamplerSettings
-from capo.cli.process import prepare_process
-from capo.data.prompts import make_prompt
-from capo.preflight.architecture import Blueprint
-from capo.preflight.tracing import decoder_forward, denoiser_forward
-from full_steps import PRECISION
-from machine import facts, forget_peak, now, peak_bytes, release
-from random_models import (
+from benchmarks.full_steps import PRECISION
+from benchmarks.machine import facts, forget_peak, now, peak_bytes, release
+from benchmarks.random_models import (
     FULL,
     TINY,
     conditioning_parts,
@@ -40,9 +34,15 @@ from random_models import (
     sized_blueprint,
     sized_options,
 )
-from records import Records, Row, measured, print_rows
-from sampling import our_sampling, plain_pipeline
-from timing import median_ratio
+from benchmarks.records import Records, Row, measured, print_rows
+from benchmarks.sampling_ways import our_sampling, plain_pipeline
+from benchmarks.timing import median_ratio
+from capo.backbones import Backbone
+from capo.backbones.sampling import SamplerSettings
+from capo.cli.process import prepare_process
+from capo.data.prompts import make_prompt
+from capo.preflight.architecture import Blueprint
+from capo.preflight.tracing import decoder_forward, denoiser_forward
 
 PAPER = {"sdxl": (7.5, "DDIMScheduler"), "sd3": (5.0, "DPMSolverMultistepScheduler")}  # guidance and sampler
 BATCHES = {FULL: (4, 8, 1, 16), TINY: (2, 1)}

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from benchmarks.machine import forget_peak, now, peak_bytes
+from benchmarks.timing import median_ratio
 from capo.backbones import Backbone
 from capo.backbones.parallel import repeated_blocks
 from capo.data import PreferenceBatch
 from capo.module import Execution, PreferenceModule, Weighting, denoising_error
 from capo.objectives import PairErrors, capo
 from capo.training.loggers import Curves
-from machine import forget_peak, now, peak_bytes
-from timing import median_ratio
 
 OURS, BARE, FOUR, PUBLISHED = "capo", "bare loop", "four passes", "published"
 PRECISION = "bf16-mixed"

@@ -1,8 +1,8 @@
 """Speed, memory and utilization of training steps of SDXL and SD3-Medium with random weights, by setting.
 
-    python benchmarks/train_step.py --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 3]
+    python -m benchmarks.train_step --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 3]
                                     [--only TEXT] [--plans]
-    python benchmarks/train_step.py --size tiny --model sdxl --device cpu
+    python -m benchmarks.train_step --size tiny --model sdxl --device cpu
 
 Each setting gives a row of results, also when it runs out of memory. Rows are written as they are measured;
 the same command resumes with the missing ones. `--plans` measures nothing: next to each measured peak it
@@ -23,16 +23,9 @@ from pathlib import Path
 
 import torch
 
-from capo.backbones import Backbone
-from capo.backbones.lora import JOINT_ATTENTION
-from capo.cli.process import prepare_process
-from capo.preflight.architecture import Blueprint
-from capo.preflight.memory import model_states
-from capo.preflight.tracing import activation_bytes, adapter_of, denoiser_forward
-from capo.runtime.optimizers import ADAMW
-from full_steps import LORA, PAPER_BATCH, PRECISION, Setting, TimedModule, make_module, run_setting
-from machine import facts, release
-from random_models import (
+from benchmarks.full_steps import LORA, PAPER_BATCH, PRECISION, Setting, TimedModule, make_module, run_setting
+from benchmarks.machine import facts, release
+from benchmarks.random_models import (
     TINY,
     conditioning_parts,
     random_backbone,
@@ -41,7 +34,14 @@ from random_models import (
     sized_blueprint,
     sized_options,
 )
-from records import Records, Row, measured, print_rows
+from benchmarks.records import Records, Row, measured, print_rows
+from capo.backbones import Backbone
+from capo.backbones.lora import JOINT_ATTENTION
+from capo.cli.process import prepare_process
+from capo.preflight.architecture import Blueprint
+from capo.preflight.memory import model_states
+from capo.preflight.tracing import activation_bytes, adapter_of, denoiser_forward
+from capo.runtime.optimizers import ADAMW
 
 PRINTED = (
     "pairs_per_second",

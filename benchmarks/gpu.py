@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command of at most nine minutes, what matters most first.
 
-    python benchmarks/gpu.py --results FOLDER [--minutes 9]
-    python benchmarks/gpu.py --results FOLDER --size tiny --device cpu
+    python -m benchmarks.gpu --results FOLDER [--minutes 9]
+    python -m benchmarks.gpu --results FOLDER --size tiny --device cpu
 
 Each part is a program of its own with a time limit; its figures are in FOLDER/<part>.json as they come, and the same command goes
 on with what is missing. A part that fails or runs out of time does not end the others; FOLDER/gpu.json says how each ended.

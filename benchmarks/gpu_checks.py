@@ -1,6 +1,6 @@
 """Checks that only a GPU can answer, on tiny models of the real classes with random weights.
 
-    python benchmarks/gpu_checks.py --results FILE [--device cuda] [--model sdxl]
+    python -m benchmarks.gpu_checks --results FILE [--device cuda] [--model sdxl]
 
 Each check is a row: policy and reference agree before the first step (margin 0), in float32 and under bf16 autocast, eager and
 compiled; our sampler gives the pipeline's images; a batch that does not fit the memory is halved. What fails is a row too.

@@ -1,6 +1,6 @@
 """Time and memory from a complete pool of a million prompts to the first training batch.
 
-    python benchmarks/growth.py [--prompts 1000000] [--candidates 16] [--rewards 3] [--prompts_per_shard 512]
+    python -m benchmarks.growth [--prompts 1000000] [--candidates 16] [--rewards 3] [--prompts_per_shard 512]
                                 [--threads 2] [--pool FOLDER]
 
 The pool is made first, with the functions of `capo.data.pool`, and is not timed; with `--pool` it is kept in
@@ -29,13 +29,19 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks.synthetic import (
+    numbered_prompts,
+    numbers_generator,
+    numbers_plan,
+    synthetic_pool,
+    synthetic_rewards,
+)
 from capo.data import PreferenceBatch
 from capo.data.candidates import Candidates, select_candidates
 from capo.data.generation import fill_pool
 from capo.data.prompts import Prompt, check_splits, text_files
 from capo.pairs import frs
 from capo.training.loader import PreferenceData
-from synthetic import numbered_prompts, numbers_generator, numbers_plan, synthetic_pool, synthetic_rewards
 
 BATCH = 16
 GENERATOR = numbers_generator((1, 1, 1), {"prompt_embeds": (1,)})

@@ -1,6 +1,6 @@
 """Pairs per second read at random from a pool, against memory-mapped arrays of the same data.
 
-    python benchmarks/reading.py [--prompts 512] [--prompts_per_shard 8] [--visits 4096] [--batch 16]
+    python -m benchmarks.reading [--prompts 512] [--prompts_per_shard 8] [--visits 4096] [--batch 16]
                                  [--runs 7] [--threads 2]
 
 - `pool`: `PoolReader`, which reads safetensors shards with a limited number of open files.
@@ -27,13 +27,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.synthetic import (
+    numbered_prompts,
+    numbers_generator,
+    numbers_plan,
+    synthetic_pool,
+    synthetic_rewards,
+)
+from benchmarks.timing import in_turn, median_ratio
 from capo.data.candidates import select_candidates
 from capo.data.dataset import PairDataset, VisitSampler, visit_generator
 from capo.data.pool import Pool
 from capo.pairs import frs
 from capo.training.loader import PreferenceData
-from synthetic import numbered_prompts, numbers_generator, numbers_plan, synthetic_pool, synthetic_rewards
-from timing import in_turn, median_ratio
 
 CANDIDATES = 16
 LATENT = (8, 16, 16)

@@ -1,6 +1,6 @@
 """Images per second of capo's sampling, against a loop over the plain diffusers pipeline.
 
-    python benchmarks/sampling.py [--prompts 4] [--batch 16] [--runs 5] [--threads 2] [--model shapes_unet]
+    python -m benchmarks.sampling [--prompts 4] [--batch 16] [--runs 5] [--threads 2] [--model shapes_unet]
 
 `pipeline` is what a user would write: `pipe([prompt] * batch, ...)` for each prompt, with the same steps,
 guidance, scheduler and noise, which returns PIL images. It is compared with:
@@ -27,51 +27,18 @@ import torch
 from hydra.utils import instantiate
 from PIL.Image import Image
 
-from capo.backbones import Backbone
-from capo.backbones.sampling import SamplerSettings, candidate_generators, sample_prompts
+from benchmarks.configuration import model_and_sizes
+from benchmarks.sampling_ways import SEED, our_sampling, plain_pipeline
+from benchmarks.timing import in_turn, print_rates
+from capo.backbones.sampling import SamplerSettings
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
-from capo.data.prompts import Prompt, candidate_seed
+from capo.data.prompts import Prompt
 from capo.rewards import Reward
-from capo.runtime.threads import map_batches
-from configuration import model_and_sizes
-from timing import in_turn, print_rates
-
-SEED = 0
 
 
 def free_reward(images: Sequence[Image], prompts: Sequence[str]) -> torch.Tensor:
     """Reward that is always 0 and costs nothing, for which a pool still decodes its images."""
     return torch.zeros(len(images))
-
-
-def seeds_of(prompt: Prompt, count: int) -> list[int]:
-    """Seeds of the first `count` candidates of a prompt, as in a pool."""
-    return [candidate_seed(SEED, prompt.id, index) for index in range(count)]
-
-
-def plain_pipeline(backbone: Backbone, prompts: Sequence[Prompt], settings: SamplerSettings) -> list[Image]:
-    """Images of all prompts from one call of the pipeline per prompt."""
-    images: list[Image] = []
-    for prompt in prompts:
-        images += backbone.pipeline(
-            [prompt.text] * settings.batch,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=candidate_generators(seeds_of(prompt, settings.batch)),
-        ).images
-    return images
-
-
-def our_sampling(backbone: Backbone, prompts: Sequence[Prompt], settings: SamplerSettings) -> list[Image]:
-    """Images of all prompts, encoded, sampled and decoded as in a pool's stages, but in memory."""
-    text = backbone.encode_prompts([prompt.text for prompt in prompts])
-    seeds = [seeds_of(prompt, settings.batch) for prompt in prompts]
-    latents = sample_prompts(backbone, backbone.denoiser, text, seeds, settings).flatten(0, 1)
-    parts = latents.split(settings.batch)
-    decoded = map_batches(
-        lambda part: backbone.decode(part, settings.batch), parts, settings.parallel, backbone.device
-    )
-    return [image for images in decoded for image in images]
 
 
 def whole_pool(generator: ImageGenerator, prompts: Sequence[Prompt]) -> Callable[[], object]:
@@ -98,7 +65,7 @@ def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     if any(argument.startswith("--size") for argument in (sys.argv[1:] if arguments is None else arguments)):
-        import full_sampling  # here, since it takes a while to import
+        from benchmarks import full_sampling  # here, since it takes a while to import
 
         full_sampling.main(arguments)
         return

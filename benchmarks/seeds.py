@@ -1,7 +1,7 @@
 """Win-rates of a configuration over training seeds, with the errors due to seeds and to prompts.
 
     python train.py -m seed=0,1,2,3,4
-    python benchmarks/seeds.py multirun/DATE/TIME
+    python -m benchmarks.seeds multirun/DATE/TIME
 
 For each reward, the script prints the mean m over n seeds, the standard deviation s between them, the
 standard error SE over prompts (bootstrap of the prompts' win-rates, averaged over seeds), and the lower bound

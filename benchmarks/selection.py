@@ -1,6 +1,6 @@
 """Seconds from the raw scores of a pool to pairs: calibration, frontiers, pair sets and their counts.
 
-    python benchmarks/selection.py [--prompts 100000] [--candidates 16] [--rewards 3] [--threads 2] [--runs 7]
+    python -m benchmarks.selection [--prompts 100000] [--candidates 16] [--rewards 3] [--threads 2] [--runs 7]
 
 Scores are random and independent; the rewards have the links `identity` and `log` in turn. The script prints
 medians.

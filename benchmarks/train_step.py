@@ -1,6 +1,6 @@
 """Pairs per second of the training step, compared with other ways to take it.
 
-    python benchmarks/train_step.py [--batch 16] [--prompts 64] [--steps 5] [--runs 9] [--threads 2]
+    python -m benchmarks.train_step [--batch 16] [--prompts 64] [--steps 5] [--runs 9] [--threads 2]
                                     [--model shapes_unet]
 
 `capo` is `capo.training.fit.fit` with its loader, logged figures, curves and progress bar. It is compared
@@ -33,6 +33,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from benchmarks.configuration import model_and_sizes
+from benchmarks.full_steps import four_pass_loss
+from benchmarks.synthetic import synthetic_pool, synthetic_rewards
+from benchmarks.timing import print_rates
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
 from capo.data import PreferenceBatch
@@ -45,10 +49,6 @@ from capo.runtime.run_folder import MONITOR
 from capo.training.fit import fit
 from capo.training.loader import PreferenceData
 from capo.training.loggers import csv_logger
-from configuration import model_and_sizes
-from full_steps import four_pass_loss
-from synthetic import synthetic_pool, synthetic_rewards
-from timing import print_rates
 
 CANDIDATES = 16
 VAE_BATCH = 8  # images encoded at a time, as in published trainers
@@ -211,7 +211,7 @@ def time_steps(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     if any(argument.startswith("--size") for argument in (sys.argv[1:] if arguments is None else arguments)):
-        import full_training  # here, since it takes a while to import
+        from benchmarks import full_training  # here, since it takes a while to import
 
         full_training.main(arguments)
         return

@@ -3,23 +3,19 @@
 import importlib
 import json
 import re
-import sys
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import full_training
+from benchmarks.full_steps import Clock, Setting, step_figures
+from benchmarks.machine import vendor_peak
+from benchmarks.random_models import random_backbone, random_module, random_pairs, sized_blueprint
+from benchmarks.records import Records, measured
+from benchmarks.timing import in_turn, median_ratio
 from capo.errors import InputError
-from fixtures import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import full_training
-from full_steps import Clock, Setting, step_figures
-from machine import vendor_peak
-from random_models import random_backbone, random_module, random_pairs, sized_blueprint
-from records import Records, measured
-from timing import in_turn, median_ratio
 
 
 @pytest.fixture
@@ -27,7 +23,7 @@ def printed(capsys):
     """Runs a benchmark's `main` and gives what it prints."""
 
     def run(script: str, *arguments: str) -> str:
-        importlib.import_module(script).main([*arguments, "--threads", "1"])
+        importlib.import_module(f"benchmarks.{script}").main([*arguments, "--threads", "1"])
         return capsys.readouterr().out
 
     return run
