@@ -116,10 +116,10 @@ def zscores(scores: Tensor, link: str = "identity", scale: float = 1.0) -> Tenso
     """
     _checked(scores)
     work = scores.double().contiguous()
-    centerd = work - work.mean(-1, keepdim=True)
-    deviation = centerd.square().mean(-1, keepdim=True).sqrt()
-    same = work.eq(work[..., :1]).all(-1, keepdim=True)  # not std == 0, since the mean is rounded
-    return torch.where(same, 0.0, centerd / deviation).to(_result_dtype(scores))
+    centered = work - work.mean(-1, keepdim=True)
+    deviation = centered.square().mean(-1, keepdim=True).sqrt()
+    same = work.eq(work[..., :1]).all(-1, keepdim=True)  # not std == 0: the mean of equal numbers is rounded
+    return torch.where(same, 0.0, centered / deviation).to(_result_dtype(scores))
 
 
 METHODS: dict[str, Callable[[Tensor, str, float], Tensor]] = {

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generate
 import huggingface_hub
 import pytest
 import torch
@@ -21,6 +20,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import generate
 from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
 from capo.cli import train as train_script
@@ -332,7 +332,7 @@ def test_a_full_disk_in_training_is_named_and_the_run_goes_on_later(tiny_run, mo
 
 
 def test_a_full_disk_under_another_library_is_one_message(tmp_path, capsys):
-    """safetensors writes the policy; a limit on the size of files stands for the disk."""
+    """Safetensors writes the policy; a limit on the size of files stands for the disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -358,7 +358,7 @@ def test_what_was_probably_meant():
     assert alike("objective.betta", known) == ["objective.beta"]
     assert alike("objectve", known) == ["objective"]
     assert set(alike("lr", known)) == {"trainer.lr", "model.lr"}
-    assert alike("colour", known) == []
+    assert alike("flavor", known) == []
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -30,7 +30,7 @@ def printed(capsys):
 
 
 def rates(table: str, unit: str) -> dict[str, tuple[float, float]]:
-    """name -> units a second and ratio, from the rows under the heading with `unit`."""
+    """Name -> units a second and ratio, from the rows under the heading with `unit`."""
     rows = table.split(f"{unit}/s", 1)[1].splitlines()[1:]
     found = (re.fullmatch(r"(\S.*?)\s+([\d.]+)\s+([\d.]+) x", row) for row in rows)
     return {row[1]: (float(row[2]), float(row[3])) for row in found if row}

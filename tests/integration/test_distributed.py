@@ -85,7 +85,7 @@ def moments(folder: Path) -> list[tuple[int, float, tuple[int, ...]]]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_run):
-    """strategy -> what the run told; one process with one and with two batches a step, and two processes."""
+    """Strategy -> what the run told; one process with one and with two batches a step, and two processes."""
     return {
         name: finish(start(tiny_run, name, *STRATEGY[name], processes=2 if name in ("ddp", "fsdp") else 1))
         for name in ("one", "micro", "ddp", "fsdp")

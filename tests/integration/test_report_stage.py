@@ -18,7 +18,7 @@ def test_the_stage_asks_for_what_it_needs(tiny_run):
     def report():
         generate_script.run(tiny_run("unused", "stage=report", "pool.seed=31", config="generate"))
 
-    with pytest.raises(InputError, match="there is no pool .* stage=all first"):
+    with pytest.raises(InputError, match=r"there is no pool .* stage=all first"):
         report()
     assert not list((tiny_run.folder / "pools").glob("tiny-*-31-train"))  # asking makes nothing
     for stage, lacking, needed in (("text", "latents", "latents"), ("latents", "scores", "score")):

@@ -45,8 +45,9 @@ def plain_latents(pipeline, **options):
 
 
 def assert_adapters_latents(found, ours, base):
-    """The same but for rounding, beside what the adapter moves: an adapter from a file lies otherwise in memory, and some processors
-    then take its products in another order.
+    """The same but for rounding, beside what the adapter moves.
+
+    An adapter from a file lies otherwise in memory, and some processors then take its products in another order.
     """
     moved = (ours - base).abs().max().item()
     assert moved > 1e-3
@@ -63,7 +64,7 @@ def run_readme(folder, monkeypatch):
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(folder.parent)
     names = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     return names["pipe"]
 
 
@@ -190,7 +191,7 @@ def test_adapter_of_another_base_is_refused(tiny_backbone, tmp_path):
     policy = add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5)
     folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD)
     save(tiny_backbone, tmp_path / "other", tuned(tiny_backbone.trainable_copy()))
-    with pytest.raises(InputError, match="LoRA adapter of '.*/pipeline'.*not of '.*/other'"):
+    with pytest.raises(InputError, match=r"LoRA adapter of '.*/pipeline'.*not of '.*/other'"):
         load_policy(UNetBackbone(str(tmp_path / "other")), folder)
 
 
@@ -203,7 +204,7 @@ def test_policy_of_another_architecture_is_refused(tiny_backbone, tmp_path):
 
 
 def test_folder_without_policy_is_refused(tiny_backbone, tmp_path):
-    with pytest.raises(InputError, match="neither 'unet/config.json' nor 'pytorch_lora_weights.safetensors'"):
+    with pytest.raises(InputError, match=r"neither 'unet/config.json' nor 'pytorch_lora_weights.safetensors'"):
         load_policy(tiny_backbone, tmp_path)
 
 

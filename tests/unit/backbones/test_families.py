@@ -137,7 +137,7 @@ def test_dpo_is_the_published_loss(tiny_backbones, name):
 
 
 def test_a_t5_that_is_not_there_is_named(tiny_folders):
-    with pytest.raises(InputError, match="no text_encoder_3.*model.backbone.t5=false"):
+    with pytest.raises(InputError, match=r"no text_encoder_3.*model.backbone.t5=false"):
         MMDiTBackbone(str(tiny_folders["sd3_bare"]))
 
 
@@ -171,7 +171,7 @@ def test_an_autoencoder_of_its_own(tiny_folders, tmp_path):
     assert torch.equal(own.vae.decoder.conv_out.bias, other.decoder.conv_out.bias)
     assert own.fingerprints["latent_space"] != plain.fingerprints["latent_space"]
     assert own.fingerprints["denoiser"] == plain.fingerprints["denoiser"]
-    with pytest.raises(InputError, match="model.backbone.vae=.*no AutoencoderKL"):
+    with pytest.raises(InputError, match=r"model.backbone.vae=.*no AutoencoderKL"):
         UNetBackbone(str(tiny_folders["sdxl"]), vae=str(tmp_path))
 
 

@@ -144,7 +144,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_folder_without_pipeline(tmp_path):
-    with pytest.raises(InputError, match="'model_index.json' is missing.*save_pretrained"):
+    with pytest.raises(InputError, match=r"'model_index.json' is missing.*save_pretrained"):
         UNetBackbone(str(tmp_path))
 
 
@@ -161,7 +161,7 @@ def test_pipeline_with_code_of_its_own(copied):
     index = copied / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": ["pipeline", "Mine"]}))
     (copied / "pipeline.py").write_text("raise RuntimeError('this code must not run')")
-    with pytest.raises(InputError, match="hold a .*Mine"):
+    with pytest.raises(InputError, match=r"hold a .*Mine"):
         UNetBackbone(str(copied))
 
 

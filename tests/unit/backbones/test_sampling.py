@@ -127,7 +127,7 @@ def test_latents_are_fit_for_autograd_and_progress_counts_images(tiny_backbone):
 def test_scheduler_that_draws_noise_needs_generators(tiny_folder):
     backbone = UNetBackbone(str(tiny_folder), scheduler="DDPMScheduler")
     text, settings = backbone.encode_prompts(PROMPTS[:1]), SamplerSettings(3, 5.0, 1)
-    with pytest.raises(InputError, match="DDPMScheduler draws noise.*generators"):
+    with pytest.raises(InputError, match=r"DDPMScheduler draws noise.*generators"):
         sample(backbone, backbone.denoiser, text, candidate_noise([1], backbone.latent_shape), settings)
     generators = candidate_generators([1])
     sample(
@@ -148,7 +148,7 @@ def test_impossible_settings_are_refused(settings):
 
 def test_more_steps_than_the_schedule_has_are_refused(tiny_backbone):
     text, noise = tiny_backbone.encode_prompts(PROMPTS[:1]), candidate_noise([1], tiny_backbone.latent_shape)
-    with pytest.raises(InputError, match="sampling.steps 1001: DDIMScheduler"):
+    with pytest.raises(InputError, match=r"sampling.steps 1001: DDIMScheduler"):
         sample(tiny_backbone, tiny_backbone.denoiser, text, noise, SamplerSettings(1001, 5.0, 1))
 
 

@@ -180,7 +180,7 @@ def check_discrete(backbone):
 
 
 def check_flow(backbone):
-    """lam = 2 log((1 - t) / t) of unshifted times, mean weights at b = -1 of two draws; the shift of 3 is the sampler's alone."""
+    """Lam = 2 log((1 - t) / t) of unshifted times, mean weights at b = -1 of two draws; the shift of 3 is the sampler's alone."""
     t = torch.tensor([0.1, 0.25, 0.5, 0.9])
     assert backbone.timesteps(t, "uniform").tolist() == pytest.approx([100, 250, 500, 900])
     # 2 log 9 = 4.39445, 2 log 3 = 2.19722

@@ -70,7 +70,7 @@ def test_a_full_disk_is_listed_by_a_plan_and_refused_by_a_run(tiny_run, monkeypa
     plan, told = plan_of(tiny_run("full_plan", "plan=true"))
     (entry,) = plan["missing here"]
     assert entry["kind"] == "disk" and entry["certain"] and "are free there" in told
-    with pytest.raises(InputError, match="are free there: make room, or set pool.root"):
+    with pytest.raises(InputError, match=r"are free there: make room, or set pool.root"):
         train_script.run(tiny_run("full"))
     assert not (tiny_run.folder / "full").exists()
 
@@ -79,7 +79,7 @@ def test_too_little_memory_is_listed_and_refused_where_it_is_certain(tiny_run, m
     held = plan_of(tiny_run("memory_plan", "plan=true"))[0]["device"]["training"]
     certain = sum(held[part] for part in ("weights", "gradients", "optimizer", "reference"))
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain - 1))
-    with pytest.raises(InputError, match="weights, gradients, optimizer and reference take .* which has .* \\(a small one\\)"):
+    with pytest.raises(InputError, match=r"weights, gradients, optimizer and reference take .* which has .* \(a small one\)"):
         train_script.run(tiny_run("small"))
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain))
     found = [entry["certain"] for entry in plan_of(tiny_run("memory_plan", "plan=true"))[0]["missing here"] if entry["kind"] == "memory"]
@@ -100,7 +100,7 @@ def test_weights_and_prompts_that_are_not_there(tmp_path, tiny_run):
 def test_a_model_without_configs_is_refused(tmp_path, tiny_run):
     cfg = tiny_run("unknown", "plan=true")
     OmegaConf.update(cfg, "model.backbone.weights", "owner/name")
-    with pytest.raises(InputError, match="model.published=tiny: no configs of that name"):
+    with pytest.raises(InputError, match=r"model.published=tiny: no configs of that name"):
         plan_of(cfg)
 
 
@@ -113,7 +113,7 @@ def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
 
 
 def test_values_that_cannot_be_used_end_a_plan(tmp_path):
-    with pytest.raises(InputError, match="planning.utilization=1.5: must be a number above 0 and at most 1"):
+    with pytest.raises(InputError, match=r"planning.utilization=1.5: must be a number above 0 and at most 1"):
         planned(tmp_path, "planning.utilization=1.5")
 
 
@@ -154,7 +154,7 @@ def test_a_plan_reads_no_weights_of_rewards(tmp_path, monkeypatch):
 
 
 def test_an_unknown_key_of_a_reward_ends_a_plan_with_its_name(tmp_path):
-    with pytest.raises(InputError, match="evaluation.rewards.mps: unknown key memroy; known are scorer, link"):
+    with pytest.raises(InputError, match=r"evaluation.rewards.mps: unknown key memroy; known are scorer, link"):
         planned(tmp_path, "experiment=sdxl_single", "++evaluation.rewards.mps.memroy=1e9")
 
 

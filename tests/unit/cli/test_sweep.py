@@ -87,7 +87,7 @@ def test_the_console_and_the_page_show_figures_and_errors(sweep):
     assert [str(column.header) for column in oracle.columns] == [*given, "alignment"]
     assert list(rates.columns[4].cells) == ["70.0 (60.0–80.0)"] * 2 + ["", ""]
     assert list(rates.columns[3].cells) == ["60.0", "70.0", "failed", "unfinished"]
-    assert list(zero.columns[3].cells)[0] == "51.0" and list(oracle.columns[3].cells)[0] == "0.700 → 0.610"
+    assert next(iter(zero.columns[3].cells)) == "51.0" and next(iter(oracle.columns[3].cells)) == "0.700 → 0.610"
     page = render_page("a sweep", sweep_rows(jobs)[1], varying_keys(jobs), b"png")
     for text in ('href="2/evaluation/report.html"', "ValueError: beta", "unfinished", "45.0", "40.0–49.0", "0.700 → 0.610",
                  "4 jobs, 2 finished", "data:image/png;base64,cG5n", 'class="below"'):  # fmt: skip

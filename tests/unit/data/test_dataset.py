@@ -53,7 +53,7 @@ def test_noise_and_times_have_the_right_distribution():
     drawn = [visit_generator(0, "p", visit) for visit in range(4000)]
     u = np.array([generator.random() for generator in drawn])
     # mean 1/2 with a standard error of sqrt(1/12/4000) = 0.0046; four of them are 0.018
-    assert abs(u.mean() - 0.5) < 0.018 and 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.018 and u.min() >= 0 and u.max() < 1
 
 
 def test_u_stays_below_one_in_float32():

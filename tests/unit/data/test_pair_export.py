@@ -22,7 +22,7 @@ datasets = pytest.importorskip("datasets")
 @pytest.fixture(scope="module")
 def exported(tiny_run):
     """Nine training prompts with six candidates; one pair of each that has one."""
-    prompts = [f"a {colour} {shape}\n" for colour in ("red", "blue", "green") for shape in ("circle", "square", "triangle")]
+    prompts = [f"a {color} {shape}\n" for color in ("red", "blue", "green") for shape in ("circle", "square", "triangle")]
     (tiny_run.folder / "train.txt").write_text("".join(prompts))
     generate_script.run(tiny_run("unused", "pool.candidates=6", config="generate"))
 

@@ -101,7 +101,7 @@ def test_the_images_of_the_finished_evaluation_count(runs):
 def test_images_that_are_gone(runs):
     for manifest in (runs[0] / "evaluation" / "pool").glob("*/manifest.json"):
         manifest.unlink()
-    with pytest.raises(InputError, match="no longer holds the images of results.json; remove"):
+    with pytest.raises(InputError, match=r"no longer holds the images of results.json; remove"):
         head_to_head(*runs)
 
 
@@ -126,7 +126,7 @@ def test_runs_of_other_prompts_seeds_images_or_rewards_are_refused(tmp_path, run
 def test_two_runs_in_tables(runs):
     compared, text = printed(runs)
     stored = [json.loads((run / "evaluation" / "results.json").read_text()) for run in runs]
-    assert compared["results"] == dict(zip(map(str, runs), stored))
+    assert compared["results"] == dict(zip(map(str, runs), stored, strict=True))
     assert compared["head_to_head"] == head_to_head(*runs)
     assert "60.0 (55.0–65.0)" in text and "45.0 (40.0–50.0)" in text
     assert "0.500 → 0.750" in text
@@ -144,10 +144,10 @@ def test_more_runs_have_no_duel_and_may_have_other_rewards(tmp_path, runs):
 
 def test_a_run_without_results_is_named(tmp_path, runs):
     (tmp_path / "2").mkdir()
-    with pytest.raises(InputError, match="2 has not been evaluated.*run evaluate.py run=.*/2"):
+    with pytest.raises(InputError, match=r"2 has not been evaluated.*run evaluate.py run=.*/2"):
         printed([*runs, tmp_path / "2"])
     (runs[1] / "evaluation" / "results.json").write_text("{")
-    with pytest.raises(InputError, match="1/evaluation/results.json cannot be read"):
+    with pytest.raises(InputError, match=r"1/evaluation/results.json cannot be read"):
         printed(runs)
 
 

@@ -156,7 +156,7 @@ def copied(evaluated, tmp_path):
 
 
 def test_evaluation_agrees_with_pools_filled_and_scored_by_hand(evaluated, tiny_backbone, tmp_path):
-    folder, pools, found = evaluated
+    _, _, found = evaluated
     base = ImageGenerator.base(tiny_backbone, SETTINGS)
     sides = {
         "policy": fill_pool(plan_of(tmp_path / "p"), tuned(tiny_backbone), REWARDS, progress=False),
@@ -206,7 +206,7 @@ def test_policy_and_base_draw_the_same_seeds(evaluated, tiny_backbone, tmp_path)
 
 
 def test_files_of_an_evaluation(evaluated):
-    folder, pools, found = evaluated
+    folder, _, found = evaluated
     assert sorted(path.name for path in folder.iterdir()) == [
         "pool",
         "report.html",
@@ -279,7 +279,7 @@ def test_settings_are_written_last(copied, tiny_backbone, monkeypatch):
 
 
 def test_zero_line_of_other_prompts_is_refused(tiny_backbone, tmp_path):
-    with pytest.raises(InputError, match="evaluation.zero_prompts"):
+    with pytest.raises(InputError, match=r"evaluation.zero_prompts"):
         run(
             tmp_path / "evaluation",
             tmp_path,

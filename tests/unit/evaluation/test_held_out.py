@@ -104,7 +104,7 @@ def test_held_out_rewards_are_composed_and_a_trained_one_is_refused():
     with pytest.raises(InputError, match=r"validation\.held_out: 'looks' is used in training.*rewards=\[alignment,looks,preference\]"):
         held_out_rewards(cfg, *all_rewards(cfg)[:2])
     OmegaConf.update(cfg, "validation.held_out", {"beauty": cfg.rewards.looks}, merge=False)
-    with pytest.raises(InputError, match="'beauty' is used in training .as 'looks'"):
+    with pytest.raises(InputError, match=r"'beauty' is used in training .as 'looks'"):
         held_out_rewards(cfg, *all_rewards(cfg)[:2])
 
 

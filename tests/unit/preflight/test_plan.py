@@ -119,12 +119,12 @@ def test_text_and_latents_of_the_published_models():
     assert published("sd3", sequence_length=256).text_shapes == {"prompt_embeds": (77 + 256, 4096), "pooled_prompt_embeds": (2048,)}
     assert published("sd3").latent_shape == (16, 128, 128) and published("sd15").latent_shape == (4, 64, 64)
     assert "text_encoder_3" not in published("sd3", left_out=["text_encoder_3"]).configs
-    with pytest.raises(InputError, match="model.published=sd9: no configs of that name are in this package; choose one of sd15"):
+    with pytest.raises(InputError, match=r"model.published=sd9: no configs of that name are in this package; choose one of sd15"):
         published("sd9")
 
 
 def test_a_folder_without_known_configs_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no config.json of a known class for unet or transformer, vae, text_encoder"):
+    with pytest.raises(InputError, match=r"no config.json of a known class for unet or transformer, vae, text_encoder"):
         from_folder(tmp_path)
 
 

@@ -89,7 +89,10 @@ def by_open_clip(clip, state, image, prompt):
     from transformers.activations import ACT2FN
 
     config, tokenizer = CLIPConfig.from_pretrained(clip), CLIPTokenizer.from_pretrained(clip)
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
     x = F.conv2d(torch.from_numpy(by_pillow(image)).float()[None], state["visual.conv1.weight"], stride=PATCH).flatten(2).transpose(1, 2)
     x = norm(torch.cat([state["visual.class_embedding"][None, None], x], 1) + state["visual.positional_embedding"], "visual.ln_pre")
     x = through(below(state, "visual.transformer."), x, SEEN_HEADS, ACT2FN[config.vision_config.hidden_act])
@@ -167,7 +170,9 @@ def test_an_odd_rest_is_larger_below_and_on_the_right():
 
 
 def test_without_smoothing_a_row_is_interpolated_from_its_four_neighbors():
-    """Halved, new point i lies between 2i and 2i + 1, so cubic weights at distances 1.5, 0.5, 0.5, 1.5 for a = -0.75:
+    """Each new point takes its four neighbors by cubic weights.
+
+    Halved, new point i lies between 2i and 2i + 1, so cubic weights at distances 1.5, 0.5, 0.5, 1.5 for a = -0.75:
     0.5: 1.25 x 0.125 - 2.25 x 0.25 + 1 = 0.59375; 1.5: -0.75 x (3.375 - 5 x 2.25 + 8 x 1.5 - 4) = -0.09375.
     """
     levels = [0, 255, 0, 0, 255, 255, 0, 0]

@@ -90,8 +90,10 @@ def scorer(made):
 
 
 def patches_by_hand(image):
-    """(patches, 3 x 2 x PATCH x PATCH) and the numbers of rows and columns: sides to multiples of PATCH x MERGE whose product is about
-    PIXELS, as `cut` orders them."""
+    """(patches, 3 x 2 x PATCH x PATCH) and the numbers of rows and columns, as `cut` orders them.
+
+    Sides to multiples of PATCH x MERGE whose product is about PIXELS.
+    """
     factor, (width, height) = PATCH * MERGE, image.size
     sides, now = [round(side / factor) * factor for side in (height, width)], math.sqrt(PIXELS / (height * width))
     if sides[0] * sides[1] != PIXELS:

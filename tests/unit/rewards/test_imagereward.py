@@ -93,8 +93,13 @@ def attended(q, k, v):
 def seen_by_hand(state, image):
     """(1 + patches, SEEN): timm's ViT with norms before, in float64, one image."""
     w = {name.removeprefix("blip.visual_encoder."): value.double() for name, value in state.items()}
-    norm = lambda x, name: F.layer_norm(x, (SEEN,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
-    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (SEEN,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
     pixels = torch.from_numpy(pixels_by_hand(image))
     squares = pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 0, 3, 4).reshape(-1, 3 * PATCH**2)
     x = squares @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
@@ -124,8 +129,13 @@ def ids_by_hand(prompt):
 def by_hand(state, image, prompt):
     """One standardized score, in float64: BLIP's BERT with norms after, nothing padded."""
     w = {name.removeprefix("blip.text_encoder."): value.double() for name, value in state.items()}
-    norm = lambda x, name: F.layer_norm(x, (READ,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
-    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (READ,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
     seen, ids = seen_by_hand(state, image), ids_by_hand(prompt)
     x = norm(w["embeddings.word_embeddings.weight"][ids] + w["embeddings.position_embeddings.weight"][: len(ids)], "embeddings.LayerNorm")
     for layer in range(2):

@@ -325,7 +325,7 @@ def test_targets_that_cannot_be_made(target, message, isolated):
 
 
 def test_a_function_that_is_not_bound(isolated):
-    with pytest.raises(InputError, match="makes no callable but .*; for a function of .images, prompts. add `_partial_: true`"):
+    with pytest.raises(InputError, match=r"makes no callable but .*; for a function of .images, prompts. add `_partial_: true`"):
         isolated("spoken", _args_=[[], []]).to("cpu")
 
 
@@ -351,7 +351,7 @@ def test_a_target_of_this_package_runs_where_the_package_is_not(bare, tmp_path, 
     """Its file is loaded alone; here it is the worker's own, whose `build` gives back a number."""
     monkeypatch.delenv("PYTHONPATH", raising=False)  # by which these tests may have found the package
     scorer = IsolatedScorer("own", bare, {"_target_": "capo.rewards.worker.build", "node": 3}, 60, tmp_path)
-    with pytest.raises(InputError, match="capo.rewards.worker.build makes no callable but 3"):
+    with pytest.raises(InputError, match=r"capo.rewards.worker.build makes no callable but 3"):
         scorer.to("cpu")
 
 

@@ -19,7 +19,7 @@ def test_the_guides_example_of_ones_own_reward_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (reward,) = load_rewards(yaml.safe_load(block("yaml")))
     reward.setup("cpu")
-    images = [Image.new("RGB", (9, 5), (grey,) * 3) for grey in (51, 255, 0)]
+    images = [Image.new("RGB", (9, 5), (gray,) * 3) for gray in (51, 255, 0)]
     assert reward.score(images, ["a", "b", "c"]).tolist() == pytest.approx([51 / 255, 1, 0])
     assert (reward.name, reward.range, reward.needs_prompt) == ("brightness", [0, 1], False)
 

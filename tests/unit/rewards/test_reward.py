@@ -6,7 +6,7 @@ from capo.cli.readiness import check_reward_weights
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
 
-RED, GREY = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (51, 51, 51))
+RED, GRAY = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (51, 51, 51))
 built = []
 
 
@@ -41,7 +41,7 @@ def target(cls=Redness, **arguments):
 
 
 def test_score_is_the_scorers_in_float32():
-    scores = Reward("red", target(factor=2.0)).score([RED, GREY], ["a", "b"])
+    scores = Reward("red", target(factor=2.0)).score([RED, GRAY], ["a", "b"])
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, torch.tensor([2.0, 2 * 51 / 255]))  # red 255 and 51 of 255
 
@@ -99,20 +99,20 @@ def test_fingerprint_of_local_weights_is_their_content(tmp_path):
 def test_a_score_that_cannot_be_used_is_named(link, value, message):
     reward = Reward("red", lambda images, prompts: torch.tensor([0.5, value]), link=link)
     with pytest.raises(InputError, match=message):
-        reward.score([RED, GREY], ["a", "b"])
-    with pytest.raises(InputError, match="^prompt 17, candidate 4: reward 'red'"):
-        reward.score([RED, GREY], ["a", "b"], lambda index: f"prompt 17, candidate {index + 3}")
+        reward.score([RED, GRAY], ["a", "b"])
+    with pytest.raises(InputError, match=r"^prompt 17, candidate 4: reward 'red'"):
+        reward.score([RED, GRAY], ["a", "b"], lambda index: f"prompt 17, candidate {index + 3}")
 
 
 def test_identity_scores_may_be_negative():
-    scores = Reward("red", lambda images, prompts: torch.tensor([-2.0, 7.0])).score([RED, GREY], ["a", "b"])
+    scores = Reward("red", lambda images, prompts: torch.tensor([-2.0, 7.0])).score([RED, GRAY], ["a", "b"])
     assert scores.tolist() == [-2.0, 7.0]
 
 
 def test_one_number_an_image():
     reward = Reward("red", lambda images, prompts: torch.zeros(len(images), 1))
     with pytest.raises(InputError, match=r"'red': its scorer returned shape \(2, 1\) for 2 images; it must"):
-        reward.score([RED, GREY], ["a", "b"])
+        reward.score([RED, GRAY], ["a", "b"])
 
 
 @pytest.mark.parametrize(("config", "message"), [

@@ -36,19 +36,19 @@ SCENES = {  # what the bundled pictures are
 CPU = torch.device("cpu")
 
 
-def colour(image):
+def color(image):
     """Mean red, green and blue, 0-1."""
     return np.asarray(image).reshape(-1, 3).mean(0) / 255
 
 
 class Fitting:
-    """1 where the first colour word of the prompt is the image's strongest against its background, else 0; of its own image alone."""
+    """1 where the first color word of the prompt is the image's strongest against its background, else 0; of its own image alone."""
 
     def __call__(self, images, prompts):
         return torch.tensor([float(self.named(image) in prompt) for image, prompt in zip(images, prompts, strict=True)])
 
     def named(self, image):
-        red, _, blue = colour(image)
+        red, _, blue = color(image)
         return "star" if red < 0.5 else "hearts" if red > blue else "circles"
 
 

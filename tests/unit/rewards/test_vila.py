@@ -228,13 +228,13 @@ def test_weights_that_are_none(tensorflow, weights, message, tmp_path):
 def test_a_handle_is_downloaded_by_tensorflow_hub(tensorflow, model):
     (reward,) = load_rewards(vila())
     assert reward.weights == "https://tfhub.dev/google/vila/image/1"
-    with pytest.raises(InputError, match="'vila' needs tensorflow_hub, which .* cannot import: .* -m pip install tensorflow_hub"):
+    with pytest.raises(InputError, match=r"'vila' needs tensorflow_hub, which .* cannot import: .* -m pip install tensorflow_hub"):
         reward.setup("cpu")
     (tensorflow / "tensorflow_hub.py").write_text(HUB.replace("HERE", repr(model())))
     reward.setup("cpu")
     assert reward.score(IMAGES[:1], [""]).item() == pytest.approx(expected(IMAGES[0]))
     (reward,) = load_rewards(vila(weights="https://nowhere/1"))
-    with pytest.raises(InputError, match="weights=https://nowhere/1 are not to be had .no route to host.; .*rewards.vila.weights=FOLDER"):
+    with pytest.raises(InputError, match=r"weights=https://nowhere/1 are not to be had .no route to host.; .*rewards.vila.weights=FOLDER"):
         reward.setup("cpu")
 
 

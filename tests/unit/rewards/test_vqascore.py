@@ -42,7 +42,7 @@ def copied(folders, tmp_path):
 
 
 def square_by_hand(image):
-    """(3, SIDE, SIDE): rows or columns of the mean colour on both sides, then CLIP's resizing and normalizing."""
+    """(3, SIDE, SIDE): rows or columns of the mean color on both sides, then CLIP's resizing and normalizing."""
     pixels, side = np.asarray(image), max(image.size)
     up, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
     square = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)  # 255 x (0.4815, 0.4578, 0.4082), cut
@@ -113,7 +113,7 @@ def test_nothing_to_score_and_a_callers_precision(scorer):
         assert torch.equal(scorer(IMAGES, PROMPTS), plain)
 
 
-def test_an_image_is_padded_to_a_square_with_the_mean_colour(scorer):
+def test_an_image_is_padded_to_a_square_with_the_mean_color(scorer):
     wide = Image.fromarray(np.arange(30, dtype=np.uint8).reshape(2, 5, 3))
     square = np.asarray(squared(wide, (1, 2, 3)))
     assert square.shape == (5, 5, 3) and np.array_equal(square[1:3], np.asarray(wide))  # three rows to fill: one above, two below
@@ -127,9 +127,9 @@ def test_an_image_is_padded_to_a_square_with_the_mean_colour(scorer):
 def test_a_question_is_two_pieces_around_the_image_each_with_its_end(scorer):
     words = scorer.inputs.tokenizer
     assert BEFORE == SYSTEM + " USER: "
-    assert scorer.inputs.before.tolist() == words(SYSTEM + " USER:", add_special_tokens=False).input_ids + [1]
+    assert scorer.inputs.before.tolist() == [*words(SYSTEM + " USER:", add_special_tokens=False).input_ids, 1]
     short, long = scorer.inputs.tokens(["a red square", "a red square of the circle"]).tolist()
-    written = words('Does this figure show "a red square"? Please answer yes or no. ASSISTANT:', add_special_tokens=False).input_ids + [1]
+    written = [*words('Does this figure show "a red square"? Please answer yes or no. ASSISTANT:', add_special_tokens=False).input_ids, 1]
     assert short == written + [0] * (len(long) - len(written)) and len(long) == len(written) + len(words.tokenize(" of the circle"))
     assert scorer.answer.tolist() == [words.convert_tokens_to_ids("▁Yes"), 1]
     cut = scorer.inputs.tokens(["square " * 3000])[0]

@@ -84,8 +84,10 @@ def copied(folder, tmp_path):
 
 
 def patches_by_hand(image):
-    """(patches, 3 x 2 x PATCH x PATCH) and the numbers of rows and columns: sides to multiples of PATCH x MERGE, as `cut` orders
-    them."""
+    """(patches, 3 x 2 x PATCH x PATCH) and the numbers of rows and columns, as `cut` orders them.
+
+    Sides to multiples of PATCH x MERGE.
+    """
     factor, (width, height) = PATCH * MERGE, image.size
     sides = [round(side / factor) * factor for side in (height, width)]
     if sides[0] * sides[1] > LARGEST:

@@ -18,7 +18,7 @@ from fixtures.fake_backbone import FakeBackbone
 
 
 class Hungry:
-    """Mean grey value, of at most `room` images at once; `asked` keeps the size of every batch that it was given."""
+    """Mean gray value, of at most `room` images at once; `asked` keeps the size of every batch that it was given."""
 
     def __init__(self, room: int, error=torch.OutOfMemoryError):
         self.room, self.error, self.asked = room, error, []
@@ -31,7 +31,7 @@ class Hungry:
         return torch.tensor([float(image.getpixel((0, 0))[0]) for image in images])
 
 
-def greys(count):
+def grays(count):
     return [Image.new("RGB", (2, 2), (10 * index,) * 3) for index in range(count)]
 
 
@@ -40,12 +40,12 @@ def test_every_image_is_scored_and_the_large_batch_is_never_tried_again(error, c
     scorer = Hungry(3, error)
     reward = Reward("hungry", scorer)
     with caplog.at_level(logging.WARNING):
-        first = reward.score(greys(10), [""] * 10)
+        first = reward.score(grays(10), [""] * 10)
     # 10 and its half 5 are refused, 2 fit: ten images are five batches of two
     assert scorer.asked == [10, 5, 2, 2, 2, 2, 2]
     assert first.tolist() == [10.0 * index for index in range(10)]
     scorer.asked.clear()
-    assert reward.score(greys(5), [""] * 5).tolist() == [0, 10, 20, 30, 40]
+    assert reward.score(grays(5), [""] * 5).tolist() == [0, 10, 20, 30, 40]
     assert scorer.asked == [2, 2, 1]
     assert [record.message.split(":")[0] for record in caplog.records] == ["reward 'hungry'"]
     assert "5 images at once do not fit" in caplog.text and "it gets 2" in caplog.text
@@ -53,7 +53,7 @@ def test_every_image_is_scored_and_the_large_batch_is_never_tried_again(error, c
 
 def test_without_need_the_batch_stays_whole():
     scorer = Hungry(8)
-    Reward("hungry", scorer).score(greys(8), [""] * 8)
+    Reward("hungry", scorer).score(grays(8), [""] * 8)
     assert scorer.asked == [8]
 
 
@@ -61,7 +61,7 @@ def test_without_need_the_batch_stays_whole():
 def test_one_image_that_does_not_fit_is_the_users_to_know(error):
     scorer = Hungry(0, error)
     with pytest.raises(InputError, match=r"reward 'hungry': a single image does not fit into .*memory.*stage=score.*Tried to allocate"):
-        Reward("hungry", scorer).score(greys(5), [""] * 5)
+        Reward("hungry", scorer).score(grays(5), [""] * 5)
     assert scorer.asked == [5, 2, 1]
 
 
@@ -96,7 +96,7 @@ def test_half_precision_is_advised_where_the_scorer_has_it_and_it_is_not_used(pr
 def test_other_errors_are_not_tried_again():
     scorer = Hungry(0, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
-        Reward("hungry", scorer).score(greys(5), [""] * 5)
+        Reward("hungry", scorer).score(grays(5), [""] * 5)
     assert scorer.asked == [5]
 
 

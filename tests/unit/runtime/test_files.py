@@ -47,5 +47,5 @@ def test_what_a_process_that_died_has_left_is_overwritten(tmp_path):
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match="taken/result.txt cannot be written"):
+    with pytest.raises(InputError, match=r"taken/result.txt cannot be written"):
         write_whole(tmp_path / "taken" / "result.txt", "new")

@@ -138,5 +138,5 @@ def test_variant_and_shard_names(tmp_path):
 
 
 def test_missing_component_is_named(tiny_folder):
-    with pytest.raises(InputError, match="text_encoder_9.*complete diffusers pipeline"):
+    with pytest.raises(InputError, match=r"text_encoder_9.*complete diffusers pipeline"):
         component_fingerprint(tiny_folder, ["unet", "text_encoder_9"])

@@ -34,10 +34,10 @@ from capo.pairs import frs, random_pair
 SETTINGS = SamplerSettings(steps=2, guidance=1.0, batch=4)
 
 
-def coloured(colour, size=(20, 16)):
+def colored(color, size=(20, 16)):
     """A plain image with a gradient, so that no two parts are the same."""
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
-    pixels[:] = colour
+    pixels[:] = color
     pixels[..., 0] += np.arange(size[0], dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -56,7 +56,7 @@ KEPT = [0, 1, 2, 3, 7, 9]
 
 
 def row_images(row):
-    return [coloured((10 * row, 40, 90)), coloured((10 * row, 200, 30))]
+    return [colored((10 * row, 40, 90)), colored((10 * row, 200, 30))]
 
 
 def write_pickapic(path, drop=()):
@@ -140,15 +140,15 @@ def test_files_that_are_not_there_or_no_table(tmp_path):
     with pytest.raises(InputError, match="no parquet file in it"):
         pickapic(str(tmp_path))
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
-    with pytest.raises(InputError, match="bad.parquet cannot be read as parquet"):
+    with pytest.raises(InputError, match=r"bad.parquet cannot be read as parquet"):
         pickapic(str(tmp_path))
 
 
 def test_a_label_that_is_none(tmp_path):
     columns = {"jpg_0": [b"", b""], "jpg_1": [b"", b""], "label_0": [1.0, 0.7], "caption": ["a", "b"]}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match="row 1: label_0 is 0.7; it must be 1"):
-        pickapic(str(tmp_path / "x.parquet")).entries
+    with pytest.raises(InputError, match=r"row 1: label_0 is 0.7; it must be 1"):
+        _ = pickapic(str(tmp_path / "x.parquet")).entries
 
 
 def test_nothing_left_says_why(tmp_path):
@@ -209,7 +209,7 @@ def test_transparency_is_white_and_exif_turns(tmp_path):
 
 
 def test_the_middle_is_cut_out_and_scaled(tmp_path):
-    wide = coloured((0, 0, 0), (40, 10))
+    wide = colored((0, 0, 0), (40, 10))
     expected = wide.crop((15, 0, 25, 10)).resize((5, 5), Image.Resampling.LANCZOS)
     assert np.array_equal(picture(encoded(wide), tmp_path, (5, 5)), expected)
 
@@ -231,7 +231,7 @@ def test_dense_ranks():
 
 def write_images(folder, count):
     for number in range(count):
-        coloured((20 * number, 100, 50)).save(folder / f"{number}.png")
+        colored((20 * number, 100, 50)).save(folder / f"{number}.png")
     return [f"{number}.png" for number in range(count)]
 
 
@@ -275,7 +275,7 @@ def test_the_content_of_image_files_is_in_the_fingerprint(tmp_path):
     names = write_images(tmp_path, 2)
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a red cat", "rank": [2, 1], "image_path": names}))
     before = rankings(str(tmp_path / "x.jsonl")).fingerprint
-    coloured((1, 2, 3)).save(tmp_path / "1.png")
+    colored((1, 2, 3)).save(tmp_path / "1.png")
     assert rankings(str(tmp_path / "x.jsonl")).fingerprint != before
 
 
@@ -335,7 +335,7 @@ def test_a_pool_that_cannot_be_trained_on(tiny_run, imported_folder, tmp_path, p
     sampled = next((tiny_run.folder / "pools").glob("tiny-*-train"))
     with pytest.raises(InputError, match="not an imported pool"):
         train_script.run(tiny_run("bad", f"pool.imported={sampled}", "evaluate=false"))
-    with pytest.raises(InputError, match="pool.labels=people: must be one of human, rewards"):
+    with pytest.raises(InputError, match=r"pool.labels=people: must be one of human, rewards"):
         train_script.run(tiny_run("bad", f"pool.imported={imported_folder}", "pool.labels=people", "evaluate=false"))
     (imported_folder / "latents" / "00000-00.safetensors").rename(tmp_path / "kept")
     try:
@@ -355,11 +355,11 @@ def test_another_models_latents_are_refused(pool, tiny_backbone, tiny_run):
 def test_what_to_import_must_be_said(tiny_run):
     with pytest.raises(InputError, match="import=pickapic, import=rankings or import=folder"):
         generate_script.run(tiny_run("unused", "stage=import", config="generate"))
-    with pytest.raises(InputError, match="import.files: not given"):
+    with pytest.raises(InputError, match=r"import.files: not given"):
         generate_script.run(tiny_run("unused", "stage=import", "import=folder", config="generate"))
     cfg = tiny_run("unused", "stage=import", "import=pickapic", "import.files=x.parquet", config="generate")
     OmegaConf.update(cfg, "import.labels", "x", force_add=True)
-    with pytest.raises(InputError, match="import.labels=x: capo.data.importing.pickapic takes no such argument; did you mean import.label?"):
+    with pytest.raises(InputError, match=r"import.labels=x: capo.data.importing.pickapic takes no such argument; did you mean import.label?"):
         generate_script.run(cfg)
 
 
@@ -378,6 +378,6 @@ def test_the_command_line_imports_every_kind(typed, tmp_path, source, capsys):
     pool = Pool.open(next((tmp_path / "pools").iterdir()))
     assert read_import_table(pool.folder).candidates == 2 and all(pool.has_latents(shard) for shard in pool.shards(2))
     if source == "folder":  # nobody has chosen
-        with pytest.raises(InputError, match="pool.labels=human: .* has no human choices"):
+        with pytest.raises(InputError, match=r"pool.labels=human: .* has no human choices"):
             Imported.open(pool.folder, "human", [])
         assert len(Imported.open(pool.folder, "rewards", []).prompts) == 2

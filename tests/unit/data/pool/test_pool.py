@@ -163,7 +163,7 @@ def test_nothing_is_written_when_all_prompts_are_there(pool):
 
 
 def test_position_of_a_prompt_that_is_not_there(pool):
-    with pytest.raises(InputError, match='lacks prompt "a ring": generate.py adds it'):
+    with pytest.raises(InputError, match=r'lacks prompt "a ring": generate.py adds it'):
         pool.positions([PROMPTS[0], PROMPTS[4]])
 
 
@@ -258,7 +258,7 @@ def test_a_truncated_shard_is_named_and_does_not_count(pool, size, caplog):
     # its block is planned with the range that it had: the one after it, which is whole, begins there
     assert (first.candidates, second.candidates) == (range(8), range(8, 10))
     assert pool.has_latents(second)
-    with pytest.raises(DamagedShard, match="00000-00.safetensors is damaged: .*; generate.py of the same"):
+    with pytest.raises(DamagedShard, match=r"00000-00.safetensors is damaged: .*; generate.py of the same"):
         pool.read_latents(first)
 
 
@@ -365,7 +365,7 @@ def test_reader_verifies_a_file_when_it_is_first_opened(pool):
     flip(path, -1)
     assert pool.has_latents(pool.shards(10)[0])  # header and size are right
     reader = PoolReader(pool)
-    with pytest.raises(InputError, match="00000-00.safetensors is damaged: its checksum is not that of its"):
+    with pytest.raises(InputError, match=r"00000-00.safetensors is damaged: its checksum is not that of its"):
         reader.latents(0, [3])
     with pytest.raises(FileNotFoundError):
         reader.text(0)
@@ -431,7 +431,7 @@ def test_damaged_scores_are_found_or_the_same(pool):
     assert found > len(whole) / 3 / 2
     path.write_bytes(whole[:-10])
     assert not pool.has_scores("a-0", pool.shards(10)[3])
-    with pytest.raises(DamagedShard, match="00001-01.parquet is damaged: it cannot be read as parquet"):
+    with pytest.raises(DamagedShard, match=r"00001-01.parquet is damaged: it cannot be read as parquet"):
         pool.scores(["a-0"], 10)
 
 
@@ -456,7 +456,7 @@ def test_scores_are_read_again_only_when_their_file_has_changed(pool, monkeypatc
 
 def test_an_empty_file_is_damaged(pool):
     (pool.folder / "latents" / "00000-00.safetensors").write_bytes(b"")
-    with pytest.raises(DamagedShard, match="00000-00.safetensors is damaged: it is empty"):
+    with pytest.raises(DamagedShard, match=r"00000-00.safetensors is damaged: it is empty"):
         PoolReader(pool).latents(0, [0])
     assert not pool.has_latents(pool.shards(10)[0])
 

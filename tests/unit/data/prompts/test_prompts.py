@@ -20,7 +20,7 @@ def test_normalize_collapses_white_space_and_composes():
 def test_prompt_id_is_blake2b_of_the_normalized_text():
     # printf 'a red circle' | b2sum -l 64
     assert prompt_id("a red circle") == "8cbf502735c9b035"
-    assert make_prompt(" a  red\ncircle", "colours") == Prompt("8cbf502735c9b035", "a red circle", "colours")
+    assert make_prompt(" a  red\ncircle", "colors") == Prompt("8cbf502735c9b035", "a red circle", "colors")
 
 
 def test_prompt_id_tells_case_and_order_apart():

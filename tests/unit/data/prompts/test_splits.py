@@ -172,7 +172,7 @@ def test_prompts_that_cannot_be_used(tmp_path, name, lines, message):
 
 def test_a_file_that_is_missing_is_found_before_another_is_read(tmp_path):
     broken = texts(tmp_path / "t.jsonl", "not JSON")
-    with pytest.raises(InputError, match="prompts.train.path=.*gone.txt: no such file"):
+    with pytest.raises(InputError, match=r"prompts.train.path=.*gone.txt: no such file"):
         split_sets(str(tmp_path / "gone.txt"), broken, broken)
 
 

@@ -21,7 +21,7 @@ def attributes(svg, kind):
 
 def test_half_width_is_the_next_step_that_holds_every_interval():
     assert half_width([(0.45, 0.58), (0.49, 0.51)], 0.5) == pytest.approx(0.1)
-    assert half_width([(0.45, 0.61)], 0.5) == pytest.approx(0.2)  # 0.11 from the centre
+    assert half_width([(0.45, 0.61)], 0.5) == pytest.approx(0.2)  # 0.11 from the center
     assert half_width([(0.4, 0.6)], 0.5) == pytest.approx(0.1)  # rounding asks for no further step
     assert half_width([(0.02, 0.98)], 0.5, most=0.5) == 0.5
     assert half_width([], 0.5) == pytest.approx(0.1)
@@ -107,7 +107,7 @@ def test_win_rates_come_first_and_scores_of_rewards_stand_apart(tmp_path):
     assert [curve.label for curve in charts[-1].curves] == ["u0.0", "u0.2"]
 
 
-def test_curves_beyond_the_colours_are_counted(tmp_path):
+def test_curves_beyond_the_colors_are_counted(tmp_path):
     names = [f"drift/winner/u{number}" for number in range(13)]
     (tmp_path / "metrics.csv").write_text(f"step,{','.join(names)}\n1,{','.join('1' for _ in names)}\n")
     (chart,) = read_curves(tmp_path / "metrics.csv")

@@ -11,8 +11,8 @@ from capo.evaluation.reports.gallery import chosen_prompts, data_uri, gains, ima
 RED, GREEN, BLUE = (200, 0, 0), (0, 150, 0), (0, 0, 250)
 
 
-def image(colour, size=(8, 8)):
-    return Image.new("RGB", size, colour)
+def image(color, size=(8, 8)):
+    return Image.new("RGB", size, color)
 
 
 def test_gain_is_the_win_rate_less_a_half_over_rewards():
@@ -74,11 +74,11 @@ def test_grid_has_the_base_above_the_policy_in_each_column(tmp_path):
     )
     pixels = np.asarray(Image.open(path))
     # cells of 64 begin at 50 (names of the rows) + 72 per column and 8 + 72 per row
-    centres = [
+    centers = [
         [tuple(pixels[8 + 72 * row + 32, 50 + 72 * column + 32].tolist()) for column in (0, 1)]
         for row in (0, 1)
     ]
-    assert centres == [[RED, GREEN], [BLUE, RED]]
+    assert centers == [[RED, GREEN], [BLUE, RED]]
     assert pixels.shape[1] == 50 + 2 * 72
     # 8 pixels fill 64: eight times
     assert pixels[8, 50].tolist() == list(RED) and pixels[71, 113].tolist() == list(RED)
@@ -87,9 +87,9 @@ def test_grid_has_the_base_above_the_policy_in_each_column(tmp_path):
 
 
 def test_grid_of_the_base_alone_breaks_into_equal_bands(tmp_path):
-    colours = [RED, GREEN, BLUE]
+    colors = [RED, GREEN, BLUE]
     image_grid(
-        [image(c) for c in colours], None, ["one", "two", "three"], tmp_path / "grid.png", columns=2, cell=32
+        [image(c) for c in colors], None, ["one", "two", "three"], tmp_path / "grid.png", columns=2, cell=32
     )
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
     band = 8 + 32 + 8 + 8 + 15  # margin, image, gap, margin, one line of text
@@ -98,14 +98,14 @@ def test_grid_of_the_base_alone_breaks_into_equal_bands(tmp_path):
         tuple(pixels[24, 66].tolist()),
         tuple(pixels[24, 106].tolist()),
         tuple(pixels[band + 24, 66].tolist()),
-    ] == colours
+    ] == colors
 
 
 def test_grid_shrinks_large_images(tmp_path):
     image_grid([image(RED, (512, 256))], None, ["wide"], tmp_path / "grid.png", cell=64)
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
     assert pixels[8 + 32, 50 + 32].tolist() == list(RED)
-    assert pixels[8 + 8, 50 + 32].tolist() == [255, 255, 255]  # 64 x 32, centred in the cell
+    assert pixels[8 + 8, 50 + 32].tolist() == [255, 255, 255]  # 64 x 32, centered in the cell
 
 
 @pytest.mark.parametrize(("base", "policy", "prompts"), [(1, 2, 1), (2, 2, 1), (0, 0, 0)])

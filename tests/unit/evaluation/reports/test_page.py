@@ -1,3 +1,4 @@
+import io
 import re
 from html.parser import HTMLParser
 
@@ -42,7 +43,7 @@ VOID = {"meta", "img", "input", "br", "line", "rect", "circle", "polyline"}
 
 
 def exhibit(prompt="a red circle", **places):
-    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "green")]
     changes = [Change("looks", 5.0, 6.5, 0.75), Change("oracle: looks", 5.2, 5.1)]
     return Exhibit(prompt, "single", 0.25, changes, images, images[::-1], places)
 
@@ -101,7 +102,7 @@ def test_headline_shows_rates_zero_line_and_scores():
     assert "63.4 % [60.1, 66.8] 51.0 % [47.0, 55.0] 5.500 → 6.250" in text
     assert "48.0 % [44.0, 52.0] 49.0 % [45.0, 53.0] 0.710 → 0.700" in text
     assert "256 prompts, 4 images each" in text and "on the first 64 prompts" in text
-    # intervals reach 0.168 from the centre: the axis runs from 30 to 70 %
+    # intervals reach 0.168 from the center: the axis runs from 30 to 70 %
     assert "30 % 50 % 70 %" in text
 
 
@@ -144,12 +145,12 @@ def test_gallery_holds_both_sides_and_its_orders():
         (0.4, "-0.100", "below"),
     ],
 )
-def test_a_change_that_rounds_to_nothing_has_no_colour(policy, shown, verdict):
+def test_a_change_that_rounds_to_nothing_has_no_color(policy, shown, verdict):
     card = Exhibit("a", "", 0.0, [Change("looks", 0.5, policy, 0.5)], [], [], {"gain": 0})
     assert f'<td class="{verdict}">{shown}</td>' in page(exhibits=[card])
 
 
-def test_every_class_of_a_curve_has_a_colour():
+def test_every_class_of_a_curve_has_a_color():
     text = page()
     for index in range(10):
         assert (
@@ -210,7 +211,7 @@ def test_scores_keep_three_digits_that_count(value, text):
 
 
 def test_console_table_fits_a_terminal():
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     print_results(RESULTS, console)
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
