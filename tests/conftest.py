@@ -3,6 +3,7 @@
 pytest reads this file in the process that hands out the tests too, which needs no torch: heavy imports stand in the fixtures.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -24,6 +25,11 @@ def pytest_cmdline_main(config):
     if getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput"):
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
         option.dist = "worksteal" if option.dist == "no" else option.dist
+
+
+def pytest_collection_finish():
+    """What importing has made stays: no collection of garbage need look through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
