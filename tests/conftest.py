@@ -20,11 +20,17 @@ from fixtures import ROOT
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """A worker for each core, where pytest-xdist is there and -n says nothing else; not in addopts, which `-p no:xdist` would refuse."""
+    """A worker for each core, unless -n says otherwise; not in addopts, which would need pytest-xdist.
+
+    A file stays on one worker, so that what its tests share is made once; files come in their order, whole runs first.
+    """
     option = config.option
-    if getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput"):
+    if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):
+        return
+    if option.numprocesses is None:
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
-        option.dist = "worksteal" if option.dist == "no" else option.dist
+    if option.numprocesses and option.dist == "no":
+        option.dist, option.loadscopereorder = "loadfile", False
 
 
 def pytest_collection_finish():
