@@ -62,7 +62,7 @@ def free_port() -> int:
 
 
 def finish(process: subprocess.Popen) -> str:
-    told, _ = process.communicate(timeout=400)
+    told, _ = process.communicate(timeout=900)
     assert process.returncode == 0, told[-4000:]
     return told
 
@@ -137,7 +137,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny_run, strategy):
     """Rank 1 is killed in step 5; the same command then ends as a run that nothing has cut off."""
     killed, unkilled = f"killed-{strategy}", f"unkilled-{strategy}"
     process = start(tiny_run, killed, *STRATEGY[strategy], processes=2, kill_at=4)
-    told, _ = process.communicate(timeout=400)
+    told, _ = process.communicate(timeout=900)
     assert process.returncode != 0 and "SIGKILL" in told
     assert not (tiny_run.folder / killed / "outcome.json").exists()
     finish(start(tiny_run, killed, *STRATEGY[strategy], processes=2))

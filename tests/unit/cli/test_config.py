@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -93,6 +95,15 @@ def test_environment_and_project_name_the_same_packages():
     environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
     assert environment["dependencies"][-1]["pip"] == project["dependencies"]
     assert environment["dependencies"][0] == f"python{project['requires-python']}"
+
+
+def test_every_dependency_is_held_at_its_lower_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "lower_bounds.py"], capture_output=True, text=True, check=True)
+    held = dict(line.split("==") for line in done.stdout.splitlines())
+    for line in (*project["dependencies"], *project["optional-dependencies"]["test"]):
+        name, bound = line.split(",")[0].split(">=")  # each has one
+        assert held[name] == bound
 
 
 def test_readme_holds_the_two_commands():

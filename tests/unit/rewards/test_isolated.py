@@ -167,7 +167,7 @@ def isolated(targets, pillow_only, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(targets))
     made = []
 
-    def make(name, python=pillow_only, timeout=60, **arguments):
+    def make(name, python=pillow_only, timeout=120, **arguments):
         scorer = {"_target_": f"their_reward.{name}", **arguments}
         made.append(IsolatedScorer("theirs", python, scorer, timeout, tmp_path / "logs" / "theirs.log"))
         return made[-1]
@@ -177,7 +177,7 @@ def isolated(targets, pillow_only, monkeypatch, tmp_path):
         scorer.close()
 
 
-def gone(pid, seconds=20):
+def gone(pid, seconds=120):
     """Whether the process ends; one that nobody has waited for yet counts as ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -267,13 +267,13 @@ def test_one_that_dies_twice_is_an_error(where, isolated, tmp_path):
 
 
 def test_one_that_hangs_is_ended(isolated):
-    scorer = isolated("Sleeps", timeout=20)
+    scorer = isolated("Sleeps", timeout=120)
     scorer.to("cpu")
     pid, scorer.timeout = scorer._worker.process.pid, 0.5
     with pytest.raises(InputError, match=r"gave no answer in 0\.5 s and was ended.*\+\+rewards\.theirs\.timeout=SECONDS"):
         scorer([RED], ["hang"])
     assert gone(pid)
-    scorer.timeout = 20
+    scorer.timeout = 120
     assert scorer([RED], ["a"]).tolist() == [2]
 
 

@@ -20,7 +20,7 @@ def three_threads():
 
 
 def test_lanes_keep_the_order_and_have_one_thread_each(three_threads):
-    meet = threading.Barrier(3, timeout=20)  # passed only if three parts are worked on at once
+    meet = threading.Barrier(3, timeout=120)  # passed only if three parts are worked on at once
 
     def part(number):
         meet.wait()

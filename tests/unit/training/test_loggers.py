@@ -34,7 +34,7 @@ def wandb_records(path: Path):
 
 def ended_records(path: Path) -> list:
     """The records of a run that has ended: its writer is a process of its own and may be a moment behind."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         records = list(wandb_records(path))
         if any(record.HasField("exit") for record in records):

@@ -312,7 +312,7 @@ def test_waiting_for_a_lock(tmp_path):
         thread.start()
         thread.join(timeout=0.3)
         order.append("first")
-    thread.join(timeout=10)
+    thread.join(timeout=120)
     assert order == ["first", ("second", True)]
 
 
