@@ -1,10 +1,11 @@
-"""Everything that wants a GPU, in one command of at most nine minutes, what matters most first.
+"""Everything that needs a GPU, in one command of at most nine minutes, in order of importance.
 
     python -m benchmarks.gpu --results FOLDER [--minutes 9]
     python -m benchmarks.gpu --results FOLDER --size tiny --device cpu
 
-Each part is a program of its own with a time limit; its figures are in FOLDER/<part>.json as they come, and the same command goes
-on with what is missing. A part that fails or runs out of time does not end the others; FOLDER/gpu.json says how each ended.
+Each part is a program of its own with a time limit. It writes its figures to FOLDER/<part>.json as they are
+measured, and the same command resumes with what is missing. A part that fails or runs out of time does not
+end the others; FOLDER/gpu.json records how each ended.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from pathlib import Path
 
 from capo.runtime.files import write_whole
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 GRACE = 20.0  # seconds beyond its own limit after which a part is ended
 SUMMARY = "gpu.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A program of this folder with its arguments, and the minutes that it may take; `sized`: it knows --size and --minutes."""
+    """A module of this package with its arguments and time limit.
+
+    `sized`: it has the options --size and --minutes.
+    """
 
     name: str
     script: str
@@ -37,11 +41,11 @@ class Part:
 
 
 PARTS = (
-    Part("checks", "gpu_checks.py", 1.0, sized=False),
-    Part("train_sdxl", "train_step.py", 3.0, ("--model", "sdxl")),
-    Part("sample_sdxl", "sampling.py", 1.0, ("--model", "sdxl")),
-    Part("sample_sd3", "sampling.py", 1.0, ("--model", "sd3")),
-    Part("train_sd3", "train_step.py", 2.0, ("--model", "sd3")),
+    Part("checks", "gpu_checks", 1.0, sized=False),
+    Part("train_sdxl", "train_step", 3.0, ("--model", "sdxl")),
+    Part("sample_sdxl", "sampling", 1.0, ("--model", "sdxl")),
+    Part("sample_sd3", "sampling", 1.0, ("--model", "sd3")),
+    Part("train_sd3", "train_step", 2.0, ("--model", "sd3")),
 )
 
 
@@ -57,7 +61,8 @@ def command(part: Part, results: Path, size: str, device: str, minutes: float) -
     """The part's command line."""
     line = [
         sys.executable,
-        str(HERE / part.script),
+        "-m",
+        f"benchmarks.{part.script}",
         "--results",
         str(results / f"{part.name}.json"),
         "--device",
@@ -75,7 +80,7 @@ def run(part: Part, results: Path, size: str, device: str, minutes: float) -> Ou
         try:
             line = command(part, results, size, device, minutes)
             code = subprocess.run(
-                line, stdout=log, stderr=log, timeout=60 * minutes + GRACE, check=False
+                line, stdout=log, stderr=log, timeout=60 * minutes + GRACE, check=False, cwd=ROOT
             ).returncode
         except subprocess.TimeoutExpired:
             code = None
@@ -91,8 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="default cuda")
     parser.add_argument("--only", default="", help="parts whose name has this text")
     args = parser.parse_args(arguments)
-    args.results.mkdir(parents=True, exist_ok=True)
-    path, began = args.results / SUMMARY, time.monotonic()
+    results = args.results.absolute()
+    results.mkdir(parents=True, exist_ok=True)
+    path, began = results / SUMMARY, time.monotonic()
     outcomes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in PARTS:
         left = args.minutes - (time.monotonic() - began) / 60
@@ -101,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if left <= 0:
             print(f"{part.name} and what follows: not reached; the same command resumes with them")
             return
-        outcomes[part.name] = asdict(run(part, args.results, args.size, args.device, min(part.minutes, left)))
+        outcomes[part.name] = asdict(run(part, results, args.size, args.device, min(part.minutes, left)))
         write_whole(
             path, json.dumps(outcomes, indent=1) + "\n", remedy="choose another folder with --results"
         )

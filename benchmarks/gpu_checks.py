@@ -1,9 +1,10 @@
 """Checks that only a GPU can answer, on tiny models of the real classes with random weights.
 
-    python -m benchmarks.gpu_checks --results FILE [--device cuda] [--model sdxl]
+    python -m benchmarks.gpu_checks --results FILE [--device cuda]
 
-Each check is a row: policy and reference agree before the first step (margin 0), in float32 and under bf16 autocast, eager and
-compiled; our sampler gives the pipeline's images; a batch that does not fit the memory is halved. What fails is a row too.
+Each check is a row: policy and reference agree before the first step (margin 0), in float32 and under bf16
+autocast, eager and compiled; capo's sampler gives the pipeline's images; a batch that does not fit the memory
+is halved. A check that raises is a row too.
 """
 
 from __future__ import annotations
@@ -15,16 +16,9 @@ from pathlib import Path
 
 import torch
 
-from capo.backbones.parallel import compile_blocks
-from capo.backbones.sampling import SamplerSettings
-from capo.cli.process import prepare_process
-from capo.data.prompts import make_prompt
-from capo.module import Execution, PreferenceModule, Weighting
-from capo.objectives import capo, margin
-from capo.runtime.batching import FittingBatch
-from full_steps import MODELS as KNOWN
-from machine import facts, release
-from random_models import (
+from benchmarks.full_steps import MODELS as KNOWN
+from benchmarks.machine import facts, release
+from benchmarks.random_models import (
     MODELS,
     TINY,
     conditioning_parts,
@@ -33,8 +27,16 @@ from random_models import (
     random_pairs,
     sized_blueprint,
 )
-from records import Records, Row, measured, print_rows
-from sampling import apart, our_sampling, plain_pipeline
+from benchmarks.records import Records, Row, measured, print_rows
+from benchmarks.sampling import apart
+from benchmarks.sampling_ways import our_sampling, plain_pipeline
+from capo.backbones.parallel import compile_blocks
+from capo.backbones.sampling import SamplerSettings
+from capo.cli.process import prepare_process
+from capo.data.prompts import make_prompt
+from capo.module import Execution, PreferenceModule, Weighting
+from capo.objectives import capo, margin
+from capo.runtime.batching import FittingBatch
 
 PRECISIONS = ("32-true", "bf16-mixed")
 PRINTED = ("status", "passed", "found")
@@ -61,7 +63,7 @@ def first_margin(model: str, precision: str, compiled: bool, device: torch.devic
         compile_blocks(network)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         largest = float(margin(module.pair_errors(random_pairs(blueprint, 4, device))).detach().abs().max())
-    return {"passed": largest == 0 or compiled and largest < 1e-5, "found": f"largest |h| {largest:.3g}"}
+    return {"passed": largest == 0 or (compiled and largest < 1e-5), "found": f"largest |h| {largest:.3g}"}
 
 
 def sampler_against_pipeline(model: str, device: torch.device) -> Row:

@@ -1,4 +1,5 @@
 """Two ways to draw the same images: calls of the plain pipeline, and the steps of a pool without the pool."""
+
 from collections.abc import Sequence
 
 from PIL.Image import Image

@@ -1,12 +1,12 @@
 """Draw the layers of the package and the imports between them.
 
-`python docs/figures/layers.py` writes layers.svg. The layers come from `.importlinter`, the imports from
+`python docs/figures/layers.py` writes layers.svg. The layers come from pyproject.toml, the imports from
 grimp, the library behind import-linter. tests/unit/test_architecture_figure.py compares drawing and code.
 """
 
 from __future__ import annotations
 
-from configparser import ConfigParser
+import tomllib
 from pathlib import Path
 
 import grimp
@@ -42,9 +42,8 @@ Arrow = tuple[str, str]  # (importer, imported)
 
 def layers() -> list[list[str]]:
     """Packages and modules of each layer, from the highest to the lowest, as import-linter enforces them."""
-    config = ConfigParser()
-    config.read(ROOT / ".importlinter", encoding="utf-8")
-    lines = config["importlinter:contract:layers"]["layers"].split("\n")
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lines = next(rules["layers"] for rules in config["tool"]["importlinter"]["contracts"] if "layers" in rules)
     return [[name.strip() for name in line.split("|")] for line in lines if line.strip()]
 
 
@@ -87,7 +86,7 @@ def draw(rows: list[list[str]], found: set[Arrow]) -> str:
     """
     places = centers(rows)
     if missing := sorted({name for arrow in found for name in arrow} - places.keys()):
-        raise ValueError(f"in no layer of .importlinter: {', '.join(missing)}")
+        raise ValueError(f"in no layer of pyproject.toml: {', '.join(missing)}")
     drawn = sorted(arrow for arrow in found if arrow[1] not in BASE)
     light = [arrow for arrow in drawn if implied(arrow, found)]
     dark = [arrow for arrow in drawn if arrow not in light]

@@ -2,5 +2,5 @@
 
 import os
 
-# transformers otherwise reports at import, before anything of ours, that torchvision is missing, which nothing here uses
+# otherwise transformers reports at import that torchvision is missing, which this package does not use
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -63,10 +63,11 @@ AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.flo
 
 @contextmanager
 def marked_as_trained(module: nn.Module) -> Iterator[None]:
-    """Within the block the module's weights require gradients, as those of a policy do; gradients must be off.
+    """Mark the weights as requiring gradients within the block, like a policy's; gradients must be disabled.
 
-    torch computes a product of a batch of strided matrices with a weight in another way, rounded otherwise, where the weight
-    requires a gradient (`should_fold` in ATen's matmul): a frozen copy of the same weights would differ in the last bits.
+    torch multiplies strided batches of matrices by a weight in another way, with other rounding, if that weight
+    requires a gradient (`should_fold` in ATen's matmul). A frozen copy would differ from the policy in its last
+    bits.
     """
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     for parameter in frozen:

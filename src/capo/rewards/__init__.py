@@ -1,4 +1,4 @@
-"""Rewards: one interface over scorers, what is known about each, and the fingerprint under which its scores are stored."""
+"""Rewards: one interface over scorers, facts about each, and the fingerprint that names its stored scores."""
 
 from capo.rewards.reward import Reward, Scorer, load_rewards
 
