@@ -63,11 +63,11 @@ AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.flo
 
 @contextmanager
 def marked_as_trained(module: nn.Module) -> Iterator[None]:
-    """Mark the weights as requiring gradients within the block, like a policy's; gradients must be disabled.
+    """Mark the module's weights as requiring gradients for the block, like a policy's; gradients must be off.
 
-    torch multiplies strided batches of matrices by a weight in another way, with other rounding, if that weight
-    requires a gradient (`should_fold` in ATen's matmul). A frozen copy would differ from the policy in its last
-    bits.
+    For a batch of strided matrices times a weight, torch chooses another algorithm, with other rounding, if
+    the weight requires a gradient (`should_fold` in ATen's matmul). Without the mark, a frozen copy of a
+    policy would differ from it in the last bits.
     """
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     for parameter in frozen:
