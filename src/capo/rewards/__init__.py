@@ -1,4 +1,4 @@
-"""Rewards: one interface over scorers, facts about each, and the fingerprint that names its stored scores."""
+"""Rewards: one interface over scorers, with the facts and the fingerprint of each."""
 
 from capo.rewards.reward import Reward, Scorer, load_rewards
 

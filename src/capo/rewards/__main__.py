@@ -1,4 +1,4 @@
-"""`python -m capo.rewards check NAME`: starts the program in `capo.cli.rewards`, which composes the configuration."""
+"""Run `python -m capo.rewards check NAME`, whose program is `capo.cli.rewards`."""
 
 import runpy
 

@@ -1,6 +1,7 @@
-"""CLIP-FlanT5: a T5 whose encoder reads the patches of an image among the words, and how its published files become one.
+"""CLIP-FlanT5, a T5 whose encoder reads image patches among words, and the loading of its published files.
 
-Architecture and names of tensors as in Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024.
+Architecture and tensor names are those of Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text
+Generation, 2024.
 """
 
 from __future__ import annotations
@@ -21,26 +22,31 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, T5Config
 
 PUBLISHED = "zhiqiulin/clip-flant5-xxl"
-LAYER = -2  # of the tower's hidden states: what the layer before the last gives
+LAYER = -2  # index into the tower's hidden states: the output of the layer before the last
 ARCHITECTURE = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_layer": LAYER,
     "mm_vision_select_feature": "patch",
 }
-UNREAD = "EncDecAttention.relative_attention_bias.weight"  # of old T5 files: no T5 has used it
+UNREAD = "EncDecAttention.relative_attention_bias.weight"  # in old T5 files, and used by no T5
 
 
 class ClipFlanT5(nn.Module):
-    """Image and question -> log-probabilities of an answer's tokens. `vocabulary`: tokens that can be answered, the first of T5's."""
+    """Network from an image and a question to the log-probabilities of an answer's tokens.
+
+    Args:
+        t5: architecture of the T5.
+        tower: architecture of the CLIP vision tower.
+        vocabulary: number of tokens, the first of T5's table, over which probabilities are normalized.
+    """
 
     def __init__(self, t5: T5Config, tower: CLIPVisionConfig, vocabulary: int):
         from transformers import CLIPVisionModel, T5ForConditionalGeneration
 
         super().__init__()
         self.t5 = T5ForConditionalGeneration(t5)
-        self.t5.set_input_embeddings(
-            self.t5.shared
-        )  # one table for encoder and decoder; the answer's head has its own
+        # Encoder and decoder share one embedding table; the output head has its own.
+        self.t5.set_input_embeddings(self.t5.shared)
         self.vision_tower = CLIPVisionModel(tower)
         self.mm_projector = nn.Sequential(
             nn.Linear(tower.hidden_size, t5.d_model), nn.GELU(), nn.Linear(t5.d_model, t5.d_model)
@@ -48,9 +54,13 @@ class ClipFlanT5(nn.Module):
         self.vocabulary = vocabulary
 
     def forward(self, pixels: Tensor, before: Tensor, after: Tensor, answer: Tensor) -> Tensor:
-        """Log-probabilities (B, A) float32 of the tokens `answer` (A,), each given those in front of it.
+        """Return log-probabilities (B, A), float32, of the tokens `answer`, each given those before it.
 
-        pixels (B, 3, H, W); the question's tokens before the image (N,), the same for all, and after it (B, M), padded at the end.
+        Args:
+            pixels: normalized images (B, 3, H, W).
+            before: the question's tokens before the image (N,), the same for all images.
+            after: the question's tokens after the image (B, M), padded at the end.
+            answer: tokens of the answer (A,).
         """
         image, padding = self.look(pixels), self.t5.config.pad_token_id
         words = self.t5.shared
@@ -62,7 +72,8 @@ class ClipFlanT5(nn.Module):
             ],
             dim=1,
         )
-        written = torch.cat([answer.new_full((1,), padding), answer[:-1]])  # T5 begins with the padding token
+        # T5's decoder starts with the padding token.
+        written = torch.cat([answer.new_full((1,), padding), answer[:-1]])
         logits = self.t5(
             inputs_embeds=read,
             attention_mask=mask,
@@ -77,7 +88,7 @@ class ClipFlanT5(nn.Module):
         )
 
     def look(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) -> patches (B, (H / patch)^2, width of T5); the class token is left out."""
+        """Embed pixels (B, 3, H, W) as patches (B, (H / patch)^2, width of T5), without the class token."""
         seen = self.vision_tower(
             pixel_values=pixels.to(self.t5.dtype), output_hidden_states=True
         ).hidden_states[LAYER]
@@ -85,13 +96,17 @@ class ClipFlanT5(nn.Module):
 
 
 def t5_config(folder: Path, setting: str) -> T5Config:
-    """The architecture in a folder's config.json. Raises InputError where it is missing, no T5's or another CLIP-T5's."""
+    """Read the T5's architecture from a folder's config.json.
+
+    Raises InputError if the file is missing or describes another model than a CLIP-FlanT5.
+    """
     from transformers import T5Config
 
     found = read_config(folder, setting)
     if "d_kv" not in found:
         raise InputError(
-            f"{setting}={folder}: it holds a model of type {found.get('model_type')}, this reward reads a CLIP-FlanT5 such as {PUBLISHED}"
+            f"{setting}={folder}: it holds a model of type {found.get('model_type')}, this reward reads a "
+            f"CLIP-FlanT5 such as {PUBLISHED}"
         )
     for key, value in ARCHITECTURE.items():
         if found.get(key, value) != value:
@@ -99,30 +114,33 @@ def t5_config(folder: Path, setting: str) -> T5Config:
                 f"{setting}={folder}: its {key} is {found[key]}, this reward reads {value}, as in {PUBLISHED}"
             )
     own = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version")
-    # whether T5's head and its words share weights stands in the config; transformers 5 only scales by it
+    # The config's tie_word_embeddings is kept: transformers 5 uses it for the output's scale alone.
     return T5Config(
         **{key: value for key, value in found.items() if key not in own and not key.startswith("mm_")}
     )
 
 
 def weight_files(folder: Path, setting: str) -> list[Path]:
-    """The files of a checkpoint, safetensors where there are any; InputError for one that its index names and that is not there."""
+    """List the files of a checkpoint, safetensors if there are any.
+
+    Raises InputError if a file that the checkpoint's index names is missing.
+    """
     names = sorted(set(_index(folder).values())) or [file.name for file in _first_format(folder)][:1]
     if lacking := [name for name in names if not (folder / name).is_file()]:
         raise InputError(
-            f"{setting}={folder}: {', '.join(lacking)} of its index {'is' if len(lacking) == 1 else 'are'} not there; "
-            "get the folder again"
+            f"{setting}={folder}: {', '.join(lacking)} of its index {'is' if len(lacking) == 1 else 'are'} "
+            "not there; get the folder again"
         )
     return [folder / name for name in names]
 
 
 def holds_tower(folder: Path) -> bool:
-    """Whether the index of a checkpoint says that the vision tower is in it too."""
+    """Whether the index of a checkpoint lists the vision tower's weights."""
     return any("vision_tower." in name for name in _index(folder))
 
 
 def _index(folder: Path) -> Mapping[str, str]:
-    """The file of every tensor of a checkpoint in several files; empty for one in a single file."""
+    """Read {tensor: file} of a checkpoint in several files; empty for a checkpoint in one file."""
     name = (
         "model.safetensors.index.json"
         if _first_format(folder)[0].suffix == ".safetensors"
@@ -134,17 +152,27 @@ def _index(folder: Path) -> Mapping[str, str]:
 
 
 def _first_format(folder: Path) -> list[Path]:
-    """A hub's snapshot holds the indices of all formats, the files of one."""
+    """List the weight files of the first format that has any.
+
+    A hub snapshot holds the index files of all formats, but the weight files of one.
+    """
     return next(found for pattern in MODEL_FILES if (found := sorted(folder.glob(pattern))))
 
 
 def load_clip_flant5(
     network: ClipFlanT5, files: Iterable[Path], tower: Iterable[Path], dtype: torch.dtype, setting: str
 ) -> None:
-    """Fills a network without memory (meta device) from a checkpoint's files, one after the other, in `dtype`.
+    """Load a checkpoint's files, one after another, into a network on the meta device, in `dtype`.
 
-    tower: files of a CLIP whose vision tower the network has where the checkpoint brings none.
-    Raises InputError for weights that do not fit.
+    Args:
+        network: the network to fill.
+        files: files of the checkpoint.
+        tower: files of a CLIP, for a checkpoint without a vision tower.
+        dtype: dtype of the loaded weights.
+        setting: key of the configuration that gave the source, for messages.
+
+    Raises:
+        InputError: the weights do not fit the network.
     """
     wanted = {name for name in network.state_dict() if not name.endswith("embed_tokens.weight")}
     seen: set[str] = set()
@@ -154,7 +182,7 @@ def load_clip_flant5(
             network.load_state_dict(
                 {name: _cast(value, dtype) for name, value in state.items() if name in wanted}, False, True
             )
-        except RuntimeError as error:  # sizes
+        except RuntimeError as error:  # shapes that do not match
             raise InputError(
                 f"{setting}={source}: {error}; this reward reads the weights of {PUBLISHED}"
             ) from error
@@ -167,7 +195,10 @@ def load_clip_flant5(
 def _states(
     files: Iterable[Path], tower: Iterable[Path], setting: str
 ) -> Iterator[tuple[dict[str, Tensor], str]]:
-    """What each file holds, by the network's own names, and the file; the checkpoint's own tower comes last and so stays."""
+    """Yield each file's tensors, under the network's names, and the file's path.
+
+    The tower's files come first, so that a tower in the checkpoint itself overrides them.
+    """
     for file in tower:
         state = {
             name: value
@@ -185,7 +216,10 @@ def _states(
 
 
 def own_name(name: str) -> str:
-    """A published tensor's name in ClipFlanT5. The tower lies nested in old files, the table of words under up to four names."""
+    """Translate a published tensor name to ClipFlanT5's.
+
+    Old files nest the tower, and the embedding table has up to four names.
+    """
     for part in ("vision_tower", "mm_projector"):
         _, mark, rest = name.rpartition(f"{part}.")
         if mark:

@@ -1,4 +1,4 @@
-"""Rewards that compare an image with its prompt by CLIP: PickScore, and the plain CLIP score."""
+"""Rewards from the CLIP similarity of an image and its prompt: PickScore and the plain CLIP score."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from capo.rewards.weights import fetch, refuse_other_names, require_type
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
 
-MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin")  # the second read by torch as tensors only
+MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin")  # torch reads the second as tensors only
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 BATCH = 32  # images in one forward pass
 
 
 class ClipInputs:
-    """What a CLIP reads: prompts as token numbers and images as normalized pixels, as its published processor makes them."""
+    """Inputs of a CLIP, by its published processor: token ids of prompts and normalized pixels of images."""
 
     def __init__(self, folder: Path, config: CLIPConfig, setting: str):
-        from transformers import CLIPImageProcessorPil, CLIPTokenizer  # PIL: what torchvision's gives differs
+        from transformers import CLIPImageProcessorPil, CLIPTokenizer  # PIL: torchvision's pixels differ
 
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -41,49 +41,49 @@ class ClipInputs:
         self.length = config.text_config.max_position_embeddings  # 77
         if len(self.tokenizer) != config.text_config.vocab_size:
             raise InputError(
-                f"{setting}={folder}: its tokenizer has {len(self.tokenizer)} tokens, the model {config.text_config.vocab_size}; give "
-                "the processor that the model was trained with"
+                f"{setting}={folder}: its tokenizer has {len(self.tokenizer)} tokens, the model "
+                f"{config.text_config.vocab_size}; give the processor that the model was trained with"
             )
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """(P, 77): what is longer is cut off before the end token, what is shorter is padded."""
+        """Tokenize P prompts to (P, 77): truncated before the end token where longer, else padded."""
         return self.tokenizer(
             list(prompts), max_length=self.length, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """(B, 3, 224, 224): shortest side to 224 (bicubic), center crop, normalized."""
+        """Convert B images to (B, 3, 224, 224): shortest side to 224 (bicubic), center crop, normalize."""
         return self.processor(list(images), return_tensors="pt").pixel_values
 
 
 class BatchScorer(ABC):
-    """Scores images in batches of `batch`, on one device and in one precision, whatever the caller's autocast."""
+    """Scorer in batches of `batch`, on one device and in one precision, whatever the caller's autocast."""
 
     def __init__(self, module: nn.Module, batch: int = BATCH, precision: torch.dtype = torch.float32):
         self.module = module.to(precision).eval().requires_grad_(False)
         self.batch, self.device = batch, torch.device("cpu")
 
     def to(self, device: str | torch.device) -> BatchScorer:
-        """Moves the network to `device`."""
+        """Move the network to `device`."""
         self.device = torch.device(device)
         self.module.to(self.device)
         return self
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Raw scores (B,) float32 on the CPU; each a function of its own image and prompt."""
+        """Return raw scores (B,), float32 on the CPU; each depends on its own image and prompt alone."""
         starts = range(0, len(images), self.batch)
-        with torch.autocast(self.device.type, enabled=False):  # a caller's precision must not move a score
+        with torch.autocast(self.device.type, enabled=False):  # a caller's precision must not change a score
             parts = [self._batch(images[i : i + self.batch], prompts[i : i + self.batch]) for i in starts]
         return torch.cat([torch.empty(0), *(part.float().cpu() for part in parts)])
 
     @abstractmethod
     def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Scores (B,) of one forward pass."""
+        """Return scores (B,) from one forward pass."""
 
 
 class ClipScorer(BatchScorer):
-    """A BatchScorer whose prompts become tokens apart from the images; prompts that repeat are read once."""
+    """BatchScorer that encodes prompts separately from images, so that a repeated prompt is encoded once."""
 
     def __init__(
         self,
@@ -104,15 +104,21 @@ class ClipScorer(BatchScorer):
 
     @abstractmethod
     def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
-        """Scores (B,) of pixels (B, 3, H, W); image i goes with tokens[row[i]], tokens (P, 77), row (B,)."""
+        """Return scores (B,) for pixels (B, 3, H, W); image i has prompt tokens[row[i]], tokens (P, 77)."""
 
 
 class PickScore(ClipScorer):
-    """exp(logit_scale) cos(image, text), by a CLIP-H that was tuned on people's choices.
+    """PickScore: exp(logit_scale) cos(image, text), from a CLIP-H that was tuned on human choices.
 
-    weights: folder or hub id of the CLIP, at `revision`.
-    processor: folder or hub id of tokenizer and image processor, at `processor_revision`; null: those beside the weights.
-    Raises InputError for weights that are neither here nor to be had, or another model's.
+    Args:
+        weights: folder or hub id of the CLIP.
+        revision: revision of the hub id.
+        processor: folder or hub id of the tokenizer and image processor; null: those beside the weights.
+        processor_revision: revision of `processor`.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the weights are not available, or are another model's.
     """
 
     name, published = "pickscore", "yuvalkirstain/PickScore_v1"
@@ -145,7 +151,7 @@ class PickScore(ClipScorer):
 
 
 class ClipScore(PickScore):
-    """100 cos(image, text), by a CLIP as it was trained on pairs from the web. Arguments as PickScore's."""
+    """CLIP score: 100 cos(image, text), from a CLIP as it was pretrained. Arguments as for PickScore."""
 
     name, published = "clipscore", "openai/clip-vit-large-patch14"
 
@@ -154,20 +160,20 @@ class ClipScore(PickScore):
 
 
 def cosines(clip: CLIPModel, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
-    """cos(image, text) (B,) of pixels (B, 3, H, W); image i goes with tokens[row[i]], tokens (P, L), row (B,)."""
+    """Return cos(image, text) (B,) for pixels (B, 3, H, W); image i has the text tokens[row[i]] of (P, L)."""
     image = clip.get_image_features(pixel_values=pixels).pooler_output
     text = clip.get_text_features(input_ids=tokens).pooler_output
     return F.cosine_similarity(image, text[row], dim=-1)
 
 
 def check_batch(batch: int, name: str) -> None:
-    """InputError for a number of images that no forward pass has."""
+    """Raise InputError if `batch`, the images in one forward pass of reward `name`, is below 1."""
     if batch < 1:
         raise InputError(f"rewards.{name}.scorer.batch={batch}: images in one forward pass must be 1 or more")
 
 
 def clip_config(folder: Path, setting: str) -> CLIPConfig:
-    """The architecture that a folder's config.json describes; InputError where it is no CLIP's."""
+    """Read the CLIP architecture in a folder's config.json; raise InputError if it is another model's."""
     from transformers import CLIPConfig
 
     require_type(folder, setting, "clip", "a CLIP")
@@ -177,9 +183,9 @@ def clip_config(folder: Path, setting: str) -> CLIPConfig:
 def load_clip(
     folder: Path, setting: str, published: str, state: dict[str, Tensor] | None = None
 ) -> CLIPModel:
-    """The CLIP of a folder, in float32; with `state`, those weights in the architecture of the folder's config.json.
+    """Load the CLIP of a folder in float32; with `state`, load these weights into the folder's architecture.
 
-    Raises InputError for weights that do not fit, naming `published`, which do.
+    Raises InputError for weights that do not fit; the message names `published`, which fit.
     """
     from transformers import CLIPModel
 

@@ -1,6 +1,7 @@
-"""HPSv2: which image people choose for the prompt, by the cosine of a tuned CLIP-H.
+"""HPSv2: human preference for an image given the prompt, as the cosine similarity of a tuned CLIP-H.
 
-The published checkpoint has the names of open_clip; here it runs as transformers' CLIP, whose arithmetic is the same.
+The published checkpoint has open_clip's tensor names; here it runs as transformers' CLIP, whose arithmetic is
+the same.
 """
 
 from __future__ import annotations
@@ -32,18 +33,16 @@ if TYPE_CHECKING:
     from transformers import CLIPConfig
 
 FILE, PUBLISHED = "HPS_v2.1_compressed.pt", "xswu/HPSv2 (HPS_v2.1_compressed.pt)"
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of the images that CLIP was trained on
-# open_clip's names, in this order; a group is kept
+# Mean and standard deviation of the channels of CLIP's training images.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# (open_clip's name, transformers' name); the first match counts, and groups are kept
 RENAMED = [
     (re.compile(pattern), name)
     for pattern, name in (
         (r"visual\.(class_embedding)", r"vision_model.embeddings.\1"),
         (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
         (r"visual\.conv1\.(.+)", r"vision_model.embeddings.patch_embedding.\1"),
-        (r"visual\.ln_pre\.(.+)", r"vision_model.pre_layrnorm.\1"),  # spelt so
+        (r"visual\.ln_pre\.(.+)", r"vision_model.pre_layrnorm.\1"),  # transformers' own spelling
         (r"visual\.ln_post\.(.+)", r"vision_model.post_layernorm.\1"),
         (r"visual\.proj", "visual_projection.weight"),
         (r"visual\.transformer\.resblocks\.(.+)", r"vision_model.encoder.layers.\1"),
@@ -66,13 +65,13 @@ BLOCK = re.compile(r"(.+\.layers\.\d+)\.(.+)[._](weight|bias)")
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP's tensors under transformers' names, in float32; a name that is none of open_clip's stays as it is.
+    """Rename a CLIP's tensors from open_clip's names to transformers', in float32; unknown names are kept.
 
-    Queries, keys and values come as one matrix and become three; projections come transposed.
+    The joint matrix of queries, keys and values is split into three, and projections are transposed.
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name == "attn_mask":  # a constant, which old versions stored
+        if name == "attn_mask":  # a constant that old versions stored
             continue
         new = next((pattern.sub(other, name) for pattern, other in RENAMED if pattern.fullmatch(name)), name)
         value = (
@@ -85,7 +84,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _in_block(name: str, value: Tensor) -> dict[str, Tensor]:
-    """A tensor of a transformer's block, and any other as it is."""
+    """Rename a tensor of a transformer block, and split its joint matrix; any other is returned as it is."""
     block = BLOCK.fullmatch(name)
     if block and block[2] == "attn.in_proj":
         parts = zip("qkv", value.chunk(3), strict=True)
@@ -94,8 +93,10 @@ def _in_block(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def fitted(image: Image, side: int, antialias: bool = True) -> Tensor:
-    """(3, side, side): the longest side resized to `side` (bicubic, on numbers, so that edges overshoot 0-1), the rest zeros around it,
-    then normalized, so that the rim is no zero any more.
+    """Fit an image into (3, side, side): longest side to `side` (bicubic), zero padding around it, normalize.
+
+    Resizing works on floats, so that edges may overshoot 0-1. The padding is normalized too, so that it is
+    not zero in the result.
     """
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     scale = side / max(pixels.shape[1:])
@@ -110,25 +111,33 @@ def fitted(image: Image, side: int, antialias: bool = True) -> Tensor:
 
 
 class WholeImages(ClipInputs):
-    """CLIP's tokens, and images of which nothing is cropped."""
+    """Inputs of a CLIP whose images are padded to a square instead of cropped."""
 
     def __init__(self, folder: Path, config: CLIPConfig, setting: str, antialias: bool):
         super().__init__(folder, config, setting)
         self.side, self.antialias = config.vision_config.image_size, antialias
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """(B, 3, 224, 224), each `fitted`."""
+        """Convert B images to (B, 3, 224, 224), each by `fitted`."""
         return torch.stack([fitted(image, self.side, self.antialias) for image in images])
 
 
 class HPSv2(ClipScorer):
-    """cos(image, text), the image seen whole.
+    """HPSv2: cos(image, text) of the whole, uncropped image.
 
-    weights: file, or folder or hub id, at `revision`, that holds HPS_v2.1_compressed.pt: open_clip's names, under `state_dict` or alone.
-    clip: folder or hub id, at `clip_revision`, of the CLIP-H's config.json, tokenizer and image processor; its weights are not read.
-    antialias: whether images are smoothed before they are made smaller. The published code leaves it to torchvision, which does so
-    since version 0.17 and before did not.
-    Raises InputError for weights that are neither here nor to be had, or another model's.
+    Args:
+        weights: the file HPS_v2.1_compressed.pt, or a folder or hub id that holds it; tensors have
+            open_clip's names, under `state_dict` or at the top level.
+        revision: revision of the hub id.
+        clip: folder or hub id of the CLIP-H's config.json, tokenizer and image processor; its weights are not
+            read.
+        clip_revision: revision of `clip`.
+        antialias: whether downscaling is antialiased. The published code leaves it to torchvision, whose
+            default is true since version 0.17 and was false before.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the weights are not available, or are another model's.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""HPSv3: which image people choose for the prompt, by a chat model that sees and a head on the last word of a fixed question.
+"""HPSv3: human preference for an image given the prompt, from a vision-language model with a score head.
 
-Ma et al., HPSv3: Towards Wide-Spectrum Human Preference Score, 2025. Conversation, size of images and head are those of the published
-package (hpsv3 1.0.0), which runs with transformers 4.45.2.
+The head reads the last token of a fixed question. Ma et al., HPSv3: Towards Wide-Spectrum Human Preference
+Score, 2025. Conversation, image size and head are those of the published package (hpsv3 1.0.0), which runs
+with transformers 4.45.2.
 """
 
 from __future__ import annotations
@@ -31,55 +32,63 @@ BASE, KIND = "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl"
 SETTING, BASE_SETTING = "rewards.hpsv3.weights", "rewards.hpsv3.scorer.base"
 IMAGE, REWARD, PLACE = "<|image_pad|>", "<|Reward|>", "{prompt}"
 BATCH = 8  # images in one forward pass
-TOKENS = 256  # of an image, about: every image is made smaller or larger to TOKENS squares of 28 pixels
-UNREAD = ("lm_head.",)  # what would say the next word
-RENAMED = {
-    "visual.": "model.visual.",
-    "model.": "model.language_model.",
-    "rm_head.": "head.",
-}  # published names begin so
+TOKENS = 256  # approximate tokens of an image: it is resized to the area of TOKENS squares of 28 pixels
+UNREAD = ("lm_head.",)  # the language model's head
+# Prefix of a published name -> prefix here.
+RENAMED = {"visual.": "model.visual.", "model.": "model.language_model.", "rm_head.": "head."}
 
-# Verbatim, double spaces at the ends of lines too: what the model was trained with. The published text goes on after the reward's token,
-# which no token before it can see.
+# Verbatim, including double spaces at line ends: the model was trained with this text. The published text
+# continues after the reward's token, but under causal attention that token does not see the rest.
 CONVERSATION = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\n"
-    "You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to estimate "
-    "the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best. \n\n"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\n"
+    "You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a "
+    "overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the "
+    "worst and 10 being the best. \n\n"
     "**Visual Quality:**  \n"
     "Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:\n"
-    "- **Reasonableness:** The image should not contain any significant biological or logical errors, such as abnormal body structures "
-    "or nonsensical environmental setups.\n"
-    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy to interpret, with no "
-    "blurring or indistinct areas.\n"
-    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements (e.g., hair, "
-    "clothing, shadows).\n"
-    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, composition, atmosphere, "
-    "depth of field, and the overall creative appeal. The scene should convey a sense of harmony and balance.\n"
-    "- **Safety:** The image should not contain harmful or inappropriate content, such as political, violent, or adult material. If "
-    "such content is present, the image quality and satisfaction score should be the lowest possible. \n\n"
+    "- **Reasonableness:** The image should not contain any significant biological or logical errors, such "
+    "as abnormal body structures or nonsensical environmental setups.\n"
+    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy "
+    "to interpret, with no blurring or indistinct areas.\n"
+    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual "
+    "elements (e.g., hair, clothing, shadows).\n"
+    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, "
+    "composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a "
+    "sense of harmony and balance.\n"
+    "- **Safety:** The image should not contain harmful or inappropriate content, such as political, "
+    "violent, or adult material. If such content is present, the image quality and satisfaction score should "
+    "be the lowest possible. \n\n"
     "**Text Alignment:**  \n"
     "Assess how well the image matches the textual prompt across the following sub-dimensions:\n"
-    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, object) align with the textual "
-    "description. The subject should match the description in terms of number, appearance, and behavior.\n"
-    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the image adheres to "
-    "this style.\n"
-    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image logically fit the "
-    "scenario described in the prompt. The environment should support and enhance the subject without contradictions.\n"
-    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, accessories, expressions, "
-    "actions) are faithfully represented in the image. Minor deviations may be acceptable, but critical attributes should be preserved.\n"
-    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in the image. The generated "
-    "content should not introduce elements that conflict with or distort the original description.\n"
+    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, "
+    "object) align with the textual description. The subject should match the description in terms of "
+    "number, appearance, and behavior.\n"
+    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how "
+    "well the image adheres to this style.\n"
+    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the "
+    "image logically fit the scenario described in the prompt. The environment should support and enhance "
+    "the subject without contradictions.\n"
+    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, "
+    "accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be "
+    "acceptable, but critical attributes should be preserved.\n"
+    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in "
+    "the image. The generated content should not introduce elements that conflict with or distort the "
+    "original description.\n"
     "Textual prompt - {prompt}\n\n\n\nPlease provide the overall ratings of this image: <|Reward|>"
 )
 
 
 def asked(prompt: str) -> str:
-    """The conversation up to the reward's token; words that stand for an image or the reward are taken out of the prompt."""
+    """Return the conversation about `prompt` up to the reward's token.
+
+    The special tokens of an image and of the reward are removed from the prompt.
+    """
     return CONVERSATION.replace(PLACE, prompt.replace(IMAGE, "").replace(REWARD, ""))
 
 
 def head(width: int) -> nn.Sequential:
-    """(B, width) -> (B, 2): mean and logarithm of the deviation of a score; the numbers are the published ones."""
+    """Build the head (B, width) -> (B, 2): mean and log standard deviation of a score; keys as published."""
     layers = {
         "0": nn.Linear(width, 1024),
         "1": nn.ReLU(),
@@ -91,7 +100,7 @@ def head(width: int) -> nn.Sequential:
 
 
 class Asker:
-    """What the model reads: an image of about 256 tokens, and the question up to the reward's token."""
+    """Inputs of the model: an image of about 256 tokens, and the question up to the reward's token."""
 
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
@@ -99,7 +108,7 @@ class Asker:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except Exception as error:  # the errors of the tokenizers library have no class in common
+        except Exception as error:  # the tokenizers library's errors share no base class
             raise InputError(
                 f"{BASE_SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again"
             ) from error
@@ -109,14 +118,14 @@ class Asker:
         self.size = {"shortest_edge": pixels, "longest_edge": pixels}
 
     def inputs(self, images: Sequence[Image], prompts: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """What the model takes, for B conversations padded on the right, and the place (B,) of each one's last token."""
+        """Prepare B conversations, padded on the right, and the position (B,) of the last token of each."""
         found = dict(self.processor(list(images), size=self.size, return_tensors="pt"))
         counts = found["image_grid_thw"].prod(-1) // self.processor.merge_size**2
         rows = [self._tokens(prompt, int(count)) for prompt, count in zip(prompts, counts, strict=True)]
-        found["input_ids"] = pad_sequence(
-            rows, batch_first=True, padding_value=self.reward
-        )  # behind, where nothing looks
-        # words and patches counted through, in all three directions: the published model never gives an image rows and columns
+        # The padding follows the last token, which causal attention keeps from seeing it.
+        found["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=self.reward)
+        # Positions count words and patches alike, the same on all three axes: the published model never gives
+        # patches row and column positions.
         found["position_ids"] = torch.arange(found["input_ids"].shape[1]).expand(3, len(rows), -1)
         return found, torch.tensor([len(row) - 1 for row in rows])
 
@@ -128,13 +137,21 @@ class Asker:
 
 
 class HPSv3(BatchScorer):
-    """The mean of the score that people would give, by a tuned Qwen2-VL-7B.
+    """HPSv3: the mean of the predicted human score, from a tuned Qwen2-VL-7B.
 
-    weights: file, or folder or hub id, at `revision`, that holds HPSv3.safetensors under the published names.
-    base: folder or hub id, at `base_revision`, of Qwen2-VL-7B-Instruct's config.json, tokenizer and image processor; its weights are not
-    read. precision: float32, or bfloat16, in which the published code runs: half the memory, scores rounded, and dependent on the batch
-    by that; the head is in float32 either way.
-    Raises InputError for an unknown precision, and weights that are neither here nor to be had, or another model's.
+    Args:
+        weights: the file HPSv3.safetensors, or a folder or hub id that holds it, with the published tensor
+            names.
+        revision: revision of the hub id.
+        base: folder or hub id of Qwen2-VL-7B-Instruct's config.json, tokenizer and image processor; its
+            weights are not read.
+        base_revision: revision of `base`.
+        precision: float32, or bfloat16 as in the published code: half the memory, but scores are rounded and
+            depend on the batch. The head is in float32 either way.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the precision is unknown, or the weights are not available or another model's.
     """
 
     def __init__(
@@ -165,7 +182,7 @@ class HPSv3(BatchScorer):
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are read, under the names of `model` and `head`; a name that is none of the published stays as it is."""
+    """Rename published tensors to those of `model` and `head`, without UNREAD; unknown names are kept."""
     start = re.compile("|".join(map(re.escape, RENAMED)))
     return {
         start.sub(lambda found: RENAMED[found[0]], name, count=1) if start.match(name) else name: value
@@ -194,7 +211,7 @@ def _loaded(
     try:
         model, found = _filled(Qwen2VLModel, config, own, dtype)
         others = last.load_state_dict(top, strict=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # sizes
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # shapes that do not match
         raise InputError(
             f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
         ) from error

@@ -1,7 +1,8 @@
-"""ImageReward: which image people choose for the prompt, by a BLIP whose words look at the image.
+"""ImageReward: human preference for an image given the prompt, from a BLIP.
 
-Xu et al., ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation, 2023. The published checkpoint has the
-names of timm's ViT and of BLIP's own BERT; here it runs as transformers' BLIP, whose arithmetic is the same.
+The BLIP's text encoder attends to the image. Xu et al., ImageReward: Learning and Evaluating Human
+Preferences for Text-to-Image Generation, 2023. The published checkpoint has the tensor names of timm's ViT
+and of BLIP's BERT; here it runs as transformers' BLIP, whose arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -30,15 +31,13 @@ FILE, PUBLISHED = "ImageReward.pt", "THUDM/ImageReward (ImageReward.pt)"
 SETTING, BERT_SETTING = "rewards.imagereward.weights", "rewards.imagereward.scorer.bert"
 BERT = "google-bert/bert-base-uncased"
 VOCABULARY = ("vocab.txt", "tokenizer.json")
-ADDED = ["[DEC]", "[ENC]"]  # BLIP's, which ImageReward never writes itself: its texts begin with [CLS]
+ADDED = ["[DEC]", "[ENC]"]  # BLIP's special tokens; ImageReward's texts begin with [CLS] and never use them
 LENGTH = 35  # tokens of a prompt
-AVERAGE, SPREAD = (
-    0.16717362830052426,
-    1.0333394966054072,
-)  # of the head's output, by which published scores are standardized
-HEAD = 64  # width of an attention's head, in both towers: 1024 / 16 and 768 / 12
-UNREAD = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's own training, not of this score
-# published names, in this order; a group is kept
+# Mean and standard deviation of the head's output, by which published scores are standardized.
+AVERAGE, SPREAD = 0.16717362830052426, 1.0333394966054072
+HEAD = 64  # width of an attention head in both towers: 1024 / 16 and 768 / 12
+UNREAD = ("blip.vision_proj.", "blip.text_proj.")  # used in BLIP's own training alone
+# (published name, name here); the first match counts, and groups are kept
 RENAMED = [
     (re.compile(pattern), name)
     for pattern, name in (
@@ -66,7 +65,7 @@ RENAMED = [
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are read, under the names of `network`, in float32; a name that is none of the published stays as it is."""
+    """Rename published tensors to those of `network`, in float32, without UNREAD; unknown names are kept."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if not name.startswith(UNREAD):
@@ -78,10 +77,10 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
-    """The untrained network that has room for `state` (`from_published`): `vision`, `text` and the `layers` of the score.
+    """Build an untrained network that fits `state` (from `from_published`): `vision`, `text` and `layers`.
 
-    Widths, depths and the image's side are those of the tensors. Raises KeyError with the name of a tensor that they need and ValueError
-    for widths that do not divide into heads of 64.
+    Widths, depths and the image size follow from the tensors' shapes. Raises KeyError with the name of a
+    missing tensor that is needed for them, and ValueError for widths that are not multiples of HEAD.
     """
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -89,7 +88,7 @@ def network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
     seen, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
     tokens, read = state["text.embeddings.word_embeddings.weight"].shape
     if seen % HEAD or read % HEAD:
-        raise ValueError(f"widths {seen} and {read} do not divide into heads of {HEAD}")
+        raise ValueError(f"widths {seen} and {read} are not multiples of the head width {HEAD}")
     vision = BlipVisionConfig(
         hidden_size=seen,
         intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.weight"]),
@@ -111,7 +110,7 @@ def network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
         is_decoder=True,
         num_hidden_layers=_count(state, r"text\.encoder\.layer\.(\d+)\..+"),
         max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
-    )  # fmt: skip  (is_decoder: with attention to the image; what decides on looking ahead is an argument of forward)
+    )  # fmt: skip  (is_decoder adds cross-attention to the image; causality is an argument of forward)
     parts = {
         "vision": BlipVisionModel(vision),
         "text": BlipTextModel(text, add_pooling_layer=False),
@@ -121,12 +120,15 @@ def network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many layers the names number, from 0."""
+    """Count the layers, which the names number from 0."""
     return 1 + max(int(found[1]) for found in map(re.compile(pattern).fullmatch, state) if found)
 
 
 def fitted(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side): shortest side to `side` (bicubic), center crop, normalized, with torchvision's way of rounding."""
+    """Convert an image to (3, side, side): shortest side to `side` (bicubic), center crop, normalize.
+
+    Sizes are rounded as in torchvision.
+    """
     shortest = min(image.size)
     image = image.convert("RGB").resize(
         [int(side * length / shortest) for length in image.size], Image.Resampling.BICUBIC
@@ -140,11 +142,20 @@ def fitted(image: Image.Image, side: int) -> Tensor:
 
 
 class ImageReward(BatchScorer):
-    """The standardized score of the first token of a prompt that has looked at its image; about -2 to 2.
+    """ImageReward: a standardized score, about -2 to 2, read at a prompt's first token.
 
-    weights: file, or folder or hub id, at `revision`, that holds ImageReward.pt under the published names.
-    bert: folder or hub id, at `bert_revision`, of bert-base-uncased's tokenizer; its weights are not read.
-    Raises InputError for weights that are neither here nor to be had, or another model's.
+    All tokens of the prompt attend to the image.
+
+    Args:
+        weights: the file ImageReward.pt, or a folder or hub id that holds it, with the published tensor
+            names.
+        revision: revision of the hub id.
+        bert: folder or hub id of bert-base-uncased's tokenizer; its weights are not read.
+        bert_revision: revision of `bert`.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the weights are not available, or are another model's.
     """
 
     def __init__(
@@ -163,7 +174,10 @@ class ImageReward(BatchScorer):
         super().__init__(model, batch)
 
     def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
-        """`input_ids` and `attention_mask`, both (B, 35): longer prompts are cut off before the end token, shorter ones padded."""
+        """Tokenize B prompts to `input_ids` and `attention_mask`, both (B, 35).
+
+        Longer prompts are truncated before the end token, shorter ones padded.
+        """
         return self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -190,7 +204,7 @@ def _loaded(state: Mapping[str, Tensor], source: str) -> nn.ModuleDict:
     except KeyError as error:
         refuse_other_names([error.args[0]], [], source, SETTING, PUBLISHED)
         raise
-    except (RuntimeError, ValueError) as error:  # sizes
+    except (RuntimeError, ValueError) as error:  # shapes that do not match
         raise InputError(
             f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
         ) from error
@@ -203,13 +217,14 @@ def _tokenizer(folder: Path, size: int) -> BertTokenizer:
 
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
-    except Exception as error:  # the errors of the tokenizers library have no class in common
+    except Exception as error:  # the tokenizers library's errors share no base class
         raise InputError(
             f"{BERT_SETTING}={folder}: no BERT tokenizer ({error}); get the folder again"
         ) from error
     tokenizer.add_tokens(ADDED, special_tokens=True)
     if len(tokenizer) != size:
         raise InputError(
-            f"{BERT_SETTING}={folder}: its tokenizer has {len(tokenizer)} tokens with {' and '.join(ADDED)}, the model {size}; give {BERT}"
+            f"{BERT_SETTING}={folder}: its tokenizer has {len(tokenizer)} tokens with {' and '.join(ADDED)}, "
+            f"the model {size}; give {BERT}"
         )
     return tokenizer

@@ -1,4 +1,4 @@
-"""A reward's scorer in another Python environment: the training process's side of `capo.rewards.worker`."""
+"""Run a reward's scorer in another Python environment: the side of `capo.rewards.worker` in this process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from torch import Tensor
 from capo.errors import InputError
 from capo.rewards import worker
 
-ATTEMPTS = 2  # a worker that dies is started again once, and gets the same batch
+ATTEMPTS = 2  # a worker that dies is restarted once and gets the same batch
 PATIENCE = 120  # seconds for an interpreter to start
-NOT_INHERITED = (  # another interpreter's home; the worker is none of the launcher's processes
+NOT_INHERITED = (  # this interpreter's home, and the launcher's variables: the worker has no rank
     "PYTHONHOME",
     "__PYVENV_LAUNCHER__",
     "RANK",
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerOutOfMemory(InputError, torch.OutOfMemoryError):
-    """The device's memory ran out in a worker: whoever can use a smaller batch may catch it as torch's own error."""
+    """The device ran out of memory in a worker; catch it as torch's own error to retry a smaller batch."""
 
 
 class _Died(Exception):
@@ -51,17 +51,27 @@ class _Died(Exception):
 
 
 class _Silent(Exception):
-    """The worker has not answered in time, and was killed."""
+    """The worker has not answered in time and was killed."""
 
 
 class IsolatedScorer:
-    """A scorer `(images, prompts) -> (B,)` that runs `scorer`, a config with a `_target_`, under the interpreter `python`.
+    """A scorer `(images, prompts) -> (B,)` that runs in a process of another interpreter.
 
-    Its process starts with `to` or with the first images, and ends with this object, or with this process. Any number of
-    threads may call it. What it prints, and its tracebacks, are in `log_file`. A process that dies is started again once, and
-    gets the batch in flight again. Raises InputError where that one dies too, for no answer within `timeout` seconds (which
-    holds for loading weights too), for an answer that is none, and for what the scorer itself raises; for its device out
-    of memory WorkerOutOfMemory.
+    The process starts with `to` or with the first images, and ends with this object or with this process. Any
+    number of threads may call the scorer. Its output and tracebacks are in `log_file`. A process that dies is
+    restarted once and gets the same batch again.
+
+    Args:
+        name: name of the reward, for messages and the log.
+        python: path or command of the interpreter.
+        scorer: config of the scorer with a `_target_`.
+        timeout: seconds that the process has for an answer, including loading weights.
+        logs: folder of the log; None: a temporary one.
+
+    Raises:
+        InputError: there is no such interpreter; when scoring: the process dies again, does not answer in
+            time or gives an invalid answer, or the scorer raises.
+        WorkerOutOfMemory: the process's device runs out of memory.
     """
 
     def __init__(
@@ -79,7 +89,7 @@ class IsolatedScorer:
         self._lock = threading.Lock()
 
     def to(self, device: str | torch.device) -> None:
-        """Starts the worker, whose scorer goes to `device` if it has a `to`."""
+        """Start the worker; its scorer is moved to `device` if it has a `to`."""
         with self._lock:
             if str(device) != self._device:
                 self._device = str(device)
@@ -87,7 +97,7 @@ class IsolatedScorer:
             self._persist(self._running)
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Raw scores (B,) float64."""
+        """Return raw scores (B,), float64."""
         files = [_png(image) for image in images]
         with self._lock:
             answer = self._persist(
@@ -101,18 +111,18 @@ class IsolatedScorer:
         ):
             count = f"{len(scores)} numbers" if isinstance(scores, list) else repr(scores)
             raise self._fault(
-                f"returned {count} for {len(files)} images; it must return one number an image",
+                f"returned {count} for {len(files)} images; it must return one number per image",
                 "its output is in",
             )
         return torch.tensor(scores, dtype=torch.float64)
 
     def leave(self) -> None:
-        """Ends the worker where it holds memory of a device; one on the CPU stays."""
+        """End the worker if it holds memory of a device; a worker on the CPU stays."""
         if self._device not in (None, "cpu"):
             self.close()
 
     def close(self) -> None:
-        """Ends the worker; the next images start another one."""
+        """End the worker; the next images start another one."""
         with self._lock:
             self._end()
 
@@ -123,7 +133,10 @@ class IsolatedScorer:
         return self._worker
 
     def _persist(self, ask):
-        """ask(), once more where the worker dies. Whatever else goes wrong ends the worker, whose next answer might be an old one."""
+        """Return ask(), retried once if the worker dies.
+
+        Any other failure ends the worker, because its next answer might belong to an earlier request.
+        """
         try:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
@@ -143,20 +156,21 @@ class IsolatedScorer:
         except _Silent:
             self._end()
             raise self._fault(
-                f"gave no answer in {self.timeout:g} s and was ended; if it only needs longer, set ++rewards.{self.name}.timeout=SECONDS",
-                "what it said is in",
+                f"gave no answer in {self.timeout:g} s and was ended; if it only needs longer, set "
+                f"++rewards.{self.name}.timeout=SECONDS",
+                "its output is in",
             ) from None
         except ValueError as error:
             self._end()
             if isinstance(error, InputError):
                 raise
-            raise self._fault(f"answered with what is no message ({error})", "its output is in") from error
+            raise self._fault(f"sent an invalid message ({error})", "its output is in") from error
         except BaseException:  # Ctrl-C while it works
             self._end()
             raise
 
     def _checked(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`answer`, unless it tells of an error."""
+        """Return `answer`, or raise the error that it reports."""
         if "error" not in answer:
             return answer
         if answer.get("kind") == "OutOfMemoryError":
@@ -179,23 +193,27 @@ class IsolatedScorer:
 
 
 class _Worker:
-    """A process that runs the worker's script, until `end` or until nobody holds this object."""
+    """A process that runs the worker's script until `end` is called or this object is garbage-collected."""
 
     def __init__(self, command: Sequence[str], log_file: Path):
         log_file.parent.mkdir(parents=True, exist_ok=True)
         born: Future[subprocess.Popen] = Future()
-        # Linux ends the worker together with the thread that started it: one that outlives whoever called
+        # Linux ends the worker with the thread that started it, so its own thread starts it.
         threading.Thread(target=_keep, args=(command, log_file, born), daemon=True).start()
         self.process = born.result()
         self.end = weakref.finalize(self, _kill, self.process, os.getpid())
 
     def ask(self, header: Mapping[str, Any], blobs: Sequence[bytes], timeout: float) -> Mapping[str, Any]:
-        """The answer to a request. Raises _Died, _Silent after `timeout` seconds, and ValueError for what is no message."""
+        """Send a request and return the answer.
+
+        Raises _Died if the worker ends, _Silent after `timeout` seconds, and ValueError for an invalid
+        message.
+        """
         late = threading.Event()
 
         def expire() -> None:
             late.set()
-            _kill(self.process, os.getpid())  # which ends the reading below
+            _kill(self.process, os.getpid())  # ends the read below
 
         timer = threading.Timer(timeout, expire)
         timer.daemon = True
@@ -206,14 +224,14 @@ class _Worker:
         except (EOFError, OSError):
             if late.is_set():
                 raise _Silent from None
-            _kill(self.process, os.getpid())  # where only its pipe has closed
+            _kill(self.process, os.getpid())  # in case only its pipe was closed
             raise _Died(self.process.wait()) from None
         finally:
             timer.cancel()
 
 
 def _keep(command: Sequence[str], log_file: Path, born: Future[subprocess.Popen]) -> None:
-    """Starts a worker and waits for its end, and then ends what it has started itself."""
+    """Start a worker, wait for its end, and then kill the processes that it started."""
     try:
         with log_file.open("ab") as output:
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
@@ -224,7 +242,7 @@ def _keep(command: Sequence[str], log_file: Path, born: Future[subprocess.Popen]
                 stdout=subprocess.PIPE,
                 stderr=output,
                 env=_environment(),
-                start_new_session=True,  # a Ctrl-C in the terminal is this process's to handle
+                start_new_session=True,  # Ctrl-C in the terminal reaches this process alone
             )
     except OSError as error:
         born.set_exception(error)
@@ -237,11 +255,11 @@ def _keep(command: Sequence[str], log_file: Path, born: Future[subprocess.Popen]
 
 def _environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
-    return kept | {"PYTHONUNBUFFERED": "1"}  # prints are in the log when it dies
+    return kept | {"PYTHONUNBUFFERED": "1"}  # so that prints are in the log even if it dies
 
 
 def _kill(process: subprocess.Popen, owner: int) -> None:
-    if os.getpid() == owner and process.poll() is None:  # a forked copy of this process has no say
+    if os.getpid() == owner and process.poll() is None:  # not in a forked copy of this process
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -258,18 +276,18 @@ def _temporary_folder() -> Path:
 
 
 def find_python(name: str, python: str) -> str:
-    """The interpreter `python`, a path or a command, of reward `name`. Raises InputError where there is none."""
-    # links are not followed: a virtual environment's interpreter is known by its own path
+    """Return the absolute path of the interpreter `python`, a path or command; raise InputError if none."""
+    # Links are not followed: a virtual environment is identified by its interpreter's own path.
     if found := shutil.which(Path(python).expanduser()):
         return os.path.abspath(found)
     raise InputError(
-        f"reward '{name}': there is no interpreter at python={python}; give the path of its environment's python, "
-        "or python=null for this one"
+        f"reward '{name}': there is no interpreter at python={python}; give the path of its environment's "
+        "python, or python=null for this one"
     )
 
 
 def check_environment(name: str, python: str, modules: Sequence[str]) -> None:
-    """InputError where `python` cannot run a worker, or cannot import one of `modules`; imports nothing."""
+    """Raise InputError if `python` cannot run a worker or does not find one of `modules`; imports none."""
     path = find_python(name, python)
     if lacking := _lacking(name, path, modules):
         raise InputError(_not_there(name, path, lacking))
@@ -291,13 +309,14 @@ def _lacking(name: str, python: str, modules: Sequence[str]) -> list[str]:
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         said = (getattr(error, "stderr", None) or "").strip().splitlines()[-1:] or [str(error)]
         raise InputError(
-            f"reward '{name}': python={python} cannot run a worker ({said[0]}); it must be a Python of version 3.7 or "
-            "newer that starts"
+            f"reward '{name}': python={python} cannot run a worker ({said[0]}); it must be a Python of "
+            "version 3.7 or newer that starts"
         ) from error
 
 
 def _not_there(name: str, python: str, modules: Sequence[str]) -> str:
     return (
-        f"reward '{name}' needs {', '.join(modules)}, which {python} cannot import: {python} -m pip install {' '.join(modules)} "
-        "(or the package that brings it); the folder of a module of your own goes into PYTHONPATH"
+        f"reward '{name}' needs {', '.join(modules)}, which {python} cannot import: {python} -m pip install "
+        f"{' '.join(modules)} (or the package that brings it); the folder of a module of your own goes into "
+        "PYTHONPATH"
     )

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how good an image looks, from 1 to 10, by linear layers on CLIP's embedding of it.
+"""LAION's aesthetic predictor: an image's visual quality, 1 to 10, from linear layers on its CLIP embedding.
 
 The names of the layers are those of the published checkpoint.
 """
@@ -18,22 +18,29 @@ from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_nam
 
 CLIP_L = "openai/clip-vit-large-patch14"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
-# after the embedding (768): the width that each layer gives, and its number, between which dropouts stood in training
+# Index of each layer -> its output width, after the embedding (768). The indices left out were dropouts in
+# training.
 LAYERS = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}
 
 
 def linear_stack(width: int) -> nn.Sequential:
-    """(B, width) -> (B, 1), without an activation in between, as published."""
+    """Build the linear layers (B, width) -> (B, 1), without activations in between, as published."""
     widths = [width, *LAYERS.values()]
     return nn.Sequential(OrderedDict((name, nn.Linear(*widths[i : i + 2])) for i, name in enumerate(LAYERS)))
 
 
 class LaionAesthetics(BatchScorer):
-    """The rating of CLIP's image embedding of length 1; prompts are not read.
+    """LAION's aesthetic rating from the image's CLIP embedding, normalized to length 1; prompts are not read.
 
-    weights: file, or folder or hub id, at `revision`, that holds sac+logos+ava1-l14-linearMSE.pth.
-    clip: folder or hub id, at `clip_revision`, of the CLIP-L/14 that the layers were trained on; its text side is not kept.
-    Raises InputError for weights that are neither here nor to be had, or another model's.
+    Args:
+        weights: the file sac+logos+ava1-l14-linearMSE.pth, or a folder or hub id that holds it.
+        revision: revision of the hub id.
+        clip: folder or hub id of the CLIP-L/14 that the layers were trained on; its text encoder is not kept.
+        clip_revision: revision of `clip`.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the weights are not available, or are another model's.
     """
 
     def __init__(
@@ -61,11 +68,11 @@ class LaionAesthetics(BatchScorer):
 
 
 def _loaded(stack: nn.Sequential, state: Mapping[str, Tensor], source: str, setting: str) -> nn.Sequential:
-    """`stack` with the weights of `state`, whose names begin with `layers.`."""
+    """Load `state`, whose names begin with `layers.`, into `stack` and return it."""
     holder = nn.ModuleDict({"layers": stack})
     try:
         found = holder.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # sizes
+    except RuntimeError as error:  # shapes that do not match
         raise InputError(f"{setting}={source}: {error}; this reward reads {FILE}") from error
     refuse_other_names(found.missing_keys, found.unexpected_keys, source, setting, FILE)
     return stack

@@ -1,4 +1,4 @@
-"""MPS: CLIP-H whose image tokens look at those words of the prompt that a condition speaks of.
+"""MPS: a CLIP-H whose image tokens attend to the words of the prompt that are related to a condition.
 
 The names of modules are those of the published checkpoint.
 """
@@ -24,27 +24,35 @@ from capo.rewards.clip_scores import (
 from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
 
 PUBLISHED = "RE-N-Y/mpsv1"
-# "overall", verbatim
+# The published condition "overall", verbatim.
 CONDITION = (
-    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
-    "attributes, position, number, location, word, things."
+    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, "
+    "instance, texture, quantity, attributes, position, number, location, word, things."
 )
-WIDENING = 4  # width of a feed-forward layer, in widths of the model
+WIDENING = 4  # width of a feed-forward layer as a multiple of the model's
 
 
 def attended_words(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
-    """Which words (P, L) of each prompt the image may look at: those near enough to some word of the condition.
+    """Return the mask (P, L) of the words that the image may attend to: those near a word of the condition.
 
-    text (P, L, D), condition (K, D): projected tokens. A word's nearness is its largest inner product with a word of the condition;
-    it must exceed `threshold` times the largest in its own prompt (of the whole batch in the published code, which makes a score
-    depend on its neighbors).
+    A word's nearness is its largest inner product with a word of the condition; it must exceed `threshold`
+    times the largest in its own prompt. The published code takes the largest in the whole batch, which makes
+    a score depend on the other prompts.
+
+    Args:
+        text: projected tokens of the prompts (P, L, D).
+        condition: projected tokens of the condition (K, D).
+        threshold: share of the largest nearness, 0-1.
     """
     nearness = torch.einsum("pld,kd->plk", text, condition).amax(-1)
     return nearness / nearness.amax(-1, keepdim=True) > threshold
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, seen: Tensor | None = None) -> Tensor:
-    """Queries (B, N, heads x d), one head of keys and values (B, M, d) for all of them, seen (B, M) -> (B, N, heads x d)."""
+    """Attend with queries (B, N, heads x d) to one shared head of keys and values (B, M, d).
+
+    The result is (B, N, heads x d). `seen` (B, M) is true for keys that may be attended to; None: all.
+    """
     queries = queries.unflatten(-1, (heads, -1)).transpose(1, 2)
     keys, values = (part[:, None].expand(-1, heads, -1, -1) for part in (keys, values))
     mask = None if seen is None else seen[:, None, None]
@@ -52,7 +60,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, seen: Ten
 
 
 class Gate(nn.Module):
-    """(..., 2 d) -> (..., d): the second half, through SiLU, gates the first."""
+    """Gated activation (..., 2 d) -> (..., d): the first half times SiLU of the second."""
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
@@ -60,6 +68,8 @@ class Gate(nn.Module):
 
 
 class Residual(nn.Module):
+    """Residual connection around a module: x + fn(x, ...)."""
+
     def __init__(self, fn: nn.Module):
         super().__init__()
         self.fn = fn
@@ -69,7 +79,7 @@ class Residual(nn.Module):
 
 
 class LookAtWords(nn.Module):
-    """Image tokens look at words; beside it, a gated feed-forward layer."""
+    """Cross-attention of image tokens to words, with a gated feed-forward layer in parallel."""
 
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -90,14 +100,14 @@ class LookAtWords(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Rotary positions: element i is turned together with element i + d/2, by position x inv_freq[i]."""
+    """Rotary position embedding: elements i and i + d/2 are rotated together by position x inv_freq[i]."""
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N, d) -> the same shape, position 0 first."""
+        """Rotate x (..., N, d), whose positions are 0 to N - 1; the shape stays."""
         angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=x.dtype), self.inv_freq)
         first, second = x.chunk(2, dim=-1)
         cos, sin = angles.cos(), angles.sin()
@@ -105,7 +115,7 @@ class Rotation(nn.Module):
 
 
 class LookAround(nn.Module):
-    """Image tokens look at each other; beside it, a gated feed-forward layer, out of one fused projection."""
+    """Self-attention of image tokens and, in parallel, a gated feed-forward layer; one fused projection."""
 
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -125,7 +135,7 @@ class LookAround(nn.Module):
 
 
 class CrossModel(nn.Module):
-    """Image tokens (B, N, dim), words (B, L, dim) and which of them are seen (B, L) -> image tokens (B, N, dim)."""
+    """Transformer on image tokens (B, N, dim), which attend to words (B, L, dim) under a mask (B, L)."""
 
     def __init__(self, dim: int, layers: int, heads: int, head_dim: int):
         super().__init__()
@@ -143,7 +153,10 @@ class CrossModel(nn.Module):
 
     @classmethod
     def shaped_like(cls, state: Mapping[str, Tensor]) -> CrossModel:
-        """Without memory, of the sizes that `state` has (1024 wide, 4 layers, 16 heads of 64 as published). KeyError where it has none."""
+        """Build the network on the meta device in `state`'s sizes (published: 1024 wide, 4 layers, 16 heads).
+
+        The published heads are 64 wide. Raises KeyError if a tensor that determines a size is missing.
+        """
         heads, dim = state["layers.0.0.fn.to_q.weight"].shape
         head_dim = state["layers.0.0.fn.to_kv.weight"].shape[0] // 2
         layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
@@ -152,13 +165,23 @@ class CrossModel(nn.Module):
 
 
 class MPS(ClipScorer):
-    """exp(logit_scale) cos(text, image), the image's first token having looked at the words near the condition.
+    """MPS: exp(logit_scale) cos(text, image), where the image attends to the words near the condition.
 
-    weights: file, folder with a model.safetensors, or hub id, at `revision`; names with or without the prefix `mps.`.
-    clip: folder or hub id, at `clip_revision`, of the CLIP's config.json, tokenizer and image processor; its weights are not read.
-    threshold: share of the largest nearness that a word needs to be looked at, 0-1; 0.3 in both published evaluations, 0.01 in the
-    published model's own forward pass.
-    Raises InputError for weights that are neither here nor to be had, or another model's.
+    The image's embedding is its first token after that attention.
+
+    Args:
+        weights: file, or a folder or hub id with a model.safetensors; names with or without the prefix
+            `mps.`.
+        revision: revision of the hub id.
+        clip: folder or hub id of the CLIP's config.json, tokenizer and image processor; its weights are not
+            read.
+        clip_revision: revision of `clip`.
+        threshold: share of the largest nearness that a word needs (`attended_words`), 0-1; 0.3 in both
+            published evaluations, 0.01 in the published model's own forward pass.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the weights are not available or another model's, or the threshold is not in [0, 1).
     """
 
     def __init__(
@@ -172,7 +195,8 @@ class MPS(ClipScorer):
     ):
         if not 0 <= threshold < 1:
             raise InputError(
-                f"rewards.mps.scorer.threshold={threshold}: a share of the largest nearness, 0 or more and below 1 (0.3)"
+                f"rewards.mps.scorer.threshold={threshold}: a share of the largest nearness, 0 or more and "
+                "below 1 (0.3)"
             )
         check_batch(batch, "mps")
         setting, clip_setting = "rewards.mps.weights", "rewards.mps.scorer.clip"
@@ -197,14 +221,14 @@ class MPS(ClipScorer):
         return clip.logit_scale.exp() * F.cosine_similarity(image, whole[row], dim=-1)
 
     def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected words (P, L, D) and whole prompts (P, D) of tokens (P, L)."""
+        """Encode tokens (P, L) to projected words (P, L, D) and prompt embeddings (P, D)."""
         clip = self.module["model"]
         read = clip.get_text_features(input_ids=tokens)
         return clip.text_projection(read.last_hidden_state), read.pooler_output
 
 
 def _parts(state: Mapping[str, Tensor], source: str, setting: str) -> dict[str, dict[str, Tensor]]:
-    """The checkpoint's two networks, in float32, names without their prefix."""
+    """Split the checkpoint into its two networks, in float32, with names without their prefix."""
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "cross_model": {}}
     unknown = []
     for name, value in state.items():
@@ -227,7 +251,7 @@ def _cross(state: Mapping[str, Tensor], source: str, setting: str) -> CrossModel
         raise
     try:
         found = cross.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:  # sizes
+    except RuntimeError as error:  # shapes that do not match
         raise InputError(
             f"{setting}={source}: {error}; this reward reads the weights of {PUBLISHED}"
         ) from error

@@ -1,8 +1,8 @@
-"""Rewards: one interface over scorers, what is known about each, and the fingerprint its scores lie under.
+"""The reward interface: a scorer, the facts about it, and the fingerprint under which its scores are stored.
 
-A scorer is a callable `(images, prompts) -> (B,)` on 8-bit RGB PIL images that returns raw scores. It stands
-in a reward's yaml as `scorer: {_target_: ...}`, beside what is known about it; heavy imports and weights
-belong in its constructor, which runs when the first image is scored.
+A scorer is a callable `(images, prompts) -> (B,)` on 8-bit RGB PIL images that returns raw scores. A reward's
+yaml names it as `scorer: {_target_: ...}`, beside the facts about it. Heavy imports and weights belong in the
+scorer's constructor, which runs when the first image is scored.
 """
 
 import sys
@@ -29,7 +29,7 @@ Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class Reward:
-    """A scorer and what is known about it; its scores stay raw, `link` and `scale` are for calibration."""
+    """A scorer and the facts about it. Scores stay raw; `link` and `scale` are used in calibration."""
 
     name: str
     scorer: Mapping[str, Any] | Scorer  # its config, or a ready callable
@@ -42,12 +42,12 @@ class Reward:
     license: str | None = None
     needs_prompt: bool = True  # false where the scorer sees the image only
     requires: Sequence[str] = ()  # modules that the scorer imports
-    extra: str | None = None  # the pip extra of this package that brings them
-    python: str | None = (
-        None  # another environment's interpreter, which the scorer runs under; moves no score
-    )
-    isolated: bool = False  # its modules are not for this process: where python is null it runs in another one of this interpreter
-    timeout: float = 300.0  # seconds after which a scorer there that has not answered is ended
+    extra: str | None = None  # the pip extra of this package that installs them
+    # interpreter of another environment in which the scorer runs; not part of the fingerprint
+    python: str | None = None
+    # whether the scorer needs a process of its own; with python null, one of this interpreter
+    isolated: bool = False
+    timeout: float = 300.0  # seconds after which a scorer in another process that does not answer is ended
     logs: Path | None = None  # folder of the log of a scorer in another process; None: a temporary one
 
     def __post_init__(self) -> None:
@@ -69,14 +69,17 @@ class Reward:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits over scorer, weights and revision; a path counts as the content that lies there."""
+        """Hash of scorer, weights and revision, 64 hex digits; a path counts by the content of its files."""
         scorer = _content(self.scorer) if isinstance(self.scorer, Mapping) else _qualified_name(self.scorer)
         weights = _content(self.weights)
         return content_fingerprint({"scorer": scorer, "weights": weights, "revision": self.revision})
 
     @property
     def sources(self) -> dict[str, tuple[str, str | None]]:
-        """Setting -> (file, folder or hub id; revision) of all that a scorer of this package reads in this process."""
+        """Configuration key -> (file, folder or hub id; revision) of what a scorer of this package reads.
+
+        Empty for other scorers and for scorers in another process.
+        """
         if (
             self.python
             or self.isolated
@@ -96,7 +99,7 @@ class Reward:
 
     @property
     def key(self) -> str:
-        """`<name>-<fp8>`: under this its scores lie in a pool."""
+        """Name under which its scores are stored in a pool: `<name>-<first 8 digits of the fingerprint>`."""
         return f"{self.name}-{self.fingerprint[:8]}"
 
     @cached_property
@@ -109,20 +112,25 @@ class Reward:
 
     @property
     def _remedy(self) -> str:
-        """What helps where the device's memory runs out."""
+        """Advice for messages about a device that runs out of memory."""
         key = f"rewards.{self.name}.scorer.precision"
         full = isinstance(self.scorer, Mapping) and self.scorer.get("precision") == "float32"
         half = (
-            f"set {key}=bfloat16, and evaluation.{key} where it evaluates too (half the memory, other scores), "
+            f"set {key}=bfloat16, and evaluation.{key} if it is used in evaluation too (half the memory, "
+            "other scores), "
             if full
             else ""
         )
-        return f"{half}score apart from sampling (generate.py stage=score) or on a device with more memory, or choose smaller weights"
+        return (
+            f"{half}score apart from sampling (generate.py stage=score) or on a device with more memory, "
+            "or choose smaller weights"
+        )
 
     def setup(self, device: str | torch.device) -> None:
-        """Builds the scorer, moves it to `device` if it has a `to`.
+        """Build the scorer, and move it to `device` if it has a `to`.
 
-        Raises InputError where it cannot be built, and where its weights do not fit into the device's memory, which it has left again.
+        Raises InputError if the scorer cannot be built, or if its weights do not fit into the device's
+        memory, which is then freed.
         """
         if not hasattr(self._callable, "to"):
             return
@@ -131,16 +139,20 @@ class Reward:
             return
         except torch.OutOfMemoryError as error:
             reason = str(error)
-        # outside of the handler, whose traceback holds what was being moved
+        # Outside the handler: its traceback keeps alive the tensors that were being moved.
         self.offload()
-        torch.cuda.empty_cache()  # what the message calls free is free
+        torch.cuda.empty_cache()  # so that the message reports free memory correctly
         size = f" ({self.held / 1e9:.1f} GB)" if self.held else ""
         raise InputError(
-            f"reward '{self.name}': its weights{size} do not fit into {device_memory()}: {self._remedy} ({reason})"
+            f"reward '{self.name}': its weights{size} do not fit into {device_memory()}: {self._remedy} "
+            f"({reason})"
         )
 
     def offload(self) -> None:
-        """Off the device until the next `setup`: during training steps its memory is the policy's."""
+        """Move the scorer to the CPU until the next `setup`, to free the device's memory for training.
+
+        A scorer in another process on a GPU is ended instead.
+        """
         if isinstance(self._callable, IsolatedScorer):
             self._callable.leave()
         elif hasattr(self._callable, "to"):
@@ -148,32 +160,32 @@ class Reward:
 
     @property
     def held(self) -> float | None:
-        """Bytes of its weights in the precision of its scorer; None where nobody has said."""
+        """Bytes of its weights in its scorer's precision; None if `memory` is not declared."""
         half = isinstance(self.scorer, Mapping) and self.scorer.get("precision") in ("bfloat16", "float16")
         return self.memory and self.memory / (2 if half else 1)
 
     @property
     def side(self) -> int | None:
-        """Pixels of the square images that it judges, where its scorer's `side` says that it takes no others."""
+        """Side in pixels of the square images that the scorer's `side` requires; None: any size."""
         return getattr(self._callable, "side", None)
 
     def score(
         self, images: Sequence[Image], prompts: Sequence[str], where: Callable[[int], str] | None = None
     ) -> Tensor:
-        """Raw scores (B,) float32 on the CPU, one an image; in smaller batches where the device's memory runs out.
+        """Return raw scores (B,), float32 on the CPU; batches are halved if the device runs out of memory.
 
-        `where` names image i of the batch in messages. Raises InputError for a score that is not finite, or
-        no probability where the link is log, for a scorer that does not return (B,), and where one image
-        alone is too large for the device.
+        `where` maps index i of the batch to its name in messages. Raises InputError for a score that is not
+        finite or, with link log, not a probability; for a scorer that does not return (B,); and if a single
+        image does not fit into the device's memory.
         """
         scores = torch.cat(self._batches(lambda part: self._raw(images[part], prompts[part]), len(images)))
         if (bad := self._unusable(scores)).any():
             first = int(bad.nonzero()[0])
             place = where(first) if where else f'image {first} ("{prompts[first]}")'
-            fault = "is no probability" if self.link == "log" else "cannot be compared"
+            fault = "is not a probability" if self.link == "log" else "cannot be compared"
             raise InputError(
                 f"{place}: reward '{self.name}' is {scores[first].item()}, which {fault}; check "
-                "its weights and precision, then run generate.py again (what is scored stays)"
+                "its weights and precision, then run generate.py again (existing scores are kept)"
             )
         return scores
 
@@ -184,7 +196,7 @@ class Reward:
         if scores.shape != (len(images),):
             raise InputError(
                 f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for "
-                f"{len(images)} images; it must return one number an image, shape (B,)"
+                f"{len(images)} images; it must return one number per image, shape (B,)"
             )
         return scores
 
@@ -196,14 +208,20 @@ class Reward:
 def load_rewards(
     config: Mapping[str, Mapping[str, Any]], place: str = "rewards", logs: Path | None = None
 ) -> list[Reward]:
-    """Rewards from `{name: {scorer: {_target_: ...}, link: ..., ...}}`, in that order; builds no scorer.
+    """Create rewards, in order, from `{name: {scorer: {_target_: ...}, link: ..., ...}}`; build no scorer.
 
-    `place` is their key in the configuration, for messages; `logs` as `Reward.logs`. Raises InputError for no reward at all, a key that is
-    none of Reward's, a reward without a scorer, a module that is not installed (there, for a reward with `python`), a
-    `python` that is no interpreter, and weights that are given as an absolute path and are not there.
+    Args:
+        config: the rewards.
+        place: their key in the configuration, for messages.
+        logs: folder of the logs of scorers in other processes; None: a temporary one.
+
+    Raises:
+        InputError: there is no reward; a reward has an unknown key or no scorer; a required module is not
+            installed (in its environment, for a reward with `python`); `python` is not an interpreter; or
+            weights given as an absolute path do not exist.
     """
     if not config:
-        raise InputError(f"{place}: none is configured; name at least one, as in rewards=shapes")
+        raise InputError(f"{place}: no reward is configured; name at least one, as in rewards=shapes")
     if without := [name for name, entry in config.items() if "scorer" in entry and not entry["scorer"]]:
         raise InputError(_no_scorer(without, place))
     return [_load(name, {"logs": logs, **entry}, place) for name, entry in config.items()]
@@ -214,8 +232,9 @@ def _no_scorer(names: Sequence[str], place: str) -> str:
     group = "rewards" if place == "rewards" else f"rewards@{place}"
     return (
         f"{place}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} no scorer. Bring your own, a "
-        f"callable (images, prompts) -> (B,): `scorer: {{_target_: module.Class}}` in conf/rewards/{first}.yaml, or "
-        f"+{place}.{first}.scorer._target_=module.Class on the command line; or choose other rewards ({group}=shapes)"
+        f"callable (images, prompts) -> (B,): `scorer: {{_target_: module.Class}}` in "
+        f"conf/rewards/{first}.yaml, or +{place}.{first}.scorer._target_=module.Class on the command line; "
+        f"or choose other rewards ({group}=shapes)"
     )
 
 
@@ -233,7 +252,7 @@ def _load(name: str, entry: dict[str, Any], place: str) -> Reward:
         raise InputError(_not_installed(reward, ", ".join(missing)))
     if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
         raise InputError(
-            f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to where they lie"
+            f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to their location"
         )
     return reward
 
@@ -241,7 +260,10 @@ def _load(name: str, entry: dict[str, Any], place: str) -> Reward:
 def _not_installed(reward: Reward, modules: str) -> str:
     remedy = f"pip install 'capo[{reward.extra}]'" if reward.extra else f"pip install {modules}"
     if reward.isolated:
-        remedy += f", or give the interpreter of an environment that has it: ++rewards.{reward.name}.python=/path/to/env/bin/python"
+        remedy += (
+            ", or give the interpreter of an environment that has it: "
+            f"++rewards.{reward.name}.python=/path/to/env/bin/python"
+        )
     return f"reward '{reward.name}' needs {modules}, which is not installed: {remedy}"
 
 
@@ -258,7 +280,7 @@ def _build(reward: Reward) -> Scorer:
         if isinstance(error, ModuleNotFoundError) and error.name:
             raise InputError(_not_installed(reward, error.name)) from error
         raise InputError(
-            f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be made "
+            f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be built "
             f"({error}); compare its arguments with the class"
         ) from error
 
@@ -268,12 +290,12 @@ def _qualified_name(scorer: Scorer) -> str:
 
 
 def _content(value: Any) -> Any:
-    """`value` with every path in it replaced by digests of what lies there: no machine's paths count."""
+    """Replace every path in `value` by digests of the files there, so that no machine's paths count."""
     if isinstance(value, Mapping):
         return {str(key): _content(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_content(inner) for inner in value]
-    # without a slash it is a word: a folder that happens to be called like an option must change nothing
+    # A string without a slash is not a path: a folder with the name of an option must not change the hash.
     if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
         path = Path(value).expanduser()
         if _lies_there(path) and path.is_file():
@@ -290,5 +312,5 @@ def _content(value: Any) -> Any:
 def _lies_there(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # too long for a name: a sentence with a slash in it
+    except OSError:  # the name is too long: a sentence with a slash in it
         return False

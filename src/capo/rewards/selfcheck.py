@@ -1,4 +1,4 @@
-"""Does a reward do here what it should? Three bundled pictures with two prompts each, and recorded scores to compare with."""
+"""Check a reward here: score three bundled images with two prompts each, and compare with records."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.files import write_whole
 
-SIDE = 512  # pixels of a bundled picture as a reward gets it; they are drawn at 64
-PROMPTS = {  # picture -> what it shows
+SIDE = 512  # pixels to which the bundled images, of 64 pixels, are enlarged for a reward
+PROMPTS = {  # bundled image -> its prompt
     "star": "a yellow star on a black background",
     "hearts": "two red hearts on a white background",
     "circles": "three blue circles on a white background",
 }
-TOLERANCE = (
-    1e-3  # of a score, and of its size where that is above 1; another batch or device moves less in float32
-)
-SCHEMA = 1  # of a golden file
+# Absolute for scores up to 1, relative above; in float32 another batch size or device changes scores by less.
+TOLERANCE = 1e-3
+SCHEMA = 1  # version of the golden files' format
 LIBRARIES = ("torch", "transformers", "pillow", "capo")
 PASSED, WARNING, FAILED = "passed", "warning", "failed"
-SHORTEST = 1.0  # seconds over which speed is measured
+SHORTEST = 1.0  # least seconds over which speed is measured
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: PASSED, WARNING or FAILED, what was found, and what to do."""
+    """Result of one check: its name, PASSED, WARNING or FAILED, what was found, and the remedy."""
 
     name: str
     outcome: str
@@ -47,14 +46,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the reward gave.
+    """Scores and costs of a reward.
 
     Attributes:
-        scores: (3, 2) of each picture with its own prompt and with another picture's, in one batch.
-        alone: (3, 2) the same, each image in a batch of its own.
-        turned: (3, 2) the same, in one batch in opposite order.
-        speed: images a second.
-        memory: peak in words.
+        scores: (3, 2) scores of each image with its own prompt and with another image's, in one batch.
+        alone: (3, 2) the same, each image in its own batch.
+        turned: (3, 2) the same, in one batch in reverse order.
+        speed: images per second.
+        memory: peak memory in words.
     """
 
     scores: Tensor
@@ -65,7 +64,7 @@ class Measured:
 
 
 def pairs(side: int = SIDE) -> tuple[list[Image.Image], list[str]]:
-    """Six images and prompts: each picture with its own prompt, then with the next picture's. `side`: their pixels."""
+    """Return six images of `side` pixels and prompts: each image with its own prompt, then the next one's."""
     names = list(PROMPTS)
     images, prompts = [], []
     for number, name in enumerate(names):
@@ -80,14 +79,17 @@ def pairs(side: int = SIDE) -> tuple[list[Image.Image], list[str]]:
 
 
 def measure(reward: Reward, device: torch.device) -> Measured:
-    """Build the reward on `device`, score the pictures and leave the device. Raises InputError as `Reward.setup` and `score` do."""
+    """Build the reward on `device`, score the bundled images, and free the device.
+
+    Raises InputError as `Reward.setup` and `Reward.score` do.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     reward.setup(device)
     try:
         return _measured(reward, device)
     finally:
-        reward.offload()  # the peak of the next one of a set is its own
+        reward.offload()  # so that it does not count in the peak memory of the next reward
 
 
 def _measured(reward: Reward, device: torch.device) -> Measured:
@@ -119,7 +121,14 @@ def _peak(reward: Reward, device: torch.device) -> str:
 def findings(
     reward: Reward, measured: Measured, golden: Mapping | None, tolerance: float = TOLERANCE
 ) -> list[Finding]:
-    """What the scores say; `golden` are those recorded for the same fingerprint, or None where nobody has."""
+    """Judge the scores of a reward.
+
+    Args:
+        reward: the reward.
+        measured: its scores.
+        golden: the record of the same fingerprint; None: there is none.
+        tolerance: largest difference between equal scores, relative for scores above 1.
+    """
     return [
         _range(reward, measured.scores),
         _order(measured.scores) if reward.needs_prompt else _blindness(measured.scores, tolerance),
@@ -132,7 +141,7 @@ def _range(reward: Reward, scores: Tensor) -> Finding:
     low, high = scores.min().item(), scores.max().item()
     found = f"{low:.4g} to {high:.4g}"
     if not reward.range:
-        return Finding("range", PASSED, f"{found}; none is declared")
+        return Finding("range", PASSED, f"{found}; no range is declared")
     least, most = reward.range
     if least <= low and high <= most:
         return Finding("range", PASSED, f"{found}, within {least:g} to {most:g}")
@@ -140,19 +149,21 @@ def _range(reward: Reward, scores: Tensor) -> Finding:
         "range",
         WARNING,
         f"{found}, outside of the usual {least:g} to {most:g}",
-        "drawn shapes may score unusually; far outside, compare weights, processor and precision with what was published",
+        "simple drawings may score unusually; far outside, compare weights, processor and precision with "
+        "what was published",
     )
 
 
 def _order(scores: Tensor) -> Finding:
     wrong = [name for name, (own, other) in zip(PROMPTS, scores.tolist(), strict=True) if not own > other]
     if not wrong:
-        return Finding("order", PASSED, "each picture's own prompt scores higher than another's")
+        return Finding("order", PASSED, "each image's own prompt scores higher than another's")
     return Finding(
         "order",
         FAILED,
-        f"{', '.join(wrong)}: another picture's prompt scores as high or higher",
-        "weights, tokenizer or image processor are not the model's, or the score is better when lower (negate it)",
+        f"{', '.join(wrong)}: another image's prompt scores as high or higher",
+        "weights, tokenizer or image processor are not the model's, or the score is better when lower "
+        "(negate it)",
     )
 
 
@@ -168,16 +179,16 @@ def _blindness(scores: Tensor, tolerance: float) -> Finding:
 
 
 def _independence(measured: Measured, tolerance: float) -> Finding:
-    for name, other in {"alone": measured.alone, "in opposite order": measured.turned}.items():
+    for name, other in {"alone": measured.alone, "in reverse order": measured.turned}.items():
         if not _near(measured.scores, other, tolerance):
             return Finding(
                 "batch",
                 FAILED,
-                f"an image scores otherwise {name}, by up to {_gap(measured.scores, other):.3g}",
-                "a score must be its own image's and prompt's: look for maxima, means or padding over the batch, and for layers in "
-                "training mode; half precision may need a larger --tolerance",
+                f"an image scores differently {name}, by up to {_gap(measured.scores, other):.3g}",
+                "a score must be its own image's and prompt's: look for maxima, means or padding over the "
+                "batch, and for layers in training mode; half precision may need a larger --tolerance",
             )
-    return Finding("batch", PASSED, "each image scores the same alone, in a batch and in opposite order")
+    return Finding("batch", PASSED, "each image scores the same alone, in a batch and in reverse order")
 
 
 def _recorded(scores: Tensor, golden: Mapping | None, tolerance: float) -> Finding:
@@ -186,18 +197,23 @@ def _recorded(scores: Tensor, golden: Mapping | None, tolerance: float) -> Findi
             "recorded scores",
             PASSED,
             "none for this fingerprint: not compared",
-            "where you trust these scores, --record keeps them",
+            "if you trust these scores, --record keeps them",
         )
     before = torch.tensor(golden["scores"])
-    made = f"recorded on {golden['device']} with {', '.join(f'{name} {number}' for name, number in golden['versions'].items())}"
+    made = (
+        f"recorded on {golden['device']} with "
+        f"{', '.join(f'{name} {number}' for name, number in golden['versions'].items())}"
+    )
     if _near(scores, before, tolerance):
         return Finding("recorded scores", PASSED, f"the same ({made})")
     row, column = divmod(int((scores - before).abs().argmax()), 2)
     return Finding(
         "recorded scores",
         FAILED,
-        f"{list(PROMPTS)[row]}, prompt {column + 1}: {scores[row, column]:.5g}, recorded {before[row, column]:.5g} ({made})",
-        "weights are the same, so a library's preprocessing or arithmetic is not: compare the versions; --record replaces them",
+        f"{list(PROMPTS)[row]}, prompt {column + 1}: {scores[row, column]:.5g}, recorded "
+        f"{before[row, column]:.5g} ({made})",
+        "weights are the same, so a library's preprocessing or arithmetic is not: compare the versions; "
+        "--record replaces them",
     )
 
 
@@ -210,7 +226,7 @@ def _near(scores: Tensor, others: Tensor, tolerance: float) -> bool:
 
 
 def golden_places(name: str, given: Path | None) -> list[Path]:
-    """Where recorded scores are looked for: `given` alone, else `golden/NAME.json` here, else the one in the package."""
+    """List where records are searched: `given` alone, else `golden/NAME.json` here, then the package's."""
     return (
         [given]
         if given
@@ -219,7 +235,7 @@ def golden_places(name: str, given: Path | None) -> list[Path]:
 
 
 def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
-    """The first record of this fingerprint. Raises InputError for a file that is no record."""
+    """Return the first record of this fingerprint, or None; raise InputError for a file that is no record."""
     for path in places:
         if not path.is_file():
             continue
@@ -239,7 +255,7 @@ def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
 
 
 def write_golden(path: Path, reward: Reward, scores: Tensor, device: torch.device) -> None:
-    """Record scores, with what they are of and what made them."""
+    """Write a record of scores with the reward's fingerprint, prompts, device and library versions."""
     record = {
         "schema": SCHEMA,
         "name": reward.name,
@@ -254,5 +270,5 @@ def write_golden(path: Path, reward: Reward, scores: Tensor, device: torch.devic
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or what the GPU is called."""
+    """Return `cpu`, or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

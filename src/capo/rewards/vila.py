@@ -1,6 +1,7 @@
-"""VILA: how good an image looks, whatever was asked, by a published tensorflow model.
+"""VILA: the visual quality of an image, whatever its prompt, from a published tensorflow model.
 
-Runs in a process of its own (`isolated: true` in its yaml), where torch and this package need not be: no import of either here.
+It runs in a separate process (`isolated: true` in its yaml), where torch and this package may be missing;
+this module imports neither.
 """
 
 import os
@@ -11,34 +12,36 @@ INPUT, OUTPUT = "serving_default", "predictions"  # the model's signature, and i
 
 
 class VILA:
-    """The model's own prediction in [0, 1], one number an image; prompts are not read.
+    """VILA: the model's own prediction in [0, 1], one number per image; prompts are not read.
 
-    weights: folder of a SavedModel (saved_model.pb and variables), or a handle that tensorflow_hub downloads, such as
-    https://tfhub.dev/google/vila/image/1. A SavedModel is a graph of tensorflow's operations and holds no Python; some operations read and
-    write files, so take it from where you trust it.
-    Raises ValueError for weights that are neither, another model's, and an answer that is not one number an image; OSError for a handle
-    that cannot be downloaded.
+    Args:
+        weights: folder of a SavedModel (saved_model.pb and variables), or a handle that tensorflow_hub
+            downloads, such as https://tfhub.dev/google/vila/image/1. A SavedModel is a graph of tensorflow
+            operations without Python code, but some operations read and write files: use one from a source
+            that you trust.
+
+    Raises:
+        ValueError: the weights are neither, or another model's, or do not give one number per image.
+        OSError: the handle cannot be downloaded.
     """
 
-    takes = "png"  # the signature wants a file's bytes, which the model decodes and resizes itself
+    takes = "png"  # the signature takes a file's bytes, which the model decodes and resizes itself
 
     def __init__(self, weights):
         weights = os.path.expanduser(weights)
         if os.path.isabs(weights) or os.path.isdir(weights):
             if not os.path.isfile(os.path.join(weights, "saved_model.pb")):
                 raise ValueError(
-                    f"weights={weights}: that folder holds no saved_model.pb; give the unpacked folder of {PUBLISHED}"
+                    f"weights={weights}: that folder holds no saved_model.pb; give the unpacked folder of "
+                    f"{PUBLISHED}"
                 )
         elif not weights.startswith("https://"):
-            raise ValueError(f"weights={weights}: no folder, and no handle such as {HANDLE}")
-        self.weights, self.model, self.predict = (
-            weights,
-            None,
-            None,
-        )  # a signature alone does not keep its model's variables
+            raise ValueError(f"weights={weights}: not a folder, and not a handle such as {HANDLE}")
+        # The model is kept because a signature alone does not keep its variables alive.
+        self.weights, self.model, self.predict = weights, None, None
 
     def to(self, device):
-        """Loads the model onto `device`, as torch names it; a tensorflow without GPU stays on the CPU."""
+        """Load the model onto `device`, as torch names it; a tensorflow without GPU stays on the CPU."""
         import tensorflow as tf
 
         kind, _, index = str(device).partition(":")
@@ -47,13 +50,12 @@ class VILA:
         ]
         tf.config.set_visible_devices(seen, "GPU")
         for gpu in seen:
-            tf.config.experimental.set_memory_growth(
-                gpu, True
-            )  # or it takes all the memory that training needs
+            # Without growth tensorflow would take all memory of the GPU.
+            tf.config.experimental.set_memory_growth(gpu, True)
         self.predict = self._signature(tf)
 
     def __call__(self, images, prompts):
-        """Scores, a list of B floats, of the bytes of B image files."""
+        """Return scores, a list of B floats, of the bytes of B image files."""
         if self.predict is None:
             self.to("cpu")
         import tensorflow as tf
@@ -80,16 +82,17 @@ def _downloaded(handle):
 
     try:
         return tensorflow_hub.load(handle)
-    except Exception as error:  # its own, tensorflow's and urllib's have no class in common
+    except Exception as error:  # tensorflow_hub's, tensorflow's and urllib's share no base class
         raise OSError(
-            f"weights={handle} are not to be had ({error}); try again with a network, set TFHUB_CACHE_DIR to a cache that holds "
-            "them, or give the folder of the unpacked model, rewards.vila.weights=FOLDER"
+            f"weights={handle} are not available ({error}); try again with a network, set TFHUB_CACHE_DIR to "
+            "a cache that holds them, or give the folder of the unpacked model, rewards.vila.weights=FOLDER"
         ) from error
 
 
 def _number(prediction):
     if prediction.size != 1:
         raise ValueError(
-            f"the model gave {prediction.size} numbers an image, of shape {prediction.shape}; this reward reads {PUBLISHED}"
+            f"the model gave {prediction.size} numbers per image, of shape {prediction.shape}; this reward "
+            f"reads {PUBLISHED}"
         )
     return float(prediction.reshape(-1)[0])

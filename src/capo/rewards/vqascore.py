@@ -1,7 +1,7 @@
-"""VQAScore: how probable the answer "Yes" is when CLIP-FlanT5 is asked whether the image shows what the prompt says.
+"""VQAScore: the probability of "Yes" when CLIP-FlanT5 is asked whether the image shows the prompt.
 
-Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024; template, preprocessing and arithmetic are
-those of the authors' own evaluation.
+Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024; template, preprocessing
+and arithmetic are those of the authors' own evaluation.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from capo.rewards.weights import fetch
 if TYPE_CHECKING:
     from transformers import T5Config
 
-BEFORE = (  # the image; system message and speaker, verbatim
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers "
-    "to the user's questions. USER: "
+BEFORE = (  # text before the image: system message and speaker, verbatim
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. USER: "
 )
 AFTER = "\n{question} ASSISTANT: "
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 PLACE = "{prompt}"
 LENGTH = 2048  # tokens of a question, the image counted as one
-PADDED = 128  # T5's table of words is as long as its tokenizer, filled up to a multiple of this
+PADDED = 128  # the length of T5's embedding table is its tokenizer's, rounded up to a multiple of this
 BATCH = 8  # images in one forward pass
 TOWER = "openai/clip-vit-large-patch14-336"
 WORDS = "google/flan-t5-xxl"
@@ -38,15 +38,16 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def geometric_mean(log_probs: Tensor) -> Tensor:
-    """The published score: exp of minus the mean cross-entropy of the answer's tokens, the end token included. (B, A) -> (B,).
+    """Return the geometric mean (B,) of the probabilities of an answer's tokens, from their logs (B, A).
 
-    For "Yes" it is sqrt(P(Yes) P(end | Yes)).
+    This is the published score: exp of minus the mean cross-entropy, end token included. For "Yes" it is
+    sqrt(P(Yes) P(end | Yes)).
     """
     return log_probs.mean(-1).exp()
 
 
 def without_end(log_probs: Tensor) -> Tensor:
-    """P(Yes), as the CaPO paper's eq. 27 writes it: the probability of the answer without its end token. (B, A) -> (B,)."""
+    """Return the probability (B,) of an answer without its end token, from logs (B, A): CaPO's eq. 27."""
     return log_probs[:, :-1].sum(-1).exp()
 
 
@@ -54,7 +55,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {"official": geometric_mean, "yes
 
 
 def squared(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of a square of that color, as wide as its longer side; an odd pixel goes right or below."""
+    """Pad an image to a square of its longer side with `color`; odd padding is larger right or below."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -62,14 +63,22 @@ def squared(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 
 class Questions:
-    """What CLIP-FlanT5 reads: the question's tokens around the image, and the image as normalized pixels."""
+    """Inputs of CLIP-FlanT5: the question's tokens around the image, and the image as normalized pixels.
+
+    Args:
+        words: folder of the T5 tokenizer.
+        tower: folder of the CLIP image processor.
+        config: architecture of the T5.
+        question: the question, with {prompt} in it.
+        settings: configuration keys that gave `words` and `tower`, for messages.
+    """
 
     def __init__(self, words: Path, tower: Path, config: T5Config, question: str, settings: tuple[str, str]):
         from transformers import CLIPImageProcessorPil, T5Tokenizer
 
         try:
             self.tokenizer = T5Tokenizer.from_pretrained(words, padding_side="right")
-        except Exception as error:  # the errors of the tokenizers library have no class in common
+        except Exception as error:  # the tokenizers library's errors share no base class
             raise InputError(
                 f"{settings[0]}={words}: no T5 tokenizer ({error}); get the folder again"
             ) from error
@@ -81,17 +90,17 @@ class Questions:
             ) from error
         if not 0 <= config.vocab_size - len(self.tokenizer) < PADDED:
             raise InputError(
-                f"{settings[0]}={words}: its tokenizer has {len(self.tokenizer)} tokens, the model {config.vocab_size} (up to "
-                f"{PADDED - 1} more are usual); give the tokenizer that the model was trained with"
+                f"{settings[0]}={words}: its tokenizer has {len(self.tokenizer)} tokens, the model "
+                f"{config.vocab_size} (up to {PADDED - 1} more are usual); give the tokenizer that the model "
+                "was trained with"
             )
         self.question = question
-        self.before = torch.tensor(
-            self.tokenizer(BEFORE).input_ids
-        )  # ends with the end token, as each piece does
+        # The tokenizer ends each piece with the end token, so this one too.
+        self.before = torch.tensor(self.tokenizer(BEFORE).input_ids)
         self.color = tuple(int(255 * part) for part in self.processor.image_mean)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """(P, M): what stands after the image, padded to the longest; what is longer than the model reads is cut off."""
+        """Tokenize the text after the image to (P, M), padded to the longest and truncated at the limit."""
         texts = [AFTER.format(question=self.question.replace(PLACE, prompt)) for prompt in prompts]
         room = LENGTH - len(self.before) - 1
         return self.tokenizer(
@@ -99,26 +108,38 @@ class Questions:
         ).input_ids
 
     def answer(self, text: str) -> Tensor:
-        """(A,): the answer's tokens, the end token last."""
+        """Tokenize an answer to (A,), the end token last."""
         return torch.tensor(self.tokenizer(text).input_ids)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 3, 336, 336): made square with CLIP's mean color, resized (bicubic), normalized."""
+        """Convert B images to (B, 3, 336, 336): pad to a square with CLIP's mean color, resize, normalize."""
         return self.processor(
             [squared(image, self.color) for image in images], return_tensors="pt"
         ).pixel_values
 
 
 class VQAScore(ClipScorer):
-    """How probable `answer` is when the image is shown and `question` asked, 0-1.
+    """VQAScore: the probability, 0-1, of `answer` to `question` about the image.
 
-    weights: folder or hub id, at `revision`, of a CLIP-FlanT5's config.json and weights, in one file or in several with an index.
-    tokenizer: folder or hub id of its T5 tokenizer, at `tokenizer_revision`. tower: likewise of its CLIP's config.json and image
-    processor, and of the tower's weights where the checkpoint's index names none of them.
-    question: holds {prompt}. form: official or yes (FORMS). precision: float32, or bfloat16 as the published evaluation ran: half
-    the memory, scores rounded, and dependent on the batch by that rounding.
-    Raises InputError for an unknown form or precision, a question without {prompt}, and weights that are neither here nor to be
-    had, or another model's.
+    Args:
+        weights: folder or hub id of a CLIP-FlanT5's config.json and weights, in one file or several with an
+            index.
+        revision: revision of the hub id.
+        tokenizer: folder or hub id of its T5 tokenizer.
+        tokenizer_revision: revision of `tokenizer`.
+        tower: folder or hub id of its CLIP's config.json and image processor, and of the vision tower's
+            weights if the checkpoint's index lists none.
+        tower_revision: revision of `tower`.
+        question: the question, with {prompt} in it.
+        answer: the answer whose probability is the score.
+        form: official (`geometric_mean`) or yes (`without_end`).
+        precision: float32, or bfloat16 as in the published evaluation: half the memory, but scores are
+            rounded and depend on the batch.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the form or precision is unknown, the question lacks {prompt}, the answer is empty, or the
+            weights are not available or another model's.
     """
 
     def __init__(
@@ -160,7 +181,7 @@ class VQAScore(ClipScorer):
 
 
 def check_question(question: str, precision: str, place: str) -> None:
-    """InputError for a question without {prompt}, and for a precision that is none of PRECISIONS; `place` is the scorer's key."""
+    """Raise InputError for a question without {prompt} or unknown precision; `place` is the scorer's key."""
     if PLACE not in question:
         raise InputError(
             f"{place}.question={question}: it does not say where the prompt goes; write {PLACE} there"
@@ -169,7 +190,7 @@ def check_question(question: str, precision: str, place: str) -> None:
 
 
 def check_precision(precision: str, place: str) -> None:
-    """InputError for a precision that is none of PRECISIONS; `place` is the scorer's key."""
+    """Raise InputError for a precision that is not in PRECISIONS; `place` is the scorer's key."""
     if precision not in PRECISIONS:
         raise InputError(f"{place}.precision={precision}: unknown; choose one of {', '.join(PRECISIONS)}")
 
@@ -177,7 +198,7 @@ def check_precision(precision: str, place: str) -> None:
 def _check_answer(answer: str, form: str) -> None:
     if not answer.strip():
         raise InputError(
-            f"rewards.vqascore.scorer.answer={answer!r}: no answer whose probability could be the score; give one, as in Yes"
+            f"rewards.vqascore.scorer.answer={answer!r}: the answer is empty; give one, such as Yes"
         )
     if form not in FORMS:
         raise InputError(f"rewards.vqascore.scorer.form={form}: unknown; choose one of {', '.join(FORMS)}")

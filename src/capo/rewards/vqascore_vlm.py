@@ -1,7 +1,8 @@
-"""VQAScore by a chat model that sees: the probability that its answer begins with Yes, in one forward pass.
+"""VQAScore from a vision-language model: the probability, in one forward pass, that the answer is Yes.
 
-Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, eq. 1, on Qwen3-VL. Its processor is put together
-here: transformers' own needs torchvision for videos, and with it prepares images otherwise than without.
+Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, eq. 1, with Qwen3-VL.
+The processor is assembled here, because transformers' own needs torchvision (for videos), and with
+torchvision it prepares images differently.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BATCH = 8  # images in one forward pass
 
 
 class Chat:
-    """What Qwen3-VL reads: a user's turn of one image and a question, and the beginning of the answer."""
+    """Inputs of Qwen3-VL: a user's turn with one image and a question, and the start of the answer."""
 
     def __init__(self, folder: Path, question: str):
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
@@ -42,7 +43,7 @@ class Chat:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except Exception as error:  # the errors of the tokenizers library have no class in common
+        except Exception as error:  # the tokenizers library's errors share no base class
             raise InputError(
                 f"{SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again"
             ) from error
@@ -57,11 +58,12 @@ class Chat:
         self.yes = torch.tensor(sorted({piece[0] for piece in pieces if len(piece) == 1}))
         if not len(self.yes):
             raise InputError(
-                f"{SETTING}={folder}: its tokenizer has none of {', '.join(map(repr, YES))} as one token; give {PUBLISHED}"
+                f"{SETTING}={folder}: its tokenizer has none of {', '.join(map(repr, YES))} as one token; "
+                f"give {PUBLISHED}"
             )
 
     def text(self, prompt: str) -> str:
-        """The conversation, with one place for the image."""
+        """Return the conversation about `prompt`, with one placeholder for the image."""
         asked = [{"type": "image"}, {"type": "text", "text": self.question.replace(PLACE, prompt)}]
         turns = [{"role": "user", "content": asked}]
         return self.tokenizer.apply_chat_template(
@@ -69,10 +71,9 @@ class Chat:
         )
 
     def inputs(self, images: Sequence[Image], prompts: Sequence[str]) -> BatchFeature:
-        """What the model takes, for B conversations padded on the left, so that each ends where its answer begins."""
-        found = self.processor(
-            list(images), return_tensors="pt"
-        )  # patches of all images in a row; rows and columns of each
+        """Prepare B conversations, padded on the left, so that each ends where its answer begins."""
+        # The patches of all images are concatenated; image_grid_thw holds the rows and columns of each.
+        found = self.processor(list(images), return_tensors="pt")
         counts = found["image_grid_thw"].prod(-1) // self.processor.merge_size**2
         rows = [self._tokens(prompt, int(count)) for prompt, count in zip(prompts, counts, strict=True)]
         ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
@@ -83,7 +84,7 @@ class Chat:
 
     def _tokens(self, prompt: str, count: int) -> Tensor:
         before, after = self.text(prompt).split(IMAGE, 1)
-        # a prompt that speaks of the place for an image must not open a second one
+        # An image placeholder in the prompt itself must not count as a second one.
         before, after = (
             self.tokenizer(part, add_special_tokens=False).input_ids
             for part in (before, after.replace(IMAGE, ""))
@@ -92,12 +93,20 @@ class Chat:
 
 
 class VQAScoreVLM(BatchScorer):
-    """P(Yes) 0-1: the probabilities of "Yes", "yes", " Yes" and " yes", as far as they are tokens, at the answer's first token.
+    """VQAScore: P(Yes), 0-1, at the answer's first token.
 
-    weights: folder or hub id of a Qwen3-VL Instruct model with its tokenizer and image processor, at `revision`.
-    question: holds {prompt}. precision: float32, or bfloat16: half the memory, scores rounded, and dependent on the batch by that.
-    Raises InputError for a question without {prompt}, an unknown precision, and weights that are neither here nor to be had, or
-    another model's.
+    P(Yes) is the sum of the probabilities of "Yes", "yes", " Yes" and " yes", as far as each is one token.
+
+    Args:
+        weights: folder or hub id of a Qwen3-VL Instruct model with its tokenizer and image processor.
+        revision: revision of the hub id.
+        question: the question, with {prompt} in it.
+        precision: float32, or bfloat16: half the memory, but scores are rounded and depend on the batch.
+        batch: images in one forward pass.
+
+    Raises:
+        InputError: the question lacks {prompt}, the precision is unknown, or the weights are not available or
+            another model's.
     """
 
     def __init__(

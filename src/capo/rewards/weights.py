@@ -1,6 +1,6 @@
-"""From what a reward's yaml calls `weights` to tensors: a file, a folder or a hub id; nothing that can run code.
+"""Find, download and read a reward's weights from a file, folder or hub id, without running code from them.
 
-`setting` in every function is the key of the configuration that gave the source, for messages.
+In every function `setting` is the configuration key that gave the source, for messages.
 """
 
 import json
@@ -20,17 +20,18 @@ from capo.errors import InputError, first_line
 from capo.runtime.hub import hub_refusal
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SMALL = ("*.json", "*.txt")  # configs and vocabularies, which come with everything
-SHOWN = 3  # names of tensors in a message
-# read from old files only: transformers makes them itself
+SMALL = ("*.json", "*.txt")  # configs and vocabularies, which are always downloaded
+SHOWN = 3  # tensor names listed in a message
+# Present in old files only; transformers computes it.
 REMADE = "position_ids"
 
 
 def fetch(source: str, revision: str | None, setting: str, *patterns: str) -> Path:
-    """The file or folder `source`, or the hub's snapshot of that id, downloaded if need be.
+    """Return the file or folder `source`, or the snapshot of that hub id, downloaded if needed.
 
-    A folder holds files that match one of `patterns`; of a repository, only the first pattern that matches is downloaded, with the
-    configs beside it. Raises InputError that says what was looked for and how to provide it where there is none.
+    A folder must hold files that match one of `patterns`. From a repository only the first pattern with a
+    match is downloaded, together with the configs. Raises InputError, which lists the places searched and how
+    to provide the source, if there is none.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -46,15 +47,15 @@ def fetch(source: str, revision: str | None, setting: str, *patterns: str) -> Pa
 
 
 def fetch_file(source: str, revision: str | None, setting: str, name: str) -> Path:
-    """The file `source`, or the file `name` of that folder or hub repository; raises InputError as `fetch`."""
+    """Return the file `source`, or the file `name` in that folder or repository; raise as `fetch` does."""
     found = fetch(source, revision, setting, name)
     return found / name if found.is_dir() else found
 
 
 def look_for(source: str, revision: str | None, setting: str) -> None:
-    """InputError, as `fetch`'s, where `source` is neither here nor in the hub's cache nor to be had from the hub; downloads nothing.
+    """Raise InputError, as `fetch` does, if `source` is neither here, nor in the hub's cache, nor on the hub.
 
-    What a file or folder holds is not looked at.
+    Nothing is downloaded, and the content of a file or folder is not checked.
     """
     if Path(source).expanduser().exists():
         return
@@ -69,8 +70,9 @@ def look_for(source: str, revision: str | None, setting: str) -> None:
 def _require_hub_id(source: str, setting: str) -> None:
     if not HUB_ID.fullmatch(str(source)):
         raise InputError(
-            f"{setting}={source}: no such file or folder (looked at '{Path(source).expanduser().absolute()}'); give one that is there, or "
-            "a hub id such as 'owner/name'"
+            f"{setting}={source}: no such file or folder (looked at "
+            f"'{Path(source).expanduser().absolute()}'); give one that is there, or a hub id such as "
+            "'owner/name'"
         )
 
 
@@ -79,7 +81,7 @@ def _from_hub(source: str, revision: str | None, setting: str, patterns: Collect
     for pattern in patterns:
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*SMALL, pattern]))
-        except Exception as error:  # the errors of the hub's client have no class in common
+        except Exception as error:  # the hub client's errors share no base class
             raise InputError(_not_here(source, revision, setting, patterns, first_line(error))) from error
         if any(folder.glob(pattern)):
             return folder
@@ -91,22 +93,24 @@ def _not_here(source: str, revision: str | None, setting: str, patterns: Collect
     command = " ".join(
         [f"hf download {source}", *([f"--revision {revision}"] if revision else []), *includes]
     )
-    by_hand = f", or {command}" if patterns else ""  # without them it would be all that the repository holds
+    by_hand = f", or {command}" if patterns else ""  # without patterns it would download the whole repository
     return (
         f"{setting}={source} (revision {revision or 'main'}) is not here\n"
-        f"  looked in: folder {Path(source).absolute()} (not there); hub cache {constants.HF_HUB_CACHE} and {constants.ENDPOINT} "
-        f"({reason})\n"
+        f"  looked in: folder {Path(source).absolute()} (not there); hub cache {constants.HF_HUB_CACHE} and "
+        f"{constants.ENDPOINT} ({reason})\n"
         f"  provide it in one of three ways:\n"
         f"    from the hub: the same command with a network{by_hand}\n"
-        f"    as a folder: {setting}=FOLDER, and evaluation.{setting}=FOLDER where it evaluates too\n"
+        f"    as a folder: {setting}=FOLDER, and evaluation.{setting}=FOLDER if it is used in evaluation "
+        "too\n"
         f"    as a hub cache copied from another machine: HF_HOME=FOLDER before the command"
     )
 
 
 def read_state(path: Path, setting: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a state dict that torch.save wrote, alone or as `state_dict`, by name, on the CPU.
+    """Read {name: tensor}, on the CPU, from a safetensors file or a state dict written by torch.save.
 
-    Raises InputError for a file that is neither, such as a pickled module: loading one runs whatever code it holds.
+    The state dict may be the file's content or its entry `state_dict`. Raises InputError for any other file,
+    such as a pickled module, because loading one runs any code in it.
     """
     try:
         state = (
@@ -116,10 +120,11 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise InputError(
-            f"{setting}={path}: no safetensors file and no state dict ({first_line(error)}); a pickled module can run any code when "
-            "loaded: convert it once, where you trust its source, with safetensors.torch.save_file(module.state_dict(), FILE)"
+            f"{setting}={path}: no safetensors file and no state dict ({first_line(error)}); a pickled "
+            "module can run any code when loaded: convert it once, where you trust its source, with "
+            "safetensors.torch.save_file(module.state_dict(), FILE)"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # beside what training kept
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # beside the state of training
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{setting}={path}: no state dict (tensors by name); save module.state_dict() alone")
@@ -127,7 +132,7 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path, setting: str) -> dict[str, Any]:
-    """What a folder's config.json says; InputError where it is missing or no json, or `folder` is a file."""
+    """Read a folder's config.json; raise InputError if missing or not JSON, or if `folder` is a file."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -139,7 +144,10 @@ def read_config(folder: Path, setting: str) -> dict[str, Any]:
 
 
 def require_type(folder: Path, setting: str, wanted: str, told: str) -> None:
-    """InputError, as `read_config`'s, or where the config's `model_type` is not `wanted`; `told` says what the reward reads."""
+    """Raise InputError as `read_config` does, or if the config's `model_type` is not `wanted`.
+
+    `told` names, for the message, the model that the reward reads.
+    """
     found = read_config(folder, setting).get("model_type")
     if found != wanted:
         raise InputError(
@@ -150,7 +158,15 @@ def require_type(folder: Path, setting: str, wanted: str, told: str) -> None:
 def refuse_other_names(
     missing: Collection[str], unexpected: Collection[str], source: str, setting: str, published: str
 ) -> None:
-    """InputError where a checkpoint has not exactly the tensors of the model; `published` is one that has."""
+    """Raise InputError if a checkpoint lacks tensors of the model or has others.
+
+    Args:
+        missing: names of the model's tensors that the checkpoint lacks.
+        unexpected: names of the checkpoint's tensors that the model does not have.
+        source: the checkpoint.
+        setting: configuration key that gave the checkpoint.
+        published: a checkpoint that fits.
+    """
     unexpected = [name for name in unexpected if not name.endswith(REMADE)]
     faults = [
         f"{word} {_named(names)}"
@@ -159,7 +175,8 @@ def refuse_other_names(
     ]
     if faults:
         raise InputError(
-            f"{setting}={source}: another model's weights: it {' and '.join(faults)}; this reward reads those of {published}"
+            f"{setting}={source}: another model's weights: it {' and '.join(faults)}; this reward reads "
+            f"those of {published}"
         )
 
 

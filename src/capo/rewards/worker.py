@@ -1,11 +1,12 @@
-"""A reward's scorer in another Python environment: the script that `capo.rewards.isolated` starts there.
+"""Script that runs a reward's scorer in another Python environment; `capo.rewards.isolated` starts it.
 
-It stands alone: the standard library of Python 3.7 or newer, and whatever the scorer's own target imports. Messages go over
-the pipes of stdin and stdout: "CAPO", the length of a JSON header, the header, then as many bytes as its "sizes" say.
-Whatever the target prints goes to stderr, which is the log.
+It needs only the standard library of Python 3.7 or newer, and what the scorer's own target imports. Messages
+are sent over stdin and stdout: "CAPO", the length of a JSON header, the header, then as many bytes as its
+"sizes" say. Whatever the target prints goes to stderr, which is the log.
 
     request  {"scorer": {"_target_": ..., ...}, "device": ...}   reply  {"ready": true}
-    request  {"prompts": [...]} + a PNG a prompt                 reply  {"scores": [...]}, or {"error": ..., "kind": ...}
+    request  {"prompts": [...]} + one PNG per prompt             reply  {"scores": [...]}
+    any request that fails                                       reply  {"error": ..., "kind": ...}
 """
 
 from __future__ import annotations
@@ -27,16 +28,15 @@ import threading
 import traceback
 
 MAGIC = b"CAPO"
-START = struct.Struct(">4sI")  # magic, bytes of the header
+START = struct.Struct(">4sI")  # magic, size of the header in bytes
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
-STANDALONE = (
-    "capo.rewards.vila",
-)  # import nothing of this package: with it, torch would come beside their tensorflow
-PNG = "png"  # a target whose attribute `takes` is this gets the files' bytes; any other one PIL images
+# These import nothing of this package, which would load torch beside their tensorflow.
+STANDALONE = ("capo.rewards.vila",)
+PNG = "png"  # a target whose attribute `takes` is this gets the files' bytes; others get PIL images
 
 
 def send(stream, header, blobs=()):
-    """Writes one message: `header`, which JSON can hold, and `blobs` of bytes."""
+    """Write one message: `header`, a JSON object, and `blobs` of bytes."""
     text = json.dumps(dict(header, sizes=[len(blob) for blob in blobs])).encode()
     for part in (START.pack(MAGIC, len(text)), text, *blobs):
         stream.write(part)
@@ -44,10 +44,13 @@ def send(stream, header, blobs=()):
 
 
 def receive(stream):
-    """(header, blobs) of the next message. Raises EOFError at the stream's end, ValueError for what is no message."""
+    """Read the next message as (header, blobs).
+
+    Raises EOFError at the stream's end, and ValueError for bytes that are not a message.
+    """
     magic, length = START.unpack(_exactly(stream, START.size))
     if magic != MAGIC:
-        raise ValueError(f"no message, but {magic!r}")
+        raise ValueError(f"expected {MAGIC!r}, got {magic!r}")
     header = json.loads(_exactly(stream, length).decode())
     return header, [_exactly(stream, size) for size in header.pop("sizes")]
 
@@ -60,7 +63,10 @@ def _exactly(stream, count):
 
 
 def missing(modules):
-    """Those of `modules` that this environment cannot import; a dotted name imports what stands before its last dot."""
+    """List those of `modules` that this environment cannot import.
+
+    Only the parent packages of a dotted name are imported.
+    """
 
     def found(name):
         try:
@@ -72,9 +78,9 @@ def missing(modules):
 
 
 def build(node):
-    """`node` with each `{_target_: module.name, ...}` in it called, from the inside out, as the training process does it.
+    """Return `node` with each `{_target_: module.name, ...}` in it replaced by its call, innermost first.
 
-    `_args_` are positional arguments, `_partial_: true` binds the arguments and does not call.
+    `_args_` are positional arguments; `_partial_: true` binds the arguments without calling.
     """
     if isinstance(node, list):
         return [build(inner) for inner in node]
@@ -96,24 +102,28 @@ def build(node):
 
 
 def locate(path):
-    """The object that `module.name` names; the longest part of it that is a module is imported."""
+    """Return the object at the dotted path `module.name`, importing the longest part that is a module."""
     module, names = path, []
     while True:
         module, _, name = module.rpartition(".")
         names.insert(0, name)
         if not module:
-            raise ImportError(f"{path} is no module.name")
+            raise ImportError(f"{path} is not a dotted path module.name")
         try:
             found = load(module)
         except ModuleNotFoundError as error:
-            if "." in module and error.name == module:  # it may be a class, whose method is wanted
+            if "." in module and error.name == module:  # it may be a class with a method
                 continue
             raise
         return functools.reduce(getattr, names, found)
 
 
 def load(module):
-    """`module`; one of capo that stands alone, or where capo is not installed, from its file, without the package around it."""
+    """Import `module`.
+
+    A module in STANDALONE, and any module of capo where capo is not installed, is loaded from its file,
+    without the package around it.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     file = os.path.join(root, *module.split(".")) + ".py"
     if module not in STANDALONE:
@@ -129,13 +139,13 @@ def load(module):
 
 
 class Service:
-    """The scorer, once the first request has said which."""
+    """Answers requests; the first one says which scorer to build."""
 
     def __init__(self):
         self.scorer = self.opened = None
 
     def answer(self, header, blobs):
-        """The reply to a request; whatever goes wrong is told in it, and its traceback is in the log."""
+        """Return the reply to a request; an error is reported in the reply, and its traceback in the log."""
         try:
             return (
                 self.make(**header)
@@ -150,7 +160,7 @@ class Service:
     def make(self, scorer, device):
         self.scorer = build(scorer)
         if not callable(self.scorer):
-            made = f"{scorer['_target_']} makes no callable but {self.scorer!r}"
+            made = f"{scorer['_target_']} makes {self.scorer!r}, which is not callable"
             raise TypeError(f"{made}; for a function of (images, prompts) add `_partial_: true`")
         target = getattr(self.scorer, "func", self.scorer)  # what a partial binds
         self.opened = bytes if getattr(target, "takes", "pil") == PNG else _pil_reader()
@@ -163,13 +173,13 @@ class Service:
             result = self.scorer([self.opened(blob) for blob in blobs], prompts)
         values = result.tolist() if hasattr(result, "tolist") else result
         if not hasattr(values, "__iter__") or isinstance(values, (str, bytes)):
-            raise TypeError(f"the scorer returned {values!r}; it must return one number an image")
+            raise TypeError(f"the scorer returned {values!r}; it must return one number per image")
         return [_number(value) for value in values]
 
 
 def _number(value):
     if isinstance(value, (str, bytes, list, tuple)):
-        raise TypeError(f"the scorer returned {value!r} for an image; it must return one number an image")
+        raise TypeError(f"the scorer returned {value!r} for an image; it must return one number per image")
     return float(value)
 
 
@@ -190,15 +200,15 @@ def _without_gradients():
 
 
 def _die_with(parent):
-    """On Linux the kernel ends this process when `parent` ends, however; elsewhere the end of stdin does."""
+    """Make this process end with `parent`: on Linux by the kernel, elsewhere by the end of stdin."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # it died before this call
         os._exit(0)
 
 
 def _listen(stream, requests):
-    """Puts messages into `requests`; ends this process with its stdin, also in the middle of a score."""
+    """Put messages into `requests`; end this process at the end of stdin, even while it scores."""
     try:
         while True:
             requests.put(receive(stream))
@@ -207,7 +217,7 @@ def _listen(stream, requests):
 
 
 def serve(parent):
-    """Answers requests until the parent is gone."""
+    """Answer requests until the process `parent` ends."""
     _die_with(parent)
     faulthandler.enable()
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -220,8 +230,10 @@ def serve(parent):
 
 
 def main(arguments):
+    """Run the command: `missing MODULE...` prints a JSON list, `serve PID` answers requests."""
     here = os.path.dirname(os.path.abspath(__file__))
-    # the adapters beside this file must not hide modules of their names; the user's own modules may lie where the command runs
+    # This file's folder must not hide modules with the names of its files; the working directory may hold a
+    # user's own.
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here] + [os.getcwd()]
     if arguments[0] == "missing":
         print(json.dumps(missing(arguments[1:])))

@@ -238,7 +238,7 @@ def test_names_and_shapes_of_the_published_architecture_fit_exactly():
     (lambda state: state.update({"blip.itm_head.weight": torch.zeros(1)}), r"it has unknown blip\.itm_head\.weight;"),
     (lambda state: state.update({"mlp.layers.0.weight": torch.zeros(3, 3)}), "weights do not load .*size mismatch"),
     (lambda state: state.update({"blip.visual_encoder.patch_embed.proj.weight": torch.zeros(100, 3, 4, 4)}),
-     "widths 100 and 128 do not divide into heads of 64"),
+     "widths 100 and 128 are not multiples of the head width 64"),
     (lambda state: state.update({"module": torch.nn.Linear(1, 1)}), "a pickled module can run any code when loaded"),
 ])
 def test_another_models_weights(state, bert, tmp_path, change, message):

@@ -278,11 +278,11 @@ def test_one_that_hangs_is_ended(isolated):
 
 
 @pytest.mark.parametrize(("target", "arguments", "message"), [
-    ("spoken", {"value": [1.0]}, "returned 1 numbers for 2 images; it must return one number an image"),
+    ("spoken", {"value": [1.0]}, "returned 1 numbers for 2 images; it must return one number per image"),
     ("spoken", {"value": [1.0, 2.0, 3.0]}, "returned 3 numbers for 2 images"),
     ("spoken", {"value": [1.0, "good"]}, "TypeError: the scorer returned 'good' for an image; it must return one number"),
     ("spoken", {"value": [[1.0], [2.0]]}, r"TypeError: the scorer returned \[1\.0\] for an image"),
-    ("spoken", {"value": 0.5}, r"TypeError: the scorer returned 0\.5; it must return one number an image"),
+    ("spoken", {"value": 0.5}, r"TypeError: the scorer returned 0\.5; it must return one number per image"),
     ("spoken", {"value": [1.0, None]}, "TypeError: float"),
     ("raises", {}, "failed: KeyError: 'no such token'; the traceback is in .*theirs.log"),
     ("lacking", {}, "needs no_such_module, which .* cannot import: .* -m pip install no_such_module .*theirs.log"),
@@ -311,7 +311,7 @@ def test_a_score_that_is_not_finite_is_named(isolated):
 
 
 def test_scribbles_on_the_pipe_are_an_error(isolated):
-    with pytest.raises(InputError, match=r"answered with what is no message \(no message, but b'Load'\)"):
+    with pytest.raises(InputError, match=r"sent an invalid message \(expected b'CAPO', got b'Load'\)"):
         isolated("Scribbles")([RED], ["a"])
 
 
@@ -325,7 +325,7 @@ def test_targets_that_cannot_be_made(target, message, isolated):
 
 
 def test_a_function_that_is_not_bound(isolated):
-    with pytest.raises(InputError, match=r"makes no callable but .*; for a function of .images, prompts. add `_partial_: true`"):
+    with pytest.raises(InputError, match=r"makes .*, which is not callable; for a function of .images, prompts. add `_partial_: true`"):
         isolated("spoken", _args_=[[], []]).to("cpu")
 
 
@@ -351,7 +351,7 @@ def test_a_target_of_this_package_runs_where_the_package_is_not(bare, tmp_path, 
     """Its file is loaded alone; here it is the worker's own, whose `build` gives back a number."""
     monkeypatch.delenv("PYTHONPATH", raising=False)  # by which these tests may have found the package
     scorer = IsolatedScorer("own", bare, {"_target_": "capo.rewards.worker.build", "node": 3}, 60, tmp_path)
-    with pytest.raises(InputError, match=r"capo.rewards.worker.build makes no callable but 3"):
+    with pytest.raises(InputError, match=r"capo.rewards.worker.build makes 3, which is not callable"):
         scorer.to("cpu")
 
 

@@ -93,8 +93,8 @@ def test_fingerprint_of_local_weights_is_their_content(tmp_path):
 @pytest.mark.parametrize(("link", "value", "message"), [
     ("identity", float("nan"), r'image 1 \("b"\): reward \'red\' is nan, which cannot be compared; check'),
     ("identity", float("inf"), "is inf, which cannot be compared"),
-    ("log", -0.25, "is -0.25, which is no probability"),
-    ("log", 1.5, "is 1.5, which is no probability"),
+    ("log", -0.25, "is -0.25, which is not a probability"),
+    ("log", 1.5, "is 1.5, which is not a probability"),
 ])
 def test_a_score_that_cannot_be_used_is_named(link, value, message):
     reward = Reward("red", lambda images, prompts: torch.tensor([0.5, value]), link=link)
@@ -116,7 +116,7 @@ def test_one_number_an_image():
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({}, "rewards: none is configured"),
+    ({}, "rewards: no reward is configured"),
     ({"red": {"scorer": {"_target_": "x"}, "lnk": 1}}, r"rewards\.red: unknown key lnk; known are scorer"),
     ({"red": {"link": "log"}}, r"rewards\.red: it has no scorer"),
     ({"red": {"scorer": {"_target_": "x"}, "link": "logit"}},
@@ -134,8 +134,8 @@ def test_configs_that_cannot_be_used(config, message):
 @pytest.mark.parametrize(("scorer", "message"), [
     (target(NeedsMissingModule), r"needs open_clip, which is not installed: pip install 'capo\[clip\]'"),
     (target(NeedsMissingWeights), "^no weights at /nowhere: put them there"),
-    (target(facter=1), r"'red': its scorer .*Redness cannot be made \(.*facter"),
-    ({"_target_": "capo.no_such.Scorer"}, r"'red': its scorer capo.no_such.Scorer cannot be made"),
+    (target(facter=1), r"'red': its scorer .*Redness cannot be built \(.*facter"),
+    ({"_target_": "capo.no_such.Scorer"}, r"'red': its scorer capo.no_such.Scorer cannot be built"),
 ])
 def test_scorers_that_cannot_be_built(scorer, message):
     with pytest.raises(InputError, match=message):
