@@ -216,7 +216,7 @@ def test_random_weights_fail_by_order_and_are_not_recorded(here, clip, capsys):
     build_clip(here / "other", seed=3)
     assert main(["check", "pickscore", *clip, f"rewards.pickscore.weights={here / 'other'}", "--device", "cpu", "--record"]) == 1
     told = capsys.readouterr().out
-    assert "another image's prompt scores as high" in told and "nothing is recorded" in told
+    assert "another image's prompt scores as high" in told and "nothing was recorded" in told
     assert not (here / "golden").exists()
 
 
