@@ -9,7 +9,7 @@ from torch import nn
 
 from capo.backbones.base import Backbone
 from capo.backbones.lora import ADAPTER, BASE_FILE, LORA_FILE, has_adapter
-from capo.backbones.model_card import ModelCard, _base_weights, _readme
+from capo.backbones.model_card import ModelCard, base_weights, readme
 from capo.backbones.precision import half_stored
 from capo.backbones.saving import write_pipeline
 from capo.errors import InputError
@@ -31,7 +31,7 @@ def export_policy(
             _write_adapter(backbone, denoiser, fresh)
         else:
             write_pipeline(backbone, fresh, denoiser)
-        (fresh / "README.md").write_text(_readme(backbone, fresh, folder.name, card), encoding="utf-8")
+        (fresh / "README.md").write_text(readme(backbone, fresh, folder.name, card), encoding="utf-8")
     return folder
 
 
@@ -100,7 +100,7 @@ def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> Non
         folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     )
     base = {
-        "weights": _base_weights(backbone),
+        "weights": base_weights(backbone),
         "revision": backbone.revision,
         "variant": backbone.variant,
         "denoiser": backbone.fingerprints["denoiser"],

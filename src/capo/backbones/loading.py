@@ -1,7 +1,6 @@
 """Find, download and load a pipeline or VAE from a folder or hub id: safetensors only, which run no code."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from safetensors import SafetensorError
 
 from capo.errors import InputError, first_line
 from capo.runtime.fingerprints import weight_files
-from capo.runtime.hub import hub_refusal
+from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VAE_FILES = ["config.json", "*.safetensors"]
 
@@ -58,7 +56,7 @@ def find_pipeline(
     folder = Path(weights).expanduser()
     if folder.is_dir():
         return folder
-    if not HUB_ID.fullmatch(str(weights)):
+    if not is_hub_id(str(weights), owned=False):
         raise InputError(
             f"weights '{weights}': no such folder (looked at '{folder.absolute()}'); give the folder of a "
             "diffusers pipeline (it holds a model_index.json) or a hub id such as 'owner/name'"
@@ -75,9 +73,8 @@ def _in_cache(
     weights: str, revision: str | None, variant: str | None, unused: Mapping[str, None]
 ) -> tuple[Path | None, str]:
     """Return the snapshot in the hub's cache if it is complete, else None and the reason."""
-    try:
-        snapshot = Path(snapshot_download(weights, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
+    snapshot = cached_snapshot(weights, revision)
+    if snapshot is None:
         return None, "not in it"
     lacking = lacking_parts(snapshot, variant, unused)
     return (None, f"there, but without {', '.join(lacking)}") if lacking else (snapshot, "")
@@ -121,13 +118,7 @@ def _has_weights(folder: Path, variant: str | None) -> bool:
 
 def _not_here(weights: str, revision: str | None, variant: str | None, in_cache: str, refusal: str) -> str:
     wanted = ["*.json", "*.txt", f"*.{variant}.safetensors"] if variant else []
-    command = " ".join(
-        [
-            f"hf download {weights}",
-            *([f"--revision {revision}"] if revision else []),
-            *(f"--include '{pattern}'" for pattern in wanted),
-        ]
-    )
+    command = download_command(weights, revision, wanted)
     return (
         f"weights '{weights}' (revision {revision or 'main'}, variant {variant or 'none'}, safetensors) "
         "are not here\n"
@@ -214,7 +205,7 @@ def find_vae(weights: str, revision: str | None) -> None:
         if folder.is_dir()
         else "no such folder, and not a hub id 'owner/name'"
     )
-    if not folder.is_dir() and HUB_ID.fullmatch(str(weights)):
+    if not folder.is_dir() and is_hub_id(str(weights), owned=False):
         try:
             snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES, local_files_only=True)
             return

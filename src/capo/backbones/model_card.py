@@ -32,10 +32,10 @@ class ModelCard:
 def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
     """Rewrite the README of an exported policy, for instance with the win-rates of its evaluation."""
     folder = Path(folder)
-    write_whole(folder / "README.md", _readme(backbone, folder, folder.name, card))
+    write_whole(folder / "README.md", readme(backbone, folder, folder.name, card))
 
 
-def _base_weights(backbone: Backbone) -> str:
+def base_weights(backbone: Backbone) -> str:
     return _from_anywhere(backbone.weights)
 
 
@@ -58,7 +58,7 @@ def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
         named = {"revision": backbone.revision, "variant": backbone.variant}
         options += "".join(f', {key}="{value}"' for key, value in named.items() if value)
         loading = [
-            f'pipe = {pipeline}.from_pretrained("{_base_weights(backbone)}", {options})',
+            f'pipe = {pipeline}.from_pretrained("{base_weights(backbone)}", {options})',
             *_replacing_lines(backbone, name),
             f'pipe.load_lora_weights("{name}")',
         ]
@@ -100,8 +100,8 @@ def _win_rate_lines(card: ModelCard) -> list[str]:
     ]
 
 
-def _readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
-    weights = _base_weights(backbone)
+def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
+    weights = base_weights(backbone)
     front = [
         "---",
         "library_name: diffusers",

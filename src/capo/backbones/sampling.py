@@ -165,7 +165,7 @@ def _step_of(
         if not torch.equal(probe.get_state(), untouched):
             raise InputError(
                 f"{type(scheduler).__name__} draws noise at each step: pass `generators`, one per candidate, "
-                "or choose a deterministic scheduler (model.scheduler=DDIMScheduler)"
+                "or choose a deterministic scheduler (model.backbone.scheduler=DDIMScheduler)"
             )
         return latents
 
@@ -187,11 +187,11 @@ def sample_prompts(
     images in its batch. Raises ValueError if prompts have different numbers of seeds.
     """
     prompts, candidates = len(seeds), len(seeds[0])
-    flat = [seed for row in seeds for seed in row]
-    if len(flat) != prompts * candidates:
+    if any(len(row) != candidates for row in seeds):
         raise ValueError(
             f"every prompt needs the same number of seeds, not {sorted({len(row) for row in seeds})}"
         )
+    flat = [seed for row in seeds for seed in row]
     lock = Lock()
 
     def report(images: int) -> None:

@@ -5,7 +5,6 @@ In every function `setting` is the configuration key that gave the source, for m
 
 import json
 import pickle
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from capo.errors import InputError, first_line
-from capo.runtime.hub import hub_refusal
+from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL = ("*.json", "*.txt")  # configs and vocabularies, which are always downloaded
 SHOWN = 3  # tensor names listed in a message
 # Present in old files only; transformers computes it.
@@ -60,15 +58,12 @@ def look_for(source: str, revision: str | None, setting: str) -> None:
     if Path(source).expanduser().exists():
         return
     _require_hub_id(source, setting)
-    try:
-        snapshot_download(source, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        if refusal := hub_refusal(source, revision):
-            raise InputError(_not_here(source, revision, setting, (), refusal)) from None
+    if cached_snapshot(source, revision) is None and (refusal := hub_refusal(source, revision)):
+        raise InputError(_not_here(source, revision, setting, (), refusal))
 
 
 def _require_hub_id(source: str, setting: str) -> None:
-    if not HUB_ID.fullmatch(str(source)):
+    if not is_hub_id(str(source)):
         raise InputError(
             f"{setting}={source}: no such file or folder (looked at "
             f"'{Path(source).expanduser().absolute()}'); give one that is there, or a hub id such as "
@@ -89,10 +84,7 @@ def _from_hub(source: str, revision: str | None, setting: str, patterns: Collect
 
 
 def _not_here(source: str, revision: str | None, setting: str, patterns: Collection[str], reason: str) -> str:
-    includes = [f"--include '{pattern}'" for pattern in [*SMALL, *patterns]]
-    command = " ".join(
-        [f"hf download {source}", *([f"--revision {revision}"] if revision else []), *includes]
-    )
+    command = download_command(source, revision, [*SMALL, *patterns])
     by_hand = f", or {command}" if patterns else ""  # without patterns it would download the whole repository
     return (
         f"{setting}={source} (revision {revision or 'main'}) is not here\n"

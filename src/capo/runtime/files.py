@@ -14,28 +14,34 @@ from capo.errors import InputError
 REMEDY = "make room there, or choose another output directory (hydra.run.dir)"
 
 
-def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str = REMEDY) -> None:
-    """Write `parts` (text as UTF-8) to a temporary file beside `path`, sync it and rename it to `path`.
+@contextmanager
+def whole_file(path: str | Path, remedy: str = REMEDY) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to; sync and rename it to `path` when the block succeeds.
 
     The temporary name is fixed, so a leftover of a killed process is overwritten; only one process may write
-    `path` at a time. The folder is created if it is missing. Raises InputError, with `remedy`, if the folder
-    cannot be written or the disk is full; the previous file is then kept.
+    `path` at a time. The folder is created if it is missing. If the block raises, the previous file is kept.
+    Raises InputError, with `remedy`, if the folder cannot be written or the disk is full.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            for part in parts:
-                file.write(part.encode() if isinstance(part, str) else part)
-            file.flush()
+        yield unfinished
+        with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
+        raise InputError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from error
     finally:
         with suppress(OSError):  # already renamed, or its folder could not be created
             unfinished.unlink()
+
+
+def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str = REMEDY) -> None:
+    """Write `parts` (text as UTF-8) to `path` atomically, as `whole_file` does."""
+    with whole_file(path, remedy) as unfinished, unfinished.open("wb") as file:
+        for part in parts:
+            file.write(part.encode() if isinstance(part, str) else part)
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
@@ -75,23 +81,3 @@ def _swap(fresh: Path, folder: Path, old: Path) -> None:
     except OSError:
         old.rename(folder)
         raise
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; sync and rename it to `path` when the block succeeds.
-
-    If the block raises, the temporary file is removed. Raises InputError if the file cannot be written.
-    """
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}): {REMEDY}") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()

@@ -1,8 +1,10 @@
-"""Access to the Hugging Face Hub: push a policy, download a file of a data set, explain a refusal."""
+"""Access to the Hugging Face Hub: look up and download repositories, push a policy, explain a refusal."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, is_offline_mode
+from huggingface_hub import HfApi, constants, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,6 +19,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from capo.errors import InputError, first_line
 
+LOGIN = "log in with `hf auth login` (or set HF_TOKEN), then run the same command again"
+HUB_TIMEOUT = 5.0  # seconds to wait for an answer of the hub
+NAME = r"[A-Za-z0-9][\w.-]*"
+
 
 def check_access(repository: str) -> None:
     """Raise InputError if nothing can be pushed to `repository` (`owner/name`); called before training."""
@@ -29,9 +35,8 @@ def check_access(repository: str) -> None:
     except HFValidationError as error:
         raise InputError(f"{place}: not a repository name ({error}); write owner/name") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{place}: {constants.ENDPOINT} did not accept your login ({reason}); "
+            f"{place}: {constants.ENDPOINT} did not accept your login ({first_line(error)}); "
             "hf auth login, with a token that has write access"
         ) from error
 
@@ -47,13 +52,10 @@ def push(folder: Path, repository: str) -> str:
         return str(
             HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="capo policy")
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, OfflineModeIsEnabled) as error:
         raise InputError(
-            f"push_to_hub={repository}: {str(error).splitlines()[0]}; the policy itself is saved in {folder}"
+            f"push_to_hub={repository}: {first_line(error)}; the policy itself is saved in {folder}"
         ) from error
-
-
-LOGIN = "log in with `hf auth login` (or set HF_TOKEN), then run the same command again"
 
 
 def hub_file(hub: str, file: str, revision: str | None, split: str) -> Path:
@@ -101,11 +103,26 @@ def _reason(error: Exception, hub: str) -> str:
         )
     if isinstance(error, EntryNotFoundError):
         return f"the data set has no such file; {page}/tree/main lists its files"
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{said}; what was downloaded is kept, and running the same command again resumes"
+    return f"{first_line(error)}; what was downloaded is kept, and running the same command again resumes"
 
 
-HUB_TIMEOUT = 5.0  # seconds to wait for an answer of the hub
+def is_hub_id(text: str, owned: bool = True) -> bool:
+    """Whether `text` has the form owner/name; a name alone counts too unless `owned`."""
+    return re.fullmatch(rf"{NAME}/{NAME}" if owned else rf"{NAME}(/{NAME})?", text) is not None
+
+
+def cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    """Return the snapshot of a model repository in the hub's cache, complete or not, or None."""
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def download_command(repository: str, revision: str | None, patterns: Sequence[str]) -> str:
+    """Return the shell command that downloads the files matching `patterns`; no pattern: all files."""
+    parts = [f"hf download {repository}", *([f"--revision {revision}"] if revision else [])]
+    return " ".join([*parts, *(f"--include '{pattern}'" for pattern in patterns)])
 
 
 def hub_refusal(weights: str, revision: str | None) -> str | None:
