@@ -22,7 +22,7 @@ from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.metrics import drift_by_time, training_figures
 from capo.noise import constant_weight
-from capo.objectives import Objective, PairErrors, margin, requirements
+from capo.objectives import Objective, PairErrors, Predictions, margin, requirements
 from capo.runtime.optimizers import ADAMW, clip_gradients, make_optimizer
 from capo.runtime.processes import gathered
 
@@ -210,23 +210,23 @@ class PreferenceModule(L.LightningModule):
             self.backbone.add_noise(latents, noise, times),
             self.backbone.target(latents, noise, times),
         )
-        policy = self._errors(self.policy, noisy, times, text, target, kinds)
-        known = {"policy_winner": policy[:, 0], "weight": self.weighting(self.backbone, t)}
+        predictions = {"policy": self.backbone.predict(self.policy, noisy, times, text), "target": target}
+        own = denoising_error(predictions["policy"], target).unflatten(0, (-1, kinds)).unbind(1)
+        known = {"weight": self.weighting(self.backbone, t), "policy_winner": own[0]}
         if self.needs.loser:
             known |= {
-                "policy_loser": policy[:, 1],
+                "policy_loser": own[1],
                 "gap": batch.calibrated_rewards[:, 0] - batch.calibrated_rewards[:, 1],
             }
         if self.needs.reference:
             with self.reference() as network:
-                frozen = self._errors(network, noisy, times, text, target, kinds)
-            known |= {"reference_winner": frozen[:, 0], "reference_loser": frozen[:, 1]}
+                predictions["reference"] = self.backbone.predict(network, noisy, times, text)
+            frozen = denoising_error(predictions["reference"], target).unflatten(0, (-1, kinds)).unbind(1)
+            known |= dict(zip(("reference_winner", "reference_loser")[:kinds], frozen, strict=True))
+        if self.needs.predictions:
+            parts = {name: value.float().unflatten(0, (-1, kinds)) for name, value in predictions.items()}
+            known["predictions"] = Predictions(**parts)
         return PairErrors(**known)
-
-    def _errors(self, network, noisy, times, text, target, kinds) -> Tensor:
-        return denoising_error(self.backbone.predict(network, noisy, times, text), target).unflatten(
-            0, (-1, kinds)
-        )
 
     def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:
         """Mean loss over the pairs of a batch, a scalar; also logs the figures of the step."""
@@ -236,7 +236,7 @@ class PreferenceModule(L.LightningModule):
         loss = self.objective(errors).mean()
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
         self._note({"train/loss": loss.detach(), **training_figures(errors, self.beta)})
-        if self.global_step % self.drift_every == 0 and self.needs.reference:
+        if self.global_step % self.drift_every == 0 and self.needs.reference and self.needs.loser:
             self._note(drift_by_time(errors, batch.u))
         return loss
 

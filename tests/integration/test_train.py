@@ -1,5 +1,6 @@
 """The whole path on a tiny pipeline of the real classes, in process."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -88,6 +89,22 @@ def test_lora_trains_and_exports_an_adapter(tiny_run):
     assert (tiny_run.folder / "lora" / "policy" / "pytorch_lora_weights.safetensors").is_file()
     checkpoint = torch.load(tiny_run.folder / "lora" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert checkpoint and all("lora_" in name for name in checkpoint)  # what is frozen is not kept
+
+
+@pytest.mark.parametrize("lora", [[], ["+model.lora.rank=2", "+model.lora.alpha=2"]], ids=["full", "lora"])
+def test_an_objective_on_predictions_trains_as_its_twin_on_errors(tiny_run, lora):
+    def losses(name: str, target: str) -> list[float]:
+        cfg = tiny_run(name, "evaluate=false", "trainer.lr=1e-3", "trainer.max_steps=3", "trainer.warm_up=0", *lora)
+        cfg.objective._target_ = target
+        train_script.run(cfg)
+        with (tiny_run.folder / name / "metrics.csv").open() as rows:
+            return [float(row["train/loss"]) for row in csv.DictReader(rows) if row["train/loss"]]
+
+    kind = "adapter" if lora else "full"
+    expected = losses(f"errors-{kind}", "capo.objectives.capo")
+    found = losses(f"predictions-{kind}", "fixtures.fake_objectives.capo_from_predictions")
+    assert len(found) == 3 and found == pytest.approx(expected, rel=1e-3)
+    assert found[2] != pytest.approx(found[0], rel=1e-2)  # it has moved
 
 
 def test_generate_makes_every_pool_that_training_needs(tiny_run, capsys):

@@ -8,6 +8,7 @@ add one.
 from capo.objectives.base import (
     Objective,
     PairErrors,
+    Predictions,
     Requirements,
     implicit_rewards,
     margin,
@@ -20,6 +21,7 @@ from capo.objectives.reference_free import sft
 __all__ = [
     "Objective",
     "PairErrors",
+    "Predictions",
     "Requirements",
     "capo",
     "dpo",

@@ -13,6 +13,23 @@ from capo.errors import InputError
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What the networks gave for a batch of B prompts with k candidates each; float32, the winner first.
+
+    `PairErrors` holds the means of `(policy - target)^2` and `(reference - target)^2` over channels, height and width.
+
+    Attributes:
+        policy: (B, k, C, H, W) the policy's prediction of the target, with its gradients.
+        target: (B, k, C, H, W) what it should have been: the noise or the velocity (`Backbone.target`).
+        reference: (B, k, C, H, W) the frozen reference's prediction; None for an objective that reads no reference.
+    """
+
+    policy: Tensor
+    target: Tensor
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PairErrors:
     """Denoising errors, weights and gaps of a batch of B pairs after the forward passes; each (B,) or None.
 
@@ -27,6 +44,7 @@ class PairErrors:
         reference_loser: r-, the reference's error on the loser.
         weight: w, the weight at the pair's log-SNR (winner and loser share their time).
         gap: dR, the calibrated reward of the winner minus that of the loser.
+        predictions: for an objective that declares `predictions=True`; None for all others.
     """
 
     policy_winner: Tensor
@@ -35,6 +53,7 @@ class PairErrors:
     reference_loser: Tensor | None = None
     weight: Tensor | None = None
     gap: Tensor | None = None
+    predictions: Predictions | None = None
 
 
 Objective = Callable[..., Tensor]
