@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
 from capo.backbones.base import scheduler_class
 from capo.data import PreferenceBatch
-from capo.preflight.architecture import DIFFUSERS, TRANSFORMERS, Blueprint, published
+from capo.preflight.architecture import Blueprint, fresh_module, published
 
 FULL, TINY = "full", "tiny"
 MODELS = ("sdxl", "sd3")
@@ -71,7 +71,7 @@ NARROW = {  # changes that make a published config tiny; 64 x 64 images, 8 x 8 l
 
 def sized_blueprint(model: str, size: str) -> Blueprint:
     """Published configs of `model`; with size `tiny`, the same classes and blocks with a few channels."""
-    full = published(model, sequence_length=T5_TOKENS if model == "sd3" else 0)
+    full = published(model, sequence_length=T5_TOKENS)
     if size == FULL:
         return full
     configs = {name: config | NARROW[name] for name, config in full.configs.items()}
@@ -85,16 +85,9 @@ def random_module(
 
     Initializing 5 billion weights on a CPU would take minutes.
     """
-    config = blueprint.configs[component]
     with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        if "_class_name" in config:
-            module = DIFFUSERS[config["_class_name"]].from_config(config)
-        else:
-            kind = TRANSFORMERS[config["architectures"][0]]
-            module = kind(
-                kind.config_class(**{key: value for key, value in config.items() if key != "architectures"})
-            )
+        module = fresh_module(blueprint.configs[component])
     nn.Module.to(module, device, dtype)  # diffusers' override of `to` gives irrelevant warnings
     return module.eval().requires_grad_(False)
 

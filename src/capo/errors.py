@@ -8,6 +8,20 @@ class InputError(ValueError):
     """A value that the user gave cannot be used; the message names the value, the place and the remedy."""
 
 
+class ParameterError(InputError):
+    """An argument of a pure function that cannot be used; `capo.cli.values.under` adds the key that set it.
+
+    Attributes:
+        parameter: its name.
+        value: what was given.
+        must: what it has to be: "must be a positive number".
+    """
+
+    def __init__(self, parameter: str, value: object, must: str):
+        super().__init__(f"{parameter} {must}, got {value!r}")
+        self.parameter, self.value, self.must = parameter, value, must
+
+
 def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
     """Up to `count` of `words` that are most similar to `word`, ignoring case; an empty list if none is."""
     by_lower = {name.lower(): name for name in words}

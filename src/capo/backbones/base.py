@@ -1,35 +1,32 @@
 """The interface of a model family and the code that all families share; each family has its own module."""
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import ClassVar
 
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from capo.backbones.family import Family, Text
 from capo.backbones.latents import from_denoiser, to_denoiser
 from capo.backbones.loading import load_pipeline, load_vae, pipeline_folder
-from capo.backbones.lora import ATTENTION
 from capo.backbones.precision import cpu_copy, named_dtype
 from capo.backbones.schedulers import scheduler_class
 from capo.errors import InputError
 from capo.runtime.batching import FittingBatch
 from capo.runtime.fingerprints import component_fingerprint
 
-# Text conditioning: what `predict` needs beside latents and time, each tensor with a leading batch dimension.
-Text = Mapping[str, Tensor]
 # A tokenizer stores the padding of the current call, so threads must not call it at the same time.
 ENCODING = Lock()
 
 
-class Backbone(ABC):
+class Backbone(Family):
     """A frozen base pipeline: latent space, text conditioning, noise schedule and denoiser.
 
     Args:
@@ -49,11 +46,6 @@ class Backbone(ABC):
     Raises:
         InputError: the weights are missing, not safe to load or not of this family.
     """
-
-    pipeline_classes: ClassVar[tuple[str, ...]]
-    denoiser_component: ClassVar[str]
-    draws: ClassVar[tuple[str, ...]]  # distributions of the time that `timesteps` accepts
-    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # layers that a LoRA adapter is added to
 
     def __init__(
         self,
@@ -91,11 +83,6 @@ class Backbone(ABC):
             self.vae.float()  # as the pipeline does before decoding: SDXL's VAE overflows in float16
         for speaker in (type(self.pipeline).__module__, "transformers.tokenization_utils_base"):
             logging.getLogger(speaker).addFilter(_not_about_truncation)
-
-    @classmethod
-    def unused_parts(cls, **options: object) -> dict[str, None]:
-        """Name the components that a backbone with these `options` does not load, as {component: None}."""
-        return {}
 
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
         """Build a scheduler of class `kind` from the config of the pipeline's scheduler."""
@@ -137,9 +124,9 @@ class Backbone(ABC):
                 parts[name].to(home)
 
     @property
-    @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one latent at the size that the denoiser was trained for."""
+        return self.shape_of_latent({self.denoiser_component: self.denoiser.config})
 
     @abstractmethod
     def check_schedule(self) -> None:
@@ -210,13 +197,15 @@ class Backbone(ABC):
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the target of `predict` for x_t, (B, C, H, W)."""
 
-    @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
         """Return the output (B, C, H, W) of any denoiser of the family for x_t and times (B,) or ().
 
         The input is cast to the dtype that the denoiser computes in (`input_dtype`); autograd and autocast
         are left to the caller.
         """
+        dtype = input_dtype(denoiser, noisy.device)
+        words = {name: value.to(dtype) for name, value in text.items()}
+        return denoiser(**self.denoiser_inputs(noisy.to(dtype), t, words), return_dict=False)[0]
 
     def scheduler(self) -> SchedulerMixin:
         """Build a new scheduler of the pipeline's class and config; schedulers keep state between steps."""

@@ -1,13 +1,14 @@
 """The MMDiT family: velocity prediction on a rectified flow (SD3, SD3.5)."""
 
 from diffusers import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from capo import noise as schedules
-from capo.backbones.base import Backbone, Text, input_dtype
+from capo.backbones.base import Backbone
+from capo.backbones.family import Configs, Text
 from capo.backbones.lora import JOINT_ATTENTION
 from capo.backbones.schedulers import options_of
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
 
 USUAL = 256  # T5 tokens, the pipeline's default
 LONGEST = 512  # T5 tokens that the pipeline accepts at most
@@ -27,13 +28,12 @@ class MMDiTBackbone(Backbone):
     """
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
-    denoiser_component = "transformer"
+    denoiser_class = "SD3Transformer2DModel"
     draws = tuple(schedules.FLOW_DRAWS)
     lora_targets = JOINT_ATTENTION
 
     def __init__(self, weights: str, *args, t5: bool = True, sequence_length: int = USUAL, **others):
-        if not 0 <= sequence_length <= LONGEST:
-            raise InputError(f"model.backbone.sequence_length={sequence_length} must be from 0 to {LONGEST}")
+        self.check_options(sequence_length=sequence_length)
         self.sequence_length = sequence_length
         super().__init__(weights, *args, unused=self.unused_parts(t5=t5), **others)
         if t5 and self.pipeline.text_encoder_3 is None:
@@ -43,8 +43,25 @@ class MMDiTBackbone(Backbone):
             )
 
     @classmethod
+    def check_options(cls, sequence_length: int = USUAL, **options: object) -> None:
+        if not 0 <= sequence_length <= LONGEST:
+            raise ParameterError(
+                "sequence_length", sequence_length, f"must be a whole number from 0 to {LONGEST}"
+            )
+
+    @classmethod
     def unused_parts(cls, t5: bool = True, **options: object) -> dict[str, None]:
         return {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
+
+    @classmethod
+    def shapes_of_text(
+        cls, configs: Configs, sequence_length: int = USUAL, **options: object
+    ) -> dict[str, tuple[int, ...]]:
+        config, tokens = configs[cls.denoiser_component], configs["text_encoder"]["max_position_embeddings"]
+        return {
+            "prompt_embeds": (tokens + sequence_length, config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (config["pooled_projection_dim"],),
+        }
 
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
         config = dict(self.pipeline.scheduler.config)
@@ -83,11 +100,6 @@ class MMDiTBackbone(Backbone):
     @property
     def _scale(self) -> int:
         return self.pipeline.scheduler.config.num_train_timesteps
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        config = self.denoiser.config
-        return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
     def token_limits(self) -> dict[str, int]:
@@ -136,12 +148,11 @@ class MMDiTBackbone(Backbone):
         """Return the velocity, noise - latents, (B, C, H, W)."""
         return schedules.flow_target(latents, noise)
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
-        dtype = input_dtype(denoiser, noisy.device)
-        return denoiser(
-            noisy.to(dtype),
-            encoder_hidden_states=text["prompt_embeds"].to(dtype),
-            pooled_projections=text["pooled_prompt_embeds"].to(dtype),
-            timestep=t.expand(len(noisy)),
-            return_dict=False,
-        )[0]
+    @staticmethod
+    def denoiser_inputs(noisy: Tensor, t: Tensor, text: Text) -> dict[str, object]:
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "pooled_projections": text["pooled_prompt_embeds"],
+            "timestep": t.expand(len(noisy)),
+        }

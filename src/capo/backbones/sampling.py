@@ -10,7 +10,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from capo.backbones.base import Backbone, Text
+from capo.backbones.base import Backbone
+from capo.backbones.family import Text
 from capo.backbones.precision import AUTOCAST
 from capo.errors import InputError
 from capo.runtime.threads import BATCHES, OPERATIONS, map_batches

@@ -2,26 +2,38 @@
 
 from functools import cached_property
 
-import torch
 from diffusers import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from capo import noise as schedules
-from capo.backbones.base import Backbone, Text, input_dtype
+from capo.backbones.base import Backbone
+from capo.backbones.family import Configs, Text
 from capo.backbones.schedulers import options_of
 from capo.errors import InputError
+
+TIME_IDS = 6  # numbers of SDXL's size conditioning: original size, crop, target size
 
 
 class UNetBackbone(Backbone):
     """UNet2DConditionModel of a StableDiffusionPipeline, or of an XL pipeline with text_time conditioning."""
 
     pipeline_classes = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
+    denoiser_class = "UNet2DConditionModel"
     denoiser_component = "unet"
-    draws = ("uniform",)
 
     @classmethod
     def unused_parts(cls, **options: object) -> dict[str, None]:
         return {"safety_checker": None}  # SD1.5's, which would black out images before they are scored
+
+    @classmethod
+    def shapes_of_text(cls, configs: Configs, **options: object) -> dict[str, tuple[int, ...]]:
+        config, tokens = configs[cls.denoiser_component], configs["text_encoder"]["max_position_embeddings"]
+        words = {"prompt_embeds": (tokens, config["cross_attention_dim"])}
+        if config.get("addition_embed_type") != "text_time":
+            return words
+        sizes = TIME_IDS * config["addition_time_embed_dim"]
+        pooled = config["projection_class_embeddings_input_dim"] - sizes
+        return words | {"pooled_prompt_embeds": (pooled,), "time_ids": (TIME_IDS,)}
 
     def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
         config = self.pipeline.scheduler.config
@@ -58,7 +70,7 @@ class UNetBackbone(Backbone):
                 "with rescale_betas_zero_snr), where predicting the noise carries no information about the "
                 "image; choose weights that were trained without it"
             )
-        if self.denoiser.config.time_cond_proj_dim is not None:
+        if self.denoiser.config.get("time_cond_proj_dim") is not None:
             raise InputError(
                 f"weights '{self.weights}': time_cond_proj_dim {self.denoiser.config.time_cond_proj_dim} "
                 "marks a guidance-distilled model, which is not supported; choose its undistilled base"
@@ -67,11 +79,6 @@ class UNetBackbone(Backbone):
     @cached_property
     def _alphas_cumprod(self) -> Tensor:
         return self.scheduler().alphas_cumprod.float()
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        channels, size = self.denoiser.config.in_channels, self.denoiser.config.sample_size
-        return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
     @property
     def token_limits(self) -> dict[str, int]:
@@ -105,15 +112,19 @@ class UNetBackbone(Backbone):
         """Return the noise itself, (B, C, H, W)."""
         return noise
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
-        dtype = input_dtype(denoiser, noisy.device)
-        return denoiser(
-            noisy.to(dtype),
-            t,
-            encoder_hidden_states=text["prompt_embeds"].to(dtype),
-            added_cond_kwargs=self._text.added(text, dtype),
-            return_dict=False,
-        )[0]
+    @staticmethod
+    def denoiser_inputs(noisy: Tensor, t: Tensor, text: Text) -> dict[str, object]:
+        sizes = (
+            {"text_embeds": text["pooled_prompt_embeds"], "time_ids": text["time_ids"]}
+            if "time_ids" in text
+            else None
+        )
+        return {
+            "sample": noisy,
+            "timestep": t,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "added_cond_kwargs": sizes,
+        }
 
 
 class PlainText:
@@ -125,9 +136,6 @@ class PlainText:
     def negative(self, backbone: UNetBackbone, count: int) -> dict[str, Tensor]:
         # Encode `count` at once, as the pipeline does: rounding depends on the batch size.
         return {"prompt_embeds": backbone.pipeline.encode_prompt([""] * count, backbone.device, 1, True)[1]}
-
-    def added(self, text: Text, dtype: torch.dtype) -> None:
-        return None
 
 
 class XLText:
@@ -146,9 +154,6 @@ class XLText:
             [""] * encoded, device=backbone.device, do_classifier_free_guidance=True
         )
         return self._with_sizes(backbone, embeds, pooled)
-
-    def added(self, text: Text, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"text_embeds": text["pooled_prompt_embeds"].to(dtype), "time_ids": text["time_ids"].to(dtype)}
 
     def _with_sizes(self, backbone: UNetBackbone, embeds: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         _, height, width = backbone.latent_shape

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from capo.backbones import Backbone
+from capo.backbones import Backbone, Family
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import worker_logs
 from capo.data.candidates import TrainingData
@@ -51,6 +51,11 @@ def built(node: DictConfig, **given: object) -> object:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         raise
+
+
+def target_name(node: DictConfig) -> str:
+    """Name of the function that a group's choice calls."""
+    return node._target_.rsplit(".", 1)[-1]
 
 
 def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
@@ -95,6 +100,12 @@ def base_of(cfg: DictConfig) -> Backbone:
     """Load the base on the GPU, if there is one and `trainer.accelerator` is not cpu, else on the CPU."""
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     return built(cfg.model.backbone, name=cfg.model.name).to(device)
+
+
+def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, object]]:
+    """Return the model's family and the keyword arguments of its backbone; nothing is loaded."""
+    options = OmegaConf.to_container(cfg.model.backbone, resolve=True)
+    return get_class(options.pop("_target_")), options
 
 
 def label_sources(cfg: DictConfig, rewards: list[Reward]) -> Sequence[LabelSource]:

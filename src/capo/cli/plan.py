@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
-from capo.cli.build import all_rewards, built, held_out_rewards, prompt_splits
+from capo.cli.build import all_rewards, built, family_of, held_out_rewards, prompt_splits
 from capo.cli.readiness import check_accelerator, check_draw, check_reward_weights, check_weights
 from capo.cli.values import check_values
+from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.objectives import requirements
 from capo.preflight.architecture import Blueprint, from_folder, published, published_names
@@ -40,7 +40,6 @@ from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.optimizers import check_optimizer
 
 PLAN = "plan.json"
-SPLITS = ("train", "validation", "test")
 REWARD_PLACES = ("rewards", "evaluation.rewards", "validation.held_out")
 
 
@@ -49,19 +48,17 @@ def blueprint_of(cfg: DictConfig) -> Blueprint:
 
     Raises InputError if there are neither.
     """
-    backbone = cfg.model.backbone
-    family, options = get_class(backbone._target_), OmegaConf.to_container(backbone, resolve=True)
-    left_out = family.unused_parts(**options) if hasattr(family, "unused_parts") else {}
-    length = int(options.get("sequence_length", 256))
+    family, options = family_of(cfg)
     name = cfg.model.get("published") or cfg.model.name
     folder = Path(str(options.get("weights"))).expanduser()
     if not folder.is_dir() and name in published_names():
-        return published(name, tuple(left_out), length)
+        return published(name, family, **options)
+    unused = family.unused_parts(**options)
     try:
-        there = find_pipeline(str(folder), options.get("revision"), options.get("variant"), left_out)
+        there = find_pipeline(str(folder), options.get("revision"), options.get("variant"), unused)
     except InputError:
         there = None
-    return from_folder(there, tuple(left_out), length) if there else published(name, tuple(left_out), length)
+    return from_folder(there, family, **options) if there else published(name, family, **options)
 
 
 def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
@@ -70,7 +67,7 @@ def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
     devices = max(launch().world_size, (device_count(trainer.devices) or 1) * trainer.num_nodes)
     lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
     if lora:
-        lora |= {"targets": get_class(cfg.model.backbone._target_).lora_targets}
+        lora |= {"targets": family_of(cfg)[0].lora_targets}
     return TrainingRequest(
         divide(trainer.batch, devices, trainer.micro_batch),
         trainer.max_steps,
@@ -92,7 +89,7 @@ def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Shortage
     Sets on the hub are not downloaded; their limits and published sizes are used instead.
     """
     settings = OmegaConf.to_container(cfg.prompts, resolve=True)
-    expected = expected_counts(settings)
+    expected = expected_sizes(settings)
     given = [value for value in settings.values() if isinstance(value, dict)]
     if any(value.get("hub") and not value.get("path") for value in given) and not OmegaConf.missing_keys(
         cfg.prompts
@@ -102,29 +99,6 @@ def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Shortage
         return {split: len(prompts) for split, prompts in prompt_splits(cfg).items()}, []
     except InputError as error:
         return expected, [Shortage("prompts", str(error))]
-
-
-def expected_counts(settings: Mapping) -> dict[str, int | None]:
-    """Number of prompts by split, derived from the `prompts` settings without reading; None: unknown.
-
-    The count is the smaller of the split's limit and the prompts left in a set of published size, which
-    splits of the same set share in the order of `priority`.
-    """
-    counts: dict[str, int | None] = dict.fromkeys(SPLITS)
-    taken: dict[str, int] = {}
-    for split in settings.get("priority") or SPLITS:
-        given = settings.get(split)
-        if not isinstance(given, Mapping):
-            counts[split] = given if isinstance(given, int) else None
-            continue
-        place, size = (
-            str([given.get(key) for key in ("path", "hub", "file", "revision")]),
-            given.get("published_size"),
-        )
-        known = [given.get("limit"), None if size is None else max(0, size - taken.get(place, 0))]
-        counts[split] = min((count for count in known if isinstance(count, int)), default=None)
-        taken[place] = taken.get(place, 0) + (counts[split] or 0)
-    return counts
 
 
 def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, PoolRequest]:

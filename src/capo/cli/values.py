@@ -6,6 +6,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,12 +15,12 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo.backbones.mmdit import LONGEST
+from capo.backbones import Family
 from capo.backbones.precision import AUTOCAST, DTYPES
 from capo.calibration import LINKS, METHODS
 from capo.data.dataset import ENCODE, POOL
 from capo.data.pool.import_table import LABELS
-from capo.errors import InputError, closest
+from capo.errors import InputError, ParameterError, closest
 from capo.noise import FLOW_DRAWS
 from capo.runtime.launch import STRATEGIES
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
@@ -148,8 +149,6 @@ TABLE: dict[str, Rule] = {
     "model.name": TEXT,
     "model.adapter_lr": number(above=0),
     "model.backbone.dtype": one_of(list(DTYPES)),
-    "model.backbone.t5": SWITCH,
-    "model.backbone.sequence_length": whole(0, LONGEST),
     "model.lora.rank": whole(1),
     "model.lora.alpha": number(above=0),
     "model.lora.seed": SEED,
@@ -186,8 +185,8 @@ TABLE: dict[str, Rule] = {
     "policy": optional(TEXT),
     "base": optional(TEXT),
 }
-# groups with one `_target_`, whose arguments are checked against its signature
-CALLED = ("objective", "pairs", "prompts")
+# groups and keys with one `_target_`, whose arguments are checked against its signature
+CALLED = ("objective", "pairs", "prompts", "import", "model.backbone")
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -201,9 +200,10 @@ def check_values(cfg: DictConfig) -> None:
         for key, value in _found(values, pattern.split(".")):
             if value != MISSING and (fault := rule.fault(key, value)):
                 faults[key] = fault
-    for group in (*CALLED, *(("import",) if values.get("import") else ())):
-        for key, fault in _call_faults(group, values.get(group) or {}):
-            faults.setdefault(key, fault)
+    for group in CALLED:
+        for _, node in _found(values, group.split(".")):
+            for key, fault in _call_faults(group, node) if node is not None else ():
+                faults.setdefault(key, fault)
     if faults:
         lines = list(faults.values())
         raise InputError(
@@ -216,10 +216,8 @@ def resolved(cfg: DictConfig) -> dict:
     try:
         return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{error.full_key or 'the configuration'} cannot be resolved ({reason}); give its value itself"
-        ) from error
+        reason, key = str(error).splitlines()[0], error.full_key or "the configuration"
+        raise InputError(f"{key} cannot be resolved ({reason}); give {key}=VALUE itself") from error
 
 
 def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tuple[str, object]]:
@@ -238,7 +236,8 @@ def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str
     arguments = {name: value for name, value in node.items() if not name.startswith("_")}
     try:
         function = get_object(target)
-        signature, hints = inspect.signature(function), get_type_hints(function)
+        signature = inspect.signature(function)
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception as error:  # importing a user's module can raise anything
         yield (
             f"{group}._target_",
@@ -246,17 +245,35 @@ def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str
         )
         return
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    faults = {}
     for name, value in arguments.items():
         key = f"{group}.{name}"
         if name not in signature.parameters and not takes_any:
             near = closest(name, list(signature.parameters))
-            yield (
-                key,
-                f"{key}={_shown(value)}: {target} takes no such argument"
-                + (f"; did you mean {group}.{near[0]}?" if near else ""),
+            faults[key] = f"{key}={_shown(value)}: {target} takes no such argument" + (
+                f"; did you mean {group}.{near[0]}?" if near else ""
             )
         elif value != MISSING and (rule := _hinted(hints.get(name))) and (fault := rule.fault(key, value)):
-            yield key, fault
+            faults[key] = fault
+    yield from faults.items()
+    if not faults and inspect.isclass(function) and issubclass(function, Family):
+        try:
+            function.check_options(**arguments)
+        except ParameterError as error:
+            yield f"{group}.{error.parameter}", _said_of(group, error)
+
+
+@contextmanager
+def under(group: str) -> Iterator[None]:
+    """What is refused of a parameter is said of its key under `group`: of `objective.beta` for `beta`."""
+    try:
+        yield
+    except ParameterError as error:
+        raise InputError(_said_of(group, error)) from error
+
+
+def _said_of(group: str, error: ParameterError) -> str:
+    return f"{group}.{error.parameter}={_shown(error.value)}: {error.must}"
 
 
 def _hinted(hint: object) -> Rule | None:

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+import transformers
+from torch import nn
 
+from capo.backbones import FAMILIES, Family
 from capo.errors import InputError
-
-DIFFUSERS = {kind.__name__: kind for kind in (AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel)}
-TRANSFORMERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
-DENOISERS = ("unet", "transformer")
-TIME_IDS = 6  # numbers of SDXL's size conditioning
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,13 @@ class Blueprint:
 
     Attributes:
         text: JSON text of {component: config}.
-        sequence_length: number of T5 tokens, for pipelines with a T5; 0 for others.
+        family: model family, which derives shapes from the configs.
+        options: JSON text of the keyword arguments of the family's backbone.
     """
 
     text: str
-    sequence_length: int = 0
+    family: type[Family]
+    options: str = "{}"
 
     @cached_property
     def configs(self) -> dict[str, dict]:
@@ -45,8 +43,8 @@ class Blueprint:
 
     @property
     def denoiser_name(self) -> str:
-        """Name of the component that is tuned, `unet` or `transformer`."""
-        return next(name for name in DENOISERS if name in self.configs)
+        """Name of the component that is tuned."""
+        return self.family.denoiser_component
 
     @property
     def encoder_names(self) -> list[str]:
@@ -55,66 +53,45 @@ class Blueprint:
 
     def module(self, component: str) -> nn.Module:
         """Build the component on the meta device: float32, all parameters trainable."""
-        config = self.configs[component]
         with torch.device("meta"):
-            if "_class_name" in config:
-                return DIFFUSERS[config["_class_name"]].from_config(config)
-            kind = TRANSFORMERS[config["architectures"][0]]
-            return kind(
-                kind.config_class(**{key: value for key, value in config.items() if key != "architectures"})
-            )
+            return fresh_module(self.configs[component])
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of one latent."""
-        config = self.configs[self.denoiser_name]
-        size = config["sample_size"]
-        return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+        """(C, H, W) of one latent."""
+        return self.family.shape_of_latent(self.configs, **json.loads(self.options))
 
     @property
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a prompt's conditioning by their names in a pool, without the batch dimension."""
-        config = self.configs[self.denoiser_name]
-        tokens = self.configs["text_encoder"]["max_position_embeddings"]
-        if self.denoiser_name == "transformer":
-            width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
-            return {
-                "prompt_embeds": (tokens + self.sequence_length, width),
-                "pooled_prompt_embeds": (pooled,),
-            }
-        words = {"prompt_embeds": (tokens, config["cross_attention_dim"])}
-        if config.get("addition_embed_type") != "text_time":
-            return words
-        pooled = (
-            config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
-        )
-        return words | {"pooled_prompt_embeds": (pooled,), "time_ids": (TIME_IDS,)}
+        return self.family.shapes_of_text(self.configs, **json.loads(self.options))
 
     def inputs(self, images: int) -> dict[str, object]:
         """Build uninitialized arguments for the denoiser, for `images` at once, on the current device."""
         text = {name: torch.empty(images, *shape) for name, shape in self.text_shapes.items()}
-        noisy, words = torch.empty(images, *self.latent_shape), text["prompt_embeds"]
-        if self.denoiser_name == "transformer":
-            return {
-                "hidden_states": noisy,
-                "encoder_hidden_states": words,
-                "pooled_projections": text["pooled_prompt_embeds"],
-                "timestep": torch.empty(images),
-            }
-        added: dict[str, Tensor] | None = None
-        if "pooled_prompt_embeds" in text:
-            added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": text["time_ids"]}
-        return {
-            "sample": noisy,
-            "timestep": torch.zeros(images, dtype=torch.long),
-            "encoder_hidden_states": words,
-            "added_cond_kwargs": added,
-        }
+        return self.family.denoiser_inputs(torch.empty(images, *self.latent_shape), torch.zeros(images), text)
 
 
-def _blueprint(configs: dict[str, dict], left_out: Collection[str], sequence_length: int) -> Blueprint:
+def fresh_module(config: Mapping) -> nn.Module:
+    """A module of diffusers or transformers as its class initializes it, on the current device."""
+    if "_class_name" in config:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    kind = getattr(transformers, config["architectures"][0])
+    return kind(kind.config_class(**{key: value for key, value in config.items() if key != "architectures"}))
+
+
+def _blueprint(configs: dict[str, dict], family: type[Family], options: Mapping[str, object]) -> Blueprint:
+    left_out = family.unused_parts(**options)
     kept = {name: config for name, config in configs.items() if name not in left_out}
-    return Blueprint(json.dumps(kept, sort_keys=True), sequence_length if "transformer" in kept else 0)
+    return Blueprint(json.dumps(kept, sort_keys=True), family, json.dumps(options, sort_keys=True))
+
+
+def _family_of(configs: Mapping[str, Mapping]) -> type[Family] | None:
+    """The one of FAMILIES whose denoiser is among the configs."""
+    return next(
+        (FAMILIES[name] for config in configs.values() if (name := config.get("_class_name")) in FAMILIES),
+        None,
+    )
 
 
 def published_names() -> list[str]:
@@ -126,10 +103,10 @@ def published_names() -> list[str]:
     )
 
 
-def published(name: str, left_out: Collection[str] = (), sequence_length: int = 0) -> Blueprint:
-    """Return the blueprint of a published model, without the components `left_out`.
+def published(name: str, /, family: type[Family] | None = None, **options: object) -> Blueprint:
+    """Return the blueprint of a published model, for a backbone of `family` with the arguments `options`.
 
-    Raises InputError for a name whose configs are not in this package.
+    Without `family`, the denoiser's class decides. Raises InputError for a name without configs here.
     """
     if name not in published_names():
         raise InputError(
@@ -141,37 +118,32 @@ def published(name: str, left_out: Collection[str] = (), sequence_length: int = 
         .joinpath(f"{name}.json")
         .read_text(encoding="utf-8")
     )
-    return _blueprint(json.loads(text)["components"], left_out, sequence_length)
+    configs = json.loads(text)["components"]
+    return _blueprint(configs, family or _family_of(configs), options)
 
 
-def from_folder(folder: Path, left_out: Collection[str] = (), sequence_length: int = 0) -> Blueprint:
-    """Return the blueprint of a pipeline folder, without the components `left_out`.
+def from_folder(folder: Path, /, family: type[Family] | None = None, **options: object) -> Blueprint:
+    """Return the blueprint of a pipeline folder, for a backbone of `family` with the arguments `options`.
 
     Raises InputError if the folder lacks a denoiser, a VAE or a text encoder of a known class.
     """
     configs = {}
     for path in sorted(folder.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
-        if kind in DIFFUSERS or kind in TRANSFORMERS:
+        kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
+        if hasattr(diffusers, kind) or hasattr(transformers, kind):
             # The folder's origin and its dtype are not part of the architecture.
             configs[path.parent.name] = {
                 key: value
                 for key, value in config.items()
                 if key not in ("_name_or_path", "dtype", "torch_dtype")
             }
-    lacking = [
-        part
-        for part, there in {
-            "unet or transformer": DENOISERS,
-            "vae": ("vae",),
-            "text_encoder": ("text_encoder",),
-        }.items()
-        if not any(name in configs for name in there)
-    ]
-    if lacking:
+    family = family or _family_of(configs)
+    denoisers = [known.denoiser_component for known in FAMILIES.values()]
+    denoiser = family.denoiser_component if family else " or ".join(dict.fromkeys(denoisers))
+    if lacking := [part for part in (denoiser, "vae", "text_encoder") if part not in configs]:
         raise InputError(
             f"weights '{folder}': no config.json of a known class for {', '.join(lacking)}; "
             "give the folder of a diffusers pipeline"
         )
-    return _blueprint(configs, left_out, sequence_length)
+    return _blueprint(configs, family, options)

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from capo.cli import train as train_script
-from capo.cli.plan import SPLITS, expected_counts, float32_rewards, prompt_counts, reward_request, run_plan
+from capo.cli.plan import float32_rewards, prompt_counts, reward_request, run_plan
+from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.preflight import shortages as lacking
 from fixtures import ROOT
@@ -226,11 +227,11 @@ def test_sizes_of_published_sets_stand_in_for_what_is_not_read(tmp_path):
     ({"train": "a.txt", "validation": None, "test": {"path": "b"}}, (None, None, None)),
     ({"train": {"path": "a", "published_size": 90}, "validation": {"path": "b", "limit": 7}, "test": {"path": "c"}}, (90, 7, None)),
     # 30 rows: test comes first, then validation, and training has the rest; a limit beyond it changes nothing
-    ({split: {"hub": "a", "file": ["b"], "published_size": 30, "limit": limit} for split, limit in zip(SPLITS, (25, 10, 8), strict=True)}
+    ({split: {"hub": "a", "file": ["b"], "published_size": 30, "limit": limit} for split, limit in zip(("train", "validation", "test"), (25, 10, 8), strict=True)}
      | {"priority": ["test", "validation", "train"]}, (12, 10, 8)),
 ])  # fmt: skip
 def test_what_is_expected_of_prompts_that_are_not_read(settings, counts):
-    assert tuple(expected_counts(settings).values()) == counts
+    assert tuple(expected_sizes(settings).values()) == counts
 
 
 def test_extras_and_rewards_that_are_not_here(tmp_path, monkeypatch):

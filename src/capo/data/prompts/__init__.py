@@ -7,7 +7,7 @@ format, filters them, removes duplicates, makes the sets disjoint and reports th
 from capo.data.prompts.identity import Prompt, candidate_seed, check_splits, make_prompt, normalize, prompt_id
 from capo.data.prompts.report import SplitReport, report_table
 from capo.data.prompts.sources import missing_inputs
-from capo.data.prompts.splits import PromptSets, split_sets
+from capo.data.prompts.splits import PromptSets, expected_sizes, split_sets
 from capo.data.prompts.text import text_files
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SplitReport",
     "candidate_seed",
     "check_splits",
+    "expected_sizes",
     "make_prompt",
     "missing_inputs",
     "normalize",

@@ -93,6 +93,27 @@ def read_sets(
     return PromptSets({split: splits[split] for split in SPLITS}, [reports[split] for split in SPLITS])
 
 
+def expected_sizes(settings: Mapping) -> dict[str, int | None]:
+    """What `read_sets` will keep by split, as far as the arguments of `split_sets` tell; nothing is read.
+
+    The limit, or what splits of higher priority leave of the published set; None: unknown. A number in place of a
+    split's source is its size.
+    """
+    sizes: dict[str, int | None] = dict.fromkeys(SPLITS)
+    taken: dict[str, int] = {}
+    for split in settings.get("priority") or PRIORITY:
+        given = settings.get(split)
+        if not isinstance(given, Mapping):
+            sizes[split] = given if isinstance(given, int) else None
+            continue
+        place = str([given.get(key) for key in ("path", "hub", "file", "revision")])
+        size = given.get("published_size")
+        known = [given.get("limit"), None if size is None else max(0, size - taken.get(place, 0))]
+        sizes[split] = min((count for count in known if isinstance(count, int)), default=None)
+        taken[place] = taken.get(place, 0) + (sizes[split] or 0)
+    return sizes
+
+
 def choose(
     ids: np.ndarray, fates: np.ndarray, taken: np.ndarray, seed: int | None, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray]:

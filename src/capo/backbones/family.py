@@ -1,0 +1,57 @@
+"""What is known of a model family before weights are loaded: classes, options, shapes that configs imply."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from capo.backbones.lora import ATTENTION
+
+# What `predict` needs beside latents and time, each tensor with a leading batch dimension.
+Text = Mapping[str, Tensor]
+Configs = Mapping[str, Mapping]  # component of a pipeline -> its config.json
+
+
+class Family(ABC):
+    """A model family. `options` everywhere are the keywords that a backbone of it is made with.
+
+    Attributes:
+        pipeline_classes: diffusers classes whose folders it loads.
+        denoiser_class: the diffusers class that is tuned.
+        denoiser_component: the pipeline's name for it.
+        draws: ways to draw a time (`Backbone.timesteps`).
+        lora_targets: names of the modules that a low-rank adapter sits on.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    denoiser_class: ClassVar[str]
+    denoiser_component: ClassVar[str] = "transformer"
+    draws: ClassVar[tuple[str, ...]] = ("uniform",)
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+
+    @classmethod
+    def check_options(cls, **options: object) -> None:
+        """Raises ParameterError for a value that no backbone can be made with; types are checked already."""
+
+    @classmethod
+    def unused_parts(cls, **options: object) -> dict[str, None]:
+        """Components of the pipeline that are neither loaded nor needed, as keywords for the loader."""
+        return {}
+
+    @classmethod
+    def shape_of_latent(cls, configs: Configs, **options: object) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the size the denoiser was trained for."""
+        config = configs[cls.denoiser_component]
+        size = config["sample_size"]
+        return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+
+    @classmethod
+    @abstractmethod
+    def shapes_of_text(cls, configs: Configs, **options: object) -> dict[str, tuple[int, ...]]:
+        """The shapes of `Backbone.encode_prompts`, without the leading batch dimension."""
+
+    @staticmethod
+    @abstractmethod
+    def denoiser_inputs(noisy: Tensor, t: Tensor, text: Text) -> dict[str, object]:
+        """Keywords of the denoiser's forward pass: x_t (B, C, H, W), times (B,) or one time (), text."""
