@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
 from capo.runtime.threads import over_rows
 
 LOG_FLOOR = 1e-6  # probabilities are clamped to at least this before the logarithm
@@ -163,7 +163,7 @@ def calibrate(
             f"got {len(links)} links, {len(scales)} scales, {len(names)} names"
         )
     if method not in METHODS:
-        raise InputError(f"calibration={method!r} is unknown; choose one of {', '.join(METHODS)}")
+        raise ParameterError("method", method, f"must be one of {', '.join(METHODS)}")
     result = torch.empty(scores.shape, dtype=_result_dtype(scores), device=scores.device)
     for index, (link, scale, name) in enumerate(zip(links, scales, names, strict=True)):
         if not scale > 0:
@@ -264,7 +264,7 @@ def _checked(scores: Tensor) -> Tensor:
     if candidates < 2:
         raise InputError(
             f"{candidates} candidate(s) per prompt (scores of shape {tuple(scores.shape)}): a win-rate needs "
-            f"two at least; raise pool.candidates"
+            f"two at least"
         )
     work = scores if scores.dtype == torch.float64 else scores.float()
     # aminmax returns NaN if any score is NaN: one pass and no temporary tensor in the usual case

@@ -19,7 +19,7 @@ from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.parallel import compile_blocks, shard
 from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
 from capo.data import PreferenceBatch
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
 from capo.metrics import drift_by_time, training_figures
 from capo.noise import constant_weight
 from capo.objectives import Objective, PairErrors, Predictions, margin, requirements
@@ -38,7 +38,7 @@ class Weighting:
 
     def __post_init__(self) -> None:
         if self.kind not in ("sigmoid", "constant"):
-            raise InputError(f"noise.weighting={self.kind!r} is unknown; choose sigmoid or constant")
+            raise ParameterError("kind", self.kind, "must be one of sigmoid, constant")
 
     def __call__(self, backbone: Backbone, t: Tensor) -> Tensor:
         """Weights (B,) float32 of the times t (B,)."""

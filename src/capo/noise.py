@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import ParameterError
 
 FLOW_EDGE = 1e-5  # flow times are clamped to [FLOW_EDGE, 1 - FLOW_EDGE], where the log-SNR is finite
 LOG_SNR_RANGE = (10.0, -10.0)  # log-SNR at u = 0 and at u = 1 of the draw `logsnr_uniform`
@@ -72,10 +72,10 @@ def flow_time(u: Tensor, draw: str = "logsnr_uniform") -> Tensor:
         t, shape and dtype of u.
 
     Raises:
-        InputError: if the draw is unknown.
+        ParameterError: if the draw is unknown.
     """
     if draw not in FLOW_DRAWS:
-        raise InputError(f"noise.draw={draw!r} is unknown; choose one of {', '.join(FLOW_DRAWS)}")
+        raise ParameterError("draw", draw, f"must be one of {', '.join(FLOW_DRAWS)}")
     return FLOW_DRAWS[draw](_at_least_float32(u)).clamp(FLOW_EDGE, 1 - FLOW_EDGE).to(u.dtype)
 
 

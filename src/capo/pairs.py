@@ -4,15 +4,18 @@ A *strategy* is a function `(scores, calibrated, *, ...) -> PairSets`; each file
 names one. `capo.data.selection` applies a strategy to a whole pool and draws pairs from the sets it returns.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
 from capo.runtime.threads import over_rows
 
 BLOCK = 2**15  # candidates compared at a time, so that the comparisons fit in the L2 cache
@@ -26,6 +29,44 @@ class PairSets(NamedTuple):
 
 
 Strategy = Callable[[Tensor, Tensor], PairSets]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a strategy says of itself; the defaults hold for one that says nothing.
+
+    Attributes:
+        rewards: the number of rewards that it takes; None: any.
+        weights: name of its keyword argument that weighs the rewards, in dR too; None: dR weighs them alike.
+        lower_set: name of its keyword argument that chooses the losers beside the upper frontier; None: its
+            winners and losers do not come from frontiers.
+    """
+
+    rewards: int | None = None
+    weights: str | None = None
+    lower_set: str | None = None
+
+
+def declares(**said: int | str) -> Callable[[Strategy], Strategy]:
+    """Give a strategy its `Declaration`."""
+
+    def declare(strategy: Strategy) -> Strategy:
+        strategy.declaration = Declaration(**said)
+        return strategy
+
+    return declare
+
+
+def declaration(strategy: Strategy) -> Declaration:
+    """What a strategy, or a `functools.partial` of one as Hydra makes it, says of itself."""
+    while isinstance(strategy, functools.partial):
+        strategy = strategy.func
+    return getattr(strategy, "declaration", Declaration())
+
+
+def argument(strategy: Strategy, name: str | None) -> Any:
+    """The value of a strategy's keyword argument, bound by a partial or its default; None for None."""
+    return None if name is None else inspect.signature(strategy).parameters[name].default
 
 
 def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +118,7 @@ def frontiers(scores: Tensor) -> tuple[Tensor, Tensor]:
     return upper & ~lower, lower & ~upper
 
 
+@declares(rewards=1)
 def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
     """Best against worst: by a single reward, the best candidate wins and the worst loses.
 
@@ -94,13 +136,14 @@ def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
     _check_shapes(scores, calibrated)
     if scores.shape[-1] != 1:
         raise InputError(
-            f"pairs=best_worst orders the candidates by one reward, but {scores.shape[-1]} are selected; "
-            f"keep one ('rewards=[NAME]') or take pairs=sum, pairs=frs or pairs=random"
+            f"best_worst orders the candidates by one reward, "
+            f"but scores {tuple(scores.shape)} have {scores.shape[-1]}"
         )
     _check_finite(scores)
     return _extremes(scores[..., 0])
 
 
+@declares(weights="weights")
 def reward_sum(scores: Tensor, calibrated: Tensor, *, weights: Sequence[float] | None = None) -> PairSets:
     """Sum of rewards: the highest weighted mean of calibrated rewards wins, the lowest loses.
 
@@ -121,6 +164,7 @@ def reward_sum(scores: Tensor, calibrated: Tensor, *, weights: Sequence[float] |
     return _extremes(combined_rewards(calibrated, weights))
 
 
+@declares(lower_set="lower")
 def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairSets:
     """Frontier-based rejection sampling: winners from the upper frontier, losers from the lower one.
 
@@ -141,7 +185,7 @@ def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairS
     """
     _check_shapes(scores, calibrated)
     if lower not in LOWER_SETS:
-        raise InputError(f"pairs=frs: lower={lower!r} is unknown; choose one of {', '.join(LOWER_SETS)}")
+        raise ParameterError("lower", lower, f"must be one of {', '.join(LOWER_SETS)}")
     return LOWER_SETS[lower](*non_dominated(scores))
 
 
@@ -180,10 +224,8 @@ def combined_rewards(calibrated: Tensor, weights: Sequence[float] | None = None)
     weights = [1.0] * rewards if weights is None else [float(weight) for weight in weights]
     total = sum(weights)
     if len(weights) != rewards or not (all(weight >= 0 for weight in weights) and 0 < total < math.inf):
-        raise InputError(
-            f"pairs: weights={weights} must be {rewards} finite numbers, one for each reward in their order, "
-            f"none negative and one at least positive"
-        )
+        must = "finite numbers, one for each reward in their order, none negative and one at least positive"
+        raise ParameterError("weights", weights, f"must be {rewards} {must}")
     dtype = calibrated.dtype if calibrated.dtype == torch.float64 else torch.float32
     mean = torch.zeros(calibrated.shape[:-1], dtype=dtype, device=calibrated.device)
     # multiply, then add: a fused operation that rounds some elements differently would break ties

@@ -92,6 +92,7 @@ def refusal(run, *arguments) -> str:
     ("pairs.lower", 3, "pairs.lower=3: must be text"),
     ("prompts.train", 5, "prompts.train=5: must be text"),
     ("model.backbone.dtype", "fp16", "model.backbone.dtype=fp16: must be one of float32, float16, bfloat16"),
+    ("model.backbone.revison", "main", "model.backbone.revison=main: capo.backbones.UNetBackbone takes no such argument; did you mean model.backbone.revision?"),
     ("evaluate", "yes", "evaluate=yes: must be true or false"),
     ("export", "ful", "export=ful: must be one of adapter, full; did you mean full?"),
 ])  # fmt: skip
@@ -100,6 +101,32 @@ def test_values_that_cannot_be_used(plain, key, value, message):
     OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     assert message in refusal(train_script.run, cfg)
     assert not Path(cfg.run_dir).exists()
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"pairs": {"_target_": "capo.pairs.frs", "_partial_": True, "lower": "below"}},
+     "pairs.lower=below: must be one of frontier, all_dominated"),
+    ({"pairs": {"_target_": "capo.pairs.reward_sum", "_partial_": True, "weights": [1.0]}},
+     "pairs.weights=[1.0]: must be 2 finite numbers, one for each reward in their order, none negative"),
+    ({"objective": {"_target_": "capo.objectives.capo", "_partial_": True, "beta": 1}, "noise.draw": "logit_normal"},
+     "noise.draw=logit_normal: model=tiny draws its times uniform, not so"),
+    ({"objective": {"_target_": "fixtures.fake_objectives.mean_loss", "_partial_": True, "beta": 1}}, "losses of shape () for 3 pairs"),
+    ({"objective": {"_target_": "fixtures.fake_objectives.picky", "_partial_": True, "beta": 1}}, "objective.beta=1: must be 7"),
+])  # fmt: skip
+def test_what_a_function_refuses_is_said_of_its_key(plain, values, message):
+    cfg = copy.deepcopy(plain)
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    assert message in refusal(train_script.run, cfg)
+    assert not Path(cfg.run_dir).exists()
+
+
+def test_the_options_of_a_family_are_checked_before_its_weights_are_looked_for():
+    cfg = composed("model=sd3")
+    for key, value, message in (("sequence_length", 600, "must be a whole number from 0 to 512"), ("t5", "no", "must be true or false"),
+                                ("sequence_length", 2.5, "must be a whole number")):  # fmt: skip
+        wrong = spoilt(cfg, **{f"model__backbone__{key}": value})
+        assert f"model.backbone.{key}={value}: {message}" in refusal(check_values, wrong)
 
 
 def test_all_faults_stand_in_one_message(plain):

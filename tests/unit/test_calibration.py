@@ -194,7 +194,7 @@ def test_further_bad_scores_are_counted():
 @pytest.mark.parametrize("method", [calibrated_rewards, raw_scores, zscores])
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (5, 1), (5, 0)])
 def test_one_candidate_is_refused(method, shape):
-    with pytest.raises(ValueError, match=r"pool.candidates"):
+    with pytest.raises(ValueError, match=r"a win-rate needs two at least"):
         method(torch.ones(shape))
 
 
@@ -263,7 +263,7 @@ def test_method_is_chosen_by_name(method, function):
 
 def test_calibrate_names_the_reward():
     scores = normal(4, 6, 2)
-    with pytest.raises(InputError, match="'winrate' is unknown; choose one of win_rate, raw, zscore"):
+    with pytest.raises(InputError, match="^method must be one of win_rate, raw, zscore, got 'winrate'"):
         calibrate(scores, ["identity"] * 2, [1.0, 1.0], "winrate")
     with pytest.raises(InputError, match=r"'looks'.*scale -1.0"):
         calibrate(scores, ["identity"] * 2, [1.0, -1.0], names=["preference", "looks"])

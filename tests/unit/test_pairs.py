@@ -158,9 +158,9 @@ def test_best_worst_takes_the_extremes_of_the_raw_score_and_the_first_of_equals(
     assert torch.equal(best_worst(nearly_equal(), win_rates(nearly_equal())).losers, one_hot(1, candidates=3))
 
 
-def test_best_worst_refuses_several_rewards_and_names_the_remedy():
+def test_best_worst_refuses_several_rewards():
     scores = random_scores("random", 4, 5, 3)
-    with pytest.raises(InputError, match=r"best_worst.*but 3 are selected.*rewards=\[NAME\].*pairs=frs"):
+    with pytest.raises(InputError, match=r"^best_worst orders the candidates by one reward, but scores \(4, 5, 3\) have 3"):
         best_worst(scores, win_rates(scores))
 
 
@@ -184,7 +184,7 @@ def test_reward_sum_weighs():
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 2, 3], [1.0, -0.5], [0, 0], [1, math.nan], [1, math.inf]])
 def test_weights_must_fit(weights):
-    with pytest.raises(InputError, match=r"weights=.*must be 2 finite numbers"):
+    with pytest.raises(InputError, match=r"^weights must be 2 finite numbers.*, got \["):
         reward_sum(torch.zeros(1, 4, 2), torch.full((1, 4, 2), 0.5), weights=weights)
 
 
@@ -211,9 +211,7 @@ def test_frs_gives_the_frontiers_or_all_others(kind):
 
 def test_frs_refuses_an_unknown_lower_set():
     scores = random_scores("random", 2, 4, 3)
-    with pytest.raises(
-        InputError, match="lower='dominated' is unknown; choose one of frontier, all_dominated"
-    ):
+    with pytest.raises(InputError, match="^lower must be one of frontier, all_dominated, got 'dominated'"):
         frs(scores, win_rates(scores), lower="dominated")
 
 

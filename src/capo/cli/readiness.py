@@ -6,16 +6,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
-from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from capo.backbones.loading import MissingWeights, find_pipeline, find_vae, pipeline_index
-from capo.cli.build import all_rewards, built, held_out_rewards, label_sources, pool_specs, prompt_splits
-from capo.cli.values import check_values
+from capo.cli.build import (
+    all_rewards,
+    built,
+    family_of,
+    held_out_rewards,
+    label_sources,
+    pool_specs,
+    prompt_splits,
+    target_name,
+)
+from capo.cli.values import check_values, under
 from capo.data.selection import select
 from capo.errors import InputError
-from capo.noise import FLOW_DRAWS
-from capo.objectives import requirements
+from capo.objectives import try_objective
+from capo.pairs import declaration
 from capo.preflight.architecture import published, published_names
 from capo.preflight.memory import model_states, parameters
 from capo.rewards import Reward
@@ -47,13 +55,27 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     if scoring:
         check_reward_weights([*rewards, *evaluated, *held_out])
     pool_specs(cfg, prompt_splits(cfg))
-    requirements(built(cfg.objective))
-    nothing = torch.zeros(0, cfg.pool.candidates, len(label_sources(cfg, rewards)))
-    select(built(cfg.pairs), nothing, nothing)  # raises InputError if the strategy does not fit the rewards
+    with under("objective"):
+        try_objective(built(cfg.objective))
+    check_pairs(cfg, len(label_sources(cfg, rewards)))
     check_draw(cfg)
     if cfg.push_to_hub:
         check_access(cfg.push_to_hub)
     check_accelerator(cfg)
+
+
+def check_pairs(cfg: DictConfig, sources: int) -> None:
+    """InputError where the strategy does not fit so many rewards, or an argument of it cannot be used."""
+    strategy = built(cfg.pairs)
+    takes = declaration(strategy).rewards
+    if takes not in (None, sources):
+        raise InputError(
+            f"pairs={target_name(cfg.pairs)} takes {takes} reward, but {sources} are selected; "
+            f"keep {takes} ('rewards=[NAME]') or take pairs=sum, pairs=frs or pairs=random"
+        )
+    nothing = torch.zeros(0, cfg.pool.candidates, sources)
+    with under("pairs"):
+        select(strategy, nothing, nothing)
 
 
 def refuse_plans(cfg: DictConfig) -> None:
@@ -76,21 +98,18 @@ def check_accelerator(cfg: DictConfig) -> None:
 
 def check_weights(cfg: DictConfig) -> None:
     """Raise InputError if the model's weights are missing and not downloadable, or of another family."""
-    model = cfg.model
-    weights = model.backbone.get("weights")
+    family, options = family_of(cfg)
+    weights, revision, variant = (options.get(key) for key in ("weights", "revision", "variant"))
     if weights is None:
         return
-    family, options = get_class(model.backbone._target_), OmegaConf.to_container(model.backbone, resolve=True)
-    unused = family.unused_parts(**options) if hasattr(family, "unused_parts") else {}
     try:
-        folder = find_pipeline(weights, model.backbone.get("revision"), model.backbone.get("variant"), unused)
+        folder = find_pipeline(weights, revision, variant, family.unused_parts(**options))
     except MissingWeights as error:
-        raise InputError(f"model={model.name}: {error}{memory_note(cfg)}") from error
-    if vae := model.backbone.get("vae"):
-        find_vae(vae, model.backbone.get("vae_revision"))
-    classes = getattr(family, "pipeline_classes", None)
-    if folder and classes:
-        pipeline_index(folder, classes)
+        raise InputError(f"model={cfg.model.name}: {error}{memory_note(cfg)}") from error
+    if vae := options.get("vae"):
+        find_vae(vae, options.get("vae_revision"))
+    if folder:
+        pipeline_index(folder, family.pipeline_classes)
 
 
 def check_reward_weights(rewards: Sequence[Reward]) -> None:
@@ -110,7 +129,7 @@ def check_reward_weights(rewards: Sequence[Reward]) -> None:
 
 def check_draw(cfg: DictConfig) -> None:
     """Raise InputError if the model's noise schedule does not support the configured `noise.draw`."""
-    known = getattr(get_class(cfg.model.backbone._target_), "draws", FLOW_DRAWS)
+    known = family_of(cfg)[0].draws
     if cfg.noise.draw not in known:
         raise InputError(
             f"noise.draw={cfg.noise.draw}: model={cfg.model.name} draws times by {' or '.join(known)} only"

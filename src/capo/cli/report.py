@@ -11,7 +11,6 @@ from torch import Tensor
 from capo.calibration import calibrate
 from capo.data.candidates import Candidates, TrainingData
 from capo.data.generation import COMMANDS, ImageGenerator, PoolSpec, lacking, stages_of
-from capo.data.labels import scored
 from capo.data.pool import Pool, pool_name
 from capo.data.selection import Selection, select
 from capo.errors import InputError
@@ -78,5 +77,5 @@ def _report(
     strategy: Strategy,
     method: str,
 ) -> CalibrationReport:
-    texts, chosen = [prompt.text for prompt in data.prompts], not scored(data.labels)
-    return calibration_report(scores, calibrated, selection, data.labels, texts, method, strategy, chosen)
+    texts = [prompt.text for prompt in data.prompts]
+    return calibration_report(scores, calibrated, selection, data.labels, texts, method, strategy)

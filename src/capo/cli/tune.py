@@ -17,7 +17,7 @@ from rich.console import Console
 from capo.backbones import Backbone
 from capo.backbones.export import export_policy, load_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card
-from capo.cli.build import Components, build_components, training_data
+from capo.cli.build import Components, build_components, target_name, training_data
 from capo.cli.evaluate import evaluate_policy
 from capo.cli.process import prepare_process
 from capo.cli.report import RUN_FOLDER, report_run
@@ -44,11 +44,6 @@ from capo.training.validation import WinRateValidation, validation_set
 
 console = Console()
 OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
-
-
-def target_name(node: DictConfig) -> str:
-    """Name of the function in a node's `_target_`, without its module."""
-    return node._target_.rsplit(".", 1)[-1]
 
 
 def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinRateValidation:
@@ -135,7 +130,7 @@ def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
     objective, pairs, rewards = target_name(cfg.objective), target_name(cfg.pairs), sorted(cfg.rewards)
     axes = {
         "objective": objective,
-        "beta": cfg.objective.beta,
+        "beta": cfg.objective.get("beta"),
         "bias": cfg.noise.bias,
         "pairs": pairs,
         "rewards": "+".join(rewards),

@@ -85,8 +85,8 @@ class Candidates:
 
     Attributes:
         dataset: dataset of the selected pairs.
-        spreads: spread of the calibrated rewards of each label source. For human choices the shares of flat
-            and saturated prompts are NaN, since human labels are saturated by construction.
+        spreads: spread of the calibrated rewards of each label source. If a source is not graded, the shares
+            of flat and saturated prompts are NaN, since ranks are saturated by construction.
         labels: names of the label sources, in the order of `spreads`.
         scores: (P, N, L) raw scores.
         calibrated: (P, N, L) calibrated rewards.
@@ -141,7 +141,7 @@ def select_candidates(
         )
     dataset = PairDataset(PoolReader(pool), positions, prompts, selection, seed, shared_noise)
     spreads = [
-        found if isinstance(label, Reward) else dataclasses.replace(found, flat=math.nan, saturated=math.nan)
+        found if label.graded else dataclasses.replace(found, flat=math.nan, saturated=math.nan)
         for label, found in zip(labels, spread(calibrated), strict=True)
     ]
     return Candidates(dataset, spreads, names, scores, calibrated)

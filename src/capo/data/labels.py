@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from capo.rewards import Reward
 
@@ -18,7 +18,14 @@ class LabelSource(Protocol):
 
     Calibration applies `link` and `scale` to it (`capo.calibration`). `range` is the usual lowest and highest
     number, for reports; None: not stated.
+
+    Attributes:
+        graded: whether its numbers are more than ranks, so that their spread has a meaning.
+        stored: whether its numbers were stored when the images were imported; otherwise a `Reward` computes them.
     """
+
+    graded: ClassVar[bool]
+    stored: ClassVar[bool]
 
     @property
     def name(self) -> str: ...
@@ -44,6 +51,8 @@ class HumanChoices:
     """
 
     name: str = "human"
+    graded: ClassVar[bool] = False
+    stored: ClassVar[bool] = True
     key: str = "human-f2a3c335"
     link: str = "identity"
     scale: float = CERTAIN
@@ -55,7 +64,7 @@ HUMAN = HumanChoices()
 
 def scored(labels: Sequence[LabelSource]) -> list[Reward]:
     """Label sources that are rewards, computed from images by a scorer."""
-    return [label for label in labels if isinstance(label, Reward)]
+    return [label for label in labels if not label.stored]
 
 
 def described(labels: Sequence[LabelSource]) -> str:

@@ -1,14 +1,13 @@
 """Selection of pairs in a whole pool: which pairs a strategy allows, how many there are, and drawing one."""
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from capo.pairs import PairSets, Strategy, combined_rewards
+from capo.pairs import PairSets, Strategy, argument, combined_rewards, declaration
 from capo.runtime.threads import over_rows
 
 # Candidates compared at a time. PyTorch splits tensors of 2^15 elements over threads, whose synchronization
@@ -92,14 +91,8 @@ def select(strategy: Strategy, scores: Tensor, calibrated: Tensor) -> Selection:
     strategy.
     """
     sets = strategy(scores, calibrated)
-    rewards = combined_rewards(calibrated, gap_weights(strategy))
+    rewards = combined_rewards(calibrated, argument(strategy, declaration(strategy).weights))
     return Selection(sets.winners, sets.losers, rewards, count_pairs(sets, rewards))
-
-
-def gap_weights(strategy: Strategy) -> Sequence[float] | None:
-    """Argument `weights` of a strategy: as bound by `functools.partial`, or its default; None without one."""
-    parameter = inspect.signature(strategy).parameters.get("weights")
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def pair_matrix(winners: Tensor, losers: Tensor, rewards: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from capo.objectives.base import (
     margin,
     requirements,
     requires,
+    try_objective,
 )
 from capo.objectives.pairwise import capo, dpo, ipo
 from capo.objectives.reference_free import sft
@@ -31,4 +32,5 @@ __all__ = [
     "requirements",
     "requires",
     "sft",
+    "try_objective",
 ]

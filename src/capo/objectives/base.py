@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
 
 
 @dataclass(frozen=True)
 class Predictions:
     """What the networks gave for a batch of B prompts with k candidates each; float32, the winner first.
 
-    `PairErrors` holds the means of `(policy - target)^2` and `(reference - target)^2` over channels, height and width.
+    An error is the mean of `(policy - target)^2` or `(reference - target)^2` over channels, height and width.
 
     Attributes:
         policy: (B, k, C, H, W) the policy's prediction of the target, with its gradients.
-        target: (B, k, C, H, W) what it should have been: the noise or the velocity (`Backbone.target`).
-        reference: (B, k, C, H, W) the frozen reference's prediction; None for an objective that reads no reference.
+        target: (B, k, C, H, W) what it should be: the noise or the velocity (`Backbone.target`).
+        reference: (B, k, C, H, W) the frozen reference's prediction; None where the objective reads none.
     """
 
     policy: Tensor
@@ -100,6 +100,27 @@ def requirements(objective: Objective) -> Requirements:
         ) from None
 
 
+def try_objective(objective: Objective) -> None:
+    """Call an objective on three made-up pairs that hold what it declares to read.
+
+    Raises what it raises, and InputError where its losses are not (B,).
+    """
+    needs = requirements(objective)
+    known = {"policy_winner": 0.2, "weight": 0.5}
+    known |= {"policy_loser": 0.3, "gap": 0.1} if needs.loser else {}
+    known |= {"reference_winner": 0.2} if needs.reference else {}
+    known |= {"reference_loser": 0.3} if needs.reference and needs.loser else {}
+    errors = {name: torch.full((3,), value) for name, value in known.items()}
+    if needs.predictions:
+        made_up = torch.zeros(3, 2 if needs.loser else 1, 1, 2, 2)
+        errors["predictions"] = Predictions(made_up, made_up + 0.5, made_up if needs.reference else None)
+    losses = objective(PairErrors(**errors))
+    if losses.shape != (3,):
+        raise InputError(
+            f"{objective!r} gave losses of shape {tuple(losses.shape)} for 3 pairs; it must give one a pair"
+        )
+
+
 def implicit_rewards(errors: PairErrors) -> tuple[Tensor, Tensor]:
     """Implicit rewards `R_theta = -w (m - r)` of winner and loser, each (B,).
 
@@ -124,9 +145,7 @@ def margin(errors: PairErrors) -> Tensor:
 def scaled_margin(errors: PairErrors, beta: float) -> Tensor:
     """Scaled margin `beta h`, (B,). Raises InputError if beta is not positive, else as `margin`."""
     if beta is None or not beta > 0:
-        raise InputError(
-            f"objective.beta={beta} must be a positive number; the model's yaml has one that suits it"
-        )
+        raise ParameterError("beta", beta, "must be a positive number")
     return beta * margin(errors)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -30,6 +30,9 @@ Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
 @dataclass(frozen=True)
 class Reward:
     """A scorer and the facts about it. Scores stay raw; `link` and `scale` are used in calibration."""
+
+    graded: ClassVar[bool] = True  # of `capo.data.labels.LabelSource`: its scores are more than ranks,
+    stored: ClassVar[bool] = False  # and a scorer computes them
 
     name: str
     scorer: Mapping[str, Any] | Scorer  # its config, or a ready callable

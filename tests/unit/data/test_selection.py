@@ -7,9 +7,19 @@ import torch
 from hydra.utils import instantiate
 
 from capo.calibration import calibrate
-from capo.data.selection import Selection, count_pairs, draw_pair, gap_weights, pair_matrix, select
+from capo.data.selection import Selection, count_pairs, draw_pair, pair_matrix, select
 from capo.errors import InputError
-from capo.pairs import PairSets, best_worst, combined_rewards, frs, random_pair, reward_sum
+from capo.pairs import (
+    PairSets,
+    argument,
+    best_worst,
+    combined_rewards,
+    declaration,
+    declares,
+    frs,
+    random_pair,
+    reward_sum,
+)
 
 STRATEGIES = [
     reward_sum,
@@ -100,11 +110,19 @@ def test_weights_of_the_strategy_are_those_of_the_gap():
     assert (weighted.usable == weighted.winners.ne(weighted.losers).any(1)).all()
 
 
-def test_weights_are_read_through_partials():
-    assert gap_weights(reward_sum) is None and gap_weights(frs) is None
-    assert gap_weights(partial(partial(reward_sum, weights=[1, 1]), weights=[2, 3])) == [2, 3]
+def own_weights(scores, calibrated, *, weights=(1.0, 9.0)):
+    return reward_sum(scores, calibrated, weights=weights)
+
+
+def test_the_declared_argument_weighs_the_gap():
     node = {"_target_": "capo.pairs.reward_sum", "_partial_": True, "weights": [1, 3]}
-    assert list(gap_weights(instantiate(node))) == [1, 3]
+    for strategy in (partial(partial(reward_sum, weights=[1, 1]), weights=[1, 3]), instantiate(node)):
+        assert list(argument(strategy, declaration(strategy).weights)) == [1, 3]
+    none, calibrated = torch.zeros(1, 2, 2), torch.tensor([[[0.2, 0.7], [0.8, 0.3]]])
+    assert torch.allclose(select(own_weights, none, calibrated).rewards, calibrated.mean(-1))  # nothing is guessed from names
+    declared = declares(weights="weights")(own_weights)
+    assert torch.allclose(select(declared, none, calibrated).rewards, (calibrated[..., 0] + 9 * calibrated[..., 1]) / 10)
+    assert argument(frs, declaration(frs).weights) is None and declaration(partial(frs)).lower_set == "lower"
 
 
 def test_selection_without_prompts_finds_what_does_not_fit():

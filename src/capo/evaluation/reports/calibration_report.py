@@ -9,32 +9,22 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from capo import pairs
 from capo.calibration import LINKS, Spread, spread
+from capo.data.labels import LabelSource
 from capo.data.selection import Selection
-from capo.pairs import Strategy
+from capo.pairs import Strategy, argument, declaration, non_dominated
 
 TARGET = 0.7  # a suggested scale gives the better of two candidates this median win-rate
 BINS = 41  # of a histogram; odd, so that a win-rate of 0.5 is the center of a bin
 MOST_PAIRS = 2**24  # maximum number of pairs of a median; in larger pools, evenly spaced prompts are used
 EXAMPLES = 5  # number of skipped prompts that are listed
 SIMULATED = 4000  # simulated prompts; the standard error of a share of prompts is below 0.008
-
-
-class Described(Protocol):
-    """Attributes of a label source that the report reads."""
-
-    name: str
-    link: str
-    scale: float
-    range: Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class RewardFigures:
-    """Figures of one reward; None: not available (no win-rates, or a human choice: ranks, no scores).
+    """Figures of one reward; None: not available (no win-rates, or a label source that is not `graded`).
 
     Attributes:
         link: name of the reward's link function.
@@ -156,11 +146,10 @@ def calibration_report(
     scores: Tensor,
     calibrated: Tensor,
     selection: Selection,
-    rewards: Sequence[Described],
+    rewards: Sequence[LabelSource],
     prompts: Sequence[str],
     method: str,
     strategy: Strategy,
-    chosen: bool = False,
 ) -> CalibrationReport:
     """Compute the figures of a scored pool; takes seconds for 100 000 prompts x 16 candidates x 3 rewards.
 
@@ -172,15 +161,13 @@ def calibration_report(
         prompts: P texts, from which skipped prompts are listed.
         method: a key of `capo.calibration.METHODS`.
         strategy: pairs strategy, read for its name and arguments.
-        chosen: whether the only label source is a human choice: its scores are ranks, and its win-rates are
-            saturated by construction.
 
     Raises:
         ValueError: P = 0 or N < 2.
     """
     raw, rated = spread(scores), spread(calibrated)
     columns = zip(rewards, scores.unbind(-1), calibrated.unbind(-1), raw, rated, strict=True)
-    figures = {reward.name: _reward_figures(reward, *column, method, chosen) for reward, *column in columns}
+    figures = {reward.name: _reward_figures(reward, *column, method) for reward, *column in columns}
     selected = pair_figures(selection, prompts, strategy)
     several = len(rewards) > 1
     frontier = frontier_shares(scores) if several else None
@@ -198,32 +185,27 @@ def calibration_report(
 
 
 def _reward_figures(
-    reward: Described,
-    scores: Tensor,
-    calibrated: Tensor,
-    raw: Spread,
-    rated: Spread,
-    method: str,
-    chosen: bool,
+    reward: LabelSource, scores: Tensor, calibrated: Tensor, raw: Spread, rated: Spread, method: str
 ) -> RewardFigures:
     """Figures of one reward from its (P, N) scores and calibrated rewards, and the spreads of both."""
     values, bounds = scores.numpy(), (0.0, 1.0) if method == "win_rate" else (None, None)
     declared = None if reward.range is None else (float(reward.range[0]), float(reward.range[1]))
-    gap = None if chosen else median_gap(scores, reward.link)
+    graded = reward.graded
+    gap = median_gap(scores, reward.link) if graded else None
     return RewardFigures(
         link=reward.link,
         scale=reward.scale,
         declared=declared,
         seen=(float(values.min()), float(values.max())),
         outside=None if declared is None else float(((values < declared[0]) | (values > declared[1])).mean()),
-        deviation=None if chosen else raw.std,
+        deviation=raw.std if graded else None,
         spread=rated.std,
-        flat=None if chosen or math.isnan(rated.flat) else rated.flat,
-        saturated=None if chosen or math.isnan(rated.saturated) else rated.saturated,
+        flat=rated.flat if graded and not math.isnan(rated.flat) else None,
+        saturated=rated.saturated if graded and not math.isnan(rated.saturated) else None,
         median_gap=gap,
         pair_win_rate=None if gap is None else 1 / (1 + math.exp(-reward.scale * gap)),
         suggested_scale=None if gap is None else scale_for(gap),
-        raw=None if chosen else histogram(values),
+        raw=histogram(values) if graded else None,
         calibrated=histogram(calibrated.numpy(), *bounds),
     )
 
@@ -302,20 +284,13 @@ def pair_figures(selection: Selection, prompts: Sequence[str], strategy: Strateg
     )
     mean = pairs_.mean().item() if len(pairs_) else 0.0
     examples = [prompts[row] for row in skipped[:EXAMPLES]]
-    return PairFigures(
-        strategy_name(strategy), *sizes, extent, mean, len(skipped), examples, _lower(strategy)
-    )
-
-
-def _lower(strategy: Strategy) -> str | None:
-    if getattr(strategy, "func", strategy) is not pairs.frs:
-        return None
-    return getattr(strategy, "keywords", {}).get("lower", "frontier")
+    lower = argument(strategy, declaration(strategy).lower_set)
+    return PairFigures(strategy_name(strategy), *sizes, extent, mean, len(skipped), examples, lower)
 
 
 def frontier_shares(scores: Tensor) -> Frontier:
     """Mean shares of a prompt's candidates in the frontiers, from (P, N, L) raw scores."""
-    upper, lower = pairs.non_dominated(scores)
+    upper, lower = non_dominated(scores)
     winners, losers = upper & ~lower, lower & ~upper
     shares = [mask.float().mean().item() for mask in (upper, winners, losers)]
     return Frontier(*shares, (~losers.any(1)).float().mean().item())

@@ -26,12 +26,12 @@ from capo.rewards import Reward
 LOGIT = math.log(0.7 / 0.3)  # 0.8473: a pair that far apart has win-rate 0.7
 
 
-def report_of(scores, rewards, strategy=frs, method="win_rate", chosen=False):
+def report_of(scores, rewards, strategy=frs, method="win_rate"):
     scores = torch.as_tensor(scores, dtype=torch.float32)
     names = [r.name for r in rewards]
     calibrated = calibrate(scores, [r.link for r in rewards], [r.scale for r in rewards], method, names)
     texts = [f"prompt {row}" for row in range(len(scores))]
-    return figures.calibration_report(scores, calibrated, select(strategy, scores, calibrated), rewards, texts, method, strategy, chosen)
+    return figures.calibration_report(scores, calibrated, select(strategy, scores, calibrated), rewards, texts, method, strategy)
 
 
 def column(*prompts):
@@ -213,7 +213,7 @@ def test_all_dominated_gives_no_pair_to_a_prompt_that_has_none(seed):
 
 
 def test_a_human_choice_has_no_scores_and_no_warnings():
-    found = report_of(column([1, 0], [0, 1], [1, 0]), [HUMAN], frs, chosen=True)
+    found = report_of(column([1, 0], [0, 1], [1, 0]), [HUMAN], frs)
     human = found.rewards["human"]
     assert [human.raw, human.deviation, human.flat, human.saturated, human.pair_win_rate, human.suggested_scale] == [None] * 6
     assert human.calibrated.counts[0] == human.calibrated.counts[-1] == 3
