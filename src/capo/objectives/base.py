@@ -106,11 +106,9 @@ def try_objective(objective: Objective) -> None:
     Raises what it raises, and InputError where its losses are not (B,).
     """
     needs = requirements(objective)
-    known = {"policy_winner": 0.2, "weight": 0.5}
-    known |= {"policy_loser": 0.3, "gap": 0.1} if needs.loser else {}
-    known |= {"reference_winner": 0.2} if needs.reference else {}
-    known |= {"reference_loser": 0.3} if needs.reference and needs.loser else {}
-    errors = {name: torch.full((3,), value) for name, value in known.items()}
+    fields = {"policy_loser": needs.loser, "gap": needs.loser, "reference_winner": needs.reference}
+    fields |= {"reference_loser": needs.reference and needs.loser, "policy_winner": True, "weight": True}
+    errors = {name: torch.full((3,), 0.2) for name, read in fields.items() if read}
     if needs.predictions:
         made_up = torch.zeros(3, 2 if needs.loser else 1, 1, 2, 2)
         errors["predictions"] = Predictions(made_up, made_up + 0.5, made_up if needs.reference else None)
