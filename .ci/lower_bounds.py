@@ -6,5 +6,6 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 extras = project["optional-dependencies"].values()
-bounds = {re.sub(r">=([\d.]+).*", r"==\1", line) for lines in (project["dependencies"], *extras) for line in lines if ">=" in line}
-print("\n".join(sorted(bounds)))
+lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+found = (re.match(r"([\w-]+)(?:\[.+\])?>=([\d.]+)", line) for line in lines)  # a constraint has no extras
+print("\n".join(sorted({f"{each[1]}=={each[2]}" for each in found if each})))

@@ -99,11 +99,16 @@ def test_environment_and_project_name_the_same_packages():
 
 def test_every_dependency_is_held_at_its_lower_bound():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "lower_bounds.py"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "lower_bounds.py"], capture_output=True, text=True, check=True
+    )
     held = dict(line.split("==") for line in done.stdout.splitlines())
-    for line in (*project["dependencies"], *project["optional-dependencies"]["test"]):
+    extras = project["optional-dependencies"].values()
+    for line in (*project["dependencies"], *(line for extra in extras for line in extra)):
+        if line.startswith(("capo[", "setuptools<")):  # extras of its own, and an upper bound alone
+            continue
         name, bound = line.split(",")[0].split(">=")  # each has one
-        assert held[name] == bound
+        assert held[name.split("[")[0]] == bound
 
 
 def test_readme_holds_the_two_commands():
