@@ -102,11 +102,13 @@ def draw(bases: dict[str, Backbone], settings: SamplerSettings, rounds: int, dev
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = sized_options(__doc__, "sample", "timed calls of each way", 2, 8.0)
+    """What the command line asks for."""
+    parser = sized_options(str(__doc__), "sample", "timed calls of each way", 2, 8.0)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Time what the command line asks for, and print the figures."""
     began, args = time.monotonic(), options(arguments)
     prepare_process(args.threads)
     device, blueprint, steps = (

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -104,7 +105,8 @@ class TimedModule(PreferenceModule):
         self.zero_grad(set_to_none=True)
         self.take_figures()
         torch._dynamo.reset()
-        for network in (self.policy, self.__dict__["_reference"]):
+        networks: list[Any] = [self.policy, self.__dict__["_reference"]]
+        for network in networks:
             if network is not None:
                 network.disable_gradient_checkpointing()
                 network.to(memory_format=torch.contiguous_format)
@@ -293,7 +295,9 @@ def run_setting(
     )
     start = time.perf_counter()
     try:
-        trainer.fit(module, DataLoader([batch] * (ACCUMULATED * (rounds + 1)), batch_size=None))
+        # torch's loaders take any sequence, their types a Dataset alone
+        batches: Any = [batch] * (ACCUMULATED * (rounds + 1))
+        trainer.fit(module, DataLoader(batches, batch_size=None))
     finally:
         module.zero_grad(set_to_none=True)
         module.trainer = None

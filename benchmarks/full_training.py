@@ -167,11 +167,11 @@ class Workshop:
             release(self.device)
             name = self.blueprint.denoiser_name
             base = random_backbone(self.model, {name: random_module(self.blueprint, name, self.device)})
-            self.module = make_module(self.model, base, setting.lora)
+            module = self.module = make_module(self.model, base, setting.lora)
             base.to("cpu")  # as in training: the reference is a copy in half precision
             release(self.device)
-        self._conditioning(self.module.backbone, setting.compare)
-        return self.module
+        self._conditioning(module.backbone, setting.compare)
+        return module
 
     def _conditioning(self, backbone: Backbone, wanted: bool) -> None:
         # in half precision, which favors the published way, which runs them in every step
@@ -195,7 +195,8 @@ def measure(workshop: Workshop, setting: Setting, rounds: int) -> Row:
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = sized_options(__doc__, "train", "timed, of two passes each", 3, 9.0)
+    """What the command line asks for."""
+    parser = sized_options(str(__doc__), "train", "timed, of two passes each", 3, 9.0)
     parser.add_argument("--only", default="", help="settings whose name has this text")
     parser.add_argument(
         "--plans", action="store_true", help="add planned memory to measured rows, and measure nothing"
@@ -204,6 +205,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Time what the command line asks for, and print the figures."""
     began, args = time.monotonic(), options(arguments)
     prepare_process(args.threads)
     device, blueprint = torch.device(args.device), sized_blueprint(args.model, args.size)

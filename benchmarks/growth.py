@@ -120,8 +120,9 @@ def start_training(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Time what the command line asks for, and print the figures."""
     defaults = {"prompts": 1_000_000, "candidates": 16, "rewards": 3, "prompts_per_shard": 512, "threads": 2}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument(

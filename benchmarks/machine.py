@@ -33,10 +33,10 @@ def matmul_rate(device: torch.device, side: int = 8192, products: int = 10) -> f
     """
     one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
-        one @ other
+        torch.matmul(one, other)
     start = now(device)
     for _ in range(products):
-        one @ other
+        torch.matmul(one, other)
     return products * 2 * side**3 / (now(device) - start)
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -17,7 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from torch import nn
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  # made at import
 
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
 from capo.backbones.base import scheduler_class
@@ -138,7 +139,7 @@ def random_pipeline(model: str, parts: Mapping[str, nn.Module | None]) -> Diffus
             **_all(parts, ("unet", "vae", "text_encoder", "text_encoder_2")),
             tokenizer=_clip_tokenizer(),
             tokenizer_2=_clip_tokenizer(),
-            scheduler=DDIMScheduler(
+            scheduler=DDIMScheduler(  # pyright: ignore[reportArgumentType]  # typed as an enumeration
                 beta_start=0.00085,
                 beta_end=0.012,
                 beta_schedule="scaled_linear",
@@ -152,7 +153,7 @@ def random_pipeline(model: str, parts: Mapping[str, nn.Module | None]) -> Diffus
     return pipeline
 
 
-def _all(parts: Mapping[str, nn.Module | None], names: Collection[str]) -> dict[str, nn.Module | None]:
+def _all(parts: Mapping[str, nn.Module | None], names: Collection[str]) -> dict[str, Any]:
     return {name: parts.get(name) for name in names}
 
 

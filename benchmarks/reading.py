@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,8 +148,9 @@ def time_reading(folder: Path, prompts: int, prompts_per_shard: int, batch: int,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Time what the command line asks for, and print the figures."""
     defaults = {"prompts": 512, "prompts_per_shard": 8, "visits": 4096, "batch": 16, "runs": 7, "threads": 2}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(arguments)

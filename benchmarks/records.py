@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from capo.errors import InputError
 from capo.runtime.files import write_whole
 
-Row = dict[str, object]
+Row = dict[str, Any]
 OUT_OF_MEMORY = "out of memory"
 REMEDY = "make room there, or name another file with --results"
 
@@ -37,9 +38,9 @@ class Records:
             return
         known = json.loads(path.read_text(encoding="utf-8"))
         if facts is None:
-            self.facts, facts = known["facts"], known["facts"]
+            self.facts = known["facts"]
         for name in ("device", "what"):
-            if known["facts"].get(name) != facts.get(name):
+            if known["facts"].get(name) != self.facts.get(name):
                 raise InputError(
                     f"{path} has results of {known['facts'].get(name)}, this is {facts.get(name)}: "
                     "name another file with --results"

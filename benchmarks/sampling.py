@@ -64,13 +64,14 @@ def apart(ours: Sequence[Image], theirs: Sequence[Image]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Time what the command line asks for, and print the figures."""
     if any(argument.startswith("--size") for argument in (sys.argv[1:] if arguments is None else arguments)):
         from benchmarks import full_sampling  # here, since it takes a while to import
 
         full_sampling.main(arguments)
         return
     defaults = {"prompts": 4, "batch": 16, "runs": 5, "threads": 2}
-    args, cfg = model_and_sizes(__doc__, defaults, arguments)
+    args, cfg = model_and_sizes(str(__doc__), defaults, arguments)
     settings = SamplerSettings(**{**cfg.sampling, "batch": args.batch})
     backbone, prompts = (
         instantiate(cfg.model.backbone, name=cfg.model.name),

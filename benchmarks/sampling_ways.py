@@ -1,6 +1,7 @@
 """Two ways to draw the same images: calls of the plain pipeline, and the steps of a pool without the pool."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from PIL.Image import Image
 
@@ -20,8 +21,9 @@ def seeds_of(prompt: Prompt, count: int) -> list[int]:
 def plain_pipeline(backbone: Backbone, prompts: Sequence[Prompt], settings: SamplerSettings) -> list[Image]:
     """A call of the pipeline for each prompt."""
     images: list[Image] = []
+    pipeline: Any = backbone.pipeline  # the class of all pipelines has no call
     for prompt in prompts:
-        images += backbone.pipeline(
+        images += pipeline(
             [prompt.text] * settings.batch,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,

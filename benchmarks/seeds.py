@@ -48,7 +48,8 @@ def standard_error(per_prompt: torch.Tensor, resamples: int = 10_000) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the figures that the command line asks for."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run directories, or a multirun directory")
     folders = run_folders(parser.parse_args().runs)
     rates: dict[str, list[torch.Tensor]] = {}

@@ -9,6 +9,7 @@ medians.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -39,8 +40,9 @@ def median_seconds(job, runs: int) -> float:
 
 
 def main() -> None:
+    """Print the figures that the command line asks for."""
     defaults = {"prompts": 100_000, "candidates": 16, "rewards": 3, "threads": 2, "runs": 7}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args()
@@ -55,7 +57,9 @@ def main() -> None:
         "random": random_pair,
         **({"best_worst": best_worst} if args.rewards == 1 else {}),
     }
-    jobs = {f"calibration={name}": partial(calibrate, scores, links, scales, name) for name in METHODS}
+    jobs: dict[str, Callable[[], object]] = {
+        f"calibration={name}": partial(calibrate, scores, links, scales, name) for name in METHODS
+    }
     jobs |= {
         f"pairs={name}": partial(select, strategy, scores, calibrated)
         for name, strategy in strategies.items()

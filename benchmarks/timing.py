@@ -2,7 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
@@ -10,7 +13,7 @@ def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int) -> dict[str, li
 
     The job that begins changes from round to round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    seconds: dict[Name, list[float]] = {name: [] for name in jobs}
     names = list(jobs)
     for run in range(-1, runs):
         first = run % len(names)

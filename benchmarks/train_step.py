@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -59,7 +60,7 @@ Steps = Iterator[Tensor]  # each `next` takes an optimizer step and gives its lo
 class Bare(PreferenceModule):
     """Training module that runs without a trainer: it counts its steps itself and does not log."""
 
-    global_step = 0
+    global_step = 0  # pyright: ignore[reportAssignmentType]  # Lightning's is a property that a trainer answers
 
     def log(self, *args, **kwargs) -> None:
         """Do nothing."""
@@ -76,7 +77,7 @@ def stepping(module: Bare, losses: Iterator[Tensor]) -> Steps:
         optimizer.zero_grad()
         warm_up.step()
         module.take_figures()
-        module.global_step += 1
+        module.global_step += 1  # pyright: ignore[reportAttributeAccessIssue]
         yield loss.detach()
 
 
@@ -103,7 +104,7 @@ def published_losses(module: Bare, prompts: Sequence[str], batch: int) -> Iterat
     rewards = torch.tensor([[0.6, 0.4]]).expand(batch, 2)
     while True:
         rows = torch.randint(len(prompts), (batch,), generator=draw)
-        texts, pixels = [prompts[row] for row in rows], images[rows].flatten(0, 1) / 127.5 - 1
+        texts, pixels = [prompts[row] for row in rows.tolist()], images[rows].flatten(0, 1) / 127.5 - 1
         latents = torch.cat([backbone.encode_images(part) for part in pixels.split(VAE_BATCH)]).unflatten(
             0, (batch, 2)
         )
@@ -183,7 +184,7 @@ def time_steps(
     dataset, make = make_dataset(cfg, backbone, folder), module_maker(cfg, backbone)
     bare, four, published, ours = make(Bare), make(Bare), make(Bare), make(PreferenceModule)
     texts = [prompt.text for prompt in dataset.prompts]
-    rounds = Rounds(
+    rounds: Any = Rounds(  # in the place of a validation
         {
             BARE: stepping(bare, bare_losses(bare, PreferenceData(dataset, batch))),
             FOUR: stepping(four, four_pass_losses(four, PreferenceData(dataset, batch))),
@@ -210,13 +211,14 @@ def time_steps(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Time what the command line asks for, and print the figures."""
     if any(argument.startswith("--size") for argument in (sys.argv[1:] if arguments is None else arguments)):
         from benchmarks import full_training  # here, since it takes a while to import
 
         full_training.main(arguments)
         return
     defaults = {"batch": 16, "prompts": 64, "steps": 5, "runs": 9, "threads": 2}
-    args, cfg = model_and_sizes(__doc__, defaults, arguments)
+    args, cfg = model_and_sizes(str(__doc__), defaults, arguments)
     with tempfile.TemporaryDirectory() as folder:
         seconds, apart = time_steps(cfg, args.batch, args.steps, args.runs, Path(folder))
     print(

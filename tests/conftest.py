@@ -1,6 +1,7 @@
 """Fixtures: tiny pipelines of the real classes (`fixtures.tiny_pipelines`), and runs on them.
 
-pytest reads this file in the process that hands out the tests too, which needs no torch: heavy imports stand in the fixtures.
+pytest reads this file in the process that hands out the tests too, which needs no torch: heavy imports stand
+in the fixtures.
 """
 
 import gc
@@ -75,7 +76,9 @@ def tiny_backbones(tiny_folders) -> dict:
         "sdxl": UNetBackbone(str(tiny_folders["sdxl"]), name="sdxl"),
         "sd15": UNetBackbone(str(tiny_folders["sd15"]), name="sd15"),
         "sd3": MMDiTBackbone(str(tiny_folders["sd3"]), name="sd3", sequence_length=9),
-        "sd3_bare": MMDiTBackbone(str(tiny_folders["sd3_bare"]), name="sd3_bare", t5=False, sequence_length=3),
+        "sd3_bare": MMDiTBackbone(
+            str(tiny_folders["sd3_bare"]), name="sd3_bare", t5=False, sequence_length=3
+        ),
     }
 
 
@@ -87,7 +90,11 @@ def tiny_backbone(tiny_folder):
     return UNetBackbone(str(tiny_folder), name="tiny")
 
 
-RUN_PROMPTS = {"train": "a red cat\na blue dog\na red dog\na blue cat\n", "validation": "red cat\nblue dog\n", "test": "cat\ndog\n"}
+RUN_PROMPTS = {
+    "train": "a red cat\na blue dog\na red dog\na blue cat\n",
+    "validation": "red cat\nblue dog\n",
+    "test": "cat\ndog\n",
+}
 
 
 def brightness(channel: int) -> dict:
@@ -96,7 +103,10 @@ def brightness(channel: int) -> dict:
 
 @pytest.fixture(scope="session")
 def drawn_once():
-    """Pictures of calibration reports, by report: runs on one pool have the same, and drawing it takes a quarter of a tiny run."""
+    """Pictures of calibration reports, by report.
+
+    Runs on one pool have the same, and drawing it takes a quarter of a tiny run.
+    """
     from capo.evaluation.reports import calibration_page
 
     pictures, draw = {}, calibration_page.picture
@@ -124,12 +134,29 @@ def tiny_run(tiny_folder, drawn_once, tmp_path_factory):
 
     def make(name: str, *overrides: str, config: str = "train", rewards: int = 2):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose(config, overrides=[
-                f"run_dir={folder / name}", f"model.backbone.weights={tiny_folder}", f"pool.root={folder / 'pools'}", "prompts=text",
-                *(f"prompts.{split}={folder / split}.txt" for split in RUN_PROMPTS), "pool.candidates=4", "sampling.steps=2",
-                "trainer.max_steps=2", "trainer.batch=2", "trainer.log_every=1", "validation.every=2", "validation.images=2",
-                "evaluation.images=2", "evaluation.zero_prompts=2", "evaluation.oracle=null", "threads=1", "model.name=tiny", *overrides,
-            ])  # fmt: skip
+            cfg = compose(
+                config,
+                overrides=[
+                    f"run_dir={folder / name}",
+                    f"model.backbone.weights={tiny_folder}",
+                    f"pool.root={folder / 'pools'}",
+                    "prompts=text",
+                    *(f"prompts.{split}={folder / split}.txt" for split in RUN_PROMPTS),
+                    "pool.candidates=4",
+                    "sampling.steps=2",
+                    "trainer.max_steps=2",
+                    "trainer.batch=2",
+                    "trainer.log_every=1",
+                    "validation.every=2",
+                    "validation.images=2",
+                    "evaluation.images=2",
+                    "evaluation.zero_prompts=2",
+                    "evaluation.oracle=null",
+                    "threads=1",
+                    "model.name=tiny",
+                    *overrides,
+                ],
+            )
         scorers = {name: brightness(channel) for channel, name in enumerate(("r", "g", "b")[:rewards])}
         OmegaConf.update(cfg, "rewards", scorers, merge=False)
         OmegaConf.update(cfg, "evaluation.rewards", {"r": brightness(0)}, merge=False)
@@ -148,25 +175,42 @@ def command_line(tiny_run, tiny_folder, tmp_path_factory):
     (groups / "rewards").mkdir()
     OmegaConf.save({"r": brightness(0), "g": brightness(1)}, groups / "rewards" / "fake.yaml")
     values = {
-        "hydra.searchpath": f"[file://{groups}]", "rewards": "fake", "rewards@evaluation.rewards": "fake", "model.name": "tiny",
-        "model.backbone.weights": tiny_folder, "pool.root": tiny_run.folder / "pools", "prompts": "text",
+        "hydra.searchpath": f"[file://{groups}]",
+        "rewards": "fake",
+        "rewards@evaluation.rewards": "fake",
+        "model.name": "tiny",
+        "model.backbone.weights": tiny_folder,
+        "pool.root": tiny_run.folder / "pools",
+        "prompts": "text",
         **{f"prompts.{split}": tiny_run.folder / f"{split}.txt" for split in RUN_PROMPTS},
-        "pool.candidates": 4, "sampling.steps": 2, "trainer.max_steps": 2, "trainer.batch": 2, "trainer.log_every": 1,
-        "validation.every": 1, "validation.images": 2, "evaluation.images": 2, "evaluation.zero_prompts": 2,
-        "evaluation.oracle": "null", "threads": 1,
-    }  # fmt: skip
+        "pool.candidates": 4,
+        "sampling.steps": 2,
+        "trainer.max_steps": 2,
+        "trainer.batch": 2,
+        "trainer.log_every": 1,
+        "validation.every": 1,
+        "validation.images": 2,
+        "evaluation.images": 2,
+        "evaluation.zero_prompts": 2,
+        "evaluation.oracle": "null",
+        "threads": 1,
+    }
     return [f"{key}={value}" for key, value in values.items()]
 
 
 @pytest.fixture
 def typed(command_line, monkeypatch):
-    """Calls an entry script's `main` as if `python NAME.py *arguments` had been typed, on the tiny pipeline."""
+    """Calls an entry script's `main` as `python NAME.py *arguments` would, on the tiny pipeline."""
 
     def call(name: str, *arguments: str) -> None:
         script = importlib.import_module(name)
         flags = [argument for argument in arguments if argument.startswith("-")]
         values = [argument for argument in arguments if argument not in flags]
-        monkeypatch.setattr(sys, "argv", [script.__file__, "--config-path", str(ROOT / "conf"), *flags, *command_line, *values])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [script.__file__, "--config-path", str(ROOT / "conf"), *flags, *command_line, *values],
+        )
         script.main()
 
     return call

@@ -1,4 +1,7 @@
-"""What a user's slip gets: one message that names value, place and remedy, an exit code that is not 0, and nothing lost."""
+"""What a user's slip gets.
+
+One message that names value, place and remedy, an exit code that is not 0, and nothing lost.
+"""
 
 import copy
 import csv
@@ -132,17 +135,23 @@ def test_the_options_of_a_family_are_checked_before_its_weights_are_looked_for()
 def test_all_faults_stand_in_one_message(plain):
     cfg = spoilt(plain, trainer__lr=-1, seed="x", rewards__g__link="exp", stage="all")
     assert refusal(generate_script.run, cfg).splitlines() == [
-        "these values cannot be used:", "  seed=x: must be a whole number from 0 to 9223372036854775806",
-        "  trainer.lr=-1: must be a finite number above 0", "  rewards.g.link=exp: must be one of identity, log",
-    ]  # fmt: skip
+        "these values cannot be used:",
+        "  seed=x: must be a whole number from 0 to 9223372036854775806",
+        "  trainer.lr=-1: must be a finite number above 0",
+        "  rewards.g.link=exp: must be one of identity, log",
+    ]
 
 
 def test_a_reference_to_nothing_is_named(plain):
-    assert "objective.beta cannot be resolved" in refusal(check_values, spoilt(plain, objective__beta="${model.beta.sft}"))
+    assert "objective.beta cannot be resolved" in refusal(
+        check_values, spoilt(plain, objective__beta="${model.beta.sft}")
+    )
 
 
 def test_counts_of_prompts_are_numbers():
-    assert "prompts.train=many: must be a whole number" in refusal(check_values, composed("prompts.train=many"))
+    assert "prompts.train=many: must be a whole number" in refusal(
+        check_values, composed("prompts.train=many")
+    )
 
 
 @pytest.mark.parametrize("name", ["evaluate", "generate"])
@@ -178,20 +187,42 @@ def sdxl():
 def test_sdxl_says_where_its_weights_were_looked_for_and_how_to_provide_them(sdxl, tmp_path):
     cfg = spoilt(sdxl, run_dir=str(tmp_path / "run"))
     message = refusal(train_script.run, cfg)
-    assert message.startswith("model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0' (revision 462165984030d82259a11f4367a4eed129e94a7b")
+    assert message.startswith(
+        "model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0' (revision "
+        "462165984030d82259a11f4367a4eed129e94a7b"
+    )
     assert str(Path("stabilityai/stable-diffusion-xl-base-1.0").absolute()) in message
-    assert huggingface_hub.constants.HF_HUB_CACHE in message and "https://huggingface.co (not asked, because HF_HUB_OFFLINE" in message
-    for way in ("hf download stabilityai/stable-diffusion-xl-base-1.0 --revision 4621", "model.backbone.weights=FOLDER", "HF_HOME=FOLDER"):
+    assert (
+        huggingface_hub.constants.HF_HUB_CACHE in message
+        and "https://huggingface.co (not asked, because HF_HUB_OFFLINE" in message
+    )
+    for way in (
+        "hf download stabilityai/stable-diffusion-xl-base-1.0 --revision 4621",
+        "model.backbone.weights=FOLDER",
+        "HF_HOME=FOLDER",
+    ):
         assert way in message
     # 2 567 463 684 x 4, x 4, x 8, and the reference, most of it x 2: 10.3 + 10.3 + 20.5 + 5.1
-    for amount in ("2,567,463,684", "weights 10.3", "gradients 10.3", "optimizer 20.5", "reference 5.1", "46.2 GB", "plan=true"):
+    for amount in (
+        "2,567,463,684",
+        "weights 10.3",
+        "gradients 10.3",
+        "optimizer 20.5",
+        "reference 5.1",
+        "46.2 GB",
+        "plan=true",
+    ):
         assert amount in message
     assert "hour" not in message and "prompts" not in message and "scorer" not in message
     assert not (tmp_path / "run").exists()
 
 
 def test_after_the_weights_come_rewards_then_prompts(sdxl, tiny_folder):
-    none = {f"{place}rewards__{name}": {"scorer": None} for place in ("", "evaluation__") for name in ("vqascore", "vila")}
+    none = {
+        f"{place}rewards__{name}": {"scorer": None}
+        for place in ("", "evaluation__")
+        for name in ("vqascore", "vila")
+    }
     there = spoilt(sdxl, model__backbone__weights=str(tiny_folder), **none)
     message = refusal(check_ready, there)
     assert message.startswith("rewards: vqascore, vila have no scorer.")
@@ -201,12 +232,18 @@ def test_after_the_weights_come_rewards_then_prompts(sdxl, tiny_folder):
     assert "rewards@evaluation.rewards=shapes" in refusal(check_ready, there)
     files = composed("prompts=text").prompts
     there = spoilt(there, evaluation__rewards=shapes, prompts=files)
-    assert refusal(check_ready, there).startswith("prompts.test, prompts.train, prompts.validation: not given")
+    assert refusal(check_ready, there).startswith(
+        "prompts.test, prompts.train, prompts.validation: not given"
+    )
     assert "model=sdxl" not in refusal(check_ready, there)
 
 
 def test_a_scorer_of_ones_own_can_be_named_on_the_command_line():
-    cfg = composed("rewards=[]", "+rewards.light.scorer._target_=fixtures.fake_rewards.Brightness", "rewards@evaluation.rewards=looks")
+    cfg = composed(
+        "rewards=[]",
+        "+rewards.light.scorer._target_=fixtures.fake_rewards.Brightness",
+        "rewards@evaluation.rewards=looks",
+    )
     check_ready(cfg)
 
 
@@ -246,14 +283,23 @@ class Broken:
         return torch.tensor([float("nan") if "cat" in prompt else 1.0 for prompt in prompts])
 
 
-@pytest.mark.parametrize(("scorer", "message"), [
-    (Same, r"none of 4 prompts has a pair with dR > 0: use more candidates \(pool\.candidates=4\)"),
-    (Broken, r'prompt \d \("a? ?\w+ cat"\), candidate 0: reward .own. is nan, which cannot be compared; check its weights'),
-])
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (Same, r"none of 4 prompts has a pair with dR > 0: use more candidates \(pool\.candidates=4\)"),
+        (
+            Broken,
+            r'prompt \d \("a? ?\w+ cat"\), candidate 0: reward .own. is nan, which cannot be compared; '
+            r"check its weights",
+        ),
+    ],
+)
 def test_scores_that_give_no_pair(tiny_run, scorer, message):
     cfg = tiny_run(f"scores-{scorer.__name__}")
     reward = {"own": {"scorer": {"_target_": f"{__name__}.{scorer.__name__}"}}}
-    assert re.search(message, refusal(train_script.run, spoilt(cfg, rewards=reward, evaluation__rewards=reward)))
+    assert re.search(
+        message, refusal(train_script.run, spoilt(cfg, rewards=reward, evaluation__rewards=reward))
+    )
 
 
 def test_an_input_error_under_hydra_stays_one():
@@ -284,7 +330,10 @@ def test_a_run_of_another_version_names_both_and_the_remedy(tiny_run, finished):
     before = written_by(finished, layout=3, capo="9.1.0")
     try:
         evaluation = tiny_run("unused", f"run={finished}", config="evaluate")
-        for message in (refusal(train_script.run, tiny_run("finished")), refusal(evaluate_script.run, evaluation, [], finished)):
+        for message in (
+            refusal(train_script.run, tiny_run("finished")),
+            refusal(evaluate_script.run, evaluation, [], finished),
+        ):
             assert "capo 9.1.0 (layout 3); this is capo 0.1.0, which reads layout 2" in message
             assert "pip install capo==9.1.0" in message and "hydra.run.dir" in message
     finally:
@@ -306,7 +355,11 @@ def test_a_finished_run_needs_neither_weights_nor_prompts(tiny_run, finished):
     before = path.read_text()
     gone = spoilt(cfg, model__backbone__weights="/gone", prompts__train="/gone/train.txt")
     try:
-        path.write_text(before.replace(str(cfg.model.backbone.weights), "/gone").replace(str(cfg.prompts.train), "/gone/train.txt"))
+        path.write_text(
+            before.replace(str(cfg.model.backbone.weights), "/gone").replace(
+                str(cfg.prompts.train), "/gone/train.txt"
+            )
+        )
         assert 0 <= train_script.run(gone) <= 1
     finally:
         path.write_text(before)
@@ -319,7 +372,11 @@ def test_a_checkpoint_of_another_model(finished, tmp_path):
     check_checkpoint(path, module)
     module.policy.conv_in = torch.nn.Conv2d(4, 16, 3)
     message = refusal(check_checkpoint, path, module)
-    assert "checkpoint of another model (2 of" in message and "policy.conv_in.bias" in message and "hydra.run.dir" in message
+    assert (
+        "checkpoint of another model (2 of" in message
+        and "policy.conv_in.bias" in message
+        and "hydra.run.dir" in message
+    )
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(path.read_bytes()[:1000])
     assert f"{cut} cannot be read" in refusal(check_checkpoint, cut, module)
@@ -336,7 +393,10 @@ def test_a_pool_root_that_cannot_be_written(tiny_run, monkeypatch):
     cfg = tiny_run("nowhere", f"pool.root={root}")
     monkeypatch.setattr("capo.data.pool.files.os.open", read_only)
     message = refusal(train_script.run, cfg)
-    assert str(root) in message and "cannot be written (Read-only file system): set pool.root to a folder" in message
+    assert (
+        str(root) in message
+        and "cannot be written (Read-only file system): set pool.root to a folder" in message
+    )
 
 
 @pytest.mark.parametrize("name", [CONFIG, "last.ckpt", OUTCOME])
@@ -352,7 +412,9 @@ def test_a_full_disk_in_training_is_named_and_the_run_goes_on_later(tiny_run, mo
     cfg = tiny_run(folder.name, "evaluate=false")
     monkeypatch.setattr(os, "fsync", full)
     message = refusal(train_script.run, cfg)
-    assert re.search(rf"full-.*{name} cannot be written \(No space left on device\): make room there", message)
+    assert re.search(
+        rf"full-.*{name} cannot be written \(No space left on device\): make room there", message
+    )
     assert not list(folder.rglob(name)) and not list(folder.rglob(".*.tmp"))
     monkeypatch.setattr(os, "fsync", sync)
     assert 0 <= train_script.run(cfg) <= 1
@@ -371,7 +433,9 @@ def test_a_full_disk_under_another_library_is_one_message(tmp_path, capsys):
     with pytest.raises(SystemExit) as end, plain_errors():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: /there/file cannot be used (No space left on device): make room there")
+    assert capsys.readouterr().err.startswith(
+        "error: /there/file cannot be used (No space left on device): make room there"
+    )
     with pytest.raises(FileNotFoundError), plain_errors():  # a fault of the package keeps its trace
         raise FileNotFoundError(errno.ENOENT, "gone", "file")
 
@@ -388,15 +452,31 @@ def test_what_was_probably_meant():
     assert alike("flavor", known) == []
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["objectiv.beta=3"], "error: there is no key 'objectiv.beta'; did you mean objective.beta?"),
-    (["objective.betta=3"], "error: there is no key 'objective.betta'; did you mean objective.beta?"),
-    (["objective=CAPO"], "error: objective=CAPO: no such choice; there are capo, dpo, ipo, sft; did you mean objective=capo?"),
-    (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
-    (["objective.beta"], "error: 'objective.beta' cannot be read (missing EQUAL at '<EOF>'); write key=value"),
-    (["hydra.run.dir=file/run"], "error: file/run cannot be used (Not a directory): make room there, or choose another place"),
-    (["hydra.run.dir=file"], "error: file cannot be used (File exists): make room there, or choose another place"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["objectiv.beta=3"], "error: there is no key 'objectiv.beta'; did you mean objective.beta?"),
+        (["objective.betta=3"], "error: there is no key 'objective.betta'; did you mean objective.beta?"),
+        (
+            ["objective=CAPO"],
+            "error: objective=CAPO: no such choice; there are capo, dpo, ipo, sft; did you mean "
+            "objective=capo?",
+        ),
+        (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
+        (
+            ["objective.beta"],
+            "error: 'objective.beta' cannot be read (missing EQUAL at '<EOF>'); write key=value",
+        ),
+        (
+            ["hydra.run.dir=file/run"],
+            "error: file/run cannot be used (Not a directory): make room there, or choose another place",
+        ),
+        (
+            ["hydra.run.dir=file"],
+            "error: file cannot be used (File exists): make room there, or choose another place",
+        ),
+    ],
+)
 def test_slips_that_hydra_finds(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -444,7 +524,11 @@ def test_a_slip_ends_a_process_with_one_message(helper, tmp_path, script, argume
     code, error = helper.run(script, *arguments, cwd=tmp_path)
     assert code == 2 and error.startswith(message)
     assert "Traceback" not in error and len(error.splitlines()) <= 8
-    assert not list(tmp_path.rglob(f"outputs/**/run/{CONFIG}")) and not (tmp_path / "nothing").exists() and not (tmp_path / "pools").exists()
+    assert (
+        not list(tmp_path.rglob(f"outputs/**/run/{CONFIG}"))
+        and not (tmp_path / "nothing").exists()
+        and not (tmp_path / "pools").exists()
+    )
 
 
 def test_the_trace_comes_back_on_request(helper, tmp_path):
@@ -453,7 +537,10 @@ def test_the_trace_comes_back_on_request(helper, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "argument"), [("train.py", "model=sdxl"), ("generate.py", "seed=x"), ("evaluate.py", "run=nothing")])
+@pytest.mark.parametrize(
+    ("script", "argument"),
+    [("train.py", "model=sdxl"), ("generate.py", "seed=x"), ("evaluate.py", "run=nothing")],
+)
 def test_the_same_without_a_helper(tmp_path, script, argument):
     done = subprocess.run([sys.executable, ROOT / script, argument], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
@@ -461,7 +548,9 @@ def test_the_same_without_a_helper(tmp_path, script, argument):
 
 def shards(root: Path) -> dict[str, int]:
     """Latent files and when they were written; each is whole."""
-    found = {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.glob("*/latents/*.safetensors")}
+    found = {
+        str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.glob("*/latents/*.safetensors")
+    }
     for name in found:
         TensorFile(root / name, verify=True)
     return found
@@ -487,8 +576,15 @@ def test_ctrl_c_in_generation(helper, command_line, tmp_path):
 
 
 def test_ctrl_c_in_training(helper, command_line, tiny_run, tmp_path):
-    command = ["--config-path", ROOT / "conf", *command_line, f"hydra.run.dir={tmp_path / 'run'}", "trainer.max_steps=16", "validation.every=4",
-               "evaluate=false"]  # fmt: skip
+    command = [
+        "--config-path",
+        ROOT / "conf",
+        *command_line,
+        f"hydra.run.dir={tmp_path / 'run'}",
+        "trainer.max_steps=16",
+        "validation.every=4",
+        "evaluate=false",
+    ]
     process = helper.start("train.py", *command)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     code = process.interrupt_when(last.exists)
@@ -508,7 +604,9 @@ def test_ctrl_c_in_evaluation(helper, finished, tmp_path):
     results = (run / "evaluation" / "results.json").read_bytes()
     command = ["--config-path", ROOT / "conf", f"run={run}", "trust=[fixtures]", "evaluation.images=64"]
     process = helper.start("evaluate.py", *command)
-    code = process.interrupt_when(lambda: len(list((run / "evaluation" / "pool").glob("*/latents/*.safetensors"))) >= 3)
+    code = process.interrupt_when(
+        lambda: len(list((run / "evaluation" / "pool").glob("*/latents/*.safetensors"))) >= 3
+    )
     assert_interrupted(process, code, "the same command")
     assert (run / "evaluation" / "results.json").read_bytes() == results
     kept = shards(run / "evaluation" / "pool")
@@ -519,8 +617,17 @@ def test_ctrl_c_in_evaluation(helper, finished, tmp_path):
 
 
 def test_ctrl_c_ends_a_sweep(helper, command_line, tmp_path):
-    command = ["--config-path", ROOT / "conf", "-m", *command_line, f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=0,1", "trainer.max_steps=16",
-               "validation.every=4", "evaluate=false"]  # fmt: skip
+    command = [
+        "--config-path",
+        ROOT / "conf",
+        "-m",
+        *command_line,
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        "seed=0,1",
+        "trainer.max_steps=16",
+        "validation.every=4",
+        "evaluate=false",
+    ]
     process = helper.start("train.py", *command)
     code = process.interrupt_when((tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").exists)
     assert_interrupted(process, code, f"the same command with hydra.sweep.dir={tmp_path / 'sweep'}")

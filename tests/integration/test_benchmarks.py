@@ -74,7 +74,14 @@ def test_growth_keeps_its_pool(printed, tmp_path):
 def test_jobs_take_turns():
     calls = []
     seconds = in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, runs=2)
-    assert calls == ["b", "a", "a", "b", "b", "a"]  # one round to warm up; then every round begins with another
+    assert calls == [
+        "b",
+        "a",
+        "a",
+        "b",
+        "b",
+        "a",
+    ]  # one round to warm up; then every round begins with another
     assert [len(found) for found in seconds.values()] == [2, 2]
 
 
@@ -84,7 +91,11 @@ def test_ratios_are_of_each_round():
 
 @pytest.mark.parametrize(("model", "lora"), [("sdxl", False), ("sd3", True)])
 def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, lora):
-    wanted = [Setting(1, lora=lora, compare=True), Setting(2, lora=lora), Setting(1, lora=lora, checkpointing=False)]
+    wanted = [
+        Setting(1, lora=lora, compare=True),
+        Setting(2, lora=lora),
+        Setting(1, lora=lora, checkpointing=False),
+    ]
     monkeypatch.setattr(full_training, "settings", lambda model, size: wanted)
     take = full_training.run_setting
 
@@ -95,15 +106,31 @@ def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, 
 
     monkeypatch.setattr(full_training, "run_setting", short_of_memory)
     file = tmp_path / "figures.json"
-    arguments = ("--size", "tiny", "--device", "cpu", "--model", model, "--rounds", "1", "--results", str(file))
+    arguments = (
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--model",
+        model,
+        "--rounds",
+        "1",
+        "--results",
+        str(file),
+    )
     told = printed("train_step", *arguments)
     rows = json.loads(file.read_text())["rows"]
     assert [row["status"] for row in rows.values()] == ["measured", "out of memory", "measured"]
     first = rows[wanted[0].key]
     assert all(first[f"faster than {way}"] > 0 for way in ("bare loop", "four passes", "published"))
-    assert first["first_batch"].startswith("largest |h| of the first batch: 0,")  # every setting starts from the base
+    assert first["first_batch"].startswith(
+        "largest |h| of the first batch: 0,"
+    )  # every setting starts from the base
     assert rows[wanted[2].key]["first_batch"].startswith("largest |h| of the first batch: 0,")
-    assert f"{wanted[1].key}: out of memory" in told and file.with_suffix(".md").read_text().count("\n| ") == 2 + 3
+    assert (
+        f"{wanted[1].key}: out of memory" in told
+        and file.with_suffix(".md").read_text().count("\n| ") == 2 + 3
+    )
 
     before = file.read_bytes()
     printed("train_step", *arguments)  # nothing is missing, so nothing is measured
@@ -116,17 +143,35 @@ def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, 
 @pytest.mark.parametrize("model", ["sdxl", "sd3"])
 def test_full_size_sampling_on_a_tiny_model(printed, tmp_path, model):
     file = tmp_path / "figures.json"
-    printed("sampling", "--size", "tiny", "--device", "cpu", "--model", model, "--rounds", "1", "--results", str(file))
+    printed(
+        "sampling",
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--model",
+        model,
+        "--rounds",
+        "1",
+        "--results",
+        str(file),
+    )
     rows = json.loads(file.read_text())["rows"]
     assert list(rows) == ["batch 2", "batch 1"]
-    assert all(row["status"] == "measured" and row["images_per_second"] > 0 and row["faster than pipeline"] > 0 for row in rows.values())
+    assert all(
+        row["status"] == "measured" and row["images_per_second"] > 0 and row["faster than pipeline"] > 0
+        for row in rows.values()
+    )
 
 
 @pytest.mark.parametrize("model", ["sdxl", "sd3"])
 def test_arithmetic_of_a_pair_is_what_torch_counts(model):
     blueprint, cpu = sized_blueprint(model, "tiny"), torch.device("cpu")
     network = random_module(blueprint, blueprint.denoiser_name, cpu)
-    backbone, pairs = random_backbone(model, {blueprint.denoiser_name: network}), random_pairs(blueprint, 2, cpu)
+    backbone, pairs = (
+        random_backbone(model, {blueprint.denoiser_name: network}),
+        random_pairs(blueprint, 2, cpu),
+    )
     t = backbone.timesteps(pairs.u, backbone.draws[0])
     # the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -156,7 +201,9 @@ def test_vendors_peaks():
 
 def test_figures_of_two_machines_do_not_mix(tmp_path):
     file = tmp_path / "figures.json"
-    Records(file, {"device": "one", "what": "step"}).add("a", {"status": "measured", "peak_bytes": 2_500_000_000})
+    Records(file, {"device": "one", "what": "step"}).add(
+        "a", {"status": "measured", "peak_bytes": 2_500_000_000}
+    )
     assert "| a | measured | 2.50 GB |" in file.with_suffix(".md").read_text()
     with pytest.raises(InputError, match="has results of one, this is two"):
         Records(file, {"device": "two", "what": "step"})

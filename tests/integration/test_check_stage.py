@@ -1,4 +1,7 @@
-"""`python train.py check=true`: on the shapes model everything passes, on random weights two checks fail by name."""
+"""`python train.py check=true`.
+
+On the shapes model everything passes, on random weights two checks fail by name.
+"""
 
 import json
 import math
@@ -13,7 +16,12 @@ from capo.preflight.step_check import Watch, check_steps
 from fixtures.tiny_pipelines import CONFIGURED
 
 SHAPES = {
-    name: (f"model={name}", f"model.backbone.weights={shipped(folder)}", f"model.name={name}", "trainer.batch=4")
+    name: (
+        f"model={name}",
+        f"model.backbone.weights={shipped(folder)}",
+        f"model.name={name}",
+        "trainer.batch=4",
+    )
     for name, folder in (("shapes_unet", "unet"), ("shapes_mmdit", "mmdit"))
 }
 NAMES = ["VAE round trip", "denoising error", "sample", "reference = policy", "first loss", "one step"]
@@ -23,18 +31,27 @@ def findings(folder):
     return {check["name"]: check["passed"] for check in json.loads((folder / "check.json").read_text())}
 
 
-@pytest.mark.parametrize(("model", "objective"), [("shapes_unet", "capo"), ("shapes_unet", "dpo"), ("shapes_mmdit", "capo")])
+@pytest.mark.parametrize(
+    ("model", "objective"), [("shapes_unet", "capo"), ("shapes_unet", "dpo"), ("shapes_mmdit", "capo")]
+)
 def test_the_shapes_models_pass(tiny_run, model, objective):
     name = f"check-{model}-{objective}"
     assert math.isnan(train.run(tiny_run(name, *SHAPES[model], "check=true", f"objective={objective}")))
     folder = tiny_run.folder / name
     assert findings(folder) == dict.fromkeys(NAMES, True)
-    assert (folder / "check" / "sample.png").is_file() and not (folder / "config.yaml").exists()  # no run was begun
+    assert (folder / "check" / "sample.png").is_file() and not (
+        folder / "config.yaml"
+    ).exists()  # no run was begun
 
 
 @pytest.mark.parametrize("name", list(CONFIGURED))
 def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name):
-    here = (*CONFIGURED[name], f"model.backbone.weights={tiny_folders[name]}", "prompts=text", "trainer.micro_batch=1")
+    here = (
+        *CONFIGURED[name],
+        f"model.backbone.weights={tiny_folders[name]}",
+        "prompts=text",
+        "trainer.micro_batch=1",
+    )
     with pytest.raises(InputError, match="2 of 6 failed: VAE round trip, denoising error"):
         train.run(tiny_run(f"check-{name}", *here, "check=true"))
     failed = ["VAE round trip", "denoising error"]
@@ -42,15 +59,24 @@ def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name):
 
 
 def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path):
-    """A VAE's config as it may come from elsewhere: pictures come back, but their latents are not those that the denoiser knows."""
+    """A VAE's config as it may come from elsewhere.
+
+    Pictures come back, but their latents are not those that the denoiser knows.
+    """
     folder = shutil.copytree(shipped("unet"), tmp_path / "unet")
     config = json.loads((folder / "vae/config.json").read_text())
-    (folder / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 2.5 * config["scaling_factor"]}))
+    (folder / "vae/config.json").write_text(
+        json.dumps(config | {"scaling_factor": 2.5 * config["scaling_factor"]})
+    )
     with pytest.raises(InputError, match=r"of 6 failed: VAE round trip"):
-        train.run(tiny_run("check-scaled", *SHAPES["shapes_unet"], "check=true", f"model.backbone.weights={folder}"))
+        train.run(
+            tiny_run("check-scaled", *SHAPES["shapes_unet"], "check=true", f"model.backbone.weights={folder}")
+        )
     found = json.loads((tiny_run.folder / "check-scaled" / "check.json").read_text())
     assert "scaling_factor or shift_factor in vae/config.json is not this VAE's" in found[0]["remedy"]
-    assert {"sample", "reference = policy", "first loss", "one step"} <= {check["name"] for check in found if check["passed"]}
+    assert {"sample", "reference = policy", "first loss", "one step"} <= {
+        check["name"] for check in found if check["passed"]
+    }
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_weights_load(tiny_run, monkeypatch):

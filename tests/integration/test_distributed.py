@@ -1,4 +1,7 @@
-"""Two processes on the CPU, started as torchrun starts them: the same run as one process, whatever the strategy."""
+"""Two processes on the CPU, started as torchrun starts them.
+
+The same run as one process, whatever the strategy.
+"""
 
 import csv
 import json
@@ -35,24 +38,46 @@ with plain_errors():
     train.run(OmegaConf.load(sys.argv[1]))
 """
 SHAPES = f"model.backbone.weights={shipped('unet')}"
-STEPS = [SHAPES, "model.name=shapes", "sampling.steps=2", "trainer.batch=4", "trainer.max_steps=6", "trainer.log_every=1", "validation.every=3", "evaluate=false"]
+STEPS = [
+    SHAPES,
+    "model.name=shapes",
+    "sampling.steps=2",
+    "trainer.batch=4",
+    "trainer.max_steps=6",
+    "trainer.log_every=1",
+    "validation.every=3",
+    "evaluate=false",
+]
 STRATEGY = {
-    "ddp": ["trainer.strategy=ddp", "trainer.devices=auto"], "fsdp": ["trainer.strategy=fsdp", "trainer.devices=auto"],
-    "micro": ["trainer.micro_batch=2"], "one": [],
-}  # fmt: skip
+    "ddp": ["trainer.strategy=ddp", "trainer.devices=auto"],
+    "fsdp": ["trainer.strategy=fsdp", "trainer.devices=auto"],
+    "micro": ["trainer.micro_batch=2"],
+    "one": [],
+}
 
 
 def start(tiny_run, name: str, *overrides: str, processes: int = 1, kill_at: int = -1) -> subprocess.Popen:
-    """A training run in `processes` processes, of which the second is killed when it begins step `kill_at`."""
+    """A training run in `processes` processes, the second killed when it begins step `kill_at`."""
     path, script = tiny_run.folder / f"{name}.yaml", tiny_run.folder / "run.py"
     OmegaConf.save(tiny_run(name, *STEPS, *overrides), path, resolve=True)
     script.write_text(CODE)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(free_port()),
+    ]
     paths = f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}"
     return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), str(script), str(path), str(kill_at)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, *(launcher if processes > 1 else []), str(script), str(path), str(kill_at)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def free_port() -> int:
@@ -70,7 +95,10 @@ def finish(process: subprocess.Popen) -> str:
 def curves(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return [{name: float(value) for name, value in row.items() if value and not name.startswith("time/")} for row in rows]
+    return [
+        {name: float(value) for name, value in row.items() if value and not name.startswith("time/")}
+        for row in rows
+    ]
 
 
 def losses(folder: Path) -> list[float]:
@@ -79,8 +107,12 @@ def losses(folder: Path) -> list[float]:
 
 def moments(folder: Path) -> list[tuple[int, float, tuple[int, ...]]]:
     """Number, step and shape of what the optimizer of the last checkpoint remembers."""
-    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-    return [(number, float(part["step"]), tuple(part["exp_avg"].shape)) for number, part in sorted(state.items())]
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0][
+        "state"
+    ]
+    return [
+        (number, float(part["step"]), tuple(part["exp_avg"].shape)) for number, part in sorted(state.items())
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +142,9 @@ def test_the_first_margin_is_zero_everywhere(runs, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_validation_is_that_of_all_processes_together(tiny_run, runs, name):
-    alone, shared = ([row for row in curves(tiny_run.folder / run) if "val/win_rate" in row] for run in ("one", name))
+    alone, shared = (
+        [row for row in curves(tiny_run.folder / run) if "val/win_rate" in row] for run in ("one", name)
+    )
     assert [row["step"] for row in shared] == [3, 6]
     for one, other in zip(alone, shared, strict=True):  # of two prompts each process has seen one
         for column in ("val/score/r", "val/score/g"):
@@ -123,7 +157,15 @@ def test_validation_is_that_of_all_processes_together(tiny_run, runs, name):
 def test_a_checkpoint_of_one_strategy_goes_on_in_another(tiny_run, runs):
     """DDP's in FSDP, FSDP's in one process, and a single process's in itself, which the others must equal."""
     for name, strategy in (("ddp", "fsdp"), ("fsdp", "one"), ("one", "micro")):
-        finish(start(tiny_run, name, *STRATEGY[strategy], "trainer.max_steps=8", processes=2 if strategy == "fsdp" else 1))
+        finish(
+            start(
+                tiny_run,
+                name,
+                *STRATEGY[strategy],
+                "trainer.max_steps=8",
+                processes=2 if strategy == "fsdp" else 1,
+            )
+        )
     first = losses(tiny_run.folder / "one")
     assert len(first) == 8
     for name in ("ddp", "fsdp"):
@@ -152,13 +194,18 @@ def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run):
     told = finish(start(tiny_run, "lora-fsdp", *lora, *STRATEGY["fsdp"], processes=2))
     assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
     assert losses(tiny_run.folder / "lora-fsdp") == pytest.approx(losses(tiny_run.folder / "lora"), rel=1e-4)
-    finish(start(tiny_run, "lora-fsdp", *lora, "trainer.max_steps=7"))  # and its checkpoint goes on in one process
+    finish(
+        start(tiny_run, "lora-fsdp", *lora, "trainer.max_steps=7")
+    )  # and its checkpoint goes on in one process
     assert (tiny_run.folder / "lora-fsdp" / "policy" / "pytorch_lora_weights.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run):
-    """The rectified flow's own classes, split over two processes: losses, first margin, and a pipeline in the end."""
+    """The rectified flow's own classes, split over two processes.
+
+    Losses, first margin, and a pipeline in the end.
+    """
     flow = ["model=shapes_mmdit", f"model.backbone.weights={shipped('mmdit')}", "trainer.max_steps=3"]
     finish(start(tiny_run, "flow", *flow))
     told = finish(start(tiny_run, "flow-fsdp", *flow, *STRATEGY["fsdp"], processes=2))
@@ -170,7 +217,9 @@ def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run):
 
 @pytest.mark.slow
 def test_the_evaluation_after_two_processes_is_made_once(tiny_run):
-    told = finish(start(tiny_run, "evaluated", *STRATEGY["ddp"], "trainer.max_steps=3", "evaluate=true", processes=2))
+    told = finish(
+        start(tiny_run, "evaluated", *STRATEGY["ddp"], "trainer.max_steps=3", "evaluate=true", processes=2)
+    )
     folder = tiny_run.folder / "evaluated"
     results = json.loads((folder / "evaluation" / "results.json").read_text())
     assert set(results["win_rate"]) == {"r"} and (folder / "evaluation" / "report.html").is_file()
@@ -180,9 +229,19 @@ def test_the_evaluation_after_two_processes_is_made_once(tiny_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_half_precision_accumulation_checkpointing_and_an_adapter_go_together(tiny_run, strategy):
-    """bf16 over float32 masters, two micro-batches a device, activations made again: as one process with the same settings."""
-    together = ["+model.lora.rank=2", "+model.lora.alpha=2", "trainer.lr=0.01", "trainer.precision=bf16-mixed", "trainer.micro_batch=1",
-                "trainer.gradient_checkpointing=true", "trainer.max_steps=3"]  # fmt: skip
+    """bf16 over float32 masters, two micro-batches a device, activations made again.
+
+    As one process with the same settings.
+    """
+    together = [
+        "+model.lora.rank=2",
+        "+model.lora.alpha=2",
+        "trainer.lr=0.01",
+        "trainer.precision=bf16-mixed",
+        "trainer.micro_batch=1",
+        "trainer.gradient_checkpointing=true",
+        "trainer.max_steps=3",
+    ]
     alone, shared = f"half-{strategy}-alone", f"half-{strategy}"
     finish(start(tiny_run, alone, *together))
     told = finish(start(tiny_run, shared, *together, *STRATEGY[strategy], processes=2))

@@ -1,4 +1,7 @@
-"""Generation in real processes: killed at any moment, or two at once, it leaves the pool of one that nothing disturbed."""
+"""Generation in real processes.
+
+Killed at any moment, or two at once, it leaves the pool of one that nothing disturbed.
+"""
 
 import os
 import signal
@@ -43,11 +46,27 @@ def generation(command_line, tmp_path_factory):
         arguments = [value for value in command_line if not value.startswith(("pool.", "sampling."))]
         paths = f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}"
         return subprocess.Popen(
-            [sys.executable, "-c", LOGGED, "--config-path", str(ROOT / "conf"), *arguments, *SMALL, f"pool.root={root}",
-             f"hydra.run.dir={root.parent / 'hydra'}"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WRITTEN": str(root.parent / "written.txt")},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                LOGGED,
+                "--config-path",
+                str(ROOT / "conf"),
+                *arguments,
+                *SMALL,
+                f"pool.root={root}",
+                f"hydra.run.dir={root.parent / 'hydra'}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": paths,
+                "OMP_NUM_THREADS": "1",
+                "WRITTEN": str(root.parent / "written.txt"),
+            },
+        )
 
     return start
 
@@ -64,7 +83,10 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file but the locks: one of a process that was killed lies there, held by nobody, until its row is locked again."""
+    """Every file but the locks.
+
+    One of a process that was killed lies there, held by nobody, until its row is locked again.
+    """
     files = (path for path in root.rglob("*") if path.is_file() and path.parent.name != ".locks")
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
@@ -107,5 +129,9 @@ def test_two_processes_share_the_work(generation, undisturbed, tmp_path):
     for process in processes:
         finish(process)
     written = (tmp_path / "written.txt").read_text().splitlines()
-    assert len(written) == len(set(written)) == len((undisturbed.parent / "written.txt").read_text().splitlines())
+    assert (
+        len(written)
+        == len(set(written))
+        == len((undisturbed.parent / "written.txt").read_text().splitlines())
+    )
     assert contents(root) == contents(undisturbed)

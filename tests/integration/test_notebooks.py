@@ -1,6 +1,5 @@
 """The notebooks run from top to bottom."""
 
-
 import nbformat
 import pytest
 from nbclient import NotebookClient

@@ -1,4 +1,4 @@
-"""The calibration report of `generate.py stage=report`, and of the start of training, on the tiny pipeline."""
+"""The calibration report of `generate.py stage=report` and of the start of training, on tiny models."""
 
 import json
 
@@ -43,8 +43,12 @@ def test_the_stage_and_the_start_of_training_write_the_same_report(tiny_run, dra
     found = report_in(pool / "report")
     assert (found["prompts"], found["candidates"], list(found["rewards"])) == (4, 4, ["g", "r"])
     for name in ("calibration.json", "calibration.png", "calibration.html"):
-        assert (tiny_run.folder / "begun" / "calibration" / name).read_bytes() == (pool / "report" / name).read_bytes()
-    assert before == {path: path.read_bytes() for path in pool.rglob("*") if path.is_file() and path.parent.name != "report"}
+        assert (tiny_run.folder / "begun" / "calibration" / name).read_bytes() == (
+            pool / "report" / name
+        ).read_bytes()
+    assert before == {
+        path: path.read_bytes() for path in pool.rglob("*") if path.is_file() and path.parent.name != "report"
+    }
 
 
 def test_an_imported_pool_is_reported(tiny_run, tmp_path):
@@ -52,13 +56,27 @@ def test_an_imported_pool_is_reported(tiny_run, tmp_path):
     for number in range(4):
         Image.new("RGB", (16, 16), (60 * number, 90, 200 - 40 * number)).save(tmp_path / f"{number}.png")
         images.append(f"{number}.png")
-    rows = [{"prompt": "a red hat", "image_path": images[:2], "rank": [1, 2]},
-            {"prompt": "a blue hat", "image_path": images[2:], "rank": [2, 1]}]  # fmt: skip
+    rows = [
+        {"prompt": "a red hat", "image_path": images[:2], "rank": [1, 2]},
+        {"prompt": "a blue hat", "image_path": images[2:], "rank": [2, 1]},
+    ]
     (tmp_path / "test.json").write_text(json.dumps(rows))
-    generate_script.run(tiny_run("unused", "stage=import", "import=rankings", f"import.files={tmp_path / 'test.json'}", config="generate"))
+    generate_script.run(
+        tiny_run(
+            "unused",
+            "stage=import",
+            "import=rankings",
+            f"import.files={tmp_path / 'test.json'}",
+            config="generate",
+        )
+    )
     (pool,) = (tiny_run.folder / "pools").glob("tiny-*-imported")
     for labels, names in (("human", ["human"]), ("rewards", ["g", "r"])):
-        generate_script.run(tiny_run("unused", "stage=report", f"pool.imported={pool}", f"pool.labels={labels}", config="generate"))
+        generate_script.run(
+            tiny_run(
+                "unused", "stage=report", f"pool.imported={pool}", f"pool.labels={labels}", config="generate"
+            )
+        )
         found = report_in(pool / "report")
         assert (list(found["rewards"]), found["prompts"], found["candidates"]) == (names, 2, 2)
         assert (found["rewards"][names[0]]["raw"] is None) == (labels == "human")

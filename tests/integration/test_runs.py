@@ -41,7 +41,9 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     outcomes = [json.loads((folder / "outcome.json").read_text()) for folder in (first, second)]
     assert outcomes[0] == outcomes[1]
-    assert sorted(p.name for p in (first / "checkpoints").iterdir()) == sorted(p.name for p in (second / "checkpoints").iterdir())
+    assert sorted(p.name for p in (first / "checkpoints").iterdir()) == sorted(
+        p.name for p in (second / "checkpoints").iterdir()
+    )
 
 
 def batches_of_two(accumulate: int) -> list[str]:
@@ -61,7 +63,9 @@ def whole(tiny_run):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("batches", [1, 5, 6])  # before the first checkpoint, between two, just after one
-def test_a_run_that_was_cut_off_becomes_the_uninterrupted_one(tiny_run, whole, monkeypatch, accumulate, batches):
+def test_a_run_that_was_cut_off_becomes_the_uninterrupted_one(
+    tiny_run, whole, monkeypatch, accumulate, batches
+):
     name = f"cut{accumulate}-{batches}"
     cfg = tiny_run(name, *STEPS, *batches_of_two(accumulate))
     step, calls = PreferenceModule.training_step, []
@@ -81,7 +85,9 @@ def test_a_run_that_was_cut_off_becomes_the_uninterrupted_one(tiny_run, whole, m
 
 
 def test_a_finished_run_says_so_and_returns_what_is_stored(tiny_run, whole, capsys, monkeypatch):
-    monkeypatch.setattr("capo.cli.tune.build_components", lambda *given, **options: pytest.fail("nothing is to be done"))
+    monkeypatch.setattr(
+        "capo.cli.tune.build_components", lambda *given, **options: pytest.fail("nothing is to be done")
+    )
     before = {path: path.stat().st_mtime_ns for path in (whole[1] / "checkpoints").iterdir()}
     stored = json.loads((whole[1] / "outcome.json").read_text())["val/win_rate"]
     assert train_script.run(tiny_run("whole1", *STEPS, "data.workers=2")) == stored  # workers may differ
@@ -94,7 +100,11 @@ def test_another_configuration_is_refused_with_the_differences(tiny_run, whole):
     with pytest.raises(InputError) as refused:
         train_script.run(tiny_run("whole1", *STEPS, "objective.beta=7", "seed=3"))
     message = str(refused.value)
-    assert f"objective.beta: {tiny_run('unused').objective.beta} -> 7" in message and "seed: 0 -> 3" in message and "hydra.run.dir" in message
+    assert (
+        f"objective.beta: {tiny_run('unused').objective.beta} -> 7" in message
+        and "seed: 0 -> 3" in message
+        and "hydra.run.dir" in message
+    )
     assert message.count("->") == 2
     assert (whole[1] / "config.yaml").read_bytes() == config
 
@@ -113,10 +123,12 @@ def test_differences_name_leaves_and_leave_out_what_is_free():
 
 
 def test_runs_begun_before_the_adapters_rate_was_a_key_go_on_where_the_rate_in_use_is_the_same():
-    old, new = {"model": {"name": "x"}, "trainer": {"lr": 1e-3}}, {"model": {"name": "x", "adapter_lr": 1e-3}, "trainer": {"lr": 1e-3}}
+    old, new = (
+        {"model": {"name": "x"}, "trainer": {"lr": 1e-3}},
+        {"model": {"name": "x", "adapter_lr": 1e-3}, "trainer": {"lr": 1e-3}},
+    )
     assert differences(old, new) == []
     assert differences(old, new | {"trainer": {"lr": 1e-4}}) == ["trainer.lr: 0.001 -> 0.0001"]
-
 
 
 def command(tiny_run, name: str) -> list[str]:
@@ -135,9 +147,13 @@ def command(tiny_run, name: str) -> list[str]:
 
 def start(tiny_run, name: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command(tiny_run, name), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command(tiny_run, name),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def kill_when(process: subprocess.Popen, happened) -> None:
@@ -164,7 +180,12 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tiny_run):
         return last.exists() and last.stat().st_mtime not in seen
 
     pictures = folder / "killed" / "validation" / "step000010.png"
-    for happened in (lambda: (folder / "killed" / "validation" / "step000000.png").exists(), pictures.exists, written, written):
+    for happened in (
+        lambda: (folder / "killed" / "validation" / "step000000.png").exists(),
+        pictures.exists,
+        written,
+        written,
+    ):
         if last.exists():
             seen.append(last.stat().st_mtime)
         kill_when(start(tiny_run, "killed"), happened)

@@ -38,10 +38,15 @@ def test_a_third_reward_leaves_the_latents_alone_and_training_takes_it(tiny_run,
     assert validation.sample_prompts is sample  # the policy's images are drawn, the base's are there
     capsys.readouterr()
     train_script.run(tiny_run("trained", "evaluate=false", rewards=3))
-    assert "4 prompts x 4 candidates of the base, scored by b, g, r" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "4 prompts x 4 candidates of the base, scored by b, g, r" in " ".join(
+        capsys.readouterr().out.replace("│", " ").split()
+    )
     assert digests(pools, "*/latents/*") == latents
 
 
 def test_the_stage_that_scores_has_one_documented_name(tiny_run):
-    with pytest.raises(InputError, match=r"stage=scor is unknown; choose all, text, latents, score, import, .*; did you mean score\?"):
+    with pytest.raises(
+        InputError,
+        match=r"stage=scor is unknown; choose all, text, latents, score, import, .*; did you mean score\?",
+    ):
         generate_script.run(tiny_run("slip", "stage=scor", config="generate"))

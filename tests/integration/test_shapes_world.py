@@ -15,12 +15,21 @@ from capo.data.prompts import candidate_seed
 from fixtures import ROOT
 
 pytestmark = pytest.mark.slow
-SMALL = ["experiment=quick", "trainer.max_steps=8", "validation.every=4", "prompts.train=16", "prompts.test=16", "pool.candidates=4"]
+SMALL = [
+    "experiment=quick",
+    "trainer.max_steps=8",
+    "validation.every=4",
+    "prompts.train=16",
+    "prompts.test=16",
+    "pool.candidates=4",
+]
 
 
 def run(script: str, *overrides: str) -> str:
     command = [sys.executable, str(ROOT / script), *overrides]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=overrides[-1].split("=", 1)[1])
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=overrides[-1].split("=", 1)[1]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -31,7 +40,13 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     for name, workers in (("first", 0), ("second", 2)):
         (folder / name).mkdir()
-        run("train.py", *SMALL, f"data.workers={workers}", f"pool.root={folder / 'pools'}", f"hydra.run.dir={folder / name}")
+        run(
+            "train.py",
+            *SMALL,
+            f"data.workers={workers}",
+            f"pool.root={folder / 'pools'}",
+            f"hydra.run.dir={folder / name}",
+        )
     return folder
 
 
@@ -44,7 +59,9 @@ def flow(tmp_path_factory):
 
 
 def test_same_seed_same_bytes(runs):
-    first, second = ((runs / name / "evaluation" / "results.json").read_bytes() for name in ("first", "second"))
+    first, second = (
+        (runs / name / "evaluation" / "results.json").read_bytes() for name in ("first", "second")
+    )
     assert first == second
     found = json.loads(first)
     assert set(found["win_rate"]) == set(found["zero"]) == {"alignment", "looks", "preference"}
@@ -58,26 +75,36 @@ def test_the_rectified_flow_takes_the_whole_path(flow):
     with (flow / "metrics.csv").open() as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert len(losses) >= 1 and np.isfinite(losses).all()
-    assert (flow / "validation" / "step000008.png").is_file() and (flow / "evaluation" / "report.html").is_file()
+    assert (flow / "validation" / "step000008.png").is_file() and (
+        flow / "evaluation" / "report.html"
+    ).is_file()
 
 
 @pytest.mark.parametrize("model", ["unet", "mmdit"])
 def test_the_plain_pipeline_draws_the_images_of_the_evaluation(request, model):
     folder = request.getfixturevalue("runs") / "first" if model == "unet" else request.getfixturevalue("flow")
     parts = {"text_encoder_3": None, "tokenizer_3": None} if model == "mmdit" else {}
-    pipe = DiffusionPipeline.from_pretrained(folder / "policy", dtype=torch.float32, use_safetensors=True, **parts)
+    pipe = DiffusionPipeline.from_pretrained(
+        folder / "policy", dtype=torch.float32, use_safetensors=True, **parts
+    )
     pipe.set_progress_bar_config(disable=True)
     pool = Pool.open(next((folder / "evaluation" / "pool").glob("*/manifest.json")).parent)
     settings = json.loads((folder / "evaluation" / "settings.json").read_text())
     shard = pool.shards(settings["images_per_prompt"])[0]
     prompts = pool.row_prompts(shard.row)
-    seeds = [candidate_seed(settings["seed"], prompt.id, index) for prompt in prompts for index in shard.candidates]
+    seeds = [
+        candidate_seed(settings["seed"], prompt.id, index) for prompt in prompts for index in shard.candidates
+    ]
     call = {
-        "prompt": [prompt.text for prompt in prompts], "num_images_per_prompt": len(shard.candidates),
-        "num_inference_steps": settings["steps"], "guidance_scale": settings["guidance"],
+        "prompt": [prompt.text for prompt in prompts],
+        "num_images_per_prompt": len(shard.candidates),
+        "num_inference_steps": settings["steps"],
+        "guidance_scale": settings["guidance"],
         **({"max_sequence_length": 4} if model == "mmdit" else {}),
-    }  # fmt: skip
-    latents = pipe(**call, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="latent").images
+    }
+    latents = pipe(
+        **call, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="latent"
+    ).images
     stored = pool.read_latents(shard).flatten(0, 1)
     assert torch.equal(latents.half(), stored)
     images = pipe(**call, generator=[torch.Generator().manual_seed(s) for s in seeds]).images
@@ -85,7 +112,10 @@ def test_the_plain_pipeline_draws_the_images_of_the_evaluation(request, model):
         raw = stored.float() / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
         decoded = pipe.vae.decode(raw, return_dict=False)[0]
     ours = pipe.image_processor.postprocess(decoded, output_type="pil")
-    apart = np.abs(np.stack([np.asarray(i, dtype=int) for i in images]) - np.stack([np.asarray(i, dtype=int) for i in ours]))
+    apart = np.abs(
+        np.stack([np.asarray(i, dtype=int) for i in images])
+        - np.stack([np.asarray(i, dtype=int) for i in ours])
+    )
     assert apart.max() <= 1 and (apart > 0).mean() <= 0.03
 
 
@@ -98,11 +128,26 @@ def test_the_papers_betas_give_a_curve_and_a_warning(tmp_path):
     """`python train.py -m objective.beta=300,500,1000` as it is typed, with fewer images and steps."""
     sweep = tmp_path / "sweep"
     small = [value for value in SMALL if "max_steps" not in value] + ["trainer.max_steps=4"]
-    told = run("train.py", "-m", "objective.beta=300,500,1000", *small, f"pool.root={tmp_path / 'pools'}", f"hydra.sweep.dir={sweep}",
-               f"hydra.run.dir={tmp_path}")  # fmt: skip
+    told = run(
+        "train.py",
+        "-m",
+        "objective.beta=300,500,1000",
+        *small,
+        f"pool.root={tmp_path / 'pools'}",
+        f"hydra.sweep.dir={sweep}",
+        f"hydra.run.dir={tmp_path}",
+    )
     with (sweep / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["objective.beta"], row["status"]) for row in rows] == [("300", "finished"), ("500", "finished"), ("1000", "finished")]
+    assert [(row["objective.beta"], row["status"]) for row in rows] == [
+        ("300", "finished"),
+        ("500", "finished"),
+        ("1000", "finished"),
+    ]
     assert (sweep / "sweep.png").is_file()
-    warnings = [beta for beta in (300, 500, 1000) if f"objective.beta={beta} lies outside 30-300" in " ".join(told.split())]
+    warnings = [
+        beta
+        for beta in (300, 500, 1000)
+        if f"objective.beta={beta} lies outside 30-300" in " ".join(told.split())
+    ]
     assert warnings == [500, 1000]

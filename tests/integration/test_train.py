@@ -18,7 +18,13 @@ from capo.errors import InputError
 @pytest.mark.parametrize("pairs", ["best_worst", "sum", "frs", "random"])
 def test_every_objective_runs_with_every_selection(tiny_run, objective, pairs):
     name = f"{objective}-{pairs}"
-    cfg = tiny_run(name, f"objective={objective}", f"pairs={pairs}", "evaluate=false", rewards=1 if pairs == "best_worst" else 2)
+    cfg = tiny_run(
+        name,
+        f"objective={objective}",
+        f"pairs={pairs}",
+        "evaluate=false",
+        rewards=1 if pairs == "best_worst" else 2,
+    )
     win_rate = train_script.run(cfg)
     assert 0 <= win_rate <= 1
     outcome = json.loads((tiny_run.folder / name / "outcome.json").read_text())
@@ -41,35 +47,64 @@ def finished(tiny_run):
 
 
 def test_a_run_directory_holds_what_it_should(finished):
-    for name in ("config.yaml", "metrics.csv", "outcome.json", "checkpoints/last.ckpt", "validation/step000000.png",
-                 "validation/step000002.png", "evaluation/results.json", "evaluation/report.html", "policy/README.md"):  # fmt: skip
+    for name in (
+        "config.yaml",
+        "metrics.csv",
+        "outcome.json",
+        "checkpoints/last.ckpt",
+        "validation/step000000.png",
+        "validation/step000002.png",
+        "evaluation/results.json",
+        "evaluation/report.html",
+        "policy/README.md",
+    ):
         assert (finished / name).is_file(), name
     assert "${" not in (finished / "config.yaml").read_text()
     columns = (finished / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"train/loss", "train/h", "train/beta_h", "train/dR", "train/saturated", "train/accuracy", "train/drift_winner",
-            "train/drift_loser", "train/gradient_norm", "time/pairs_per_second", "val/win_rate", "val/win_rate/r"} <= set(columns)  # fmt: skip
+    assert {
+        "train/loss",
+        "train/h",
+        "train/beta_h",
+        "train/dR",
+        "train/saturated",
+        "train/accuracy",
+        "train/drift_winner",
+        "train/drift_loser",
+        "train/gradient_norm",
+        "time/pairs_per_second",
+        "val/win_rate",
+        "val/win_rate/r",
+    } <= set(columns)
 
 
 def test_the_policy_is_an_ordinary_pipeline(finished):
-    pipe = StableDiffusionXLPipeline.from_pretrained(finished / "policy", dtype=torch.float32, use_safetensors=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        finished / "policy", dtype=torch.float32, use_safetensors=True
+    )
     best = max((finished / "checkpoints").glob("0*.ckpt"))
     weights = torch.load(best, weights_only=True)["state_dict"]
     assert weights.keys() == {f"policy.{name}" for name in pipe.unet.state_dict()}
-    assert all(torch.equal(value, weights[f"policy.{name}"]) for name, value in pipe.unet.state_dict().items())
+    assert all(
+        torch.equal(value, weights[f"policy.{name}"]) for name, value in pipe.unet.state_dict().items()
+    )
 
 
 def test_a_second_run_of_the_same_seed_gives_the_same_bytes(tiny_run, finished):
     train_script.run(tiny_run("again", "data.workers=2"))
     other = tiny_run("other", "seed=1")
     train_script.run(other)
-    results = {name: (tiny_run.folder / name / "evaluation" / "results.json").read_bytes() for name in ("finished", "again", "other")}
+    results = {
+        name: (tiny_run.folder / name / "evaluation" / "results.json").read_bytes()
+        for name in ("finished", "again", "other")
+    }
     assert results["finished"] == results["again"] != results["other"]
 
 
 def test_evaluation_of_a_finished_run_is_skipped_or_renewed(tiny_run, finished):
     results = finished / "evaluation" / "results.json"
     before = results.stat().st_mtime_ns
-    # this run's rewards come from the test itself, which its own config.yaml may not call without being trusted
+    # this run's rewards come from the test itself, which its own config.yaml may not call without being
+    # trusted
     cfg = tiny_run("unused", f"run={finished}", config="evaluate")
     with pytest.raises(InputError, match=r"trust=\[fixtures\]"):
         evaluate_script.run(cfg, [], finished)
@@ -87,7 +122,9 @@ def test_lora_trains_and_exports_an_adapter(tiny_run):
     cfg = tiny_run("lora", "+model.lora.rank=2", "+model.lora.alpha=2", "evaluate=true")
     train_script.run(cfg)
     assert (tiny_run.folder / "lora" / "policy" / "pytorch_lora_weights.safetensors").is_file()
-    checkpoint = torch.load(tiny_run.folder / "lora" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(tiny_run.folder / "lora" / "checkpoints" / "last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
     assert checkpoint and all("lora_" in name for name in checkpoint)  # what is frozen is not kept
 
 

@@ -54,9 +54,11 @@ def test_probability_of_zero_is_clamped():
 def test_agrees_with_equation_7_written_out():
     scores, scale = normal(5, 7), 2.5
     expected = torch.tensor(
-        [[sum(expit(scale * (a - b)) for j, b in enumerate(row) if j != i) / 6 for i, a in enumerate(row)]
-         for row in scores.tolist()]
-    )  # fmt: skip
+        [
+            [sum(expit(scale * (a - b)) for j, b in enumerate(row) if j != i) / 6 for i, a in enumerate(row)]
+            for row in scores.tolist()
+        ]
+    )
     assert close(calibrated_rewards(scores, scale=scale), expected)
 
 

@@ -83,5 +83,8 @@ def test_hydra_is_forbidden_to_every_room_but_cli(graph):
 def test_the_library_imports_no_benchmark(graph):
     library = {"capo", *graph.find_descendants("capo")}
     assert not {
-        name for name in library for other in graph.find_modules_directly_imported_by(name) if "benchmarks" in other
+        name
+        for name in library
+        for other in graph.find_modules_directly_imported_by(name)
+        if "benchmarks" in other
     }

@@ -21,15 +21,20 @@ def batch_for(backbone, pairs=3) -> PreferenceBatch:
     shape = (pairs, 2, *backbone.latent_shape)
     text = backbone.encode_prompts(["a red cat", "a blue dog", "a red dog"][:pairs])
     return PreferenceBatch(
-        latents=torch.randn(shape, generator=draw), noise=torch.randn(shape, generator=draw),
-        u=torch.tensor([0.1, 0.5, 0.9])[:pairs], calibrated_rewards=torch.tensor([[0.8, 0.3], [0.7, 0.4], [0.6, 0.5]])[:pairs],
-        text={name: value.clone() for name, value in text.items()}, prompt_ids=list("abc")[:pairs],
-    )  # fmt: skip
+        latents=torch.randn(shape, generator=draw),
+        noise=torch.randn(shape, generator=draw),
+        u=torch.tensor([0.1, 0.5, 0.9])[:pairs],
+        calibrated_rewards=torch.tensor([[0.8, 0.3], [0.7, 0.4], [0.6, 0.5]])[:pairs],
+        text={name: value.clone() for name, value in text.items()},
+        prompt_ids=list("abc")[:pairs],
+    )
 
 
 def module_for(backbone, objective=None, **options) -> PreferenceModule:
     objective = objective or partial(objectives.capo, beta=100.0)
-    return PreferenceModule(backbone, objective, lr=1e-3, warm_up=2, weighting=Weighting("sigmoid", 1.5), **options)
+    return PreferenceModule(
+        backbone, objective, lr=1e-3, warm_up=2, weighting=Weighting("sigmoid", 1.5), **options
+    )
 
 
 def test_error_is_a_float32_mean():
@@ -76,7 +81,9 @@ def test_the_reference_is_frozen_and_in_no_checkpoint(tiny_backbone, lora):
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
     assert all(p.grad is None for p in tiny_backbone.denoiser.parameters())
     torch.optim.SGD(trained, lr=1.0).step()
-    assert all(torch.equal(value, before[name]) for name, value in tiny_backbone.denoiser.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in tiny_backbone.denoiser.state_dict().items()
+    )
     assert all(name.startswith("policy.") for name in module.state_dict())
 
 
@@ -94,7 +101,9 @@ def test_sft_computes_neither_reference_nor_loser(tiny_backbone, monkeypatch):
     module = module_for(tiny_backbone, partial(objectives.sft, beta=None))
     sizes = []
     predict = tiny_backbone.predict
-    monkeypatch.setattr(tiny_backbone, "predict", lambda n, x, t, text: sizes.append(len(x)) or predict(n, x, t, text))
+    monkeypatch.setattr(
+        tiny_backbone, "predict", lambda n, x, t, text: sizes.append(len(x)) or predict(n, x, t, text)
+    )
     errors = module.pair_errors(batch_for(tiny_backbone))
     assert sizes == [3] and errors.reference_winner is None and errors.policy_loser is None
 
@@ -132,10 +141,13 @@ def test_an_objective_on_winners_may_read_the_reference(tiny_backbone):
 
 def test_figures_by_hand():
     errors = PairErrors(
-        policy_winner=torch.tensor([0.2, 0.5]), reference_winner=torch.tensor([0.3, 0.4]),
-        policy_loser=torch.tensor([0.4, 0.4]), reference_loser=torch.tensor([0.4, 0.4]),
-        weight=torch.tensor([1.0, 0.5]), gap=torch.tensor([0.4, 0.2]),
-    )  # fmt: skip
+        policy_winner=torch.tensor([0.2, 0.5]),
+        reference_winner=torch.tensor([0.3, 0.4]),
+        policy_loser=torch.tensor([0.4, 0.4]),
+        reference_loser=torch.tensor([0.4, 0.4]),
+        weight=torch.tensor([1.0, 0.5]),
+        gap=torch.tensor([0.4, 0.2]),
+    )
     # h = -w (m+ - r+) + w (m- - r-): 0.1 and -0.05; beta h = 3 and -1.5, both beyond 1
     figures = {name: float(value) for name, value in training_figures(errors, beta=30.0).items()}
     assert figures["train/h"] == pytest.approx(0.025) and figures["train/beta_h"] == pytest.approx(0.75)
@@ -143,7 +155,9 @@ def test_figures_by_hand():
     assert figures["train/drift_winner"] == pytest.approx(0.0, abs=1e-7) and figures["train/drift_loser"] == 0
     assert figures["train/saturated"] == 1.0
     drift = drift_by_time(errors, torch.tensor([0.05, 0.95]))
-    assert drift["drift/winner/u0.0"] == pytest.approx(-0.1) and drift["drift/winner/u0.8"] == pytest.approx(0.1)
+    assert drift["drift/winner/u0.0"] == pytest.approx(-0.1) and drift["drift/winner/u0.8"] == pytest.approx(
+        0.1
+    )
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny_backbone):
@@ -154,7 +168,9 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny_backbone):
     module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("nan"))
     module.configure_gradient_clipping(optimizer)
     optimizer.step()
-    assert module.bad_steps == 1 and all(torch.equal(a, b) for a, b in zip(before, module.policy.parameters(), strict=True))
+    assert module.bad_steps == 1 and all(
+        torch.equal(a, b) for a, b in zip(before, module.policy.parameters(), strict=True)
+    )
     module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("inf"))
     with pytest.raises(InputError, match="2 steps in a row"):
         module.configure_gradient_clipping(optimizer)

@@ -189,8 +189,10 @@ def test_each_sample_has_its_own_time(leading):
     t = torch.rand(leading, generator=torch.Generator().manual_seed(0))
     for function in (noise.vp_add_noise, noise.flow_add_noise):
         together = function(x, eps, t)
-        alone = [function(a[None], b[None], c[None]) for a, b, c in zip(
-            x.flatten(0, -4), eps.flatten(0, -4), t.flatten(), strict=True)]  # fmt: skip
+        alone = [
+            function(a[None], b[None], c[None])
+            for a, b, c in zip(x.flatten(0, -4), eps.flatten(0, -4), t.flatten(), strict=True)
+        ]
         assert torch.equal(together, torch.cat(alone).reshape(x.shape))
 
 

@@ -47,7 +47,8 @@ def plain_latents(pipeline, **options):
 def assert_adapters_latents(found, ours, base):
     """The same but for rounding, beside what the adapter moves.
 
-    An adapter from a file lies otherwise in memory, and some processors then take its products in another order.
+    An adapter from a file lies otherwise in memory, and some processors then take its products in another
+    order.
     """
     moved = (ours - base).abs().max().item()
     assert moved > 1e-3
@@ -84,7 +85,9 @@ def test_full_policy_loads_by_the_readmes_line_and_gives_our_latents(tiny_backbo
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["sd15", "sd3", "sd3_bare"])
-def test_every_family_loads_by_the_readmes_lines_and_gives_our_latents(tiny_backbones, tmp_path, monkeypatch, name, lora):
+def test_every_family_loads_by_the_readmes_lines_and_gives_our_latents(
+    tiny_backbones, tmp_path, monkeypatch, name, lora
+):
     backbone = tiny_backbones[name]
     policy = backbone.trainable_copy()
     policy = tuned(add_lora(policy, targets=backbone.lora_targets, **lora) if lora else policy)
@@ -102,13 +105,22 @@ def test_every_family_loads_by_the_readmes_lines_and_gives_our_latents(tiny_back
     assert_same_weights(policy, loaded)
 
 
-def test_an_adapter_is_loaded_with_the_sampler_and_autoencoder_that_it_was_tuned_with(tiny_folder, tmp_path, monkeypatch):
-    backbone = UNetBackbone(str(tiny_folder), scheduler="DPMSolverMultistepScheduler", vae=str(_other_vae(tiny_folder, tmp_path)))
+def test_an_adapter_is_loaded_with_the_sampler_and_autoencoder_that_it_was_tuned_with(
+    tiny_folder, tmp_path, monkeypatch
+):
+    backbone = UNetBackbone(
+        str(tiny_folder), scheduler="DPMSolverMultistepScheduler", vae=str(_other_vae(tiny_folder, tmp_path))
+    )
     policy = tuned(add_lora(backbone.trainable_copy(), rank=2, alpha=4))
     pipe = run_readme(export_policy(backbone, policy, tmp_path / "policy", CARD), monkeypatch)
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
-    assert_adapters_latents(plain_latents(pipe), latents_of(backbone, policy), latents_of(backbone, backbone.denoiser))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(backbone.vae.parameters(), pipe.vae.parameters(), strict=True))
+    assert_adapters_latents(
+        plain_latents(pipe), latents_of(backbone, policy), latents_of(backbone, backbone.denoiser)
+    )
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(backbone.vae.parameters(), pipe.vae.parameters(), strict=True)
+    )
 
 
 def _other_vae(tiny_folder, tmp_path):
@@ -162,7 +174,11 @@ def test_lora_file_loads_by_the_readmes_lines_and_gives_our_latents(tiny_backbon
         "pytorch_lora_weights.safetensors",
     ]
     assert json.loads((folder / "base.json").read_text())["weights"] == tiny_backbone.weights
-    ours, base, loaded = latents_of(tiny_backbone, policy), latents_of(tiny_backbone, tiny_backbone.denoiser), load_policy(tiny_backbone, folder)
+    ours, base, loaded = (
+        latents_of(tiny_backbone, policy),
+        latents_of(tiny_backbone, tiny_backbone.denoiser),
+        load_policy(tiny_backbone, folder),
+    )
     for found in (plain_latents(run_readme(folder, monkeypatch)), latents_of(tiny_backbone, loaded)):
         assert_adapters_latents(found, ours, base)
     assert has_adapter(loaded)
@@ -181,7 +197,11 @@ def test_full_export_of_a_lora_policy_is_merged(tiny_backbones, tmp_path, monkey
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in expected.items())
     assert not (folder / "pytorch_lora_weights.safetensors").exists() and has_adapter(policy)
     # the adapter's own latents but for rounding, and not the base's
-    merged_in, beside, base = plain_latents(plain, **backbone.call_options), latents_of(backbone, policy), latents_of(backbone, backbone.denoiser)
+    merged_in, beside, base = (
+        plain_latents(plain, **backbone.call_options),
+        latents_of(backbone, policy),
+        latents_of(backbone, backbone.denoiser),
+    )
     moved = (beside - base).abs().max().item()
     assert moved > 1e-3
     torch.testing.assert_close(merged_in, beside, atol=1e-3 * moved, rtol=0)
@@ -204,7 +224,9 @@ def test_policy_of_another_architecture_is_refused(tiny_backbone, tmp_path):
 
 
 def test_folder_without_policy_is_refused(tiny_backbone, tmp_path):
-    with pytest.raises(InputError, match=r"neither 'unet/config.json' nor 'pytorch_lora_weights.safetensors'"):
+    with pytest.raises(
+        InputError, match=r"neither 'unet/config.json' nor 'pytorch_lora_weights.safetensors'"
+    ):
         load_policy(tiny_backbone, tmp_path)
 
 

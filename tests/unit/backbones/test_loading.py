@@ -80,8 +80,10 @@ def test_a_cache_without_the_variant_does_not_count(tiny_folder, tmp_path, monke
 
 def test_shards_that_an_index_names_must_all_be_there(copied):
     unet = copied / "unet"
-    names = {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors",
-             "conv_out.weight": "diffusion_pytorch_model-00002-of-00002.safetensors"}  # fmt: skip
+    names = {
+        "conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "conv_out.weight": "diffusion_pytorch_model-00002-of-00002.safetensors",
+    }
     (unet / "diffusion_pytorch_model.safetensors").rename(unet / names["conv_in.weight"])
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert lacking_parts(copied) == ["the weights of unet"]

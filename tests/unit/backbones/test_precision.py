@@ -27,7 +27,9 @@ def test_a_half_reference_is_bit_equal_to_the_policy(tiny_backbones, family, pre
     policy = backbone.trainable_copy()
     dtype = DTYPES[precision]
     assert torch.equal(prediction(backbone, reference, dtype), prediction(backbone, policy, dtype))
-    assert not torch.equal(prediction(backbone, policy, dtype).float(), prediction(backbone, policy, dtype, autocast=False))
+    assert not torch.equal(
+        prediction(backbone, policy, dtype).float(), prediction(backbone, policy, dtype, autocast=False)
+    )
     for module in reference.modules():
         kept = dtype if isinstance(module, (nn.Linear, nn.Conv2d)) else torch.float32
         assert all(p.dtype == kept and not p.requires_grad for p in module.parameters(recurse=False))
@@ -37,13 +39,21 @@ def test_without_autocast_the_base_is_its_own_reference(tiny_backbone):
     assert frozen_reference(tiny_backbone.denoiser, "32-true") is tiny_backbone.denoiser
     half = tiny_backbone.trainable_copy().half()
     reference = frozen_reference(half, "32-true")
-    assert {p.dtype for p in reference.parameters()} == {torch.float32} and {p.dtype for p in half.parameters()} == {torch.float16}
+    assert {p.dtype for p in reference.parameters()} == {torch.float32} and {
+        p.dtype for p in half.parameters()
+    } == {torch.float16}
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_a_half_stored_lora_policy_computes_what_a_float32_one_does(tiny_backbones, family):
-    """Under autocast, bit for bit; its adapter stays float32, and merging goes into the base as it was loaded."""
-    backbone, lora = tiny_backbones[family], {"rank": 2, "alpha": 4, "targets": tiny_backbones[family].lora_targets}
+    """Under autocast, bit for bit.
+
+    Its adapter stays float32, and merging goes into the base as it was loaded.
+    """
+    backbone, lora = (
+        tiny_backbones[family],
+        {"rank": 2, "alpha": 4, "targets": tiny_backbones[family].lora_targets},
+    )
     whole = add_lora(backbone.trainable_copy(), **lora)
     half = add_lora(half_stored(backbone.trainable_copy(), "bf16-mixed"), **lora)
     draw = torch.Generator().manual_seed(3)
@@ -53,9 +63,13 @@ def test_a_half_stored_lora_policy_computes_what_a_float32_one_does(tiny_backbon
                 one.copy_(torch.randn(one.shape, generator=draw) * 0.3)
                 other.copy_(one)
     assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
-    assert torch.equal(prediction(backbone, whole, torch.bfloat16), prediction(backbone, half, torch.bfloat16))
+    assert torch.equal(
+        prediction(backbone, whole, torch.bfloat16), prediction(backbone, half, torch.bfloat16)
+    )
     assert sum(p.nbytes for p in half.parameters()) < 0.75 * sum(p.nbytes for p in whole.parameters())
-    for one, other in zip(*(merged(policy, backbone.trainable_copy()).parameters() for policy in (whole, half)), strict=True):
+    for one, other in zip(
+        *(merged(policy, backbone.trainable_copy()).parameters() for policy in (whole, half)), strict=True
+    ):
         assert torch.equal(one, other)
 
 

@@ -252,7 +252,9 @@ def test_unknown_scheduler_and_dtype_are_refused(tiny_folder):
 
 def test_lanes_take_turns_at_the_tokenizer(tiny_folder, monkeypatch):
     backbone = UNetBackbone(str(tiny_folder))
-    backbone.pipeline.register_to_config(force_zeros_for_empty_prompt=False)  # then each count is encoded anew
+    backbone.pipeline.register_to_config(
+        force_zeros_for_empty_prompt=False
+    )  # then each count is encoded anew
     encode, busy = backbone.pipeline.encode_prompt, []
 
     def slow(*args, **kwargs):

@@ -20,7 +20,11 @@ from capo.cli.values import check_values
 from capo.errors import InputError
 from fixtures import ROOT
 
-GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"}
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in (ROOT / "conf").iterdir()
+    if folder.is_dir() and folder.name != "hydra"
+}
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
 
 
@@ -41,7 +45,17 @@ def targets(node):
 
 
 def test_the_groups_are_those_that_users_know():
-    assert set(GROUPS) == {"model", "objective", "pairs", "rewards", "prompts", "trainer", "logger", "experiment", "import"}
+    assert set(GROUPS) == {
+        "model",
+        "objective",
+        "pairs",
+        "rewards",
+        "prompts",
+        "trainer",
+        "logger",
+        "experiment",
+        "import",
+    }
     assert {"capo", "dpo", "ipo", "sft"} <= set(GROUPS["objective"])
     assert {"best_worst", "sum", "frs", "random"} <= set(GROUPS["pairs"])
 
@@ -72,14 +86,26 @@ def test_sdxl_brings_rewards_prompts_sampler_and_trainer():
     cfg = composed("train", "model=sdxl")
     assert list(cfg.rewards) == list(cfg.evaluation.rewards) == ["mps", "vqascore", "vila"]
     assert (cfg.prompts._target_, cfg.prompts.train.limit) == ("capo.data.prompts.split_sets", 100_000)
-    # the paper, B.1 and B.2: DDIM, 50 steps, guidance 7.5; 256 pairs a step, 1000 steps of warm-up, 10 000 at most; b = 1.5
-    assert (cfg.model.backbone.scheduler, cfg.sampling.steps, cfg.sampling.guidance) == ("DDIMScheduler", 50, 7.5)
+    # the paper, B.1 and B.2: DDIM, 50 steps, guidance 7.5; 256 pairs a step, 1000 steps of warm-up, 10 000 at
+    # most; b = 1.5
+    assert (cfg.model.backbone.scheduler, cfg.sampling.steps, cfg.sampling.guidance) == (
+        "DDIMScheduler",
+        50,
+        7.5,
+    )
     assert cfg.trainer.batch == 256
-    assert (cfg.trainer.lr, cfg.trainer.warm_up, cfg.trainer.max_steps, cfg.noise.bias) == (1e-5, 1000, 10000, 1.5)
+    assert (cfg.trainer.lr, cfg.trainer.warm_up, cfg.trainer.max_steps, cfg.noise.bias) == (
+        1e-5,
+        1000,
+        10000,
+        1.5,
+    )
     for name, beta in cfg.model.beta.items():
         low, high = cfg.model.beta_range[name]
         assert low <= beta <= high
-    cfg = composed("train", "model=sdxl", "rewards=looks", "prompts=shapes", "trainer.warm_up=7", "objective=dpo")
+    cfg = composed(
+        "train", "model=sdxl", "rewards=looks", "prompts=shapes", "trainer.warm_up=7", "objective=dpo"
+    )
     assert list(cfg.rewards) == ["looks"] and cfg.trainer.warm_up == 7 and cfg.objective.beta == 3000
 
 
@@ -133,14 +159,19 @@ def test_code_from_a_runs_config_needs_trust(tmp_path):
 
 
 def test_a_runs_own_config_counts_but_for_what_is_named(tmp_path):
-    OmegaConf.save(composed("train", "evaluation.images=3", "sampling.steps=7"), tmp_path / "config.yaml", resolve=True)
+    OmegaConf.save(
+        composed("train", "evaluation.images=3", "sampling.steps=7"), tmp_path / "config.yaml", resolve=True
+    )
     (tmp_path / "outcome.json").write_text("{}")
     named = ["evaluation.images=5"]
     own = run_config(tmp_path, composed("evaluate", *named), [f"run={tmp_path}", *named])
     assert own.evaluation.images == 5 and own.sampling.steps == 7
 
 
-@pytest.mark.parametrize("given, processes, told, expected", [(3, None, "1", 3), (None, None, "1", 1), (None, "2", "1", 4), (None, None, None, 8)])
+@pytest.mark.parametrize(
+    "given, processes, told, expected",
+    [(3, None, "1", 3), (None, None, "1", 1), (None, "2", "1", 4), (None, None, None, 8)],
+)
 def test_threads_of_a_process(monkeypatch, given, processes, told, expected):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     before = torch.get_num_threads()

@@ -22,13 +22,22 @@ from fixtures import ROOT
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 CARD = 80e9  # bytes of the device that the paper's recipes are meant for
-DENOISERS = {"sdxl": 2_567_463_684, "sd3": 2_028_328_000, "sd15": 859_520_964, "sd35_medium": 2_243_171_520, "sd35_large": 8_056_627_520}
+DENOISERS = {
+    "sdxl": 2_567_463_684,
+    "sd3": 2_028_328_000,
+    "sd15": 859_520_964,
+    "sd35_medium": 2_243_171_520,
+    "sd35_large": 8_056_627_520,
+}
 Usage = namedtuple("Usage", "total used free")
 
 
 def composed(*overrides: str, folder=Path("/nowhere")):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", overrides=[f"run_dir={folder / 'run'}", f"pool.root={folder / 'pools'}", "plan=true", *overrides])
+        return compose(
+            "train",
+            overrides=[f"run_dir={folder / 'run'}", f"pool.root={folder / 'pools'}", "plan=true", *overrides],
+        )
 
 
 def planned(folder, *overrides: str) -> tuple[dict, str]:
@@ -41,7 +50,9 @@ def plan_of(cfg) -> tuple[dict, str]:
     return json.loads((Path(cfg.run_dir) / "plan.json").read_text()), told.getvalue()
 
 
-@pytest.mark.parametrize("choice", [*(f"experiment={name}" for name in RECIPES), *(f"model={name}" for name in MODELS)])
+@pytest.mark.parametrize(
+    "choice", [*(f"experiment={name}" for name in RECIPES), *(f"model={name}" for name in MODELS)]
+)
 def test_every_recipe_has_a_plan_without_weights(tmp_path, choice):
     plan, told = planned(tmp_path, choice)
     if plan["model"] in DENOISERS:
@@ -51,17 +62,24 @@ def test_every_recipe_has_a_plan_without_weights(tmp_path, choice):
     assert (plan["parameters"]["trained"] < plan["parameters"]["denoiser"] / 5) == bool(lora)
     training = plan["device"]["training"]
     assert training["reference"] == 0 if lora else training["reference"] > 0
-    assert training["total"] == sum(size for part, size in training.items() if part != "total") <= plan["device"]["peak"]
+    assert (
+        training["total"]
+        == sum(size for part, size in training.items() if part != "total")
+        <= plan["device"]["peak"]
+    )
     assert plan["division"]["pairs"] == plan["config"]["trainer"]["batch"] and plan["hours"]["training"] > 0
     assert plan["model"] in told and "missing here" in told
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"] and not (tmp_path / "pools").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"] and not (
+        tmp_path / "pools"
+    ).exists()
 
 
 def test_nothing_is_missing_for_the_shapes(tmp_path):
     plan, told = planned(tmp_path)
     assert plan["missing here"] == [] and "nothing" in told
     assert plan["prompts"] == {"train": 256, "validation": 32, "test": 256}
-    # 200 steps; validation every 50 of them: 32 x 4 images four times, beside 256 x 8 + 32 x 4 + 256 x 4 twice + 64 x 4
+    # 200 steps; validation every 50 of them: 32 x 4 images four times, beside 256 x 8 + 32 x 4 + 256 x 4
+    # twice + 64 x 4
     assert plan["steps"] == 200 and plan["hours"]["images"] == 256 * 8 + 5 * 32 * 4 + 2 * 256 * 4 + 64 * 4
     assert plan["config"]["trainer"]["batch"] == 16
 
@@ -80,21 +98,38 @@ def test_too_little_memory_is_listed_and_refused_where_it_is_certain(tiny_run, m
     held = plan_of(tiny_run("memory_plan", "plan=true"))[0]["device"]["training"]
     certain = sum(held[part] for part in ("weights", "gradients", "optimizer", "reference"))
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain - 1))
-    with pytest.raises(InputError, match=r"weights, gradients, optimizer and reference take .* which has .* \(a small one\)"):
+    with pytest.raises(
+        InputError, match=r"weights, gradients, optimizer and reference take .* which has .* \(a small one\)"
+    ):
         train_script.run(tiny_run("small"))
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a small one", certain))
-    found = [entry["certain"] for entry in plan_of(tiny_run("memory_plan", "plan=true"))[0]["missing here"] if entry["kind"] == "memory"]
+    found = [
+        entry["certain"]
+        for entry in plan_of(tiny_run("memory_plan", "plan=true"))[0]["missing here"]
+        if entry["kind"] == "memory"
+    ]
     assert found == [False]  # the activations do not fit, which is an estimate
 
 
 def test_weights_and_prompts_that_are_not_there(tmp_path, tiny_run):
-    as_the_paper = ("trainer.batch=4", "trainer.precision=bf16-mixed", "sampling.precision=bf16-mixed", "trainer.gradient_checkpointing=true")
-    cfg = tiny_run("gone", "plan=true", f"prompts.train={tmp_path / 'none.txt'}", *as_the_paper)  # whose passes a recipe's plan has traced
+    as_the_paper = (
+        "trainer.batch=4",
+        "trainer.precision=bf16-mixed",
+        "sampling.precision=bf16-mixed",
+        "trainer.gradient_checkpointing=true",
+    )
+    cfg = tiny_run(
+        "gone", "plan=true", f"prompts.train={tmp_path / 'none.txt'}", *as_the_paper
+    )  # whose passes a recipe's plan has traced
     OmegaConf.update(cfg, "model.backbone.weights", str(tmp_path / "nowhere"))
     OmegaConf.update(cfg, "model.name", "sdxl")
     plan, _ = plan_of(cfg)
     assert [entry["kind"] for entry in plan["missing here"]][:2] == ["weights", "prompts"]
-    assert plan["prompts"]["train"] is None and plan["disk"]["pools"]["total"] is None and plan["hours"]["sampling"] is None
+    assert (
+        plan["prompts"]["train"] is None
+        and plan["disk"]["pools"]["total"] is None
+        and plan["hours"]["sampling"] is None
+    )
     assert plan["parameters"]["denoiser"] == DENOISERS["sdxl"]
 
 
@@ -107,7 +142,9 @@ def test_a_model_without_configs_is_refused(tmp_path, tiny_run):
 
 def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
     folder = tiny_run.folder / "after"
-    assert train_script.run(tiny_run("after", "plan=true")) != train_script.run(tiny_run("after", "plan=true"))  # nan: no run
+    assert train_script.run(tiny_run("after", "plan=true")) != train_script.run(
+        tiny_run("after", "plan=true")
+    )  # nan: no run
     assert [path.name for path in folder.iterdir()] == ["plan.json"]
     train_script.run(tiny_run("after", "evaluate=false"))
     assert (folder / "config.yaml").is_file() and (folder / "outcome.json").is_file()
@@ -119,14 +156,28 @@ def test_values_that_cannot_be_used_end_a_plan(tmp_path):
 
 
 def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():
-    cfg = composed("rewards=[mps,vqascore,vila]", "rewards@evaluation.rewards=[pickscore]", "+rewards@validation.held_out=[clipscore]")
+    cfg = composed(
+        "rewards=[mps,vqascore,vila]",
+        "rewards@evaluation.rewards=[pickscore]",
+        "+rewards@validation.held_out=[clipscore]",
+    )
     found = reward_request(cfg)
     # the base's validation pool is scored by the trained ones and the held-out one together
-    assert (found.pool, found.validation, found.evaluation) == pytest.approx(((4.42 + 45.84 + 1.71) * 1e9, 45.84e9, 3.94e9))
+    assert (found.pool, found.validation, found.evaluation) == pytest.approx(
+        ((4.42 + 45.84 + 1.71) * 1e9, 45.84e9, 3.94e9)
+    )
     assert found.everything == pytest.approx((4.42 + 45.84 + 3.94 + 1.71) * 1e9) and found.unknown == ["vila"]
     assert float32_rewards(cfg) == ["rewards.vqascore.scorer.precision"]
-    half = reward_request(composed(*(f"{override}.scorer.precision=bfloat16" for override in ("rewards.vqascore", "evaluation.rewards.vqascore")),
-                                   "rewards=[vqascore]", "rewards@evaluation.rewards=[vqascore]"))  # fmt: skip
+    half = reward_request(
+        composed(
+            *(
+                f"{override}.scorer.precision=bfloat16"
+                for override in ("rewards.vqascore", "evaluation.rewards.vqascore")
+            ),
+            "rewards=[vqascore]",
+            "rewards@evaluation.rewards=[vqascore]",
+        )
+    )
     assert half.pool == half.evaluation == pytest.approx(22.92e9)
 
 
@@ -138,7 +189,8 @@ def test_held_out_rewards_score_the_validation_pool_with_the_trained_ones():
 
 
 def test_a_plan_reads_no_weights_of_rewards(tmp_path, monkeypatch):
-    """One reward that is trained and evaluated counts once, one of other weights or another precision does not."""
+    """A reward that is trained and evaluated counts once, one of other weights or precision does not."""
+
     def refuse(path):
         raise AssertionError(f"{path} was read")
 
@@ -155,7 +207,9 @@ def test_a_plan_reads_no_weights_of_rewards(tmp_path, monkeypatch):
 
 
 def test_an_unknown_key_of_a_reward_ends_a_plan_with_its_name(tmp_path):
-    with pytest.raises(InputError, match=r"evaluation.rewards.mps: unknown key memroy; known are scorer, link"):
+    with pytest.raises(
+        InputError, match=r"evaluation.rewards.mps: unknown key memroy; known are scorer, link"
+    ):
         planned(tmp_path, "experiment=sdxl_single", "++evaluation.rewards.mps.memroy=1e9")
 
 
@@ -176,7 +230,11 @@ def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, ph
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a card", 80e9))
     device = GB | {phase: {**parts, "total": 92e9}}
     found = lacking.likely_memory(device, {"peak": 0}, "auto", precisions)[0]
-    assert found.message.startswith(f"the largest phase, {phase}, takes") and told in found.message and not found.certain
+    assert (
+        found.message.startswith(f"the largest phase, {phase}, takes")
+        and told in found.message
+        and not found.certain
+    )
 
 
 def test_in_training_the_micro_batch_helps_whatever_is_largest(monkeypatch):
@@ -184,19 +242,31 @@ def test_in_training_the_micro_batch_helps_whatever_is_largest(monkeypatch):
     for largest in ("optimizer", "activations"):
         device = {"peak": 92e9, "training": {"weights": 10e9, largest: 46e9, "total": 92e9}}
         message = lacking.likely_memory(device, {"peak": 0}, "auto")[0].message
-        assert f"{largest}, 46.0 GB: lower trainer.micro_batch, or set trainer.gradient_checkpointing=true" in message
+        assert (
+            f"{largest}, 46.0 GB: lower trainer.micro_batch, or set trainer.gradient_checkpointing=true"
+            in message
+        )
         assert ("use an adapter" in message) == (largest == "optimizer")
 
 
-@pytest.mark.parametrize(("choice", "peak"), [
-    ("experiment=sdxl_capo_frs", "validation scoring"), ("experiment=sd3_capo_frs", "evaluation scoring"),
-    ("experiment=sdxl_single", "validation"), ("experiment=sd3_single", "evaluation scoring"), ("experiment=sdxl_pickapic_prompts", "evaluation scoring"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("choice", "peak"),
+    [
+        ("experiment=sdxl_capo_frs", "validation scoring"),
+        ("experiment=sd3_capo_frs", "evaluation scoring"),
+        ("experiment=sdxl_single", "validation"),
+        ("experiment=sd3_single", "evaluation scoring"),
+        ("experiment=sdxl_pickapic_prompts", "evaluation scoring"),
+    ],
+)
 def test_the_papers_recipes_fit_one_card(tmp_path, choice, peak):
     plan, _ = planned(tmp_path, choice)
     assert plan["device"][peak]["total"] == plan["device"]["peak"] < CARD
     for rewards in (plan["config"]["rewards"], plan["config"]["evaluation"]["rewards"]):
-        assert rewards.get("vqascore", {"scorer": {"precision": "bfloat16"}})["scorer"]["precision"] == "bfloat16"
+        assert (
+            rewards.get("vqascore", {"scorer": {"precision": "bfloat16"}})["scorer"]["precision"]
+            == "bfloat16"
+        )
     assert "vqascore" in plan["config"]["evaluation"]["rewards"]
 
 
@@ -236,8 +306,17 @@ def test_what_is_expected_of_prompts_that_are_not_read(settings, counts):
 
 def test_extras_and_rewards_that_are_not_here(tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: None if name == "bitsandbytes" else find(name, *package))
-    plan, told = planned(tmp_path, "experiment=sdxl_capo_frs", "trainer.optimizer=adamw_8bit", f"rewards.mps.weights={tmp_path / 'none'}")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *package: None if name == "bitsandbytes" else find(name, *package),
+    )
+    plan, told = planned(
+        tmp_path,
+        "experiment=sdxl_capo_frs",
+        "trainer.optimizer=adamw_8bit",
+        f"rewards.mps.weights={tmp_path / 'none'}",
+    )
     found = [(entry["kind"], entry["message"]) for entry in plan["missing here"] if entry["certain"]]
     (extra,) = [message for kind, message in found if kind == "extras"]
     assert "pip install 'capo[bitsandbytes]'" in extra and extra in told

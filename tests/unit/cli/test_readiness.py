@@ -13,7 +13,10 @@ from capo.errors import InputError
 from capo.rewards import Reward
 from fixtures.fake_rewards import Brightness
 
-FAR = {"scorer": {"_target_": "capo.rewards.clip_scores.PickScore", "weights": "owner/far", "revision": None}, "scale": 20.0}
+FAR = {
+    "scorer": {"_target_": "capo.rewards.clip_scores.PickScore", "weights": "owner/far", "revision": None},
+    "scale": 20.0,
+}
 REFUSED = r"rewards\.far\.weights=owner/far \(revision main\) is not here"
 
 
@@ -27,7 +30,9 @@ def test_stages_that_score_nothing_go_without_the_weights_of_rewards(tiny_run, m
     file = tiny_run.folder / "pairs.parquet"
 
     def run(stage):
-        cfg = tiny_run("unused", f"stage={stage}", "pool.seed=41", f"pair_export.file={file}", config="generate")
+        cfg = tiny_run(
+            "unused", f"stage={stage}", "pool.seed=41", f"pair_export.file={file}", config="generate"
+        )
         generate_script.run(with_far(cfg, "rewards"))
 
     run("text")
@@ -41,7 +46,10 @@ def test_stages_that_score_nothing_go_without_the_weights_of_rewards(tiny_run, m
         run("score")
     run("report")
     run("export")
-    assert file.is_file() and len(list((tiny_run.folder / "pools").glob("tiny-*-41-train/report/calibration.json"))) == 1
+    assert (
+        file.is_file()
+        and len(list((tiny_run.folder / "pools").glob("tiny-*-41-train/report/calibration.json"))) == 1
+    )
 
 
 def test_held_out_rewards_are_asked_in_training_alone(tiny_run, tmp_path):
@@ -49,13 +57,19 @@ def test_held_out_rewards_are_asked_in_training_alone(tiny_run, tmp_path):
         train_script.run(with_far(tiny_run("watched"), "validation.held_out"))
     train_script.run(tiny_run("watched", "evaluate=false"))
     folder = tiny_run.folder / "watched"
-    train_script.run(with_far(tiny_run("watched"), "validation.held_out"))  # what is missing is the evaluation
+    train_script.run(
+        with_far(tiny_run("watched"), "validation.held_out")
+    )  # what is missing is the evaluation
     results = (folder / "evaluation" / "results.json").read_bytes()
     assert "owner/far" in (folder / "config.yaml").read_text()
     (folder / "evaluation" / "results.json").unlink()
-    evaluate_script.run(tiny_run("unused", f"run={folder}", "trust=[fixtures]", config="evaluate"), [], folder)
+    evaluate_script.run(
+        tiny_run("unused", f"run={folder}", "trust=[fixtures]", config="evaluate"), [], folder
+    )
     assert (folder / "evaluation" / "results.json").read_bytes() == results
-    cfg = with_far(tiny_run("unused", f"policy={folder / 'policy'}", config="evaluate"), "validation.held_out")
+    cfg = with_far(
+        tiny_run("unused", f"policy={folder / 'policy'}", config="evaluate"), "validation.held_out"
+    )
     assert evaluate_script.run(cfg, [], tmp_path)["win_rate"]
 
 
@@ -68,4 +82,8 @@ def test_one_name_trained_and_evaluated_with_other_weights_is_looked_for_twice(t
     other = reward(FAR["scorer"] | {"weights": "owner/typo", "revision": "abc"})
     with pytest.raises(InputError) as refused:
         check_reward_weights([typo, typo, other, there])
-    assert str(refused.value).count("owner/typo (revision main)") == str(refused.value).count("owner/typo (revision abc)") == 1
+    assert (
+        str(refused.value).count("owner/typo (revision main)")
+        == str(refused.value).count("owner/typo (revision abc)")
+        == 1
+    )

@@ -1,4 +1,7 @@
-"""Every line of docs/recipes.md that starts training, as Hydra reads it: each job composes, with values that can be used."""
+"""Every line of docs/recipes.md that starts training, as Hydra reads it.
+
+Each job composes, with values that can be used.
+"""
 
 import re
 import shlex
@@ -19,18 +22,23 @@ SINGLE = re.findall(r"`python train\.py ([^`]+)`", TEXT)
 
 @pytest.fixture(scope="module")
 def conf():
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):  # once: files that were read stay read
+    with initialize_config_dir(
+        str(ROOT / "conf"), version_base="1.3"
+    ):  # once: files that were read stay read
         yield
 
 
 def jobs(line: str) -> list[list[str]]:
     """The overrides of each job that Hydra makes of a command line."""
-    (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(shlex.split(line)), max_batch_size=None)
+    (batch,) = BasicSweeper.split_arguments(
+        OverridesParser.create().parse_overrides(shlex.split(line)), max_batch_size=None
+    )
     return batch
 
 
 def test_the_lines_are_found():
-    # table 1: 3 rewards x 3 objectives; table 2: 3 objectives x 2 sets of pairs, twice; table 4: 2; tables 5 and 6: weightings
+    # table 1: 3 rewards x 3 objectives; table 2: 3 objectives x 2 sets of pairs, twice; table 4: 2; tables 5
+    # and 6: weightings
     assert [len(jobs(line)) for line in SWEEPS] == [9, 6, 6, 2, 4, 3]
     assert len(SINGLE) >= 7 and all(len(jobs(line)) == 1 for line in SINGLE)
 
@@ -41,6 +49,10 @@ def test_each_job_composes_with_values_that_can_be_used(conf, line):
         cfg = compose("train", overrides=["run_dir=run", *overrides])
         check_values(cfg)
         assert not OmegaConf.missing_keys(cfg.prompts), f"{overrides} lacks a prompt set"
-        assert all("_target_" in reward.scorer for rewards in (cfg.rewards, cfg.evaluation.rewards) for reward in rewards.values())
+        assert all(
+            "_target_" in reward.scorer
+            for rewards in (cfg.rewards, cfg.evaluation.rewards)
+            for reward in rewards.values()
+        )
         # what is trained is evaluated, as the same reward: neither its memory nor its scores are there twice
         assert all(reward == cfg.evaluation.rewards[name] for name, reward in cfg.rewards.items())

@@ -31,18 +31,34 @@ from capo.evaluation.reports.sweep_page import curves, render_page, sweep_pictur
 from capo.runtime.launch import Launch
 
 RESULTS = {
-    "win_rate": {"looks": {"mean": 0.7, "low": 0.6, "high": 0.8}, "alignment": {"mean": 0.45, "low": 0.4, "high": 0.49}},
-    "zero": {"looks": {"mean": 0.51, "low": 0.4, "high": 0.6}, "alignment": {"mean": 0.5, "low": 0.4, "high": 0.6}},
+    "win_rate": {
+        "looks": {"mean": 0.7, "low": 0.6, "high": 0.8},
+        "alignment": {"mean": 0.45, "low": 0.4, "high": 0.49},
+    },
+    "zero": {
+        "looks": {"mean": 0.51, "low": 0.4, "high": 0.6},
+        "alignment": {"mean": 0.5, "low": 0.4, "high": 0.6},
+    },
     "oracle": {"alignment": {"policy": 0.61, "base": 0.7, "low": -0.12, "high": -0.05}},
-}  # fmt: skip
+}
 FIGURES = [
-    "val/win_rate", "test/win_rate/looks", "test/win_rate/looks/low", "test/win_rate/looks/high", "test/win_rate/alignment",
-    "test/win_rate/alignment/low", "test/win_rate/alignment/high", "zero/looks", "zero/alignment", "oracle/alignment",
+    "val/win_rate",
+    "test/win_rate/looks",
+    "test/win_rate/looks/low",
+    "test/win_rate/looks/high",
+    "test/win_rate/alignment",
+    "test/win_rate/alignment/low",
+    "test/win_rate/alignment/high",
+    "zero/looks",
+    "zero/alignment",
+    "oracle/alignment",
     "oracle/alignment/base",
-]  # fmt: skip
+]
 
 
-def make_job(sweep: Path, name: str, overrides: list[str], win_rate: float | None = 0.6, error: str = "") -> None:
+def make_job(
+    sweep: Path, name: str, overrides: list[str], win_rate: float | None = 0.6, error: str = ""
+) -> None:
     folder = sweep / name
     (folder / ".hydra").mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
@@ -67,11 +83,20 @@ def sweep(tmp_path):
 
 def test_rows_hold_every_job_under_the_promised_columns(sweep):
     jobs = read_jobs(sweep)
-    assert [(job.name, job.status) for job in jobs] == [("0", FINISHED), ("2", FINISHED), ("10", FAILED), ("11", UNFINISHED)]
+    assert [(job.name, job.status) for job in jobs] == [
+        ("0", FINISHED),
+        ("2", FINISHED),
+        ("10", FAILED),
+        ("11", UNFINISHED),
+    ]
     assert varying_keys(jobs) == ["objective.beta", "pairs"]  # seed is the same in all
     columns, rows = sweep_rows(jobs)
     assert columns == ["job", "status", "error", "objective.beta", "pairs", *FIGURES]
-    assert rows[1]["objective.beta"] == "100" and rows[1]["val/win_rate"] == 0.7 and rows[1]["test/win_rate/looks/high"] == 0.8
+    assert (
+        rows[1]["objective.beta"] == "100"
+        and rows[1]["val/win_rate"] == 0.7
+        and rows[1]["test/win_rate/looks/high"] == 0.8
+    )
     assert rows[2]["error"] == "ValueError: beta" and rows[2]["val/win_rate"] == ""
     write_table(sweep / "sweep.csv", columns, rows)
     with (sweep / "sweep.csv").open() as file:
@@ -82,15 +107,31 @@ def test_the_console_and_the_page_show_figures_and_errors(sweep):
     jobs = read_jobs(sweep)
     rates, zero, oracle = console_tables(jobs, "sweep")
     given = ["job", "objective.beta", "pairs"]
-    assert [str(column.header) for column in rates.columns] == [*given, "validation %", "looks %", "alignment %"]
+    assert [str(column.header) for column in rates.columns] == [
+        *given,
+        "validation %",
+        "looks %",
+        "alignment %",
+    ]
     assert [str(column.header) for column in zero.columns] == [*given, "looks", "alignment"]
     assert [str(column.header) for column in oracle.columns] == [*given, "alignment"]
     assert list(rates.columns[4].cells) == ["70.0 (60.0–80.0)"] * 2 + ["", ""]
     assert list(rates.columns[3].cells) == ["60.0", "70.0", "failed", "unfinished"]
-    assert next(iter(zero.columns[3].cells)) == "51.0" and next(iter(oracle.columns[3].cells)) == "0.700 → 0.610"
+    assert (
+        next(iter(zero.columns[3].cells)) == "51.0" and next(iter(oracle.columns[3].cells)) == "0.700 → 0.610"
+    )
     page = render_page("a sweep", sweep_rows(jobs)[1], varying_keys(jobs), b"png")
-    for text in ('href="2/evaluation/report.html"', "ValueError: beta", "unfinished", "45.0", "40.0–49.0", "0.700 → 0.610",
-                 "4 jobs, 2 finished", "data:image/png;base64,cG5n", 'class="below"'):  # fmt: skip
+    for text in (
+        'href="2/evaluation/report.html"',
+        "ValueError: beta",
+        "unfinished",
+        "45.0",
+        "40.0–49.0",
+        "0.700 → 0.610",
+        "4 jobs, 2 finished",
+        "data:image/png;base64,cG5n",
+        'class="below"',
+    ):
         assert text in page, text
     assert "http" not in page and 'href="10/' not in page
 
@@ -113,8 +154,9 @@ def test_curves_follow_the_axis_and_part_by_the_other_keys():
     rows = [row(beta=beta, pairs=pairs) for pairs in ("frs", "sum") for beta in ("100", "30", "9")]
     found = curves(rows, ["beta", "pairs"], "beta")
     assert {name: [entry["beta"] for entry in group] for name, group in found.items()} == {
-        "pairs=frs": ["9", "30", "100"], "pairs=sum": ["9", "30", "100"],
-    }  # fmt: skip
+        "pairs=frs": ["9", "30", "100"],
+        "pairs=sum": ["9", "30", "100"],
+    }
 
 
 @pytest.mark.parametrize("keys", [["objective.beta"], ["pairs"], ["objective.beta", "pairs"]])
@@ -127,7 +169,12 @@ def test_a_picture_of_whatever_varies(sweep, tmp_path, keys):
 
 def test_no_picture_where_nothing_varies_or_nothing_finished():
     assert sweep_picture([row()], []) is None
-    assert sweep_picture([{"job": "0", "status": "failed", "error": "x", "beta": "1", "val/win_rate": ""}], ["beta"]) is None
+    assert (
+        sweep_picture(
+            [{"job": "0", "status": "failed", "error": "x", "beta": "1", "val/win_rate": ""}], ["beta"]
+        )
+        is None
+    )
 
 
 def test_a_failed_job_leaves_its_error_and_nan(tmp_path, capsys):
@@ -147,7 +194,9 @@ def test_a_failed_job_leaves_its_error_and_nan(tmp_path, capsys):
 def test_a_sweeps_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sweep_name(Path("multirun/2026-01-02/03-04-05")) == "2026-01-02/03-04-05"
-    assert sweep_name(Path("ablation")) == "ablation" and sweep_name(Path("/elsewhere/ablation")) == "ablation"
+    assert (
+        sweep_name(Path("ablation")) == "ablation" and sweep_name(Path("/elsewhere/ablation")) == "ablation"
+    )
 
 
 def read_table(sweep: Path, name: str = "sweep.csv") -> list[dict]:
@@ -156,26 +205,57 @@ def read_table(sweep: Path, name: str = "sweep.csv") -> list[dict]:
 
 
 PLAN = {
-    "parameters": {"denoiser": 1_234_567, "trained": 1000}, "host": {"peak": 7},
+    "parameters": {"denoiser": 1_234_567, "trained": 1000},
+    "host": {"peak": 7},
     "device": {"training": {"total": 3e9}, "peak": 4_200_000_000},
-    "disk": {"pools": {"train": None, "total": None}, "run": {"total": 9}}, "steps": 2000,
+    "disk": {"pools": {"train": None, "total": None}, "run": {"total": 9}},
+    "steps": 2000,
     "hours": {"training": 0.0123, "sampling": None, "images": None},
-    "missing here": [{"kind": "weights", "message": "a", "certain": True}, {"kind": "memory", "message": "b", "certain": False}],
-}  # fmt: skip
+    "missing here": [
+        {"kind": "weights", "message": "a", "certain": True},
+        {"kind": "memory", "message": "b", "certain": False},
+    ],
+}
 
 
 def test_plans_are_rows_of_their_own(tmp_path):
     for number, model in enumerate(("sdxl", "sd3", "sd15")):
-        make_job(tmp_path, str(number), [f"model={model}", "plan=true"], win_rate=None, error="no configs\n" if model == "sd3" else "")
+        make_job(
+            tmp_path,
+            str(number),
+            [f"model={model}", "plan=true"],
+            win_rate=None,
+            error="no configs\n" if model == "sd3" else "",
+        )
         (tmp_path / str(number) / "plan.json").write_text(json.dumps(PLAN))
         if model != "sd15":  # which was begun as a run earlier
             (tmp_path / str(number) / "config.yaml").unlink()
-    assert [job.name for job in read_jobs(tmp_path)] == ["1", "2"]  # without an error, what was only planned is no run
+    assert [job.name for job in read_jobs(tmp_path)] == [
+        "1",
+        "2",
+    ]  # without an error, what was only planned is no run
     jobs = read_plans(tmp_path)
     assert [job.status for job in jobs] == [PLANNED, FAILED, PLANNED]
     columns, rows = sweep_rows(jobs)
-    assert columns[:4] == ["job", "status", "error", "model"] and rows[1]["error"] == "no configs" and rows[1]["steps"] == ""
-    assert [rows[0][name] for name in columns[4:]] == [1_234_567, 1000, 4_200_000_000, 7, None, 9, None, 2000, 0.0123, None, 2, 1]
+    assert (
+        columns[:4] == ["job", "status", "error", "model"]
+        and rows[1]["error"] == "no configs"
+        and rows[1]["steps"] == ""
+    )
+    assert [rows[0][name] for name in columns[4:]] == [
+        1_234_567,
+        1000,
+        4_200_000_000,
+        7,
+        None,
+        9,
+        None,
+        2000,
+        0.0123,
+        None,
+        2,
+        1,
+    ]
     shown = [[list(column.cells) for column in table.columns] for table in plans_tables(jobs, "sweep")]
     assert [cells[0] for cells in shown[0]] == ["0", "sdxl", "1,234,567", "1,000", "4.2 GB", "unknown"]
     assert [cells[0] for cells in shown[1]] == ["0", "sdxl", "2,000", "unknown", "0.012", "unknown", "2", "1"]
@@ -191,7 +271,8 @@ def test_a_multirun_of_plans_ends_with_their_table(typed, tmp_path, capsys):
     found = [(row["status"], row["trainer.max_steps"], row["steps"], row["missing"]) for row in rows]
     assert found == [(PLANNED, "2", "2", "0"), (PLANNED, "6", "6", "0")]
     assert float(rows[1]["hours/training"]) == pytest.approx(3 * float(rows[0]["hours/training"]))
-    # a validation a step, of 2 prompts with 2 images; train 4 x 4, validation 2 x 2, test twice and zero once 2 x 2
+    # a validation a step, of 2 prompts with 2 images; train 4 x 4, validation 2 x 2, test twice and zero once
+    # 2 x 2
     assert [int(row["images"]) for row in rows] == [16 + 4 + 3 * 4 + steps * 4 for steps in (2, 6)]
     told = capsys.readouterr().out
     assert "plans.csv" in told and "failed" not in told and "nan" not in told.lower()
@@ -199,10 +280,16 @@ def test_a_multirun_of_plans_ends_with_their_table(typed, tmp_path, capsys):
         typed("train", "-m", "plan=true", "planning.utilization=0.5,2", f"hydra.sweep.dir={sweep}")
     assert ended.value.code == 1
     first, second = read_table(sweep, "plans.csv")
-    assert (first["status"], second["status"], second["steps"]) == (PLANNED, FAILED, "") and "planning.utilization=2" in second["error"]
+    assert (first["status"], second["status"], second["steps"]) == (
+        PLANNED,
+        FAILED,
+        "",
+    ) and "planning.utilization=2" in second["error"]
 
 
-def test_several_processes_begin_no_sweep_and_no_directories_of_their_own(typed, tmp_path, monkeypatch, capsys):
+def test_several_processes_begin_no_sweep_and_no_directories_of_their_own(
+    typed, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(train_script, "launch", lambda: Launch(world_size=2))
     monkeypatch.chdir(tmp_path)
     for arguments, refusal in {
@@ -224,10 +311,19 @@ def test_a_multirun_with_a_failing_job_ends_with_its_table(typed, tmp_path, caps
     assert ended.value.code == 1
     rows = read_table(sweep)
     assert [row["status"] for row in rows] == [FINISHED, FAILED, FINISHED, FAILED]
-    assert [(row["objective.beta"], row["pairs"]) for row in rows] == [("10", "frs"), ("10", "best_worst"), ("30", "frs"), ("30", "best_worst")]
+    assert [(row["objective.beta"], row["pairs"]) for row in rows] == [
+        ("10", "frs"),
+        ("10", "best_worst"),
+        ("30", "frs"),
+        ("30", "best_worst"),
+    ]
     assert "best_worst orders the candidates by one reward" in rows[1]["error"]
     found = json.loads((sweep / "0" / "evaluation" / "results.json").read_text())["win_rate"]["g"]
-    assert [float(rows[0][f"test/win_rate/g{end}"]) for end in ("", "/low", "/high")] == [found["mean"], found["low"], found["high"]]
+    assert [float(rows[0][f"test/win_rate/g{end}"]) for end in ("", "/low", "/high")] == [
+        found["mean"],
+        found["low"],
+        found["high"],
+    ]
     assert (sweep / "sweep.png").is_file() and (sweep / "sweep.html").is_file()
     assert "best_worst orders" in capsys.readouterr().out
 
@@ -235,6 +331,12 @@ def test_a_multirun_with_a_failing_job_ends_with_its_table(typed, tmp_path, caps
 @pytest.mark.slow
 def test_jobs_in_parallel_give_the_serial_table(typed, tmp_path):
     for name, launcher in {"serial": "basic", "parallel": "joblib"}.items():
-        typed("train", "-m", "objective.beta=10,30", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path / name}",
-              f"pool.root={tmp_path / name / 'pools'}")  # fmt: skip
+        typed(
+            "train",
+            "-m",
+            "objective.beta=10,30",
+            f"hydra/launcher={launcher}",
+            f"hydra.sweep.dir={tmp_path / name}",
+            f"pool.root={tmp_path / name / 'pools'}",
+        )
     assert read_table(tmp_path / "serial") == read_table(tmp_path / "parallel")

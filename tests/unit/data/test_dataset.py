@@ -26,7 +26,9 @@ def dataset(seed=0, shared_noise=False) -> PairDataset:
     # prompt 0: candidate 0 best, 3 worst; prompt 1: all equal, so without a pair; prompt 2: 3 best, 0 worst
     scores = torch.tensor([[3.0, 2, 1, 0], [1, 1, 1, 1], [0, 1, 2, 3]])[..., None]
     selection = select(frs, scores, scores / 4)
-    return PairDataset(Shelf(), [5, 6, 7], [make_prompt(text) for text in "abc"], selection, seed, shared_noise)
+    return PairDataset(
+        Shelf(), [5, 6, 7], [make_prompt(text) for text in "abc"], selection, seed, shared_noise
+    )
 
 
 def test_a_visit_draws_winner_first_with_its_rewards():

@@ -1,7 +1,9 @@
-"""Pools written before modules moved are read as they are: nothing in them is made again, and no reward has another name.
+"""Pools written before modules moved are read as they are.
 
-`fixtures/pools` holds a sampled and an imported pool, `fixtures/reward_fingerprints.json` the fingerprints of all rewards, all
-written by version 0.1.0 before the packages were laid out.
+Nothing in them is made again, and no reward has another name.
+
+`fixtures/pools` holds a sampled and an imported pool, `fixtures/reward_fingerprints.json` the fingerprints of
+all rewards, all written by version 0.1.0 before the packages were laid out.
 """
 
 import json
@@ -45,7 +47,11 @@ class Unused(FakeBackbone):
 
 
 def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
 
 
 @pytest.fixture
@@ -55,7 +61,10 @@ def pools(tmp_path):
 
 def test_a_sampled_pool_is_found_whole(pools):
     before = files(pools)
-    rewards = [Reward(name, {"_target_": "fake_rewards.Brightness", "channel": number}) for name, number in (("red", 0), ("blue", 2))]
+    rewards = [
+        Reward(name, {"_target_": "fake_rewards.Brightness", "channel": number})
+        for name, number in (("red", 0), ("blue", 2))
+    ]
     prompts = [make_prompt(f"a {word} circle") for word in ("red", "blue", "green")]
     plan = PoolSpec(pools, "tiny", "train", 0, prompts, 4, 2)
     pool = fill_pool(plan, ImageGenerator.base(Unused(), SETTINGS), rewards, progress=False)
@@ -67,7 +76,9 @@ def test_a_sampled_pool_is_found_whole(pools):
 def test_an_imported_pool_is_found_whole(pools, monkeypatch):
     before = files(pools)
     monkeypatch.chdir(pools)  # the source's fingerprint holds the path that was given
-    import_pool(pickapic("pairs.parquet"), Unused(), SETTINGS, pools, "tiny", prompts_per_shard=2, progress=False)
+    import_pool(
+        pickapic("pairs.parquet"), Unused(), SETTINGS, pools, "tiny", prompts_per_shard=2, progress=False
+    )
     assert files(pools) == before
 
 

@@ -59,9 +59,11 @@ def work(monkeypatch):
     """Counts how often each shard was made, by stage."""
     done = Counter()
     for stage in (TextStage, LatentStage, ScoreStage):
+
         def counted(self, shard, report, run=stage.run):
             run(self, shard, report)
             done[self.name, shard.name] += 1
+
         monkeypatch.setattr(stage, "run", counted)
     return done
 
@@ -71,8 +73,11 @@ def fill(plan, generator, rewards=(BRIGHTNESS,), **options):
 
 
 def contents(pool):
-    return {str(path.relative_to(pool.folder)): path.read_bytes()
-            for path in sorted(pool.folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(pool.folder)): path.read_bytes()
+        for path in sorted(pool.folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_a_filled_pool(plan, generator, work):
@@ -80,7 +85,11 @@ def test_a_filled_pool(plan, generator, work):
     assert pool.folder == plan.root / f"tiny-{generator.fingerprint[:8]}-5-train"
     assert pool.manifest.generator == generator.fingerprint
     assert {shard.name: shard.images for shard in pool.shards(10)} == {
-        "00000-00": 16, "00000-01": 4, "00001-00": 8, "00001-01": 2}
+        "00000-00": 16,
+        "00000-01": 4,
+        "00001-00": 8,
+        "00001-01": 2,
+    }
     shards = [(stage, shard.name) for stage in ("latents", "scores") for shard in pool.shards(10)]
     assert work == Counter([("text", "00000-00"), ("text", "00001-00"), *shards])
     scores = pool.scores([LENGTH.key, BRIGHTNESS.key], 10)
@@ -121,7 +130,9 @@ def test_batches_in_lanes_give_the_same_pool(plan, tiny, tmp_path):
         alone = fill(plan, tiny)
         torch.set_num_threads(3)
         settings = dataclasses.replace(SETTINGS, parallel="batches")
-        shared = fill(dataclasses.replace(plan, root=tmp_path / "lanes"), dataclasses.replace(tiny, settings=settings))
+        shared = fill(
+            dataclasses.replace(plan, root=tmp_path / "lanes"), dataclasses.replace(tiny, settings=settings)
+        )
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
@@ -142,11 +153,13 @@ def test_a_pool_that_was_cut_off_becomes_the_uninterrupted_one(plan, generator, 
     whole = contents(fill(dataclasses.replace(plan, root=tmp_path / "whole"), generator))
     budget = {"left": 0}
     for stage in (TextStage, LatentStage, ScoreStage):
+
         def limited(self, shard, report, run=stage.run):
             if budget["left"] == 0:
                 raise KeyboardInterrupt
             budget["left"] -= 1
             run(self, shard, report)
+
         monkeypatch.setattr(stage, "run", limited)
     runs = 0
     while runs < 20:
@@ -184,7 +197,8 @@ def test_a_reward_is_added_without_sampling(plan, generator, work):
     after = contents(fill(plan, generator, [LENGTH, BRIGHTNESS]))
     assert {stage for stage, _ in work} == {"scores"}
     assert {name for name in after if name not in before} == {
-        f"scores/{LENGTH.key}/{shard}.parquet" for shard in ("00000-00", "00000-01", "00001-00", "00001-01")}
+        f"scores/{LENGTH.key}/{shard}.parquet" for shard in ("00000-00", "00000-01", "00001-00", "00001-01")
+    }
     assert all(after[name] == data for name, data in before.items())
 
 
@@ -205,7 +219,8 @@ def test_a_reward_sees_only_what_it_has_not_scored(plan, generator):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
 @pytest.mark.parametrize(
-    "name", ["latents/00000-01.safetensors", "text/00001.safetensors", "scores/{}/00001-00.parquet"])
+    "name", ["latents/00000-01.safetensors", "text/00001.safetensors", "scores/{}/00001-00.parquet"]
+)
 def test_damaged_files_are_named_and_made_again(plan, generator, work, caplog, name, damage):
     pool = fill(plan, generator)
     whole = contents(pool)
@@ -321,8 +336,18 @@ def test_fingerprint_of_what_generates(tiny_backbone, tiny_folder):
 
     assert fingerprint(batch=32) == fingerprint()  # the batch moves a latent by rounding only
     other = UNetBackbone(str(tiny_folder), name="tiny", scheduler="EulerDiscreteScheduler")
-    assert len({fingerprint(), fingerprint(steps=3), fingerprint(guidance=1.0), fingerprint("e"),
-                fingerprint(backbone=other)}) == 5
+    assert (
+        len(
+            {
+                fingerprint(),
+                fingerprint(steps=3),
+                fingerprint(guidance=1.0),
+                fingerprint("e"),
+                fingerprint(backbone=other),
+            }
+        )
+        == 5
+    )
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -345,8 +370,10 @@ def test_a_score_that_is_not_finite_is_named_and_the_rest_stays(plan, generator,
     def broken(images, prompts):
         return torch.tensor([float("nan") if prompt == TEXTS[2] else 1.0 for prompt in prompts])
 
-    message = (r'^prompt 2 \("the green triangle"\), candidate 0: reward \'broken\' is nan, which cannot be '
-               r"compared; check its weights and precision, then run generate\.py again")
+    message = (
+        r'^prompt 2 \("the green triangle"\), candidate 0: reward \'broken\' is nan, which cannot be '
+        r"compared; check its weights and precision, then run generate\.py again"
+    )
     with pytest.raises(InputError, match=message):
         fill(plan, generator, [Reward("broken", broken)])
     assert {name for stage, name in work if stage == "scores"} == {"00000-00", "00000-01"}

@@ -22,13 +22,25 @@ datasets = pytest.importorskip("datasets")
 @pytest.fixture(scope="module")
 def exported(tiny_run):
     """Nine training prompts with six candidates; one pair of each that has one."""
-    prompts = [f"a {color} {shape}\n" for color in ("red", "blue", "green") for shape in ("circle", "square", "triangle")]
+    prompts = [
+        f"a {color} {shape}\n"
+        for color in ("red", "blue", "green")
+        for shape in ("circle", "square", "triangle")
+    ]
     (tiny_run.folder / "train.txt").write_text("".join(prompts))
     generate_script.run(tiny_run("unused", "pool.candidates=6", config="generate"))
 
     def export(name, *overrides):
-        cfg = tiny_run(name, "stage=export", "pool.candidates=6", f"pair_export.file={tiny_run.folder / name}.parquet",
-                       "pair_export.images=png", "pair_export.row_group=4", *overrides, config="generate")  # fmt: skip
+        cfg = tiny_run(
+            name,
+            "stage=export",
+            "pool.candidates=6",
+            f"pair_export.file={tiny_run.folder / name}.parquet",
+            "pair_export.images=png",
+            "pair_export.row_group=4",
+            *overrides,
+            config="generate",
+        )
         generate_script.run(cfg)
         return tiny_run.folder / f"{name}.parquet"
 
@@ -49,11 +61,16 @@ def test_other_trainers_can_load_it(pairs, tmp_path):
     for row in rows:
         assert {row["label_0"], row["label_1"]} == {0.0, 1.0}
         assert row["dR"] > 0
-        assert Image.open(io.BytesIO(row["jpg_0"])).size == Image.open(io.BytesIO(row["jpg_1"])).size == (16, 16)
+        assert (
+            Image.open(io.BytesIO(row["jpg_0"])).size == Image.open(io.BytesIO(row["jpg_1"])).size == (16, 16)
+        )
 
 
 def test_the_winner_is_the_better_image(pairs):
-    """The rewards r and g are the mean brightness of a channel, scaled by 1 / 25.5: computed here from the exported pixels."""
+    """The rewards r and g are the mean brightness of a channel, scaled by 1 / 25.5.
+
+    Computed here from the exported pixels.
+    """
     for row in pq.read_table(pairs).to_pylist():
         for side in (0, 1):
             mean = np.asarray(Image.open(io.BytesIO(row[f"jpg_{side}"]))).reshape(-1, 3).mean(0) / 25.5
@@ -74,8 +91,12 @@ def test_they_are_the_pairs_of_trainings_first_visit(pairs, tiny_run):
     for number in usable:
         item = found.dataset[number, 0]
         row = rows[item["prompt_id"]]
-        winner, loser = ("candidate_0", "candidate_1") if row["label_0"] == 1 else ("candidate_1", "candidate_0")
-        latents = found.dataset.reader.latents(found.dataset.positions[number], [row[winner], row[loser]]).float()
+        winner, loser = (
+            ("candidate_0", "candidate_1") if row["label_0"] == 1 else ("candidate_1", "candidate_0")
+        )
+        latents = found.dataset.reader.latents(
+            found.dataset.positions[number], [row[winner], row[loser]]
+        ).float()
         assert torch.equal(latents, item["latents"])
         assert row["dR"] == (item["calibrated_rewards"][0] - item["calibrated_rewards"][1]).item()
 
@@ -92,7 +113,10 @@ def test_every_pair_there_is(exported, pairs, tiny_run):
     every = pq.read_table(exported("every", "pair_export.per_prompt=null")).to_pylist()
     keys = {(row["prompt_id"], *sorted([row["candidate_0"], row["candidate_1"]])) for row in every}
     assert len(keys) == len(every)
-    assert {(row["prompt_id"], *sorted([row["candidate_0"], row["candidate_1"]])) for row in pq.read_table(pairs).to_pylist()} <= keys
+    assert {
+        (row["prompt_id"], *sorted([row["candidate_0"], row["candidate_1"]]))
+        for row in pq.read_table(pairs).to_pylist()
+    } <= keys
     cfg = tiny_run("unused", "pool.candidates=6")
     found = training_data(cfg, build_components(cfg))
     selection = found.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, False).selection
@@ -104,10 +128,14 @@ def test_what_was_exported_imports_as_the_same_pairs(pairs, tiny_run):
     entries = pickapic(str(pairs)).entries
     assert [entry.caption for entry in entries] == [row["caption"] for row in rows]
     assert [entry.ranks for entry in entries] == [(1, 0) if row["label_0"] == 1 else (0, 1) for row in rows]
-    generate_script.run(tiny_run("unused", "stage=import", "import=pickapic", f"import.files={pairs}", config="generate"))
+    generate_script.run(
+        tiny_run("unused", "stage=import", "import=pickapic", f"import.files={pairs}", config="generate")
+    )
     folder = next((tiny_run.folder / "pools").glob("tiny-*-imported"))
     again = tiny_run.folder / "again-imported.parquet"
-    cfg = tiny_run("unused", "stage=export", f"pool.imported={folder}", f"pair_export.file={again}", config="generate")
+    cfg = tiny_run(
+        "unused", "stage=export", f"pool.imported={folder}", f"pair_export.file={again}", config="generate"
+    )
     generate_script.run(cfg)
     back = {row["caption"]: row for row in pq.read_table(again).to_pylist()}
     assert len(back) == len(rows)
@@ -125,9 +153,14 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == []
     with whole_file(path) as unfinished:
         unfinished.write_bytes(b"whole")
-    assert path.read_bytes() == b"whole" and [file.name for file in path.parent.iterdir()] == ["pairs.parquet"]
+    assert path.read_bytes() == b"whole" and [file.name for file in path.parent.iterdir()] == [
+        "pairs.parquet"
+    ]
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match="cannot be written"), whole_file(tmp_path / "file" / "pairs.parquet"):
+    with (
+        pytest.raises(InputError, match="cannot be written"),
+        whole_file(tmp_path / "file" / "pairs.parquet"),
+    ):
         pass
 
 

@@ -246,7 +246,9 @@ def test_a_result_of_the_same_settings_is_kept_and_of_others_replaced(
     copied, evaluated, tiny_backbone, monkeypatch
 ):
     (folder, pools), first = copied, evaluated[2]
-    monkeypatch.setattr("capo.evaluation.evaluate._Comparison.sides", lambda *_: pytest.fail("it was evaluated again"))
+    monkeypatch.setattr(
+        "capo.evaluation.evaluate._Comparison.sides", lambda *_: pytest.fail("it was evaluated again")
+    )
     assert run(folder, pools, tiny_backbone) == first
     monkeypatch.undo()
     second = run(folder, pools, tiny_backbone, policy=tuned(tiny_backbone, 0.5, "a" * 64))

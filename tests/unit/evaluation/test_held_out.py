@@ -1,4 +1,7 @@
-"""Held-out rewards: the alarm's arithmetic, its way through configuration and runs, and a real case of hacking."""
+"""Held-out rewards.
+
+The alarm's arithmetic, its way through configuration and runs, and a real case of hacking.
+"""
 
 import json
 import subprocess
@@ -35,7 +38,9 @@ def rates(*values: float) -> torch.Tensor:
 
 # four prompts each: constant ones have the interval [mean, mean]
 HIGH, EVEN, LOW = rates(0.75, 0.75, 0.75, 0.75), rates(0.5, 0.5, 0.5, 0.5), rates(0.25, 0.25, 0.25, 0.25)
-WIDE = rates(0.0, 0.0, 0.0, 1.0)  # mean 0.25; with chance 0.26 a resample of four has two ones or more: its interval reaches 0.75
+WIDE = rates(
+    0.0, 0.0, 0.0, 1.0
+)  # mean 0.25; with chance 0.26 a resample of four has two ones or more: its interval reaches 0.75
 
 
 @pytest.mark.parametrize(("trained", "held_out", "rings"), [
@@ -52,14 +57,28 @@ WIDE = rates(0.0, 0.0, 0.0, 1.0)  # mean 0.25; with chance 0.26 a resample of fo
 def test_the_alarm_rings_where_one_rises_and_the_other_falls_beyond_their_intervals(trained, held_out, rings):
     verdict = judge(trained, {"x": held_out, "y": HIGH}, seed=0)
     assert verdict.fallen == (["x"] if rings else [])
-    assert verdict.figures() == {"val/held_out/alarm": rings, "val/held_out/alarm/x": rings, "val/held_out/alarm/y": 0}
+    assert verdict.figures() == {
+        "val/held_out/alarm": rings,
+        "val/held_out/alarm/x": rings,
+        "val/held_out/alarm/y": 0,
+    }
     message = verdict.message(7)
-    assert ("step 7: reward hacking?" in message and "held out x 0.250" in message and "y" not in message.split()) if rings else message is None
+    assert (
+        (
+            "step 7: reward hacking?" in message
+            and "held out x 0.250" in message
+            and "y" not in message.split()
+        )
+        if rings
+        else message is None
+    )
 
 
 def test_processes_add_up_to_one():
     whole = by_prompt([{"a": {0: 0.1, 1: 0.2, 2: 0.3}, "b": {0: 1.0, 1: 0.0, 2: 0.5}}])
-    shared = by_prompt([{"a": {1: 0.2}, "b": {1: 0.0}}, {"a": {}, "b": {}}, {"a": {2: 0.3, 0: 0.1}, "b": {0: 1.0, 2: 0.5}}])
+    shared = by_prompt(
+        [{"a": {1: 0.2}, "b": {1: 0.0}}, {"a": {}, "b": {}}, {"a": {2: 0.3, 0: 0.1}, "b": {0: 1.0, 2: 0.5}}]
+    )
     assert whole.keys() == shared.keys() == {"a", "b"}
     assert all(torch.equal(whole[name], shared[name]) for name in whole)
     assert whole["a"].tolist() == [0.1, 0.2, 0.3]
@@ -67,10 +86,15 @@ def test_processes_add_up_to_one():
 
 def test_steps_of_the_alarm_are_read_from_the_curves(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("step,train/loss,val/held_out/alarm,val/held_out/alarm/x,val/held_out/alarm/y,val/held_out/score/x,val/held_out/win_rate/x\n"
-                    "5,0.1,,,,,\n10,,0.0,0.0,0.0,5.0,0.5\n20,,1.0,1.0,0.0,4.0,0.3\n30,,1.0,1.0,1.0,3.0,0.2\n")  # fmt: skip
+    path.write_text(
+        "step,train/loss,val/held_out/alarm,val/held_out/alarm/x,val/held_out/alarm/y,val/held_out/score/x,val/held_out/win_rate/x\n"
+        "5,0.1,,,,,\n10,,0.0,0.0,0.0,5.0,0.5\n20,,1.0,1.0,0.0,4.0,0.3\n30,,1.0,1.0,1.0,3.0,0.2\n"
+    )
     assert alarms(path) == {"x": [20, 30], "y": [30]}
-    assert remark(alarms(path))[0].startswith("x, held out of training, fell below the base in validation") and "step 20, 30" in remark(alarms(path))[0]
+    assert (
+        remark(alarms(path))[0].startswith("x, held out of training, fell below the base in validation")
+        and "step 20, 30" in remark(alarms(path))[0]
+    )
     assert alarms(tmp_path / "none.csv") == {}
     titles = [chart.title for chart in read_curves(path)]  # what has another scale has a chart of its own
     assert {"val/held_out/alarm", "val/held_out/score/x", "val/held_out/win_rate"} <= set(titles)
@@ -94,7 +118,11 @@ def composed(*overrides: str):
 
 
 def test_held_out_rewards_are_composed_and_a_trained_one_is_refused():
-    cfg = composed("rewards=[looks]", "rewards@validation.held_out=[alignment,preference]", "validation.held_out.alignment.scale=3")
+    cfg = composed(
+        "rewards=[looks]",
+        "rewards@validation.held_out=[alignment,preference]",
+        "validation.held_out.alignment.scale=3",
+    )
     trained, evaluated, _ = all_rewards(cfg)
     alignment, preference = held_out_rewards(cfg, trained, evaluated)
     assert (alignment.name, alignment.scale, preference.name) == ("alignment", 3, "preference")
@@ -112,16 +140,20 @@ def test_names_that_nobody_has_composed_and_bad_values_are_refused():
     with pytest.raises(InputError, match=r"validation\.held_out=\['looks'\]: must be rewards by name"):
         check_values(composed("validation.held_out=[looks]"))
     with pytest.raises(InputError, match=r"validation\.held_out\.alignment\.link=lg: must be one of"):
-        check_values(composed("rewards@validation.held_out=[alignment]", "validation.held_out.alignment.link=lg"))
+        check_values(
+            composed("rewards@validation.held_out=[alignment]", "validation.held_out.alignment.link=lg")
+        )
 
 
 @pytest.fixture(scope="module")
 def watched(tiny_run):
-    """A tiny run with a third reward held out, whose configuration is the last run's of the same name but for that."""
+    """A tiny run with a third reward held out, otherwise the last run of the same name."""
 
     def make(name: str, *overrides: str, held_out: dict | None = None):
         cfg = tiny_run(name, "evaluate=false", "validation.every=1", *overrides)
-        OmegaConf.update(cfg, "validation.held_out", {"b": brightness(2)} if held_out is None else held_out, merge=False)
+        OmegaConf.update(
+            cfg, "validation.held_out", {"b": brightness(2)} if held_out is None else held_out, merge=False
+        )
         return cfg
 
     return make
@@ -139,9 +171,14 @@ def test_a_held_out_reward_is_measured_and_moves_nothing(tiny_run, watched):
     found = [row for row in rows if row["val/win_rate"]]
     assert len(found) == 2
     for row in found:
-        assert float(row["val/win_rate"]) == pytest.approx((float(row["val/win_rate/r"]) + float(row["val/win_rate/g"])) / 2)
+        assert float(row["val/win_rate"]) == pytest.approx(
+            (float(row["val/win_rate/r"]) + float(row["val/win_rate/g"])) / 2
+        )
         assert 0 <= float(row["val/held_out/win_rate/b"]) <= 1 and 0 < float(row["val/held_out/score/b"]) < 10
-        assert row["val/held_out/alarm"] in ("0.0", "1.0") and row["val/held_out/alarm/b"] == row["val/held_out/alarm"]
+        assert (
+            row["val/held_out/alarm"] in ("0.0", "1.0")
+            and row["val/held_out/alarm/b"] == row["val/held_out/alarm"]
+        )
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in plain]
     assert not any(name.startswith("val/held_out") for name in plain[0])
     assert "alarms" in json.loads((tiny_run.folder / "watched" / "outcome.json").read_text())
@@ -169,19 +206,40 @@ class Light(FakeBackbone):
 
 
 def test_a_fall_while_training_rises_is_told_at_that_step(tmp_path, capsys):
-    """Images of brightness 0-10 against base scores of -1 (always won), and their negatives against 1 (always lost)."""
+    """Brightness 0-10 against base scores of -1 (always won), its negative against 1 (always lost)."""
     backbone, prompts = Light(), [Prompt(str(number), f"prompt {number}") for number in range(3)]
-    base = ValidationSet(prompts, backbone.encode_prompts([prompt.text for prompt in prompts]), [[1, 2], [3, 4], [5, 6]],
-                         {"light": torch.full((3, 2), -1.0), "dark": torch.full((3, 2), 1.0)}, [Image.new("RGB", (2, 2))])  # fmt: skip
-    light, dark = Reward("light", Brightness()), Reward("dark", lambda images, prompts: -Brightness()(images, prompts))
+    base = ValidationSet(
+        prompts,
+        backbone.encode_prompts([prompt.text for prompt in prompts]),
+        [[1, 2], [3, 4], [5, 6]],
+        {"light": torch.full((3, 2), -1.0), "dark": torch.full((3, 2), 1.0)},
+        [Image.new("RGB", (2, 2))],
+    )
+    light, dark = (
+        Reward("light", Brightness()),
+        Reward("dark", lambda images, prompts: -Brightness()(images, prompts)),
+    )
     rows = []
-    trainer = SimpleNamespace(global_step=5, max_steps=5, global_rank=0, world_size=1, is_global_zero=True, strategy=SimpleNamespace(root_device="cpu"),
-                              loggers=[SimpleNamespace(log_metrics=lambda figures, step: rows.append(figures))])  # fmt: skip
+    trainer = SimpleNamespace(
+        global_step=5,
+        max_steps=5,
+        global_rank=0,
+        world_size=1,
+        is_global_zero=True,
+        strategy=SimpleNamespace(root_device="cpu"),
+        loggers=[SimpleNamespace(log_metrics=lambda figures, step: rows.append(figures))],
+    )
     module = SimpleNamespace(policy=torch.nn.Linear(1, 1), log_dict=lambda *_, **__: None, print=print)
     settings = SamplerSettings(steps=2, guidance=1.0, batch=4)
-    WinRateValidation(base, backbone, [light], settings, 5, tmp_path, HeldOut([dark])).on_train_batch_end(trainer, module, None, None, 0)
+    WinRateValidation(base, backbone, [light], settings, 5, tmp_path, HeldOut([dark])).on_train_batch_end(
+        trainer, module, None, None, 0
+    )
     figures = rows[0]
-    assert (figures["val/win_rate"], figures["val/win_rate/light"], figures["val/held_out/win_rate/dark"]) == (1, 1, 0)
+    assert (
+        figures["val/win_rate"],
+        figures["val/win_rate/light"],
+        figures["val/held_out/win_rate/dark"],
+    ) == (1, 1, 0)
     assert figures["val/held_out/score/dark"] == pytest.approx(-figures["val/score/light"])
     assert figures["val/held_out/alarm"] == figures["val/held_out/alarm/dark"] == 1
     told = capsys.readouterr().out.splitlines()
@@ -192,9 +250,23 @@ def test_a_fall_while_training_rises_is_told_at_that_step(tmp_path, capsys):
 @pytest.mark.slow
 def test_looks_alone_costs_alignment_on_shapes_and_the_alarm_rings(tmp_path):
     """The real world, on the command line: `looks` is blind to the prompt, and nothing else is trained."""
-    command = ["train.py", "experiment=quick", "rewards=[looks]", "validation.held_out=[alignment]", "objective.beta=30", "trainer.lr=1e-4",
-               "trainer.batch=8", "trainer.max_steps=120", "validation.every=120", "prompts.validation=32", "validation.images=4", "evaluate=false",
-               "threads=1", f"pool.root={tmp_path / 'pools'}", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    command = [
+        "train.py",
+        "experiment=quick",
+        "rewards=[looks]",
+        "validation.held_out=[alignment]",
+        "objective.beta=30",
+        "trainer.lr=1e-4",
+        "trainer.batch=8",
+        "trainer.max_steps=120",
+        "validation.every=120",
+        "prompts.validation=32",
+        "validation.images=4",
+        "evaluate=false",
+        "threads=1",
+        f"pool.root={tmp_path / 'pools'}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = [row for row in read(tmp_path / "run") if row["val/win_rate"]]

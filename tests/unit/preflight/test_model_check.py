@@ -45,7 +45,9 @@ def test_the_shapes_model_passes(tmp_path):
     backbone, known = UNetBackbone(WEIGHTS), known_scenes()
     vae, denoising = looked_at(backbone, known)
     assert vae.passed and denoising.passed and not vae.remedy + denoising.remedy
-    picture = check_sample(backbone, known[0][1], SamplerSettings(3, 4.0, 1), tmp_path / "check" / "sample.png")
+    picture = check_sample(
+        backbone, known[0][1], SamplerSettings(3, 4.0, 1), tmp_path / "check" / "sample.png"
+    )
     assert picture.passed and Image.open(tmp_path / "check" / "sample.png").size == (64, 64)
 
 
@@ -67,7 +69,7 @@ def test_exchanged_text_encoders_are_named(broken):
 
 
 def test_a_wrong_prediction_type_is_named(monkeypatch):
-    """The same denoiser, as if it had been trained to predict v = alpha eps - sigma x = (eps - sigma x_t) / alpha."""
+    """The same denoiser, as if trained to predict v = alpha eps - sigma x = (eps - sigma x_t) / alpha."""
     backbone = UNetBackbone(WEIGHTS)
     of_noise, alphas_cumprod = backbone.denoiser.forward, backbone.scheduler().alphas_cumprod
 
@@ -83,8 +85,14 @@ def test_a_wrong_prediction_type_is_named(monkeypatch):
 @pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "sd3_bare"])
 def test_random_weights_fail_by_name(tiny_backbones, name, tmp_path):
     vae, denoising = looked_at(tiny_backbones[name], photograph())
-    assert not vae.passed and not denoising.passed and (vae.name, denoising.name) == ("VAE round trip", "denoising error")
-    assert check_sample(tiny_backbones[name], "a red circle", SamplerSettings(2, 3.0, 1), tmp_path / "sample.png").passed
+    assert (
+        not vae.passed
+        and not denoising.passed
+        and (vae.name, denoising.name) == ("VAE round trip", "denoising error")
+    )
+    assert check_sample(
+        tiny_backbones[name], "a red circle", SamplerSettings(2, 3.0, 1), tmp_path / "sample.png"
+    ).passed
 
 
 def test_a_latent_that_is_not_finite_is_said(tiny_folder, tmp_path):
@@ -111,4 +119,9 @@ def test_possible_targets_by_hand():
 
 def test_findings_are_written(tmp_path):
     write_checks([Check("a", True, "b"), Check("c", False, "d", "e")], tmp_path / "check.json")
-    assert json.loads((tmp_path / "check.json").read_text())[1] == {"name": "c", "passed": False, "found": "d", "remedy": "e"}
+    assert json.loads((tmp_path / "check.json").read_text())[1] == {
+        "name": "c",
+        "passed": False,
+        "found": "d",
+        "remedy": "e",
+    }

@@ -1,4 +1,4 @@
-"""A plan's bytes against tensors that exist, its activations against what hooks measure, its arithmetic against hand-worked numbers."""
+"""A plan's bytes against tensors, activations against hooks, arithmetic against hand-worked numbers."""
 
 import functools
 from dataclasses import replace
@@ -41,7 +41,13 @@ SHAPES, MMDIT = SHIPPED / "unet", SHIPPED / "mmdit"
 T5_TOKENS = 4  # as conf/model/shapes_mmdit.yaml has it
 LORA = {"rank": 4, "alpha": 4, "seed": 0}
 ADAPTER = adapter_of(LORA)
-VARIETIES = [("32-true", None, False), ("bf16-mixed", None, False), ("32-true", LORA, False), ("bf16-mixed", LORA, False), ("bf16-mixed", LORA, True)]
+VARIETIES = [
+    ("32-true", None, False),
+    ("bf16-mixed", None, False),
+    ("32-true", LORA, False),
+    ("bf16-mixed", LORA, False),
+    ("bf16-mixed", LORA, True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +73,24 @@ def flow() -> MMDiTBackbone:
 def pairs(blueprint: Blueprint, count: int) -> PreferenceBatch:
     latents = torch.randn(count, 2, *blueprint.latent_shape)
     text = {name: torch.randn(count, *shape) for name, shape in blueprint.text_shapes.items()}
-    return PreferenceBatch(latents, torch.randn_like(latents), torch.rand(count), torch.tensor([[0.6, 0.4]] * count), text, ["x"] * count)
+    return PreferenceBatch(
+        latents,
+        torch.randn_like(latents),
+        torch.rand(count),
+        torch.tensor([[0.6, 0.4]] * count),
+        text,
+        ["x"] * count,
+    )
 
 
 def module_of(backbone, precision="32-true", lora=None, half_frozen=False) -> PreferenceModule:
     return PreferenceModule(
-        backbone, functools.partial(capo, beta=30.0), lr=1e-4, warm_up=0, weighting=Weighting(), lora=lora,
+        backbone,
+        functools.partial(capo, beta=30.0),
+        lr=1e-4,
+        warm_up=0,
+        weighting=Weighting(),
+        lora=lora,
         execution=Execution(precision, half_frozen=half_frozen),
     )
 
@@ -96,9 +114,16 @@ def kept_by(call, own) -> int:
     return sum(tensor.untyped_storage().nbytes() for address, tensor in alive.items() if address not in mine)
 
 
-@pytest.mark.parametrize(("name", "count"), [
-    ("sd15", 859_520_964), ("sdxl", 2_567_463_684), ("sd3", 2_028_328_000), ("sd35_medium", 2_243_171_520), ("sd35_large", 8_056_627_520),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("sd15", 859_520_964),
+        ("sdxl", 2_567_463_684),
+        ("sd3", 2_028_328_000),
+        ("sd35_medium", 2_243_171_520),
+        ("sd35_large", 8_056_627_520),
+    ],
+)
 def test_published_denoisers_have_the_parameters_that_are_known_of_them(name, count):
     assert parameters(published(name), None) == (count, count)
 
@@ -108,15 +133,26 @@ def test_published_text_encoders_and_autoencoders_too():
         return sum(p.numel() for p in published("sd3").module(component).parameters())
 
     # CLIP ViT-L with its projection 768 x 768, OpenCLIP bigG, T5 XXL's encoder
-    assert [count(f"text_encoder{which}") for which in ("", "_2", "_3")] == [123_060_480 + 768 * 768, 694_659_840, 4_762_310_656]
+    assert [count(f"text_encoder{which}") for which in ("", "_2", "_3")] == [
+        123_060_480 + 768 * 768,
+        694_659_840,
+        4_762_310_656,
+    ]
     assert sum(p.numel() for p in published("sdxl").module("vae").parameters()) == 83_653_863
 
 
 def test_text_and_latents_of_the_published_models():
     assert published_names() == ["sd15", "sd3", "sd35_large", "sd35_medium", "sdxl"]
     assert published("sd15").text_shapes == {"prompt_embeds": (77, 768)}
-    assert published("sdxl").text_shapes == {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,), "time_ids": (6,)}
-    assert published("sd3", sequence_length=256).text_shapes == {"prompt_embeds": (77 + 256, 4096), "pooled_prompt_embeds": (2048,)}
+    assert published("sdxl").text_shapes == {
+        "prompt_embeds": (77, 2048),
+        "pooled_prompt_embeds": (1280,),
+        "time_ids": (6,),
+    }
+    assert published("sd3", sequence_length=256).text_shapes == {
+        "prompt_embeds": (77 + 256, 4096),
+        "pooled_prompt_embeds": (2048,),
+    }
     assert published("sd3").latent_shape == (16, 128, 128) and published("sd15").latent_shape == (4, 64, 64)
     assert "text_encoder_3" not in published("sd3", t5=False).configs
     with pytest.raises(InputError, match=r"model.published=sd9: no configs of that name are in this package; choose one of sd15"):
@@ -124,7 +160,9 @@ def test_text_and_latents_of_the_published_models():
 
 
 def test_a_folder_without_known_configs_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no config.json of a known class for unet or transformer, vae, text_encoder"):
+    with pytest.raises(
+        InputError, match=r"no config.json of a known class for unet or transformer, vae, text_encoder"
+    ):
         from_folder(tmp_path)
 
 
@@ -132,7 +170,9 @@ def adapter_for(backbone: Backbone, lora: dict | None):
     return lora and adapter_of(lora | {"targets": backbone.lora_targets})
 
 
-def compare_held(blueprint: Blueprint, backbone: Backbone, precision: str, lora: dict | None, half_frozen: bool) -> None:
+def compare_held(
+    blueprint: Blueprint, backbone: Backbone, precision: str, lora: dict | None, half_frozen: bool
+) -> None:
     """Takes a step, and compares the plan's bytes with those of the tensors that there are then."""
     module = module_of(backbone, precision, lora, half_frozen)
     optimizer = module.configure_optimizers()["optimizer"]
@@ -151,7 +191,9 @@ def compare_held(blueprint: Blueprint, backbone: Backbone, precision: str, lora:
         assert planned.reference == (0 if lora else held([*frozen.parameters(), *frozen.buffers()]))
     written = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(written)
-    assert checkpoint_bytes(blueprint, adapter, "adamw") == sum(t.nbytes for t in written["state_dict"].values()) + held(state)
+    assert checkpoint_bytes(blueprint, adapter, "adamw") == sum(
+        t.nbytes for t in written["state_dict"].values()
+    ) + held(state)
     assert planned.total == planned.weights + planned.gradients + planned.optimizer + planned.reference
 
 
@@ -166,9 +208,14 @@ def test_an_mmdit_holds_the_bytes_of_its_tensors_too(mmdit, flow, precision, lor
 
 
 def test_eight_bit_moments_and_shards():
-    layer = torch.nn.Linear(1000, 10)  # 10 000 numbers in 8 bits with a float32 scale for each 256 of them; 10 stay float32
+    layer = torch.nn.Linear(
+        1000, 10
+    )  # 10 000 numbers in 8 bits with a float32 scale for each 256 of them; 10 stay float32
     assert optimizer_bytes(layer, "adamw_8bit") == 2 * (10_000 + 4 * 40) + 2 * 4 * 10
-    assert model_states(published("sd15"), None, "32-true", "adamw", False, shards=4).weights == 859_520_964 * 4 / 4
+    assert (
+        model_states(published("sd15"), None, "32-true", "adamw", False, shards=4).weights
+        == 859_520_964 * 4 / 4
+    )
     assert model_states(published("sd15"), None, "32-true", "adamw", False).reference == 0
 
 
@@ -180,8 +227,17 @@ def test_activations_of_the_unet_are_what_hooks_measure(unet, backbone, precisio
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             return module.objective(module.pair_errors(batch)).mean()
 
-    measured = kept_by(step, [*module.policy.parameters(), *module.policy.buffers(), *backbone.denoiser.parameters()])
-    planned = activation_bytes(unet, 8, precision, gpu=False, lora=adapter_of(lora), frozen_in=precision if half_frozen else "32-true")
+    measured = kept_by(
+        step, [*module.policy.parameters(), *module.policy.buffers(), *backbone.denoiser.parameters()]
+    )
+    planned = activation_bytes(
+        unet,
+        8,
+        precision,
+        gpu=False,
+        lora=adapter_of(lora),
+        frozen_in=precision if half_frozen else "32-true",
+    )
     assert planned == pytest.approx(measured, rel=0.1)  # asked: 0.3
 
 
@@ -201,9 +257,13 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(mmdit, flow):
     denoiser, inputs = flow.trainable_copy().train(), mmdit.inputs(8)
     whole = activation_bytes(mmdit, 8, "32-true", gpu=False)
     denoiser.enable_gradient_checkpointing()
-    between = kept_by(lambda: denoiser(**inputs, return_dict=False)[0].square().mean(), [*denoiser.parameters(), *denoiser.buffers()])
+    between = kept_by(
+        lambda: denoiser(**inputs, return_dict=False)[0].square().mean(),
+        [*denoiser.parameters(), *denoiser.buffers()],
+    )
     planned = activation_bytes(mmdit, 8, "32-true", gpu=False, checkpointing=True)
-    # the blocks are nearly alike: what is kept between them, and about one block's share of what is kept within
+    # the blocks are nearly alike: what is kept between them, and about one block's share of what is kept
+    # within
     assert planned == pytest.approx(between + (whole - between) / denoiser.config.num_layers, rel=0.2)
     assert between < planned < whole / 2
 
@@ -211,23 +271,36 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(mmdit, flow):
 def test_operations_of_layers_and_of_attention_by_hand(mmdit, flow):
     found, plain = denoiser_forward(mmdit, "32-true", False), flow.trainable_copy()
     sizes = plain.config
-    tokens = (sizes.sample_size // sizes.patch_size) ** 2 + mmdit.text_shapes["prompt_embeds"][0]  # patches, and the text's
+    tokens = (sizes.sample_size // sizes.patch_size) ** 2 + mmdit.text_shapes["prompt_embeds"][
+        0
+    ]  # patches, and the text's
     # joint blocks, the width of all heads: scores and their sum over values, a product and a sum each
-    assert found.attention_flops == sizes.num_layers * 2 * 2 * tokens**2 * (sizes.num_attention_heads * sizes.attention_head_dim)
+    assert found.attention_flops == sizes.num_layers * 2 * 2 * tokens**2 * (
+        sizes.num_attention_heads * sizes.attention_head_dim
+    )
     # every product with weights, counted by hooks on the layers themselves: two operations a weight and row
     rows = []
     for module in plain.modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda layer, given, out: rows.append(2 * layer.weight.numel() * (out.numel() // out.shape[-1])))
+            module.register_forward_hook(
+                lambda layer, given, out: rows.append(
+                    2 * layer.weight.numel() * (out.numel() // out.shape[-1])
+                )
+            )
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda layer, given, out: rows.append(2 * layer.weight.numel() * out.shape[-1] * out.shape[-2]))
+            module.register_forward_hook(
+                lambda layer, given, out: rows.append(
+                    2 * layer.weight.numel() * out.shape[-1] * out.shape[-2]
+                )
+            )
     plain(**mmdit.inputs(1))
     assert found.weight_flops == sum(rows)
 
 
 def test_working_memory_is_that_of_results_not_of_weights():
     found = decoder_forward(published("sd15"))
-    # the decoder's last level: 128 or 256 channels of 512 x 512 float32 numbers, 134 or 268 MB each, a few of them at once
+    # the decoder's last level: 128 or 256 channels of 512 x 512 float32 numbers, 134 or 268 MB each, a few of
+    # them at once
     level = 256 * 512 * 512 * 4
     assert 2 * level <= found.working <= 5 * level
     sdxl = denoiser_forward(published("sdxl"), "32-true", False).working
@@ -235,50 +308,95 @@ def test_working_memory_is_that_of_results_not_of_weights():
 
 
 def request(blueprint, **changes) -> Request:
-    training = {"division": Division(2, 4, 8), "steps": 100, "kinds": 2, "reference": True, "precision": "32-true", "optimizer": "adamw",
-                "strategy": "ddp", "gradient_checkpointing": False, "lora": None, "gpu": False}  # fmt: skip
-    pools = {"train": PoolRequest(10, 4, 3), "policy in validation": PoolRequest(2, 4, 0, times=5, stored=False)}
-    return Request(blueprint, TrainingRequest(**training | changes), SamplingRequest(6, 2, 4, "32-true", 4), pools, 4, 1e12, 0.5)
+    training = {
+        "division": Division(2, 4, 8),
+        "steps": 100,
+        "kinds": 2,
+        "reference": True,
+        "precision": "32-true",
+        "optimizer": "adamw",
+        "strategy": "ddp",
+        "gradient_checkpointing": False,
+        "lora": None,
+        "gpu": False,
+    }
+    pools = {
+        "train": PoolRequest(10, 4, 3),
+        "policy in validation": PoolRequest(2, 4, 0, times=5, stored=False),
+    }
+    return Request(
+        blueprint,
+        TrainingRequest(**training | changes),
+        SamplingRequest(6, 2, 4, "32-true", 4),
+        pools,
+        4,
+        1e12,
+        0.5,
+    )
 
 
 def test_a_pair_is_two_images_through_policy_and_reference_and_back(unet):
     once = denoiser_forward(unet, "32-true", False)
     forward, plain = once.flops, flops_of(request(unet))
     assert plain["pair"] == plain["pair_model"] == pytest.approx(2 * (1 + 1 + 2) * forward)
-    assert flops_of(request(unet, gradient_checkpointing=True))["pair"] == pytest.approx(2 * (1 + 1 + 2 + 1) * forward)
+    assert flops_of(request(unet, gradient_checkpointing=True))["pair"] == pytest.approx(
+        2 * (1 + 1 + 2 + 1) * forward
+    )
     assert flops_of(request(unet, reference=False, kinds=1))["pair"] == pytest.approx((1 + 2) * forward)
     # frozen weights have no gradient: one product in place of two
-    assert flops_of(request(unet, lora=ADAPTER))["pair"] == pytest.approx(2 * (2 * forward + once.weight_flops + 2 * once.attention_flops))
+    assert flops_of(request(unet, lora=ADAPTER))["pair"] == pytest.approx(
+        2 * (2 * forward + once.weight_flops + 2 * once.attention_flops)
+    )
     # six steps with guidance, and a decoded latent
     assert plain["image"] == pytest.approx(6 * 2 * forward + decoder_forward(unet).flops)
 
 
 def test_rewards_count_where_images_are_scored_and_nowhere_else(unet):
     plain = device_memory(request(unet))
-    with_rewards = replace(request(unet), rewards=RewardRequest(pool=7e9, validation=4e9, evaluation=6e9, everything=8e9, unknown=["vila"]))
+    with_rewards = replace(
+        request(unet),
+        rewards=RewardRequest(pool=7e9, validation=4e9, evaluation=6e9, everything=8e9, unknown=["vila"]),
+    )
     device, host = device_memory(with_rewards), host_memory(with_rewards)
     more = {phase: told["total"] - plain[phase]["total"] for phase, told in device.items() if phase != "peak"}
-    assert {phase: size for phase, size in more.items() if size} == {"pool scoring": 7e9, "validation scoring": 4e9, "evaluation scoring": 6e9}
+    assert {phase: size for phase, size in more.items() if size} == {
+        "pool scoring": 7e9,
+        "validation scoring": 4e9,
+        "evaluation scoring": 6e9,
+    }
     # beside what training holds, and no VAE: that has left
-    assert device["validation scoring"]["total"] == device["training"]["total"] - device["training"]["activations"] + 4e9
+    assert (
+        device["validation scoring"]["total"]
+        == device["training"]["total"] - device["training"]["activations"] + 4e9
+    )
     assert host["training"]["rewards"] == host["loading"]["rewards"] == 8e9
     assert "memory of these rewards is unknown and left out: vila" in notes(with_rewards)
 
 
 def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
-    device, drawing = device_memory(request(unet)), 4 * 2 * denoiser_forward(unet, "32-true", False).working  # four images, with guidance
+    device, drawing = (
+        device_memory(request(unet)),
+        4 * 2 * denoiser_forward(unet, "32-true", False).working,
+    )  # four images, with guidance
     decoding = 4 * decoder_forward(unet).working
     pipeline = pipeline_bytes(unet, 4)
-    assert device["pool"]["sampling"] == drawing and device["pool"]["total"] == sum(pipeline.values()) + drawing
+    assert (
+        device["pool"]["sampling"] == drawing and device["pool"]["total"] == sum(pipeline.values()) + drawing
+    )
     for before in ("pool", "evaluation"):
         drawn, scored = device[before], device[f"{before} scoring"]
-        assert scored["total"] == drawn["total"] - drawn["sampling"] + decoding and scored["decoding"] == decoding
+        assert (
+            scored["total"] == drawn["total"] - drawn["sampling"] + decoding
+            and scored["decoding"] == decoding
+        )
     assert device["evaluation"]["policy"] == model_states(unet, None, "32-true", "adamw", True).weights
     assert device["validation"]["sampling and decoding"] == max(drawing, decoding)
 
 
 def test_without_an_evaluation_there_is_no_phase_of_it(unet):
-    device = device_memory(replace(request(unet), evaluate=False, rewards=RewardRequest(pool=1e9, evaluation=6e9)))
+    device = device_memory(
+        replace(request(unet), evaluate=False, rewards=RewardRequest(pool=1e9, evaluation=6e9))
+    )
     assert not [phase for phase in device if phase.startswith("evaluation")]
     assert device["peak"] == device["pool scoring"]["total"] < 6e9
 
@@ -291,7 +409,8 @@ def test_hours_by_hand(unet):
 
 
 def test_a_pool_on_disk_by_hand(unet):
-    # latents 8 x 16 x 16 float16 = 4096 bytes, three scores of 64; text: 20 tokens x 96, pooled 64 and 6 numbers in float16
+    # latents 8 x 16 x 16 float16 = 4096 bytes, three scores of 64; text: 20 tokens x 96, pooled 64 and 6
+    # numbers in float16
     assert pool_bytes(unet, 10, 8, 3, 2) == 10 * (8 * (4096 + 3 * 64) + 2 * (20 * 96 + 64 + 6))
     # SDXL's text is 308 KiB in float16 without the pooled 1280 numbers and the 6 sizes
     assert pool_bytes(published("sdxl"), 1, 0, 0, 2) == 308 * 1024 + 2 * (1280 + 6)

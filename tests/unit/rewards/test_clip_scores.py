@@ -33,7 +33,15 @@ def copied(folder, tmp_path):
 
 def composed(name, *overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=["run_dir=/tmp/run", f"rewards={name}", f"rewards@evaluation.rewards={name}", *overrides])
+        return compose(
+            "train",
+            overrides=[
+                "run_dir=/tmp/run",
+                f"rewards={name}",
+                f"rewards@evaluation.rewards={name}",
+                *overrides,
+            ],
+        )
 
 
 def cosines(folder):
@@ -44,7 +52,9 @@ def cosines(folder):
     for image, prompt in zip(IMAGES, PROMPTS, strict=True):
         with torch.no_grad():
             seen = clip.get_image_features(by_hand(image)[None]).pooler_output[0].double()
-            read = clip.get_text_features(**tokenizer([prompt], return_tensors="pt")).pooler_output[0].double()
+            read = (
+                clip.get_text_features(**tokenizer([prompt], return_tensors="pt")).pooler_output[0].double()
+            )
         found.append((seen * read).sum() / (seen.square().sum() * read.square().sum()).sqrt())
     return torch.stack(found).float(), math.exp(clip.logit_scale.item())
 
@@ -74,12 +84,16 @@ def test_nothing_to_score_gives_no_score(folder):
 def test_pixels_are_those_of_the_published_preprocessing(folder):
     pixels = PickScore(str(folder)).inputs.pixels(IMAGES)
     assert pixels.shape == (5, 3, SIDE, SIDE)
-    torch.testing.assert_close(pixels, torch.stack([by_hand(image) for image in IMAGES]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        pixels, torch.stack([by_hand(image) for image in IMAGES]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_long_prompt_is_cut_at_the_models_tokens_and_keeps_its_end(folder):
     scorer = PickScore(str(folder))
-    long, cut = scorer.inputs.tokens(["a red square " * 30, "a red square " * 3 + "a"])  # 12 tokens: start, ten words, end
+    long, cut = scorer.inputs.tokens(
+        ["a red square " * 30, "a red square " * 3 + "a"]
+    )  # 12 tokens: start, ten words, end
     assert long.tolist() == cut.tolist() and len(long) == CONTEXT
     assert (long == scorer.inputs.tokenizer.eos_token_id).nonzero().tolist() == [[CONTEXT - 1]]
 
@@ -93,9 +107,16 @@ def test_a_callers_precision_does_not_move_a_score(folder):
 
 def test_old_checkpoints_load_as_pickled_tensors_and_with_their_position_numbers(copied, tmp_path):
     rounded = {name: value.half() for name, value in load_file(copied / "model.safetensors").items()}
-    save_file({name: value.float() for name, value in rounded.items()}, copied / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: value.float() for name, value in rounded.items()},
+        copied / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     old = shutil.copytree(copied, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
-    positions = {f"{tower}.embeddings.position_ids": torch.arange(CONTEXT)[None] for tower in ("text_model", "vision_model")}
+    positions = {
+        f"{tower}.embeddings.position_ids": torch.arange(CONTEXT)[None]
+        for tower in ("text_model", "vision_model")
+    }
     torch.save(rounded | positions, old / "pytorch_model.bin")
     scorer = PickScore(str(old))
     assert torch.equal(scorer(IMAGES, PROMPTS), PickScore(str(copied))(IMAGES, PROMPTS))
@@ -105,29 +126,44 @@ def test_old_checkpoints_load_as_pickled_tensors_and_with_their_position_numbers
 def test_names_of_tensors_are_those_of_the_published_checkpoints(folder):
     names = set(load_file(folder / "model.safetensors"))
     assert names >= {
-        "logit_scale", "visual_projection.weight", "text_projection.weight", "vision_model.pre_layrnorm.weight",
-        "vision_model.embeddings.class_embedding", "vision_model.encoder.layers.1.self_attn.q_proj.bias",
+        "logit_scale",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "vision_model.pre_layrnorm.weight",
+        "vision_model.embeddings.class_embedding",
+        "vision_model.encoder.layers.1.self_attn.q_proj.bias",
         "vision_model.post_layernorm.bias",
-        "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.1.mlp.fc1.weight", "text_model.final_layer_norm.weight",
-    }  # fmt: skip
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.encoder.layers.1.mlp.fc1.weight",
+        "text_model.final_layer_norm.weight",
+    }
 
 
 def test_a_weight_that_is_no_number_is_capos_error(copied):
     state = load_file(copied / "model.safetensors")
     state["visual_projection.weight"][3, 5] = float("nan")
     save_file(state, copied / "model.safetensors", metadata={"format": "pt"})
-    (reward,) = load_rewards({"pickscore": {"scorer": {"_target_": "capo.rewards.clip_scores.PickScore", "weights": str(copied)}}})
+    (reward,) = load_rewards(
+        {"pickscore": {"scorer": {"_target_": "capo.rewards.clip_scores.PickScore", "weights": str(copied)}}}
+    )
     reward.setup("cpu")
-    with pytest.raises(InputError, match=r'image 0 \("a red square"\): reward \'pickscore\' is nan, which cannot be compared'):
+    with pytest.raises(
+        InputError, match=r'image 0 \("a red square"\): reward \'pickscore\' is nan, which cannot be compared'
+    ):
         reward.score(IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("logit_scale"),
-     r"rewards\.pickscore\.weights=.*another model's weights: it lacks logit_scale; .*PickScore_v1"),
-    (lambda state: state.update(head=torch.zeros(1)), "it has unknown head;"),
-    (lambda state: state.update({"text_projection.weight": torch.zeros(3, 3)}), "weights do not load"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("logit_scale"),
+            r"rewards\.pickscore\.weights=.*another model's weights: it lacks logit_scale; .*PickScore_v1",
+        ),
+        (lambda state: state.update(head=torch.zeros(1)), "it has unknown head;"),
+        (lambda state: state.update({"text_projection.weight": torch.zeros(3, 3)}), "weights do not load"),
+    ],
+)
 def test_another_models_weights(copied, change, message):
     state = load_file(copied / "model.safetensors")
     change(state)
@@ -153,7 +189,9 @@ def test_a_tokenizer_of_another_model(folder, copied):
     words = "text_model.embeddings.token_embedding.weight"
     state[words] = torch.cat([state[words], state[words][:1]])
     save_file(state, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"rewards\.pickscore\.scorer\.processor=.*its tokenizer has 88 tokens, the model 89"):
+    with pytest.raises(
+        InputError, match=r"rewards\.pickscore\.scorer\.processor=.*its tokenizer has 88 tokens, the model 89"
+    ):
         PickScore(str(copied), processor=str(folder))
 
 
@@ -162,7 +200,12 @@ def test_weights_that_are_nowhere_name_the_ways_to_provide_them():
         PickScore("someone/nothing", "abc", processor="someone/other")
     message = str(refused.value)
     assert message.startswith("rewards.pickscore.weights=someone/nothing (revision abc) is not here\n")
-    for part in ("hf download someone/nothing --revision abc --include", "rewards.pickscore.weights=FOLDER", "HF_HOME=FOLDER", "hub cache"):
+    for part in (
+        "hf download someone/nothing --revision abc --include",
+        "rewards.pickscore.weights=FOLDER",
+        "HF_HOME=FOLDER",
+        "hub cache",
+    ):
         assert part in message
     with pytest.raises(InputError, match="no such file or folder"):
         PickScore("./nowhere/at/all")
@@ -171,7 +214,11 @@ def test_weights_that_are_nowhere_name_the_ways_to_provide_them():
 @pytest.mark.parametrize("name", ["pickscore", "clipscore"])
 def test_the_yaml_reaches_the_scorer_from_both_places(folder, name):
     own = [f"{place}.{name}.weights={folder}" for place in ("rewards", "evaluation.rewards")]
-    own += [f"{place}.{name}.scorer.processor={folder}" for place in ("rewards", "evaluation.rewards") if name == "pickscore"]
+    own += [
+        f"{place}.{name}.scorer.processor={folder}"
+        for place in ("rewards", "evaluation.rewards")
+        if name == "pickscore"
+    ]
     cfg = composed(name, *own)
     for place in ("rewards", "evaluation.rewards"):
         (reward,) = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True), place)
@@ -181,5 +228,7 @@ def test_the_yaml_reaches_the_scorer_from_both_places(folder, name):
 
 
 def test_a_batch_of_nothing(folder):
-    with pytest.raises(InputError, match=r"rewards\.clipscore\.scorer\.batch=0: images in one forward pass must be 1 or more"):
+    with pytest.raises(
+        InputError, match=r"rewards\.clipscore\.scorer\.batch=0: images in one forward pass must be 1 or more"
+    ):
         ClipScore(str(folder), batch=0)

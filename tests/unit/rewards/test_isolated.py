@@ -1,4 +1,7 @@
-"""Scorers in another environment: a real one without torch, and workers that die, hang, or answer nonsense."""
+"""Scorers in another environment.
+
+A real one without torch, and workers that die, hang, or answer nonsense.
+"""
 
 import ast
 import io
@@ -44,7 +47,8 @@ class Redness:
 
     def __call__(self, images, prompts):
         print("scoring", len(images))
-        return [image.getpixel((0, 0))[0] / 255 * self.factor + len(prompt) for image, prompt in zip(images, prompts)]
+        pairs = zip(images, prompts)
+        return [image.getpixel((0, 0))[0] / 255 * self.factor + len(prompt) for image, prompt in pairs]
 
 
 def size(images, prompts, unit=1):
@@ -203,16 +207,23 @@ def test_a_message_comes_back_as_it_was_sent():
 
 def test_the_worker_needs_the_standard_library_of_an_old_python_only():
     tree = ast.parse(Path(worker.__file__).read_text(), feature_version=(3, 7))
-    imported = {name.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+    imported = {
+        name.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for name in node.names
+    }
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert imported <= sys.stdlib_module_names
 
 
 def test_a_scorer_where_torch_is_not_installed(bare, isolated):
     sees = isolated("Sees", bare, _args_=["torch", "PIL", "json"])
-    assert sees([RED, DARK], ["a", "b"]).tolist() == [100, 100]  # neither torch (1) nor PIL (10), but json (100)
+    assert sees([RED, DARK], ["a", "b"]).tolist() == [
+        100,
+        100,
+    ]  # neither torch (1) nor PIL (10), but json (100)
     assert isolated("size", bare, _partial_=True, unit=2)([RED, DARK], ["", ""]).tolist() == [8006, 10004]
-    with pytest.raises(InputError, match=rf"'theirs' needs PIL, which {bare} cannot import: {bare} -m pip install PIL"):
+    with pytest.raises(
+        InputError, match=rf"'theirs' needs PIL, which {bare} cannot import: {bare} -m pip install PIL"
+    ):
         isolated("Redness", bare)([RED], [""])
 
 
@@ -220,8 +231,8 @@ def test_scores_are_those_of_the_scorer_in_this_process(isolated, targets, monke
     monkeypatch.syspath_prepend(targets)
     assert isolated("Sees", _args_=["torch", "PIL"])([RED], [""]).tolist() == [10]
     config = {"scorer": {"_target_": "their_reward.Redness", "factor": 0.3}, "timeout": 60}
-    here, = load_rewards({"theirs": config})
-    there, = load_rewards({"theirs": config | {"python": pillow_only, "requires": ["PIL"]}})
+    (here,) = load_rewards({"theirs": config})
+    (there,) = load_rewards({"theirs": config | {"python": pillow_only, "requires": ["PIL"]}})
     assert here.key == there.key  # where it runs moves no score
     for reward in (here, there):
         reward.setup("cpu")
@@ -254,14 +265,18 @@ def test_a_worker_that_dies_once_is_started_again(where, isolated, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         assert scorer([RED, DARK], ["a", "abc"]).tolist() == [2, 3.2]
     assert [record.message.split(";")[0].split(" and ")[0] for record in caplog.records] == [
-        "reward 'theirs': its worker died (exit code 3)"]
+        "reward 'theirs': its worker died (exit code 3)"
+    ]
 
 
 @pytest.mark.parametrize("where", ["call", "make"])
 def test_one_that_dies_twice_is_an_error(where, isolated, tmp_path):
     (tmp_path / "marks").mkdir()
     scorer = isolated("Dies", folder=str(tmp_path / "marks"), times=2, where=where)
-    with pytest.raises(InputError, match=r"its scorer their_reward\.Dies in .* died 2 times in a row \(exit code 3\).*theirs\.log"):
+    with pytest.raises(
+        InputError,
+        match=r"its scorer their_reward\.Dies in .* died 2 times in a row \(exit code 3\).*theirs\.log",
+    ):
         scorer([RED], ["a"])
     assert scorer([RED], ["a"]).tolist() == [2]  # it has two lives again
 
@@ -270,7 +285,9 @@ def test_one_that_hangs_is_ended(isolated):
     scorer = isolated("Sleeps", timeout=120)
     scorer.to("cpu")
     pid, scorer.timeout = scorer._worker.process.pid, 0.5
-    with pytest.raises(InputError, match=r"gave no answer in 0\.5 s and was ended.*\+\+rewards\.theirs\.timeout=SECONDS"):
+    with pytest.raises(
+        InputError, match=r"gave no answer in 0\.5 s and was ended.*\+\+rewards\.theirs\.timeout=SECONDS"
+    ):
         scorer([RED], ["hang"])
     assert gone(pid)
     scorer.timeout = 120
@@ -299,14 +316,19 @@ def test_answers_that_are_no_scores(target, arguments, message, isolated):
 
 def test_weights_that_do_not_fit_are_told_with_the_log(isolated):
     reward = Reward("theirs", isolated("greedy", images=[], prompts=[]))  # called where it should be made
-    with pytest.raises(InputError, match=r"'theirs': its weights do not fit into .*memory.*with more memory.*9 GiB.; see .*theirs.log") as caught:
+    with pytest.raises(
+        InputError,
+        match=r"'theirs': its weights do not fit into .*memory.*with more memory.*9 GiB.; see .*theirs.log",
+    ) as caught:
         reward.setup("cpu")
     assert not isinstance(caught.value, torch.OutOfMemoryError) and "sampling.batch" not in str(caught.value)
 
 
 def test_a_score_that_is_not_finite_is_named(isolated):
     reward = Reward("theirs", isolated("spoken", _partial_=True, value=[1.0, float("nan")]))
-    with pytest.raises(InputError, match=r'image 1 \("b"\): reward \'theirs\' is nan, which cannot be compared'):
+    with pytest.raises(
+        InputError, match=r'image 1 \("b"\): reward \'theirs\' is nan, which cannot be compared'
+    ):
         reward.score([RED, DARK], ["a", "b"])
 
 
@@ -315,10 +337,13 @@ def test_scribbles_on_the_pipe_are_an_error(isolated):
         isolated("Scribbles")([RED], ["a"])
 
 
-@pytest.mark.parametrize(("target", "message"), [
-    ("Redness", r"TypeError: .*unexpected keyword argument 'facter'"),
-    ("Nothing", "AttributeError: module 'their_reward' has no attribute 'Nothing'"),
-])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("Redness", r"TypeError: .*unexpected keyword argument 'facter'"),
+        ("Nothing", "AttributeError: module 'their_reward' has no attribute 'Nothing'"),
+    ],
+)
 def test_targets_that_cannot_be_made(target, message, isolated):
     with pytest.raises(InputError, match=message):
         isolated(target, facter=1).to("cpu")
@@ -329,12 +354,24 @@ def test_a_function_that_is_not_bound(isolated):
         isolated("spoken", _args_=[[], []]).to("cpu")
 
 
-@pytest.mark.parametrize(("entry", "message"), [
-    ({"python": "/nowhere/bin/python"}, "'theirs': there is no interpreter at python=/nowhere/bin/python; give the path"),
-    ({"python": "/bin/true"}, "'theirs': python=/bin/true cannot run a worker .*it must be a Python of version"),
-    ({"requires": ["json", "torch"]}, r"'theirs' needs torch, which (.*) cannot import: \1 -m pip install torch \(or the"),
-    ({"scorer": {"_target_": "not_their_reward.Redness"}}, "'theirs' needs not_their_reward, which"),
-])
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"python": "/nowhere/bin/python"},
+            "'theirs': there is no interpreter at python=/nowhere/bin/python; give the path",
+        ),
+        (
+            {"python": "/bin/true"},
+            "'theirs': python=/bin/true cannot run a worker .*it must be a Python of version",
+        ),
+        (
+            {"requires": ["json", "torch"]},
+            r"'theirs' needs torch, which (.*) cannot import: \1 -m pip install torch \(or the",
+        ),
+        ({"scorer": {"_target_": "not_their_reward.Redness"}}, "'theirs' needs not_their_reward, which"),
+    ],
+)
 def test_environments_that_cannot_be_used_are_found_before_any_work(entry, message, isolated, bare):
     config = {"scorer": {"_target_": "their_reward.Redness"}, "python": bare}
     assert load_rewards({"theirs": config})[0].python == bare
@@ -406,7 +443,11 @@ def test_a_worker_is_killed_with_its_parent(isolated):
 
 def test_the_end_of_stdin_ends_a_worker_at_work(isolated, pillow_only):
     """What holds where the kernel does not end it."""
-    process = subprocess.Popen([pillow_only, worker.__file__, "serve", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [pillow_only, worker.__file__, "serve", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         worker.send(process.stdin, {"scorer": {"_target_": "their_reward.Sleeps"}, "device": None})
         assert worker.receive(process.stdout)[0] == {"ready": True}
@@ -431,16 +472,27 @@ class Disturbed(FakeBackbone):
 
 
 @pytest.mark.parametrize("parallel", ["operations", "batches"])
-def test_a_worker_killed_in_the_middle_loses_nothing(parallel, isolated, targets, pillow_only, monkeypatch, tmp_path, caplog):
+def test_a_worker_killed_in_the_middle_loses_nothing(
+    parallel, isolated, targets, pillow_only, monkeypatch, tmp_path, caplog
+):
     monkeypatch.syspath_prepend(targets)
-    prompts, pids = [make_prompt(text) for text in ("a red circle", "a blue square", "triangles")], tmp_path / "pids"
+    prompts, pids = (
+        [make_prompt(text) for text in ("a red circle", "a blue square", "triangles")],
+        tmp_path / "pids",
+    )
 
     def scored(folder, backbone, **isolation):
         settings = SamplerSettings(steps=2, guidance=3.0, batch=3, parallel=parallel)
         plan = PoolSpec(tmp_path / folder, "tiny", "train", 5, prompts, candidates=10, prompts_per_shard=2)
         config = {"scorer": {"_target_": "their_reward.Redness", "pids": pids.name}, **isolation}
-        pool = fill_pool(plan, ImageGenerator.base(backbone, settings), load_rewards({"theirs": config}), progress=False)
-        return {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in pool.folder.rglob("*") if path.is_file()}
+        pool = fill_pool(
+            plan, ImageGenerator.base(backbone, settings), load_rewards({"theirs": config}), progress=False
+        )
+        return {
+            str(path.relative_to(tmp_path / folder)): path.read_bytes()
+            for path in pool.folder.rglob("*")
+            if path.is_file()
+        }
 
     def started():
         return [int(pid) for pid in pids.read_text().split()]

@@ -45,23 +45,36 @@ def by_formula(clip, state, image):
     """One image, in float64: embedding, divided by its length, through five matrices."""
     from transformers import CLIPModel
 
-    seen = CLIPModel.from_pretrained(clip).get_image_features(by_hand(image)[None]).pooler_output[0].double().numpy()
+    seen = (
+        CLIPModel.from_pretrained(clip)
+        .get_image_features(by_hand(image)[None])
+        .pooler_output[0]
+        .double()
+        .numpy()
+    )
     x = seen / np.sqrt((seen**2).sum())
     for number in (0, 2, 4, 6, 7):
-        x = state[f"layers.{number}.weight"].double().numpy() @ x + state[f"layers.{number}.bias"].double().numpy()
+        x = (
+            state[f"layers.{number}.weight"].double().numpy() @ x
+            + state[f"layers.{number}.bias"].double().numpy()
+        )
     return float(x[0])
 
 
 def test_the_score_is_the_published_formulas_one_image_at_a_time(file, clip, state):
     scores = LaionAesthetics(str(file), clip=clip)(IMAGES, PROMPTS)
     assert scores.dtype == torch.float32 and scores.shape == (5,) and scores.std() > 0.01
-    torch.testing.assert_close(scores, torch.tensor([by_formula(clip, state, image) for image in IMAGES]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scores, torch.tensor([by_formula(clip, state, image) for image in IMAGES]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_layers_are_those_of_the_published_checkpoint():
     with torch.device("meta"):
         found = {name: tuple(value.shape) for name, value in linear_stack(768).state_dict().items()}
-    assert found == {f"{n}.weight": (out, width) for n, width, out in PUBLISHED} | {f"{n}.bias": (out,) for n, _, out in PUBLISHED}
+    assert found == {f"{n}.weight": (out, width) for n, width, out in PUBLISHED} | {
+        f"{n}.bias": (out,) for n, _, out in PUBLISHED
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
@@ -69,7 +82,9 @@ def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order_nor_wit
     scorer, order = LaionAesthetics(str(file), clip=clip, batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [""]) for image in IMAGES])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scorer([IMAGES[i] for i in order], ["other"] * 5), alone[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scorer([IMAGES[i] for i in order], ["other"] * 5), alone[order], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_callers_precision_does_not_move_a_score(file, clip):
@@ -86,7 +101,10 @@ def test_clips_text_side_is_not_kept(file, clip):
 
 def test_a_file_a_folder_and_safetensors_hold_the_same(file, clip, state, tmp_path):
     save_file(state, tmp_path / "converted.safetensors")
-    scores = [LaionAesthetics(str(source), clip=clip)(IMAGES, PROMPTS) for source in (file, tmp_path, tmp_path / "converted.safetensors")]
+    scores = [
+        LaionAesthetics(str(source), clip=clip)(IMAGES, PROMPTS)
+        for source in (file, tmp_path, tmp_path / "converted.safetensors")
+    ]
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
 
 
@@ -94,13 +112,25 @@ class Head(torch.nn.Module):
     pass
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("layers.6.bias"),
-     r"rewards\.laion_aes\.weights=.*another model's weights: it lacks layers\.6\.bias; .* those of sac\+logos\+ava1-l14-linearMSE"),
-    (lambda state: state.update({"layers.1.weight": torch.zeros(1)}), r"it has unknown layers\.1\.weight;"),
-    (lambda state: state.update({"layers.0.weight": torch.zeros(1024, 768)}), r"size mismatch for layers\.0\.weight.*reward reads sac"),
-    (lambda state: state.update({"module": Head()}), "a pickled module can run any code when loaded"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("layers.6.bias"),
+            r"rewards\.laion_aes\.weights=.*another model's weights: it lacks layers\.6\.bias; .* those of "
+            r"sac\+logos\+ava1-l14-linearMSE",
+        ),
+        (
+            lambda state: state.update({"layers.1.weight": torch.zeros(1)}),
+            r"it has unknown layers\.1\.weight;",
+        ),
+        (
+            lambda state: state.update({"layers.0.weight": torch.zeros(1024, 768)}),
+            r"size mismatch for layers\.0\.weight.*reward reads sac",
+        ),
+        (lambda state: state.update({"module": Head()}), "a pickled module can run any code when loaded"),
+    ],
+)
 def test_another_models_weights(state, clip, tmp_path, change, message):
     change(state)
     torch.save(state, tmp_path / FILE)
@@ -109,12 +139,16 @@ def test_another_models_weights(state, clip, tmp_path, change, message):
 
 
 def test_weights_and_clip_that_are_nowhere(file, clip, tmp_path):
-    with pytest.raises(InputError, match=r"rewards\.laion_aes\.weights=someone/nothing \(revision main\) is not here"):
+    with pytest.raises(
+        InputError, match=r"rewards\.laion_aes\.weights=someone/nothing \(revision main\) is not here"
+    ):
         LaionAesthetics("someone/nothing", clip=clip)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"that folder holds no sac\+logos\+ava1-l14-linearMSE\.pth"):
         LaionAesthetics(str(tmp_path / "empty"), clip=clip)
-    with pytest.raises(InputError, match=r"rewards\.laion_aes\.scorer\.clip=someone/clip \(revision abc\) is not here"):
+    with pytest.raises(
+        InputError, match=r"rewards\.laion_aes\.scorer\.clip=someone/clip \(revision abc\) is not here"
+    ):
         LaionAesthetics(str(file), clip="someone/clip", clip_revision="abc")
 
 
@@ -125,8 +159,15 @@ def test_a_batch_of_nothing(file, clip):
 
 def test_the_yaml_reaches_the_scorer(file, clip):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=["run_dir=/tmp/run", "rewards=laion_aes", f"rewards.laion_aes.weights={file.parent}",
-                                          f"rewards.laion_aes.scorer.clip={clip}"])  # fmt: skip
+        cfg = compose(
+            "train",
+            overrides=[
+                "run_dir=/tmp/run",
+                "rewards=laion_aes",
+                f"rewards.laion_aes.weights={file.parent}",
+                f"rewards.laion_aes.scorer.clip={clip}",
+            ],
+        )
     (reward,) = load_rewards(OmegaConf.to_container(cfg.rewards, resolve=True))
     assert not reward.needs_prompt and reward.scorer["weights"] == str(file.parent)
     reward.setup("cpu")

@@ -26,12 +26,16 @@ def test_the_guides_example_of_ones_own_reward_runs(tmp_path, monkeypatch):
 
 def test_the_guides_table_agrees_with_the_yaml():
     lines = [line for line in GUIDE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    rows = [[cell.strip().removesuffix(" (assumed)") for cell in line.strip("|").split("|")] for line in lines]
+    rows = [
+        [cell.strip().removesuffix(" (assumed)") for cell in line.strip("|").split("|")] for line in lines
+    ]
     rows = [row for row in rows if len(row) == 9]  # the sets' table has fewer
     assert len(rows) >= 13
     for name, _, _, link, scale, license, *_ in rows:
         name = name.strip("`")
-        entry = yaml.safe_load((GUIDE.parents[1] / "conf" / "rewards" / f"{name}.yaml").read_text(encoding="utf-8"))[name]
+        entry = yaml.safe_load(
+            (GUIDE.parents[1] / "conf" / "rewards" / f"{name}.yaml").read_text(encoding="utf-8")
+        )[name]
         assert entry["scorer"], f"{name} is listed and has no scorer"
         assert (entry["link"], float(entry["scale"])) == (link, float(scale))
         assert license.split(" ")[0] == entry["license"].split(" ")[0]

@@ -48,7 +48,7 @@ def test_score_is_the_scorers_in_float32():
 
 def test_the_scorer_is_built_once_and_late():
     built.clear()
-    reward, = load_rewards({"red": {"scorer": target(factor=3.0)}})
+    (reward,) = load_rewards({"red": {"scorer": target(factor=3.0)}})
     assert reward.key.startswith("red-")
     assert built == []
     reward.setup("cpu")
@@ -71,10 +71,12 @@ def test_fingerprint_follows_what_scores_are_made_with():
     base = Reward("red", target(factor=2.0), weights="hub/name", revision="1")
     assert base.key == f"red-{base.fingerprint[:8]}"
     assert Reward("red", target(factor=2.0), "log", 3.0, weights="hub/name", revision="1").key == base.key
-    others = [Reward("red", target(factor=2.5), weights="hub/name", revision="1"),
-              Reward("red", target(factor=2.0), weights="hub/other", revision="1"),
-              Reward("red", target(factor=2.0), weights="hub/name", revision="2"),
-              Reward("red", target(NeedsMissingModule), weights="hub/name", revision="1")]
+    others = [
+        Reward("red", target(factor=2.5), weights="hub/name", revision="1"),
+        Reward("red", target(factor=2.0), weights="hub/other", revision="1"),
+        Reward("red", target(factor=2.0), weights="hub/name", revision="2"),
+        Reward("red", target(NeedsMissingModule), weights="hub/name", revision="1"),
+    ]
     assert len({reward.fingerprint for reward in [base, *others]}) == 5
 
 
@@ -143,16 +145,32 @@ def test_scorers_that_cannot_be_built(scorer, message):
 
 
 def test_what_a_scorer_reads_is_looked_for_before_it_is_made(tmp_path):
-    scorer = {"_target_": "capo.rewards.mps.MPS", "weights": "owner/name", "revision": None, "clip": str(tmp_path), "clip_revision": "abc", "threshold": 0.3}
+    scorer = {
+        "_target_": "capo.rewards.mps.MPS",
+        "weights": "owner/name",
+        "revision": None,
+        "clip": str(tmp_path),
+        "clip_revision": "abc",
+        "threshold": 0.3,
+    }
     [reward] = load_rewards({"mps": {"scorer": scorer}})
-    assert reward.sources == {"rewards.mps.weights": ("owner/name", None), "rewards.mps.scorer.clip": (str(tmp_path), "abc")}
-    with pytest.raises(InputError, match=r"rewards.mps.weights=owner/name \(revision main\) is not here\n.*HF_HUB_OFFLINE") as refused:
+    assert reward.sources == {
+        "rewards.mps.weights": ("owner/name", None),
+        "rewards.mps.scorer.clip": (str(tmp_path), "abc"),
+    }
+    with pytest.raises(
+        InputError, match=r"rewards.mps.weights=owner/name \(revision main\) is not here\n.*HF_HUB_OFFLINE"
+    ) as refused:
         check_reward_weights([reward])
     assert "scorer.clip" not in str(refused.value) and "hf download" not in str(refused.value)
     [there] = load_rewards({"mps": {"scorer": scorer | {"weights": str(tmp_path)}}})
     check_reward_weights([there])
     [lost] = load_rewards({"mps": {"scorer": scorer | {"weights": "./gone.safetensors"}}})
-    with pytest.raises(InputError, match=r"rewards.mps.weights=./gone.safetensors: no such file or folder .looked at '.*gone.safetensors'"):
+    with pytest.raises(
+        InputError,
+        match=r"rewards.mps.weights=./gone.safetensors: no such file or folder .looked at "
+        r"'.*gone.safetensors'",
+    ):
         check_reward_weights([lost])
 
 

@@ -30,8 +30,12 @@ from fixtures.tiny_clip import build_clip
 
 SCENES = {  # what the bundled pictures are
     "star": Scene((Thing("star", "yellow", "solid", 17, 32, 33),), "black"),
-    "hearts": Scene((Thing("heart", "red", "solid", 12, 18, 32), Thing("heart", "red", "solid", 12, 46, 32)), "white"),
-    "circles": Scene(tuple(Thing("circle", "blue", "solid", 9, x, y) for x, y in ((17, 18), (46, 20), (32, 46))), "white"),
+    "hearts": Scene(
+        (Thing("heart", "red", "solid", 12, 18, 32), Thing("heart", "red", "solid", 12, 46, 32)), "white"
+    ),
+    "circles": Scene(
+        tuple(Thing("circle", "blue", "solid", 9, x, y) for x, y in ((17, 18), (46, 20), (32, 46))), "white"
+    ),
 }
 CPU = torch.device("cpu")
 
@@ -42,10 +46,15 @@ def color(image):
 
 
 class Fitting:
-    """1 where the first color word of the prompt is the image's strongest against its background, else 0; of its own image alone."""
+    """1 where the first color word of the prompt is the image's strongest against its background, else 0.
+
+    Of its own image alone.
+    """
 
     def __call__(self, images, prompts):
-        return torch.tensor([float(self.named(image) in prompt) for image, prompt in zip(images, prompts, strict=True)])
+        return torch.tensor(
+            [float(self.named(image) in prompt) for image, prompt in zip(images, prompts, strict=True)]
+        )
 
     def named(self, image):
         red, _, blue = color(image)
@@ -83,7 +92,9 @@ def test_the_pictures_are_renders_of_these_scenes():
 
 
 def test_a_sound_reward_passes():
-    assert outcomes(Reward("x", Fitting(), range=(0, 1))) == dict.fromkeys(("range", "order", "batch", "recorded scores"), PASSED)
+    assert outcomes(Reward("x", Fitting(), range=(0, 1))) == dict.fromkeys(
+        ("range", "order", "batch", "recorded scores"), PASSED
+    )
 
 
 @pytest.mark.parametrize(("scorer", "facts", "check", "outcome"), [
@@ -159,7 +170,9 @@ def here(tmp_path, monkeypatch):
 def test_the_rewards_of_the_package_pass_against_their_recorded_scores(here, capsys):
     assert main(["check", "shapes", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
-    assert told.count("the same (recorded on") == 3 and "failed" not in told and "images/s; peak memory" in told
+    assert (
+        told.count("the same (recorded on") == 3 and "failed" not in told and "images/s; peak memory" in told
+    )
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +184,18 @@ def clip(tmp_path_factory):
 
 
 def test_scores_are_recorded_and_compared_afterwards(here, clip, capsys, monkeypatch):
-    monkeypatch.setattr("capo.rewards.selfcheck._order", lambda scores: Finding("order", PASSED, ""))  # random weights have none
+    monkeypatch.setattr(
+        "capo.rewards.selfcheck._order", lambda scores: Finding("order", PASSED, "")
+    )  # random weights have none
     command = ["check", "pickscore", *clip, "--device", "cpu"]
     assert main([*command, "--record"]) == 0
     path = here / "golden" / "pickscore.json"
     record = json.loads(path.read_text())
-    assert record["prompts"] == PROMPTS and {"torch", "transformers"} <= record["versions"].keys() and record["device"] == "cpu"
+    assert (
+        record["prompts"] == PROMPTS
+        and {"torch", "transformers"} <= record["versions"].keys()
+        and record["device"] == "cpu"
+    )
     assert np.shape(record["scores"]) == (3, 2)
     capsys.readouterr()
     assert main(command) == 0
@@ -196,12 +215,25 @@ def test_scores_are_recorded_and_compared_afterwards(here, clip, capsys, monkeyp
     assert main([*command, "--golden", "mine.json"]) == 1
 
 
-@pytest.mark.parametrize(("content", "fault"), [
-    (None, r"--golden mine\.json: there is no such file, so no scores of fingerprint [0-9a-f]{8}; --record writes them there"),
-    (json.dumps({"schema": 1, "fingerprint": "0" * 64}), r"--golden mine\.json: it has no scores of fingerprint [0-9a-f]{8}; --record"),
-    ("{}", r"mine\.json holds no recorded scores"),
-], ids=["nowhere", "another", "unreadable"])  # fmt: skip
-def test_a_named_record_that_cannot_be_compared_with_fails_before_weights_are_loaded(here, capsys, content, fault):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (
+            None,
+            r"--golden mine\.json: there is no such file, so no scores of fingerprint [0-9a-f]{8}; --record "
+            r"writes them there",
+        ),
+        (
+            json.dumps({"schema": 1, "fingerprint": "0" * 64}),
+            r"--golden mine\.json: it has no scores of fingerprint [0-9a-f]{8}; --record",
+        ),
+        ("{}", r"mine\.json holds no recorded scores"),
+    ],
+    ids=["nowhere", "another", "unreadable"],
+)
+def test_a_named_record_that_cannot_be_compared_with_fails_before_weights_are_loaded(
+    here, capsys, content, fault
+):
     if content:
         (here / "mine.json").write_text(content)
     moved = Moved(broken=True)
@@ -214,7 +246,20 @@ def test_a_named_record_that_cannot_be_compared_with_fails_before_weights_are_lo
 
 def test_random_weights_fail_by_order_and_are_not_recorded(here, clip, capsys):
     build_clip(here / "other", seed=3)
-    assert main(["check", "pickscore", *clip, f"rewards.pickscore.weights={here / 'other'}", "--device", "cpu", "--record"]) == 1
+    assert (
+        main(
+            [
+                "check",
+                "pickscore",
+                *clip,
+                f"rewards.pickscore.weights={here / 'other'}",
+                "--device",
+                "cpu",
+                "--record",
+            ]
+        )
+        == 1
+    )
     told = capsys.readouterr().out
     assert "another image's prompt scores as high" in told and "nothing was recorded" in told
     assert not (here / "golden").exists()

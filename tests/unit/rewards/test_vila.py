@@ -1,4 +1,7 @@
-"""VILA in a worker, on a stand-in for tensorflow with the published model's signature; the training process never imports it."""
+"""VILA in a worker, on a stand-in for tensorflow with the published model's signature.
+
+The training process never imports it.
+"""
 
 import functools
 import importlib.util
@@ -52,9 +55,11 @@ class Signature:
     def __call__(self, given):
         assert given.kind == "tensor" and isinstance(given.value, bytes)
         if self.answer == "modules":
-            found = [sum(10**place for place, name in enumerate(("torch", "hydra", "capo.rewards")) if name in sys.modules)]
+            names = ("torch", "hydra", "capo.rewards")
+            found = [sum(10**place for place, name in enumerate(names) if name in sys.modules)]
         else:
-            found = {"two": [0.5, 0.6], "nan": [float("nan")], "device": [len(config.seen)]}.get(self.answer) or [mean_level(given.value)]
+            known = {"two": [0.5, 0.6], "nan": [float("nan")], "device": [len(config.seen)]}
+            found = known.get(self.answer) or [mean_level(given.value)]
         return {"predictions": SimpleNamespace(numpy=lambda: Array(found))}
 
 
@@ -83,14 +88,14 @@ class Config:
 config = Config()
 saved_model = SimpleNamespace(load=load)
 '''
-HUB = '''
+HUB = """
 import tensorflow
 
 def load(handle):
     if "nowhere" in handle:
         raise RuntimeError("no route to host")
     return tensorflow.load(HERE)
-'''
+"""
 IMAGES = noise_images(4)
 PROMPTS = ["a", "", "b", "a"]
 
@@ -157,14 +162,15 @@ def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order_nor_wit
 
 def test_the_worker_has_tensorflow_and_neither_torch_nor_this_package(tensorflow, model):
     """With this very interpreter, where all of them are installed."""
-    (reward,) = load_rewards(vila(weights=model('modules')))
+    (reward,) = load_rewards(vila(weights=model("modules")))
     assert reward.score(IMAGES[:1], [""]).tolist() == [0]  # 1 for torch, 10 for hydra, 100 for capo.rewards
 
 
 def test_importing_the_adapter_imports_nothing_heavy():
     """As the worker does: its file alone."""
     code = (
-        f"import sys, importlib.util as u; s = u.spec_from_file_location('v', {sys.modules[VILA.__module__].__file__!r})"
+        f"import sys, importlib.util as u; s = u.spec_from_file_location('v', "
+        f"{sys.modules[VILA.__module__].__file__!r})"
         "; m = u.module_from_spec(s); s.loader.exec_module(m); m.VILA('https://x')"
         "; print([n for n in ('torch', 'tensorflow', 'capo', 'numpy', 'PIL') if n in sys.modules])"
     )
@@ -175,10 +181,10 @@ def test_importing_the_adapter_imports_nothing_heavy():
 def test_another_environments_interpreter(tensorflow, model, tmp_path):
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
-    (reward,) = load_rewards(vila(weights=model('modules'), python=str(python)))
+    (reward,) = load_rewards(vila(weights=model("modules"), python=str(python)))
     assert reward.score(IMAGES[:1], [""]).tolist() == [0]
     assert reward._callable._worker.process.args[0] == str(python)
-    (here,) = load_rewards(vila(weights=model('modules')))
+    (here,) = load_rewards(vila(weights=model("modules")))
     assert here.key == reward.key
 
 
@@ -186,19 +192,30 @@ def test_without_tensorflow_the_extra_and_the_other_way_are_named(model, tmp_pat
     with pytest.raises(InputError) as refused:
         load_rewards(vila(weights=model()))
     assert str(refused.value) == (
-        "reward 'vila' needs tensorflow, which is not installed: pip install 'capo[vila]', or give the interpreter of an environment "
+        "reward 'vila' needs tensorflow, which is not installed: pip install 'capo[vila]', or give the "
+        "interpreter of an environment "
         "that has it: ++rewards.vila.python=/path/to/env/bin/python"
     )
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
-    with pytest.raises(InputError, match=f"'vila' needs tensorflow, which {python} cannot import: {python} -m pip install tensorflow"):
+    with pytest.raises(
+        InputError,
+        match=f"'vila' needs tensorflow, which {python} cannot import: {python} -m pip install tensorflow",
+    ):
         load_rewards(vila(weights=model(), python=str(python)))
 
 
-@pytest.mark.parametrize(("answer", "message"), [
-    ("none", "ValueError: weights=.*another model's: it has no signature serving_default that gives predictions; .*google/vila/image/1"),
-    ("other", "another model's: it has no signature serving_default that gives predictions"),
-])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            "none",
+            "ValueError: weights=.*another model's: it has no signature serving_default that gives "
+            "predictions; .*google/vila/image/1",
+        ),
+        ("other", "another model's: it has no signature serving_default that gives predictions"),
+    ],
+)
 def test_another_models_weights_are_refused_before_any_image(tensorflow, model, answer, message):
     (reward,) = load_rewards(vila(weights=model(answer)))
     with pytest.raises(InputError, match=message):
@@ -228,7 +245,10 @@ def test_weights_that_are_none(tensorflow, weights, message, tmp_path):
 def test_a_handle_is_downloaded_by_tensorflow_hub(tensorflow, model):
     (reward,) = load_rewards(vila())
     assert reward.weights == "https://tfhub.dev/google/vila/image/1"
-    with pytest.raises(InputError, match=r"'vila' needs tensorflow_hub, which .* cannot import: .* -m pip install tensorflow_hub"):
+    with pytest.raises(
+        InputError,
+        match=r"'vila' needs tensorflow_hub, which .* cannot import: .* -m pip install tensorflow_hub",
+    ):
         reward.setup("cpu")
     (tensorflow / "tensorflow_hub.py").write_text(HUB.replace("HERE", repr(model())))
     reward.setup("cpu")
@@ -240,7 +260,7 @@ def test_a_handle_is_downloaded_by_tensorflow_hub(tensorflow, model):
 
 @pytest.mark.parametrize(("device", "seen"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1), ("cuda:2", 0)])
 def test_it_takes_one_gpu_and_none_on_the_cpu(tensorflow, model, device, seen):
-    (reward,) = load_rewards(vila(weights=model('device')))
+    (reward,) = load_rewards(vila(weights=model("device")))
     reward.setup(device)
     assert reward.score(IMAGES[:1], [""]).item() == seen
 
@@ -262,7 +282,10 @@ def test_a_callable_of_this_process_cannot_be_isolated():
 
 
 def test_where_it_runs_is_no_difference_of_runs_and_needs_no_trust():
-    old, new = ({"rewards": vila(**changes)} for changes in ({}, {"python": "/envs/tf/bin/python", "isolated": False, "timeout": 7}))
+    old, new = (
+        {"rewards": vila(**changes)}
+        for changes in ({}, {"python": "/envs/tf/bin/python", "isolated": False, "timeout": 7})
+    )
     assert differences(old, new) == []
     assert foreign_targets(OmegaConf.create(old)) == []
     assert foreign_targets(OmegaConf.create(new)) == ["/envs/tf/bin/python"]

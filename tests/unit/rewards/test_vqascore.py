@@ -17,9 +17,16 @@ from fixtures.tiny_clip import CONF, SIDE, noise_images
 from fixtures.tiny_flant5 import build_flant5, t5_values, write_files
 
 IMAGES = noise_images(5)
-PROMPTS = ["a red square", "the circle of the red square, and somewhat more", "a red square", "", 'a "{prompt}" <image> of {x}']
+PROMPTS = [
+    "a red square",
+    "the circle of the red square, and somewhat more",
+    "a red square",
+    "",
+    'a "{prompt}" <image> of {x}',
+]
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to "
     "the user's questions."
 )
 
@@ -42,7 +49,10 @@ def copied(folders, tmp_path):
 
 
 def square_by_hand(image):
-    """(3, SIDE, SIDE): rows or columns of the mean color on both sides, then CLIP's resizing and normalizing."""
+    """(3, SIDE, SIDE).
+
+    Rows or columns of the mean color on both sides, then CLIP's resizing and normalizing.
+    """
     pixels, side = np.asarray(image), max(image.size)
     up, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
     square = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)  # 255 x (0.4815, 0.4578, 0.4082), cut
@@ -54,7 +64,10 @@ def square_by_hand(image):
 
 @torch.no_grad()
 def by_hand(folders, image, prompt, question='Does this figure show "{prompt}"? Please answer yes or no.'):
-    """P(Yes) and P(end | Yes) of one image, nothing padded: tower layer by layer, words and image laid in a row, head unscaled."""
+    """P(Yes) and P(end | Yes) of one image, nothing padded.
+
+    Tower layer by layer, words and image laid in a row, head unscaled.
+    """
     from transformers import CLIPModel, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
     state, tower = folders.state, CLIPModel.from_pretrained(folders.tower).vision_model.eval()
@@ -68,10 +81,17 @@ def by_hand(folders, image, prompt, question='Does this figure show "{prompt}"? 
     pieces = [SYSTEM + " USER: ", "\n" + text[0] + prompt + text[1] + " ASSISTANT: "]
     before, after = (words[torch.tensor(tokenizer(piece).input_ids)] for piece in pieces)
     t5 = T5ForConditionalGeneration(T5Config(**t5_values(len(words)))).eval()
-    t5.load_state_dict({name: value for name, value in state.items() if name in t5.state_dict() and "lm_head" not in name}, strict=False)
+    t5.load_state_dict(
+        {name: value for name, value in state.items() if name in t5.state_dict() and "lm_head" not in name},
+        strict=False,
+    )
     read = t5.encoder(inputs_embeds=torch.cat([before, x, after])[None]).last_hidden_state
     yes, end = tokenizer("Yes").input_ids
-    written = t5.decoder(input_ids=torch.tensor([[0, yes]]), encoder_hidden_states=read).last_hidden_state[0].double()
+    written = (
+        t5.decoder(input_ids=torch.tensor([[0, yes]]), encoder_hidden_states=read)
+        .last_hidden_state[0]
+        .double()
+    )
     probabilities = (written @ state["lm_head.weight"][: folders.tokens].T.double()).softmax(-1)
     return probabilities[0, yes].item(), probabilities[1, end].item()
 
@@ -80,7 +100,9 @@ def by_hand(folders, image, prompt, question='Does this figure show "{prompt}"? 
 def test_both_forms_are_the_formulas_one_image_at_a_time(folders, copied, files):
     weights, arguments = copied
     write_files(weights, folders.state, files)
-    expected = torch.tensor([by_hand(folders, *pair) for pair in zip(IMAGES, PROMPTS, strict=True)], dtype=torch.float64)
+    expected = torch.tensor(
+        [by_hand(folders, *pair) for pair in zip(IMAGES, PROMPTS, strict=True)], dtype=torch.float64
+    )
     official, bare = (VQAScore(**arguments, form=form)(IMAGES, PROMPTS) for form in ("official", "yes"))
     assert official.dtype == bare.dtype == torch.float32 and bare.log().std() > 0.3
     assert (bare[0] / bare[2]).log().abs() > 0.01  # the same question of another image
@@ -103,7 +125,9 @@ def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(folders
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     assert alone.std() > 1e-3
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(scorer([IMAGES[i] for i in order], [PROMPTS[i] for i in order]), alone[order], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        scorer([IMAGES[i] for i in order], [PROMPTS[i] for i in order]), alone[order], rtol=1e-5, atol=1e-8
+    )
 
 
 def test_nothing_to_score_and_a_callers_precision(scorer):
@@ -116,12 +140,16 @@ def test_nothing_to_score_and_a_callers_precision(scorer):
 def test_an_image_is_padded_to_a_square_with_the_mean_color(scorer):
     wide = Image.fromarray(np.arange(30, dtype=np.uint8).reshape(2, 5, 3))
     square = np.asarray(squared(wide, (1, 2, 3)))
-    assert square.shape == (5, 5, 3) and np.array_equal(square[1:3], np.asarray(wide))  # three rows to fill: one above, two below
+    assert square.shape == (5, 5, 3) and np.array_equal(
+        square[1:3], np.asarray(wide)
+    )  # three rows to fill: one above, two below
     assert (square[[0, 3, 4]] == [1, 2, 3]).all()
     tall = np.asarray(squared(wide.rotate(90, expand=True), (1, 2, 3)))
     assert (tall[:, [0, 3, 4]] == [1, 2, 3]).all() and not (tall[:, 1:3] == [1, 2, 3]).all(-1).any()
     images = [*IMAGES, Image.fromarray(np.asarray(IMAGES[0])[:21, :21])]
-    torch.testing.assert_close(scorer.inputs.pixels(images), torch.stack([square_by_hand(i) for i in images]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scorer.inputs.pixels(images), torch.stack([square_by_hand(i) for i in images]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_question_is_two_pieces_around_the_image_each_with_its_end(scorer):
@@ -129,8 +157,16 @@ def test_a_question_is_two_pieces_around_the_image_each_with_its_end(scorer):
     assert BEFORE == SYSTEM + " USER: "
     assert scorer.inputs.before.tolist() == [*words(SYSTEM + " USER:", add_special_tokens=False).input_ids, 1]
     short, long = scorer.inputs.tokens(["a red square", "a red square of the circle"]).tolist()
-    written = [*words('Does this figure show "a red square"? Please answer yes or no. ASSISTANT:', add_special_tokens=False).input_ids, 1]
-    assert short == written + [0] * (len(long) - len(written)) and len(long) == len(written) + len(words.tokenize(" of the circle"))
+    written = [
+        *words(
+            'Does this figure show "a red square"? Please answer yes or no. ASSISTANT:',
+            add_special_tokens=False,
+        ).input_ids,
+        1,
+    ]
+    assert short == written + [0] * (len(long) - len(written)) and len(long) == len(written) + len(
+        words.tokenize(" of the circle")
+    )
     assert scorer.answer.tolist() == [words.convert_tokens_to_ids("▁Yes"), 1]
     cut = scorer.inputs.tokens(["square " * 3000])[0]
     assert len(scorer.inputs.before) + 1 + len(cut) == 2048 and cut[-1] == 1
@@ -153,8 +189,12 @@ def test_the_checkpoints_own_tower_is_used_where_it_brings_one(tmp_path, folders
     plain = {name: value for name, value in nested.state.items() if "vision_tower" not in name}
     for name, value in folders.state.items():
         assert torch.equal(plain[name], value)
-    assert (scorer(IMAGES, PROMPTS) / VQAScore(**folders.arguments())(IMAGES, PROMPTS)).log().abs().max() > 0.001
-    write_files(nested.weights, nested.state, "one")  # no index to tell: the tower folder's is read, the checkpoint's stays
+    assert (
+        scorer(IMAGES, PROMPTS) / VQAScore(**folders.arguments())(IMAGES, PROMPTS)
+    ).log().abs().max() > 0.001
+    write_files(
+        nested.weights, nested.state, "one"
+    )  # no index to tell: the tower folder's is read, the checkpoint's stays
     with pytest.raises(InputError, match=r"rewards\.vqascore\.scorer\.tower=.*that folder holds no model"):
         VQAScore(**nested.arguments())
     one = VQAScore(**nested.arguments() | {"tower": str(folders.tower)})
@@ -166,14 +206,24 @@ def test_published_names_become_the_networks():
     assert own_name("vision_tower.vision_tower.vision_model.embeddings.class_embedding") == tower
     assert own_name("vision_tower.vision_model.embeddings.class_embedding") == own_name(tower) == tower
     assert own_name("mm_projector.2.bias") == own_name("encoder.mm_projector.2.bias") == "mm_projector.2.bias"
-    assert own_name("decoder.embed_tokens.weight") == own_name("shared.weight") == own_name("embed_tokens.weight") == "t5.shared.weight"
-    assert own_name("decoder.block.3.layer.2.DenseReluDense.wi_0.weight") == "t5.decoder.block.3.layer.2.DenseReluDense.wi_0.weight"
+    assert (
+        own_name("decoder.embed_tokens.weight")
+        == own_name("shared.weight")
+        == own_name("embed_tokens.weight")
+        == "t5.shared.weight"
+    )
+    assert (
+        own_name("decoder.block.3.layer.2.DenseReluDense.wi_0.weight")
+        == "t5.decoder.block.3.layer.2.DenseReluDense.wi_0.weight"
+    )
 
 
 def test_words_are_one_table_and_the_answers_head_another(scorer, folders):
     t5 = scorer.module.t5
     assert t5.encoder.embed_tokens.weight is t5.decoder.embed_tokens.weight is t5.shared.weight
-    assert torch.equal(t5.shared.weight, folders.state["shared.weight"]) and torch.equal(t5.lm_head.weight, folders.state["lm_head.weight"])
+    assert torch.equal(t5.shared.weight, folders.state["shared.weight"]) and torch.equal(
+        t5.lm_head.weight, folders.state["lm_head.weight"]
+    )
     assert scorer.module.vision_tower.embeddings.position_ids.tolist() == [list(range((SIDE // 4) ** 2 + 1))]
 
 
@@ -181,18 +231,37 @@ def test_bfloat16_moves_scores_a_little_and_is_another_reward(folders, scorer):
     low = VQAScore(**folders.arguments(), precision="bfloat16")
     assert {value.dtype for value in low.module.parameters()} == {torch.bfloat16}
     found, exact = low(IMAGES, PROMPTS), scorer(IMAGES, PROMPTS)
-    assert found.dtype == torch.float32 and not torch.equal(found, exact) and (found / exact).log().abs().max() < 0.5
+    assert (
+        found.dtype == torch.float32
+        and not torch.equal(found, exact)
+        and (found / exact).log().abs().max() < 0.5
+    )
     target = {"_target_": "capo.rewards.vqascore.VQAScore"}
-    prints = {Reward("vqascore", target | {"precision": precision}).fingerprint for precision in ("float32", "bfloat16")}
+    prints = {
+        Reward("vqascore", target | {"precision": precision}).fingerprint
+        for precision in ("float32", "bfloat16")
+    }
     assert len(prints) == 2
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("lm_head.weight"), r"it lacks t5\.lm_head\.weight; this reward reads those of zhiqiulin/clip-flant5-xxl"),
-    (lambda state: [state.pop(name) for name in list(state) if "mm_projector" in name], r"it lacks mm_projector\.0\.bias, .* and 1 more"),
-    (lambda state: state.update(head=torch.zeros(1)), r"it has unknown t5\.head;"),
-    (lambda state: state.update({"mm_projector.0.weight": torch.zeros(3, 3)}), "size mismatch for mm_projector"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("lm_head.weight"),
+            r"it lacks t5\.lm_head\.weight; this reward reads those of zhiqiulin/clip-flant5-xxl",
+        ),
+        (
+            lambda state: [state.pop(name) for name in list(state) if "mm_projector" in name],
+            r"it lacks mm_projector\.0\.bias, .* and 1 more",
+        ),
+        (lambda state: state.update(head=torch.zeros(1)), r"it has unknown t5\.head;"),
+        (
+            lambda state: state.update({"mm_projector.0.weight": torch.zeros(3, 3)}),
+            "size mismatch for mm_projector",
+        ),
+    ],
+)
 def test_another_models_weights(folders, copied, change, message):
     weights, arguments = copied
     state = dict(folders.state)
@@ -202,12 +271,27 @@ def test_another_models_weights(folders, copied, change, message):
         VQAScore(**arguments)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda config: config.pop("d_kv"), "it holds a model of type clip_t5, this reward reads a CLIP-FlanT5"),
-    (lambda config: config.update(mm_projector_type="linear"), "its mm_projector_type is linear, this reward reads mlp2x_gelu"),
-    (lambda config: config.update(mm_vision_select_layer=-1), "its mm_vision_select_layer is -1, this reward reads -2"),
-    (lambda config: config.update(vocab_size=300), r"scorer\.tokenizer=.*its tokenizer has 121 tokens, the model 300 \(up to 127 more"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda config: config.pop("d_kv"),
+            "it holds a model of type clip_t5, this reward reads a CLIP-FlanT5",
+        ),
+        (
+            lambda config: config.update(mm_projector_type="linear"),
+            "its mm_projector_type is linear, this reward reads mlp2x_gelu",
+        ),
+        (
+            lambda config: config.update(mm_vision_select_layer=-1),
+            "its mm_vision_select_layer is -1, this reward reads -2",
+        ),
+        (
+            lambda config: config.update(vocab_size=300),
+            r"scorer\.tokenizer=.*its tokenizer has 121 tokens, the model 300 \(up to 127 more",
+        ),
+    ],
+)
 def test_another_models_config(copied, change, message):
     weights, arguments = copied
     config = json.loads((weights / "config.json").read_text())
@@ -220,18 +304,31 @@ def test_another_models_config(copied, change, message):
 def test_files_that_are_not_there(copied, folders, tmp_path):
     weights, arguments = copied
     (weights / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(InputError, match=r"rewards\.vqascore\.weights=.*pytorch_model-00002-of-00002\.bin of its index is not there; get"):
+    with pytest.raises(
+        InputError,
+        match=r"rewards\.vqascore\.weights=.*pytorch_model-00002-of-00002\.bin of its index is not there; "
+        r"get",
+    ):
         VQAScore(**arguments)
     (alone := tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"rewards\.vqascore\.weights=.*model\.safetensors: it is a file; give the folder that holds it and its"):
+    with pytest.raises(
+        InputError,
+        match=r"rewards\.vqascore\.weights=.*model\.safetensors: it is a file; give the folder that holds it "
+        r"and its",
+    ):
         VQAScore(**arguments | {"weights": str(alone)})
     (weights / "config.json").unlink()
     with pytest.raises(InputError, match=r"its config\.json is missing"):
         VQAScore(**arguments)
     for key in ("tokenizer", "tower"):
-        with pytest.raises(InputError, match=rf"rewards\.vqascore\.scorer\.{key}=someone/other \(revision abc\) is not here\n"):
+        with pytest.raises(
+            InputError,
+            match=rf"rewards\.vqascore\.scorer\.{key}=someone/other \(revision abc\) is not here\n",
+        ):
             VQAScore(**folders.arguments() | {key: "someone/other", f"{key}_revision": "abc"})
-    with pytest.raises(InputError, match=r"rewards\.vqascore\.weights=someone/nothing \(revision main\) is not here\n"):
+    with pytest.raises(
+        InputError, match=r"rewards\.vqascore\.weights=someone/nothing \(revision main\) is not here\n"
+    ):
         VQAScore("someone/nothing")
     shutil.copy(folders.tokenizer / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -257,10 +354,20 @@ def test_settings_are_refused_before_weights_are_looked_for(setting, message):
 
 def test_the_yaml_reaches_the_scorer_from_both_places(folders):
     places = ("rewards", "evaluation.rewards")
-    own = [f"{place}.vqascore.{key}" for place in places for key in (
-        f"weights={folders.weights}", f"scorer.tokenizer={folders.tokenizer}", f"scorer.tower={folders.tower}")]  # fmt: skip
+    own = [
+        f"{place}.vqascore.{key}"
+        for place in places
+        for key in (
+            f"weights={folders.weights}",
+            f"scorer.tokenizer={folders.tokenizer}",
+            f"scorer.tower={folders.tower}",
+        )
+    ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=["run_dir=/tmp/run", "rewards=vqascore", "rewards@evaluation.rewards=vqascore", *own])
+        cfg = compose(
+            "train",
+            overrides=["run_dir=/tmp/run", "rewards=vqascore", "rewards@evaluation.rewards=vqascore", *own],
+        )
     for place in places:
         (reward,) = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True), place)
         reward.setup("cpu")

@@ -18,12 +18,27 @@ from fixtures.patches import cut
 from fixtures.tiny_clip import CONF, noise_images
 
 IMAGES = noise_images(5)
-PROMPTS = ["a red square", "the circle of the red square, and somewhat more", "a red square", "", "{x} <|image_pad|>"]
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+PROMPTS = [
+    "a red square",
+    "the circle of the red square, and somewhat more",
+    "a red square",
+    "",
+    "{x} <|image_pad|>",
+]
+SPECIAL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 PATCH, MERGE, SMALLEST, LARGEST = 4, 2, 256, 1024  # pixels, patches, pixels in all
 TEMPLATE = (
-    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{% for part in turn.content %}{% if part.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{% for part in turn.content %}{% if part.type == "
+    "'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor "
+    "%}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -46,25 +61,64 @@ def build_qwen(folder):
 
     tokenizer = tiny_tokenizer()
     number = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 8, "vocab_size": len(tokenizer) + 7, "rope_parameters": rope}  # fmt: skip
-    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": PATCH, "out_hidden_size": 32,
-              "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "spatial_merge_size": MERGE}  # fmt: skip
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": len(tokenizer) + 7,
+        "rope_parameters": rope,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+        "spatial_merge_size": MERGE,
+    }
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=number["<|image_pad|>"],
-        video_token_id=number["<|video_pad|>"], vision_start_token_id=number["<|vision_start|>"],
-        vision_end_token_id=number["<|vision_end|>"])).eval()  # fmt: skip
+    model = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=True,
+            image_token_id=number["<|image_pad|>"],
+            video_token_id=number["<|video_pad|>"],
+            vision_start_token_id=number["<|vision_start|>"],
+            vision_end_token_id=number["<|vision_end|>"],
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.4 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "size": {"longest_edge": LARGEST, "shortest_edge": SMALLEST}, "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": MERGE,
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor",
-        "image_processor_type": "Qwen2VLImageProcessorFast"}))  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"longest_edge": LARGEST, "shortest_edge": SMALLEST},
+                "patch_size": PATCH,
+                "temporal_patch_size": 2,
+                "merge_size": MERGE,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+                "processor_class": "Qwen3VLProcessor",
+                "image_processor_type": "Qwen2VLImageProcessorFast",
+            }
+        )
+    )
     return folder
 
 
@@ -103,23 +157,42 @@ def by_hand(folder, image, prompt):
     """P(Yes) + P(yes) + P( Yes) of one conversation written out as a string, nothing padded."""
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-    model, tokenizer = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        Qwen3VLForConditionalGeneration.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     patches, (rows, columns) = patches_by_hand(image)
     seen = "<|image_pad|>" * (rows * columns // MERGE**2)
-    text = (f'<|im_start|>user\n<|vision_start|>{seen}<|vision_end|>Does this figure show "{prompt}"? Please answer yes or no.<|im_end|>\n'
-            "<|im_start|>assistant\n")  # fmt: skip
+    text = (
+        f"<|im_start|>user\n<|vision_start|>{seen}<|vision_end|>"
+        f'Does this figure show "{prompt}"? Please answer yes or no.<|im_end|>\n'
+        "<|im_start|>assistant\n"
+    )
     ids = tokenizer([text], return_tensors="pt").input_ids
-    logits = model(input_ids=ids, pixel_values=patches, image_grid_thw=torch.tensor([[1, rows, columns]]),
-                   mm_token_type_ids=(ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).long()).logits[0, -1].double()  # fmt: skip
+    logits = (
+        model(
+            input_ids=ids,
+            pixel_values=patches,
+            image_grid_thw=torch.tensor([[1, rows, columns]]),
+            mm_token_type_ids=(ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).long(),
+        )
+        .logits[0, -1]
+        .double()
+    )
     return logits.softmax(-1)[tokenizer.convert_tokens_to_ids(["Yes", "yes", "ĠYes"])].sum().item()
 
 
 def test_the_score_is_the_sum_of_the_ways_to_say_yes_one_image_at_a_time(folder, scorer):
-    expected = [by_hand(folder, image, prompt.replace("<|image_pad|>", "")) for image, prompt in zip(IMAGES, PROMPTS, strict=True)]
+    expected = [
+        by_hand(folder, image, prompt.replace("<|image_pad|>", ""))
+        for image, prompt in zip(IMAGES, PROMPTS, strict=True)
+    ]
     scores = scorer(IMAGES, PROMPTS)
     assert scores.dtype == torch.float32 and scores.log().std() > 0.1
     assert (scores[0] / scores[2]).log().abs() > 0.01  # the same question of another image
-    torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-8
+    )
 
 
 def test_only_single_tokens_count_each_once(scorer):
@@ -133,7 +206,9 @@ def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(folder,
     scorer, order = VQAScoreVLM(str(folder), batch=batch), [3, 0, 4, 2, 1]
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=True)])
     torch.testing.assert_close(scorer(IMAGES, PROMPTS), alone, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(scorer([IMAGES[i] for i in order], [PROMPTS[i] for i in order]), alone[order], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        scorer([IMAGES[i] for i in order], [PROMPTS[i] for i in order]), alone[order], rtol=1e-5, atol=1e-8
+    )
 
 
 def test_images_are_patches_of_their_own_shape(scorer):
@@ -142,7 +217,9 @@ def test_images_are_patches_of_their_own_shape(scorer):
     assert found["image_grid_thw"].tolist() == [[1, *size] for size in sizes] and len(set(sizes)) > 1
     torch.testing.assert_close(found["pixel_values"], torch.cat(expected), rtol=1e-5, atol=1e-5)
     assert found["mm_token_type_ids"].sum(-1).tolist() == [rows * columns // 4 for rows, columns in sizes]
-    assert found["attention_mask"][:, -1].all() and not found["attention_mask"][:, 0].all()  # padded on the left
+    assert (
+        found["attention_mask"][:, -1].all() and not found["attention_mask"][:, 0].all()
+    )  # padded on the left
 
 
 def test_nothing_to_score_another_question_and_a_callers_precision(folder, scorer):
@@ -153,12 +230,16 @@ def test_nothing_to_score_another_question_and_a_callers_precision(folder, score
     assert not torch.equal(VQAScoreVLM(str(folder), question="{prompt}?")(IMAGES, PROMPTS), plain)
     low = VQAScoreVLM(str(folder), precision="bfloat16")
     assert {value.dtype for value in low.module.parameters()} == {torch.bfloat16}
-    assert low(IMAGES, PROMPTS).dtype == torch.float32 and (low(IMAGES, PROMPTS) / plain).log().abs().max() < 0.5
+    assert (
+        low(IMAGES, PROMPTS).dtype == torch.float32 and (low(IMAGES, PROMPTS) / plain).log().abs().max() < 0.5
+    )
 
 
 def test_a_chat_template_in_a_file_of_its_own(copied, scorer):
     (copied / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match=r"rewards\.vqascore_vlm\.weights=.*no chat template with one <\|image_pad\|>"):
+    with pytest.raises(
+        InputError, match=r"rewards\.vqascore_vlm\.weights=.*no chat template with one <\|image_pad\|>"
+    ):
         VQAScoreVLM(str(copied))
     (copied / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     assert torch.equal(VQAScoreVLM(str(copied))(IMAGES, PROMPTS), scorer(IMAGES, PROMPTS))
@@ -167,18 +248,31 @@ def test_a_chat_template_in_a_file_of_its_own(copied, scorer):
 def test_names_of_tensors_are_those_of_the_published_checkpoint(folder):
     names = set(load_file(folder / "model.safetensors"))
     assert names >= {
-        "model.language_model.embed_tokens.weight", "model.language_model.layers.1.self_attn.q_norm.weight",
-        "model.language_model.norm.weight", "model.visual.patch_embed.proj.weight", "model.visual.blocks.1.attn.qkv.weight",
-        "model.visual.merger.linear_fc2.bias", "model.visual.deepstack_merger_list.0.norm.weight",
-    }  # fmt: skip
+        "model.language_model.embed_tokens.weight",
+        "model.language_model.layers.1.self_attn.q_norm.weight",
+        "model.language_model.norm.weight",
+        "model.visual.patch_embed.proj.weight",
+        "model.visual.blocks.1.attn.qkv.weight",
+        "model.visual.merger.linear_fc2.bias",
+        "model.visual.deepstack_merger_list.0.norm.weight",
+    }
     assert "lm_head.weight" not in names  # the head is the table of words
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("model.visual.pos_embed.weight"), r"it lacks model\.visual\.pos_embed\.weight; .*Qwen/Qwen3-VL-2B-Instruct"),
-    (lambda state: state.update(head=torch.zeros(1)), "it has unknown head;"),
-    (lambda state: state.update({"model.language_model.norm.weight": torch.zeros(3)}), "weights do not load"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("model.visual.pos_embed.weight"),
+            r"it lacks model\.visual\.pos_embed\.weight; .*Qwen/Qwen3-VL-2B-Instruct",
+        ),
+        (lambda state: state.update(head=torch.zeros(1)), "it has unknown head;"),
+        (
+            lambda state: state.update({"model.language_model.norm.weight": torch.zeros(3)}),
+            "weights do not load",
+        ),
+    ],
+)
 def test_another_models_weights(copied, change, message):
     state = load_file(copied / "model.safetensors")
     change(state)
@@ -203,12 +297,21 @@ def test_a_folder_of_another_kind(copied, tmp_path):
         VQAScoreVLM(str(tmp_path))
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({}, r"rewards\.vqascore_vlm\.weights=someone/nothing \(revision main\) is not here\n"),
-    ({"precision": "half"}, r"rewards\.vqascore_vlm\.scorer\.precision=half: unknown; choose one of float32, bfloat16"),
-    ({"question": "Good?"}, r"rewards\.vqascore_vlm\.scorer\.question=Good\?: it does not say where the prompt goes"),
-    ({"batch": 0}, r"rewards\.vqascore_vlm\.scorer\.batch=0"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({}, r"rewards\.vqascore_vlm\.weights=someone/nothing \(revision main\) is not here\n"),
+        (
+            {"precision": "half"},
+            r"rewards\.vqascore_vlm\.scorer\.precision=half: unknown; choose one of float32, bfloat16",
+        ),
+        (
+            {"question": "Good?"},
+            r"rewards\.vqascore_vlm\.scorer\.question=Good\?: it does not say where the prompt goes",
+        ),
+        ({"batch": 0}, r"rewards\.vqascore_vlm\.scorer\.batch=0"),
+    ],
+)
 def test_what_is_refused_before_loading(setting, message):
     with pytest.raises(InputError, match=message):
         VQAScoreVLM("someone/nothing", **setting)
@@ -218,7 +321,15 @@ def test_the_yaml_reaches_the_scorer_from_both_places(folder, scorer):
     places = ("rewards", "evaluation.rewards")
     own = [f"{place}.vqascore_vlm.weights={folder}" for place in places]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=["run_dir=/tmp/run", "rewards=vqascore_vlm", "rewards@evaluation.rewards=vqascore_vlm", *own])
+        cfg = compose(
+            "train",
+            overrides=[
+                "run_dir=/tmp/run",
+                "rewards=vqascore_vlm",
+                "rewards@evaluation.rewards=vqascore_vlm",
+                *own,
+            ],
+        )
     for place in places:
         (reward,) = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True), place)
         reward.setup("cpu")

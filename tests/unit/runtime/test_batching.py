@@ -18,7 +18,10 @@ from fixtures.fake_backbone import FakeBackbone
 
 
 class Hungry:
-    """Mean gray value, of at most `room` images at once; `asked` keeps the size of every batch that it was given."""
+    """Mean gray value, of at most `room` images at once.
+
+    `asked` keeps the size of every batch that it was given.
+    """
 
     def __init__(self, room: int, error=torch.OutOfMemoryError):
         self.room, self.error, self.asked = room, error, []
@@ -60,13 +63,19 @@ def test_without_need_the_batch_stays_whole():
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, WorkerOutOfMemory])
 def test_one_image_that_does_not_fit_is_the_users_to_know(error):
     scorer = Hungry(0, error)
-    with pytest.raises(InputError, match=r"reward 'hungry': a single image does not fit into .*memory.*stage=score.*Tried to allocate"):
+    with pytest.raises(
+        InputError,
+        match=r"reward 'hungry': a single image does not fit into .*memory.*stage=score.*Tried to allocate",
+    ):
         Reward("hungry", scorer).score(grays(5), [""] * 5)
     assert scorer.asked == [5, 2, 1]
 
 
 class Heavy:
-    """Half of it fits onto the device, which is another name of the only one there is; says where it was taken."""
+    """Half of it fits onto the device, which is another name of the only one there is.
+
+    Says where it was taken.
+    """
 
     def __init__(self, precision="float32"):
         self.where = []
@@ -79,13 +88,18 @@ class Heavy:
 
 def test_weights_that_do_not_fit_leave_the_device_and_say_what_helps():
     heavy = Heavy()
-    with pytest.raises(InputError, match=r"reward 'heavy': its weights \(4\.0 GB\) do not fit into the device's memory: score apart .*"
-                       r"stage=score\) or on a device with more memory.*Tried to allocate") as refused:  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match=r"reward 'heavy': its weights \(4\.0 GB\) do not fit into the device's memory: score apart .*"
+        r"stage=score\) or on a device with more memory.*Tried to allocate",
+    ) as refused:
         Reward("heavy", heavy, memory=4e9).setup("cpu:0")
     assert heavy.where == ["cpu:0", "cpu"] and refused.value.__context__ is None
 
 
-@pytest.mark.parametrize(("precision", "size", "helps"), [("float32", "4.0 GB", True), ("bfloat16", "2.0 GB", False)])
+@pytest.mark.parametrize(
+    ("precision", "size", "helps"), [("float32", "4.0 GB", True), ("bfloat16", "2.0 GB", False)]
+)
 def test_half_precision_is_advised_where_the_scorer_has_it_and_it_is_not_used(precision, size, helps):
     with pytest.raises(InputError) as refused:
         Reward("heavy", {"_target_": f"{__name__}.Heavy", "precision": precision}, memory=4e9).setup("cpu:0")
@@ -112,7 +126,12 @@ def test_a_pool_is_scored_alike_however_little_fits(tmp_path):
     for room in (8, 3):
         scorer = Hungry(room)
         reward = Reward("hungry", scorer)
-        pool = fill_pool(PoolSpec(tmp_path / str(room), "fake", "train", 0, prompts, 8), generator, [reward], progress=False)
+        pool = fill_pool(
+            PoolSpec(tmp_path / str(room), "fake", "train", 0, prompts, 8),
+            generator,
+            [reward],
+            progress=False,
+        )
         scores[room] = pool.scores([reward.key], 8, pool.positions(prompts))
         assert scorer.asked == ([8, 8] if room == 8 else [8, 4] + [2] * 8)
     assert torch.equal(scores[8], scores[3])
@@ -160,12 +179,29 @@ class Elsewhere(FakeBackbone):
 
 
 def test_a_reward_is_on_the_device_while_it_scores_and_leaves_the_memory_to_training(tmp_path):
-    backbone, prompts, traveller = Elsewhere(), [Prompt("1", "a ring"), Prompt("2", "a red ring")], Traveller()
+    backbone, prompts, traveller = (
+        Elsewhere(),
+        [Prompt("1", "a ring"), Prompt("2", "a red ring")],
+        Traveller(),
+    )
     reward, settings = Reward("traveller", traveller), SamplerSettings(steps=2, guidance=1.0, batch=4)
-    pool = fill_pool(PoolSpec(tmp_path, "fake", "train", 0, prompts, 2), ImageGenerator.base(backbone, settings), [reward], progress=False)
+    pool = fill_pool(
+        PoolSpec(tmp_path, "fake", "train", 0, prompts, 2),
+        ImageGenerator.base(backbone, settings),
+        [reward],
+        progress=False,
+    )
     assert traveller.where == [DEVICE, "cpu"]
-    base = ValidationSet(prompts, backbone.encode_prompts(["a ring", "a red ring"]), [[1], [2]], {"traveller": torch.zeros(2, 1)}, [])
+    base = ValidationSet(
+        prompts,
+        backbone.encode_prompts(["a ring", "a red ring"]),
+        [[1], [2]],
+        {"traveller": torch.zeros(2, 1)},
+        [],
+    )
     validation = WinRateValidation(base, backbone, [reward], settings, 1, tmp_path)
     figures, _ = validation._figures([Image.new("RGB", (2, 2))] * 2, [0, 1], 1, backbone.device)
     assert traveller.where == [DEVICE, "cpu"] * 2
-    assert figures["val/win_rate/traveller"] == 0.75 and pool.folder.is_dir()  # scores 0 and 1 against 0: a tie and a win
+    assert (
+        figures["val/win_rate/traveller"] == 0.75 and pool.folder.is_dir()
+    )  # scores 0 and 1 against 0: a tie and a win

@@ -10,7 +10,9 @@ from capo.runtime import hub
 
 def refused(*args, **kwargs):
     request = httpx.Request("GET", "https://huggingface.co/api/whoami-v2")
-    raise HfHubHTTPError("401 Client Error: Unauthorized\nmore", response=httpx.Response(401, request=request))
+    raise HfHubHTTPError(
+        "401 Client Error: Unauthorized\nmore", response=httpx.Response(401, request=request)
+    )
 
 
 @pytest.fixture
@@ -26,7 +28,9 @@ def test_a_name_that_is_none_is_refused(online, name, message):
 
 def test_without_a_token_the_remedy_is_said(online, monkeypatch):
     monkeypatch.setattr(hub.HfApi, "whoami", refused)
-    with pytest.raises(InputError, match=r"push_to_hub=me/it: .*401 Client Error: Unauthorized\); hf auth login"):
+    with pytest.raises(
+        InputError, match=r"push_to_hub=me/it: .*401 Client Error: Unauthorized\); hf auth login"
+    ):
         hub.check_access("me/it")
 
 
@@ -39,7 +43,9 @@ def test_offline_nothing_can_be_pushed(monkeypatch):
 def test_a_policy_goes_to_a_private_repository(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
-    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **options: calls.append(options) or "https://hub/me/it")
+    monkeypatch.setattr(
+        hub.HfApi, "upload_folder", lambda self, **options: calls.append(options) or "https://hub/me/it"
+    )
     assert hub.push(tmp_path, "me/it") == "https://hub/me/it"
     assert calls[0] == ("me/it", {"private": True, "exist_ok": True})
     assert calls[1]["repo_id"] == "me/it" and Path(calls[1]["folder_path"]) == tmp_path

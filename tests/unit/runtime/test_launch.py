@@ -10,7 +10,12 @@ from capo.runtime.launch import Launch, check_fsdp, check_launch, cluster, devic
 
 @pytest.mark.parametrize(
     "batch, devices, micro_batch, expected",
-    [(16, 1, None, (16, 1)), (256, 8, None, (32, 1)), (256, 8, 4, (4, 8)), (256, 1, 4, (4, 64))],  # 8 x 4 x 8 = 256 = 1 x 4 x 64
+    [
+        (16, 1, None, (16, 1)),
+        (256, 8, None, (32, 1)),
+        (256, 8, 4, (4, 8)),
+        (256, 1, 4, (4, 64)),
+    ],  # 8 x 4 x 8 = 256 = 1 x 4 x 64
 )
 def test_a_batch_is_divided(batch, devices, micro_batch, expected):
     division = divide(batch, devices, micro_batch)
@@ -20,7 +25,12 @@ def test_a_batch_is_divided(batch, devices, micro_batch, expected):
 
 @pytest.mark.parametrize(
     "batch, devices, micro_batch, remedy",
-    [(256, 6, None, "multiple of the dev"), (16, 1, 5, "1, 2, 4, 8, 16"), (4, 8, None, "multiple of the dev"), (8, 2, 8, "1, 2, 4")],
+    [
+        (256, 6, None, "multiple of the dev"),
+        (16, 1, 5, "1, 2, 4, 8, 16"),
+        (4, 8, None, "multiple of the dev"),
+        (8, 2, 8, "1, 2, 4"),
+    ],
 )
 def test_what_does_not_come_out_whole_is_refused(batch, devices, micro_batch, remedy):
     with pytest.raises(InputError, match=f"trainer.batch={batch}") as refused:
@@ -29,7 +39,14 @@ def test_what_does_not_come_out_whole_is_refused(batch, devices, micro_batch, re
 
 
 def test_devices_are_counted():
-    assert [device_count(devices) for devices in (1, 4, [1, 3], "0,2", "auto", -1)] == [1, 4, 2, 2, None, None]
+    assert [device_count(devices) for devices in (1, 4, [1, 3], "0,2", "auto", -1)] == [
+        1,
+        4,
+        2,
+        2,
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +70,8 @@ def test_processes_that_fit_are_not():
 
 
 @pytest.mark.parametrize(
-    "options", [("bf16-mixed", "adamw", True), ("bf16-mixed", "adamw_8bit", False), ("16-mixed", "adamw", False)]
+    "options",
+    [("bf16-mixed", "adamw", True), ("bf16-mixed", "adamw_8bit", False), ("16-mixed", "adamw", False)],
 )
 def test_what_fsdp_does_not_go_with_is_refused(options):
     with pytest.raises(InputError, match="trainer=ddp"):
@@ -67,12 +85,31 @@ def test_what_fsdp_does_not_go_with_is_refused(options):
     [
         ({}, Launch()),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Launch()),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}, Launch(5, 8, 1, 4)),
-        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Launch(3, 4, 1, 2)),
+        (
+            {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"},
+            Launch(5, 8, 1, 4),
+        ),
+        (
+            {
+                "TORCHELASTIC_RUN_ID": "x",
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "2",
+            },
+            Launch(3, 4, 1, 2),
+        ),
     ],
 )
 def test_a_process_knows_its_place(monkeypatch, variables, expected):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "TORCHELASTIC_RUN_ID",
+        "SLURM_NTASKS",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -96,7 +133,9 @@ def test_blocks_are_those_that_the_denoiser_names(tiny_backbone):
 def test_each_block_is_compiled_and_nothing_else(tiny_backbone):
     denoiser = tiny_backbone.trainable_copy()
     compile_blocks(denoiser)
-    compiled = {type(module).__name__ for module in denoiser.modules() if module._compiled_call_impl is not None}
+    compiled = {
+        type(module).__name__ for module in denoiser.modules() if module._compiled_call_impl is not None
+    }
     assert compiled == {"BasicTransformerBlock"}
     assert denoiser.state_dict().keys() == tiny_backbone.denoiser.state_dict().keys()
     assert torch.is_tensor(next(denoiser.parameters()))

@@ -26,7 +26,9 @@ def test_a_first_fused_step_moves_by_the_learning_rate():
     weight.grad = torch.tensor([5.0, -0.01])
     optimizer.step()
     # Adam's first step is lr g / (|g| + eps); no weight decay
-    assert optimizer.defaults["fused"] and torch.allclose(weight.detach(), torch.tensor([0.9, -0.9]), atol=1e-5)
+    assert optimizer.defaults["fused"] and torch.allclose(
+        weight.detach(), torch.tensor([0.9, -0.9]), atol=1e-5
+    )
 
 
 def test_scaled_gradients_are_not_fused():

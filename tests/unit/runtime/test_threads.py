@@ -29,7 +29,10 @@ def test_lanes_keep_the_order_and_have_one_thread_each(three_threads):
     with torch.no_grad():
         assert map_batches(part, range(6), "batches", CPU) == [(number, 1, False) for number in range(6)]
     assert torch.get_num_threads() == 3
-    assert map_batches(lambda _: threading.current_thread(), [0, 1], "operations", CPU) == [threading.main_thread()] * 2
+    assert (
+        map_batches(lambda _: threading.current_thread(), [0, 1], "operations", CPU)
+        == [threading.main_thread()] * 2
+    )
 
 
 def test_what_goes_wrong_in_a_lane_is_raised_and_the_threads_are_back(three_threads):

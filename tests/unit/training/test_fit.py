@@ -18,7 +18,13 @@ from capo.pairs import frs
 from capo.training import fit as training
 from capo.training.loader import PreferenceData
 
-RUN = ["trainer.batch=4", "trainer.max_steps=3", "trainer.log_every=1", "validation.every=3", "evaluate=false"]
+RUN = [
+    "trainer.batch=4",
+    "trainer.max_steps=3",
+    "trainer.log_every=1",
+    "validation.every=3",
+    "evaluate=false",
+]
 MARGIN = re.compile(r"largest \|h\| of the first batch: (\S+),")
 
 
@@ -50,7 +56,10 @@ def plain(tiny_run):
         ("trainer.gradient_checkpointing=true", 0),  # the same operations once more
         ("trainer.micro_batch=2", 1e-4),
         ("data.text=encode", 1e-4),
-        ("trainer.channels_last=true", 1e-3),  # other kernels: Adam moves weights with next to no gradient by its rounding
+        (
+            "trainer.channels_last=true",
+            1e-3,
+        ),  # other kernels: Adam moves weights with next to no gradient by its rounding
     ],
 )
 def test_memory_is_saved_without_another_loss(losses, plain, option, tolerance):
@@ -85,8 +94,13 @@ def test_text_encoded_aside_is_the_stored_one(tiny_run):
     assert encoded.prompt_ids == stored.prompt_ids
 
 
-def placed(patch: pytest.MonkeyPatch, parts: dict[str, torch.nn.Module], where: dict[str, torch.device]) -> None:
-    """Makes modules say that they are where `where` has them, and `to` change that; their weights stay where they are."""
+def placed(
+    patch: pytest.MonkeyPatch, parts: dict[str, torch.nn.Module], where: dict[str, torch.device]
+) -> None:
+    """Makes modules say that they are where `where` has them, and `to` change that.
+
+    Their weights stay where they are.
+    """
     names = {id(part): name for name, part in parts.items()}
 
     def said(self):
@@ -94,16 +108,29 @@ def placed(patch: pytest.MonkeyPatch, parts: dict[str, torch.nn.Module], where: 
 
     for name, part in parts.items():
         patch.setattr(type(part), "device", property(said))
-        patch.setattr(part, "to", lambda device=None, dtype=None, name=name: where.update({name: torch.device(device)}))
+        patch.setattr(
+            part, "to", lambda device=None, dtype=None, name=name: where.update({name: torch.device(device)})
+        )
 
 
 def test_no_autoencoder_and_no_text_encoder_is_on_the_device_during_steps(tiny_run, monkeypatch):
-    """As on a GPU: all of the base is there before and after; in the steps only the denoiser, as the reference; validation calls them in."""
-    fit, step, decode, visiting = training.fit, PreferenceModule.training_step, UNetBackbone.decode, UNetBackbone.visiting
+    """As on a GPU: all of the base is there before and after.
+
+    In the steps only the denoiser, as the reference; validation calls them in.
+    """
+    fit, step, decode, visiting = (
+        training.fit,
+        PreferenceModule.training_step,
+        UNetBackbone.decode,
+        UNetBackbone.visiting,
+    )
     where, seen = {}, []
 
     def watched_fit(module, data, validation, *args, **options):
-        parts = {name: getattr(module.backbone.pipeline, name) for name in ("vae", "text_encoder", "text_encoder_2", "unet")}
+        parts = {
+            name: getattr(module.backbone.pipeline, name)
+            for name in ("vae", "text_encoder", "text_encoder_2", "unet")
+        }
         with monkeypatch.context() as patch:
             where.update(dict.fromkeys(parts, torch.device("cuda")))
             placed(patch, parts, where)
@@ -145,5 +172,9 @@ def test_visitors_come_and_leave(tiny_run, monkeypatch):
         part = getattr(backbone.pipeline, name)
         monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
     with backbone.visiting("meta"):
-        assert backbone.device.type == "meta" and moves == [(name, "meta") for name in ("vae", "text_encoder", "text_encoder_2")]
-    assert backbone.device.type == "cpu" and moves[3:] == [(name, "cpu") for name in ("vae", "text_encoder", "text_encoder_2")]
+        assert backbone.device.type == "meta" and moves == [
+            (name, "meta") for name in ("vae", "text_encoder", "text_encoder_2")
+        ]
+    assert backbone.device.type == "cpu" and moves[3:] == [
+        (name, "cpu") for name in ("vae", "text_encoder", "text_encoder_2")
+    ]

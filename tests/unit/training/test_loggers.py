@@ -10,7 +10,8 @@ import pytest
 
 from capo.training.loggers import CurvesFile, wandb_is_online
 
-BLOCK = 32768  # a .wandb file is a log in blocks: 7 bytes of file header, then records: checksum, length, kind, data
+# a .wandb file is a log in blocks: 7 bytes of file header, then records: checksum, length, kind, data
+BLOCK = 32768
 
 
 def wandb_records(path: Path):
@@ -50,8 +51,14 @@ def collected(folder: Path) -> dict:
         for record in ended_records(path):
             if record.HasField("run"):
                 found["ids"].append(record.run.run_id)
-                found |= {"group": record.run.run_group, "job_type": record.run.job_type, "tags": set(record.run.tags)}
-                found["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+                found |= {
+                    "group": record.run.run_group,
+                    "job_type": record.run.job_type,
+                    "tags": set(record.run.tags),
+                }
+                found["config"] |= {
+                    item.key: json.loads(item.value_json) for item in record.run.config.update
+                }
             for item in record.summary.update:
                 found["summary"]["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
             found["history"] |= {"/".join(item.nested_key) or item.key for item in record.history.item}
@@ -71,15 +78,27 @@ def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tiny_run, tmp_path, of
         rows = list(csv.DictReader(file))
     ids = set()
     for number, beta in enumerate((10, 30)):
-        found, record = collected(sweep / str(number)), json.loads((sweep / str(number) / "wandb.json").read_text())
+        found, record = (
+            collected(sweep / str(number)),
+            json.loads((sweep / str(number) / "wandb.json").read_text()),
+        )
         ids |= set(found["ids"])
         assert found["ids"] == [record["id"]]
-        assert found["group"] == record["group"] == "ablation" and found["job_type"] == record["job_type"] == "train"
+        assert (
+            found["group"] == record["group"] == "ablation"
+            and found["job_type"] == record["job_type"] == "train"
+        )
         assert found["tags"] == set(record["tags"]) == {"capo", "frs", "tiny", "r", "g"}
         axes = {
-            "objective": "capo", "beta": beta, "bias": cfg.noise.bias, "pairs": "frs", "rewards": "g+r", "model": "tiny",
-            "lr": cfg.trainer.lr, "seed": 0,
-        }  # fmt: skip
+            "objective": "capo",
+            "beta": beta,
+            "bias": cfg.noise.bias,
+            "pairs": "frs",
+            "rewards": "g+r",
+            "model": "tiny",
+            "lr": cfg.trainer.lr,
+            "seed": 0,
+        }
         for key, value in axes.items():
             assert found["config"][key] == record["config"][key] == value, key
         for key in ("val/win_rate", "test/win_rate/g", "test/win_rate/g/low", "zero/r"):
@@ -98,9 +117,16 @@ def test_a_run_that_goes_on_keeps_its_id(typed, tmp_path, offline):
 
 
 def test_only_a_key_goes_online(monkeypatch):
-    for mode, key, online in (("", None, False), ("", "x" * 40, True), ("offline", "x" * 40, False), ("online", None, True)):
+    for mode, key, online in (
+        ("", None, False),
+        ("", "x" * 40, True),
+        ("offline", "x" * 40, False),
+        ("online", None, True),
+    ):
         monkeypatch.setenv("WANDB_MODE", mode)
-        monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv(
+            "WANDB_API_KEY", raising=False
+        )
         assert wandb_is_online() is online
 
 

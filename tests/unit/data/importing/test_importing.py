@@ -49,8 +49,18 @@ def encoded(image, kind="PNG"):
 
 
 # caption, winner's side (None: tie, "?": nobody chose); the same caption stands twice on purpose
-ROWS = [("a red cat", 1.0), ("a blue dog", 0.0), ("a  red cat", 0.0), ("red cat", 1.0), ("a red dog", 0.5), ("a blue cat", None),
-        ("", 1.0), ("the green circle", 0.0), ("a green square", 1.0), ("the red triangle", 0.0)]  # fmt: skip
+ROWS = [
+    ("a red cat", 1.0),
+    ("a blue dog", 0.0),
+    ("a  red cat", 0.0),
+    ("red cat", 1.0),
+    ("a red dog", 0.5),
+    ("a blue cat", None),
+    ("", 1.0),
+    ("the green circle", 0.0),
+    ("a green square", 1.0),
+    ("the red triangle", 0.0),
+]
 BROKEN_ROW = 8
 KEPT = [0, 1, 2, 3, 7, 9]
 
@@ -63,11 +73,14 @@ def write_pickapic(path, drop=()):
     images = [[encoded(image) for image in row_images(row)] for row in range(len(ROWS))]
     images[BROKEN_ROW][1] = images[BROKEN_ROW][1][:60]  # cut off in the middle
     columns = {
-        "jpg_0": pa.array([{"bytes": pair[0], "path": None} for pair in images], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        "jpg_0": pa.array(
+            [{"bytes": pair[0], "path": None} for pair in images],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        ),
         "jpg_1": pa.array([pair[1] for pair in images]),
         "label_0": pa.array([label for _, label in ROWS], pa.float64()),
         "caption": [caption for caption, _ in ROWS],
-    }  # fmt: skip
+    }
     table = pa.table({name: column for name, column in columns.items() if name not in drop})
     pq.write_table(table, path, row_group_size=3)
     return path
@@ -90,7 +103,12 @@ def pool(parquet, tiny_backbone, tmp_path_factory):
 def test_what_cannot_be_used_is_counted_and_named(pool):
     report = read_import_table(pool.folder).report
     assert report["entries"] == len(KEPT) == 6 and report["captions"] == 5
-    assert report["dropped"] == {"ties": 1, "without a choice": 1, "without a caption": 1, "with a broken image": 1}
+    assert report["dropped"] == {
+        "ties": 1,
+        "without a choice": 1,
+        "without a caption": 1,
+        "with a broken image": 1,
+    }
     assert len(report["broken"]) == 1 and report["broken"][0].startswith("pairs.parquet row 8, jpg_1: ")
 
 
@@ -130,7 +148,9 @@ def test_a_lost_shard_is_made_again_and_nothing_else(pool, parquet, tiny_backbon
 
 def test_a_missing_column_is_named(tmp_path):
     path = write_pickapic(tmp_path / "other.parquet", drop=["label_0"])
-    with pytest.raises(InputError, match=r"no column 'label_0' \(import.label\); it has jpg_0, jpg_1, caption"):
+    with pytest.raises(
+        InputError, match=r"no column 'label_0' \(import.label\); it has jpg_0, jpg_1, caption"
+    ):
         pickapic(str(path))
 
 
@@ -152,10 +172,19 @@ def test_a_label_that_is_none(tmp_path):
 
 
 def test_nothing_left_says_why(tmp_path):
-    pq.write_table(pa.table({"jpg_0": [b"x"] * 2, "jpg_1": [None] * 2, "label_0": [1.0, 0.5], "caption": ["a", "b"]},
-                            pa.schema({"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "caption": pa.string()})),
-                   tmp_path / "x.parquet")  # fmt: skip
-    said = r"left out: 1 ties, 1 with a broken image\n  x.parquet row 0, jpg_0: .*\n  x.parquet row 0, jpg_1: there is none"
+    pq.write_table(
+        pa.table(
+            {"jpg_0": [b"x"] * 2, "jpg_1": [None] * 2, "label_0": [1.0, 0.5], "caption": ["a", "b"]},
+            pa.schema(
+                {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "caption": pa.string()}
+            ),
+        ),
+        tmp_path / "x.parquet",
+    )
+    said = (
+        r"left out: 1 ties, 1 with a broken image\n"
+        r"  x.parquet row 0, jpg_0: .*\n  x.parquet row 0, jpg_1: there is none"
+    )
     with pytest.raises(InputError, match=said):
         survey(pickapic(str(tmp_path / "x.parquet")), progress=False)
 
@@ -185,8 +214,12 @@ def test_rows_are_found_in_any_order(tmp_path, groups):
 def test_text_tables_hold_the_same_rows(tmp_path):
     (tmp_path / "a.csv").write_text('caption,score\n"a, red\ncat",1\nb\u2028c,2\n')
     (tmp_path / "a.tsv").write_text('caption\tscore\n"a, red\ncat"\t1\nb\u2028c\t2\n')
-    (tmp_path / "a.jsonl").write_text('{"caption": "a, red\\ncat", "score": "1"}\n{"caption": "b\u2028c", "score": "2"}\n')
-    (tmp_path / "a.json").write_text('[{"caption": "a, red\\ncat", "score": "1"}, {"caption": "b\u2028c", "score": "2"}]')
+    (tmp_path / "a.jsonl").write_text(
+        '{"caption": "a, red\\ncat", "score": "1"}\n{"caption": "b\u2028c", "score": "2"}\n'
+    )
+    (tmp_path / "a.json").write_text(
+        '[{"caption": "a, red\\ncat", "score": "1"}, {"caption": "b\u2028c", "score": "2"}]'
+    )
     for kind in ("csv", "tsv", "jsonl", "json"):
         rows = [row for _, row in Table(tmp_path / f"a.{kind}").rows(["caption", "score"])]
         assert rows == [{"caption": "a, red\ncat", "score": "1"}, {"caption": "b\u2028c", "score": "2"}], kind
@@ -201,11 +234,16 @@ def test_transparency_is_white_and_exif_turns(tmp_path):
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     # 255 * (1 - 128 / 255) = 127
     assert np.asarray(picture(encoded(half), tmp_path, (4, 4)))[0, 0].tolist() == [127] * 3
-    turned = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]]] * 2, dtype=np.uint8))  # red left, green right
+    turned = Image.fromarray(
+        np.array([[[255, 0, 0], [0, 255, 0]]] * 2, dtype=np.uint8)
+    )  # red left, green right
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter to the right: what is left comes to the top
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert np.asarray(picture("turned.png", tmp_path, (2, 2))).tolist() == [[[255, 0, 0]] * 2, [[0, 255, 0]] * 2]
+    assert np.asarray(picture("turned.png", tmp_path, (2, 2))).tolist() == [
+        [[255, 0, 0]] * 2,
+        [[0, 255, 0]] * 2,
+    ]
 
 
 def test_the_middle_is_cut_out_and_scaled(tmp_path):
@@ -214,8 +252,16 @@ def test_the_middle_is_cut_out_and_scaled(tmp_path):
     assert np.array_equal(picture(encoded(wide), tmp_path, (5, 5)), expected)
 
 
-@pytest.mark.parametrize("cell, reason", [(None, "there is none"), ({"bytes": None, "path": "a.png"}, "there is none"),
-                                          (b"no image", "no image"), ("missing.png", "No such file"), (3, "a int where")])  # fmt: skip
+@pytest.mark.parametrize(
+    "cell, reason",
+    [
+        (None, "there is none"),
+        ({"bytes": None, "path": "a.png"}, "there is none"),
+        (b"no image", "no image"),
+        ("missing.png", "No such file"),
+        (3, "a int where"),
+    ],
+)
 def test_an_image_that_is_none(tmp_path, cell, reason):
     with pytest.raises(BrokenImage, match=reason):
         picture(cell, tmp_path, (4, 4))
@@ -251,19 +297,33 @@ def test_rankings_are_thinned_to_the_smallest(tmp_path, tiny_backbone):
     # of five the best (image 2), the worst (image 1) and the middle one (image 4, rank 3); 0 is the worst
     assert table.places[0].tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
     assert pool.scores([HUMAN.key], 3)[..., 0].tolist() == [[0, 4, 2], [1, 0, 1]]
-    assert table.report["dropped"] == {"ties": 1, "with more or fewer ranks than images": 1, "with a broken image": 1}
-    assert table.report["broken"] == ["test.json row 4, image 0: [Errno 2] No such file or directory: " + repr(str(tmp_path / "gone.png"))]
+    assert table.report["dropped"] == {
+        "ties": 1,
+        "with more or fewer ranks than images": 1,
+        "with a broken image": 1,
+    }
+    assert table.report["broken"] == [
+        "test.json row 4, image 0: [Errno 2] No such file or directory: " + repr(str(tmp_path / "gone.png"))
+    ]
     assert [len(entry.places) for entry in rankings(str(tmp_path / "test.json"), candidates=5).entries] == [5]
-    # win-rates without doubt, k / (N - 1): the middle one beats one of two; a shared best place beats the loser and half of its equal
-    found = TrainingData(pool, [p for p, _ in pool.prompts], 3, [HUMAN], "").select(random_pair, "win_rate", 0, False)
+    # win-rates without doubt, k / (N - 1): the middle one beats one of two; a shared best place beats the
+    # loser and half of its equal
+    found = TrainingData(pool, [p for p, _ in pool.prompts], 3, [HUMAN], "").select(
+        random_pair, "win_rate", 0, False
+    )
     assert found.selection.rewards.tolist() == [[0.0, 1.0, 0.5], [0.75, 0.0, 0.75]]
 
 
 def test_a_ranking_is_the_same_read_from_parquet(tmp_path):
     names = write_images(tmp_path, 3)
     rows = {"prompt": ["a red cat"], "rank": [[2, 3, 1]]}
-    pq.write_table(pa.table(rows | {"image_path": [[{"bytes": (tmp_path / name).read_bytes()} for name in names]]}), tmp_path / "x.parquet")
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a red cat", "rank": [2, 3, 1], "image_path": names}))
+    pq.write_table(
+        pa.table(rows | {"image_path": [[{"bytes": (tmp_path / name).read_bytes()} for name in names]]}),
+        tmp_path / "x.parquet",
+    )
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"prompt": "a red cat", "rank": [2, 3, 1], "image_path": names})
+    )
     embedded, paths = (rankings(str(tmp_path / f"x.{kind}")) for kind in ("parquet", "jsonl"))
     assert embedded.entries == paths.entries
     for item in range(3):
@@ -273,7 +333,9 @@ def test_a_ranking_is_the_same_read_from_parquet(tmp_path):
 
 def test_the_content_of_image_files_is_in_the_fingerprint(tmp_path):
     names = write_images(tmp_path, 2)
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a red cat", "rank": [2, 1], "image_path": names}))
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"prompt": "a red cat", "rank": [2, 1], "image_path": names})
+    )
     before = rankings(str(tmp_path / "x.jsonl")).fingerprint
     colored((1, 2, 3)).save(tmp_path / "1.png")
     assert rankings(str(tmp_path / "x.jsonl")).fingerprint != before
@@ -282,11 +344,16 @@ def test_the_content_of_image_files_is_in_the_fingerprint(tmp_path):
 def test_a_folder_with_a_table(tmp_path):
     names = write_images(tmp_path, 5)
     captions = ["a red cat", "a blue dog", "a red cat", "a blue dog", "alone"]
-    lines = [f"{name},{caption},{score}" for name, caption, score in zip(names, captions, [1, 7, 9, 2, 3], strict=True)]
+    lines = [
+        f"{name},{caption},{score}"
+        for name, caption, score in zip(names, captions, [1, 7, 9, 2, 3], strict=True)
+    ]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption,score", *lines]))
     source = folder(str(tmp_path), score="score")
     assert [(entry.caption, entry.places, entry.ranks) for entry in source.entries] == [
-        ("a red cat", ((0, 0, 0), (0, 2, 0)), (0, 1)), ("a blue dog", ((0, 1, 0), (0, 3, 0)), (1, 0))]  # fmt: skip
+        ("a red cat", ((0, 0, 0), (0, 2, 0)), (0, 1)),
+        ("a blue dog", ((0, 1, 0), (0, 3, 0)), (1, 0)),
+    ]
     assert source.dropped == {"with too few images": 1}
     assert folder(str(tmp_path)).entries[0].ranks is None
     with pytest.raises(InputError, match=r"no other.csv in it; name the table with import.table=FILE"):
@@ -299,7 +366,14 @@ def test_a_folder_with_a_table(tmp_path):
 @pytest.fixture(scope="module")
 def imported_folder(parquet, tiny_run):
     """As `generate.py stage=import` makes it; the caption "red cat" is a validation prompt of the runs."""
-    cfg = tiny_run("unused", "stage=import", "import=pickapic", f"import.files={parquet}", "sampling.batch=4", config="generate")
+    cfg = tiny_run(
+        "unused",
+        "stage=import",
+        "import=pickapic",
+        f"import.files={parquet}",
+        "sampling.batch=4",
+        config="generate",
+    )
     generate_script.run(cfg)
     return next((tiny_run.folder / "pools").glob("tiny-*-imported"))
 
@@ -307,9 +381,13 @@ def imported_folder(parquet, tiny_run):
 @pytest.mark.parametrize("labels", ["human", "rewards"])
 def test_training_on_an_imported_pool(tiny_run, imported_folder, labels):
     name = f"imported-{labels}"
-    cfg = tiny_run(name, f"pool.imported={imported_folder}", f"pool.labels={labels}", "objective=dpo", "evaluate=false")
+    cfg = tiny_run(
+        name, f"pool.imported={imported_folder}", f"pool.labels={labels}", "objective=dpo", "evaluate=false"
+    )
     assert 0 <= train_script.run(cfg) <= 1
-    assert not list((tiny_run.folder / "pools").glob("tiny-*-train")), "the base's own candidates are not sampled"
+    assert not list((tiny_run.folder / "pools").glob("tiny-*-train")), (
+        "the base's own candidates are not sampled"
+    )
     card = (tiny_run.folder / name / "policy" / "README.md").read_text()
     order = "ordered by human choice" if labels == "human" else "scored by g, r"
     assert f"5 imported entries of 2 images ({imported_folder.name}), {order}; 1 left out" in card
@@ -325,7 +403,9 @@ def test_one_human_choice_has_dr_one_and_capo_is_ipo(pool):
     generator = torch.Generator().manual_seed(0)
     errors = PairErrors(*torch.rand(5, len(prompts), generator=generator), gap)
     assert torch.equal(capo(errors, beta=300.0), ipo(errors, beta=300.0))
-    assert found.spreads[0].saturated != found.spreads[0].saturated  # NaN: nobody is warned of a choice that is certain
+    assert (
+        found.spreads[0].saturated != found.spreads[0].saturated
+    )  # NaN: nobody is warned of a choice that is certain
 
 
 def test_a_pool_that_cannot_be_trained_on(tiny_run, imported_folder, tmp_path, parquet):
@@ -336,7 +416,9 @@ def test_a_pool_that_cannot_be_trained_on(tiny_run, imported_folder, tmp_path, p
     with pytest.raises(InputError, match="not an imported pool"):
         train_script.run(tiny_run("bad", f"pool.imported={sampled}", "evaluate=false"))
     with pytest.raises(InputError, match=r"pool.labels=people: must be one of human, rewards"):
-        train_script.run(tiny_run("bad", f"pool.imported={imported_folder}", "pool.labels=people", "evaluate=false"))
+        train_script.run(
+            tiny_run("bad", f"pool.imported={imported_folder}", "pool.labels=people", "evaluate=false")
+        )
     (imported_folder / "latents" / "00000-00.safetensors").rename(tmp_path / "kept")
     try:
         with pytest.raises(InputError, match=r"incomplete \(1 shards"):
@@ -359,24 +441,38 @@ def test_what_to_import_must_be_said(tiny_run):
         generate_script.run(tiny_run("unused", "stage=import", "import=folder", config="generate"))
     cfg = tiny_run("unused", "stage=import", "import=pickapic", "import.files=x.parquet", config="generate")
     OmegaConf.update(cfg, "import.labels", "x", force_add=True)
-    with pytest.raises(InputError, match=r"import.labels=x: capo.data.importing.pickapic takes no such argument; did you mean import.label?"):
+    with pytest.raises(
+        InputError,
+        match=r"import.labels=x: capo.data.importing.pickapic takes no such argument; did you mean "
+        r"import.label?",
+    ):
         generate_script.run(cfg)
 
 
 @pytest.mark.parametrize("source", ["rankings", "folder"])
 def test_the_command_line_imports_every_kind(typed, tmp_path, source, capsys):
     names = write_images(tmp_path, 4)
-    rows = [{"prompt": "a red cat", "image_path": names[:2], "rank": [1, 2]},
-            {"prompt": "a blue dog", "image_path": names[2:], "rank": [2, 1]}]  # fmt: skip
+    rows = [
+        {"prompt": "a red cat", "image_path": names[:2], "rank": [1, 2]},
+        {"prompt": "a blue dog", "image_path": names[2:], "rank": [2, 1]},
+    ]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     lines = [f"{name},{'a red cat' if number < 2 else 'a blue dog'}" for number, name in enumerate(names)]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
     place = tmp_path / "test.json" if source == "rankings" else tmp_path
-    typed("generate", "stage=import", f"import={source}", f"import.files={place}", f"pool.root={tmp_path / 'pools'}",
-          f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    typed(
+        "generate",
+        "stage=import",
+        f"import={source}",
+        f"import.files={place}",
+        f"pool.root={tmp_path / 'pools'}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
     assert "2 entries with 2 different captions; left out: none" in capsys.readouterr().out
     pool = Pool.open(next((tmp_path / "pools").iterdir()))
-    assert read_import_table(pool.folder).candidates == 2 and all(pool.has_latents(shard) for shard in pool.shards(2))
+    assert read_import_table(pool.folder).candidates == 2 and all(
+        pool.has_latents(shard) for shard in pool.shards(2)
+    )
     if source == "folder":  # nobody has chosen
         with pytest.raises(InputError, match=r"pool.labels=human: .* has no human choices"):
             Imported.open(pool.folder, "human", [])

@@ -26,8 +26,16 @@ SETTINGS = {"batch": 4, "threads": 1}
 
 
 def manifest(**changes):
-    return Manifest(**{"prompts_per_shard": 2, "seed": 0, "generator": "g" * 64, "latent_space": "l",
-                       "text_encoders": "t"} | changes)
+    return Manifest(
+        **{
+            "prompts_per_shard": 2,
+            "seed": 0,
+            "generator": "g" * 64,
+            "latent_space": "l",
+            "text_encoders": "t",
+        }
+        | changes
+    )
 
 
 def values(shard):
@@ -66,17 +74,24 @@ def flip(path, byte, bit=0):
 # --- layout ---
 
 
-@pytest.mark.parametrize(("existing", "candidates", "expected"), [
-    ({}, 16, [(0, 8), (8, 16)]),
-    ({}, 4, [(0, 4)]),
-    ({0: (0, 4)}, 16, [(0, 4), (4, 12), (12, 16)]),  # what is there keeps its range
-    ({0: (0, 8), 1: (8, 16)}, 4, [(0, 8)]),
-    ({1: (4, 12)}, 12, [(0, 4), (4, 12)]),  # block 0 is lost and ends where block 1 begins
-    ({1: (8, 16)}, 4, [(0, 8)]),  # even if fewer are asked for, or there would be a gap
-    ({2: (16, 20)}, 20, [(0, 8), (8, 16), (16, 20)]),
-    ({2: (8, 16)}, 16, [(0, 7), (7, 8), (8, 16)]),  # each of the two that are lost had one candidate at least
-    ({0: (0, 4), 1: (5, 9)}, 9, [(0, 4), (4, 9)]),  # block 1 does not follow on block 0: it is made again
-])
+@pytest.mark.parametrize(
+    ("existing", "candidates", "expected"),
+    [
+        ({}, 16, [(0, 8), (8, 16)]),
+        ({}, 4, [(0, 4)]),
+        ({0: (0, 4)}, 16, [(0, 4), (4, 12), (12, 16)]),  # what is there keeps its range
+        ({0: (0, 8), 1: (8, 16)}, 4, [(0, 8)]),
+        ({1: (4, 12)}, 12, [(0, 4), (4, 12)]),  # block 0 is lost and ends where block 1 begins
+        ({1: (8, 16)}, 4, [(0, 8)]),  # even if fewer are asked for, or there would be a gap
+        ({2: (16, 20)}, 20, [(0, 8), (8, 16), (16, 20)]),
+        (
+            {2: (8, 16)},
+            16,
+            [(0, 7), (7, 8), (8, 16)],
+        ),  # each of the two that are lost had one candidate at least
+        ({0: (0, 4), 1: (5, 9)}, 9, [(0, 4), (4, 9)]),  # block 1 does not follow on block 0: it is made again
+    ],
+)
 def test_plan_blocks(existing, candidates, expected):
     planned = plan_blocks({number: range(*block) for number, block in existing.items()}, candidates)
     assert [(block.start, block.stop) for block in planned] == expected
@@ -99,8 +114,13 @@ def test_file_names(pool):
 def test_manifest_is_created_once_and_never_rewritten(pool):
     path = pool.folder / "manifest.json"
     assert json.loads(path.read_text()) == {
-        "schema": 1, "prompts_per_shard": 2, "seed": 0, "generator": "g" * 64, "latent_space": "l",
-        "text_encoders": "t"}
+        "schema": 1,
+        "prompts_per_shard": 2,
+        "seed": 0,
+        "generator": "g" * 64,
+        "latent_space": "l",
+        "text_encoders": "t",
+    }
     before = path.stat()
     Pool.create(pool.folder, manifest())
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -145,8 +165,11 @@ def test_appended_prompts_begin_a_row_and_move_no_position(pool):
     assert pool.text_shards([5, 1]) == [0, 2]
     assert [list(shard.positions) for shard in pool.shards(1)] == [[0, 1], [2], [4, 5]]
     assert pq.read_table(pool.folder / "prompts.parquet").to_pydict() == {
-        "prompt_id": [prompt.id for prompt in PROMPTS], "prompt": [prompt.text for prompt in PROMPTS],
-        "split": ["train"] * 3 + ["more"] * 2, "position": [0, 1, 2, 4, 5]}
+        "prompt_id": [prompt.id for prompt in PROMPTS],
+        "prompt": [prompt.text for prompt in PROMPTS],
+        "split": ["train"] * 3 + ["more"] * 2,
+        "position": [0, 1, 2, 4, 5],
+    }
 
 
 def test_append_sees_what_another_process_has_appended(pool):
@@ -192,8 +215,11 @@ def test_equal_content_gives_equal_bytes(pool):
 
 
 def test_text_keeps_its_dtypes_and_stores_constants_once(pool):
-    text = {"embeds": torch.randn(2, 4, 5, dtype=torch.bfloat16), "pooled": torch.randn(2, 3),
-            "time_ids": torch.tensor([[64, 0, 7]]).repeat(2, 1)}
+    text = {
+        "embeds": torch.randn(2, 4, 5, dtype=torch.bfloat16),
+        "pooled": torch.randn(2, 3),
+        "time_ids": torch.tensor([[64, 0, 7]]).repeat(2, 1),
+    }
     assert not pool.has_text(0)
     pool.write_text(0, text, SETTINGS)
     assert pool.has_text(0, verify=True)
@@ -225,7 +251,10 @@ def test_more_candidates_add_blocks_and_touch_no_file(pool):
     write_candidates(pool, 19)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert [(s.name, s.candidates.start, s.candidates.stop) for s in pool.shards(19)[:3]] == [
-        ("00000-00", 0, 8), ("00000-01", 8, 10), ("00000-02", 10, 18)]
+        ("00000-00", 0, 8),
+        ("00000-01", 8, 10),
+        ("00000-02", 10, 18),
+    ]
     reader = PoolReader(pool)
     assert [reader.latents(2, [c])[0, 0, 0, 0].item() for c in range(19)] == [200 + c for c in range(19)]
 
@@ -382,8 +411,11 @@ def write_scores(pool, key, factor):
 def test_scores_are_plain_parquet(pool):
     write_scores(pool, "looks-1a2b3c4d", 0.5)
     table = pq.read_table(pool.folder / "scores" / "looks-1a2b3c4d" / "00000-01.parquet").to_pydict()
-    assert table == {"prompt_id": [PROMPTS[0].id] * 2 + [PROMPTS[1].id] * 2, "candidate": [8, 9, 8, 9],
-                     "score": [4.0, 4.5, 54.0, 54.5]}
+    assert table == {
+        "prompt_id": [PROMPTS[0].id] * 2 + [PROMPTS[1].id] * 2,
+        "candidate": [8, 9, 8, 9],
+        "score": [4.0, 4.5, 54.0, 54.5],
+    }
 
 
 def test_scores_come_by_position_candidate_and_reward(pool):

@@ -10,7 +10,11 @@ from capo.data.prompts import files
 from capo.data.prompts.files import READERS, row_count
 from capo.errors import InputError
 
-ROWS = {"Prompt": ["a \"red\" circle", "a star, blue", ""], "Category": ["Arts", "", "Animals"], "Note": ["x", "y", "z"]}
+ROWS = {
+    "Prompt": ['a "red" circle', "a star, blue", ""],
+    "Category": ["Arts", "", "Animals"],
+    "Note": ["x", "y", "z"],
+}
 
 
 def written(folder, name, content):
@@ -23,36 +27,58 @@ def read(path, *names):
     """Columns of a file of any format, its batches joined."""
     form = {"txt": "text"}.get(path.suffix[1:], path.suffix[1:]) or "folder"
     offered = []
-    batches = list(READERS[form](path, f"here={path.name}", lambda there: offered.append(list(there)) or names))
+    batches = list(
+        READERS[form](path, f"here={path.name}", lambda there: offered.append(list(there)) or names)
+    )
     return {name: [value for batch in batches for value in batch[name]] for name in names}, offered[0]
 
 
 def test_a_line_a_prompt(tmp_path):
     # U+2028 and form feed end no line; a byte order mark is no text
     path = written(tmp_path, "a.txt", "\ufeffa circle\r\n\na\u2028star\f!\nlast")
-    assert read(path, "prompt") == ({"prompt": ["a circle\r\n", "\n", "a\u2028star\f!\n", "last"]}, ["prompt"])
+    assert read(path, "prompt") == (
+        {"prompt": ["a circle\r\n", "\n", "a\u2028star\f!\n", "last"]},
+        ["prompt"],
+    )
 
 
 def test_a_file_a_prompt(tmp_path):
     for name, text in (("b.txt", "a long\nprompt\n"), ("a.txt", "first"), ("c.json", "{}")):
         written(tmp_path, name, text)
     folder = tmp_path.rename(tmp_path.parent / "texts")
-    assert read(folder, "prompt", "name") == ({"prompt": ["first", "a long\nprompt\n"], "name": ["a", "b"]}, ["prompt", "name"])
+    assert read(folder, "prompt", "name") == (
+        {"prompt": ["first", "a long\nprompt\n"], "name": ["a", "b"]},
+        ["prompt", "name"],
+    )
 
 
 def test_csv_quotes_and_tsv_does_not(tmp_path):
-    csv = written(tmp_path, "a.csv", 'Prompt,Category,Note\n"a ""red"" circle",Arts,x\n"a star, blue",,y\n\n"two\nlines",Animals,z\n')
+    csv = written(
+        tmp_path,
+        "a.csv",
+        'Prompt,Category,Note\n"a ""red"" circle",Arts,x\n"a star, blue",,y\n\n"two\nlines",Animals,z\n',
+    )
     assert read(csv, "Category", "Prompt") == (
-        {"Category": ["Arts", "", "Animals"], "Prompt": ['a "red" circle', "a star, blue", "two\nlines"]}, ["Prompt", "Category", "Note"],
-    )  # fmt: skip
+        {"Category": ["Arts", "", "Animals"], "Prompt": ['a "red" circle', "a star, blue", "two\nlines"]},
+        ["Prompt", "Category", "Note"],
+    )
     tsv = written(tmp_path, "a.tsv", 'Prompt\tCategory\r\n"a star" in red\tArts\r\nthe word "PEACE\tArts\r\n')
     assert read(tsv, "Prompt")[0] == {"Prompt": ['"a star" in red', 'the word "PEACE']}
 
 
 def test_jsonl_keys_may_differ_from_line_to_line(tmp_path):
-    lines = ['{"tag": "colors", "prompt": "a", "color": "red"}', "", '{"prompt": "b", "include": [{"count": 1}]}']
+    lines = [
+        '{"tag": "colors", "prompt": "a", "color": "red"}',
+        "",
+        '{"prompt": "b", "include": [{"count": 1}]}',
+    ]
     found, offered = read(written(tmp_path, "a.jsonl", "\n".join(lines)), "prompt", "tag")
-    assert found == {"prompt": ["a", "b"], "tag": ["colors", None]} and offered == ["tag", "prompt", "color", "include"]
+    assert found == {"prompt": ["a", "b"], "tag": ["colors", None]} and offered == [
+        "tag",
+        "prompt",
+        "color",
+        "include",
+    ]
 
 
 def test_parquet_gives_the_chosen_columns_in_batches(tmp_path, monkeypatch):
@@ -61,7 +87,9 @@ def test_parquet_gives_the_chosen_columns_in_batches(tmp_path, monkeypatch):
     batches = list(READERS["parquet"](tmp_path / "a.parquet", "here", lambda names: ["Note", "Prompt"]))
     assert [sorted(batch) for batch in batches] == [["Note", "Prompt"]] * 2
     assert [batch["Prompt"] for batch in batches] == [ROWS["Prompt"][:2], ROWS["Prompt"][2:]]
-    assert row_count(tmp_path / "a.parquet", "parquet") == 3 and row_count(tmp_path / "a.parquet", "csv") is None
+    assert (
+        row_count(tmp_path / "a.parquet", "parquet") == 3 and row_count(tmp_path / "a.parquet", "csv") is None
+    )
 
 
 @pytest.mark.parametrize("form", ["text", "csv", "tsv", "jsonl"])
@@ -70,7 +98,10 @@ def test_batches_of_lines_hold_every_row(tmp_path, monkeypatch, form):
     header = "prompt\n" if form in ("csv", "tsv") else ""
     lines = [json.dumps({"prompt": str(number)}) if form == "jsonl" else str(number) for number in range(5)]
     path = written(tmp_path, "a", header + "\n".join(lines))
-    sizes = [[value.strip() for value in batch["prompt"]] for batch in READERS[form](path, "here", lambda names: ["prompt"])]
+    sizes = [
+        [value.strip() for value in batch["prompt"]]
+        for batch in READERS[form](path, "here", lambda names: ["prompt"])
+    ]
     assert sizes == [["0", "1"], ["2", "3"], ["4"]]
 
 

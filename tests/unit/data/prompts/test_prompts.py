@@ -34,8 +34,12 @@ def test_candidate_seed_by_hand():
 
 
 def test_candidate_seeds_depend_on_all_three():
-    seeds = {candidate_seed(seed, prompt_id(text), index)
-             for seed in (0, 1) for text in ("a circle", "a square") for index in range(50)}
+    seeds = {
+        candidate_seed(seed, prompt_id(text), index)
+        for seed in (0, 1)
+        for text in ("a circle", "a square")
+        for index in range(50)
+    }
     assert len(seeds) == 2 * 2 * 50
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -68,7 +72,10 @@ def files(tmp_path):
 def test_text_files(files):
     splits = text_files(**files)
     assert {split: [prompt.text for prompt in prompts] for split, prompts in splits.items()} == {
-        "train": ["a circle", "a square"], "validation": ["a star"], "test": ["ein Gem\u00fcse"]}
+        "train": ["a circle", "a square"],
+        "validation": ["a star"],
+        "test": ["ein Gem\u00fcse"],
+    }
 
 
 @pytest.mark.parametrize(("content", "message"), [

@@ -1,4 +1,7 @@
-"""Where prompts come from: paths, patterns, folders, the hub's cache, and what a configuration may say of them."""
+"""Where prompts come from.
+
+Paths, patterns, folders, the hub's cache, and what a configuration may say of them.
+"""
 
 import httpx
 import pytest
@@ -23,7 +26,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
     ("shards", [("1.ndjson", "jsonl"), ("2.jsonl", "jsonl")]),
 ])  # fmt: skip
 def test_local_files_and_their_formats(tmp_path, path, expected):
-    for name in ("a.txt", "t.CSV", "x-1.parquet", "x-0.parquet", "texts/1.txt", "shards/2.jsonl", "shards/1.ndjson", "shards/notes.md"):
+    for name in (
+        "a.txt",
+        "t.CSV",
+        "x-1.parquet",
+        "x-0.parquet",
+        "texts/1.txt",
+        "shards/2.jsonl",
+        "shards/1.ndjson",
+        "shards/notes.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = source_of("train", {"path": str(tmp_path / path)}).files()
@@ -62,19 +74,35 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch, given, message):
 
 def test_columns_by_name_and_by_default():
     there = ["image", "Prompt", "tag", "Image_NSFW", "is_unsafe", "label"]
-    columns = source_of("train", {"path": "a", "category": "tag", "where": {"label": 1}}).columns(there, "here")
-    assert columns.all == ["Prompt", "tag", "Image_NSFW", "is_unsafe", "label"] and columns.nsfw == ("Image_NSFW", "is_unsafe")
+    columns = source_of("train", {"path": "a", "category": "tag", "where": {"label": 1}}).columns(
+        there, "here"
+    )
+    assert columns.all == ["Prompt", "tag", "Image_NSFW", "is_unsafe", "label"] and columns.nsfw == (
+        "Image_NSFW",
+        "is_unsafe",
+    )
     assert source_of("train", {"path": "a", "nsfw": None}).columns(there, "here").all == ["Prompt"]
-    assert source_of("train", {"path": "a", "column": "tag", "nsfw_columns": []}).columns(there, "here").all == ["tag"]
+    assert source_of("train", {"path": "a", "column": "tag", "nsfw_columns": []}).columns(
+        there, "here"
+    ).all == ["tag"]
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"column": "text"}, r"here: no column 'text' \(prompts.train.column\); there are caption, tag"),
-    ({"column": "caption", "category": "Tag"}, r"here: no column 'Tag' \(prompts.train.category\); there are caption, tag"),
-    ({"column": "caption", "nsfw_columns": ["nsfw"]}, r"no column 'nsfw' \(prompts.train.nsfw_columns\)"),
-    ({"column": "caption", "where": {"has_label": True}}, r"no column 'has_label' \(prompts.train.where\)"),
-    ({}, "here: no column is called prompt; name one: prompts.train.column= one of caption, tag"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"column": "text"}, r"here: no column 'text' \(prompts.train.column\); there are caption, tag"),
+        (
+            {"column": "caption", "category": "Tag"},
+            r"here: no column 'Tag' \(prompts.train.category\); there are caption, tag",
+        ),
+        ({"column": "caption", "nsfw_columns": ["nsfw"]}, r"no column 'nsfw' \(prompts.train.nsfw_columns\)"),
+        (
+            {"column": "caption", "where": {"has_label": True}},
+            r"no column 'has_label' \(prompts.train.where\)",
+        ),
+        ({}, "here: no column is called prompt; name one: prompts.train.column= one of caption, tag"),
+    ],
+)
 def test_columns_that_are_missing(given, message):
     with pytest.raises(InputError, match=message):
         source_of("train", {"path": "a", **given}).columns(["caption", "tag"], "here")
@@ -84,7 +112,9 @@ def test_columns_that_are_missing(given, message):
 def hub_cache(tmp_path, monkeypatch):
     """An empty cache, for which `hf_hub_download` still is the library's own; no network (conftest)."""
     own = hub.hf_hub_download
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *names, **options: own(*names, cache_dir=tmp_path, **options))
+    monkeypatch.setattr(
+        hub, "hf_hub_download", lambda *names, **options: own(*names, cache_dir=tmp_path, **options)
+    )
     return tmp_path
 
 
@@ -113,7 +143,9 @@ def test_a_hub_file_that_is_not_to_be_had_offline(hub_cache):
 ])  # fmt: skip
 def test_what_the_hub_answers_becomes_a_remedy(monkeypatch, kind, message):
     def refuse(*_, **__):
-        raise kind("500 of the hub\nmore", response=httpx.Response(500, request=httpx.Request("GET", "https://hub")))
+        raise kind(
+            "500 of the hub\nmore", response=httpx.Response(500, request=httpx.Request("GET", "https://hub"))
+        )
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     with pytest.raises(InputError, match=f"prompts.test: .*{message}"):
@@ -127,32 +159,57 @@ def composed(*overrides):
 
 def test_missing_inputs_are_named_with_what_they_are():
     given = {"train": "???", "test": {"path": "???", "origin": "GenEval's jsonl"}, "validation": "???"}
-    assert missing_inputs(["prompts.test.path", "prompts.train", "prompts.validation"], given).splitlines() == [
+    assert missing_inputs(
+        ["prompts.test.path", "prompts.train", "prompts.validation"], given
+    ).splitlines() == [
         "prompts.test.path: not given; the path of GenEval's jsonl, e.g. prompts.test.path=FILE",
         "  prompts.train, prompts.validation: not given; each is the path of a UTF-8 text file with one prompt per line, e.g. prompts.train=FILE",
     ]
 
 
-@pytest.mark.parametrize(("name", "key", "what"), [
-    ("parti", "train", "a text file"), ("pickapic", "train", "Pick-a-Pic"), ("dpg", "test", "DPG-Bench"), ("geneval", "test", "GenEval"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "key", "what"),
+    [
+        ("parti", "train", "a text file"),
+        ("pickapic", "train", "Pick-a-Pic"),
+        ("dpg", "test", "DPG-Bench"),
+        ("geneval", "test", "GenEval"),
+    ],
+)
 def test_a_set_without_a_public_file_asks_for_it(name, key, what):
-    with pytest.raises(InputError, match=rf"^prompts.{key}.path: not given; the path of {what}.* e.g. prompts.{key}.path=FILE$"):
+    with pytest.raises(
+        InputError,
+        match=rf"^prompts.{key}.path: not given; the path of {what}.* e.g. prompts.{key}.path=FILE$",
+    ):
         prompt_splits(composed(f"prompts={name}"))
 
 
 @pytest.mark.parametrize("name", ["diffusiondb", "parti", "pickapic", "dpg", "geneval", "files"])
 def test_every_source_in_the_configuration_can_be_built(name):
-    cfg = composed(f"prompts={name}", *(f"prompts.{split}.path=FILE" for split in ("train", "validation", "test")))
+    cfg = composed(
+        f"prompts={name}", *(f"prompts.{split}.path=FILE" for split in ("train", "validation", "test"))
+    )
     for split in ("train", "validation", "test"):
-        source = source_of(split, dict(cfg.prompts[split]) | {"where": dict(cfg.prompts[split].where), "nsfw_columns": None})
+        source = source_of(
+            split, dict(cfg.prompts[split]) | {"where": dict(cfg.prompts[split].where), "nsfw_columns": None}
+        )
         assert source.path == "FILE" and source.nsfw == 0.5
 
 
 def test_the_papers_setting():
     prompts = composed("prompts=diffusiondb").prompts
-    assert (prompts.train.hub, prompts.train.file, prompts.train.limit) == ("poloclub/diffusiondb", "metadata.parquet", 100_000)  # CaPO, B.1
+    assert (prompts.train.hub, prompts.train.file, prompts.train.limit) == (
+        "poloclub/diffusiondb",
+        "metadata.parquet",
+        100_000,
+    )  # CaPO, B.1
     assert list(prompts.train.nsfw_columns) == ["image_nsfw", "prompt_nsfw"]
-    assert list(prompts.priority) == ["validation", "test", "train"] and prompts.validation.limit == 232 and prompts.test.limit is None
-    other = composed("prompts=geneval", "prompts/source@prompts.train=pickapic", "prompts.train.path=x").prompts
+    assert (
+        list(prompts.priority) == ["validation", "test", "train"]
+        and prompts.validation.limit == 232
+        and prompts.test.limit is None
+    )
+    other = composed(
+        "prompts=geneval", "prompts/source@prompts.train=pickapic", "prompts.train.path=x"
+    ).prompts
     assert other.train.column == "caption" and other.train.limit == 100_000 and other.test.name == "GenEval"

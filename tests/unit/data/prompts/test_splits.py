@@ -37,32 +37,63 @@ def words(prompts):
 
 def sets(tmp_path, train, **more):
     """Sets whose validation and test are one prompt each."""
-    given = {"validation": texts(tmp_path / "v.txt", "validation prompt"), "test": texts(tmp_path / "t.txt", "test prompt")} | more
+    given = {
+        "validation": texts(tmp_path / "v.txt", "validation prompt"),
+        "test": texts(tmp_path / "t.txt", "test prompt"),
+    } | more
     return split_sets(train=train, **given)
 
 
 def test_every_filter_counts_its_rows(tmp_path):
     rows = [  # prompt, image_nsfw, prompt_nsfw
-        ("a circle", 0.1, 0.0), ("", 0.9, 0.9), (None, 0.0, 0.0), (" \n", 0.0, 0.0),  # three empty
-        ("a square", 0.5, 0.0), ("blurred", 2.0, 0.0), ("rude", 0.0, 0.7), ("unknown", None, 0.0), ("nan", 0.0, float("nan")),  # five NSFW
-        ("x" * 21, 0.0, 0.0), ("x" * 20, 0.0, 0.0),  # one too long
-        ("a  circle", 0.2, 0.0), ("a\tcircle ", 0.0, 0.0), ("A circle", 0.0, 0.0),  # two duplicates
-        ("mixed", 0.1, 0.0), ("mixed", 0.9, 0.0), ("mixed ", 0.0, 0.0),  # three NSFW, as one of them is
-        ("test  prompt", 0.0, 0.0), ("validation prompt", 0.0, 0.0), ("test prompt", 0.0, 0.0),  # two elsewhere, one a duplicate
-    ]  # fmt: skip
-    table = {name: list(column) for name, column in zip(("prompt", "image_nsfw", "prompt_nsfw"), zip(*rows, strict=True), strict=True)}
+        ("a circle", 0.1, 0.0),
+        ("", 0.9, 0.9),
+        (None, 0.0, 0.0),
+        (" \n", 0.0, 0.0),  # three empty
+        ("a square", 0.5, 0.0),
+        ("blurred", 2.0, 0.0),
+        ("rude", 0.0, 0.7),
+        ("unknown", None, 0.0),
+        ("nan", 0.0, float("nan")),  # five NSFW
+        ("x" * 21, 0.0, 0.0),
+        ("x" * 20, 0.0, 0.0),  # one too long
+        ("a  circle", 0.2, 0.0),
+        ("a\tcircle ", 0.0, 0.0),
+        ("A circle", 0.0, 0.0),  # two duplicates
+        ("mixed", 0.1, 0.0),
+        ("mixed", 0.9, 0.0),
+        ("mixed ", 0.0, 0.0),  # three NSFW, as one of them is
+        ("test  prompt", 0.0, 0.0),
+        ("validation prompt", 0.0, 0.0),
+        ("test prompt", 0.0, 0.0),  # two elsewhere, one a duplicate
+    ]
+    table = {
+        name: list(column)
+        for name, column in zip(("prompt", "image_nsfw", "prompt_nsfw"), zip(*rows, strict=True), strict=True)
+    }
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
     found = sets(tmp_path, {"path": str(tmp_path / "m.parquet"), "max_length": 20}, seed=None)
     assert words(found["train"]) == ["a circle", "x" * 20, "A circle"]
     report = found.report[0]
-    assert counts(report) == {"empty": 3, "nsfw": 8, "too_long": 1, "duplicates": 3, "elsewhere": 2, "kept": 3}
+    assert counts(report) == {
+        "empty": 3,
+        "nsfw": 8,
+        "too_long": 1,
+        "duplicates": 3,
+        "elsewhere": 2,
+        "kept": 3,
+    }
     assert report.read == len(rows) == sum(counts(report).values())
     assert left_out(report) == "3 empty, 8 NSFW, 1 too long, 3 duplicates, 2 also in another split"
     check_splits(found)
 
     loose = sets(tmp_path, {"path": str(tmp_path / "m.parquet"), "nsfw": None, "max_length": None}, seed=None)
     assert counts(loose.report[0]) == {"empty": 3, "duplicates": 5, "elsewhere": 2, "kept": 10}
-    strict = sets(tmp_path, {"path": str(tmp_path / "m.parquet"), "nsfw": 0.05, "nsfw_columns": ["prompt_nsfw"]}, seed=None)
+    strict = sets(
+        tmp_path,
+        {"path": str(tmp_path / "m.parquet"), "nsfw": 0.05, "nsfw_columns": ["prompt_nsfw"]},
+        seed=None,
+    )
     assert counts(strict.report[0]) == {"empty": 3, "nsfw": 2, "duplicates": 5, "elsewhere": 2, "kept": 8}
 
 
@@ -74,7 +105,11 @@ def test_pick_a_pics_columns(tmp_path):
         "jpg_0": [b"", b"", b"", b"", b""],
     }
     pq.write_table(pa.table(rows), tmp_path / "train-0.parquet")
-    source = {"path": str(tmp_path / "train-*.parquet"), "column": "caption", "where": {"has_label": True, "are_different": True}}
+    source = {
+        "path": str(tmp_path / "train-*.parquet"),
+        "column": "caption",
+        "where": {"has_label": True, "are_different": True},
+    }
     found = sets(tmp_path, source, seed=None)
     assert words(found["train"]) == ["a cat", "a cow"]
     assert counts(found.report[0]) == {"unwanted": 3, "kept": 2}
@@ -89,14 +124,22 @@ def test_switches_and_scores_in_files_of_text(tmp_path):
 
 
 def test_categories_come_along(tmp_path):
-    lines = [json.dumps({"tag": tag, "prompt": f"a {tag}"}) for tag in ("bench", "cow")] + ['{"prompt": "no tag"}']
+    lines = [json.dumps({"tag": tag, "prompt": f"a {tag}"}) for tag in ("bench", "cow")] + [
+        '{"prompt": "no tag"}'
+    ]
     found = sets(tmp_path, {"path": texts(tmp_path / "g.jsonl", *lines), "category": "tag"}, seed=None)
-    assert found["train"] == [Prompt(prompt_id(text), text, tag) for text, tag in (("a bench", "bench"), ("a cow", "cow"), ("no tag", ""))]
+    assert found["train"] == [
+        Prompt(prompt_id(text), text, tag)
+        for text, tag in (("a bench", "bench"), ("a cow", "cow"), ("no tag", ""))
+    ]
 
 
 def by_hash(names, seed):
     """The order of FORMULAS' kind: by the hash of seed and prompt id, worked out anew."""
-    return sorted(names, key=lambda text: hashlib.blake2b(f"{seed}/{prompt_id(text)}".encode(), digest_size=8).hexdigest())
+    return sorted(
+        names,
+        key=lambda text: hashlib.blake2b(f"{seed}/{prompt_id(text)}".encode(), digest_size=8).hexdigest(),
+    )
 
 
 def test_the_draw_is_a_function_of_seed_and_prompts(tmp_path):
@@ -116,34 +159,53 @@ def test_prompts_are_fetched_across_batches_and_files(tmp_path, monkeypatch):
     monkeypatch.setattr("capo.data.prompts.files.BATCH", 3)
     names = [f"prompt {number}" for number in range(20)]
     for part in (0, 1):
-        pq.write_table(pa.table({"tag": [name[-1] for name in names[part::2]], "prompt": names[part::2]}), tmp_path / f"{part}.parquet")
-    found = sets(tmp_path, {"path": str(tmp_path), "format": "parquet", "limit": 12, "category": "tag"}, seed=5)
-    assert [(prompt.text, prompt.category) for prompt in found["train"]] == [(name, name[-1]) for name in by_hash(names, 5)[:12]]
+        pq.write_table(
+            pa.table({"tag": [name[-1] for name in names[part::2]], "prompt": names[part::2]}),
+            tmp_path / f"{part}.parquet",
+        )
+    found = sets(
+        tmp_path, {"path": str(tmp_path), "format": "parquet", "limit": 12, "category": "tag"}, seed=5
+    )
+    assert [(prompt.text, prompt.category) for prompt in found["train"]] == [
+        (name, name[-1]) for name in by_hash(names, 5)[:12]
+    ]
     assert counts(found.report[0]) == {"over_limit": 8, "kept": 12} and len(found.report[0].places) == 2
 
 
 def test_selection_and_report_prompts_of_one_file(tmp_path):
-    """The paper's setting: validation a part of a set, test the rest of it, and training has none of either."""
+    """The paper's setting.
+
+    Validation a part of a set, test the rest of it, and training has none of either.
+    """
     lines = ["Prompt\tCategory", *(f"prompt {number}\tArts" for number in range(10))]
     parti = {"path": texts(tmp_path / "p.tsv", *lines), "category": "Category"}
     train = texts(tmp_path / "d.txt", "prompt  3", "other", "prompt 8 ")
     found = split_sets(train, parti | {"limit": 4}, parti, priority=["validation", "test", "train"])
     assert words(found["train"]) == ["other"]
     assert words(found["validation"]) + words(found["test"]) != [] and len(found["test"]) == 6
-    assert sorted(words(found["validation"]) + words(found["test"])) == [f"prompt {number}" for number in range(10)]
+    assert sorted(words(found["validation"]) + words(found["test"])) == [
+        f"prompt {number}" for number in range(10)
+    ]
     assert [counts(report) for report in found.report] == [
-        {"elsewhere": 2, "kept": 1}, {"over_limit": 6, "kept": 4}, {"elsewhere": 4, "kept": 6},
-    ]  # fmt: skip
+        {"elsewhere": 2, "kept": 1},
+        {"over_limit": 6, "kept": 4},
+        {"elsewhere": 4, "kept": 6},
+    ]
 
 
 def test_priority_says_who_keeps_a_prompt(tmp_path):
-    one, two, both = (texts(tmp_path / name, *lines) for name, lines in (("1.txt", "ab"), ("2.txt", "bc"), ("3.txt", "abcd")))
+    one, two, both = (
+        texts(tmp_path / name, *lines)
+        for name, lines in (("1.txt", "ab"), ("2.txt", "bc"), ("3.txt", "abcd"))
+    )
     found = split_sets(both, one, two)  # test b c, validation a, train d
     assert [sorted(words(found[split])) for split in ("test", "validation", "train")] == [["b", "c"], ["a"], ["d"]]
     with pytest.raises(InputError, match=r"prompts.train: no prompt is left of 1.txt .*2 rows read, 2 also in another split; leave "
                        r"some to it: set a limit for validation or test \(prompts.validation.limit=N\)"):  # fmt: skip
         split_sets(one, both, texts(tmp_path / "4.txt", "e"), priority=["validation", "test", "train"])
-    with pytest.raises(InputError, match=r"prompts.priority=\['train'\]: must name train, validation, test once each"):
+    with pytest.raises(
+        InputError, match=r"prompts.priority=\['train'\]: must name train, validation, test once each"
+    ):
         split_sets(one, two, both, priority=["train"])
 
 
@@ -177,11 +239,17 @@ def test_a_file_that_is_missing_is_found_before_another_is_read(tmp_path):
 
 
 def test_the_report_is_printed_once_until_a_file_changes(tmp_path, capsys):
-    train, one, other = (texts(tmp_path / f"{name}.txt", *lines) for name, lines in (("a", "aab"), ("v", "x"), ("t", "y")))
+    train, one, other = (
+        texts(tmp_path / f"{name}.txt", *lines) for name, lines in (("a", "aab"), ("v", "x"), ("t", "y"))
+    )
     given = {"path": train, "limit": 5, "name": "mine"}
     first = split_sets(given, one, other)
     shown = capsys.readouterr().out
-    assert "duplicates" in shown and "prompts.train.limit=5: mine gives only 2" in shown and f"train: {train}" in shown
+    assert (
+        "duplicates" in shown
+        and "prompts.train.limit=5: mine gives only 2" in shown
+        and f"train: {train}" in shown
+    )
     assert split_sets(given, one, other) is first and capsys.readouterr().out == ""
     texts(tmp_path / "a.txt", "a", "a", "b", "c")
     assert sorted(words(split_sets(given, one, other)["train"])) == ["a", "b", "c"]
