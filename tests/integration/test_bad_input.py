@@ -247,10 +247,13 @@ def test_a_scorer_of_ones_own_can_be_named_on_the_command_line():
     check_ready(cfg)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, r"prompts\.test=.*test\.txt: cannot be read \(No such file"),
-    (b"\n", r"prompts\.test=.*test\.txt: the file has no prompt"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"prompts\.test=.*test\.txt: cannot be read \(No such file"),
+        (b"\n", r"prompts\.test=.*test\.txt: the file has no prompt"),
+    ],
+)
 def test_prompts_that_cannot_be_read_or_are_empty(plain, tmp_path, content, message):
     path = tmp_path / "test.txt"
     if content is not None:
@@ -542,7 +545,9 @@ def test_the_trace_comes_back_on_request(helper, tmp_path):
     [("train.py", "model=sdxl"), ("generate.py", "seed=x"), ("evaluate.py", "run=nothing")],
 )
 def test_the_same_without_a_helper(tmp_path, script, argument):
-    done = subprocess.run([sys.executable, ROOT / script, argument], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, argument], cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 

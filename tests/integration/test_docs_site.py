@@ -55,8 +55,17 @@ def anchors(page):
 def test_every_package_of_the_api_has_a_page():
     named = re.findall(r"^::: (capo[\w.]+)$", "\n".join(page.read_text() for page in PAGES), flags=re.M)
     assert {name.split(".")[1] for name in named} == {
-        "objectives", "calibration", "pairs", "noise", "metrics", "module",
-        "data", "backbones", "rewards", "evaluation", "training",
+        "objectives",
+        "calibration",
+        "pairs",
+        "noise",
+        "metrics",
+        "module",
+        "data",
+        "backbones",
+        "rewards",
+        "evaluation",
+        "training",
     }
     for name in named:
         source = ROOT / "src" / name.replace(".", "/")

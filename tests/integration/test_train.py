@@ -131,7 +131,9 @@ def test_lora_trains_and_exports_an_adapter(tiny_run):
 @pytest.mark.parametrize("lora", [[], ["+model.lora.rank=2", "+model.lora.alpha=2"]], ids=["full", "lora"])
 def test_an_objective_on_predictions_trains_as_its_twin_on_errors(tiny_run, lora):
     def losses(name: str, target: str) -> list[float]:
-        cfg = tiny_run(name, "evaluate=false", "trainer.lr=1e-3", "trainer.max_steps=3", "trainer.warm_up=0", *lora)
+        cfg = tiny_run(
+            name, "evaluate=false", "trainer.lr=1e-3", "trainer.max_steps=3", "trainer.warm_up=0", *lora
+        )
         cfg.objective._target_ = target
         train_script.run(cfg)
         with (tiny_run.folder / name / "metrics.csv").open() as rows:

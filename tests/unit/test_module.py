@@ -111,7 +111,10 @@ def test_sft_computes_neither_reference_nor_loser(tiny_backbone, monkeypatch):
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 def test_an_objective_on_predictions_sees_what_the_errors_were_made_of(tiny_backbone, lora, autocast):
-    module, batch = module_for(tiny_backbone, partial(capo_from_predictions, beta=100.0), lora=lora), batch_for(tiny_backbone)
+    module, batch = (
+        module_for(tiny_backbone, partial(capo_from_predictions, beta=100.0), lora=lora),
+        batch_for(tiny_backbone),
+    )
     with torch.no_grad():  # away from the start, where both losses are dR^2 whatever the predictions
         for name, parameter in module.policy.named_parameters():
             if parameter.requires_grad:
@@ -121,19 +124,34 @@ def test_an_objective_on_predictions_sees_what_the_errors_were_made_of(tiny_back
     told = errors.predictions
     assert {value.dtype for value in (told.policy, told.reference, told.target)} == {torch.float32}
     assert torch.equal(told.target, batch.noise)  # a UNet's target, winner first
-    assert told.policy.requires_grad and not told.reference.requires_grad and not torch.equal(told.policy, told.reference)
+    assert (
+        told.policy.requires_grad
+        and not told.reference.requires_grad
+        and not torch.equal(told.policy, told.reference)
+    )
     assert torch.allclose(module.objective(errors), objectives.capo(errors, beta=100.0), rtol=1e-4)
 
 
 def test_predictions_are_kept_for_those_that_read_them_alone(tiny_backbone):
     assert module_for(tiny_backbone).pair_errors(batch_for(tiny_backbone)).predictions is None
-    winners = objectives.requires(reference=False, predictions=True, loser=False)(lambda errors, *, beta: errors.policy_winner)
-    told = module_for(tiny_backbone, partial(winners, beta=None)).pair_errors(batch_for(tiny_backbone)).predictions
-    assert told.policy.shape == told.target.shape == (3, 1, *tiny_backbone.latent_shape) and told.reference is None
+    winners = objectives.requires(reference=False, predictions=True, loser=False)(
+        lambda errors, *, beta: errors.policy_winner
+    )
+    told = (
+        module_for(tiny_backbone, partial(winners, beta=None))
+        .pair_errors(batch_for(tiny_backbone))
+        .predictions
+    )
+    assert (
+        told.policy.shape == told.target.shape == (3, 1, *tiny_backbone.latent_shape)
+        and told.reference is None
+    )
 
 
 def test_an_objective_on_winners_may_read_the_reference(tiny_backbone):
-    winners = objectives.requires(loser=False)(lambda errors, *, beta: errors.policy_winner - errors.reference_winner)
+    winners = objectives.requires(loser=False)(
+        lambda errors, *, beta: errors.policy_winner - errors.reference_winner
+    )
     module = module_for(tiny_backbone, partial(winners, beta=1.0))
     module.log = lambda *args, **kwargs: None  # it needs a trainer
     assert module.training_step(batch_for(tiny_backbone), 0) == 0  # policy = reference

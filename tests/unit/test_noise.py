@@ -134,7 +134,9 @@ def test_flow_times_rise_with_u_and_stay_inside(draw, dtype):
 
 
 def test_unknown_draw():
-    with pytest.raises(InputError, match=r"^draw must be one of logsnr_uniform, uniform, logit_normal, got 'normal'"):
+    with pytest.raises(
+        InputError, match=r"^draw must be one of logsnr_uniform, uniform, logit_normal, got 'normal'"
+    ):
         noise.flow_time(GRID, "normal")
 
 

@@ -160,7 +160,9 @@ def test_best_worst_takes_the_extremes_of_the_raw_score_and_the_first_of_equals(
 
 def test_best_worst_refuses_several_rewards():
     scores = random_scores("random", 4, 5, 3)
-    with pytest.raises(InputError, match=r"^best_worst orders the candidates by one reward, but scores \(4, 5, 3\) have 3"):
+    with pytest.raises(
+        InputError, match=r"^best_worst orders the candidates by one reward, but scores \(4, 5, 3\) have 3"
+    ):
         best_worst(scores, win_rates(scores))
 
 

@@ -136,7 +136,10 @@ def test_a_download_that_ends_early_says_that_it_goes_on(monkeypatch):
 
     monkeypatch.setattr(loading, "find_pipeline", lambda *args: None)
     monkeypatch.setattr(loading.DiffusionPipeline, "download", cut_off)
-    with pytest.raises(InputError, match=r"download from https://huggingface.co failed \(the line is dead\); what was downloaded is kept"):
+    with pytest.raises(
+        InputError,
+        match=r"download from https://huggingface.co failed \(the line is dead\); what was downloaded is kept",
+    ):
         UNetBackbone("some/model")
 
 

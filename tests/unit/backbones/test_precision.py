@@ -79,7 +79,9 @@ def test_marked_weights_round_as_trained_ones():
     trained = nn.Linear(16, 16)
     frozen = nn.Linear(16, 16).requires_grad_(False)
     frozen.load_state_dict(trained.state_dict())
-    inputs = [torch.randn((8, 16, 2, 2), generator=draw).permute(0, 2, 3, 1).reshape(8, 4, 16) for _ in range(8)]
+    inputs = [
+        torch.randn((8, 16, 2, 2), generator=draw).permute(0, 2, 3, 1).reshape(8, 4, 16) for _ in range(8)
+    ]
     with torch.no_grad(), marked_as_trained(frozen):
         assert all(torch.equal(trained(x), frozen(x)) for x in inputs)
         assert all(p.requires_grad for p in frozen.parameters())

@@ -143,11 +143,31 @@ FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0}
 @pytest.mark.parametrize(
     ("name", "scheduler", "named", "message"),
     [
-        ("sd3", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, "use_dynamic_shifting is not supported"),
-        ("sd3", DPMSolverMultistepScheduler(prediction_type="v_prediction", **FLOW), None, "prediction_type 'v_prediction' is not supported"),
-        ("sd3", DPMSolverMultistepScheduler(prediction_type="epsilon", **FLOW), DPM, "prediction_type 'epsilon' is not supported"),
+        (
+            "sd3",
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            None,
+            "use_dynamic_shifting is not supported",
+        ),
+        (
+            "sd3",
+            DPMSolverMultistepScheduler(prediction_type="v_prediction", **FLOW),
+            None,
+            "prediction_type 'v_prediction' is not supported",
+        ),
+        (
+            "sd3",
+            DPMSolverMultistepScheduler(prediction_type="epsilon", **FLOW),
+            DPM,
+            "prediction_type 'epsilon' is not supported",
+        ),
         ("sd3", DDIMScheduler(prediction_type="v_prediction"), DPM, "DDIMScheduler is not a rectified flow"),
-        ("sdxl", DDIMScheduler(prediction_type="v_prediction"), None, "prediction_type 'v_prediction' is not supported"),
+        (
+            "sdxl",
+            DDIMScheduler(prediction_type="v_prediction"),
+            None,
+            "prediction_type 'v_prediction' is not supported",
+        ),
         ("sdxl", DDIMScheduler(prediction_type="sample"), None, "prediction_type 'sample' is not supported"),
         (
             "sdxl",

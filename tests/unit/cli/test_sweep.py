@@ -293,7 +293,11 @@ def test_several_processes_begin_no_sweep_and_no_directories_of_their_own(
     monkeypatch.setattr(train_script, "launch", lambda: Launch(world_size=2))
     monkeypatch.chdir(tmp_path)
     for arguments, refusal in {
-        ("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"): "-m with 2 processes: each would start the whole sweep",
+        (
+            "-m",
+            "seed=0,1",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        ): "-m with 2 processes: each would start the whole sweep",
         ("seed=0",): "2 processes would each make a run directory: give them a common one, hydra.run.dir=DIR",
     }.items():
         with pytest.raises(SystemExit) as ended:

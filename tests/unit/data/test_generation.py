@@ -350,11 +350,14 @@ def test_fingerprint_of_what_generates(tiny_backbone, tiny_folder):
     )
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"candidates": 1}, "split 'train': 1 candidates per prompt; fewer than 2 cannot be compared"),
-    ({"prompts": []}, "split 'train': its prompt set is empty"),
-    ({"prompts_per_shard": 0}, "prompts_per_shard=0 must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": 1}, "split 'train': 1 candidates per prompt; fewer than 2 cannot be compared"),
+        ({"prompts": []}, "split 'train': its prompt set is empty"),
+        ({"prompts_per_shard": 0}, "prompts_per_shard=0 must be at least 1"),
+    ],
+)
 def test_plans_that_cannot_be_filled(plan, changes, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(plan, **changes)
@@ -362,7 +365,9 @@ def test_plans_that_cannot_be_filled(plan, changes, message):
 
 def test_a_pool_made_otherwise_is_refused(plan, generator):
     fill(plan, generator, stages=["text"])
-    with pytest.raises(InputError, match="made with other settings: prompts_per_shard is 2, this configuration has 4"):
+    with pytest.raises(
+        InputError, match="made with other settings: prompts_per_shard is 2, this configuration has 4"
+    ):
         fill(dataclasses.replace(plan, prompts_per_shard=4), generator)
 
 

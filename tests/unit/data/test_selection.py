@@ -119,9 +119,13 @@ def test_the_declared_argument_weighs_the_gap():
     for strategy in (partial(partial(reward_sum, weights=[1, 1]), weights=[1, 3]), instantiate(node)):
         assert list(argument(strategy, declaration(strategy).weights)) == [1, 3]
     none, calibrated = torch.zeros(1, 2, 2), torch.tensor([[[0.2, 0.7], [0.8, 0.3]]])
-    assert torch.allclose(select(own_weights, none, calibrated).rewards, calibrated.mean(-1))  # nothing is guessed from names
+    assert torch.allclose(
+        select(own_weights, none, calibrated).rewards, calibrated.mean(-1)
+    )  # nothing is guessed from names
     declared = declares(weights="weights")(own_weights)
-    assert torch.allclose(select(declared, none, calibrated).rewards, (calibrated[..., 0] + 9 * calibrated[..., 1]) / 10)
+    assert torch.allclose(
+        select(declared, none, calibrated).rewards, (calibrated[..., 0] + 9 * calibrated[..., 1]) / 10
+    )
     assert argument(frs, declaration(frs).weights) is None and declaration(partial(frs)).lower_set == "lower"
 
 

@@ -129,7 +129,10 @@ def test_held_out_rewards_are_composed_and_a_trained_one_is_refused():
     assert any(preference is reward for reward in evaluated)  # whose weights are in memory once
     assert held_out_rewards(composed(), trained, evaluated) == []
     cfg = composed("rewards@validation.held_out=[looks]")
-    with pytest.raises(InputError, match=r"validation\.held_out: 'looks' is used in training.*rewards=\[alignment,looks,preference\]"):
+    with pytest.raises(
+        InputError,
+        match=r"validation\.held_out: 'looks' is used in training.*rewards=\[alignment,looks,preference\]",
+    ):
         held_out_rewards(cfg, *all_rewards(cfg)[:2])
     OmegaConf.update(cfg, "validation.held_out", {"beauty": cfg.rewards.looks}, merge=False)
     with pytest.raises(InputError, match=r"'beauty' is used in training .as 'looks'"):
@@ -244,7 +247,9 @@ def test_a_fall_while_training_rises_is_told_at_that_step(tmp_path, capsys):
     assert figures["val/held_out/alarm"] == figures["val/held_out/alarm/dark"] == 1
     told = capsys.readouterr().out.splitlines()
     assert told[0].endswith("(light 1.000)")  # the held-out one is no part of it
-    assert told[1].startswith("step 5: reward hacking? The rewards used in training have win-rate 1.000 (1.000 to 1.000) against the base, but held out dark 0.000")
+    assert told[1].startswith(
+        "step 5: reward hacking? The rewards used in training have win-rate 1.000 (1.000 to 1.000) against the base, but held out dark 0.000"
+    )
 
 
 @pytest.mark.slow

@@ -155,7 +155,10 @@ def test_text_and_latents_of_the_published_models():
     }
     assert published("sd3").latent_shape == (16, 128, 128) and published("sd15").latent_shape == (4, 64, 64)
     assert "text_encoder_3" not in published("sd3", t5=False).configs
-    with pytest.raises(InputError, match=r"model.published=sd9: no configs of that name are in this package; choose one of sd15"):
+    with pytest.raises(
+        InputError,
+        match=r"model.published=sd9: no configs of that name are in this package; choose one of sd15",
+    ):
         published("sd9")
 
 

@@ -296,17 +296,41 @@ def test_names_and_shapes_of_the_published_architecture_fit_exactly():
     assert epsilons == {1e-6} and model["text"].embeddings.LayerNorm.eps == 1e-12
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("mlp.layers.6.bias"),
-     r"rewards\.imagereward\.weights=.*another model's weights: it lacks layers\.6\.bias; .* those of THUDM/ImageReward"),
-    (lambda state: state.pop("blip.visual_encoder.patch_embed.proj.weight"), r"it lacks vision\.embeddings\.patch_embedding\.weight;"),
-    (lambda state: state.pop("blip.visual_encoder.blocks.1.attn.qkv.bias"), r"it lacks vision\.encoder\.layers\.1\.self_attn\.qkv\.bias;"),
-    (lambda state: state.update({"blip.itm_head.weight": torch.zeros(1)}), r"it has unknown blip\.itm_head\.weight;"),
-    (lambda state: state.update({"mlp.layers.0.weight": torch.zeros(3, 3)}), "weights do not load .*size mismatch"),
-    (lambda state: state.update({"blip.visual_encoder.patch_embed.proj.weight": torch.zeros(100, 3, 4, 4)}),
-     "widths 100 and 128 are not multiples of the head width 64"),
-    (lambda state: state.update({"module": torch.nn.Linear(1, 1)}), "a pickled module can run any code when loaded"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("mlp.layers.6.bias"),
+            r"rewards\.imagereward\.weights=.*another model's weights: it lacks layers\.6\.bias; .* those of THUDM/ImageReward",
+        ),
+        (
+            lambda state: state.pop("blip.visual_encoder.patch_embed.proj.weight"),
+            r"it lacks vision\.embeddings\.patch_embedding\.weight;",
+        ),
+        (
+            lambda state: state.pop("blip.visual_encoder.blocks.1.attn.qkv.bias"),
+            r"it lacks vision\.encoder\.layers\.1\.self_attn\.qkv\.bias;",
+        ),
+        (
+            lambda state: state.update({"blip.itm_head.weight": torch.zeros(1)}),
+            r"it has unknown blip\.itm_head\.weight;",
+        ),
+        (
+            lambda state: state.update({"mlp.layers.0.weight": torch.zeros(3, 3)}),
+            "weights do not load .*size mismatch",
+        ),
+        (
+            lambda state: state.update(
+                {"blip.visual_encoder.patch_embed.proj.weight": torch.zeros(100, 3, 4, 4)}
+            ),
+            "widths 100 and 128 are not multiples of the head width 64",
+        ),
+        (
+            lambda state: state.update({"module": torch.nn.Linear(1, 1)}),
+            "a pickled module can run any code when loaded",
+        ),
+    ],
+)
 def test_another_models_weights(state, bert, tmp_path, change, message):
     state = dict(state)
     change(state)

@@ -294,17 +294,36 @@ def test_one_that_hangs_is_ended(isolated):
     assert scorer([RED], ["a"]).tolist() == [2]
 
 
-@pytest.mark.parametrize(("target", "arguments", "message"), [
-    ("spoken", {"value": [1.0]}, "returned 1 numbers for 2 images; it must return one number per image"),
-    ("spoken", {"value": [1.0, 2.0, 3.0]}, "returned 3 numbers for 2 images"),
-    ("spoken", {"value": [1.0, "good"]}, "TypeError: the scorer returned 'good' for an image; it must return one number"),
-    ("spoken", {"value": [[1.0], [2.0]]}, r"TypeError: the scorer returned \[1\.0\] for an image"),
-    ("spoken", {"value": 0.5}, r"TypeError: the scorer returned 0\.5; it must return one number per image"),
-    ("spoken", {"value": [1.0, None]}, "TypeError: float"),
-    ("raises", {}, "failed: KeyError: 'no such token'; the traceback is in .*theirs.log"),
-    ("lacking", {}, "needs no_such_module, which .* cannot import: .* -m pip install no_such_module .*theirs.log"),
-    ("greedy", {}, "ran out of memory .their_reward.OutOfMemoryError: tried to allocate 9 GiB.; see .*theirs.log$"),
-])
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        ("spoken", {"value": [1.0]}, "returned 1 numbers for 2 images; it must return one number per image"),
+        ("spoken", {"value": [1.0, 2.0, 3.0]}, "returned 3 numbers for 2 images"),
+        (
+            "spoken",
+            {"value": [1.0, "good"]},
+            "TypeError: the scorer returned 'good' for an image; it must return one number",
+        ),
+        ("spoken", {"value": [[1.0], [2.0]]}, r"TypeError: the scorer returned \[1\.0\] for an image"),
+        (
+            "spoken",
+            {"value": 0.5},
+            r"TypeError: the scorer returned 0\.5; it must return one number per image",
+        ),
+        ("spoken", {"value": [1.0, None]}, "TypeError: float"),
+        ("raises", {}, "failed: KeyError: 'no such token'; the traceback is in .*theirs.log"),
+        (
+            "lacking",
+            {},
+            "needs no_such_module, which .* cannot import: .* -m pip install no_such_module .*theirs.log",
+        ),
+        (
+            "greedy",
+            {},
+            "ran out of memory .their_reward.OutOfMemoryError: tried to allocate 9 GiB.; see .*theirs.log$",
+        ),
+    ],
+)
 def test_answers_that_are_no_scores(target, arguments, message, isolated):
     scorer = isolated(target, _partial_=True, **arguments)
     with pytest.raises(InputError, match=message) as caught:
@@ -350,7 +369,10 @@ def test_targets_that_cannot_be_made(target, message, isolated):
 
 
 def test_a_function_that_is_not_bound(isolated):
-    with pytest.raises(InputError, match=r"makes .*, which is not callable; for a function of .images, prompts. add `_partial_: true`"):
+    with pytest.raises(
+        InputError,
+        match=r"makes .*, which is not callable; for a function of .images, prompts. add `_partial_: true`",
+    ):
         isolated("spoken", _args_=[[], []]).to("cpu")
 
 

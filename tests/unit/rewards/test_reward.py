@@ -92,12 +92,19 @@ def test_fingerprint_of_local_weights_is_their_content(tmp_path):
     assert first != changed
 
 
-@pytest.mark.parametrize(("link", "value", "message"), [
-    ("identity", float("nan"), r'image 1 \("b"\): reward \'red\' is nan, which cannot be compared; check'),
-    ("identity", float("inf"), "is inf, which cannot be compared"),
-    ("log", -0.25, "is -0.25, which is not a probability"),
-    ("log", 1.5, "is 1.5, which is not a probability"),
-])
+@pytest.mark.parametrize(
+    ("link", "value", "message"),
+    [
+        (
+            "identity",
+            float("nan"),
+            r'image 1 \("b"\): reward \'red\' is nan, which cannot be compared; check',
+        ),
+        ("identity", float("inf"), "is inf, which cannot be compared"),
+        ("log", -0.25, "is -0.25, which is not a probability"),
+        ("log", 1.5, "is 1.5, which is not a probability"),
+    ],
+)
 def test_a_score_that_cannot_be_used_is_named(link, value, message):
     reward = Reward("red", lambda images, prompts: torch.tensor([0.5, value]), link=link)
     with pytest.raises(InputError, match=message):
@@ -117,28 +124,44 @@ def test_one_number_an_image():
         reward.score([RED, GRAY], ["a", "b"])
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({}, "rewards: no reward is configured"),
-    ({"red": {"scorer": {"_target_": "x"}, "lnk": 1}}, r"rewards\.red: unknown key lnk; known are scorer"),
-    ({"red": {"link": "log"}}, r"rewards\.red: it has no scorer"),
-    ({"red": {"scorer": {"_target_": "x"}, "link": "logit"}},
-     "'red': link 'logit' is unknown; choose one of identity, log"),
-    ({"red": {"scorer": {"_target_": "x"}, "scale": -1}}, "'red': scale -1 must be above 0"),
-    ({"red": {"scorer": {"_target_": "x"}, "weights": "/nowhere/w"}}, "'red': no weights at /nowhere/w; set"),
-    ({"red": {"scorer": {"_target_": "x"}, "requires": ["torch", "no_such_module"], "extra": "hps"}},
-     r"'red' needs no_such_module, which is not installed: pip install 'capo\[hps\]'"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "rewards: no reward is configured"),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "lnk": 1}},
+            r"rewards\.red: unknown key lnk; known are scorer",
+        ),
+        ({"red": {"link": "log"}}, r"rewards\.red: it has no scorer"),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "link": "logit"}},
+            "'red': link 'logit' is unknown; choose one of identity, log",
+        ),
+        ({"red": {"scorer": {"_target_": "x"}, "scale": -1}}, "'red': scale -1 must be above 0"),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "weights": "/nowhere/w"}},
+            "'red': no weights at /nowhere/w; set",
+        ),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "requires": ["torch", "no_such_module"], "extra": "hps"}},
+            r"'red' needs no_such_module, which is not installed: pip install 'capo\[hps\]'",
+        ),
+    ],
+)
 def test_configs_that_cannot_be_used(config, message):
     with pytest.raises(InputError, match=message):
         load_rewards(config)
 
 
-@pytest.mark.parametrize(("scorer", "message"), [
-    (target(NeedsMissingModule), r"needs open_clip, which is not installed: pip install 'capo\[clip\]'"),
-    (target(NeedsMissingWeights), "^no weights at /nowhere: put them there"),
-    (target(facter=1), r"'red': its scorer .*Redness cannot be built \(.*facter"),
-    ({"_target_": "capo.no_such.Scorer"}, r"'red': its scorer capo.no_such.Scorer cannot be built"),
-])
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (target(NeedsMissingModule), r"needs open_clip, which is not installed: pip install 'capo\[clip\]'"),
+        (target(NeedsMissingWeights), "^no weights at /nowhere: put them there"),
+        (target(facter=1), r"'red': its scorer .*Redness cannot be built \(.*facter"),
+        ({"_target_": "capo.no_such.Scorer"}, r"'red': its scorer capo.no_such.Scorer cannot be built"),
+    ],
+)
 def test_scorers_that_cannot_be_built(scorer, message):
     with pytest.raises(InputError, match=message):
         Reward("red", scorer, extra="clip").setup("cpu")

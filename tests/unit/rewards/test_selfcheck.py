@@ -139,7 +139,9 @@ def test_the_chosen_gpu_is_the_one_that_messages_tell_of(monkeypatch):
     assert chosen_device(torch.device("cuda:1")) == torch.device("cuda:1") and chosen_device(CPU) == CPU
     chosen_device(torch.device("cuda"))
     assert current == [1, 0]
-    with pytest.raises(InputError, match="--device cuda:2: torch finds 2 GPUs here; choose another one, or cpu"):
+    with pytest.raises(
+        InputError, match="--device cuda:2: torch finds 2 GPUs here; choose another one, or cpu"
+    ):
         chosen_device(torch.device("cuda:2"))
 
 

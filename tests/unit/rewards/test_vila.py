@@ -222,20 +222,32 @@ def test_another_models_weights_are_refused_before_any_image(tensorflow, model, 
         reward.setup("cpu")
 
 
-@pytest.mark.parametrize(("answer", "message"), [
-    ("two", r"the model gave 2 numbers per image, of shape \(1, 2\); this reward reads google/vila/image/1"),
-    ("nan", r'image 0 \("a"\): reward \'vila\' is nan, which cannot be compared'),
-])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            "two",
+            r"the model gave 2 numbers per image, of shape \(1, 2\); this reward reads google/vila/image/1",
+        ),
+        ("nan", r'image 0 \("a"\): reward \'vila\' is nan, which cannot be compared'),
+    ],
+)
 def test_answers_that_are_no_scores(tensorflow, model, answer, message):
     (reward,) = load_rewards(vila(weights=model(answer)))
     with pytest.raises(InputError, match=message):
         reward.score(IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize(("weights", "message"), [
-    ("{tmp}", "that folder holds no saved_model.pb; give the unpacked folder of google/vila/image/1"),
-    ("google/vila/image/1", "not a folder, and not a handle such as https://tfhub.dev/google/vila/image/1"),
-])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("{tmp}", "that folder holds no saved_model.pb; give the unpacked folder of google/vila/image/1"),
+        (
+            "google/vila/image/1",
+            "not a folder, and not a handle such as https://tfhub.dev/google/vila/image/1",
+        ),
+    ],
+)
 def test_weights_that_are_none(tensorflow, weights, message, tmp_path):
     (reward,) = load_rewards(vila(weights=weights.format(tmp=tmp_path)))
     with pytest.raises(InputError, match=message):
@@ -254,7 +266,10 @@ def test_a_handle_is_downloaded_by_tensorflow_hub(tensorflow, model):
     reward.setup("cpu")
     assert reward.score(IMAGES[:1], [""]).item() == pytest.approx(expected(IMAGES[0]))
     (reward,) = load_rewards(vila(weights="https://nowhere/1"))
-    with pytest.raises(InputError, match=r"weights=https://nowhere/1 are not available .no route to host.; .*rewards.vila.weights=FOLDER"):
+    with pytest.raises(
+        InputError,
+        match=r"weights=https://nowhere/1 are not available .no route to host.; .*rewards.vila.weights=FOLDER",
+    ):
         reward.setup("cpu")
 
 

@@ -340,13 +340,22 @@ def test_files_that_are_not_there(copied, folders, tmp_path):
         VQAScore(**folders.arguments() | {"tower": str(tmp_path / "tower")})
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"form": "paper"}, r"rewards\.vqascore\.scorer\.form=paper: unknown; choose one of official, yes"),
-    ({"precision": "float16"}, r"rewards\.vqascore\.scorer\.precision=float16: unknown; choose one of float32, bfloat16"),
-    ({"question": "Is it good?"}, r"rewards\.vqascore\.scorer\.question=Is it good\?: it does not say where the prompt goes; write {pro"),
-    ({"answer": " "}, r"rewards\.vqascore\.scorer\.answer=' ': the answer is empty; give one"),
-    ({"batch": 0}, r"rewards\.vqascore\.scorer\.batch=0"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"form": "paper"}, r"rewards\.vqascore\.scorer\.form=paper: unknown; choose one of official, yes"),
+        (
+            {"precision": "float16"},
+            r"rewards\.vqascore\.scorer\.precision=float16: unknown; choose one of float32, bfloat16",
+        ),
+        (
+            {"question": "Is it good?"},
+            r"rewards\.vqascore\.scorer\.question=Is it good\?: it does not say where the prompt goes; write {pro",
+        ),
+        ({"answer": " "}, r"rewards\.vqascore\.scorer\.answer=' ': the answer is empty; give one"),
+        ({"batch": 0}, r"rewards\.vqascore\.scorer\.batch=0"),
+    ],
+)
 def test_settings_are_refused_before_weights_are_looked_for(setting, message):
     with pytest.raises(InputError, match=message):
         VQAScore("someone/nothing", **setting)

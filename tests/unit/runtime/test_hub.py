@@ -20,7 +20,9 @@ def online(monkeypatch):
     monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
 
 
-@pytest.mark.parametrize(("name", "message"), [("a/b/c", "not a repository name"), ("a b", "not a repository name")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("a/b/c", "not a repository name"), ("a b", "not a repository name")]
+)
 def test_a_name_that_is_none_is_refused(online, name, message):
     with pytest.raises(InputError, match=message):
         hub.check_access(name)
@@ -53,5 +55,7 @@ def test_a_policy_goes_to_a_private_repository(monkeypatch, tmp_path):
 
 def test_a_refused_push_says_where_the_policy_is(monkeypatch, tmp_path):
     monkeypatch.setattr(hub.HfApi, "create_repo", refused)
-    with pytest.raises(InputError, match=f"push_to_hub=me/it: 401 .*; the policy itself is saved in {tmp_path}"):
+    with pytest.raises(
+        InputError, match=f"push_to_hub=me/it: 401 .*; the policy itself is saved in {tmp_path}"
+    ):
         hub.push(tmp_path, "me/it")

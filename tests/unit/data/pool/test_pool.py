@@ -127,19 +127,24 @@ def test_manifest_is_created_once_and_never_rewritten(pool):
 
 
 def test_create_lists_what_differs(pool):
-    message = (r"made with other settings: seed is 0, this configuration has 3; latent_space is l, "
-               r"this configuration has v\. .*another pool\.root")
+    message = (
+        r"made with other settings: seed is 0, this configuration has 3; latent_space is l, "
+        r"this configuration has v\. .*another pool\.root"
+    )
     with pytest.raises(InputError, match=message):
         Pool.create(pool.folder, manifest(seed=3, latent_space="v"))
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, r"is not a pool \(no manifest.json\); generate.py makes one"),
-    ('{"schema": 99}', "has schema 99, but this version reads 1"),
-    ('{"schema": 1}', "manifest.json cannot be read"),
-    ("[]", "manifest.json cannot be read"),
-    ("{", "manifest.json cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"is not a pool \(no manifest.json\); generate.py makes one"),
+        ('{"schema": 99}', "has schema 99, but this version reads 1"),
+        ('{"schema": 1}', "manifest.json cannot be read"),
+        ("[]", "manifest.json cannot be read"),
+        ("{", "manifest.json cannot be read"),
+    ],
+)
 def test_open_refuses(tmp_path, content, message):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)

@@ -44,14 +44,21 @@ def test_candidate_seeds_depend_on_all_three():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-@pytest.mark.parametrize(("splits", "message"), [
-    ({"train": ["a circle"], "test": []}, "prompts 'test': the set is empty"),
-    ({"train": ["a circle", "a square", " a  circle"]},
-     r'train prompt 3 \("a circle"\) is also train prompt 1: remove one'),
-    ({"train": ["a circle"], "test": ["a star", "a circle"]},
-     r'test prompt 2 \("a circle"\) is also train prompt 1: remove one'),
-    ({"train": ["a circle", " "]}, "train prompt 2 is empty"),
-])
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": ["a circle"], "test": []}, "prompts 'test': the set is empty"),
+        (
+            {"train": ["a circle", "a square", " a  circle"]},
+            r'train prompt 3 \("a circle"\) is also train prompt 1: remove one',
+        ),
+        (
+            {"train": ["a circle"], "test": ["a star", "a circle"]},
+            r'test prompt 2 \("a circle"\) is also train prompt 1: remove one',
+        ),
+        ({"train": ["a circle", " "]}, "train prompt 2 is empty"),
+    ],
+)
 def test_check_splits_names_what_is_wrong(splits, message):
     with pytest.raises(InputError, match=message):
         check_splits({name: [make_prompt(text) for text in texts] for name, texts in splits.items()})
@@ -78,12 +85,15 @@ def test_text_files(files):
     }
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, r"prompts\.test=.*test: cannot be read \(No such file"),
-    (b"\n \n", r"prompts\.test=.*test: the file has no prompt"),
-    (b"a circle\n\xff\xfe", r"prompts\.test=.*test: not UTF-8 text \(byte 9\)"),
-    (b"a star", r'test prompt 1 \("a star"\) is also validation prompt 1'),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"prompts\.test=.*test: cannot be read \(No such file"),
+        (b"\n \n", r"prompts\.test=.*test: the file has no prompt"),
+        (b"a circle\n\xff\xfe", r"prompts\.test=.*test: not UTF-8 text \(byte 9\)"),
+        (b"a star", r'test prompt 1 \("a star"\) is also validation prompt 1'),
+    ],
+)
 def test_text_files_that_cannot_be_used(files, content, message):
     files["test"].unlink()
     if content is not None:

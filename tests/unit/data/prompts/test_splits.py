@@ -118,8 +118,15 @@ def test_pick_a_pics_columns(tmp_path):
 def test_switches_and_scores_in_files_of_text(tmp_path):
     lines = ["prompt,nsfw,ok", "a,False,1", "b,True,1", "c,0.49,1", "d,0.5,1", "e,,1", "f,no,0"]
     found = sets(tmp_path, {"path": texts(tmp_path / "a.csv", *lines), "where": {"ok": 1}}, seed=None)
-    assert words(found["train"]) == ["a", "c"] and counts(found.report[0]) == {"nsfw": 3, "unwanted": 1, "kept": 2}
-    with pytest.raises(InputError, match=r"column 'nsfw' holds 'rather', which is neither an NSFW score.*prompts.train.nsfw=null"):
+    assert words(found["train"]) == ["a", "c"] and counts(found.report[0]) == {
+        "nsfw": 3,
+        "unwanted": 1,
+        "kept": 2,
+    }
+    with pytest.raises(
+        InputError,
+        match=r"column 'nsfw' holds 'rather', which is neither an NSFW score.*prompts.train.nsfw=null",
+    ):
         sets(tmp_path, texts(tmp_path / "b.csv", "prompt,nsfw", "a,rather"))
 
 
@@ -199,7 +206,11 @@ def test_priority_says_who_keeps_a_prompt(tmp_path):
         for name, lines in (("1.txt", "ab"), ("2.txt", "bc"), ("3.txt", "abcd"))
     )
     found = split_sets(both, one, two)  # test b c, validation a, train d
-    assert [sorted(words(found[split])) for split in ("test", "validation", "train")] == [["b", "c"], ["a"], ["d"]]
+    assert [sorted(words(found[split])) for split in ("test", "validation", "train")] == [
+        ["b", "c"],
+        ["a"],
+        ["d"],
+    ]
     with pytest.raises(InputError, match=r"prompts.train: no prompt is left of 1.txt .*2 rows read, 2 also in another split; leave "
                        r"some to it: set a limit for validation or test \(prompts.validation.limit=N\)"):  # fmt: skip
         split_sets(one, both, texts(tmp_path / "4.txt", "e"), priority=["validation", "test", "train"])

@@ -31,7 +31,9 @@ def report_of(scores, rewards, strategy=frs, method="win_rate"):
     names = [r.name for r in rewards]
     calibrated = calibrate(scores, [r.link for r in rewards], [r.scale for r in rewards], method, names)
     texts = [f"prompt {row}" for row in range(len(scores))]
-    return figures.calibration_report(scores, calibrated, select(strategy, scores, calibrated), rewards, texts, method, strategy)
+    return figures.calibration_report(
+        scores, calibrated, select(strategy, scores, calibrated), rewards, texts, method, strategy
+    )
 
 
 def column(*prompts):

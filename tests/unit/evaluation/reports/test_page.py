@@ -178,7 +178,10 @@ def test_settings_and_fingerprints_are_shown_and_escaped():
 def test_page_without_zero_line_gallery_or_config():
     read = Page(page(results=RESULTS | {"zero": {}}, settings=SETTINGS | {"zero": None}, exhibits=[])).read()
     assert (
-        "not computed" in read and "Gallery" not in read and "config.yaml" not in read and "pale band" not in read
+        "not computed" in read
+        and "Gallery" not in read
+        and "config.yaml" not in read
+        and "pale band" not in read
     )
 
 
