@@ -76,8 +76,8 @@ def test_agrees_with_an_independent_library(kind, candidates, rewards):
     scores = random_scores(kind, 60, candidates, rewards)
     upper, lower = non_dominated(scores)
     for prompt, best, worst in zip(scores.double().numpy(), upper, lower, strict=True):
-        assert np.array_equal(best, moocore.is_nondominated(prompt, maximize=True, keep_weakly=True))
-        assert np.array_equal(worst, moocore.is_nondominated(prompt, maximize=False, keep_weakly=True))
+        assert np.array_equal(best, moocore.is_nondominated(prompt, maximise=True, keep_weakly=True))
+        assert np.array_equal(worst, moocore.is_nondominated(prompt, maximise=False, keep_weakly=True))
 
 
 @pytest.mark.parametrize("kind", ["random", "tied", "duplicated"])
