@@ -104,7 +104,7 @@ def published_losses(module: Bare, prompts: Sequence[str], batch: int) -> Iterat
     rewards = torch.tensor([[0.6, 0.4]]).expand(batch, 2)
     while True:
         rows = torch.randint(len(prompts), (batch,), generator=draw)
-        texts, pixels = [prompts[row] for row in rows.tolist()], images[rows].flatten(0, 1) / 127.5 - 1
+        texts, pixels = [prompts[int(row)] for row in rows], images[rows].flatten(0, 1) / 127.5 - 1
         latents = torch.cat([backbone.encode_images(part) for part in pixels.split(VAE_BATCH)]).unflatten(
             0, (batch, 2)
         )
