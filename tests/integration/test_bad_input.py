@@ -330,14 +330,14 @@ def written_by(folder: Path, **values):
 
 
 def test_a_run_of_another_version_names_both_and_the_remedy(tiny_run, finished):
-    before = written_by(finished, layout=3, capo="9.1.0")
+    before = written_by(finished, layout=4, capo="9.1.0")
     try:
         evaluation = tiny_run("unused", f"run={finished}", config="evaluate")
         for message in (
             refusal(train_script.run, tiny_run("finished")),
             refusal(evaluate_script.run, evaluation, [], finished),
         ):
-            assert "capo 9.1.0 (layout 3); this is capo 0.1.0, which reads layout 2" in message
+            assert "capo 9.1.0 (layout 4); this is capo 0.1.0, which reads layout 3" in message
             assert "pip install capo==9.1.0" in message and "hydra.run.dir" in message
     finally:
         (finished / CONFIG).write_text(before)

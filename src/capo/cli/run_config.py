@@ -16,7 +16,7 @@ from capo.errors import InputError
 from capo.runtime.files import write_whole
 from capo.runtime.run_folder import CONFIG, OUTCOME
 
-LAYOUT = 2  # version of a run directory: its file names, and the keys of config.yaml
+LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
 WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
 # settings that change a step by rounding only, and model.adapter_lr, which acts only through trainer.lr
