@@ -12,9 +12,9 @@ class ParameterError(InputError):
     """An argument of a pure function that cannot be used; `capo.cli.values.under` adds the key that set it.
 
     Attributes:
-        parameter: its name.
-        value: what was given.
-        must: what it has to be: "must be a positive number".
+        parameter: name of the parameter.
+        value: the value that was given.
+        must: requirement on the value, such as "must be a positive number".
     """
 
     def __init__(self, parameter: str, value: object, must: str):

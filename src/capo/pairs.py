@@ -33,13 +33,14 @@ Strategy = Callable[[Tensor, Tensor], PairSets]
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a strategy says of itself; the defaults hold for one that says nothing.
+    """Properties that a strategy declares with `declares`; the defaults hold for one that declares none.
 
     Attributes:
-        rewards: the number of rewards that it takes; None: any.
-        weights: name of its keyword argument that weighs the rewards, in dR too; None: dR weighs them alike.
-        lower_set: name of its keyword argument that chooses the losers beside the upper frontier; None: its
-            winners and losers do not come from frontiers.
+        rewards: number of rewards that the strategy accepts; None: any number.
+        weights: name of the keyword argument with the weights of the rewards, which dR uses too; None: dR
+            uses equal weights.
+        lower_set: name of the keyword argument that chooses how losers are taken from the frontiers; None:
+            the strategy does not use frontiers.
     """
 
     rewards: int | None = None
@@ -48,7 +49,7 @@ class Declaration:
 
 
 def declares(**said: int | str) -> Callable[[Strategy], Strategy]:
-    """Give a strategy its `Declaration`."""
+    """Decorator that attaches a `Declaration` with these properties to a strategy."""
 
     def declare(strategy: Strategy) -> Strategy:
         strategy.declaration = Declaration(**said)
@@ -58,14 +59,14 @@ def declares(**said: int | str) -> Callable[[Strategy], Strategy]:
 
 
 def declaration(strategy: Strategy) -> Declaration:
-    """What a strategy, or a `functools.partial` of one as Hydra makes it, says of itself."""
+    """Declaration of a strategy, or of a `functools.partial` of one as Hydra makes it."""
     while isinstance(strategy, functools.partial):
         strategy = strategy.func
     return getattr(strategy, "declaration", Declaration())
 
 
 def argument(strategy: Strategy, name: str | None) -> Any:
-    """The value of a strategy's keyword argument, bound by a partial or its default; None for None."""
+    """Value of a strategy's keyword argument, as bound by a partial or by default; None if `name` is None."""
     return None if name is None else inspect.signature(strategy).parameters[name].default
 
 

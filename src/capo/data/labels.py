@@ -20,8 +20,8 @@ class LabelSource(Protocol):
     number, for reports; None: not stated.
 
     Attributes:
-        graded: whether its numbers are more than ranks, so that their spread has a meaning.
-        stored: whether its numbers were stored when the images were imported; otherwise a `Reward` computes them.
+        graded: whether its numbers are graded scores, whose spread has a meaning, rather than ranks.
+        stored: whether its numbers were stored at import; if not, a `Reward` computes them.
     """
 
     graded: ClassVar[bool]

@@ -14,14 +14,14 @@ from capo.errors import InputError, ParameterError
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the networks gave for a batch of B prompts with k candidates each; float32, the winner first.
+    """Predictions of the networks for B prompts with k candidates each, in float32; the winner comes first.
 
     An error is the mean of `(policy - target)^2` or `(reference - target)^2` over channels, height and width.
 
     Attributes:
-        policy: (B, k, C, H, W) the policy's prediction of the target, with its gradients.
-        target: (B, k, C, H, W) what it should be: the noise or the velocity (`Backbone.target`).
-        reference: (B, k, C, H, W) the frozen reference's prediction; None where the objective reads none.
+        policy: (B, k, C, H, W) predictions of the policy, with gradients.
+        target: (B, k, C, H, W) targets of the predictions, the noise or the velocity (`Backbone.target`).
+        reference: (B, k, C, H, W) predictions of the frozen reference; None if the objective reads none.
     """
 
     policy: Tensor
@@ -44,7 +44,7 @@ class PairErrors:
         reference_loser: r-, the reference's error on the loser.
         weight: w, the weight at the pair's log-SNR (winner and loser share their time).
         gap: dR, the calibrated reward of the winner minus that of the loser.
-        predictions: for an objective that declares `predictions=True`; None for all others.
+        predictions: predictions and targets, for an objective that declares `predictions=True`; else None.
     """
 
     policy_winner: Tensor
@@ -101,9 +101,9 @@ def requirements(objective: Objective) -> Requirements:
 
 
 def try_objective(objective: Objective) -> None:
-    """Call an objective on three made-up pairs that hold what it declares to read.
+    """Call an objective on three synthetic pairs, which have only the inputs that it declares.
 
-    Raises what it raises, and InputError where its losses are not (B,).
+    Raises the errors of the objective, and InputError if it does not return losses of shape (B,).
     """
     needs = requirements(objective)
     fields = {"policy_loser": needs.loser, "gap": needs.loser, "reference_winner": needs.reference}

@@ -94,9 +94,10 @@ def read_sets(
 
 
 def expected_sizes(settings: Mapping) -> dict[str, int | None]:
-    """What `read_sets` will keep by split, as far as the arguments of `split_sets` tell; nothing is read.
+    """Number of prompts that `read_sets` will keep of each split, as far as known without reading a file.
 
-    The limit, or what splits of higher priority leave of the published set; None: unknown. A number in place of a
+    `settings` are the arguments of `split_sets`. The number is the limit, or what splits of higher priority
+    leave of the published set, whichever is smaller; None if neither is known. An integer in place of a
     split's source is its size.
     """
     sizes: dict[str, int | None] = dict.fromkeys(SPLITS)
