@@ -73,9 +73,9 @@ def test_a_wrong_prediction_type_is_named(monkeypatch):
     backbone = UNetBackbone(WEIGHTS)
     of_noise, alphas_cumprod = backbone.denoiser.forward, backbone.scheduler().alphas_cumprod
 
-    def of_velocity(noisy, t, **options):
-        abar = alphas_cumprod[t].view(-1, 1, 1, 1)
-        return ((of_noise(noisy, t, **options)[0] - (1 - abar).sqrt() * noisy) / abar.sqrt(),)
+    def of_velocity(sample, timestep, **options):
+        abar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        return ((of_noise(sample, timestep, **options)[0] - (1 - abar).sqrt() * sample) / abar.sqrt(),)
 
     monkeypatch.setattr(backbone.denoiser, "forward", of_velocity)
     vae, denoising = looked_at(backbone, known_scenes())
