@@ -69,9 +69,10 @@ def check_pairs(cfg: DictConfig, sources: int) -> None:
     strategy = built(cfg.pairs)
     takes = declaration(strategy).rewards
     if takes not in (None, sources):
+        number = "one reward" if takes == 1 else f"{takes} rewards"
         raise InputError(
-            f"pairs={target_name(cfg.pairs)} takes {takes} reward, but {sources} are selected; "
-            f"keep {takes} ('rewards=[NAME]') or take pairs=sum, pairs=frs or pairs=random"
+            f"pairs={target_name(cfg.pairs)} orders the candidates by {number}, but {sources} are selected; "
+            f"keep {number} ('rewards=[NAME]') or take pairs=sum, pairs=frs or pairs=random"
         )
     nothing = torch.zeros(0, cfg.pool.candidates, sources)
     with under("pairs"):
