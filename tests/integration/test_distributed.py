@@ -23,7 +23,7 @@ CODE = """
 import os, signal, sys
 from omegaconf import OmegaConf
 from capo.cli import train
-from capo.entry import plain_errors
+from capo.cli.messages import plain_errors
 from capo.module import PreferenceModule
 
 step, kill_at = PreferenceModule.training_step, int(sys.argv[2])
