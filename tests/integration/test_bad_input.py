@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
@@ -337,7 +338,7 @@ def test_a_run_of_another_version_names_both_and_the_remedy(tiny_run, finished):
             refusal(train_script.run, tiny_run("finished")),
             refusal(evaluate_script.run, evaluation, [], finished),
         ):
-            assert "capo 9.1.0 (layout 4); this is capo 0.1.0, which reads layout 3" in message
+            assert f"capo 9.1.0 (layout 4); this is capo {version('capo')}, which reads layout 3" in message
             assert "pip install capo==9.1.0" in message and "hydra.run.dir" in message
     finally:
         (finished / CONFIG).write_text(before)
