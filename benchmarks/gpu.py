@@ -89,7 +89,7 @@ def run(part: Part, results: Path, size: str, device: str, minutes: float) -> Ou
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts one after the other until the time is spent."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of figures and logs")
     parser.add_argument("--minutes", type=float, default=9.0, help="in all; default 9")
     parser.add_argument("--size", default="full", choices=("full", "tiny"), help="default full")

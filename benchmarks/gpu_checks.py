@@ -108,7 +108,7 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the checks that the results file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--results", type=Path, required=True, help="json file; checks that it holds are not repeated"
     )

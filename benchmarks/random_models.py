@@ -157,7 +157,7 @@ def _all(parts: Mapping[str, nn.Module | None], names: Collection[str]) -> dict[
     return {name: parts.get(name) for name in names}
 
 
-class RandomWeights:
+class RandomWeights(Backbone):
     """Mixin that replaces `Backbone.__init__` by one that takes an existing pipeline instead of a folder."""
 
     def __init__(self, model: str, pipeline: DiffusionPipeline, scheduler: str | None = None):

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch

@@ -42,7 +42,7 @@ class Records:
         for name in ("device", "what"):
             if known["facts"].get(name) != self.facts.get(name):
                 raise InputError(
-                    f"{path} has results of {known['facts'].get(name)}, this is {facts.get(name)}: "
+                    f"{path} has results of {known['facts'].get(name)}, this is {self.facts.get(name)}: "
                     "name another file with --results"
                 )
         self.rows = known["rows"]

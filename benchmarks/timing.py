@@ -8,7 +8,7 @@ from typing import TypeVar
 Name = TypeVar("Name", bound=Hashable)
 
 
-def in_turn(jobs: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+def in_turn(jobs: Mapping[Name, Callable[[], object]], runs: int) -> dict[Name, list[float]]:
     """Wall-clock seconds of `runs` calls of every job, after one warm-up call of each.
 
     The job that begins changes from round to round.

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -54,6 +54,7 @@ from capo.training.loggers import csv_logger
 CANDIDATES = 16
 VAE_BATCH = 8  # images encoded at a time, as in published trainers
 OURS, BARE, FOUR, PUBLISHED = "capo", "bare loop", "four passes", "published"
+Module = TypeVar("Module", bound=PreferenceModule)
 Steps = Iterator[Tensor]  # each `next` takes an optimizer step and gives its loss
 
 
@@ -159,7 +160,7 @@ def make_dataset(cfg: DictConfig, backbone: Backbone, folder: Path) -> PairDatas
     ).dataset
 
 
-def module_maker(cfg: DictConfig, backbone: Backbone) -> Callable[[type], PreferenceModule]:
+def module_maker(cfg: DictConfig, backbone: Backbone) -> Callable[[type[Module]], Module]:
     """Function from a module class to a module of the configuration, whose policy is untrained."""
     trainer, weighting = cfg.trainer, Weighting(cfg.noise.weighting, cfg.noise.bias)
     return lambda kind: kind(

@@ -6,6 +6,7 @@ from torchmetrics import Metric
 
 from capo.errors import InputError
 from capo.objectives import PairErrors, margin
+from capo.objectives.base import fields_of
 
 
 def win_rate(policy: Tensor, base: Tensor) -> Tensor:
@@ -50,6 +51,8 @@ def win_rate(policy: Tensor, base: Tensor) -> Tensor:
 class WinRate(Metric):
     """Mean of `win_rate` over prompts, from two sums: the result does not depend on batches or processes."""
 
+    total: Tensor
+    prompts: Tensor
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
@@ -83,16 +86,20 @@ def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor
     share of pairs with |beta h| >= 1, the largest possible dR and the target of IPO. Without a reference or a
     loser, only error and weight are returned; without a beta, neither beta h nor `saturated`.
     """
-    figures = {"train/error_winner": errors.policy_winner.mean(), "train/weight": errors.weight.mean()}
+    winner, weight = fields_of(errors, "policy_winner", "weight")
+    figures = {"train/error_winner": winner.mean(), "train/weight": weight.mean()}
     if errors.reference_winner is None or errors.policy_loser is None:
         return figures
     h = margin(errors)
+    reference_winner, loser, reference_loser, gap = fields_of(
+        errors, "reference_winner", "policy_loser", "reference_loser", "gap"
+    )
     figures |= {
         "train/h": h.mean(),
-        "train/dR": errors.gap.mean(),
+        "train/dR": gap.mean(),
         "train/accuracy": ((h > 0).float() + 0.5 * (h == 0).float()).mean(),
-        "train/drift_winner": (errors.policy_winner - errors.reference_winner).mean(),
-        "train/drift_loser": (errors.policy_loser - errors.reference_loser).mean(),
+        "train/drift_winner": (winner - reference_winner).mean(),
+        "train/drift_loser": (loser - reference_loser).mean(),
     }
     if beta is not None:
         figures |= {
@@ -110,10 +117,10 @@ def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, Tensor]:
     `drift/winner/u0.2` for u in [0.2, 0.4).
     """
     figures = {}
-    drifts = {
-        "winner": errors.policy_winner - errors.reference_winner,
-        "loser": errors.policy_loser - errors.reference_loser,
-    }
+    winner, reference_winner, loser, reference_loser = fields_of(
+        errors, "policy_winner", "reference_winner", "policy_loser", "reference_loser"
+    )
+    drifts = {"winner": winner - reference_winner, "loser": loser - reference_loser}
     bins = (u * TIME_BINS).long()
     for number in bins.unique().tolist():
         for kind, drift in drifts.items():

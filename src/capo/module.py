@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from capo.backbones import Backbone
 from capo.backbones.lora import adapter_off, add_lora
+from capo.backbones.models import Denoiser
 from capo.backbones.parallel import compile_blocks, shard
 from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
 from capo.data import PreferenceBatch
@@ -23,6 +24,7 @@ from capo.errors import InputError, ParameterError
 from capo.metrics import drift_by_time, training_figures
 from capo.noise import constant_weight
 from capo.objectives import Objective, PairErrors, Predictions, margin, requirements
+from capo.objectives.base import fields_of
 from capo.runtime.optimizers import ADAMW, clip_gradients, make_optimizer
 from capo.runtime.processes import gathered
 
@@ -118,7 +120,7 @@ class PreferenceModule(L.LightningModule):
         super().__init__()
         self.strict_loading = False  # the reference is not in a checkpoint
         self.__dict__["_backbone"], self.lora, self.execution = backbone, lora, execution
-        self.policy: nn.Module = self.fresh_policy()
+        self.policy: Denoiser = self.fresh_policy()
         self.objective, self.needs = objective, requirements(objective)
         separate = self.needs.reference and not lora
         self.__dict__["_reference"] = (
@@ -138,7 +140,7 @@ class PreferenceModule(L.LightningModule):
         """The frozen base with its model family: schedule, VAE, text encoders."""
         return self.__dict__["_backbone"]
 
-    def fresh_policy(self) -> nn.Module:
+    def fresh_policy(self) -> Denoiser:
         """An untrained policy on the CPU, equal to the base; with LoRA, its adapter changes nothing yet.
 
         Trained weights are float32; weights that LoRA leaves frozen may be stored in the reference's
@@ -177,7 +179,8 @@ class PreferenceModule(L.LightningModule):
 
     def _place(self, network: nn.Module) -> None:
         if self.execution.channels_last:
-            network.to(memory_format=torch.channels_last)
+            # torch's overloads lack this form
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if self.execution.compile:
             compile_blocks(network)
         if self.device_mesh is None:
@@ -252,7 +255,8 @@ class PreferenceModule(L.LightningModule):
         self._untrained = False
         if errors.reference_loser is None or self.beta is None:
             return
-        found = gathered((float(margin(errors).detach().abs().max()), float(errors.gap.mean()) / self.beta))
+        (gap,) = fields_of(errors, "gap")
+        found = gathered((float(margin(errors).detach().abs().max()), float(gap.mean()) / self.beta))
         largest, aim = max(h for h, _ in found), sum(aim for _, aim in found) / len(found)
         told = (
             f"largest |h| of the first batch: {largest:.3g}, {largest / aim:.2%} of the mean dR / beta "

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class PairSets(NamedTuple):
 
 
 Strategy = Callable[[Tensor, Tensor], PairSets]
+Declared = TypeVar("Declared", bound=Callable[..., PairSets])
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Declaration:
     lower_set: str | None = None
 
 
-def declares(**said: int | str) -> Callable[[Strategy], Strategy]:
+def declares(
+    *, rewards: int | None = None, weights: str | None = None, lower_set: str | None = None
+) -> Callable[[Declared], Declared]:
     """Decorator that attaches a `Declaration` with these properties to a strategy."""
 
-    def declare(strategy: Strategy) -> Strategy:
-        strategy.declaration = Declaration(**said)
+    def declare(strategy: Declared) -> Declared:
+        strategy.declaration = Declaration(rewards, weights, lower_set)
         return strategy
 
     return declare

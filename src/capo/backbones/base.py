@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
 from capo.backbones.family import Family, Text
 from capo.backbones.latents import from_denoiser, to_denoiser
 from capo.backbones.loading import load_pipeline, load_vae, pipeline_folder
+from capo.backbones.models import Autoencoder, Denoiser, Scheduler
 from capo.backbones.precision import cpu_copy, named_dtype
 from capo.backbones.schedulers import scheduler_class
 from capo.errors import InputError
@@ -46,6 +47,8 @@ class Backbone(Family):
     Raises:
         InputError: the weights are missing, not safe to load or not of this family.
     """
+
+    _visited: torch.device | None = None  # device of VAE and text encoders within `visiting`
 
     def __init__(
         self,
@@ -84,23 +87,24 @@ class Backbone(Family):
         for speaker in (type(self.pipeline).__module__, "transformers.tokenization_utils_base"):
             logging.getLogger(speaker).addFilter(_not_about_truncation)
 
-    def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
+    def _converted(self, kind: type[Scheduler]) -> Scheduler:
         """Build a scheduler of class `kind` from the config of the pipeline's scheduler."""
         return kind.from_config(self.pipeline.scheduler.config)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Denoiser:
         """The base's denoiser, frozen and in eval mode."""
         return getattr(self.pipeline, self.denoiser_component)
 
     @property
-    def vae(self) -> nn.Module:
+    def vae(self) -> Autoencoder:
+        """The base's VAE, frozen."""
         return self.pipeline.vae
 
     @property
     def device(self) -> torch.device:
         """Device for text encoding and decoding: the denoiser's, or within `visiting` the one given there."""
-        return self.__dict__.get("_visited") or self.denoiser.device
+        return self._visited or self.denoiser.device
 
     def to(self, device: str | torch.device) -> "Backbone":
         """Move all modules of the pipeline to `device`."""
@@ -111,15 +115,16 @@ class Backbone(Family):
     def visiting(self, device: str | torch.device) -> Iterator["Backbone"]:
         """Move VAE and text encoders to `device` for the block, then back; the denoiser is not moved."""
         parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
-        homes = {name: part.device for name, part in parts.items() if name != self.denoiser_component}
-        before = self.__dict__.get("_visited")
-        self.__dict__["_visited"] = torch.device(device)
+        homes: dict[str, Any] = {
+            name: part.device for name, part in parts.items() if name != self.denoiser_component
+        }
+        before, self._visited = self._visited, torch.device(device)
         try:
             for name in homes:
                 parts[name].to(device)
             yield self
         finally:
-            self.__dict__["_visited"] = before
+            self._visited = before
             for name, home in homes.items():
                 parts[name].to(home)
 
@@ -207,7 +212,7 @@ class Backbone(Family):
         words = {name: value.to(dtype) for name, value in text.items()}
         return denoiser(**self.denoiser_inputs(noisy.to(dtype), t, words), return_dict=False)[0]
 
-    def scheduler(self) -> SchedulerMixin:
+    def scheduler(self) -> Scheduler:
         """Build a new scheduler of the pipeline's class and config; schedulers keep state between steps."""
         return type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
 
@@ -244,7 +249,7 @@ class Backbone(Family):
         posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
         return to_denoiser(self.vae, posterior.mode())
 
-    def trainable_copy(self) -> nn.Module:
+    def trainable_copy(self) -> Denoiser:
         """Copy the denoiser for training: on the CPU, in float32, all parameters trainable, without dropout.
 
         Dropout is off even in train mode: it would make policy and reference differ at equal weights.

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import get_peft_model_state_dict
-from torch import nn
 
 from capo.backbones.base import Backbone
 from capo.backbones.lora import ADAPTER, BASE_FILE, LORA_FILE, has_adapter
 from capo.backbones.model_card import ModelCard, base_weights, readme
+from capo.backbones.models import Denoiser
 from capo.backbones.precision import half_stored
 from capo.backbones.saving import write_pipeline
 from capo.errors import InputError
@@ -18,7 +19,7 @@ from capo.runtime.fingerprints import component_fingerprint, content_fingerprint
 
 
 def export_policy(
-    backbone: Backbone, denoiser: nn.Module, folder: str | Path, card: ModelCard, full: bool = False
+    backbone: Backbone, denoiser: Denoiser, folder: str | Path, card: ModelCard, full: bool = False
 ) -> Path:
     """Write the policy and its README (`card`) in float32, replacing `folder` atomically; return the folder.
 
@@ -35,7 +36,7 @@ def export_policy(
     return folder
 
 
-def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-true") -> nn.Module:
+def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-true") -> Denoiser:
     """Load the denoiser of an exported policy: frozen, on the backbone's device, with an adapter not merged.
 
     The weights are in float32 or, for sampling under the autocast of `precision`, stored as by `half_stored`.
@@ -45,7 +46,7 @@ def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-tru
     if (folder / LORA_FILE).is_file():
         _check_base(backbone, folder)
         policy = backbone.trainable_copy()
-        loader = type(backbone.pipeline)
+        loader: Any = type(backbone.pipeline)  # the mixin for LoRA is each pipeline's own
         state, *alphas, metadata = loader.lora_state_dict(  # only pipelines with a UNet return alphas
             str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True
         )
@@ -67,7 +68,7 @@ def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-tru
     return half_stored(policy, precision).to(backbone.device).eval().requires_grad_(False)
 
 
-def _take_weights(policy: nn.Module, folder: Path) -> None:
+def _take_weights(policy: Denoiser, folder: Path) -> None:
     stored = type(policy).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     try:
         policy.load_state_dict(stored.state_dict())
@@ -85,7 +86,7 @@ def policy_fingerprint(backbone: Backbone, folder: str | Path) -> str:
     return component_fingerprint(folder, [backbone.denoiser_component])
 
 
-def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> None:
+def _write_adapter(backbone: Backbone, denoiser: Denoiser, folder: Path) -> None:
     component = backbone.denoiser_component
     layers = {
         name: tensor.to("cpu", torch.float32).contiguous()
@@ -96,7 +97,8 @@ def _write_adapter(backbone: Backbone, denoiser: nn.Module, folder: Path) -> Non
         key: sorted(value) if isinstance(value, set) else value
         for key, value in denoiser.peft_config[ADAPTER].to_dict().items()
     }
-    type(backbone.pipeline).save_lora_weights(
+    writer: Any = type(backbone.pipeline)  # the mixin for LoRA is each pipeline's own
+    writer.save_lora_weights(
         folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     )
     base = {

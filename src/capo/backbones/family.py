@@ -30,7 +30,7 @@ class Family(ABC):
     draws: ClassVar[tuple[str, ...]] = ("uniform",)
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
 
-    @classmethod
+    @classmethod  # noqa: B027 - a family may allow all values
     def check_options(cls, **options: object) -> None:
         """Raises ParameterError for a value that no backbone can be made with; types are checked already."""
 
@@ -44,7 +44,8 @@ class Family(ABC):
         """(C, H, W) of one latent at the size the denoiser was trained for."""
         config = configs[cls.denoiser_component]
         size = config["sample_size"]
-        return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+        height, width = (size, size) if isinstance(size, int) else size
+        return config["in_channels"], height, width
 
     @classmethod
     @abstractmethod

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from capo.backbones.models import Denoiser
 from capo.errors import InputError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of diffusers' attention blocks
@@ -18,8 +19,8 @@ ADAPTER = "default"
 
 
 def add_lora(
-    denoiser: nn.Module, rank: int, alpha: float, targets: Sequence[str] = ATTENTION, seed: int = 0
-) -> nn.Module:
+    denoiser: Denoiser, rank: int, alpha: float, targets: Sequence[str] = ATTENTION, seed: int = 0
+) -> Denoiser:
     """Add a LoRA adapter (W + alpha / rank * B A, with B = 0 at first) to `denoiser` in place and return it.
 
     Afterwards only A and B are trainable, in float32. A is drawn from `seed`, independent of the global
@@ -28,7 +29,12 @@ def add_lora(
     """
     if rank < 1 or alpha <= 0:
         raise InputError(f"LoRA rank {rank} and alpha {alpha} must both be above 0 (model.lora)")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # peft divides it by the rank: any number does
+        target_modules=list(targets),
+        init_lora_weights=True,
+    )
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -65,7 +71,7 @@ def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
             layer.enable_adapters(True)
 
 
-def merged(denoiser: nn.Module, plain: nn.Module) -> nn.Module:
+def merged(denoiser: Denoiser, plain: Denoiser) -> Denoiser:
     """Merge `denoiser`'s adapter into `plain`, which has none, in place: W becomes W + alpha / rank * B A."""
     adapter = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     plain.add_adapter(denoiser.peft_config[ADAPTER], ADAPTER)

@@ -1,12 +1,12 @@
 """The MMDiT family: velocity prediction on a rectified flow (SD3, SD3.5)."""
 
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from capo import noise as schedules
 from capo.backbones.base import Backbone
 from capo.backbones.family import Configs, Text
 from capo.backbones.lora import JOINT_ATTENTION
+from capo.backbones.models import Scheduler
 from capo.backbones.schedulers import options_of
 from capo.errors import InputError, ParameterError
 
@@ -63,7 +63,7 @@ class MMDiTBackbone(Backbone):
             "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }
 
-    def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
+    def _converted(self, kind: type[Scheduler]) -> Scheduler:
         config = dict(self.pipeline.scheduler.config)
         shift = config.get("shift", config.get("flow_shift", 1.0))  # schedulers name it one way or the other
         config |= {
@@ -103,10 +103,11 @@ class MMDiTBackbone(Backbone):
 
     @property
     def token_limits(self) -> dict[str, int]:
-        limits = dict.fromkeys(("tokenizer", "tokenizer_2"), self.pipeline.tokenizer_max_length)
-        return limits | (
-            {"tokenizer_3": self.sequence_length} if self.pipeline.tokenizer_3 is not None else {}
-        )
+        longest: int = self.pipeline.tokenizer_max_length
+        limits = {"tokenizer": longest, "tokenizer_2": longest}
+        if self.pipeline.tokenizer_3 is not None:
+            limits["tokenizer_3"] = self.sequence_length
+        return limits
 
     @property
     def call_options(self) -> dict[str, object]:

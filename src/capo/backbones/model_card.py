@@ -36,6 +36,7 @@ def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
 
 
 def base_weights(backbone: Backbone) -> str:
+    """Return the hub id of the base's weights, or the absolute path of their folder."""
     return _from_anywhere(backbone.weights)
 
 
@@ -101,6 +102,7 @@ def _win_rate_lines(card: ModelCard) -> list[str]:
 
 
 def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
+    """Return the README, in Markdown, of the policy in `folder`; `name` is the folder's final one."""
     weights = base_weights(backbone)
     front = [
         "---",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -13,7 +15,8 @@ def repeated_blocks(denoiser: nn.Module, kind: str = "_repeated_blocks") -> list
     `kind` is "_repeated_blocks" (blocks worth compiling) or "_no_split_modules" (blocks to keep on one
     device); without the first attribute the second is used.
     """
-    names = getattr(denoiser, kind, None) or denoiser._no_split_modules
+    whole: Any = denoiser._no_split_modules
+    names = getattr(denoiser, kind, None) or whole
     return [module for module in reversed(list(denoiser.modules())) if type(module).__name__ in names]
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from capo.errors import InputError
 
+Network = TypeVar("Network", bound=nn.Module)
+
 # Lightning's name of a mixed precision -> autocast's dtype
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def frozen_reference(denoiser: nn.Module, precision: str) -> nn.Module:
+def frozen_reference(denoiser: Network, precision: str) -> Network:
     """Return the reference whose outputs equal, bit for bit, those of a float32 policy with its weights.
 
     Under autocast this is a copy whose linear and convolution weights are stored in autocast's dtype, to
@@ -27,7 +30,7 @@ def frozen_reference(denoiser: nn.Module, precision: str) -> nn.Module:
     return half_stored(cpu_copy(denoiser).float(), precision).eval().requires_grad_(False)
 
 
-def cpu_copy(module: nn.Module) -> nn.Module:
+def cpu_copy(module: Network) -> Network:
     """Copy a module on the CPU, so that its device never holds it twice."""
     home = next(module.parameters()).device
     try:
@@ -36,7 +39,7 @@ def cpu_copy(module: nn.Module) -> nn.Module:
         module.to(home)
 
 
-def half_stored(denoiser: nn.Module, precision: str) -> nn.Module:
+def half_stored(denoiser: Network, precision: str) -> Network:
     """Store the float32 `denoiser`'s linear and convolution weights in the dtype that autocast casts them to.
 
     The denoiser is changed in place and returned; without autocast nothing changes.

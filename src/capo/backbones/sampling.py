@@ -5,13 +5,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from capo.backbones.base import Backbone
 from capo.backbones.family import Text
+from capo.backbones.models import Scheduler
 from capo.backbones.precision import AUTOCAST
 from capo.errors import InputError
 from capo.runtime.threads import BATCHES, OPERATIONS, map_batches
@@ -148,14 +149,12 @@ def _guided(
     return without + guidance * (with_text - without)
 
 
-def _step_of(
-    scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None
-) -> Callable[..., Tensor]:
+def _step_of(scheduler: Scheduler, generators: Sequence[torch.Generator] | None) -> Callable[..., Tensor]:
     """Wrap scheduler.step with the arguments that pipelines pass where it accepts them: eta 0, generators."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     accepted = inspect.signature(scheduler.step).parameters
-    options: dict[str, object] = {"eta": 0.0} if "eta" in accepted else {}
+    options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
     probe = torch.Generator("cpu").manual_seed(0)
     if "generator" in accepted:
         options["generator"] = probe if generators is None else list(generators)
@@ -197,14 +196,15 @@ def sample_prompts(
 
     def report(images: int) -> None:
         with lock:
-            progress(images)
+            if progress is not None:
+                progress(images)
 
     def batch(start: int) -> Tensor:
         generators = candidate_generators(flat[start : start + settings.batch])
         rows = torch.arange(start, start + len(generators)) // candidates
         conditions = {key: value[rows.to(value.device)] for key, value in text.items()}
         noise = candidate_noise(generators, backbone.latent_shape)
-        return sample(backbone, denoiser, conditions, noise, settings, progress and report, generators).cpu()
+        return sample(backbone, denoiser, conditions, noise, settings, report, generators).cpu()
 
     starts = range(0, len(flat), settings.batch)
     latents = torch.cat(map_batches(batch, starts, settings.parallel, backbone.device))

@@ -9,10 +9,11 @@ from torch import nn
 
 from capo.backbones.base import Backbone
 from capo.backbones.lora import has_adapter, merged
+from capo.backbones.models import Denoiser
 from capo.runtime.files import fresh_folder
 
 
-def write_pipeline(backbone: Backbone, folder: str | Path, denoiser: nn.Module) -> None:
+def write_pipeline(backbone: Backbone, folder: str | Path, denoiser: Denoiser) -> None:
     """Write the pipeline, with `denoiser` in place of its own, to a folder: float32, adapter merged."""
     pipeline = copy.copy(backbone.pipeline)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -25,7 +26,7 @@ def write_pipeline(backbone: Backbone, folder: str | Path, denoiser: nn.Module) 
     _drop_origins(Path(folder))
 
 
-def save(backbone: Backbone, folder: str | Path, denoiser: nn.Module) -> None:
+def save(backbone: Backbone, folder: str | Path, denoiser: Denoiser) -> None:
     """Write the pipeline, with `denoiser` in place of its own, replacing `folder` atomically."""
     with fresh_folder(folder) as fresh:
         write_pipeline(backbone, fresh, denoiser)

@@ -2,12 +2,12 @@
 
 from functools import cached_property
 
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from capo import noise as schedules
 from capo.backbones.base import Backbone
 from capo.backbones.family import Configs, Text
+from capo.backbones.models import Scheduler
 from capo.backbones.schedulers import options_of
 from capo.errors import InputError
 
@@ -35,7 +35,7 @@ class UNetBackbone(Backbone):
         pooled = config["projection_class_embeddings_input_dim"] - sizes
         return words | {"pooled_prompt_embeds": (pooled,), "time_ids": (TIME_IDS,)}
 
-    def _converted(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
+    def _converted(self, kind: type[Scheduler]) -> Scheduler:
         config = self.pipeline.scheduler.config
         # Some schedulers clip to [-1, 1] by default, which is right for pixels and wrong for latents.
         told = (
@@ -149,7 +149,7 @@ class XLText:
 
     def negative(self, backbone: UNetBackbone, count: int) -> dict[str, Tensor]:
         # Zeros if the pipeline forces them; else encode `count` at once: rounding depends on the batch size.
-        encoded = 1 if backbone.pipeline.config.force_zeros_for_empty_prompt else count
+        encoded = 1 if backbone.pipeline.config["force_zeros_for_empty_prompt"] else count
         _, embeds, _, pooled = backbone.pipeline.encode_prompt(
             [""] * encoded, device=backbone.device, do_classifier_free_guidance=True
         )

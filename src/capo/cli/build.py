@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from capo.backbones import Backbone, Family
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import worker_logs
+from capo.cli.values import plain
 from capo.data.candidates import TrainingData
 from capo.data.generation import STAGES, ImageGenerator, PoolSpec
 from capo.data.importing.chosen import Imported
@@ -43,7 +45,7 @@ class Components:
         return self.generator.backbone
 
 
-def built(node: DictConfig, **given: object) -> object:
+def built(node: DictConfig, **given: object) -> Any:
     """Instantiate a node's `_target_` with the arguments `given`; an InputError it raises is passed on."""
     try:
         return instantiate(node, **given)
@@ -61,7 +63,7 @@ def target_name(node: DictConfig) -> str:
 def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
     """Load the prompt sets by split. Raises InputError for sets that are missing or cannot be used."""
     if missing := sorted(OmegaConf.missing_keys(cfg.prompts)):
-        raise InputError(missing_inputs(missing, OmegaConf.to_container(cfg.prompts, resolve=True)))
+        raise InputError(missing_inputs(missing, plain(cfg.prompts)))
     splits = built(cfg.prompts)
     check_splits(splits)
     return splits
@@ -102,9 +104,9 @@ def base_of(cfg: DictConfig) -> Backbone:
     return built(cfg.model.backbone, name=cfg.model.name).to(device)
 
 
-def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, object]]:
+def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, Any]]:
     """Return the model's family and the keyword arguments of its backbone; nothing is loaded."""
-    options = OmegaConf.to_container(cfg.model.backbone, resolve=True)
+    options = plain(cfg.model.backbone)
     return get_class(options.pop("_target_")), options
 
 
@@ -161,7 +163,7 @@ def _known(rewards: Sequence[Reward], others: Sequence[Reward]) -> list[Reward]:
 
 def rewards_of(cfg: DictConfig, place: str) -> list[Reward]:
     """Rewards at the key `place`, sorted by name, so that their order does not depend on the command line."""
-    entries = OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True)
+    entries = plain(OmegaConf.select(cfg, place))
     return sorted(load_rewards(entries, place, worker_logs()), key=lambda reward: reward.name)
 
 

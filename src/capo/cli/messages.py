@@ -15,7 +15,7 @@ from hydra._internal import utils as hydra_internals
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -122,10 +122,11 @@ def command_fault(error: BaseException) -> str | None:
     if not isinstance(error, ConfigCompositionException):
         return None
     cause, unknown = error.__cause__, UNKNOWN_KEY.search(str(error))
-    if unknown and isinstance(getattr(cause, "parent_node", None), DictConfig):
+    parent = getattr(cause, "parent_node", None)
+    if unknown and isinstance(parent, DictConfig):
         key = unknown[1]
         return (
-            f"there is no key '{key}'{_meant(alike(key, _keys(cause.parent_node._get_root())))} "
+            f"there is no key '{key}'{_meant(alike(key, _keys(parent._get_root())))} "
             "`--cfg job` lists all keys"
         )
     return " ".join(f"{error} {cause or ''}".split())
@@ -144,7 +145,7 @@ def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
     ][:count]
 
 
-def _keys(cfg: DictConfig) -> list[str]:
+def _keys(cfg: Container) -> list[str]:
     """Top-level keys, and the dotted key of every value."""
     found: list[str] = []
 

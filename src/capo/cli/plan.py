@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -17,7 +18,7 @@ from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
 from capo.cli.build import all_rewards, built, family_of, held_out_rewards, prompt_splits
 from capo.cli.readiness import check_accelerator, check_draw, check_reward_weights, check_weights
-from capo.cli.values import check_values
+from capo.cli.values import check_values, plain
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.objectives import requirements
@@ -65,7 +66,7 @@ def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
     """Training request for as many devices as the launcher started or the configuration names."""
     trainer, needs = cfg.trainer, requirements(built(cfg.objective))
     devices = max(launch().world_size, (device_count(trainer.devices) or 1) * trainer.num_nodes)
-    lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
+    lora = plain(cfg.model.lora) if cfg.model.lora else None
     if lora:
         lora |= {"targets": family_of(cfg)[0].lora_targets}
     return TrainingRequest(
@@ -88,7 +89,7 @@ def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Shortage
 
     Sets on the hub are not downloaded; their limits and published sizes are used instead.
     """
-    settings = OmegaConf.to_container(cfg.prompts, resolve=True)
+    settings = plain(cfg.prompts)
     expected = expected_sizes(settings)
     given = [value for value in settings.values() if isinstance(value, dict)]
     if any(value.get("hub") and not value.get("path") for value in given) and not OmegaConf.missing_keys(
@@ -146,7 +147,7 @@ def reward_request(cfg: DictConfig) -> RewardRequest:
 
 
 def _known_rewards(cfg: DictConfig, place: str) -> list[Reward]:
-    entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
+    entries = plain(OmegaConf.select(cfg, place) or OmegaConf.create())
     return [
         _known_reward(name, entry, place) for name, entry in sorted(entries.items()) if entry.get("scorer")
     ]
@@ -248,7 +249,7 @@ def _attempt(kind: str, check: Callable[[], object]) -> list[Shortage]:
 
 def _reward_findings(cfg: DictConfig, place: str) -> list[Shortage]:
     """Shortages of the rewards at the key `place`, each checked by itself."""
-    entries = OmegaConf.to_container(OmegaConf.select(cfg, place) or OmegaConf.create(), resolve=True)
+    entries = plain(OmegaConf.select(cfg, place) or OmegaConf.create())
 
     def check(name: str) -> None:
         check_reward_weights(load_rewards({name: entries[name]}, place))
@@ -268,7 +269,7 @@ def find_missing(cfg: DictConfig) -> list[Shortage]:
     ]
 
 
-def run_plan(cfg: DictConfig, console: Console) -> dict[str, object]:
+def run_plan(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Make the plan, print it, and write it to `plan.json` in the run directory; return its content.
 
     The directory is not marked as a run; training can start there later. Raises InputError for values that
@@ -284,7 +285,7 @@ def run_plan(cfg: DictConfig, console: Console) -> dict[str, object]:
     plan["missing here"] = [
         {"kind": kind, "message": message, "certain": certain} for kind, message, certain in seen
     ]
-    plan["config"] = OmegaConf.to_container(cfg, resolve=True)
+    plan["config"] = plain(cfg)
     print_plan(plan, console)
     path = Path(cfg.run_dir) / PLAN
     write_whole(path, json.dumps(plan, indent=2, allow_nan=False) + "\n")

@@ -167,7 +167,7 @@ def check(reward: Reward, options: argparse.Namespace, console: Console) -> bool
         console.print(score_table(reward, measured))
     console.print(finding_table(reward, found))
     passed = all(finding.outcome != FAILED for finding in found)
-    if options.record and passed:
+    if options.record and measured and passed:
         path = options.golden or golden_places(reward.name, None)[0]
         write_golden(path, reward, measured.scores, options.device)
         console.print(f"recorded: {path}", markup=False, soft_wrap=True)

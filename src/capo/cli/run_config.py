@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from capo.cli.values import plain
 from capo.errors import InputError
 from capo.runtime.files import write_whole
 from capo.runtime.run_folder import CONFIG, OUTCOME
@@ -88,8 +90,10 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
     """Read the configuration, and the version of this package that wrote it."""
     path, here = folder / CONFIG, version("capo")
     try:
-        cfg = OmegaConf.load(path)
-        writer = cfg.pop(WRITER, {"layout": LAYOUT, "capo": here})  # a file without the key has this layout
+        cfg = cast(DictConfig, OmegaConf.load(path))  # another kind has none of these keys
+        writer = cfg.pop(
+            WRITER, default={"layout": LAYOUT, "capo": here}
+        )  # a file without the key has this layout
         layout, capo = writer["layout"], writer["capo"]
     except (
         OSError,
@@ -119,11 +123,11 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
     holds a run of another configuration, with the differences.
     """
     path = folder / CONFIG
-    new = OmegaConf.to_container(cfg, resolve=True)
+    new = plain(cfg)
     progress = Progress.NEW
     if path.is_file():
         stored, capo = _read(folder)
-        old = OmegaConf.to_container(stored, resolve=True)
+        old = plain(stored)
         before, after = old["trainer"]["max_steps"], new["trainer"]["max_steps"]
         longer = isinstance(before, int) and isinstance(after, int) and after > before
         if longer:

@@ -109,9 +109,9 @@ class Job:
 
 
 def _read_overrides(folder: Path) -> dict[str, str]:
-    overrides = {}
-    for override in OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml")):
-        key, _, value = override.partition("=")
+    overrides: dict[str, str] = {}
+    for override in OmegaConf.load(folder / ".hydra" / "overrides.yaml"):
+        key, _, value = str(override).partition("=")
         overrides[key.lstrip("+")] = value
     return overrides
 
@@ -177,10 +177,14 @@ def sweep_rows(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, object]]]
     """Columns and rows of `sweep.csv` or `plans.csv`: job, status, error, varying keys verbatim, figures."""
     keys = varying_keys(jobs)
     figures = list(dict.fromkeys(name for job in jobs for name in job.figures))
-    rows = [
-        {"job": job.name, "status": job.status, "error": job.error}
-        | {key: job.overrides.get(key, "") for key in keys}
-        | {name: job.figures.get(name, "") for name in figures}
+    rows: list[dict[str, object]] = [
+        {
+            "job": job.name,
+            "status": job.status,
+            "error": job.error,
+            **{key: job.overrides.get(key, "") for key in keys},
+            **{name: job.figures.get(name, "") for name in figures},
+        }
         for job in jobs
     ]
     return ["job", "status", "error", *keys, *figures], rows

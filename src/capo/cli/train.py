@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -21,7 +22,7 @@ from capo.runtime.run_folder import MONITOR, read_outcome
 
 def main(cfg: DictConfig) -> float:
     """Run `cfg`, alone or as a job of a sweep; return the best validation win-rate, else NaN."""
-    own = HydraConfig.get()
+    own: Any = HydraConfig.get()  # typed as the schema, but a DictConfig
     with plain_errors():
         if launch().world_size > 1:
             check_places(own)

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from capo.backbones import Backbone
@@ -23,6 +24,7 @@ from capo.cli.process import prepare_process
 from capo.cli.report import RUN_FOLDER, report_run
 from capo.cli.run_config import Progress, open_run
 from capo.cli.sweep import found_figures
+from capo.cli.values import plain
 from capo.data.dataset import ENCODE
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
@@ -76,7 +78,7 @@ def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinR
 
 def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
     """Build the module to train, with policy, reference and objective."""
-    lora = OmegaConf.to_container(cfg.model.lora, resolve=True) if cfg.model.lora else None
+    lora = plain(cfg.model.lora) if cfg.model.lora else None
     trainer = cfg.trainer
     return PreferenceModule(
         backbone,
@@ -105,7 +107,7 @@ def division_of(cfg: DictConfig) -> Division:
     return divide(cfg.trainer.batch, launch().world_size, cfg.trainer.micro_batch)
 
 
-def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, object]:
+def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
     """Facts about the optimization for the summary and the model card."""
     weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
     trainer = cfg.trainer
@@ -138,9 +140,7 @@ def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
         "lr": cfg.trainer.lr,
         "seed": cfg.seed,
     }
-    return RunIdentity(
-        axes, OmegaConf.to_container(cfg, resolve=True), group, [objective, pairs, cfg.model.name, *rewards]
-    )
+    return RunIdentity(axes, plain(cfg), group, [objective, pairs, cfg.model.name, *rewards])
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[
 
 def tune(
     cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]
-) -> tuple[PreferenceModule, float, dict[str, object]]:
+) -> tuple[PreferenceModule, float, dict[str, Any]]:
     """Fill the pools, select pairs, train, and load the best checkpoint.
 
     Returns:
@@ -217,7 +217,7 @@ def finish(
     folder: Path,
     module: PreferenceModule,
     win_rate: float,
-    facts: dict[str, object],
+    facts: dict[str, Any],
 ) -> None:
     """Export the policy to `folder`/policy, and write outcome.json, which marks the run as finished."""
     card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)

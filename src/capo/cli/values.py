@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -211,16 +211,21 @@ def check_values(cfg: DictConfig) -> None:
         )
 
 
-def resolved(cfg: DictConfig) -> dict:
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve the configuration to plain values; OmegaConf's error for a `${...}` that cannot be resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))  # a mapping gives nothing else
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
     """Resolve the configuration to plain values; InputError for a `${...}` that cannot be resolved."""
     try:
-        return OmegaConf.to_container(cfg, resolve=True)
+        return plain(cfg)
     except OmegaConfBaseException as error:
         reason, key = str(error).splitlines()[0], error.full_key or "the configuration"
         raise InputError(f"{key} cannot be resolved ({reason}); give {key}=VALUE itself") from error
 
 
-def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tuple[str, object]]:
+def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of everything at `path`, where `*` matches every name."""
     if not path:
         yield above[1:], values
@@ -235,7 +240,7 @@ def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str
     target = node.get("_target_")
     arguments = {name: value for name, value in node.items() if not name.startswith("_")}
     try:
-        function = get_object(target)
+        function = get_object(str(target))
         signature = inspect.signature(function)
         hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception as error:  # importing a user's module can raise anything

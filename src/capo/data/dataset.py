@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from capo.data.batch import PreferenceBatch
-from capo.data.pool import PoolReader
 from capo.data.prompts import Prompt
 from capo.data.selection import Selection
 from capo.errors import InputError
@@ -26,6 +26,14 @@ def visit_generator(seed: int, prompt_id: str, visit: int) -> np.random.Generato
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
+class Reader(Protocol):
+    """What the dataset reads candidates and text from: a `PoolReader`, or other storage with its methods."""
+
+    def latents(self, position: int, candidates: Sequence[int]) -> Tensor: ...
+
+    def text(self, position: int) -> dict[str, Tensor]: ...
+
+
 class PairDataset(Dataset):
     """Dataset with one pair per key (row, visit): row of the selection, number of the visit of its prompt.
 
@@ -35,7 +43,7 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        reader: PoolReader,
+        reader: Reader,
         positions: Sequence[int],
         prompts: Sequence[Prompt],
         selection: Selection,

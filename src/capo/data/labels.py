@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeGuard
 
 from capo.rewards import Reward
 
@@ -64,7 +64,11 @@ HUMAN = HumanChoices()
 
 def scored(labels: Sequence[LabelSource]) -> list[Reward]:
     """Label sources that are rewards, computed from images by a scorer."""
-    return [label for label in labels if not label.stored]
+    return [label for label in labels if _is_reward(label)]
+
+
+def _is_reward(label: LabelSource) -> TypeGuard[Reward]:
+    return not label.stored
 
 
 def described(labels: Sequence[LabelSource]) -> str:

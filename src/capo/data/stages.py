@@ -65,10 +65,10 @@ class Stage(ABC):
     def bytes_missing(self) -> int:
         """Estimated size in bytes of all missing shards."""
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: B027 - many stages load nothing
         """Load models that the stage needs; called before the first `run`."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nor release anything
         """Release models and log a summary; called after the last `run`."""
 
     def todo(self) -> list[Shard]:

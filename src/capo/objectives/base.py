@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ def try_objective(objective: Objective) -> None:
     needs = requirements(objective)
     fields = {"policy_loser": needs.loser, "gap": needs.loser, "reference_winner": needs.reference}
     fields |= {"reference_loser": needs.reference and needs.loser, "policy_winner": True, "weight": True}
-    errors = {name: torch.full((3,), 0.2) for name, read in fields.items() if read}
+    errors: dict[str, Any] = {name: torch.full((3,), 0.2) for name, read in fields.items() if read}
     if needs.predictions:
         made_up = torch.zeros(3, 2 if needs.loser else 1, 1, 2, 2)
         errors["predictions"] = Predictions(made_up, made_up + 0.5, made_up if needs.reference else None)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -19,6 +20,7 @@ import transformers
 from torch import nn
 
 from capo.backbones import FAMILIES, Family
+from capo.backbones.models import Autoencoder, Denoiser
 from capo.errors import InputError
 
 
@@ -51,10 +53,18 @@ class Blueprint:
         """Names of the text encoders, sorted."""
         return sorted(name for name in self.configs if name.startswith("text_encoder"))
 
-    def module(self, component: str) -> nn.Module:
+    def module(self, component: str) -> Any:
         """Build the component on the meta device: float32, all parameters trainable."""
         with torch.device("meta"):
             return fresh_module(self.configs[component])
+
+    def denoiser(self) -> Denoiser:
+        """Build the component that is tuned, on the meta device."""
+        return self.module(self.denoiser_name)
+
+    def vae(self) -> Autoencoder:
+        """Build the VAE, on the meta device."""
+        return self.module("vae")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -119,7 +129,9 @@ def published(name: str, /, family: type[Family] | None = None, **options: objec
         .read_text(encoding="utf-8")
     )
     configs = json.loads(text)["components"]
-    return _blueprint(configs, family or _family_of(configs), options)
+    family = family or _family_of(configs)
+    assert family is not None  # every published model has a denoiser of FAMILIES
+    return _blueprint(configs, family, options)
 
 
 def from_folder(folder: Path, /, family: type[Family] | None = None, **options: object) -> Blueprint:
@@ -141,7 +153,8 @@ def from_folder(folder: Path, /, family: type[Family] | None = None, **options: 
     family = family or _family_of(configs)
     denoisers = [known.denoiser_component for known in FAMILIES.values()]
     denoiser = family.denoiser_component if family else " or ".join(dict.fromkeys(denoisers))
-    if lacking := [part for part in (denoiser, "vae", "text_encoder") if part not in configs]:
+    lacking = [part for part in (denoiser, "vae", "text_encoder") if part not in configs]
+    if family is None or lacking:  # without a family, the denoiser is lacking
         raise InputError(
             f"weights '{folder}': no config.json of a known class for {', '.join(lacking)}; "
             "give the folder of a diffusers pipeline"

@@ -97,7 +97,8 @@ def check_vae(backbone: Backbone, known: Known) -> tuple[Check, Tensor]:
     shown = pixels_of(known, tuple(factor * side for side in backbone.latent_shape[1:]))
     latents = torch.cat([backbone.encode_images(part) for part in shown.split(1)]).float().cpu()
     pictures = [(picture, "") for picture in backbone.decode(latents, batch=1)]
-    error = (pixels_of(pictures, shown.shape[2:]) - shown).square().mean().item()
+    height, width = shown.shape[2:]
+    error = (pixels_of(pictures, (height, width)) - shown).square().mean().item()
     psnr, deviation = 10 * math.log10(4 / max(error, 1e-9)), latents.std().item()
     passed = bool(psnr >= LEAST_PSNR and DEVIATION[0] <= deviation <= DEVIATION[1])  # NaN passes neither
     remedy = (

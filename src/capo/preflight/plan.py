@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from capo.preflight.architecture import Blueprint
 from capo.preflight.memory import (
@@ -151,7 +152,7 @@ class Request:
         return checkpoint_bytes(self.blueprint, training.lora, training.optimizer)
 
 
-def make_plan(request: Request) -> dict[str, object]:
+def make_plan(request: Request) -> dict[str, Any]:
     """Compute the plan as JSON values.
 
     Keys: `parameters`, `division`, `device`, `host`, `flops`, `disk`, `steps`, `hours`, `notes`.
@@ -172,15 +173,13 @@ def make_plan(request: Request) -> dict[str, object]:
     }
 
 
-def _phases(phases: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
+def _phases(phases: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """Add the total to each phase's parts, and the largest total as `peak`."""
-    told: dict[str, object] = {
-        name: {**parts, "total": sum(parts.values())} for name, parts in phases.items()
-    }
+    told: dict[str, Any] = {name: {**parts, "total": sum(parts.values())} for name, parts in phases.items()}
     return {**told, "peak": max(sum(parts.values()) for parts in phases.values())}
 
 
-def device_memory(request: Request) -> dict[str, object]:
+def device_memory(request: Request) -> dict[str, Any]:
     """Compute the bytes of each part on one device, by phase.
 
     Phases run one after another, so the largest total is the memory that is needed. Images are generated
@@ -231,7 +230,7 @@ def device_memory(request: Request) -> dict[str, object]:
     )
 
 
-def host_memory(request: Request) -> dict[str, object]:
+def host_memory(request: Request) -> dict[str, Any]:
     """Compute the bytes of each part in host memory, by phase.
 
     The pipeline and the rewards stay there while they are off the device, and a checkpoint is collected
@@ -278,7 +277,7 @@ def flops_of(request: Request) -> dict[str, float]:
     }
 
 
-def disk_space(request: Request) -> dict[str, object]:
+def disk_space(request: Request) -> dict[str, Any]:
     """Compute the bytes under the pool root, by split (None: unknown), and in the run directory."""
     blueprint, whole = request.blueprint, request.model_states()
 
@@ -297,8 +296,12 @@ def disk_space(request: Request) -> dict[str, object]:
 
 
 def _sum(values: Iterable[int | None]) -> int | None:
-    known = list(values)
-    return None if None in known else sum(known)
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
 
 
 def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float | None]:

@@ -51,7 +51,7 @@ def _settings(plan: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _parts(told: dict[str, object]) -> str:
+def _parts(told: dict[str, float]) -> str:
     return ", ".join(f"{name} {readable(size)}" for name, size in told.items() if name != "total")
 
 

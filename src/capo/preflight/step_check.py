@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,6 +17,7 @@ from capo.backbones import Backbone
 from capo.data import PreferenceBatch
 from capo.module import PreferenceModule
 from capo.objectives import margin
+from capo.objectives.base import fields_of
 from capo.preflight.model_check import Check
 
 STEPS = 3  # the last one is timed
@@ -83,7 +85,8 @@ class Watch(L.Callback):
         errors = module.pair_errors(batch)
         if errors.reference_winner is None or errors.policy_loser is None:
             return
-        self.largest, self.gap = float(margin(errors).abs().max()), float(errors.gap.mean())
+        (gap,) = fields_of(errors, "gap")
+        self.largest, self.gap = float(margin(errors).abs().max()), float(gap.mean())
         same = replace(errors, policy_winner=errors.reference_winner, policy_loser=errors.reference_loser)
         self.loss, self.expected = (float(module.objective(found).mean()) for found in (errors, same))
 
@@ -99,10 +102,11 @@ class Watch(L.Callback):
 def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: str, precision: str) -> Watch:
     """Train `module` on the same batch for STEPS steps and return the record; do not reuse the module."""
     watch = Watch()
+    named: Any = precision  # one of the names that Lightning spells out as literals
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
-        precision=precision,
+        precision=named,
         max_steps=STEPS,
         max_epochs=-1,
         logger=False,
@@ -115,7 +119,8 @@ def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: st
         inference_mode=False,
         barebones=False,
     )
-    trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))
+    batches: Any = [batch] * STEPS  # torch's loaders take any sequence, their types a Dataset alone
+    trainer.fit(module, DataLoader(batches, batch_size=None))
     return watch
 
 

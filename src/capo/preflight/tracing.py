@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from capo.backbones.lora import add_lora
+from capo.backbones.models import Denoiser
 from capo.backbones.precision import HALVES, half_stored
 from capo.preflight.architecture import Blueprint
 
-Adapter = tuple[tuple[str, object], ...]  # sorted items of a LoRA's settings
+Adapter = tuple[tuple[str, Any], ...]  # sorted items of a LoRA's settings
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # layers whose weights autocast casts to half precision
 # Autocast computes these in float32 on a GPU, but not on a CPU.
 IN_FLOAT32 = (F.group_norm, F.layer_norm, F.softmax)
@@ -155,7 +157,7 @@ def _cast(arguments: dict[str, object], dtype: torch.dtype) -> dict[str, object]
     return {name: one(value) for name, value in arguments.items()}
 
 
-def adapter_of(lora: Mapping[str, object] | None) -> Adapter | None:
+def adapter_of(lora: Mapping[str, Any] | None) -> Adapter | None:
     """Convert {rank, alpha, seed, targets} to a hashable value, under which results can be cached."""
     return (
         None
@@ -164,12 +166,12 @@ def adapter_of(lora: Mapping[str, object] | None) -> Adapter | None:
     )
 
 
-def policy_module(blueprint: Blueprint, lora: Adapter | None, frozen_in: str = "32-true") -> nn.Module:
+def policy_module(blueprint: Blueprint, lora: Adapter | None, frozen_in: str = "32-true") -> Denoiser:
     """Build the policy on the meta device: the denoiser, with an adapter if `lora` is given.
 
     With an adapter, the frozen weights are stored as for the precision `frozen_in`.
     """
-    denoiser = blueprint.module(blueprint.denoiser_name)
+    denoiser = blueprint.denoiser()
     if lora is None:
         return denoiser
     with torch.device("meta"):
@@ -189,7 +191,7 @@ def denoiser_forward(blueprint: Blueprint, precision: str, gpu: bool) -> Forward
 @cache
 def decoder_forward(blueprint: Blueprint) -> Forward:
     """Measure the VAE's decoder on one latent, in float32."""
-    vae = blueprint.module("vae")
+    vae = blueprint.vae()
     with _imagined(vae, "32-true", False):
         latent = torch.empty(1, *blueprint.latent_shape)
         return _measured(vae, lambda: vae.decode(latent, return_dict=False))

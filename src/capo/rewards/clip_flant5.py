@@ -63,6 +63,7 @@ class ClipFlanT5(nn.Module):
             answer: tokens of the answer (A,).
         """
         image, padding = self.look(pixels), self.t5.config.pad_token_id
+        assert padding is not None  # a T5 has one
         words = self.t5.shared
         read = torch.cat([words(before).expand(len(after), -1, -1), image, words(after)], dim=1)
         mask = torch.cat(
@@ -189,7 +190,7 @@ def load_clip_flant5(
         seen |= set(state)
     refuse_other_names(wanted - seen, seen - wanted, source, setting, PUBLISHED)
     embeddings = network.vision_tower.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
+    embeddings.register_buffer("position_ids", torch.arange(embeddings.num_positions)[None], persistent=False)
 
 
 def _states(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL.Image import Image
@@ -38,11 +38,12 @@ class ClipInputs:
             raise InputError(
                 f"{setting}={folder}: no CLIP tokenizer and image processor ({error}); get the folder again"
             ) from error
-        self.length = config.text_config.max_position_embeddings  # 77
-        if len(self.tokenizer) != config.text_config.vocab_size:
+        text: Any = config.text_config  # typed as what it may be given as, too
+        self.length = text.max_position_embeddings  # 77
+        if len(self.tokenizer) != text.vocab_size:
             raise InputError(
                 f"{setting}={folder}: its tokenizer has {len(self.tokenizer)} tokens, the model "
-                f"{config.text_config.vocab_size}; give the processor that the model was trained with"
+                f"{text.vocab_size}; give the processor that the model was trained with"
             )
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
@@ -56,11 +57,24 @@ class ClipInputs:
         return self.processor(list(images), return_tensors="pt").pixel_values
 
 
+class Inputs(Protocol):
+    """Preprocessing of prompts and images to a network's inputs."""
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Tokenize P prompts to (P, L)."""
+        ...
+
+    def pixels(self, images: Sequence[Image]) -> Tensor:
+        """Convert B images to normalized pixels (B, 3, H, W)."""
+        ...
+
+
 class BatchScorer(ABC):
     """Scorer in batches of `batch`, on one device and in one precision, whatever the caller's autocast."""
 
     def __init__(self, module: nn.Module, batch: int = BATCH, precision: torch.dtype = torch.float32):
-        self.module = module.to(precision).eval().requires_grad_(False)
+        # each scorer knows the parts of its own network, which torch types as tensors or modules
+        self.module: Any = module.to(precision).eval().requires_grad_(False)
         self.batch, self.device = batch, torch.device("cpu")
 
     def to(self, device: str | torch.device) -> BatchScorer:
@@ -86,11 +100,7 @@ class ClipScorer(BatchScorer):
     """BatchScorer that encodes prompts separately from images, so that a repeated prompt is encoded once."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        inputs: ClipInputs,
-        batch: int = BATCH,
-        precision: torch.dtype = torch.float32,
+        self, module: nn.Module, inputs: Inputs, batch: int = BATCH, precision: torch.dtype = torch.float32
     ):
         super().__init__(module, batch, precision)
         self.inputs = inputs
@@ -159,7 +169,7 @@ class ClipScore(PickScore):
         return 100.0
 
 
-def cosines(clip: CLIPModel, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
+def cosines(clip: Any, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
     """Return cos(image, text) (B,) for pixels (B, 3, H, W); image i has the text tokens[row[i]] of (P, L)."""
     image = clip.get_image_features(pixel_values=pixels).pooler_output
     text = clip.get_text_features(input_ids=tokens).pooler_output
@@ -190,13 +200,14 @@ def load_clip(
     from transformers import CLIPModel
 
     config = clip_config(folder, setting)
-    place = (
+    place: dict[str, Any] = (
         {"pretrained_model_name_or_path": folder}
         if state is None
         else {"pretrained_model_name_or_path": None, "state_dict": state}
     )
+    kind: Any = CLIPModel  # whose types do not know that loading tells what it found
     try:
-        model, found = CLIPModel.from_pretrained(
+        model, found = kind.from_pretrained(
             **place, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -115,7 +115,8 @@ class WholeImages(ClipInputs):
 
     def __init__(self, folder: Path, config: CLIPConfig, setting: str, antialias: bool):
         super().__init__(folder, config, setting)
-        self.side, self.antialias = config.vision_config.image_size, antialias
+        vision: Any = config.vision_config  # typed as what it may be given as, too
+        self.side, self.antialias = vision.image_size, antialias
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Convert B images to (B, 3, 224, 224), each by `fitted`."""

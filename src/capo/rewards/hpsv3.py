@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
@@ -169,7 +169,8 @@ class HPSv3(BatchScorer):
         folder = fetch(base, base_revision, BASE_SETTING, "preprocessor_config.json")
         config, self.asker = _config(folder), Asker(folder)
         state = from_published(read_state(file, SETTING))
-        config.text_config.vocab_size = len(self.asker.tokenizer)
+        text: Any = config.text_config  # typed as what it may be given as, too
+        text.vocab_size = len(self.asker.tokenizer)
         super().__init__(_loaded(config, state, PRECISIONS[precision], weights), batch, PRECISIONS[precision])
         self.module["head"].float()
 
@@ -207,7 +208,8 @@ def _loaded(
         {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
         for part in ("model.", "head.")
     )
-    last = head(config.text_config.hidden_size)
+    text: Any = config.text_config
+    last = head(text.hidden_size)
     try:
         model, found = _filled(Qwen2VLModel, config, own, dtype)
         others = last.load_state_dict(top, strict=False)
@@ -224,6 +226,6 @@ def _loaded(
 
 
 def _filled(
-    kind: type[Qwen2VLModel], config: Qwen2VLConfig, state: dict[str, Tensor], dtype: torch.dtype
+    kind: Any, config: Qwen2VLConfig, state: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[Qwen2VLModel, dict]:
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)

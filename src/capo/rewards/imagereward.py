@@ -170,8 +170,8 @@ class ImageReward(BatchScorer):
         file = fetch_file(weights, revision, SETTING, FILE)
         folder = fetch(bert, bert_revision, BERT_SETTING, *VOCABULARY)
         model = _loaded(from_published(read_state(file, SETTING)), weights)
-        self.tokenizer = _tokenizer(folder, model["text"].config.vocab_size)
         super().__init__(model, batch)
+        self.tokenizer = _tokenizer(folder, self.module["text"].config.vocab_size)
 
     def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
         """Tokenize B prompts to `input_ids` and `attention_mask`, both (B, 35).

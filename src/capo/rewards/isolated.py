@@ -14,11 +14,11 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -39,6 +39,7 @@ NOT_INHERITED = (  # this interpreter's home, and the launcher's variables: the 
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
@@ -132,13 +133,15 @@ class IsolatedScorer:
             self._checked(self._worker.ask({"scorer": self.scorer, "device": self._device}, [], self.timeout))
         return self._worker
 
-    def _persist(self, ask):
+    def _persist(self, ask: Callable[[], Answer]) -> Answer:
         """Return ask(), retried once if the worker dies.
 
         Any other failure ends the worker, because its next answer might belong to an earlier request.
         """
+        attempt = 0
         try:
-            for attempt in range(1, ATTEMPTS + 1):
+            while True:
+                attempt += 1
                 try:
                     return ask()
                 except _Died as death:

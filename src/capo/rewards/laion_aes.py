@@ -26,7 +26,9 @@ LAYERS = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}
 def linear_stack(width: int) -> nn.Sequential:
     """Build the linear layers (B, width) -> (B, 1), without activations in between, as published."""
     widths = [width, *LAYERS.values()]
-    return nn.Sequential(OrderedDict((name, nn.Linear(*widths[i : i + 2])) for i, name in enumerate(LAYERS)))
+    return nn.Sequential(
+        OrderedDict((name, nn.Linear(widths[i], widths[i + 1])) for i, name in enumerate(LAYERS))
+    )
 
 
 class LaionAesthetics(BatchScorer):
@@ -57,7 +59,7 @@ class LaionAesthetics(BatchScorer):
         folder = fetch(clip, clip_revision, clip_setting, *MODEL_FILES)
         state = read_state(file, setting)
         model = load_clip(folder, clip_setting, CLIP_L)
-        stack = _loaded(linear_stack(model.config.projection_dim), state, weights, setting)
+        stack = _loaded(linear_stack(model.visual_projection.out_features), state, weights, setting)
         network = {"image": model.vision_model, "projection": model.visual_projection, "layers": stack}
         super().__init__(nn.ModuleDict(network), batch)
         self.inputs = ClipInputs(folder, model.config, clip_setting)

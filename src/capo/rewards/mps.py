@@ -102,6 +102,8 @@ class LookAtWords(nn.Module):
 class Rotation(nn.Module):
     """Rotary position embedding: elements i and i + d/2 are rotated together by position x inv_freq[i]."""
 
+    inv_freq: Tensor
+
     def __init__(self, head_dim: int):
         super().__init__()
         self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
@@ -147,7 +149,8 @@ class CrossModel(nn.Module):
         )
 
     def forward(self, image: Tensor, words: Tensor, seen: Tensor) -> Tensor:
-        for at_words, around in self.layers:
+        for layer in self.layers:
+            at_words, around = layer.children()
             image = around(at_words(image, words, seen))
         return image
 

@@ -107,7 +107,7 @@ class Reward:
 
     @cached_property
     def _callable(self) -> Scorer:
-        return _build(self) if isinstance(self.scorer, Mapping) else self.scorer
+        return _build(self, self.scorer) if isinstance(self.scorer, Mapping) else self.scorer
 
     @cached_property
     def _batches(self) -> FittingBatch:
@@ -249,7 +249,7 @@ def _load(name: str, entry: dict[str, Any], place: str) -> Reward:
         raise InputError(f"{place}.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
     reward = Reward(name, **entry)
     if reward.python:
-        root = str(reward.scorer.get("_target_")).split(".")[0]  # capo itself need not be installed there
+        root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there
         check_environment(name, reward.python, [*reward.requires, *([] if root == "capo" else [root])])
     elif missing := [module for module in reward.requires if find_spec(module) is None]:
         raise InputError(_not_installed(reward, ", ".join(missing)))
@@ -270,20 +270,20 @@ def _not_installed(reward: Reward, modules: str) -> str:
     return f"reward '{reward.name}' needs {modules}, which is not installed: {remedy}"
 
 
-def _build(reward: Reward) -> Scorer:
+def _build(reward: Reward, scorer: Mapping[str, Any]) -> Scorer:
     if reward.python or reward.isolated:
         return IsolatedScorer(
-            reward.name, reward.python or sys.executable, reward.scorer, reward.timeout, reward.logs
+            reward.name, reward.python or sys.executable, scorer, reward.timeout, reward.logs
         )
     try:
-        return worker.build(dict(reward.scorer))
+        return worker.build(dict(scorer))
     except InputError:
         raise
     except Exception as error:  # a user's own class can raise anything
         if isinstance(error, ModuleNotFoundError) and error.name:
             raise InputError(_not_installed(reward, error.name)) from error
         raise InputError(
-            f"reward '{reward.name}': its scorer {reward.scorer.get('_target_')} cannot be built "
+            f"reward '{reward.name}': its scorer {scorer.get('_target_')} cannot be built "
             f"({error}); compare its arguments with the class"
         ) from error
 

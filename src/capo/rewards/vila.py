@@ -5,6 +5,7 @@ this module imports neither.
 """
 
 import os
+from typing import Any
 
 PUBLISHED = "google/vila/image/1"
 HANDLE = f"https://tfhub.dev/{PUBLISHED}"
@@ -37,12 +38,14 @@ class VILA:
                 )
         elif not weights.startswith("https://"):
             raise ValueError(f"weights={weights}: not a folder, and not a handle such as {HANDLE}")
+        self.weights = weights
         # The model is kept because a signature alone does not keep its variables alive.
-        self.weights, self.model, self.predict = weights, None, None
+        self.model: Any = None
+        self.predict: Any = None
 
     def to(self, device):
         """Load the model onto `device`, as torch names it; a tensorflow without GPU stays on the CPU."""
-        import tensorflow as tf
+        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]  # an extra
 
         kind, _, index = str(device).partition(":")
         seen = [gpu for gpu in tf.config.list_physical_devices("GPU") if kind == "cuda"][int(index or 0) :][
@@ -58,9 +61,12 @@ class VILA:
         """Return scores, a list of B floats, of the bytes of B image files."""
         if self.predict is None:
             self.to("cpu")
-        import tensorflow as tf
+        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]  # an extra
 
-        return [_number(self.predict(tf.constant(image))[OUTPUT].numpy()) for image in images]
+        return [self._score(tf, image) for image in images]
+
+    def _score(self, tf, image):
+        return _number(self.predict(tf.constant(image))[OUTPUT].numpy())
 
     def _signature(self, tf):
         self.model = (
@@ -78,7 +84,7 @@ class VILA:
 
 
 def _downloaded(handle):
-    import tensorflow_hub
+    import tensorflow_hub  # pyright: ignore[reportMissingImports]  # an extra
 
     try:
         return tensorflow_hub.load(handle)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -97,7 +97,8 @@ class Questions:
         self.question = question
         # The tokenizer ends each piece with the end token, so this one too.
         self.before = torch.tensor(self.tokenizer(BEFORE).input_ids)
-        self.color = tuple(int(255 * part) for part in self.processor.image_mean)
+        red, green, blue = (int(255 * part) for part in self.processor.image_mean)
+        self.color = red, green, blue
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Tokenize the text after the image to (P, M), padded to the longest and truncated at the limit."""
@@ -166,17 +167,17 @@ class VQAScore(ClipScorer):
         words = fetch(tokenizer, tokenizer_revision, words_setting, "tokenizer.json", "spiece.model")
         inside = holds_tower(found)
         eyes = fetch(tower, tower_revision, tower_setting, *(PROCESSOR_FILES if inside else MODEL_FILES))
-        vision = clip_config(eyes, tower_setting).vision_config
+        vision: Any = clip_config(eyes, tower_setting).vision_config  # typed as what it may be given as, too
         inputs = Questions(words, eyes, config, question, (words_setting, tower_setting))
         files, tower_files = weight_files(found, setting), [] if inside else weight_files(eyes, tower_setting)
         with torch.device("meta"):
             network = ClipFlanT5(config, vision, len(inputs.tokenizer))
         load_clip_flant5(network, files, tower_files, PRECISIONS[precision], setting)
         super().__init__(network, inputs, batch, PRECISIONS[precision])
-        self.answer, self.form = inputs.answer(answer), FORMS[form]
+        self.before, self.answer, self.form = inputs.before, inputs.answer(answer), FORMS[form]
 
     def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
-        before, answer = self.inputs.before.to(self.device), self.answer.to(self.device)
+        before, answer = self.before.to(self.device), self.answer.to(self.device)
         return self.form(self.module(pixels, before, tokens[row], answer))
 
 

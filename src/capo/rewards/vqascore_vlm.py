@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
@@ -139,8 +139,9 @@ def _template_beside(folder: Path) -> str | None:
 def _load(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
     from transformers import AutoModelForImageTextToText
 
+    kind: Any = AutoModelForImageTextToText  # whose types do not know that loading tells what it found
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        model, found = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

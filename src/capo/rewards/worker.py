@@ -26,6 +26,7 @@ import struct
 import sys
 import threading
 import traceback
+from typing import Any
 
 MAGIC = b"CAPO"
 START = struct.Struct(">4sI")  # magic, size of the header in bytes
@@ -77,7 +78,7 @@ def missing(modules):
     return [name for name in modules if not found(name)]
 
 
-def build(node):
+def build(node) -> Any:
     """Return `node` with each `{_target_: module.name, ...}` in it replaced by its call, innermost first.
 
     `_args_` are positional arguments; `_partial_: true` binds the arguments without calling.
@@ -101,7 +102,7 @@ def build(node):
     )
 
 
-def locate(path):
+def locate(path) -> Any:
     """Return the object at the dotted path `module.name`, importing the longest part that is a module."""
     module, names = path, []
     while True:
@@ -133,6 +134,8 @@ def load(module):
             if error.name != "capo" or not os.path.isfile(file):
                 raise
     spec = importlib.util.spec_from_file_location(module, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no module", name=module)
     found = sys.modules[module] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
@@ -142,7 +145,8 @@ class Service:
     """Answers requests; the first one says which scorer to build."""
 
     def __init__(self):
-        self.scorer = self.opened = None
+        self.scorer: Any = None
+        self.opened: Any = None
 
     def answer(self, header, blobs):
         """Return the reply to a request; an error is reported in the reply, and its traceback in the log."""

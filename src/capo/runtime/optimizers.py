@@ -40,7 +40,7 @@ def make_optimizer(
     """
     if name == ADAMW_8BIT:
         check_optimizer(name)
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # an extra, for CUDA
 
         return AdamW8bit(parameters, lr=lr, weight_decay=0.0)
     fused = not scaled and all(p.device.type in FUSED_ON and p.is_floating_point() for p in parameters)
@@ -54,7 +54,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     already.
     """
     moved = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in moved])
+    norm = nn.utils.get_total_norm([grad for p in moved if (grad := p.grad) is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(moved, limit, norm)

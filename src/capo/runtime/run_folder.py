@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from capo.runtime.files import write_whole
 
@@ -18,11 +20,11 @@ MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key
 PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run
 
 
-def read_outcome(folder: Path) -> dict[str, object]:
+def read_outcome(folder: Path) -> dict[str, Any]:
     """Read `outcome.json` of a finished run."""
     return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
 
 
-def write_outcome(folder: Path, outcome: dict[str, object]) -> None:
+def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Write `outcome.json`, whose presence marks a run as finished."""
     write_whole(folder / OUTCOME, json.dumps(outcome, indent=2) + "\n")

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-Part, Result = TypeVar("Part"), TypeVar("Result")
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 OPERATIONS, BATCHES = "operations", "batches"
 
 

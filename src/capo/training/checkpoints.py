@@ -85,6 +85,8 @@ def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
             f"{[*kept.unexpected_keys, *kept.missing_keys][:3]}"
         )
     module.policy.eval().requires_grad_(False)
+    if checkpoints.best_model_score is None:
+        raise ValueError(f"{checkpoints.best_model_path}: no validation has scored it")
     return float(checkpoints.best_model_score)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -30,18 +31,47 @@ def encode_aside(backbone: Backbone, prompts: list[str]) -> dict[str, Tensor]:
         return backbone.encode_prompts(prompts)
 
 
-def _own_devices(devices: int | str | Sequence[int], here: Launch) -> int | str | Sequence[int]:
+def _own_devices(devices: int | str | Sequence[int], here: Launch) -> int | str | list[int]:
     """Devices for Lightning on this machine: one per process; only a single process may choose which one."""
     if here.world_size > 1:
         return here.local_world_size
-    return 1 if device_count(devices) is None else devices
+    if device_count(devices) is None:
+        return 1
+    return devices if isinstance(devices, int | str) else list(devices)
+
+
+def _plugins(here: Launch) -> list[Any]:
+    """Plugins for Lightning: one whole file per checkpoint and, with several processes, their cluster."""
+    return [WholeCheckpoints(), *([cluster()] if here.world_size > 1 else [])]
+
+
+def _last_step(last: Path, module: PreferenceModule) -> int:
+    """Step of the checkpoint that training resumes from. Raises InputError if it is of another model."""
+    check_checkpoint(last, module, module.trained_names(), module.backbone.fingerprints["denoiser"])
+    return torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+
+
+def _best_and_last(validation: WinRateValidation, folder: Path) -> ValidatedCheckpoint:
+    """Callback that keeps the last checkpoint and the one with the highest validation win-rate."""
+    return ValidatedCheckpoint(
+        validation,
+        folder / "checkpoints",
+        filename="{step:06d}",
+        monitor=MONITOR,
+        mode="max",
+        save_top_k=1,
+        save_last=True,
+        every_n_train_steps=1,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
 
 
 def fit(
     module: PreferenceModule,
     data: PreferenceData,
     validation: WinRateValidation,
-    loggers: list[Logger],
+    loggers: Sequence[Logger],
     folder: Path,
     *,
     max_steps: int,
@@ -68,43 +98,25 @@ def fit(
     here = launch()
     last = folder / "checkpoints" / "last.ckpt"
     begun = last.is_file()
-    if begun:
-        check_checkpoint(last, module, module.trained_names(), module.backbone.fingerprints["denoiser"])
-    step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"] if begun else 0
+    step = _last_step(last, module) if begun else 0
     for logger in loggers:
         if here.first and isinstance(logger, CurvesFile) and logger.rows:
             logger.drop_after(step)
-    checkpoints = ValidatedCheckpoint(
-        validation,
-        folder / "checkpoints",
-        filename="{step:06d}",
-        monitor=MONITOR,
-        mode="max",
-        save_top_k=1,
-        save_last=True,
-        every_n_train_steps=1,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
+    checkpoints = _best_and_last(validation, folder)
+    named: Any = precision  # one of the names that Lightning spells out as literals
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=_own_devices(devices, here),
         num_nodes=here.machines,
         strategy=make_strategy(strategy, here.world_size),
-        precision=precision,
+        precision=named,
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
-        logger=loggers,
+        logger=list(loggers),
         default_root_dir=folder,
-        callbacks=[
-            Curves(log_every),
-            validation,
-            checkpoints,
-            SameBatches(),
-            TQDMProgressBar(refresh_rate=1, leave=True),
-        ],
-        plugins=[WholeCheckpoints(), *([cluster()] if here.world_size > 1 else [])],
+        callbacks=[Curves(log_every), validation, checkpoints, SameBatches(), TQDMProgressBar(1, leave=True)],
+        plugins=_plugins(here),
         use_distributed_sampler=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

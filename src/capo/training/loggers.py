@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from capo.module import PreferenceModule
 from capo.runtime.files import write_table, write_whole
 
 FLUSH = 50  # rows collected in memory before the file is written
@@ -33,7 +35,7 @@ class CurvesFile(Logger):
     def __init__(self, folder: str | Path):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.rows: list[dict[str, object]] = []
+        self.rows: list[dict[str, Any]] = []
         if self.path.is_file():
             with self.path.open(encoding="utf-8", newline="") as file:
                 self.rows = [
@@ -115,8 +117,8 @@ class RunIdentity:
         job_type: W&B's job type.
     """
 
-    axes: Mapping[str, object]
-    config: Mapping[str, object]
+    axes: Mapping[str, Any]
+    config: Mapping[str, Any]
     group: str | None = None
     tags: Sequence[str] = ()
     job_type: str = "train"
@@ -129,10 +131,10 @@ class WandbRun(WandbLogger):
     without the W&B server.
     """
 
-    def __init__(self, folder: str | Path, project: str, **options: object):
+    def __init__(self, folder: str | Path, project: str, **options: Any):
         super().__init__(project=project, save_dir=str(folder))
         self.record_path, self._options = Path(folder) / "wandb.json", options
-        self._record: dict[str, object] = {}
+        self._record: dict[str, Any] = {}
 
     def begin(self, identity: RunIdentity) -> None:
         """Start a W&B run, or resume the one whose id `wandb.json` holds."""
@@ -202,7 +204,7 @@ def wandb_is_online() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 
-def wandb_logger(folder: str | Path, project: str, **options: object) -> Logger:
+def wandb_logger(folder: str | Path, project: str, **options: Any) -> Logger:
     """Return a W&B logger, online if `wandb_is_online()`, else offline under `folder/wandb/`.
 
     An offline run prints one line that says how to upload it. `options` (entity, group, name, notes, ...) are
@@ -231,7 +233,7 @@ class Curves(L.Callback):
         self._pairs += len(batch.prompt_ids) * trainer.world_size
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
+        self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int
     ) -> None:
         """Log the figures of an optimizer step once its last micro-batch is done."""
         step = trainer.global_step

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -32,10 +34,11 @@ class ShardedStrategy(ModelParallelStrategy):
             data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gather the unsharded state on the first process, numbered as by a plain optimizer; elsewhere {}."""
         plain = getattr(optimizer, "_optimizer", optimizer)
-        found = get_optimizer_state_dict(self.model, plain, options=WHOLE)
+        # torch types the values of a state as whatever a checkpoint can hold
+        found: Any = get_optimizer_state_dict(self._network(), plain, options=WHOLE)
         if self.global_rank:
             return {}
         numbers = {name: number for number, name in enumerate(self._trained())}
@@ -50,27 +53,35 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Load weights and optimizer state into their shards; return the checkpoint without the weights."""
         checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only)
         # not strict: parameters that LoRA leaves frozen are not in the checkpoint
         set_model_state_dict(
-            self.model,
+            self._network(),
             checkpoint.pop("state_dict"),
             options=StateDictOptions(full_state_dict=True, strict=False),
         )
         names = self._trained()
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             set_optimizer_state_dict(
-                self.model, optimizer, _by_name(state, names), options=StateDictOptions(full_state_dict=True)
+                self._network(),
+                optimizer,
+                _by_name(state, names),
+                options=StateDictOptions(full_state_dict=True),
             )
         return checkpoint
 
+    def _network(self) -> nn.Module:
+        """The module that is trained; Lightning sets it before it asks for any state."""
+        assert self.model is not None
+        return self.model
+
     def _trained(self) -> list[str]:
-        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return [name for name, parameter in self._network().named_parameters() if parameter.requires_grad]
 
 
-def _by_name(state: Mapping[str, object], names: list[str]) -> dict[str, object]:
+def _by_name(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     groups = [
         {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,7 @@ from capo.module import PreferenceModule
 
 
 def print_summary(
-    facts: dict[str, object], candidates: Candidates, module: PreferenceModule, console: Console
+    facts: dict[str, Any], candidates: Candidates, module: PreferenceModule, console: Console
 ) -> None:
     """Print a table of `facts`, numbers of parameters and pairs, and the spread of each label source."""
     found = candidates.selection.statistics()

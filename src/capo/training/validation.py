@@ -22,6 +22,7 @@ from capo.data.prompts import Prompt, candidate_seed
 from capo.evaluation.held_out import GROUP, HeldOut, by_prompt, judge
 from capo.evaluation.reports.page import image_grid
 from capo.metrics import WinRate, win_rate
+from capo.module import PreferenceModule
 from capo.rewards import Reward
 from capo.runtime.processes import gathered
 from capo.runtime.run_folder import MONITOR
@@ -101,7 +102,7 @@ class WinRateValidation(L.Callback):
         self.validated = 0  # the last step after which the policy was validated
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
+        self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int
     ) -> None:
         """Validate every `every` optimizer steps and after the last one; log and print the figures."""
         step = trainer.global_step

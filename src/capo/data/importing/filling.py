@@ -109,6 +109,7 @@ class ChoiceStage(Stage):
         return [shard for shard in shards if not self.pool.has_scores(HUMAN.key, shard, self.verify)]
 
     def run(self, shard: Shard, report: Report) -> None:
+        assert self.table.ranks is not None  # else nothing was missing
         ranks = self.table.ranks[
             shard.positions.start : shard.positions.stop, shard.candidates.start : shard.candidates.stop
         ]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from capo.errors import InputError
 
@@ -42,7 +43,7 @@ def unusable(caption: str, ranks: Sequence[int] | None) -> str | None:
     return TIE if len(set(ranks)) == 1 else None
 
 
-def number_of(value: object, where: str) -> float | None:
+def number_of(value: Any, where: str) -> float | None:
     """Number in a cell, None if it is empty or NaN; `where` names the cell.
 
     Raises InputError if the cell is not a number.
@@ -60,8 +61,8 @@ def numbers_of(values: object, where: str) -> list[float] | None:
         return None
     if not isinstance(values, list):
         raise InputError(f"{where} is {values!r}; it must be a list with one number per image")
-    numbers = [number_of(value, where) for value in values]
-    return None if None in numbers else numbers
+    numbers = [number for value in values if (number := number_of(value, where)) is not None]
+    return numbers if len(numbers) == len(values) else None
 
 
 def choice_of(value: object, where: str) -> tuple[int, int] | None:
@@ -108,6 +109,7 @@ def thinned(entry: Entry, count: int) -> Entry:
         return entry
     if entry.ranks is None:
         return Entry(entry.caption, entry.places[:count], None)
-    order = sorted(range(total), key=lambda i: -entry.ranks[i])
+    ranks = entry.ranks
+    order = sorted(range(total), key=lambda i: -ranks[i])
     kept = sorted(order[(2 * i * (total - 1) + count - 1) // (2 * (count - 1))] for i in range(count))
-    return Entry(entry.caption, tuple(entry.places[i] for i in kept), tuple(entry.ranks[i] for i in kept))
+    return Entry(entry.caption, tuple(entry.places[i] for i in kept), tuple(ranks[i] for i in kept))

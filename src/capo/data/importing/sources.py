@@ -182,7 +182,7 @@ class _Lists(Source):
                 )
                 ranks = dense_ranks(numbers, self.better) if numbers else None
                 count = len(values.get(self.columns[0]) or ()) if len(columns) == 3 else len(numbers or ())
-                if reason := unusable(caption, ranks) or (UNEQUAL if count != len(ranks) else None):
+                if reason := unusable(caption, ranks) or (UNEQUAL if count != len(ranks or ()) else None):
                     dropped[reason] += 1
                     continue
                 yield Entry(caption, tuple((number, row, item) for item in range(count)), ranks)
@@ -233,8 +233,8 @@ class _Files(Source):
             )
             groups.setdefault(normalize(values.get(self.caption) or ""), []).append((row, score))
         for caption, members in groups.items():
-            scores = [score for _, score in members]
-            ranks = dense_ranks(scores, self.better) if self.score and None not in scores else None
+            scores = [score for _, score in members if score is not None]
+            ranks = dense_ranks(scores, self.better) if self.score and len(scores) == len(members) else None
             if reason := TOO_FEW if len(members) < 2 else unusable(caption, ranks if self.score else (0, 1)):
                 dropped[reason] += 1
                 continue

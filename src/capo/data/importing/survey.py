@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -61,7 +63,7 @@ def _fault(source: Source, place: tuple[int, int, int]) -> str | None:
     return None
 
 
-def _table(kept: list[Entry], report: dict[str, object]) -> ImportTable:
+def _table(kept: list[Entry], report: Mapping[str, Any]) -> ImportTable:
     seen: Counter[str] = Counter()
     ids = []
     for entry in kept:
@@ -69,7 +71,7 @@ def _table(kept: list[Entry], report: dict[str, object]) -> ImportTable:
         seen[entry.caption] += 1
     chosen = kept[0].ranks is not None
     ranks = np.array([entry.ranks for entry in kept], dtype=np.float32) if chosen else None
-    report = report | {"captions": len(seen)}
+    report = {**report, "captions": len(seen)}
     return ImportTable(
         ids,
         [entry.caption for entry in kept],
@@ -79,7 +81,7 @@ def _table(kept: list[Entry], report: dict[str, object]) -> ImportTable:
     )
 
 
-def described(report: dict[str, object]) -> str:
+def described(report: Mapping[str, Any]) -> str:
     """Report in words: number of entries, how many were left out and why, and the first broken images."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report["dropped"].items())) or "none"
     captions = f" with {report['captions']} different captions" if "captions" in report else ""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class TensorFile:
         offset = self.header.start + entry["data_offsets"][0]
         return np.frombuffer(self._map, kind, count, offset).reshape(shape)
 
-    def tensor(self, name: str, index=...) -> Tensor:
+    def tensor(self, name: str, index: Any = ...) -> Tensor:
         """Copy of `arrays[name][index]` as a tensor of the stored dtype."""
         copy, dtype = torch.from_numpy(np.array(self.arrays[name][index])), self._dtypes[name]
         return copy if copy.dtype == dtype else copy.view(dtype)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ class ImportTable:
     texts: Sequence[str]
     places: np.ndarray
     ranks: np.ndarray | None
-    report: Mapping[str, object]
+    report: Mapping[str, Any]
 
     @property
     def candidates(self) -> int:

@@ -54,14 +54,17 @@ def pool_name(model: str, generator: str, seed: int, split: str) -> str:
 
 
 def text_path(folder: Path, row: int) -> Path:
+    """File with the text conditioning of a row of prompts."""
     return folder / "text" / f"{row:05d}.safetensors"
 
 
 def latents_path(folder: Path, row: int, block: int) -> Path:
+    """File with the latents of a row of prompts and a block of candidates."""
     return folder / "latents" / f"{row:05d}-{block:02d}.safetensors"
 
 
 def scores_path(folder: Path, key: str, row: int, block: int) -> Path:
+    """File with the scores of a row of prompts and a block of candidates; `key` is the label source's."""
     return folder / "scores" / key / f"{row:05d}-{block:02d}.parquet"
 
 

@@ -149,6 +149,8 @@ class Pool:
 
     def _stored_candidates(self, path: Path) -> range | None:
         header = self._inspection.header(path)
+        if header is None:
+            return None
         try:
             numbers = read_range(header.metadata["candidates"])
             return numbers if len(numbers) == header.entries["latents"]["shape"][1] else None
@@ -293,7 +295,10 @@ class Pool:
         """Store raw scores (prompts, candidates) of the shard's present latents."""
         if scores.shape != (len(shard.positions), len(shard.candidates)):
             raise ValueError(f"scores {tuple(scores.shape)} do not fit shard {shard.name}")
-        metadata = self._scores_identity(key, shard, self._latents_checksum(shard)) | _described(settings)
+        latents = self._latents_checksum(shard)
+        if latents is None:
+            raise ValueError(f"scores for shard {shard.name}, which has no latents")
+        metadata = self._scores_identity(key, shard, latents) | _described(settings)
         path, numbers = scores_path(self.folder, key, shard.row, shard.block), scores.cpu().float().numpy()
         write_score_file(path, self._table.row_ids(shard.row), shard.candidates, numbers, metadata)
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,7 +106,7 @@ def row_count(file: Path, form: str) -> int | None:
         return None  # the reader of the file raises the error
 
 
-def _table(file: Path, place: str, choose: Choose, **dialect: object) -> Iterator[Batch]:
+def _table(file: Path, place: str, choose: Choose, **dialect: Any) -> Iterator[Batch]:
     rows = csv.reader(decoded_lines(file, place), **dialect)
     try:
         header = next(rows, [])
@@ -148,4 +149,4 @@ def _record(line: str, place: str) -> dict:
 def _columns(names: Sequence[str], rows: Iterable[Sequence]) -> Iterator[Batch]:
     rows = iter(rows)
     while chunk := list(islice(rows, BATCH)):
-        yield {name: list(values) for name, values in zip(names, zip(*chunk), strict=True)}
+        yield {name: list(values) for name, values in zip(names, zip(*chunk, strict=True), strict=True)}

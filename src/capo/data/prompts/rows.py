@@ -1,5 +1,6 @@
 """Rows of a source: filtering of each row by itself, and the prompts of the chosen rows."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -39,7 +40,7 @@ def fetch(source: Source, files: Sequence[PromptFile], rows: np.ndarray) -> list
     """
     order = np.argsort(rows)
     ascending, start = rows[order], 0
-    prompts: list[Prompt | None] = [None] * len(rows)
+    prompts: dict[int, Prompt] = {}
     for _, columns, batch in _batches(replace(source, nsfw=None, where={}), files, "fetching"):
         texts = batch[columns.text]
         low, high = np.searchsorted(ascending, [start, start + len(texts)])
@@ -47,13 +48,14 @@ def fetch(source: Source, files: Sequence[PromptFile], rows: np.ndarray) -> list
             category = batch[columns.category][row] if columns.category else None
             prompts[place] = make_prompt(texts[row], "" if category is None else str(category))
         start += len(texts)
-    return prompts
+    return [prompts[place] for place in range(len(rows))]
 
 
 def _batches(source: Source, files: Sequence[PromptFile], verb: str) -> Iterator[tuple[str, Columns, Batch]]:
     """Batches (place, columns, batch) of the columns that `source` reads, over all files."""
     counts = [row_count(file.path, file.form) for file in files]
-    total = None if None in counts else sum(counts)
+    known = [count for count in counts if count is not None]
+    total = sum(known) if len(known) == len(counts) else None
     description = f"prompts.{source.split}: {verb}"
     with tqdm(
         desc=description, total=total, unit="row", unit_scale=True, delay=SLOW, leave=False, disable=None
@@ -80,9 +82,10 @@ def _judge(
     found = np.array(fates, np.uint8)
     for name in columns.where:
         found[[not _same(value, source.where[name]) for value in batch[name]]] = UNWANTED
+    threshold = math.inf if source.nsfw is None else source.nsfw  # without one no column is read for it
     for name in columns.nsfw:
         reached = partial(
-            _is_nsfw, threshold=source.nsfw, place=f"{place}: column '{name}'", split=source.split
+            _is_nsfw, threshold=threshold, place=f"{place}: column '{name}'", split=source.split
         )
         found[list(map(reached, batch[name]))] = NSFW
     found[np.array(fates) == EMPTY] = EMPTY
@@ -105,7 +108,7 @@ def _clean(text: object, place: str, split: str) -> str:
 
 def _is_nsfw(value: object, threshold: float, place: str, split: str) -> bool:
     """Whether an NSFW score reaches the threshold or an NSFW boolean is true; a missing value is NSFW."""
-    if type(value) in (float, int):
+    if isinstance(value, float | int) and not isinstance(value, bool):
         return not value < threshold  # NaN counts as missing
     word = "" if value is None else str(value).strip().lower()
     if word in ("", *YES, *NO):

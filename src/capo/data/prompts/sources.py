@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from capo.data.prompts.files import ENDINGS, READERS
 from capo.errors import InputError
@@ -221,16 +222,19 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_positive(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
+
+
 RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     **dict.fromkeys(
         ["path", "hub", "revision", "column", "category"], ("text, or null", _optional(_is_text))
     ),
     "file": ("the name of a file in the data set, or a list of them, or null", _optional(_are_names)),
     "format": (f"one of {', '.join(READERS)}, or null", _optional(lambda value: value in tuple(READERS))),
-    "nsfw": (
-        "a finite number above 0, or null",
-        _optional(lambda value: type(value) in (int, float) and math.isfinite(value) and value > 0),
-    ),
+    "nsfw": ("a finite number above 0, or null", _optional(_is_positive)),
     "nsfw_columns": ("a list of columns, or null", _optional(_are_texts)),
     "where": ("column: value", lambda value: isinstance(value, Mapping)),
     "max_length": ("a whole number of at least 1, or null", _optional(_is_count)),
@@ -248,13 +252,14 @@ def source_of(split: str, given: object) -> Source:
         given = {"path": str(given)}
     if not isinstance(given, Mapping):
         raise InputError(f"prompts.{split}={given}: must be the path of {KINDS}, or a mapping with a path")
+    keys: dict[str, Any] = {**given}
     known = [found.name for found in fields(Source) if found.name != "split"]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise InputError(f"prompts.{split}.{key}: no such key; {hint}")
-    return Source(split=split, **given)
+    return Source(split=split, **keys)
 
 
 def missing_inputs(keys: Sequence[str], given: Mapping[str, object]) -> str:

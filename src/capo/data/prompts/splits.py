@@ -212,7 +212,8 @@ def _show(reports: Sequence[SplitReport], limits: dict[str, int | None]) -> None
     console = Console()
     console.print(report_table(reports))
     for report in reports:
-        more = f" and {len(report.places) - 1} more files" if len(report.places) > 1 else ""
-        console.print(f"{report.split}: {report.places[0]}{more}", soft_wrap=True, highlight=False)
+        first, *others = report.places
+        more = f" and {len(others)} more files" if others else ""
+        console.print(f"{report.split}: {first}{more}", soft_wrap=True, highlight=False)
     for line in shortages(reports, limits):
         console.print(line, style="yellow", soft_wrap=True)

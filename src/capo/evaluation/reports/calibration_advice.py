@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from capo.calibration import Spread, spread_warnings
-from capo.evaluation.reports.calibration_report import TARGET, CalibrationReport, RewardFigures
+from capo.evaluation.reports.calibration_report import TARGET, CalibrationReport, Frontier, RewardFigures
 
 OUTSIDE = 0.5  # warn if a larger share of scores lies outside the declared range
 CROWDED = 0.5  # warn if a larger share of the candidates is in the upper frontier
@@ -25,7 +25,7 @@ def reward_warnings(name: str, figures: RewardFigures) -> list[str]:
         f"{told}. {scale_advice(name, figures)}"
         for told in spread_warnings([Spread(figures.spread, *shares)], [name])
     ]
-    if figures.outside is not None and figures.outside > OUTSIDE:
+    if figures.declared and figures.outside is not None and figures.outside > OUTSIDE:
         found.append(
             f"reward '{name}': {figures.outside:.0%} of its scores lie outside {figures.declared[0]:g} to "
             f"{figures.declared[1]:g}, its declared range (seen: {figures.seen[0]:.4g} to "
@@ -59,13 +59,17 @@ def pair_warnings(report: CalibrationReport) -> list[str]:
             f"{selected.skipped} of {report.prompts} prompts ({share:.0%}) have no pair with dR > 0 "
             "and are skipped"
         )
-    if frontier and selected.lower and (frontier.undominated > CROWDED or frontier.empty > EMPTY):
-        found.append(_degenerate(report))
+    if (
+        frontier
+        and report.independent
+        and selected.lower
+        and (frontier.undominated > CROWDED or frontier.empty > EMPTY)
+    ):
+        found.append(_degenerate(report, frontier, report.independent))
     return found
 
 
-def _degenerate(report: CalibrationReport) -> str:
-    frontier, independent = report.frontier, report.independent
+def _degenerate(report: CalibrationReport, frontier: Frontier, independent: Frontier) -> str:
     wider = (
         "; pairs.lower=all_dominated draws losers from more candidates, "
         "but gives no pair to a prompt that has none"

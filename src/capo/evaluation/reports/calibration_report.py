@@ -167,7 +167,10 @@ def calibration_report(
     """
     raw, rated = spread(scores), spread(calibrated)
     columns = zip(rewards, scores.unbind(-1), calibrated.unbind(-1), raw, rated, strict=True)
-    figures = {reward.name: _reward_figures(reward, *column, method) for reward, *column in columns}
+    figures = {
+        reward.name: _reward_figures(reward, own, rating, before, after, method)
+        for reward, own, rating, before, after in columns
+    }
     selected = pair_figures(selection, prompts, strategy)
     several = len(rewards) > 1
     frontier = frontier_shares(scores) if several else None
@@ -271,10 +274,10 @@ def _mean_correlation(
 def pair_figures(selection: Selection, prompts: Sequence[str], strategy: Strategy) -> PairFigures:
     """Set sizes, numbers of pairs and skipped prompts of a selection; `prompts` holds the P texts."""
     candidates = selection.winners.shape[1]
-    sizes = [
+    winners, losers = (
         torch.bincount(mask.sum(1), minlength=candidates + 1).tolist()
         for mask in (selection.winners, selection.losers)
-    ]
+    )
     skipped = (~selection.usable).nonzero().flatten().tolist()
     pairs_ = selection.pairs[selection.usable].double()
     extent = (
@@ -283,17 +286,16 @@ def pair_figures(selection: Selection, prompts: Sequence[str], strategy: Strateg
         else (0, 0.0, 0)
     )
     mean = pairs_.mean().item() if len(pairs_) else 0.0
-    examples = [prompts[row] for row in skipped[:EXAMPLES]]
+    examples = [prompts[int(row)] for row in skipped[:EXAMPLES]]
     lower = argument(strategy, declaration(strategy).lower_set)
-    return PairFigures(strategy_name(strategy), *sizes, extent, mean, len(skipped), examples, lower)
+    return PairFigures(strategy_name(strategy), winners, losers, extent, mean, len(skipped), examples, lower)
 
 
 def frontier_shares(scores: Tensor) -> Frontier:
     """Mean shares of a prompt's candidates in the frontiers, from (P, N, L) raw scores."""
     upper, lower = non_dominated(scores)
     winners, losers = upper & ~lower, lower & ~upper
-    shares = [mask.float().mean().item() for mask in (upper, winners, losers)]
-    return Frontier(*shares, (~losers.any(1)).float().mean().item())
+    return Frontier(*(mask.float().mean().item() for mask in (upper, winners, losers, ~losers.any(1))))
 
 
 @functools.cache

@@ -146,8 +146,8 @@ def _points(rows: Sequence[dict[str, str]], name: str) -> list[tuple[float, floa
 
 def _number(cell: str | None) -> float:
     try:
-        return float(cell)
-    except (TypeError, ValueError):
+        return float(cell or "")
+    except ValueError:
         return math.nan
 
 

@@ -194,7 +194,9 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
     return image
 
 
-def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 6) -> list[str]:
+def wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int = 6
+) -> list[str]:
     """Wrap `text` into lines of at most `width` pixels; split longer words, and cut after `lines` lines."""
     result = [""]
     for word in text.split():

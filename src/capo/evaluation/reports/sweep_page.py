@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ def named(rows: Sequence[Row], start: str) -> dict[str, str]:
     }
 
 
-def number_of(value: object) -> float:
+def number_of(value: Any) -> float:
     """Convert a value to a number; NaN if it is not one."""
     try:
         return float(value)
@@ -142,8 +143,8 @@ def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
     low = [number_of(row.get(f"{column}/low")) for row in rows]
     high = [number_of(row.get(f"{column}/high")) for row in rows]
     return [
-        [100 * (m - end) for m, end in zip(middle, low)],
-        [100 * (end - m) for m, end in zip(middle, high)],
+        [100 * (m - end) for m, end in zip(middle, low, strict=True)],
+        [100 * (end - m) for m, end in zip(middle, high, strict=True)],
     ]
 
 
@@ -153,7 +154,7 @@ def _frontiers(
     """Draw one panel per pair of rewards, win-rate against win-rate, one line per setting of other keys."""
     figure = Figure(figsize=(5 * len(pairs) + 0.5, 5.2), layout="constrained")
     panels = figure.subplots(1, len(pairs), squeeze=False)[0]
-    for axes, (first, second) in zip(panels, pairs):
+    for axes, (first, second) in zip(panels, pairs, strict=True):
         columns = [f"{TEST}{first}", f"{TEST}{second}"]
         for number, (label, group) in enumerate(curves(rows, keys, axis).items()):
             xs, ys = ([100 * number_of(row.get(column)) for row in group] for column in columns)
@@ -168,7 +169,7 @@ def _frontiers(
                 color=COLORS[number % len(COLORS)],
                 label=label,
             )
-            for x, y, row in zip(xs, ys, group):
+            for x, y, row in zip(xs, ys, group, strict=True):
                 if math.isfinite(x) and math.isfinite(y):
                     axes.annotate(
                         str(row[axis]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8
