@@ -23,7 +23,8 @@ from fixtures import ROOT
 def pytest_cmdline_main(config):
     """A worker for each core, unless -n says otherwise; not in addopts, which would need pytest-xdist.
 
-    A file stays on one worker, so that what its tests share is made once; files come in their order, whole runs first.
+    A file stays on one worker, so that what its tests share is made once; files come in their order, whole
+    runs first.
     """
     option = config.option
     if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):

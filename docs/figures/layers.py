@@ -43,7 +43,9 @@ Arrow = tuple[str, str]  # (importer, imported)
 def layers() -> list[list[str]]:
     """Packages and modules of each layer, from the highest to the lowest, as import-linter enforces them."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    lines = next(rules["layers"] for rules in config["tool"]["importlinter"]["contracts"] if "layers" in rules)
+    lines = next(
+        rules["layers"] for rules in config["tool"]["importlinter"]["contracts"] if "layers" in rules
+    )
     return [[name.strip() for name in line.split("|")] for line in lines if line.strip()]
 
 

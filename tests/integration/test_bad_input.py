@@ -75,28 +75,34 @@ def refusal(run, *arguments) -> str:
     ("objective.beta", float("inf"), "objective.beta=inf: must be a finite number above 0"),
     ("objective.beta", "thirty", "objective.beta=thirty: must be a finite number above 0"),
     ("objective.beta", None, "objective.beta=null: must be a finite number"),
-    ("objective.betta", 3, "objective.betta=3: capo.objectives.capo takes no such argument; did you mean objective.beta?"),
+    ("objective.betta", 3,
+     "objective.betta=3: capo.objectives.capo takes no such argument; did you mean objective.beta?"),
     ("objective._target_", "capo.objectives.cap", "objective._target_=capo.objectives.cap: cannot be used"),
     ("seed", "one", "seed=one: must be a whole number from 0 to"),
     ("seed", -1, "seed=-1: must be a whole number from 0 to"),
     ("pool.candidates", 1, "pool.candidates=1: must be a whole number of at least 2"),
     ("pool.candidates", "16", "pool.candidates=16: must be a whole number"),
     ("sampling.steps", True, "sampling.steps=true: must be a whole number of at least 1"),
-    ("sampling.parallel", "batch", "sampling.parallel=batch: must be one of operations, batches; did you mean batches?"),
+    ("sampling.parallel", "batch",
+     "sampling.parallel=batch: must be one of operations, batches; did you mean batches?"),
     ("trainer.batch", 0, "trainer.batch=0: must be a whole number of at least 1"),
     ("trainer.max_steps", 2.5, "trainer.max_steps=2.5: must be a whole number of at least 1"),
     ("trainer.lr", 0.0, "trainer.lr=0.0: must be a finite number above 0"),
     ("trainer.gradient_clip", 0, "trainer.gradient_clip=0: must be a finite number above 0, or null"),
     ("trainer.precision", "BF16-Mixed", "did you mean bf16-mixed?"),
     ("trainer.devices", "two", "trainer.devices=two: must be a number of devices"),
-    ("calibration", "Win_Rate", "calibration=Win_Rate: must be one of win_rate, raw, zscore; did you mean win_rate?"),
-    ("noise.weighting", "sigmoidal", "noise.weighting=sigmoidal: must be one of sigmoid, constant; did you mean sigmoid?"),
+    ("calibration", "Win_Rate",
+     "calibration=Win_Rate: must be one of win_rate, raw, zscore; did you mean win_rate?"),
+    ("noise.weighting", "sigmoidal",
+     "noise.weighting=sigmoidal: must be one of sigmoid, constant; did you mean sigmoid?"),
     ("noise.shared", "no", "noise.shared=no: must be true or false"),
     ("rewards.r.scale", "20", "rewards.r.scale=20: must be a finite number above 0"),
     ("pairs.lower", 3, "pairs.lower=3: must be text"),
     ("prompts.train", 5, "prompts.train=5: must be text"),
     ("model.backbone.dtype", "fp16", "model.backbone.dtype=fp16: must be one of float32, float16, bfloat16"),
-    ("model.backbone.revison", "main", "model.backbone.revison=main: capo.backbones.UNetBackbone takes no such argument; did you mean model.backbone.revision?"),
+    ("model.backbone.revisions", "main",
+     "model.backbone.revisions=main: capo.backbones.UNetBackbone takes no such argument; "
+     "did you mean model.backbone.revision?"),
     ("evaluate", "yes", "evaluate=yes: must be true or false"),
     ("export", "ful", "export=ful: must be one of adapter, full; did you mean full?"),
 ])  # fmt: skip
@@ -112,10 +118,13 @@ def test_values_that_cannot_be_used(plain, key, value, message):
      "pairs.lower=below: must be one of frontier, all_dominated"),
     ({"pairs": {"_target_": "capo.pairs.reward_sum", "_partial_": True, "weights": [1.0]}},
      "pairs.weights=[1.0]: must be 2 finite numbers, one for each reward in their order, none negative"),
-    ({"objective": {"_target_": "capo.objectives.capo", "_partial_": True, "beta": 1}, "noise.draw": "logit_normal"},
+    ({"objective": {"_target_": "capo.objectives.capo", "_partial_": True, "beta": 1},
+      "noise.draw": "logit_normal"},
      "noise.draw=logit_normal: model=tiny draws its times uniform, not so"),
-    ({"objective": {"_target_": "fixtures.fake_objectives.mean_loss", "_partial_": True, "beta": 1}}, "losses of shape () for 3 pairs"),
-    ({"objective": {"_target_": "fixtures.fake_objectives.picky", "_partial_": True, "beta": 1}}, "objective.beta=1: must be 7"),
+    ({"objective": {"_target_": "fixtures.fake_objectives.mean_loss", "_partial_": True, "beta": 1}},
+     "losses of shape () for 3 pairs"),
+    ({"objective": {"_target_": "fixtures.fake_objectives.picky", "_partial_": True, "beta": 1}},
+     "objective.beta=1: must be 7"),
 ])  # fmt: skip
 def test_what_a_function_refuses_is_said_of_its_key(plain, values, message):
     cfg = copy.deepcopy(plain)
@@ -127,8 +136,11 @@ def test_what_a_function_refuses_is_said_of_its_key(plain, values, message):
 
 def test_the_options_of_a_family_are_checked_before_its_weights_are_looked_for():
     cfg = composed("model=sd3")
-    for key, value, message in (("sequence_length", 600, "must be a whole number from 0 to 512"), ("t5", "no", "must be true or false"),
-                                ("sequence_length", 2.5, "must be a whole number")):  # fmt: skip
+    for key, value, message in (
+        ("sequence_length", 600, "must be a whole number from 0 to 512"),
+        ("t5", "no", "must be true or false"),
+        ("sequence_length", 2.5, "must be a whole number"),
+    ):
         wrong = spoilt(cfg, **{f"model__backbone__{key}": value})
         assert f"model.backbone.{key}={value}: {message}" in refusal(check_values, wrong)
 
@@ -520,9 +532,12 @@ def helper(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("script", "arguments", "message"), [
-    ("train.py", ["objective=capo", "model=sdxl", "pairs=frs"], "error: model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0'"),
+    ("train.py", ["objective=capo", "model=sdxl", "pairs=frs"],
+     "error: model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0'"),
     ("generate.py", ["pool.candidates=1"], "error: pool.candidates=1: must be a whole number of at least 2"),
-    ("evaluate.py", ["run=nothing"], "error: run=nothing is not a run directory: it has no config.yaml; give the directory that train.py printed"),
+    ("evaluate.py", ["run=nothing"],
+     "error: run=nothing is not a run directory: it has no config.yaml; "
+     "give the directory that train.py printed"),
 ])  # fmt: skip
 def test_a_slip_ends_a_process_with_one_message(helper, tmp_path, script, arguments, message):
     code, error = helper.run(script, *arguments, cwd=tmp_path)

@@ -1,4 +1,7 @@
-"""The recipes of docs/extending.md, followed to the letter: files written as printed, commands run as printed, on a small scale."""
+"""The recipes of docs/extending.md, followed to the letter on a small scale.
+
+Files are written as printed, and commands run as printed.
+"""
 
 import importlib
 import json
@@ -21,9 +24,10 @@ FILE = re.compile(r'```\w+ title="([^"]+)"\n(.*?)```', re.DOTALL)
 COMMANDS = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 # what a command does not say itself, so that it takes seconds
 SMALL = {
-    "prompts.train": 4, "prompts.validation": 2, "prompts.test": 2, "pool.candidates": 4, "sampling.steps": 2, "trainer.max_steps": 2,
-    "trainer.batch": 2, "validation.every": 2, "validation.images": 2, "evaluation.images": 2, "evaluation.zero_prompts": 2,
-    "evaluation.oracle": "null", "threads": 1, "hydra.run.dir": "run",
+    "prompts.train": 4, "prompts.validation": 2, "prompts.test": 2, "pool.candidates": 4, "sampling.steps": 2,
+    "trainer.max_steps": 2, "trainer.batch": 2, "validation.every": 2, "validation.images": 2,
+    "evaluation.images": 2, "evaluation.zero_prompts": 2, "evaluation.oracle": "null", "threads": 1,
+    "hydra.run.dir": "run",
 }  # fmt: skip
 
 
@@ -35,7 +39,10 @@ def pools(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch, drawn_once, pools):
-    """A folder with every file of the guide; returns what runs the commands of a section there, and the run's directory."""
+    """A folder with every file of the guide.
+
+    Returns what runs the commands of a section there, and the run's directory.
+    """
     for name, text in FILE.findall(GUIDE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -129,8 +136,8 @@ def test_a_model_family(recipe):
     text = backbone.encode_prompts(prompts)
     plain = DiffusionPipeline.from_pretrained("mine/tiny-pixart")
     expected = plain(
-        prompts, generator=candidate_generators(seeds), num_inference_steps=3, guidance_scale=4.5, height=16, width=16,
-        use_resolution_binning=False, output_type="latent", **backbone.call_options,
+        prompts, generator=candidate_generators(seeds), num_inference_steps=3, guidance_scale=4.5,
+        height=16, width=16, use_resolution_binning=False, output_type="latent", **backbone.call_options,
     ).images  # fmt: skip
     noise = candidate_noise(seeds, backbone.latent_shape)
     assert torch.equal(sample(backbone, backbone.denoiser, text, noise, SamplerSettings(3, 4.5, 2)), expected)

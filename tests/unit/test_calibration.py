@@ -265,7 +265,7 @@ def test_method_is_chosen_by_name(method, function):
 
 def test_calibrate_names_the_reward():
     scores = normal(4, 6, 2)
-    with pytest.raises(InputError, match="^method must be one of win_rate, raw, zscore, got 'winrate'"):
+    with pytest.raises(InputError, match=r"^method must be one of win_rate, raw, zscore, got 'winrate'"):
         calibrate(scores, ["identity"] * 2, [1.0, 1.0], "winrate")
     with pytest.raises(InputError, match=r"'looks'.*scale -1.0"):
         calibrate(scores, ["identity"] * 2, [1.0, -1.0], names=["preference", "looks"])

@@ -213,7 +213,7 @@ def test_frs_gives_the_frontiers_or_all_others(kind):
 
 def test_frs_refuses_an_unknown_lower_set():
     scores = random_scores("random", 2, 4, 3)
-    with pytest.raises(InputError, match="^lower must be one of frontier, all_dominated, got 'dominated'"):
+    with pytest.raises(InputError, match=r"^lower must be one of frontier, all_dominated, got 'dominated'"):
         frs(scores, win_rates(scores), lower="dominated")
 
 

@@ -112,10 +112,13 @@ class Hub:
 
 @pytest.mark.parametrize(("hub", "reason"), [
     (Hub(error=ConnectionError("no route\nand more")), r"\(cannot be reached: no route\)"),
-    (Hub(error=HfHubHTTPError("404: no such repository", response=Mock(headers={}))), r"\(answers: 404: no such repository\)"),
-    (Hub(gated="auto", error=HfHubHTTPError("401: log in", response=Mock(headers={}))), r"\(answers: 401: log in\)"),
+    (Hub(error=HfHubHTTPError("404: no such repository", response=Mock(headers={}))),
+     r"\(answers: 404: no such repository\)"),
+    (Hub(gated="auto", error=HfHubHTTPError("401: log in", response=Mock(headers={}))),
+     r"\(answers: 401: log in\)"),
     (Hub(gated="manual", error=GatedRepoError("403", response=Mock(headers={}))),
-     r"\(gated, and you have no access: accept the license on https://huggingface.co/some/model, then hf auth login\)"),
+     r"\(gated, and you have no access: accept the license on https://huggingface.co/some/model, "
+     r"then hf auth login\)"),
     (Hub(), None),
 ])  # fmt: skip
 def test_the_hub_is_asked_before_anything_is_downloaded(tmp_path, monkeypatch, hub, reason):
@@ -138,7 +141,8 @@ def test_a_download_that_ends_early_says_that_it_goes_on(monkeypatch):
     monkeypatch.setattr(loading.DiffusionPipeline, "download", cut_off)
     with pytest.raises(
         InputError,
-        match=r"download from https://huggingface.co failed \(the line is dead\); what was downloaded is kept",
+        match=r"download from https://huggingface.co failed \(the line is dead\); "
+        r"what was downloaded is kept",
     ):
         UNetBackbone("some/model")
 

@@ -74,7 +74,10 @@ def test_a_half_stored_lora_policy_computes_what_a_float32_one_does(tiny_backbon
 
 
 def test_marked_weights_round_as_trained_ones():
-    """A linear layer after a permutation, as in SDXL's attention blocks: on AVX-512 a frozen copy differs in the last bits."""
+    """A linear layer after a permutation, as in SDXL's attention blocks.
+
+    On AVX-512 a frozen copy differs in the last bits.
+    """
     draw = torch.Generator().manual_seed(0)
     trained = nn.Linear(16, 16)
     frozen = nn.Linear(16, 16).requires_grad_(False)

@@ -217,14 +217,20 @@ GB = {"peak": 92e9, "training": {"weights": 10e9, "activations": 40e9, "total": 
 
 
 @pytest.mark.parametrize(("phase", "parts", "precisions", "told"), [
-    ("validation scoring", {"optimizer": 20e9, "rewards": 46e9}, ["rewards.a.scorer.precision", "evaluation.rewards.a.scorer.precision"],
-     ("validation scoring, takes about 92.0 GB on a device, which has 80.0 GB (a card); its largest part is rewards, 46.0 GB: "
-     "set rewards.a.scorer.precision=bfloat16 evaluation.rewards.a.scorer.precision=bfloat16 (half the memory, other scores), "
-     "or take fewer or smaller rewards")),
-    ("pool scoring", {"denoiser": 10e9, "rewards": 46e9}, [], "its largest part is rewards, 46.0 GB: take fewer or smaller rewards"),
-    ("validation", {"gradients": 10e9, "optimizer": 46e9}, [], "part is optimizer, 46.0 GB: use an adapter (experiment=lora), trainer=fsdp"),
-    ("validation", {"optimizer": 20e9, "sampling and decoding": 46e9}, [], "46.0 GB: lower sampling.batch, and set sampling.decode=1"),
-    ("evaluation scoring", {"rewards": 20e9, "VAE and text encoders": 46e9}, ["x"], "46.0 GB: store the base in half precision (model.backbone.dtype="),
+    ("validation scoring", {"optimizer": 20e9, "rewards": 46e9},
+     ["rewards.a.scorer.precision", "evaluation.rewards.a.scorer.precision"],
+     "validation scoring, takes about 92.0 GB on a device, which has 80.0 GB (a card); its largest part is "
+     "rewards, 46.0 GB: set rewards.a.scorer.precision=bfloat16 "
+     "evaluation.rewards.a.scorer.precision=bfloat16 (half the memory, other scores), "
+     "or take fewer or smaller rewards"),
+    ("pool scoring", {"denoiser": 10e9, "rewards": 46e9}, [],
+     "its largest part is rewards, 46.0 GB: take fewer or smaller rewards"),
+    ("validation", {"gradients": 10e9, "optimizer": 46e9}, [],
+     "part is optimizer, 46.0 GB: use an adapter (experiment=lora), trainer=fsdp"),
+    ("validation", {"optimizer": 20e9, "sampling and decoding": 46e9}, [],
+     "46.0 GB: lower sampling.batch, and set sampling.decode=1"),
+    ("evaluation scoring", {"rewards": 20e9, "VAE and text encoders": 46e9}, ["x"],
+     "46.0 GB: store the base in half precision (model.backbone.dtype="),
 ])  # fmt: skip
 def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, phase, parts, precisions, told):
     monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a card", 80e9))
@@ -295,9 +301,11 @@ def test_sizes_of_published_sets_stand_in_for_what_is_not_read(tmp_path):
 @pytest.mark.parametrize(("settings", "counts"), [
     ({"train": 4, "validation": 3, "test": 2}, (4, 3, 2)),
     ({"train": "a.txt", "validation": None, "test": {"path": "b"}}, (None, None, None)),
-    ({"train": {"path": "a", "published_size": 90}, "validation": {"path": "b", "limit": 7}, "test": {"path": "c"}}, (90, 7, None)),
+    ({"train": {"path": "a", "published_size": 90}, "validation": {"path": "b", "limit": 7},
+      "test": {"path": "c"}}, (90, 7, None)),
     # 30 rows: test comes first, then validation, and training has the rest; a limit beyond it changes nothing
-    ({split: {"hub": "a", "file": ["b"], "published_size": 30, "limit": limit} for split, limit in zip(("train", "validation", "test"), (25, 10, 8), strict=True)}
+    ({split: {"hub": "a", "file": ["b"], "published_size": 30, "limit": limit}
+      for split, limit in {"train": 25, "validation": 10, "test": 8}.items()}
      | {"priority": ["test", "validation", "train"]}, (12, 10, 8)),
 ])  # fmt: skip
 def test_what_is_expected_of_prompts_that_are_not_read(settings, counts):

@@ -248,7 +248,8 @@ def test_a_fall_while_training_rises_is_told_at_that_step(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert told[0].endswith("(light 1.000)")  # the held-out one is no part of it
     assert told[1].startswith(
-        "step 5: reward hacking? The rewards used in training have win-rate 1.000 (1.000 to 1.000) against the base, but held out dark 0.000"
+        "step 5: reward hacking? The rewards used in training have win-rate 1.000 (1.000 to 1.000) against "
+        "the base, but held out dark 0.000"
     )
 
 

@@ -301,7 +301,8 @@ def test_names_and_shapes_of_the_published_architecture_fit_exactly():
     [
         (
             lambda state: state.pop("mlp.layers.6.bias"),
-            r"rewards\.imagereward\.weights=.*another model's weights: it lacks layers\.6\.bias; .* those of THUDM/ImageReward",
+            r"rewards\.imagereward\.weights=.*another model's weights: it lacks layers\.6\.bias; "
+            r".* those of THUDM/ImageReward",
         ),
         (
             lambda state: state.pop("blip.visual_encoder.patch_embed.proj.weight"),

@@ -268,7 +268,8 @@ def test_a_handle_is_downloaded_by_tensorflow_hub(tensorflow, model):
     (reward,) = load_rewards(vila(weights="https://nowhere/1"))
     with pytest.raises(
         InputError,
-        match=r"weights=https://nowhere/1 are not available .no route to host.; .*rewards.vila.weights=FOLDER",
+        match=r"weights=https://nowhere/1 are not available .no route to host.; "
+        r".*rewards.vila.weights=FOLDER",
     ):
         reward.setup("cpu")
 

@@ -350,7 +350,8 @@ def test_files_that_are_not_there(copied, folders, tmp_path):
         ),
         (
             {"question": "Is it good?"},
-            r"rewards\.vqascore\.scorer\.question=Is it good\?: it does not say where the prompt goes; write {pro",
+            r"rewards\.vqascore\.scorer\.question=Is it good\?: it does not say where the prompt goes; "
+            r"write {pro",
         ),
         ({"answer": " "}, r"rewards\.vqascore\.scorer\.answer=' ': the answer is empty; give one"),
         ({"batch": 0}, r"rewards\.vqascore\.scorer\.batch=0"),

@@ -292,7 +292,9 @@ def test_a_truncated_shard_is_named_and_does_not_count(pool, size, caplog):
     # its block is planned with the range that it had: the one after it, which is whole, begins there
     assert (first.candidates, second.candidates) == (range(8), range(8, 10))
     assert pool.has_latents(second)
-    with pytest.raises(DamagedShard, match=r"00000-00.safetensors is damaged: .*; run generate.py with the same"):
+    with pytest.raises(
+        DamagedShard, match=r"00000-00.safetensors is damaged: .*; run generate.py with the same"
+    ):
         pool.read_latents(first)
 
 

@@ -45,9 +45,12 @@ def test_local_files_and_their_formats(tmp_path, path, expected):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"path": "gone.txt"}, "prompts.test.path=gone.txt: no such file or folder; give the path of a text file"),
-    ({"path": "gone-*.txt", "origin": "GenEval's jsonl"}, r"prompts.test.path=gone-\*.txt: no file matches; give"),
-    ({"path": "notes.md"}, r"notes.md: its extension tells no format; name it: prompts.test.format= one of text, folder, csv"),
+    ({"path": "gone.txt"},
+     "prompts.test.path=gone.txt: no such file or folder; give the path of a text file"),
+    ({"path": "gone-*.txt", "origin": "GenEval's jsonl"},
+     r"prompts.test.path=gone-\*.txt: no file matches; give"),
+    ({"path": "notes.md"},
+     "notes.md: its extension tells no format; name it: prompts.test.format= one of text, folder, csv"),
     ({"path": "a.csv", "format": "folder"}, "a.csv: a file, but prompts.test.format=folder"),
     ({"path": "empty"}, "empty: a folder without prompts"),
     ({"path": "empty", "format": "parquet"}, "empty: no .parquet in this folder"),
@@ -127,15 +130,20 @@ def test_a_hub_file_that_is_in_the_cache(hub_cache):
 
 
 def test_a_hub_file_that_is_not_to_be_had_offline(hub_cache):
-    with pytest.raises(InputError, match=r"(?s)prompts.train: file 'a.csv' of the data set 'owner/name' \(revision main\) is not "
-                       r"available: it is not in the hub's cache .*HF_HUB_OFFLINE forbids downloads.*or give a file of your own: prompts.train.path"):  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match=r"(?s)prompts.train: file 'a.csv' of the data set 'owner/name' \(revision main\) is not "
+        r"available: it is not in the hub's cache .*HF_HUB_OFFLINE forbids downloads.*"
+        r"or give a file of your own: prompts.train.path",
+    ):
         source_of("train", {"hub": "owner/name", "file": "a.csv"}).files()
     with pytest.raises(InputError, match="not the id of a data set; write owner/name"):
         source_of("train", {"hub": "owner/name/more", "file": "a.csv"}).files()
 
 
 @pytest.mark.parametrize(("kind", "message"), [
-    (errors.GatedRepoError, "it is gated; accept its conditions at https://.*/datasets/owner/name, log in with `hf auth login`"),
+    (errors.GatedRepoError,
+     "it is gated; accept its conditions at https://.*/datasets/owner/name, log in with `hf auth login`"),
     (errors.RepositoryNotFoundError, "has no such data set, or it is private; .* `hf auth login`"),
     (errors.RevisionNotFoundError, "no such revision"),
     (errors.RemoteEntryNotFoundError, "has no such file"),
@@ -163,7 +171,8 @@ def test_missing_inputs_are_named_with_what_they_are():
         ["prompts.test.path", "prompts.train", "prompts.validation"], given
     ).splitlines() == [
         "prompts.test.path: not given; the path of GenEval's jsonl, e.g. prompts.test.path=FILE",
-        "  prompts.train, prompts.validation: not given; each is the path of a UTF-8 text file with one prompt per line, e.g. prompts.train=FILE",
+        "  prompts.train, prompts.validation: not given; each is the path of a UTF-8 text file with one "
+        "prompt per line, e.g. prompts.train=FILE",
     ]
 
 

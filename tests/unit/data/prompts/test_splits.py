@@ -211,8 +211,11 @@ def test_priority_says_who_keeps_a_prompt(tmp_path):
         ["a"],
         ["d"],
     ]
-    with pytest.raises(InputError, match=r"prompts.train: no prompt is left of 1.txt .*2 rows read, 2 also in another split; leave "
-                       r"some to it: set a limit for validation or test \(prompts.validation.limit=N\)"):  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match=r"prompts.train: no prompt is left of 1.txt .*2 rows read, 2 also in another split; leave "
+        r"some to it: set a limit for validation or test \(prompts.validation.limit=N\)",
+    ):
         split_sets(one, both, texts(tmp_path / "4.txt", "e"), priority=["validation", "test", "train"])
     with pytest.raises(
         InputError, match=r"prompts.priority=\['train'\]: must name train, validation, test once each"
@@ -232,11 +235,15 @@ def test_choose_by_hand():
 
 
 @pytest.mark.parametrize(("name", "lines", "message"), [
-    ("a.txt", [" ", ""], r"prompts.train: no prompt is left of a.txt \(.*a.txt\): 1 rows read, 1 empty; give another file"),
-    ("a.jsonl", ['{"prompt": "a"}', '{"prompt": 3}'], "a.jsonl: row 2: the prompt is 3, not text; name another column"),
-    ("a.jsonl", [r'{"prompt": "a \ud83d"}'], r"a.jsonl: row 1: 'a \\ud83d' contains an unpaired surrogate, half a character"),
+    ("a.txt", [" ", ""],
+     r"prompts.train: no prompt is left of a.txt \(.*a.txt\): 1 rows read, 1 empty; give another file"),
+    ("a.jsonl", ['{"prompt": "a"}', '{"prompt": 3}'],
+     "a.jsonl: row 2: the prompt is 3, not text; name another column"),
+    ("a.jsonl", [r'{"prompt": "a \ud83d"}'],
+     r"a.jsonl: row 1: 'a \\ud83d' contains an unpaired surrogate, half a character"),
     ("a.jsonl", [""], "prompts.train: no prompt is left of a.jsonl .*: 0 rows read"),
-    ("a.csv", ["text,tag", "a,b"], "a.csv: no column is called prompt; name one: prompts.train.column= one of text, tag"),
+    ("a.csv", ["text,tag", "a,b"],
+     "a.csv: no column is called prompt; name one: prompts.train.column= one of text, tag"),
 ])  # fmt: skip
 def test_prompts_that_cannot_be_used(tmp_path, name, lines, message):
     with pytest.raises(InputError, match=message):
