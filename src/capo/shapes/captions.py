@@ -21,7 +21,19 @@ from capo.shapes.scenes import (
 
 _PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 WORDS = sorted(
-    {*SHAPES, *_PLURALS.values(), *COLOURS, *BACKGROUNDS, *TEXTURES, *SIZES, *COUNTS.values(), "an", "and", ",", "background"}
+    {
+        *SHAPES,
+        *_PLURALS.values(),
+        *COLOURS,
+        *BACKGROUNDS,
+        *TEXTURES,
+        *SIZES,
+        *COUNTS.values(),
+        "an",
+        "and",
+        ",",
+        "background",
+    }
     | {word for phrase in (*PLACES, *RELATIONS) for word in phrase.split()}
 )
 
@@ -62,9 +74,17 @@ _SINGULAR = {plural: shape for shape, plural in _PLURALS.items()}
 def _group(text: str, whole: str) -> Group:
     match = re.fullmatch(_GROUP, text)
     if not match:
-        raise InputError(f"prompt {whole!r}: {text!r} is not a noun of the shapes world; its grammar is in docs/shapes.md")
+        raise InputError(
+            f"prompt {whole!r}: {text!r} is not a noun of the shapes world; its grammar is in docs/shapes.md"
+        )
     shape = match["shape"]
-    return Group(_SINGULAR.get(shape, shape), _NUMBERS[match["count"]], match["colour"], match["texture"], match["size"])
+    return Group(
+        _SINGULAR.get(shape, shape),
+        _NUMBERS[match["count"]],
+        match["colour"],
+        match["texture"],
+        match["size"],
+    )
 
 
 def parse(text: str) -> Request:
@@ -81,5 +101,7 @@ def parse(text: str) -> Request:
         nouns = re.split(r", | and ", rest)
     request = Request(tuple(_group(noun, text) for noun in nouns), relation, place, background)
     if caption(request) != text or len(request.slots) > MAX_OBJECTS:
-        raise InputError(f"prompt {text!r} is not a sentence of the shapes world (did you mean {caption(request)!r}?)")
+        raise InputError(
+            f"prompt {text!r} is not a sentence of the shapes world (did you mean {caption(request)!r}?)"
+        )
     return request

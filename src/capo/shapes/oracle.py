@@ -165,7 +165,9 @@ def _is_clutter(body: np.ndarray, far: np.ndarray, match: float) -> bool:
     """Whether a body (h, w) is too small, thin or faint for a thing; what looks like no shape must be larger."""
     filled = binary_fill_holes(body, CROSS)
     small = filled.sum() < (SPECK if match >= MATCH else 2 * SPECK)
-    return small or not binary_erosion(filled, CROSS, iterations=2).any() or np.percentile(far[body], 75) < PALE
+    return (
+        small or not binary_erosion(filled, CROSS, iterations=2).any() or np.percentile(far[body], 75) < PALE
+    )
 
 
 def _thing(

@@ -80,14 +80,20 @@ def counting(rng):
 def position(rng):
     """`a red circle in the top left corner`, `a circle above a square`"""
     if rng.random() < 0.5:
-        return Request((_coloured(rng, _pick(rng, SHAPES)),), place=_pick(rng, PLACES), background=_background(rng))
-    return Request(tuple(Group(shape) for shape in _two_shapes(rng)), _pick(rng, RELATIONS), background=_background(rng))
+        return Request(
+            (_coloured(rng, _pick(rng, SHAPES)),), place=_pick(rng, PLACES), background=_background(rng)
+        )
+    return Request(
+        tuple(Group(shape) for shape in _two_shapes(rng)), _pick(rng, RELATIONS), background=_background(rng)
+    )
 
 
 def binding(rng):
     """`a red circle and a blue square`, `a red circle above a blue square`"""
     groups = tuple(_coloured(rng, shape) for shape in _two_shapes(rng))
-    return Request(groups, _pick(rng, RELATIONS) if rng.random() < 0.35 else None, background=_background(rng))
+    return Request(
+        groups, _pick(rng, RELATIONS) if rng.random() < 0.35 else None, background=_background(rng)
+    )
 
 
 def many(rng):
@@ -121,7 +127,10 @@ EXHAUSTED = 300  # draws in a row without a new sentence of the split: a categor
 
 def split_of(text: str) -> str:
     """The one split that a sentence belongs to, by its hash: six tenths train, one validation, three test."""
-    digit = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4, person=b"shapes-split").digest(), "big") % 10
+    digit = (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4, person=b"shapes-split").digest(), "big")
+        % 10
+    )
     return "train" if digit < 6 else "validation" if digit == 6 else "test"
 
 
@@ -162,7 +171,11 @@ def prompt_sets(train: int, validation: int, test: int, seed: int = 0) -> dict[s
     Raises InputError for a count that the grammar cannot fill.
     """
     draw = partial(_draw_split, seed=seed)
-    return {"train": draw("train", train), "validation": draw("validation", validation), "test": draw("test", test)}
+    return {
+        "train": draw("train", train),
+        "validation": draw("validation", validation),
+        "test": draw("test", test),
+    }
 
 
 def known_scenes(count: int = 8) -> list[tuple[Image.Image, str]]:

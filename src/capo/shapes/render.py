@@ -9,7 +9,9 @@ from scipy.ndimage import gaussian_filter
 
 from capo.shapes.scenes import BACKGROUNDS, COLOURS, SIDE, Scene, Thing
 
-Outline = Callable[[str, np.ndarray, np.ndarray, float], np.ndarray]  # shape, offsets u and v, radius -> distance
+Outline = Callable[
+    [str, np.ndarray, np.ndarray, float], np.ndarray
+]  # shape, offsets u and v, radius -> distance
 
 
 def _star() -> np.ndarray:
@@ -32,7 +34,20 @@ OUTLINES = {
     "triangle": np.array([(0.0, -0.95), (0.98, 0.78), (-0.98, 0.78)]),
     "diamond": np.array([(0.0, -1.05), (0.78, 0.0), (0.0, 1.05), (-0.78, 0.0)]),
     "cross": np.array(
-        [(-_A, -1), (_A, -1), (_A, -_A), (1, -_A), (1, _A), (_A, _A), (_A, 1), (-_A, 1), (-_A, _A), (-1, _A), (-1, -_A), (-_A, -_A)]
+        [
+            (-_A, -1),
+            (_A, -1),
+            (_A, -_A),
+            (1, -_A),
+            (1, _A),
+            (_A, _A),
+            (_A, 1),
+            (-_A, 1),
+            (-_A, _A),
+            (-1, _A),
+            (-1, -_A),
+            (-_A, -_A),
+        ]
     ),
     "star": _star(),
     "heart": _heart(),
@@ -116,7 +131,9 @@ def render(scene: Scene, outline: Outline = signed_distance) -> np.ndarray:
     if style.shade:
         turn = rng.uniform(0, 2 * np.pi)
         slope = np.linspace(-1, 1, SIDE)
-        canvas = canvas + 45 * style.shade * (np.cos(turn) * slope[None, :, None] + np.sin(turn) * slope[:, None, None])
+        canvas = canvas + 45 * style.shade * (
+            np.cos(turn) * slope[None, :, None] + np.sin(turn) * slope[:, None, None]
+        )
     _clutter(canvas, style.clutter, rng)
     if style.blur:
         canvas = gaussian_filter(canvas, (style.blur, style.blur, 0))

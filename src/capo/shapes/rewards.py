@@ -236,8 +236,10 @@ class _Scorer:
 
     def __init__(self, weights: str | Path):
         if not Path(weights).is_file():
-            raise InputError(f"no reward weights at {weights}; they come with the package, or make them with "
-                             "`python -m capo.shapes.make rewards`")  # fmt: skip
+            raise InputError(
+                f"no reward weights at {weights}; they come with the package, or make them with "
+                "`python -m capo.shapes.make rewards`"
+            )
         state = {
             name: value.float() if value.is_floating_point() else value
             for name, value in load_file(weights).items()

@@ -20,7 +20,12 @@ COLOURS = {
     "purple": (132, 52, 176),
     "pink": (250, 130, 184),
 }
-BACKGROUNDS = {"white": (246, 246, 246), "grey": (140, 140, 140), "black": (12, 12, 12), "beige": (236, 216, 176)}
+BACKGROUNDS = {
+    "white": (246, 246, 246),
+    "grey": (140, 140, 140),
+    "black": (12, 12, 12),
+    "beige": (236, 216, 176),
+}
 TEXTURES = ("striped", "dotted")
 SIZES = ("small", "large")
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
@@ -40,9 +45,17 @@ PLACES = {
 }
 # Combinations that appear in test prompts only: no caption of any training (base, rewards, tuning) names them.
 UNUSUAL = frozenset(
-    {("green", "heart"), ("blue", "star"), ("orange", "ring"), ("pink", "cross"), ("cyan", "triangle"),
-     ("yellow", "diamond"), ("purple", "square"), ("red", "circle")}
-)  # fmt: skip
+    {
+        ("green", "heart"),
+        ("blue", "star"),
+        ("orange", "ring"),
+        ("pink", "cross"),
+        ("cyan", "triangle"),
+        ("yellow", "diamond"),
+        ("purple", "square"),
+        ("red", "circle"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,14 @@ class Scene:
 def at_place(x: float, y: float, place: str, edge: float = 0.42) -> bool:
     """Whether (x, y) in pixels lies in the named third; `edge` is where the outer thirds end, as a share of the side."""
     return all(
-        wanted is None or (value < edge if wanted < 0 else value > 1 - edge if wanted > 0 else abs(value - 0.5) <= edge - 0.24)
+        wanted is None
+        or (
+            value < edge
+            if wanted < 0
+            else value > 1 - edge
+            if wanted > 0
+            else abs(value - 0.5) <= edge - 0.24
+        )
         for value, wanted in zip((x / SIDE, y / SIDE), PLACES[place])
     )
 
@@ -216,8 +236,13 @@ def realise(request: Request, rng: np.random.Generator, style: Style = Style()) 
             placed.append(replace(thing, x=float(x), y=float(y)))
         if _arranged(request, placed):
             break
-        if attempt % 100 == 0:  # too crowded: everything a little smaller, sizes that were asked for stay in their range
-            things = [replace(t, radius=t.radius if g.size or t.texture != "solid" else max(7.0, 0.94 * t.radius)) for t, g in zip(things, slots)]
+        if (
+            attempt % 100 == 0
+        ):  # too crowded: everything a little smaller, sizes that were asked for stay in their range
+            things = [
+                replace(t, radius=t.radius if g.size or t.texture != "solid" else max(7.0, 0.94 * t.radius))
+                for t, g in zip(things, slots)
+            ]
     else:
         raise ValueError(f"no arrangement found for {request}")
     background = request.background or str(rng.choice(list(BACKGROUNDS)))

@@ -16,7 +16,9 @@ from capo.shapes.scenes import Group, Request
         (Request((Group("star", 3, "pink", "striped", "small"),)), "three small striped pink stars"),
         (Request((Group("circle"), Group("square")), "to the left of"), "a circle to the left of a square"),
         (
-            Request((Group("circle", colour="red"), Group("heart", colour="blue"), Group("star", 2, "green"))),
+            Request(
+                (Group("circle", colour="red"), Group("heart", colour="blue"), Group("star", 2, "green"))
+            ),
             "a red circle, a blue heart and two green stars",
         ),
         (

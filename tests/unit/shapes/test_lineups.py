@@ -63,13 +63,19 @@ def test_what_failed_no_longer_holds():
 
 def test_a_lost_texture_is_noticed():
     dotted = Thing("square", "red", "dotted", 12, 32, 32)
-    drawn, solid = (render(Scene((Thing("square", "red", t, 12, 32, 32),), "grey")) for t in ("dotted", "solid"))
-    assert _kept(drawn, drawn, recorded([dotted])) and _kept(drawn, uneven(drawn, np.random.default_rng(0)), recorded([dotted]))
+    drawn, solid = (
+        render(Scene((Thing("square", "red", t, 12, 32, 32),), "grey")) for t in ("dotted", "solid")
+    )
+    assert _kept(drawn, drawn, recorded([dotted])) and _kept(
+        drawn, uneven(drawn, np.random.default_rng(0)), recorded([dotted])
+    )
     assert not _kept(drawn, solid, recorded([dotted]))
     assert not _kept(drawn, np.full_like(drawn, 140), recorded([dotted]))
 
 
 def test_things_are_recorded_by_number():
-    table = recorded([Thing("ring", "pink", "striped", 9.0, 10.0, 20.0), Thing("blob?1", "red", "solid", 7.0, 40.0, 41.0)])
+    table = recorded(
+        [Thing("ring", "pink", "striped", 9.0, 10.0, 20.0), Thing("blob?1", "red", "solid", 7.0, 40.0, 41.0)]
+    )
     assert table[0].tolist() == [10, 20, 9, SHAPES.index("ring"), 7, 1]
     assert table[1].tolist() == [40, 41, 7, len(SHAPES), 0, 0] and (table[2:] == -1).all()

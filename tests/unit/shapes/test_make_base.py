@@ -41,7 +41,9 @@ def test_two_processes_fit_what_one_does(tmp_path):
     alone.mkdir()
     both.mkdir()
     _regress(0, alone)
-    mp.start_processes(_regress, (both, 2), nprocs=2, start_method="fork")  # which need not import torch again
+    mp.start_processes(
+        _regress, (both, 2), nprocs=2, start_method="fork"
+    )  # which need not import torch again
     one, two = (torch.load(folder / "line.pt", weights_only=True) for folder in (alone, both))
     assert one["step"] == two["step"] == 20
     for name in one["average"]:

@@ -38,4 +38,8 @@ def test_things_are_those_of_the_captioned_picture():
     assert [tuple(row) for row in found[: len(scene.things), 1:]] == [
         tuple(np.float32([thing.x, thing.y, thing.radius])) for thing in scene.things
     ]
-    assert len(scene.things) == len(request.slots) and (found[: len(scene.things), 0] > 0).all() and not found[len(scene.things):].any()
+    assert (
+        len(scene.things) == len(request.slots)
+        and (found[: len(scene.things), 0] > 0).all()
+        and not found[len(scene.things) :].any()
+    )

@@ -26,7 +26,9 @@ def test_the_learner_is_fed_what_the_pipeline_feeds():
     captions = ["a red circle", "", "two blue stars on a white background"]
     with torch.no_grad():
         words, pooled = learner.conditioning(learner.tokens(captions))
-        told = pipe.encode_prompt(captions, None, None, do_classifier_free_guidance=False, max_sequence_length=mmdit.T5_TOKENS)
+        told = pipe.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=mmdit.T5_TOKENS
+        )
     assert torch.allclose(words, told[0], atol=1e-6) and torch.allclose(pooled, told[2], atol=1e-6)
     assert words.shape == (3, 20 + mmdit.T5_TOKENS, mmdit.CONTEXT) and pooled.shape == (3, 128)
 
@@ -57,7 +59,12 @@ def test_a_prepared_denoiser_begins_by_saying_nothing_and_learns_from_there():
     torch.manual_seed(0)
     transformer = mmdit.build_transformer()
     mmdit.prepare(transformer)
-    seen = (torch.randn(2, 8, 8, 8), torch.randn(2, 24, mmdit.CONTEXT), torch.randn(2, 128), torch.tensor([3.0, 500.0]))
+    seen = (
+        torch.randn(2, 8, 8, 8),
+        torch.randn(2, 24, mmdit.CONTEXT),
+        torch.randn(2, 128),
+        torch.tensor([3.0, 500.0]),
+    )
     told = transformer(*seen).sample
     assert not told.any()
     told.sub(1).square().mean().backward()
@@ -68,6 +75,13 @@ def test_the_teller_reads_the_pictures_tokens_behind_the_second_block():
     learner = mmdit.Learner(Path(shipped("unet")))
     mmdit.prepare(learner.transformer)
     given = []
-    learner.transformer.transformer_blocks[2].register_forward_pre_hook(lambda block, args, kwargs: given.append(kwargs), with_kwargs=True)
-    learner.transformer(torch.randn(2, 8, 8, 8), torch.randn(2, 24, mmdit.CONTEXT), torch.randn(2, 128), torch.tensor([3.0, 500.0]))
+    learner.transformer.transformer_blocks[2].register_forward_pre_hook(
+        lambda block, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
+    learner.transformer(
+        torch.randn(2, 8, 8, 8),
+        torch.randn(2, 24, mmdit.CONTEXT),
+        torch.randn(2, 128),
+        torch.tensor([3.0, 500.0]),
+    )
     assert torch.equal(learner.seen, given[0]["hidden_states"]) and learner.seen.shape == (2, 64, 128)

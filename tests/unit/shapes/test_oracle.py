@@ -59,11 +59,15 @@ def test_a_square_and_a_diamond_drawn_by_hand():
     image, draw = canvas()
     draw.rectangle((8, 8, 24, 24), fill=COLOURS["green"])
     draw.polygon([(46, 34), (54, 46), (46, 58), (38, 46)], fill=COLOURS["pink"])
-    assert alignment(image, "a green square above a pink diamond") == 0.0  # 30 beside, 30 above: not more so above
+    assert (
+        alignment(image, "a green square above a pink diamond") == 0.0
+    )  # 30 beside, 30 above: not more so above
     assert alignment(image, "a green square and a pink diamond on a white background") == 1.0
     assert alignment(image, "a green square and a pink circle on a white background") == 0.0
     # two shapes, two colours, count, background: one of six is wrong
-    assert assertion_share(image, "a green square and a pink circle on a white background") == pytest.approx(5 / 6)
+    assert assertion_share(image, "a green square and a pink circle on a white background") == pytest.approx(
+        5 / 6
+    )
 
 
 def test_something_more_breaks_alignment_and_a_speck_does_not():
@@ -79,7 +83,9 @@ def test_something_more_breaks_alignment_and_a_speck_does_not():
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_every_shape_at_known_place_and_size(shape, background):
     for radius, x, y, colour in ((7.5, 20.3, 41.8, "purple"), (14.0, 35.1, 30.6, "cyan")):
-        (thing,), seen = measure(rendered(Thing(shape, colour, "solid", radius, x, y, 0.1), background=background))
+        (thing,), seen = measure(
+            rendered(Thing(shape, colour, "solid", radius, x, y, 0.1), background=background)
+        )
         assert (thing.shape, thing.colour, thing.texture, seen) == (shape, colour, "solid", background)
         assert math.dist((thing.x, thing.y), (x, y)) < 0.8 and thing.radius == pytest.approx(radius, rel=0.1)
 
@@ -89,7 +95,9 @@ def test_every_shape_at_known_place_and_size(shape, background):
 def test_colour_and_texture(colour, texture):
     for background in BACKGROUNDS:
         for seed in range(3):
-            (thing,), _ = measure(rendered(Thing("square", colour, texture, 12.0, 30.0, 33.0), background=background, seed=seed))
+            (thing,), _ = measure(
+                rendered(Thing("square", colour, texture, 12.0, 30.0, 33.0), background=background, seed=seed)
+            )
             assert (thing.colour, thing.texture) == (colour, texture)
 
 
@@ -126,7 +134,13 @@ def test_imperfect_renders_are_aligned():
 
 def test_a_changed_attribute_is_noticed():
     rng = np.random.default_rng(12)
-    for colour, other in (("red", "orange"), ("blue", "purple"), ("cyan", "green"), ("pink", "purple"), ("yellow", "orange")):
+    for colour, other in (
+        ("red", "orange"),
+        ("blue", "purple"),
+        ("cyan", "green"),
+        ("pink", "purple"),
+        ("yellow", "orange"),
+    ):
         thing = Thing("heart", colour, "solid", 10.0, *rng.uniform(14, 50, size=2))
         picture = rendered(thing, background="beige")
         assert alignment(picture, f"a {colour} heart") == 1.0
@@ -141,7 +155,9 @@ def test_the_three_measures_look_at_a_picture_once(monkeypatch):
     asked = [image, image], ["a red circle", "a blue circle on a white background"]
     found = {scorer: scorer(*asked) for scorer in (alignments, assertion_shares, ratings)}
     assert found[alignments].tolist() == [1.0, 0.0]
-    assert found[assertion_shares].tolist() == pytest.approx([1.0, 3 / 4])  # of shape, colour, count, background
+    assert found[assertion_shares].tolist() == pytest.approx(
+        [1.0, 3 / 4]
+    )  # of shape, colour, count, background
     assert found[ratings].tolist() == pytest.approx([rating(image)] * 2)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     assert len(looked) <= 1  # none, if another test has shown the same picture
@@ -168,7 +184,11 @@ def test_pieces_come_largest_first():
 
 
 def looks(colour="red", background="white", style=Style(), radius=13.0):
-    return rating(rendered(Thing("circle", colour, "solid", radius, 32.0, 32.0), background=background, style=style, seed=3))
+    return rating(
+        rendered(
+            Thing("circle", colour, "solid", radius, 32.0, 32.0), background=background, style=style, seed=3
+        )
+    )
 
 
 def test_the_rating_of_a_clean_red_disc_on_white():

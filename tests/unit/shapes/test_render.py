@@ -31,7 +31,9 @@ def test_the_drawn_area_is_that_of_the_outline(shape):
 
 def test_distances_of_a_square():
     u, v = np.array([[0.0, 10.0, 8.6, 11.6]]), np.array([[0.0, 0.0, 8.6, 12.6]])  # half a side is 0.86 * 10
-    assert signed_distance("square", u, v, 10.0) == pytest.approx(np.array([[-8.6, 1.4, 0.0, 5.0]]), abs=1e-6)  # (3, 4) -> 5
+    assert signed_distance("square", u, v, 10.0) == pytest.approx(
+        np.array([[-8.6, 1.4, 0.0, 5.0]]), abs=1e-6
+    )  # (3, 4) -> 5
 
 
 def test_colours_of_thing_and_background():
@@ -76,6 +78,8 @@ def test_shade_is_a_slope_over_the_background():
 
 
 def test_clutter_is_small_and_seeded():
-    plain, first, again, other = (render(scene(style=Style(clutter=n), seed=s)) for n, s in ((0, 1), (6, 1), (6, 1), (6, 2)))
+    plain, first, again, other = (
+        render(scene(style=Style(clutter=n), seed=s)) for n, s in ((0, 1), (6, 1), (6, 1), (6, 2))
+    )
     assert (first == again).all() and (first != other).any()
     assert 6 < (first != plain).any(-1).sum() < 200

@@ -13,8 +13,12 @@ def test_the_product_of_probabilities_by_hand():
     half, sure = 0.0, 50.0  # logits of 0.5 and 1
     logits = torch.tensor([[half, half, sure], [half, sure, torch.inf]])
     # 0.25 and 0.5: -log p where it holds, -log(1 - p) where it does not
-    assert holds_loss(logits, torch.tensor([True, True])).tolist() == pytest.approx([math.log(4), math.log(2)])
-    assert holds_loss(logits, torch.tensor([False, False])).tolist() == pytest.approx([-math.log(0.75), math.log(2)])
+    assert holds_loss(logits, torch.tensor([True, True])).tolist() == pytest.approx(
+        [math.log(4), math.log(2)]
+    )
+    assert holds_loss(logits, torch.tensor([False, False])).tolist() == pytest.approx(
+        [-math.log(0.75), math.log(2)]
+    )
 
 
 def test_words_that_are_not_known_or_not_there_do_not_count():
@@ -39,7 +43,9 @@ def test_the_inventory_is_read_in_the_cell_of_the_centre():
 def test_folding_the_normalisation_changes_nothing(network):
     torch.manual_seed(0)
     module, x = network(), torch.rand(3, 3, 64, 64) * 2 - 1
-    inputs = (x,) if network is Rater else (x, tokens(["a red circle", "two stars and a ring", "four hearts"]))
+    inputs = (
+        (x,) if network is Rater else (x, tokens(["a red circle", "two stars and a ring", "four hearts"]))
+    )
     for _ in range(3):
         module(*inputs)  # moves the running statistics away from 0 and 1
     before = module.eval()(*inputs)
@@ -49,7 +55,9 @@ def test_folding_the_normalisation_changes_nothing(network):
 def test_several_sentences_about_a_picture_are_judged_as_each_alone():
     torch.manual_seed(0)
     module, x = Verifier().eval(), torch.rand(2, 3, 64, 64) * 2 - 1
-    words = tokens(["a red circle", "two stars and a ring", "four hearts", "a ring on the left"])  # two a picture
+    words = tokens(
+        ["a red circle", "two stars and a ring", "four hearts", "a ring on the left"]
+    )  # two a picture
     cells = module.eye(x)
     together = module.words_right(cells, words)
     alone = torch.cat([module.words_right(cells[i // 2 : i // 2 + 1], words[i : i + 1]) for i in range(4)])

@@ -56,7 +56,9 @@ def test_between_small_and_large_is_neither():
 
 
 def test_assertions_of_a_full_request():
-    request = Request((Group("circle", colour="blue", texture="striped", size="small"),), None, "on the left", "grey")
+    request = Request(
+        (Group("circle", colour="blue", texture="striped", size="small"),), None, "on the left", "grey"
+    )
     held = assertions(request, [thing(colour="blue", texture="dotted", radius=12, x=10)], "grey")
     # shape, colour, texture, size, place, count, background
     assert held == [True, True, False, False, True, True, True]
@@ -78,7 +80,9 @@ def test_things_are_assigned_so_that_most_holds():
     things = [thing(colour="blue", y=50.0), thing(colour="red", y=10.0)]
     assert all(assertions(request, things, "white"))
     swapped = [thing(colour="blue", y=10.0), thing(colour="red", y=50.0)]
-    assert assertions(request, swapped, "white").count(False) == 1  # the colours are right, the relation is not
+    assert (
+        assertions(request, swapped, "white").count(False) == 1
+    )  # the colours are right, the relation is not
 
 
 def test_a_swap_of_colours_is_no_alignment():

@@ -24,7 +24,11 @@ def names_unusual(text):
 
 def test_splits_are_disjoint_and_of_the_size_asked(splits):
     check_splits(splits)  # raises for a text in two splits or twice in one
-    assert {name: len(prompts) for name, prompts in splits.items()} == {"train": 240, "validation": 80, "test": 180}
+    assert {name: len(prompts) for name, prompts in splits.items()} == {
+        "train": 240,
+        "validation": 80,
+        "test": 180,
+    }
     for name, prompts in splits.items():
         assert {split_of(prompt.text) for prompt in prompts} == {name}
         assert all(prompt.id == prompt_id(prompt.text) for prompt in prompts)
@@ -64,16 +68,24 @@ def test_what_is_trained_on_is_no_test_prompt():
     rng = np.random.default_rng(3)
     for _ in range(500):
         request = training_request(rng)
-        assert allowed(request) and split_of(caption(request)) != "test" and not names_unusual(caption(request))
+        assert (
+            allowed(request) and split_of(caption(request)) != "test" and not names_unusual(caption(request))
+        )
 
 
 def test_more_prompts_than_the_grammar_has_is_refused(monkeypatch):
-    monkeypatch.setattr(prompts, "TRAINING", ("single",))  # 8 shapes on 4 backgrounds: 32 sentences over all splits
+    monkeypatch.setattr(
+        prompts, "TRAINING", ("single",)
+    )  # 8 shapes on 4 backgrounds: 32 sentences over all splits
     every = {f"a {shape} on a {background} background" for shape in SHAPES for background in BACKGROUNDS}
     there = sum(split_of(text) == "train" for text in every)
     assert 10 < there < 30
-    assert {prompt.text for prompt in prompt_sets(there, 0, 0)["train"]} == {text for text in every if split_of(text) == "train"}
-    with pytest.raises(InputError, match=rf"prompts.train={there + 1}: the shapes grammar has only about {there} such"):
+    assert {prompt.text for prompt in prompt_sets(there, 0, 0)["train"]} == {
+        text for text in every if split_of(text) == "train"
+    }
+    with pytest.raises(
+        InputError, match=rf"prompts.train={there + 1}: the shapes grammar has only about {there} such"
+    ):
         prompt_sets(there + 1, 0, 0)
 
 
@@ -81,7 +93,9 @@ def test_every_word_is_one_token_and_every_sentence_fits(splits):
     told = tokenizer()
     for word in WORDS:
         assert len(told(word).input_ids) == 3, word  # start, the word, end
-    longest = max(splits["test"] + splits["train"], key=lambda prompt: len(prompt.text.replace(",", " ,").split()))
+    longest = max(
+        splits["test"] + splits["train"], key=lambda prompt: len(prompt.text.replace(",", " ,").split())
+    )
     ids = told(longest.text).input_ids
     assert len(ids) == len(longest.text.replace(",", " ,").split()) + 2 <= LENGTH
     assert len({tuple(told(word).input_ids) for word in WORDS}) == len(WORDS)

@@ -1,12 +1,12 @@
 """Make everything of the shapes components that is learned. Every stage resumes; a finished one is skipped.
 
-    python -m capo.shapes.make scenes --work DIR
-    python -m capo.shapes.make autoencoder --work DIR
-    python -m capo.shapes.make base --work DIR       (or torchrun --nproc-per-node 2 -m capo.shapes.make base ...)
-    python -m capo.shapes.make rewards --work DIR
-    python -m capo.shapes.make flow_autoencoder --work DIR
-    python -m capo.shapes.make mmdit --work DIR
-    python -m capo.shapes.make card --work DIR --model shapes_mmdit
+python -m capo.shapes.make scenes --work DIR
+python -m capo.shapes.make autoencoder --work DIR
+python -m capo.shapes.make base --work DIR       (or torchrun --nproc-per-node 2 -m capo.shapes.make base ...)
+python -m capo.shapes.make rewards --work DIR
+python -m capo.shapes.make flow_autoencoder --work DIR
+python -m capo.shapes.make mmdit --work DIR
+python -m capo.shapes.make card --work DIR --model shapes_mmdit
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def stage_flow_autoencoder(options: argparse.Namespace) -> None:
 
 def stage_mmdit(options: argparse.Namespace) -> None:
     """Fit the rectified-flow sibling on the same scenes and ship the pipeline."""
-    pipe = mmdit.train(options.work, WEIGHTS / "unet", options.steps or 9000, seed=options.seed, start=options.start)
+    pipe = mmdit.train(
+        options.work, WEIGHTS / "unet", options.steps or 9000, seed=options.seed, start=options.start
+    )
     if process()[0] == 0:
         base.ship(pipe, WEIGHTS / "mmdit")
 
@@ -74,18 +76,26 @@ def stage_card(options: argparse.Namespace) -> None:
     """Measure a shipped base and write the figures into docs/shapes.md, between its two marks."""
     places = [f"run_dir={options.work}", f"pool.root={options.work / 'pools'}"]
     components = build_components(composed("train", [f"model={options.model}", *places]))
-    page, first, last = REPOSITORY / "docs" / "shapes.md", f"<!-- card of {options.model} -->", f"<!-- end of {options.model} -->"
+    page, first, last = (
+        REPOSITORY / "docs" / "shapes.md",
+        f"<!-- card of {options.model} -->",
+        f"<!-- end of {options.model} -->",
+    )
     before, _, rest = page.read_text().partition(first)
     _, found_last, after = rest.partition(last)
     if not found_last:
         raise SystemExit(f"{page} holds no place for the card: the lines {first} and {last}")
-    found = card.measure_base(components.pool_specs["test"], components.generator, components.evaluation_rewards, components.oracle)
+    found = card.measure_base(
+        components.pool_specs["test"], components.generator, components.evaluation_rewards, components.oracle
+    )
     told = card.markdown(found, components.backbone)
     page.write_text(f"{before}{first}\n\n{told}\n\n{last}{after}")
     print(told)
 
 
-STAGES = {name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")}
+STAGES = {
+    name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")
+}
 
 
 def main() -> None:
@@ -94,7 +104,9 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
     parser.add_argument("--steps", type=int, help="training steps, where the stage trains")
-    parser.add_argument("--start", type=Path, help="base, mmdit: state of an earlier run whose weights are the start")
+    parser.add_argument(
+        "--start", type=Path, help="base, mmdit: state of an earlier run whose weights are the start"
+    )
     parser.add_argument("--model", default="shapes_unet", help="card only: which base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -67,17 +67,27 @@ def widened(narrow: AutoencoderKL) -> AutoencoderKL:
             continue
         new.mul_(0.3)
         moments = new.shape[0] == 16  # means of 8 channels, then their log variances
-        rows = [*range(4), *range(8, 12)] if moments else list(range(4)) if new.shape[0] == 8 else list(range(new.shape[0]))
+        rows = (
+            [*range(4), *range(8, 12)]
+            if moments
+            else list(range(4))
+            if new.shape[0] == 8
+            else list(range(new.shape[0]))
+        )
         if new.ndim == 1:
             new[rows] = old
         else:
-            columns = {16: [*range(4), *range(8, 12)], 8: list(range(4))}.get(new.shape[1], list(range(new.shape[1])))
+            columns = {16: [*range(4), *range(8, 12)], 8: list(range(4))}.get(
+                new.shape[1], list(range(new.shape[1]))
+            )
             new[torch.tensor(rows)[:, None], torch.tensor(columns)[None]] = old
     wide.load_state_dict(state)
     return wide
 
 
-def fit_both(name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, divergence: float, batch: int = 8) -> AutoencoderKL:
+def fit_both(
+    name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, divergence: float, batch: int = 8
+) -> AutoencoderKL:
     """Encoder and decoder on the scenes in `work`: `difference`, and a little divergence of the posterior."""
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     module = module.to(memory_format=torch.channels_last)

@@ -50,11 +50,18 @@ class Measured:
     things: np.ndarray  # (P, K, n, 6) as the annotators look at them
 
 
-def measure_base(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], measures: Sequence[Reward]) -> Measured:
+def measure_base(
+    spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], measures: Sequence[Reward]
+) -> Measured:
     """Draw (or find) the base's images of the spec and measure them."""
     drawn = GeneratedImages.fill(spec, generator, [*rewards, *measures], progress=True)
     side = drawn.side(rewards, measures)
-    things = np.stack([[recorded(oracle.measure(image)[0]) for image in drawn.images(row)] for row in range(len(spec.prompts))])
+    things = np.stack(
+        [
+            [recorded(oracle.measure(image)[0]) for image in drawn.images(row)]
+            for row in range(len(spec.prompts))
+        ]
+    )
     return Measured(
         spec.prompts,
         {name: scores.numpy() for name, scores in side.scores.items()},
@@ -63,7 +70,9 @@ def measure_base(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Re
     )
 
 
-def within_prompt(statistic: Callable[[np.ndarray, np.ndarray], float], first: np.ndarray, second: np.ndarray) -> float:
+def within_prompt(
+    statistic: Callable[[np.ndarray, np.ndarray], float], first: np.ndarray, second: np.ndarray
+) -> float:
     """Mean over prompts of a statistic of two (P, K) tables, where it is defined."""
     values = [statistic(a, b) for a, b in zip(first, second) if a.std() > 0 and b.std() > 0]
     return float(np.mean(values)) if values else float("nan")
@@ -85,8 +94,15 @@ def kept_by_autoencoder(backbone: Backbone, seed: int = 1) -> float:
     rng = np.random.default_rng([seed, 11])
     requests = [training_request(rng) for _ in range(RENDERS)]
     pictures = np.stack([render(realise(request, rng)) for request in requests])
-    decoded = [image for part in to_tensor(pictures).split(50) for image in backbone.decode(backbone.encode_images(part))]
-    held = [[all(_holds(request, image)) for request, image in zip(requests, images)] for images in (pictures, decoded)]
+    decoded = [
+        image
+        for part in to_tensor(pictures).split(50)
+        for image in backbone.decode(backbone.encode_images(part))
+    ]
+    held = [
+        [all(_holds(request, image)) for request, image in zip(requests, images)]
+        for images in (pictures, decoded)
+    ]
     return sum(held[1]) / sum(held[0])
 
 
@@ -101,7 +117,12 @@ def agreement(found: Measured, seed: int = 0) -> float:
     for first in range(found.things.shape[1]):
         for second in range(first):
             pair = [first, second]
-            share = majority(found.oracle["assertions"][:, pair], found.oracle["looks"][:, pair], found.things[:, pair], seed)
+            share = majority(
+                found.oracle["assertions"][:, pair],
+                found.oracle["looks"][:, pair],
+                found.things[:, pair],
+                seed,
+            )
             decided = np.abs(share - 0.5) > 1e-9
             ours = found.scores["preference"][:, first] > found.scores["preference"][:, second]
             right, total = right + ((share > 0.5) == ours)[decided].sum(), total + decided.sum()
@@ -112,27 +133,62 @@ def card(found: Measured, backbone: Backbone) -> list[Row]:
     """All rows."""
     objects = np.array([len(parse(prompt.text).slots) for prompt in found.prompts])
     aligned, scores = found.oracle["alignment"], found.scores
-    between = {pair: within_prompt(rank_correlation, scores[pair[0]], scores[pair[1]]) for pair in
-               (("alignment", "looks"), ("preference", "alignment"), ("preference", "looks"))}  # fmt: skip
+    between = {
+        pair: within_prompt(rank_correlation, scores[pair[0]], scores[pair[1]])
+        for pair in (("alignment", "looks"), ("preference", "alignment"), ("preference", "looks"))
+    }
     return [
-        Row("oracle alignment of the base, prompts of one object", float(aligned[objects == 1].mean()), 0.7, 0.9),
-        Row("oracle alignment of the base, prompts of two objects", float(aligned[objects == 2].mean()), 0.4, 0.7),
-        Row("clean renders that keep their alignment after encode and decode", kept_by_autoencoder(backbone), 0.98, 1),
-        Row("`alignment`: mean minus the oracle's", float(scores["alignment"].mean() - aligned.mean()), -0.05, 0.05),
-        Row("`alignment`: AUC against the oracle within a prompt", within_prompt(area_under_curve, scores["alignment"], aligned), 0.8, 1),
-        Row("`looks`: rank correlation with the rating rule", rank_correlation(scores["looks"].ravel(), found.oracle["looks"].ravel()), 0.8, 0.95),
+        Row(
+            "oracle alignment of the base, prompts of one object",
+            float(aligned[objects == 1].mean()),
+            0.7,
+            0.9,
+        ),
+        Row(
+            "oracle alignment of the base, prompts of two objects",
+            float(aligned[objects == 2].mean()),
+            0.4,
+            0.7,
+        ),
+        Row(
+            "clean renders that keep their alignment after encode and decode",
+            kept_by_autoencoder(backbone),
+            0.98,
+            1,
+        ),
+        Row(
+            "`alignment`: mean minus the oracle's",
+            float(scores["alignment"].mean() - aligned.mean()),
+            -0.05,
+            0.05,
+        ),
+        Row(
+            "`alignment`: AUC against the oracle within a prompt",
+            within_prompt(area_under_curve, scores["alignment"], aligned),
+            0.8,
+            1,
+        ),
+        Row(
+            "`looks`: rank correlation with the rating rule",
+            rank_correlation(scores["looks"].ravel(), found.oracle["looks"].ravel()),
+            0.8,
+            0.95,
+        ),
         Row("`preference`: pairs ordered as the annotators' majority", agreement(found), 0.7, 0.85),
         Row("within a prompt, `alignment` with `looks`", between["alignment", "looks"], -0.3, 0.1),
         Row("within a prompt, `preference` with `alignment`", between["preference", "alignment"], 0.2, 0.7),
         Row("within a prompt, `preference` with `looks`", between["preference", "looks"], 0.2, 0.7),
-    ]  # fmt: skip
+    ]
 
 
 def by_category(found: Measured) -> list[str]:
     """Markdown lines: the oracle's alignment and share of assertions by category, easiest first."""
     names = sorted({prompt.category for prompt in found.prompts})
     rows = {name: [prompt.category == name for prompt in found.prompts] for name in names}
-    figures = {name: [float(found.oracle[measure][rows[name]].mean()) for measure in ("alignment", "assertions")] for name in names}
+    figures = {
+        name: [float(found.oracle[measure][rows[name]].mean()) for measure in ("alignment", "assertions")]
+        for name in names
+    }
     ordered = sorted(names, key=lambda name: -figures[name][0])
     return [f"| {name} | {figures[name][0]:.3f} | {figures[name][1]:.3f} |" for name in ordered]
 
@@ -141,4 +197,6 @@ def markdown(found: Measured, backbone: Backbone) -> str:
     """The whole card."""
     head = ["| figure | measured | band | met |", "|---|---|---|---|"]
     categories = ["", "| category | all assertions hold | share that holds |", "|---|---|---|"]
-    return "\n".join([*head, *(row.line() for row in card(found, backbone)), *categories, *by_category(found)])
+    return "\n".join(
+        [*head, *(row.line() for row in card(found, backbone)), *categories, *by_category(found)]
+    )

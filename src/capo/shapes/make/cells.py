@@ -37,7 +37,10 @@ def all_things(work: Path, count: int, seed: int, workers: int) -> Tensor:
     path = work / "things.npy"
     if not path.exists():
         with Pool(workers) as pool:
-            np.save(work / "things.part.npy", np.stack(pool.map(partial(things_of, seed=seed), range(count), chunksize=500)))
+            np.save(
+                work / "things.part.npy",
+                np.stack(pool.map(partial(things_of, seed=seed), range(count), chunksize=500)),
+            )
         (work / "things.part.npy").rename(path)
     return torch.from_numpy(np.load(path))
 
@@ -59,7 +62,9 @@ def cells(things: Tensor) -> tuple[Tensor, Tensor]:
 
     found = torch.where(chosen(beyond) < MARGIN, chosen(kind[:, None]).long(), 0)
     scale = SIDE / GRID
-    return found, torch.stack([chosen(right) / scale, chosen(below) / scale, chosen(radius[:, None]) / 6 - 2], dim=-1)
+    return found, torch.stack(
+        [chosen(right) / scale, chosen(below) / scale, chosen(radius[:, None]) / 6 - 2], dim=-1
+    )
 
 
 class Teller(nn.Module):
@@ -67,7 +72,9 @@ class Teller(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, KINDS + 3))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, KINDS + 3)
+        )
 
     def loss(self, tokens: Tensor, things: Tensor) -> Tensor:
         """Cross-entropy of the kinds, and the squared error of the places where there is a thing; the mean over all cells."""

@@ -116,15 +116,33 @@ def _average_gradients(module: nn.Module, processes: int) -> None:
     vector_to_parameters(flat / processes, gradients)
 
 
-def _optimisers(module: nn.Module, matrices: Collection[nn.Parameter], lr: float) -> list[torch.optim.Optimizer]:
+def _optimisers(
+    module: nn.Module, matrices: Collection[nn.Parameter], lr: float
+) -> list[torch.optim.Optimizer]:
     chosen = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in chosen]
+    rest = [
+        parameter
+        for parameter in module.parameters()
+        if parameter.requires_grad and id(parameter) not in chosen
+    ]
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return [adam, Muon(matrices, lr=2 * lr)] if matrices else [adam]
 
 
-def _save(path: Path, module: nn.Module, optimisers: list[torch.optim.Optimizer], mean: Average | None, step: int, seconds: float) -> None:
-    state = {"module": module.state_dict(), "optimisers": [optimiser.state_dict() for optimiser in optimisers], "step": step, "seconds": seconds}
+def _save(
+    path: Path,
+    module: nn.Module,
+    optimisers: list[torch.optim.Optimizer],
+    mean: Average | None,
+    step: int,
+    seconds: float,
+) -> None:
+    state = {
+        "module": module.state_dict(),
+        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+        "step": step,
+        "seconds": seconds,
+    }
     if mean:
         state["average"] = mean.shadow
     torch.save(state, path.with_suffix(".part"))

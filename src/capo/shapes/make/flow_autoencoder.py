@@ -45,7 +45,9 @@ def deepened(shallow: AutoencoderKL) -> AutoencoderKL:
     deep = build()
     state = deep.state_dict()
     for name, tensor in shallow.state_dict().items():
-        level, block, rest = name.partition(".up_blocks.")  # counted from the innermost, of which there is one more now
+        level, block, rest = name.partition(
+            ".up_blocks."
+        )  # counted from the innermost, of which there is one more now
         if block:
             number, _, rest = rest.partition(".")
             name = f"{level}{block}{int(number) + 1}.{rest}"
@@ -60,7 +62,14 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
     """Two thirds of the steps for both parts; then the latents are scaled, and the decoder is finished on them. Saved to `work`."""
     torch.manual_seed(seed)
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
-    both = fit_both("flow_autoencoder", deepened(autoencoder.trained(work)), work, 2 * steps // 3, seed + 5, divergence=1e-6)
+    both = fit_both(
+        "flow_autoencoder",
+        deepened(autoencoder.trained(work)),
+        work,
+        2 * steps // 3,
+        seed + 5,
+        divergence=1e-6,
+    )
     vae = scaled(both, to_tensor(scenes[:2000]))
     latents = encode_all(work, vae)
     vae.encoder.requires_grad_(False)
@@ -73,13 +82,17 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
         return difference(vae.decode(from_denoiser(vae, z)).sample, to_tensor(scenes[rows]))
 
     vae = vae.to(memory_format=torch.channels_last)
-    fit("flow_decoder", vae, loss, work, steps // 3, lr=7e-4).to(memory_format=torch.contiguous_format).save_pretrained(work / FOLDER)
+    fit("flow_decoder", vae, loss, work, steps // 3, lr=7e-4).to(
+        memory_format=torch.contiguous_format
+    ).save_pretrained(work / FOLDER)
 
 
 def load(work: Path) -> AutoencoderKL:
     """The trained one in `work`, in eval mode; its config does not say where it was, which would ship."""
     vae = AutoencoderKL.from_pretrained(work / FOLDER)
-    plain = AutoencoderKL.from_config({key: value for key, value in vae.config.items() if not key.startswith("_")})
+    plain = AutoencoderKL.from_config(
+        {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    )
     plain.load_state_dict(vae.state_dict())
     return plain.eval()
 

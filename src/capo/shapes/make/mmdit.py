@@ -25,10 +25,17 @@ from capo.shapes.make.fitting import fit, generator, share
 from capo.shapes.make.text import encoders, tokenizer
 
 ACROSS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # neighbours, as tokens to the right and down
-LOOKS = (ACROSS, ((1, 1), (-1, -1), (-1, 1), (1, -1)), ((2, 0), (-2, 0), (0, 2), (0, -2)), ACROSS)  # block by block, at the start
+LOOKS = (
+    ACROSS,
+    ((1, 1), (-1, -1), (-1, 1), (1, -1)),
+    ((2, 0), (-2, 0), (0, 2), (0, -2)),
+    ACROSS,
+)  # block by block, at the start
 SHARPNESS = 2.5  # of that look: half of the attention lies on the neighbour meant
 SHIFT = 3.0  # of the sampler's times, as SD3's
-CONTEXT = 128  # width of the text tokens, the two encoders' 32 + 64 padded with zeros as SD3's are to T5's width
+CONTEXT = (
+    128  # width of the text tokens, the two encoders' 32 + 64 padded with zeros as SD3's are to T5's width
+)
 TOLD_AFTER = 1  # the block, counted from 0, whose tokens the teller reads
 TELLING = 0.2  # weight of what it is asked
 T5_TOKENS = 4  # zeros in the place of the T5's: the pipeline's `max_sequence_length`
@@ -59,7 +66,10 @@ def prepare(transformer: SD3Transformer2DModel) -> None:
     """
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
-            shut = name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out"
+            shut = (
+                name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear"))
+                or name == "proj_out"
+            )
             nn.init.zeros_(module.weight) if shut else nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(transformer.pos_embed.proj.weight.flatten(1))
@@ -81,13 +91,20 @@ def position_reader(places: Tensor) -> Callable[[int, int, int], Tensor]:
     least squares through the layer norm and some noise in the place of what latents hold.
     """
     draw, side = generator(0, 4), round(len(places) ** 0.5)
-    tokens = F.layer_norm(places + 0.3 * torch.randn(200, *places.shape, generator=draw), places.shape[-1:]).flatten(0, 1)
+    tokens = F.layer_norm(
+        places + 0.3 * torch.randn(200, *places.shape, generator=draw), places.shape[-1:]
+    ).flatten(0, 1)
     squares = tokens.T @ tokens + 1e-3 * len(tokens) * torch.eye(places.shape[-1])
     down, right = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
 
     def read(to_right: int, to_bottom: int, features: int) -> Tensor:
-        rates = 10_000 ** -(torch.arange(features // 4) * 4 / places.shape[-1])  # the fastest of the embedding's own
-        turns = [(axis.flatten()[:, None] - offset) * rates for axis, offset in ((right, to_right), (down, to_bottom))]
+        rates = 10_000 ** -(
+            torch.arange(features // 4) * 4 / places.shape[-1]
+        )  # the fastest of the embedding's own
+        turns = [
+            (axis.flatten()[:, None] - offset) * rates
+            for axis, offset in ((right, to_right), (down, to_bottom))
+        ]
         told = torch.cat([wave(turn) for turn in turns for wave in (torch.sin, torch.cos)], dim=1)
         return torch.linalg.solve(squares, tokens.T @ told.repeat(200, 1)).T
 
@@ -167,7 +184,10 @@ def train(
         told = learner.transformer(flow_add_noise(x, noise, t), words, pooled, 1000 * t).sample
         errors = (told - (noise - x)).square().mean((1, 2, 3))
         telling = learner.teller.loss(learner.seen, things[rows])
-        return errors.mean() + TELLING * telling, {"velocity": errors.mean().item(), "telling": telling.item()}
+        return errors.mean() + TELLING * telling, {
+            "velocity": errors.mean().item(),
+            "telling": telling.item(),
+        }
 
     matrices = [weight for weight in learner.transformer.transformer_blocks.parameters() if weight.ndim == 2]
     fit("mmdit", learner, loss, work, steps, lr=2e-3, average=True, matrices=matrices)

@@ -8,7 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # drives every singular value near 1 in five rounds; the published coefficients
+QUINTIC = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # drives every singular value near 1 in five rounds; the published coefficients
 
 
 def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
@@ -29,7 +33,9 @@ class Muon(torch.optim.Optimizer):
     torch's own works in bfloat16, which is many times slower than float32 on a processor without it.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -41,7 +47,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike[parameter.shape].append(parameter)
             for shape, parameters in alike.items():
-                directions = orthogonal(torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters]))
+                directions = orthogonal(
+                    torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                )
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(direction, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)

@@ -60,7 +60,9 @@ def wrong_request(request: Request, wrong: float, rng: np.random.Generator) -> R
     """`request` with each attribute that it states changed, independently, with probability `wrong`."""
     groups = [_wrong_group(group, wrong, rng) for group in request.groups]
     if len(groups) == 1 and groups[0].count > 1 and rng.random() < 2 * wrong:
-        groups[0] = replace(groups[0], count=int(rng.choice([n for n in COUNTS if n not in (1, groups[0].count)])))
+        groups[0] = replace(
+            groups[0], count=int(rng.choice([n for n in COUNTS if n not in (1, groups[0].count)]))
+        )
     relation, place = request.relation, request.place
     if relation and rng.random() < wrong:
         relation = str(rng.choice([r for r in RELATIONS if r != relation]))
