@@ -1,1 +1,1 @@
-"""The embedded world: rendered, captioned shapes, base models, learned rewards and an exact oracle."""
+"""The shapes world: rendered, captioned shapes, base models, learned rewards and an exact oracle."""

@@ -1,4 +1,4 @@
-"""Requests to text and back: one sentence for every request, and one request for every sentence."""
+"""Conversion between requests and captions: one sentence for each request, one request for each sentence."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _noun(group: Group) -> str:
 
 
 def caption(request: Request) -> str:
-    """The sentence for a request, e.g. `two striped red stars and a circle on a grey background`."""
+    """Return the sentence for a request, e.g. `two striped red stars and a circle on a grey background`."""
     nouns = [_noun(group) for group in request.groups]
     if request.relation:
         text = f"{nouns[0]} {request.relation} {nouns[1]}"
@@ -88,7 +88,10 @@ def _group(text: str, whole: str) -> Group:
 
 
 def parse(text: str) -> Request:
-    """The request of a sentence; exact inverse of `caption`. Raises InputError for any other sentence."""
+    """Return the request of a sentence, as the exact inverse of `caption`.
+
+    Raises InputError for a sentence outside the grammar.
+    """
     rest, background, place, relation = text, None, None, None
     if match := _BACKGROUND.search(rest):
         rest, background = rest[: match.start()], match["background"]

@@ -1,4 +1,4 @@
-"""What stands out from the background of a picture: the first step of the oracle and of the rating rule."""
+"""Background and foreground of a picture: the first step of the oracle and of the rating rule."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from scipy.ndimage import generate_binary_structure, label
 
 from capo.shapes.scenes import BACKGROUNDS, SIDE
 
-SPECK = 36  # pixels, holes filled: what is smaller is clutter
-FAINT = 16.0  # least distance (RGB, 0-255) between a thing and the background
-CROSS = generate_binary_structure(2, 1)  # scipy's own default, which it would build anew in every call
+SPECK = 36  # area in pixels, holes filled, below which a part is clutter
+FAINT = 16.0  # least distance (RGB, 0-255) between an object and the background
+CROSS = generate_binary_structure(2, 1)  # scipy's default, which it builds in every call
 _AXIS = np.linspace(-1, 1, SIDE, dtype=np.float32)
 _PLANE = np.stack(
     [np.broadcast_to(_AXIS, (SIDE, SIDE)), np.broadcast_to(_AXIS[:, None], (SIDE, SIDE))], axis=-1
@@ -22,7 +22,7 @@ _CURVES = np.stack([np.ones_like(_X), _X, _Y, _X * _X, _Y * _Y, _X * _Y], axis=-
 
 
 def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """(64, 64, 3) float32, 0-255. ValueError for another size."""
+    """Convert a picture to (64, 64, 3) float32, 0-255; raise ValueError for another size."""
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, dtype=np.float32)
     if pixels.shape != (SIDE, SIDE, 3):
         raise ValueError(
@@ -32,7 +32,10 @@ def to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _bent(light: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Background light (64, 64, 3) with a smooth correction, quadratic in each channel, fitted to all near it."""
+    """Add to the background `light` (64, 64, 3) a smooth correction, quadratic in each channel.
+
+    It is fitted to all pixels close to the background; `light` is returned unchanged if those are too few.
+    """
     off = pixels - light
     near = np.linalg.norm(off, axis=-1)[::2, ::2] < FAINT
     if near.sum() < 200:
@@ -42,16 +45,16 @@ def _bent(light: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def fit_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name of the background, and its light at every pixel (64, 64, 3): one colour and a slope shared by the
-    channels.
+    """Return the name of the background and its color at every pixel, (64, 64, 3).
 
-    Fitted to the frame of the picture, two pixels wide, by reweighted least squares (things seldom touch the
-    frame, and what does is an outlier). Values that clip at 0 or 255 say nothing about the slope.
+    The model is one color and a slope shared by the channels, fitted by reweighted least squares to the frame
+    of the picture, two pixels wide: objects seldom touch the frame, and those that do are outliers. Values
+    clipped at 0 or 255 carry no information about the slope and are left out.
     """
     return _fitted(np.ascontiguousarray(pixels, dtype=np.float32).tobytes())
 
 
-@lru_cache(maxsize=256)  # the oracle and the rating rule ask for the same pictures
+@lru_cache(maxsize=256)  # shared by the oracle and the rating rule
 def _fitted(content: bytes) -> tuple[str, np.ndarray]:
     pixels = np.frombuffer(content, dtype=np.float32).reshape(SIDE, SIDE, 3)
     frame = np.ones((SIDE, SIDE), dtype=bool)
@@ -77,7 +80,7 @@ def _fitted(content: bytes) -> tuple[str, np.ndarray]:
 
 
 def pieces(mask: np.ndarray, least: int) -> list[np.ndarray]:
-    """Connected parts of a mask with at least `least` pixels, the largest first."""
+    """Return the connected components of a mask that have at least `least` pixels, the largest first."""
     parts, count = label(mask, CROSS)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
     return [parts == index + 1 for index in np.argsort(-sizes, kind="stable") if sizes[index] >= least]

@@ -1,5 +1,6 @@
-"""The oracle: what is really on a picture, measured from its pixels. Reported beside the rewards, never
-trained on.
+"""Oracle: detects the objects in a picture from its pixels and checks the prompt's assertions.
+
+Its measures are reported beside the rewards and never used in training.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ from capo.shapes.rating import rating
 from capo.shapes.render import signed_distance
 from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, Thing, assertions
 
-UNKNOWN = "unknown"  # the shape of a thing that looks like none of SHAPES
+UNKNOWN = "unknown"  # shape of an object that matches none of SHAPES
 MATCH = 0.76  # least soft intersection over union with a template
-PALE = 26.0  # distance from the background (RGB, 0-255) that most of a thing must reach
+PALE = 26.0  # distance from the background (RGB, 0-255) that most of an object must reach
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _CONTRASTS = np.linspace(0.28, 1.1, 13, dtype=np.float32)
 
 
 def _colour(away: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """Palette index of pixels given as offsets (n, 3) from the background, and where that colour and its
-    shade lie.
+    """Classify the color of pixels given as offsets (n, 3) from the background.
 
-    Contrast c moves a colour to c (colour - background); a texture's dark parts are at 0.45 of the colour
-    before that. The colour whose line between the two comes closest to most pixels wins.
+    Contrast c moves a color to c (color - background); before that, the dark parts of a texture have 0.45
+    of the color. The color whose line between these two points is closest to most pixels is chosen.
+
+    Returns:
+        The index in the palette, and the offsets (3,) from the background of the color and of its dark shade.
     """
     away = away[:: max(1, len(away) // 32)]
     lit = _CONTRASTS[:, None, None] * (_PALETTE - background)
@@ -55,7 +58,7 @@ def _colour(away: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray, 
 
 
 def _belongs(away: np.ndarray, lit: np.ndarray, dark: np.ndarray) -> np.ndarray:
-    """Which offsets (..., 3) from the background are mixtures of background, colour and its shade."""
+    """Return which offsets (..., 3) from the background are mixtures of background, color and dark shade."""
     plane, _ = np.linalg.qr(np.stack([lit, dark], axis=1))
     normal = np.cross(plane[:, 0], plane[:, 1])
     along = away @ lit / (lit @ lit)
@@ -63,17 +66,20 @@ def _belongs(away: np.ndarray, lit: np.ndarray, dark: np.ndarray) -> np.ndarray:
     return (np.abs(away @ normal) < 26) & ((along > 0.05) | (away @ dark > 0)) | (beside < 30)
 
 
-_GRID = 28  # cells of the frame in which outlines are compared
+_GRID = 28  # cells per side of the frame in which outlines are compared
 _REACH = 1.1  # half its side, in units of the square root of the outline's area
 _TURNS = np.linspace(-0.24, 0.24, 7)
 
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Outlines of all shapes, angles and two softnesses (n, cells), their sums (n,), each shape's area at
-    radius 1, and the centroids (n, 2) at radius 1.
+    """Build the templates: outlines of all shapes at all angles, each sharp and blurred.
 
-    The frame of an outline has its origin at the centroid and the square root of the area as its unit.
+    The frame of a template has its origin at the centroid and the square root of the area as its unit.
+
+    Returns:
+        Templates (n, cells), their sums (n,), the area of each shape at radius 1, and the centroids (n, 2) at
+        radius 1.
     """
     fine = (np.arange(200) + 0.5) / 200 * 2.6 - 1.3
     x, y = np.meshgrid(fine, fine)
@@ -95,7 +101,11 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _shape(cover: np.ndarray) -> tuple[str, float, float, float, float]:
-    """Best shape for a soft mask (h, w): name, match, radius, and x and y of the centre it is drawn around."""
+    """Find the shape that matches a soft mask (h, w) best.
+
+    Returns:
+        Its name, the match (soft intersection over union), the radius, and x and y of the center in pixels.
+    """
     area = cover.sum()
     x, y = cover.sum(0) @ np.arange(cover.shape[1]) / area, cover.sum(1) @ np.arange(cover.shape[0]) / area
     templates, sums, areas, centres = _templates()
@@ -112,7 +122,7 @@ def _shape(cover: np.ndarray) -> tuple[str, float, float, float, float]:
 
 
 def _explained(values: np.ndarray, way: np.ndarray) -> float:
-    """Share of the variance of `values` that lies between pixel rows of coordinate `way`."""
+    """Return the share of the variance of `values` explained by position along `way`, in whole pixels."""
     bins = np.round(way - way.min()).astype(int)
     counts = np.bincount(bins)
     means = np.bincount(bins, values) / np.maximum(counts, 1)
@@ -120,10 +130,10 @@ def _explained(values: np.ndarray, way: np.ndarray) -> float:
 
 
 def _texture(shade: np.ndarray, body: np.ndarray) -> str:
-    """`solid`, `striped` or `dotted`, from the darkness (h, w; 0 lit, 1 shaded) inside a thing.
+    """Classify a texture as `solid`, `striped` or `dotted` from the darkness (h, w; 0 to 1) of an object.
 
-    What changes with the distance from the outline is blur and is taken away first. Stripes differ from row
-    to row and not from column to column, dots do both alike.
+    Variation with the distance from the outline is blur and is removed first. Stripes vary from row to row
+    but not from column to column; dots vary alike in both.
     """
     depth = np.minimum(np.round(distance_transform_edt(body)).astype(int), 6)
     inside = depth >= (3 if (depth >= 3).sum() > 30 else 2)
@@ -145,8 +155,9 @@ def _core(mask: np.ndarray) -> np.ndarray:
 
 
 def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | None:
-    """Soft mask (h, w) of the largest thing in `own` that reaches half of `level`; specks on it are filled
-    in.
+    """Return the soft mask (h, w) of the largest part of `own` whose distance `far` exceeds half of `level`.
+
+    Small holes, which are specks on the object, are filled. Returns None if no part is large enough.
     """
     parts = pieces(own & (far > 0.5 * level), 12)
     if not parts:
@@ -162,7 +173,10 @@ def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | Non
 
 
 def _is_clutter(body: np.ndarray, far: np.ndarray, match: float) -> bool:
-    """Whether a body (h, w) is too small, thin or faint for a thing; what looks like no shape must be larger."""
+    """Return whether a body (h, w) is too small, too thin or too faint for an object.
+
+    The least size is larger for a body that matches no shape.
+    """
     filled = binary_fill_holes(body, CROSS)
     small = filled.sum() < (SPECK if match >= MATCH else 2 * SPECK)
     return (
@@ -173,7 +187,11 @@ def _is_clutter(body: np.ndarray, far: np.ndarray, match: float) -> bool:
 def _thing(
     mask: np.ndarray, away: np.ndarray, background: np.ndarray
 ) -> tuple[Thing | None, float, np.ndarray]:
-    """What most of a connected mask (h, w) shows, how well it matches, and the pixels that are not its own."""
+    """Identify the object that most of a connected mask (h, w) shows.
+
+    Returns:
+        The object (None if there is none), its match, and the mask of the pixels that are not part of it.
+    """
     colour, lit, dark = _colour(away[_core(mask)], background)
     own = mask & _belongs(away, lit, dark)
     far = np.linalg.norm(away, axis=-1)
@@ -196,7 +214,7 @@ def _thing(
 
 
 def _halves(mask: np.ndarray) -> list[np.ndarray]:
-    """A mask cut where it is narrow, if eroding it leaves more than one core."""
+    """Split a mask at its narrow places, if erosion leaves more than one core; return [] otherwise."""
     inner = mask
     for _ in range(4):
         inner = binary_erosion(inner, CROSS)
@@ -210,7 +228,7 @@ def _halves(mask: np.ndarray) -> list[np.ndarray]:
 def _look(
     mask: np.ndarray, away: np.ndarray, background: np.ndarray, depth: int = 0
 ) -> list[tuple[Thing, float]]:
-    """Things on one connected part of the foreground, each with its match."""
+    """Detect the objects in one connected part of the foreground; return each with its match."""
     window = tuple(
         slice(max(0, side.start - 2), side.stop + 2) for side in find_objects(mask.astype(np.int8))[0]
     )
@@ -232,7 +250,7 @@ def _look(
 
 
 def measure(image: Image.Image | np.ndarray) -> tuple[list[Thing], str]:
-    """The things on a picture (64, 64, 3) and the name of its background, from the pixels alone."""
+    """Detect the objects in a picture (64, 64, 3) and the name of its background, from the pixels alone."""
     pixels = to_pixels(image)
     name, light = fit_background(pixels)
     away, colour = pixels - light, np.array(BACKGROUNDS[name], dtype=np.float32)
@@ -242,12 +260,12 @@ def measure(image: Image.Image | np.ndarray) -> tuple[list[Thing], str]:
 
 @lru_cache(maxsize=256)
 def _measured(pixels: bytes) -> tuple[list[Thing], str]:
-    """`measure`, once for all that is asked about a picture."""
+    """Cache `measure`, so that all measures of a picture share one detection."""
     return measure(np.frombuffer(pixels, dtype=np.float32).reshape(SIDE, SIDE, 3))
 
 
 def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
-    """Every assertion of the prompt, checked on the picture; InputError for a prompt outside the grammar."""
+    """Check all assertions of the prompt on the picture; raise InputError for a prompt not in the grammar."""
     try:
         request = parse(prompt)
     except InputError as error:
@@ -256,25 +274,28 @@ def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
 
 
 def alignment(image: Image.Image | np.ndarray, prompt: str) -> float:
-    """1.0 if the picture shows all that the prompt asserts and nothing more, else 0.0 (strict, as GenEval counts)."""
+    """Return 1.0 if the picture shows all that the prompt asserts and no other object, else 0.0.
+
+    This is as strict as GenEval.
+    """
     return float(all(held(image, prompt)))
 
 
 def assertion_share(image: Image.Image | np.ndarray, prompt: str) -> float:
-    """Share of the prompt's assertions that hold, in [0, 1]."""
+    """Return the share of the prompt's assertions that hold, in [0, 1]."""
     return float(np.mean(held(image, prompt)))
 
 
 def alignments(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """`alignment` of B pictures, (B,)."""
+    """Return `alignment` of B pictures, (B,)."""
     return torch.tensor([alignment(*pair) for pair in zip(images, prompts, strict=True)])
 
 
 def assertion_shares(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """`assertion_share` of B pictures, (B,)."""
+    """Return `assertion_share` of B pictures, (B,)."""
     return torch.tensor([assertion_share(*pair) for pair in zip(images, prompts, strict=True)])
 
 
 def ratings(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """The rating rule, 1-10, of B pictures, (B,); blind to the prompts."""
+    """Return the rating of B pictures, (B,), from 1 to 10; the prompts are ignored."""
     return torch.tensor([rating(image) for image in images])

@@ -1,4 +1,4 @@
-"""The prompt grammar of the shapes world: categories in an order of difficulty, and disjoint splits."""
+"""Prompt grammar of the shapes world: categories of increasing difficulty, and disjoint splits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _background(rng: np.random.Generator) -> str | None:
 
 
 def _coloured(rng: np.random.Generator, shape: str, **rest) -> Group:
-    """A group of a usual colour for its shape; the unusual combinations are kept for the test prompts."""
+    """Make a group with a usual color for its shape; unusual combinations are reserved for test prompts."""
     usual = [colour for colour in COLOURS if (colour, shape) not in UNUSUAL]
     return Group(shape, colour=_pick(rng, usual), **rest)
 
@@ -47,18 +47,18 @@ def _two_shapes(rng: np.random.Generator, count: int = 2) -> list[str]:
 
 
 def single(rng):
-    """`a circle on a grey background`"""
+    """Draw one shape: `a circle on a grey background`."""
     return Request((Group(_pick(rng, SHAPES)),), background=_pick(rng, BACKGROUNDS))
 
 
 def colours(rng):
-    """`a large red circle`"""
+    """Draw one colored shape: `a large red circle`."""
     size = _pick(rng, SIZES) if rng.random() < 0.4 else None
     return Request((_coloured(rng, _pick(rng, SHAPES), size=size),), background=_background(rng))
 
 
 def texture(rng):
-    """`a striped red circle`, `a dotted circle and a star`"""
+    """Draw a textured shape: `a striped red circle`, `a dotted circle and a star`."""
     shapes = _two_shapes(rng)
     first = _coloured(rng, shapes[0], texture=_pick(rng, TEXTURES))
     groups = (first,) if rng.random() < 0.65 else (first, Group(shapes[1]))
@@ -66,19 +66,19 @@ def texture(rng):
 
 
 def two(rng):
-    """`a circle and a square`"""
+    """Draw two shapes: `a circle and a square`."""
     return Request(tuple(Group(shape) for shape in _two_shapes(rng)), background=_background(rng))
 
 
 def counting(rng):
-    """`three red stars`"""
+    """Draw several equal shapes: `three red stars`."""
     shape, count = _pick(rng, SHAPES), int(rng.integers(2, 5))
     group = _coloured(rng, shape, count=count) if rng.random() < 0.6 else Group(shape, count)
     return Request((group,), background=_background(rng))
 
 
 def position(rng):
-    """`a red circle in the top left corner`, `a circle above a square`"""
+    """Draw a place or a relation: `a red circle in the top left corner`, `a circle above a square`."""
     if rng.random() < 0.5:
         return Request(
             (_coloured(rng, _pick(rng, SHAPES)),), place=_pick(rng, PLACES), background=_background(rng)
@@ -89,7 +89,7 @@ def position(rng):
 
 
 def binding(rng):
-    """`a red circle and a blue square`, `a red circle above a blue square`"""
+    """Draw two colored shapes: `a red circle and a blue square`, `a red circle above a blue square`."""
     groups = tuple(_coloured(rng, shape) for shape in _two_shapes(rng))
     return Request(
         groups, _pick(rng, RELATIONS) if rng.random() < 0.35 else None, background=_background(rng)
@@ -97,7 +97,7 @@ def binding(rng):
 
 
 def many(rng):
-    """`a red circle, a blue square and two green stars`"""
+    """Draw three or four objects: `a red circle, a blue square and two green stars`."""
     shapes = _two_shapes(rng, 3)
     groups = [_coloured(rng, shape) for shape in shapes]
     if rng.random() < 0.4:
@@ -108,7 +108,7 @@ def many(rng):
 
 
 def unusual(rng):
-    """`a red circle and a green star`: a combination that no training caption names."""
+    """Draw a combination in no training caption: `a red circle and a green star`."""
     colour, shape = sorted(UNUSUAL)[int(rng.integers(len(UNUSUAL)))]
     odd = Group(shape, colour=colour)
     other = _coloured(rng, _pick(rng, [s for s in SHAPES if s != shape]))
@@ -122,11 +122,11 @@ CATEGORIES: dict[str, Category] = {
 TRAINING = tuple(name for name in CATEGORIES if name != "unusual")
 
 
-EXHAUSTED = 300  # draws in a row without a new sentence of the split: a category has no more, or hardly any
+EXHAUSTED = 300  # draws in a row without a new sentence, after which a category counts as exhausted
 
 
 def split_of(text: str) -> str:
-    """The one split that a sentence belongs to, by its hash: six tenths train, one validation, three test."""
+    """Return the split of a sentence by its hash: train for 6 of 10, validation for 1, test for 3."""
     digit = (
         int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4, person=b"shapes-split").digest(), "big")
         % 10
@@ -135,7 +135,7 @@ def split_of(text: str) -> str:
 
 
 def training_request(rng: np.random.Generator, categories: tuple[str, ...] = TRAINING) -> Request:
-    """A request that may be trained on (base model, rewards): no test prompt, no unusual combination."""
+    """Draw a request that may be used in training: no test prompt and no unusual combination."""
     while True:
         request = CATEGORIES[_pick(rng, categories)](rng)
         if split_of(caption(request)) != "test":
@@ -151,7 +151,8 @@ def _draw_split(split: str, count: int, seed: int) -> list[Prompt]:
     while len(found) < count:
         if not names:
             raise InputError(
-                f"prompts.{split}={count}: the shapes grammar has only about {len(found)} such prompts; ask for fewer"
+                f"prompts.{split}={count}: the shapes grammar has only about {len(found)} such prompts; "
+                "ask for fewer"
             )
         name = names[len(found) % len(names)]
         text = caption(CATEGORIES[name](rng))
@@ -166,9 +167,9 @@ def _draw_split(split: str, count: int, seed: int) -> list[Prompt]:
 
 
 def prompt_sets(train: int, validation: int, test: int, seed: int = 0) -> dict[str, list[Prompt]]:
-    """Disjoint seeded prompt sets, categories in turn, so that any prefix of a set is balanced over them.
+    """Draw disjoint prompt sets from a seed, the categories in turn, so that any prefix of a set is balanced.
 
-    Raises InputError for a count that the grammar cannot fill.
+    Raises InputError for a count that the grammar cannot provide.
     """
     draw = partial(_draw_split, seed=seed)
     return {
@@ -179,7 +180,7 @@ def prompt_sets(train: int, validation: int, test: int, seed: int = 0) -> dict[s
 
 
 def known_scenes(count: int = 8) -> list[tuple[Image.Image, str]]:
-    """Clean renders of the first validation prompts, and the prompts."""
+    """Render the first `count` validation prompts in the clean style; return (picture, prompt) pairs."""
     prompts = _draw_split("validation", count, seed=0)
     rng = np.random.default_rng(0)
     return [(Image.fromarray(render(realise(parse(prompt.text), rng))), prompt.text) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""The rating rule: how good a picture looks to the raters of the shapes world, whatever was asked for."""
+"""Rating rule: how good a picture looks to the simulated raters, independent of the prompt."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from capo.shapes.foreground import CROSS, FAINT, SPECK, fit_background, pieces, 
 
 
 def _warmth(pixels: np.ndarray) -> np.ndarray:
-    """1 for red, orange and yellow, 0.7 for pink, about 0.4 for green and purple, 0 for cyan and blue; (n, 3)
-    -> (n,).
+    """Return the warmth of colors (n, 3) as (n,).
+
+    It is 1 for red, orange and yellow, 0.7 for pink, about 0.4 for green and purple, 0 for cyan and blue.
     """
     return np.clip(0.5 + (pixels[:, 0] - pixels[:, 2]) / 320, 0, 1)
 
 
 def _sharpness(pixels: np.ndarray, far: np.ndarray, things: np.ndarray) -> float:
-    """1 where outlines step from background to thing within a pixel, 0 where that takes four."""
+    """Return 1 if outlines change from background to object within one pixel, 0 if they need four."""
     step = np.zeros_like(far)
     step[:, 1:] = np.linalg.norm(np.diff(pixels, axis=1), axis=-1)
     step[1:] = np.maximum(step[1:], np.linalg.norm(np.diff(pixels, axis=0), axis=-1))
@@ -27,14 +28,17 @@ def _sharpness(pixels: np.ndarray, far: np.ndarray, things: np.ndarray) -> float
 
 
 def rating(image: Image.Image | np.ndarray) -> float:
-    """Looks of a picture (64, 64, 3), from its pixels alone, in [1, 10]:
+    """Rate the looks of a picture (64, 64, 3) from its pixels alone, in [1, 10].
 
         1 + 9 (0.30 vivid + 0.25 warm + 0.20 sharp + 0.15 tidy + 0.10 large)
 
-    vivid: mean distance (RGB) of the things from the background, 160 or more counts as 1; warm: mean of red
-    against blue over the things; sharp: how steep the outlines are; tidy: exp(-clutter / 40 pixels), clutter
-    being whatever stands out and is too small for a thing; large: square root of the things' share of the
-    picture, 0.15 counts as 1. A picture without things gets 1.
+    A picture without objects is rated 1. The terms, each in [0, 1]:
+
+    - vivid: mean distance (RGB) of the objects from the background; 160 or more counts as 1.
+    - warm: mean of red against blue over the objects.
+    - sharp: steepness of the outlines.
+    - tidy: exp(-clutter / 40 pixels); clutter is all foreground that is too small for an object.
+    - large: square root of the objects' share of the picture; 0.15 or more counts as 1.
     """
     pixels = to_pixels(image)
     far = np.linalg.norm(pixels - fit_background(pixels)[1], axis=-1)

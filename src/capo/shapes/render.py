@@ -1,4 +1,4 @@
-"""Scenes to pixels: anti-aliased shapes from signed distances, textures, and the imperfections of a style."""
+"""Rendering of scenes: anti-aliased shapes from signed distances, textures and imperfections of style."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _heart() -> np.ndarray:
 
 
 _A = 0.34  # half the width of the cross's arms
-# Outlines on a unit radius, y downwards, in drawing order.
+# Outlines at radius 1, y downward, corners in order.
 OUTLINES = {
     "square": np.array([(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]),
     "triangle": np.array([(0.0, -0.95), (0.98, 0.78), (-0.98, 0.78)]),
@@ -55,7 +55,7 @@ OUTLINES = {
 
 
 def _polygon_distance(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Signed distance (inside negative) of points (n, 2) to a simple polygon (k, 2)."""
+    """Return the signed distance (negative inside) of points (n, 2) to a simple polygon (k, 2)."""
     edge = np.roll(corners, -1, axis=0) - corners
     away = points[:, None] - corners[None]
     share = np.clip((away * edge).sum(-1) / (edge**2).sum(-1), 0, 1)
@@ -68,7 +68,7 @@ def _polygon_distance(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
 
 
 def signed_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels, negative inside, of offsets (u, v) from the centre of an upright shape."""
+    """Return the distance in pixels, negative inside, of offsets (u, v) from an upright shape's center."""
     if shape == "circle":
         return np.hypot(u, v) - radius
     if shape == "ring":
@@ -78,7 +78,7 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> 
 
 
 def _paint(thing: Thing, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colour (h, w, 3) of a thing before its outline is cut: plain, or with stripes or dots of a darker shade."""
+    """Return the color (h, w, 3) of an object before masking: plain, or with darker stripes or dots."""
     colour = np.array(COLOURS[thing.colour], dtype=np.float32)
     dark = np.zeros_like(u)
     if thing.texture == "striped":
@@ -106,7 +106,7 @@ def _draw(canvas: np.ndarray, thing: Thing, rng: np.random.Generator, outline: O
 
 
 def _clutter(canvas: np.ndarray, count: int, rng: np.random.Generator) -> None:
-    """Specks and short scratches of a muddy colour, too small to be one of the things."""
+    """Draw specks and short scratches of a muddy color, too small to be objects."""
     for _ in range(count):
         shade = rng.uniform(50, 200, size=3) * 0.5 + 60
         x, y = rng.uniform(1, SIDE - 1, size=2)
@@ -117,9 +117,9 @@ def _clutter(canvas: np.ndarray, count: int, rng: np.random.Generator) -> None:
 
 
 def render(scene: Scene, outline: Outline = signed_distance) -> np.ndarray:
-    """Draw a scene: (64, 64, 3) uint8 RGB. A function of the scene alone (its seed draws phases and clutter).
+    """Render a scene as (64, 64, 3) uint8 RGB; the scene's seed determines texture phases and clutter.
 
-    `outline` gives the distances for the shape names in the scene, should they be other than SHAPES.
+    `outline` gives signed distances for the shape names in the scene, if they are not all in SHAPES.
     """
     rng = np.random.default_rng(scene.seed)
     background = np.array(BACKGROUNDS[scene.background], dtype=np.float32)

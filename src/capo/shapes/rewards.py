@@ -1,6 +1,4 @@
-"""The learned rewards of the shapes world: small networks that judge a picture, and err as real reward models
-err.
-"""
+"""Learned rewards of the shapes world: small networks that score a picture and err as real reward models."""
 
 from __future__ import annotations
 
@@ -20,24 +18,25 @@ from capo.errors import InputError
 from capo.shapes.captions import WORDS
 from capo.shapes.scenes import COLOURS, SHAPES, SIDE, TEXTURES
 
-LENGTH = 17  # words of a prompt that are read; the longest sentence of the grammar has 16 with its commas
+LENGTH = 17  # words of a prompt; the longest sentence of the grammar has 16, commas included
 _PAD = 0
 _IDS = {word: index + 1 for index, word in enumerate(WORDS)}
 WIDTH = 80
-CELLS = 8  # the eye sees a grid of 8 x 8 cells
+CELLS = 8  # cells per side of the image encoder's grid
 
 
 def tokens(prompts: Sequence[str]) -> Tensor:
-    """(B, LENGTH) word numbers, 0 after the last word. InputError for a word that is none of the shapes
-    world's.
+    """Convert prompts to word ids (B, LENGTH), 0 after the last word.
+
+    Raises InputError for a word outside the vocabulary and for a prompt with too many words.
     """
     ids = torch.full((len(prompts), LENGTH), _PAD)
-    for row, prompt in zip(ids, prompts):
+    for row, prompt in zip(ids, prompts, strict=True):
         words = re.findall(r"[^\s,]+|,", prompt)
         if foreign := [word for word in words if word not in _IDS]:
             raise InputError(
-                f"prompt {prompt!r}: the rewards of the shapes world know no word {foreign[0]!r}; use the grammar of "
-                "docs/shapes.md, or rewards that go with other prompts"
+                f"prompt {prompt!r}: the rewards of the shapes world know no word {foreign[0]!r}; use the "
+                "grammar of docs/shapes.md, or rewards that go with other prompts"
             )
         if len(words) > LENGTH:
             raise InputError(
@@ -48,12 +47,12 @@ def tokens(prompts: Sequence[str]) -> Tensor:
 
 
 def to_pixels(images: Sequence[Image]) -> Tensor:
-    """(B, 3, 64, 64) float32 in [-1, 1]. InputError for an image of another size."""
+    """Convert images to (B, 3, 64, 64) float32 in [-1, 1]; raise InputError for another size."""
     for index, image in enumerate(images):
         if image.size != (SIDE, SIDE):
             raise InputError(
-                f"image {index} has {image.size} pixels; the rewards of the shapes world judge {SIDE} x {SIDE}: "
-                "choose rewards that go with the model"
+                f"image {index} has {image.size} pixels; the rewards of the shapes world judge {SIDE} x "
+                f"{SIDE}: choose rewards that go with the model"
             )
     stack = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     return stack.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -66,7 +65,7 @@ def _convolution(inward: int, outward: int, side: int = 3, stride: int = 1) -> n
 
 
 class Residual(nn.Module):
-    """Two convolutions beside an identity."""
+    """Residual block of two convolutions."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -79,7 +78,7 @@ class Residual(nn.Module):
 
 
 class Eye(nn.Module):
-    """(B, 3, 64, 64) -> a token for each of 8 x 8 cells, (B, 64, WIDTH)."""
+    """Image encoder: (B, 3, 64, 64) to one token for each of 8 x 8 cells, (B, 64, WIDTH)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,8 +90,8 @@ class Eye(nn.Module):
             Residual(WIDTH),
         )
         self.place = nn.Parameter(0.02 * torch.randn(CELLS**2, WIDTH))
-        # what stands in each cell (presence, shape or none of them, colour, texture, radius); read in
-        # training only
+        # content of each cell (presence, shape or none of them, color, texture, radius); used in training
+        # only
         self.inventory = nn.Linear(WIDTH, 1 + len(SHAPES) + 1 + len(COLOURS) + 1 + len(TEXTURES) + 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -101,8 +100,9 @@ class Eye(nn.Module):
 
 
 class Attention(nn.Module):
-    """Four heads of attention from `x` (B, n, WIDTH) to `seen` (B, m, WIDTH); `mask` (B, 1, 1, m) says what
-    may be seen.
+    """Attention with four heads from `x` (B, n, WIDTH) to `seen` (B, m, WIDTH).
+
+    `mask` (B, 1, 1, m) is true for the tokens of `seen` that may be attended to.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Words look at each other, then at the picture."""
+    """Transformer layer: self-attention of the words, cross-attention to the picture, and an MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,32 +130,31 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
         y = self.norms[0](x)
         x = x + self.words(y, y, mask)
-        rows = self.norms[1](x).reshape(
-            len(seen), -1, WIDTH
-        )  # all the sentences about a picture look at it at once
+        rows = self.norms[1](x).reshape(len(seen), -1, WIDTH)  # all sentences about a picture attend at once
         x = x + self.picture(rows, seen).reshape(x.shape)
         return x + self.mlp(self.norms[2](x))
 
 
 class Reader(nn.Module):
-    """A sentence read in sight of a picture."""
+    """Encoder of sentences with cross-attention to a picture."""
 
     def __init__(self, layers: int = 3):
         super().__init__()
         self.eye = Eye()
         self.words = nn.Embedding(len(WORDS) + 1, WIDTH)
         self.order = nn.Parameter(0.02 * torch.randn(LENGTH + 1, WIDTH))
-        self.whole = nn.Parameter(0.02 * torch.randn(WIDTH))  # the token that stands for the whole sentence
-        self.nothing = nn.Parameter(
-            0.02 * torch.randn(1, 1, WIDTH)
-        )  # beside the cells: gives attention a measure to count by
+        self.whole = nn.Parameter(0.02 * torch.randn(WIDTH))  # token of the whole sentence
+        # an extra cell, the same for all pictures: a reference by which attention can count
+        self.nothing = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))
         self.look = nn.LayerNorm(WIDTH)
         self.layers = nn.ModuleList(Layer() for _ in range(layers))
         self.norm = nn.LayerNorm(WIDTH)
 
     def read(self, cells: Tensor, words: Tensor) -> Tensor:
-        """States (B M, 1 + LENGTH, WIDTH) of whole sentences and each of their words (B M, LENGTH), M about
-        each of B pictures.
+        """Encode M sentences about each of B pictures, with words (B M, LENGTH) and cells (B, 64, WIDTH).
+
+        Returns:
+            States (B M, 1 + LENGTH, WIDTH): of the whole sentence, then of each word.
         """
         seen = self.look(torch.cat([cells, self.nothing.expand(len(cells), 1, WIDTH)], dim=1))
         x = torch.cat([self.whole.expand(len(words), 1, WIDTH), self.words(words)], dim=1) + self.order
@@ -166,8 +165,9 @@ class Reader(nn.Module):
 
 
 class Verifier(Reader):
-    """Probability that a caption holds: the product, over its words and the whole, of the probability that it
-    is right.
+    """Probability that a caption holds for a picture.
+
+    It is the product of the probabilities that each word and the sentence as a whole are right.
     """
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ class Verifier(Reader):
         nn.init.constant_(self.right.bias, 3.0)
 
     def words_right(self, cells: Tensor, words: Tensor) -> Tensor:
-        """Logits (B M, 1 + LENGTH) that the whole and each word is right; +inf where there is no word."""
+        """Return logits (B M, 1 + LENGTH) that the sentence and each word are right; +inf for padding."""
         logits = self.right(self.read(cells, words)).squeeze(-1)
         return logits.masked_fill(F.pad(words == _PAD, (1, 0)), torch.inf)
 
@@ -185,14 +185,14 @@ class Verifier(Reader):
 
 
 class Judge(Reader):
-    """How much people prefer a picture for a caption; differences are log odds."""
+    """Preference score of a picture for a caption; differences of scores are log-odds."""
 
     def __init__(self) -> None:
         super().__init__(layers=2)
         self.worth = nn.Sequential(nn.Linear(3 * WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
 
     def weigh(self, cells: Tensor, words: Tensor) -> Tensor:
-        """Worth (B,) of pictures, given as cells (B, 64, WIDTH), for one sentence each (B, LENGTH)."""
+        """Score pictures, given as cells (B, 64, WIDTH), for one sentence each (B, LENGTH); returns (B,)."""
         whole = self.read(cells, words)[:, 0]
         return self.worth(torch.cat([whole, cells.mean(1), cells.amax(1)], dim=-1)).squeeze(-1)
 
@@ -201,7 +201,7 @@ class Judge(Reader):
 
 
 class Rater(nn.Module):
-    """A rating between 1 and 10 from the pixels alone."""
+    """Rating between 1 and 10 from the pixels alone."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -218,7 +218,7 @@ class Rater(nn.Module):
 
 
 def fused(module: nn.Module) -> nn.Module:
-    """The network in evaluation mode with its batch normalisations folded into the convolutions before them."""
+    """Fold batch normalizations into the convolutions before them; return the frozen network in eval mode."""
     module.eval()
     for sequence in [part for part in module.modules() if isinstance(part, nn.Sequential)]:
         for index, part in enumerate(sequence):
@@ -229,10 +229,10 @@ def fused(module: nn.Module) -> nn.Module:
 
 
 class _Scorer:
-    """A network with weights from a safetensors file, stored in float16, run in float32."""
+    """Network with weights from a safetensors file, stored in float16 and run in float32."""
 
     network: type[nn.Module]
-    side = SIDE  # of the images, which have no other size
+    side = SIDE  # pixels per side of the images
 
     def __init__(self, weights: str | Path):
         if not Path(weights).is_file():
@@ -250,14 +250,14 @@ class _Scorer:
         self.device = torch.device("cpu")
 
     def to(self, device: str | torch.device) -> _Scorer:
-        """Moves the network to `device`."""
+        """Move the network to `device`."""
         self.device = torch.device(device)
         self.module.to(self.device)
         return self
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Raw scores (B,) float32 on the CPU; each a function of its own image and prompt."""
+        """Return raw scores (B,) float32 on the CPU; each depends on its own image and prompt only."""
         return self._judge(to_pixels(images).to(self.device), tokens(prompts).to(self.device)).float().cpu()
 
     def _judge(self, pixels: Tensor, words: Tensor) -> Tensor:
@@ -265,21 +265,19 @@ class _Scorer:
 
 
 class AlignmentScorer(_Scorer):
-    """Whether the picture shows what the prompt says: a probability, as VQAScore gives."""
+    """Probability that the picture shows what the prompt says, like VQAScore."""
 
     network = Verifier
 
 
 class PreferenceScorer(_Scorer):
-    """How much the simulated annotators prefer the picture: unbounded, differences are log odds, as MPS
-    gives.
-    """
+    """Preference of the simulated annotators, like MPS: unbounded; differences are log-odds."""
 
     network = Judge
 
 
 class LooksScorer(_Scorer):
-    """How good the picture looks, from 1 to 10, whatever the prompt: as VILA gives."""
+    """Looks of the picture from 1 to 10, independent of the prompt, like VILA."""
 
     network = Rater
 

@@ -1,4 +1,4 @@
-"""What a scene of the shapes world is, what a prompt asks of it, and whether the one satisfies the other."""
+"""Scenes of the shapes world, requests for scenes, and whether a scene satisfies a request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES = ("small", "large")
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 MAX_OBJECTS = 4
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-# place -> (column, row), each -1, 0, 1, or None where the place says nothing about it
+# place -> (column, row), each -1, 0, 1, or None if the place does not specify it
 PLACES = {
     "on the left": (-1, None),
     "on the right": (1, None),
@@ -43,7 +43,7 @@ PLACES = {
     "in the bottom left corner": (-1, 1),
     "in the bottom right corner": (1, 1),
 }
-# Combinations that appear in test prompts only: no caption of any training (base, rewards, tuning) names them.
+# Combinations in test prompts only: in no training caption of the base models, the rewards or the tuning.
 UNUSUAL = frozenset(
     {
         ("green", "heart"),
@@ -60,7 +60,7 @@ UNUSUAL = frozenset(
 
 @dataclass(frozen=True)
 class Group:
-    """`count` equal objects that a prompt asks for; None where it leaves an attribute open."""
+    """`count` equal objects of a request; an attribute that is None is unspecified."""
 
     shape: str
     count: int = 1
@@ -71,7 +71,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for. `relation` holds between the first and the second group, `place` for the first."""
+    """Content of a prompt; `relation` is between its first two groups, `place` is the first group's."""
 
     groups: tuple[Group, ...]
     relation: str | None = None
@@ -80,13 +80,13 @@ class Request:
 
     @property
     def slots(self) -> list[Group]:
-        """One group entry per object that must be there."""
+        """The group of each object requested, one entry per object."""
         return [group for group in self.groups for _ in range(group.count)]
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene, drawn or measured. Centre and radius (half the longer side) in pixels."""
+    """One object of a scene, drawn or detected; center and radius (half the longer side) in pixels."""
 
     shape: str
     colour: str
@@ -99,9 +99,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Style:
-    """How well a scene is drawn; (1, 0, 0, 0) is clean. What is imperfect on purpose about the base's data."""
+    """Rendering quality of a scene; (1, 0, 0, 0) is clean. Training scenes are imperfect on purpose."""
 
-    contrast: float = 1.0  # 1: full colours, 0: the background's
+    contrast: float = 1.0  # 1: full colors, 0: the background's
     blur: float = 0.0  # sigma in pixels
     clutter: int = 0  # specks and scratches
     shade: float = 0.0  # strength of an uneven light over the background
@@ -109,7 +109,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background with things on it, and the seed of everything random in how it is drawn."""
+    """Objects on a background, and the seed of all randomness in the rendering."""
 
     things: tuple[Thing, ...]
     background: str
@@ -118,7 +118,10 @@ class Scene:
 
 
 def at_place(x: float, y: float, place: str, edge: float = 0.42) -> bool:
-    """Whether (x, y) in pixels lies in the named third; `edge` is where the outer thirds end, as a share of the side."""
+    """Return whether (x, y) in pixels lies at the named place: a third of the picture in each direction.
+
+    `edge` is where the outer thirds end, as a share of the side.
+    """
     return all(
         wanted is None
         or (
@@ -128,12 +131,15 @@ def at_place(x: float, y: float, place: str, edge: float = 0.42) -> bool:
             if wanted > 0
             else abs(value - 0.5) <= edge - 0.24
         )
-        for value, wanted in zip((x / SIDE, y / SIDE), PLACES[place])
+        for value, wanted in zip((x / SIDE, y / SIDE), PLACES[place], strict=True)
     )
 
 
 def in_relation(first: Thing, second: Thing, relation: str, gap: float = 6.0) -> bool:
-    """Whether `first` is, say, above `second`: by `gap` pixels at least, and more so than beside it."""
+    """Return whether `first` is, e.g., above `second`.
+
+    The offset in the relation's direction must exceed both `gap` pixels and the offset across it.
+    """
     dx, dy = RELATIONS[relation]
     along = (first.x - second.x) * dx + (first.y - second.y) * dy
     across = abs((first.x - second.x) * dy) + abs((first.y - second.y) * dx)
@@ -141,7 +147,7 @@ def in_relation(first: Thing, second: Thing, relation: str, gap: float = 6.0) ->
 
 
 def of_size(radius: float, size: str) -> bool:
-    """Small is a radius up to 9 pixels, large one from 11 pixels on."""
+    """Return whether a radius has the named size: small up to 9 pixels, large from 11 pixels."""
     return radius <= 9.0 if size == "small" else radius >= 11.0
 
 
@@ -154,7 +160,7 @@ def _hits(group: Group, thing: Thing) -> list[bool]:
 
 
 def _arrangement(request: Request, chosen: tuple[Thing | None, ...]) -> list[bool]:
-    """The assertions about where things are, for one assignment of things to slots."""
+    """Check the assertions about place and relation for one assignment of objects to slots."""
     out = []
     if request.place:
         out.append(chosen[0] is not None and at_place(chosen[0].x, chosen[0].y, request.place))
@@ -165,11 +171,12 @@ def _arrangement(request: Request, chosen: tuple[Thing | None, ...]) -> list[boo
 
 
 def assertions(request: Request, things: list[Thing] | tuple[Thing, ...], background: str) -> list[bool]:
-    """Every single thing that the request asserts, checked against what is there.
+    """Check every assertion of the request against the objects present.
 
-    One entry for each attribute of each object asked for, one for the number of objects (nothing is missing, nothing
-    is there unasked), one for place, relation and background where they are asked. Things are assigned to the
-    objects asked for so that most assertions hold; of more than six things the six largest are looked at.
+    There is one entry for each attribute of each requested object, one for the number of objects (none
+    missing, none unrequested), and one each for place, relation and background if requested. Objects are
+    assigned to slots so that most assertions hold; of more than six objects only the six largest are
+    considered.
     """
     slots = request.slots
     largest = sorted(things, key=lambda thing: -thing.radius)[:6]
@@ -177,19 +184,19 @@ def assertions(request: Request, things: list[Thing] | tuple[Thing, ...], backgr
     best: list[bool] = []
     for chosen in set(permutations(padded, len(slots))):
         held: list[bool] = []
-        for group, thing in zip(slots, chosen):
+        for group, thing in zip(slots, chosen, strict=True):
             held += _hits(group, thing) if thing else [False] * len(_hits(group, _NOTHING))
         held += _arrangement(request, chosen)
         if not best or sum(held) > sum(best):
             best = held
-    counted = best + [len(things) == len(slots)]
+    counted = [*best, len(things) == len(slots)]
     return counted + ([background == request.background] if request.background else [])
 
 
 _NOTHING = Thing("", "", "", 0.0, 0.0, 0.0)
 
 
-_TEXTURE_RADIUS = 10.0  # smaller things show too few stripes or dots to tell which they are
+_TEXTURE_RADIUS = 10.0  # smaller objects show too few stripes or dots to tell them apart
 
 
 def _radius(rng: np.random.Generator, group: Group, total: int) -> float:
@@ -204,7 +211,7 @@ def _radius(rng: np.random.Generator, group: Group, total: int) -> float:
 
 
 def _free(things: list[Thing]) -> bool:
-    """No two things touch: their outer circles, a little shrunk because few shapes fill them, keep apart."""
+    """Return whether no two objects touch: their circumscribed circles, slightly shrunk, are separate."""
     return all(
         math.hypot(a.x - b.x, a.y - b.y) > 1.02 * (a.radius + b.radius) + 1.5
         for i, a in enumerate(things)
@@ -220,7 +227,10 @@ def _arranged(request: Request, things: list[Thing]) -> bool:
 
 
 def realise(request: Request, rng: np.random.Generator, style: Style = Style()) -> Scene:
-    """Draw a scene that satisfies `request`; what it leaves open is random (texture: solid in four of five)."""
+    """Draw a scene that satisfies `request`; unspecified attributes are random (four in five textures solid).
+
+    Raises ValueError if no arrangement of the objects is found.
+    """
     slots = request.slots
     things = []
     for group in slots:
@@ -236,12 +246,10 @@ def realise(request: Request, rng: np.random.Generator, style: Style = Style()) 
             placed.append(replace(thing, x=float(x), y=float(y)))
         if _arranged(request, placed):
             break
-        if (
-            attempt % 100 == 0
-        ):  # too crowded: everything a little smaller, sizes that were asked for stay in their range
+        if attempt % 100 == 0:  # too crowded: shrink all objects without a requested size or a texture
             things = [
                 replace(t, radius=t.radius if g.size or t.texture != "solid" else max(7.0, 0.94 * t.radius))
-                for t, g in zip(things, slots)
+                for t, g in zip(things, slots, strict=True)
             ]
     else:
         raise ValueError(f"no arrangement found for {request}")

@@ -3,17 +3,17 @@ import pytest
 
 from capo.shapes.make.annotators import ANNOTATORS, Taste, majority, qualities, tastes, worths
 
-RED, CYAN = 0, 4  # places in COLOURS
+RED, CYAN = 0, 4  # indices in COLOURS
 
 
 def things(*rows):
-    """(n, 6) of x, y, radius, shape, colour, texture, as line-ups record them."""
+    """Return (n, 6): x, y, radius, shape, color and texture, as `lineups.recorded` encodes them."""
     return np.array([*rows, *[[-1] * 6] * (3 - len(rows))], dtype=np.float32)
 
 
 def test_qualities_by_hand():
     two = things([32, 32, 8, 0, RED, 0], [32, 16, 12, 0, CYAN, 1])
-    # mean radius 10: 2.5 times 4 pixels; the middle of both is 8 from the centre, of 32; half is cool, half is plain
+    # mean radius 10: 2.5 times 4 pixels; mean position 8 of 32 from the center; half cool, half plain
     assert qualities(two) == pytest.approx([2.5, 0.75, 0.5, 0.5])
     assert qualities(things()) == pytest.approx([0, 0, 0, 0])
 

@@ -58,7 +58,7 @@ def test_every_word_of_every_sentence_is_in_the_vocabulary():
         ("two circle", "did you mean 'two circles'"),
         ("an red circle", "did you mean 'a red circle'"),
         ("a circles", "did you mean 'a circle'"),
-        ("three stars and three hearts", "is not a sentence"),  # six things
+        ("three stars and three hearts", "is not a sentence"),  # six objects
         ("a circle above a star above a ring", "is not a noun"),
         ("a circle on a pink background", "is not a noun"),
     ],

@@ -8,7 +8,7 @@ from capo.shapes.prompts import split_of
 from capo.shapes.render import render, signed_distance
 from capo.shapes.scenes import SHAPES, UNUSUAL, Scene, Thing, assertions
 
-OWN = (0, 0, 2, 3)  # the caption that each picture was drawn for
+OWN = (0, 0, 2, 3)  # index of the caption that each picture was drawn for
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_outlines_between_cut_and_blobs():
     u, v = np.meshgrid(np.linspace(-12, 12, 49), np.linspace(-12, 12, 49))
     half = 0.5 * signed_distance("circle", u, v, 8.0) + 0.5 * signed_distance("star", u, v, 8.0)
     np.testing.assert_allclose(odd_outline("circle/star/0.5", u, v, 8.0), half)
-    cut = odd_outline("circle!0!0", u, v, 8.0)  # nothing right of the centre
+    cut = odd_outline("circle!0!0", u, v, 8.0)  # nothing to the right of the center
     assert (cut[u > 0] > 0).all() and (cut[(u < 0) & (np.hypot(u, v) < 8)] < 0).all()
     inside = odd_outline("blob?7", u, v, 8.0) < 0
     assert 0.1 < inside.mean() * 24**2 / (np.pi * 64) < 2.5

@@ -43,7 +43,7 @@ def test_two_processes_fit_what_one_does(tmp_path):
     _regress(0, alone)
     mp.start_processes(
         _regress, (both, 2), nprocs=2, start_method="fork"
-    )  # which need not import torch again
+    )  # forked processes need not import torch
     one, two = (torch.load(folder / "line.pt", weights_only=True) for folder in (alone, both))
     assert one["step"] == two["step"] == 20
     for name in one["average"]:

@@ -12,12 +12,13 @@ def test_cells_know_the_nearest_thing_that_reaches_them():
     things = torch.tensor([[[3.0, 20.0, 12.0, 8.0], [5.0, 52.0, 52.0, 6.0], none, none], [none] * 4])
     kind, where = cells.cells(things)
     shown = kind[0].view(8, 8)
-    # middles lie at 4, 12, 20, ...: 8 + 4 pixels to each side of (20, 12) is three cells by three, the last ones on the edge not
+    # centers are at 4, 12, 20, ...: 8 + 4 pixels to each side of (20, 12) are three by three cells, without
+    # those on the edge
     expected = torch.zeros(8, 8, dtype=torch.long)
     expected[0:3, 1:4] = 3
     expected[5:8, 5:8] = 5
     assert torch.equal(shown, expected) and not kind[1].any()
-    # the cell in row 2, column 1 has its middle at (12, 20): one cell to the left of the first thing's and one below
+    # the cell in row 2, column 1 has its center at (12, 20): one cell left of and below the first object's
     assert where[0].view(8, 8, 3)[2, 1].tolist() == pytest.approx([-1.0, 1.0, 8 / 6 - 2])
 
 

@@ -27,7 +27,8 @@ def test_scaled_latents_are_standard_to_the_denoiser_and_decode_to_the_same_pict
         torch.testing.assert_close(
             after.std * vae.config.scaling_factor, before.std / scale[:, None, None], atol=1e-5, rtol=1e-3
         )
-        # the decoder's first convolution is the same but at the border, where zeros are padded before the bias
+        # the decoder's first convolution is the same except at the border, where zeros are padded before the
+        # bias
         second = vae.decoder.conv_in(after.mean)
     torch.testing.assert_close(second[..., 1:-1, 1:-1], first[..., 1:-1, 1:-1], atol=1e-4, rtol=1e-4)
     assert (second - first)[..., 0, :].abs().max() > 1e-3
@@ -64,7 +65,7 @@ def test_training_ends_in_a_folder_and_in_latents_of_all_scenes(tmp_path):
     latents = flow_autoencoder.encode_all(tmp_path, vae)
     assert latents.shape == (20, 8, 8, 8) and latents.dtype == np.float32
     assert latents.std() == pytest.approx(1, abs=0.05) and latents.mean() == pytest.approx(0, abs=0.05)
-    # the decoder was finished on these latents: it moved, the encoder did not
+    # the decoder was trained on these latents, the encoder was frozen
     with torch.no_grad():
         again = vae.encode(autoencoder.to_tensor(np.load(tmp_path / "scenes.npy"))).latent_dist.mean
     torch.testing.assert_close(to_denoiser(vae, again), torch.from_numpy(latents), atol=5e-3, rtol=0)

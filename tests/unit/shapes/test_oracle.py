@@ -35,13 +35,15 @@ from capo.shapes.scenes import (
     realise,
 )
 
+CLEAN = Style()
+
 
 def canvas(background="white"):
     image = Image.new("RGB", (64, 64), BACKGROUNDS[background])
     return image, ImageDraw.Draw(image)
 
 
-def rendered(*things, background="white", style=Style(), seed=0):
+def rendered(*things, background="white", style=CLEAN, seed=0):
     return render(Scene(tuple(things), background, style, seed))
 
 
@@ -61,10 +63,10 @@ def test_a_square_and_a_diamond_drawn_by_hand():
     draw.polygon([(46, 34), (54, 46), (46, 58), (38, 46)], fill=COLOURS["pink"])
     assert (
         alignment(image, "a green square above a pink diamond") == 0.0
-    )  # 30 beside, 30 above: not more so above
+    )  # 30 across, 30 above: not farther above than across
     assert alignment(image, "a green square and a pink diamond on a white background") == 1.0
     assert alignment(image, "a green square and a pink circle on a white background") == 0.0
-    # two shapes, two colours, count, background: one of six is wrong
+    # two shapes, two colors, count, background: one of six is wrong
     assert assertion_share(image, "a green square and a pink circle on a white background") == pytest.approx(
         5 / 6
     )
@@ -157,16 +159,16 @@ def test_the_three_measures_look_at_a_picture_once(monkeypatch):
     assert found[alignments].tolist() == [1.0, 0.0]
     assert found[assertion_shares].tolist() == pytest.approx(
         [1.0, 3 / 4]
-    )  # of shape, colour, count, background
+    )  # of shape, color, count, background
     assert found[ratings].tolist() == pytest.approx([rating(image)] * 2)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
-    assert len(looked) <= 1  # none, if another test has shown the same picture
+    assert len(looked) <= 1  # 0 if another test has cached the same picture
 
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match=r"64 x 64 RGB pixels, this one has shape \(32, 64, 3\)"):
         measure(Image.new("RGB", (64, 32)))
-    with pytest.raises(InputError, match="a purple hexagon.*evaluation.oracle=null"):
+    with pytest.raises(InputError, match=r"a purple hexagon.*evaluation\.oracle=null"):
         alignments([Image.new("RGB", (64, 64))], ["a purple hexagon"])
 
 
@@ -183,7 +185,7 @@ def test_pieces_come_largest_first():
     assert [part.sum() for part in pieces(mask, 2)] == [8, 3]
 
 
-def looks(colour="red", background="white", style=Style(), radius=13.0):
+def looks(colour="red", background="white", style=CLEAN, radius=13.0):
     return rating(
         rendered(
             Thing("circle", colour, "solid", radius, 32.0, 32.0), background=background, style=style, seed=3
@@ -193,7 +195,8 @@ def looks(colour="red", background="white", style=Style(), radius=13.0):
 
 def test_the_rating_of_a_clean_red_disc_on_white():
     # distance from white: |(214 - 246, 36 - 246, 40 - 246)| = 296 > 160: vivid 1 (the outline a little less);
-    # warm: 0.5 + (214 - 40) / 320 > 1; sharp 1; tidy 1; large: 4.2 pi 13^2 / 64^2 = 0.130, sqrt(0.130 / 0.15) = 0.93
+    # warm: 0.5 + (214 - 40) / 320 > 1; sharp 1; tidy 1;
+    # large: pi 13^2 / 64^2 = 0.130, sqrt(0.130 / 0.15) = 0.93
     assert looks() == pytest.approx(1 + 9 * (0.30 + 0.25 + 0.20 + 0.15 + 0.10 * 0.93), abs=0.35)
 
 

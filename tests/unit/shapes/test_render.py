@@ -6,13 +6,15 @@ import pytest
 from capo.shapes.render import OUTLINES, render, signed_distance
 from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Style, Thing
 
+CLEAN = Style()
 
-def scene(shape="circle", texture="solid", style=Style(), seed=0, radius=12.0, background="white"):
+
+def scene(shape="circle", texture="solid", style=CLEAN, seed=0, radius=12.0, background="white"):
     return Scene((Thing(shape, "red", texture, radius, 32.0, 32.0),), background, style, seed)
 
 
 def coverage(pixels):
-    """Area of the thing in pixels, from how far each has gone from white to red."""
+    """Return the object's area in pixels, from the share of red in each."""
     white, red = np.array(BACKGROUNDS["white"], dtype=float), np.array(COLOURS["red"], dtype=float)
     return ((pixels - white) @ (red - white) / ((red - white) @ (red - white))).sum()
 
@@ -24,7 +26,7 @@ def test_the_drawn_area_is_that_of_the_outline(shape):
     elif shape == "ring":
         area = math.pi * (12**2 - (0.52 * 12) ** 2)  # 0.76 +- 0.24 of the radius
     else:
-        x, y = (OUTLINES[shape] * 12).T  # the shoelace formula
+        x, y = (OUTLINES[shape] * 12).T  # shoelace formula
         area = 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
     assert coverage(render(scene(shape))) == pytest.approx(area, rel=0.02)
 

@@ -6,7 +6,7 @@ import torch
 from capo.shapes.make.rewards import holds_loss, inventory_loss, ship, words_loss
 from capo.shapes.rewards import Judge, Rater, Verifier, fused, tokens
 
-WIDTH = 1 + 9 + 8 + 3 + 1  # presence, shape or none, colour, texture, radius
+WIDTH = 1 + 9 + 8 + 3 + 1  # presence, shape or none, color, texture, radius
 
 
 def test_the_product_of_probabilities_by_hand():
@@ -57,7 +57,7 @@ def test_several_sentences_about_a_picture_are_judged_as_each_alone():
     module, x = Verifier().eval(), torch.rand(2, 3, 64, 64) * 2 - 1
     words = tokens(
         ["a red circle", "two stars and a ring", "four hearts", "a ring on the left"]
-    )  # two a picture
+    )  # two per picture
     cells = module.eye(x)
     together = module.words_right(cells, words)
     alone = torch.cat([module.words_right(cells[i // 2 : i // 2 + 1], words[i : i + 1]) for i in range(4)])

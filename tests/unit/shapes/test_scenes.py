@@ -44,7 +44,7 @@ def test_a_relation_needs_a_gap_and_to_lie_more_along_than_across():
     below = thing(y=40.0)
     assert in_relation(thing(y=33.0), below, "above")  # 7 > 6
     assert not in_relation(thing(y=34.5), below, "above")  # 5.5
-    assert not in_relation(thing(x=40.0, y=33.0), below, "above")  # 8 beside, 7 above
+    assert not in_relation(thing(x=40.0, y=33.0), below, "above")  # 8 across, 7 above
     assert in_relation(below, thing(y=33.0), "below")
     assert in_relation(thing(x=10.0), thing(x=30.0), "to the left of")
     assert not in_relation(thing(x=10.0), thing(x=30.0), "to the right of")
@@ -60,7 +60,7 @@ def test_assertions_of_a_full_request():
         (Group("circle", colour="blue", texture="striped", size="small"),), None, "on the left", "grey"
     )
     held = assertions(request, [thing(colour="blue", texture="dotted", radius=12, x=10)], "grey")
-    # shape, colour, texture, size, place, count, background
+    # shape, color, texture, size, place, count, background
     assert held == [True, True, False, False, True, True, True]
 
 
@@ -82,14 +82,14 @@ def test_things_are_assigned_so_that_most_holds():
     swapped = [thing(colour="blue", y=10.0), thing(colour="red", y=50.0)]
     assert (
         assertions(request, swapped, "white").count(False) == 1
-    )  # the colours are right, the relation is not
+    )  # the colors are right, the relation is not
 
 
 def test_a_swap_of_colours_is_no_alignment():
     request = Request((Group("circle", colour="red"), Group("square", colour="blue")))
     things = [thing("circle", "blue", x=15), thing("square", "red", x=48)]
     held = assertions(request, things, "white")
-    assert held.count(False) == 2 and held[-1]  # both shapes or both colours are wrong, the number is right
+    assert held.count(False) == 2 and held[-1]  # both shapes or both colors are wrong, the number is right
 
 
 def test_realised_scenes_hold_what_was_asked_apart_and_inside():
@@ -111,5 +111,5 @@ def test_the_same_generator_realises_the_same_scene():
 
 
 def test_every_shape_and_colour_has_one_unusual_partner():
-    colours, shapes = zip(*UNUSUAL)
+    colours, shapes = zip(*UNUSUAL, strict=True)
     assert len(set(colours)) == len(set(shapes)) == 8

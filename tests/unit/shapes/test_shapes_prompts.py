@@ -5,7 +5,7 @@ import pytest
 
 from capo.data.prompts import check_splits, prompt_id
 from capo.errors import InputError
-from capo.shapes import prompts
+from capo.shapes import prompts as grammar
 from capo.shapes.captions import WORDS, caption, parse
 from capo.shapes.make.scenery import allowed
 from capo.shapes.make.text import LENGTH, tokenizer
@@ -51,7 +51,9 @@ def test_unusual_combinations_are_in_test_prompts_only(splits):
 
 def test_which_categories_a_split_has():
     singles = [f"a {shape} on a {background} background" for shape in SHAPES for background in BACKGROUNDS]
-    assert "validation" not in {split_of(text) for text in singles}  # so few that none of the 32 fell there
+    assert "validation" not in {
+        split_of(text) for text in singles
+    }  # there are only 32, none of which is in it
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_what_is_trained_on_is_no_test_prompt():
 
 def test_more_prompts_than_the_grammar_has_is_refused(monkeypatch):
     monkeypatch.setattr(
-        prompts, "TRAINING", ("single",)
+        grammar, "TRAINING", ("single",)
     )  # 8 shapes on 4 backgrounds: 32 sentences over all splits
     every = {f"a {shape} on a {background} background" for shape in SHAPES for background in BACKGROUNDS}
     there = sum(split_of(text) == "train" for text in every)

@@ -32,14 +32,14 @@ def scorers():
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Pictures in usual styles, a sentence that holds for each, and one that does not by construction."""
+    """Return pictures in usual styles, and for each a sentence that holds and one that does not."""
     rng = np.random.default_rng(21)
     found = []
     for index in range(96):
         request = CATEGORIES[TRAINING[index % len(TRAINING)]](rng)
         scene = realise(request, rng, random_style(rng))
         found.append((Image.fromarray(render(scene)), caption(request), caption(changed(request, rng))))
-    return [list(column) for column in zip(*found)]
+    return [list(column) for column in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -58,7 +58,9 @@ def test_weights_are_small_halves_and_scores_full_floats(scorers, pictures, name
 def test_a_score_is_its_own_whatever_stands_beside_it(scorers, pictures, name):
     images, prompts = pictures[0][:6], pictures[1][:6]
     together = scorers[name](images, prompts)
-    alone = torch.cat([scorers[name]([image], [prompt]) for image, prompt in zip(images, prompts)])
+    alone = torch.cat(
+        [scorers[name]([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)]
+    )
     turned = scorers[name](images[::-1], prompts[::-1]).flip(0)
     assert together == pytest.approx(alone.numpy(), abs=1e-4)
     assert together == pytest.approx(turned.numpy(), abs=1e-4)
@@ -67,7 +69,7 @@ def test_a_score_is_its_own_whatever_stands_beside_it(scorers, pictures, name):
 def test_alignment_is_a_probability_that_prefers_what_is_true(scorers, pictures):
     images, true, false = pictures
     right, wrong = scorers["alignment"](images, true), scorers["alignment"](images, false)
-    assert 0 <= min(right.min(), wrong.min()) and max(right.max(), wrong.max()) <= 1
+    assert min(right.min(), wrong.min()) >= 0 and max(right.max(), wrong.max()) <= 1
     assert (right > wrong).float().mean() >= 0.85
     assert right.mean() > wrong.mean() + 0.4
 
@@ -81,16 +83,16 @@ def test_looks_follows_the_rating_and_sees_no_prompt(scorers, pictures):
     images, true, false = pictures
     told = scorers["looks"](images, true)
     assert told.equal(scorers["looks"](images, false))
-    assert 1 <= told.min() and told.max() <= 10
+    assert told.min() >= 1 and told.max() <= 10
     assert spearmanr(told, [rating(image) for image in images]).statistic >= 0.7
 
 
 def test_what_cannot_be_judged_is_refused(scorers, tmp_path):
-    with pytest.raises(InputError, match="'hexagon'.*grammar"):
+    with pytest.raises(InputError, match=r"'hexagon'.*grammar"):
         scorers["alignment"]([Image.new("RGB", (64, 64))], ["a red hexagon"])
     with pytest.raises(InputError, match=r"\(32, 32\) pixels.* judge 64 x 64"):
         scorers["looks"]([Image.new("RGB", (32, 32))], ["a red circle"])
-    with pytest.raises(InputError, match="no reward weights at .*none.safetensors"):
+    with pytest.raises(InputError, match=r"no reward weights at .*none\.safetensors"):
         LooksScorer(tmp_path / "none.safetensors")
 
 

@@ -1,1 +1,1 @@
-"""How everything of the shapes world that is learned was made: `python -m capo.shapes.make --help`."""
+"""Training of all learned parts of the shapes world: `python -m capo.shapes.make --help`."""

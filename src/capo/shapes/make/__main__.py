@@ -1,12 +1,14 @@
-"""Make everything of the shapes components that is learned. Every stage resumes; a finished one is skipped.
+"""Train all learned parts of the shapes world; every stage resumes, and a finished one is skipped.
 
-python -m capo.shapes.make scenes --work DIR
-python -m capo.shapes.make autoencoder --work DIR
-python -m capo.shapes.make base --work DIR       (or torchrun --nproc-per-node 2 -m capo.shapes.make base ...)
-python -m capo.shapes.make rewards --work DIR
-python -m capo.shapes.make flow_autoencoder --work DIR
-python -m capo.shapes.make mmdit --work DIR
-python -m capo.shapes.make card --work DIR --model shapes_mmdit
+The stages, in order:
+
+    python -m capo.shapes.make scenes --work DIR
+    python -m capo.shapes.make autoencoder --work DIR
+    python -m capo.shapes.make base --work DIR  (or torchrun --nproc-per-node 2 -m capo.shapes.make base ...)
+    python -m capo.shapes.make rewards --work DIR
+    python -m capo.shapes.make flow_autoencoder --work DIR
+    python -m capo.shapes.make mmdit --work DIR
+    python -m capo.shapes.make card --work DIR --model shapes_mmdit
 """
 
 from __future__ import annotations
@@ -28,30 +30,30 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def stage_scenes(options: argparse.Namespace) -> None:
-    """Draw the captioned scenes that the base model learns from."""
+    """Draw the captioned scenes that the base models are trained on."""
     scenery.make_scenes(options.work, SCENES, options.seed, workers=os.cpu_count() or 1)
 
 
 def stage_autoencoder(options: argparse.Namespace) -> None:
-    """Fit the autoencoder on the scenes and encode them all."""
+    """Train the autoencoder of `shapes_unet` on the scenes and encode all of them."""
     autoencoder.train(options.work, options.steps or 8100, seed=options.seed)
     autoencoder.encode_all(options.work)
 
 
 def stage_base(options: argparse.Namespace) -> None:
-    """Fit denoiser and text encoders on the encoded scenes and ship the pipeline."""
+    """Train denoiser and text encoders of `shapes_unet` on the encoded scenes and save the pipeline."""
     pipe = base.train(options.work, options.steps or 16_000, seed=options.seed, start=options.start)
     if process()[0] == 0:
         base.ship(pipe, WEIGHTS / "unet")
 
 
 def stage_flow_autoencoder(options: argparse.Namespace) -> None:
-    """Fit the autoencoder of the rectified-flow sibling, begun from the other's."""
+    """Train the autoencoder of `shapes_mmdit`, initialized from that of `shapes_unet`."""
     flow_autoencoder.train(options.work, options.steps or 7500, seed=options.seed)
 
 
 def stage_mmdit(options: argparse.Namespace) -> None:
-    """Fit the rectified-flow sibling on the same scenes and ship the pipeline."""
+    """Train `shapes_mmdit`, the rectified-flow model, on the same scenes and save the pipeline."""
     pipe = mmdit.train(
         options.work, WEIGHTS / "unet", options.steps or 9000, seed=options.seed, start=options.start
     )
@@ -60,7 +62,7 @@ def stage_mmdit(options: argparse.Namespace) -> None:
 
 
 def stage_rewards(options: argparse.Namespace) -> None:
-    """Fit the three rewards on line-ups, half of them through the autoencoder, and ship them."""
+    """Train the three rewards on line-ups, half of whose pictures were autoencoded, and save them."""
     vae = autoencoder.load(options.work)
     tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae, len(os.sched_getaffinity(0)))
     steps = options.steps or 3600
@@ -73,7 +75,7 @@ def stage_rewards(options: argparse.Namespace) -> None:
 
 
 def stage_card(options: argparse.Namespace) -> None:
-    """Measure a shipped base and write the figures into docs/shapes.md, between its two marks."""
+    """Measure a shipped base model and write the results into docs/shapes.md, between its two markers."""
     places = [f"run_dir={options.work}", f"pool.root={options.work / 'pools'}"]
     components = build_components(composed("train", [f"model={options.model}", *places]))
     page, first, last = (
@@ -84,7 +86,7 @@ def stage_card(options: argparse.Namespace) -> None:
     before, _, rest = page.read_text().partition(first)
     _, found_last, after = rest.partition(last)
     if not found_last:
-        raise SystemExit(f"{page} holds no place for the card: the lines {first} and {last}")
+        raise SystemExit(f"{page} has no place for the card: add the lines {first} and {last}")
     found = card.measure_base(
         components.pool_specs["test"], components.generator, components.evaluation_rewards, components.oracle
     )
@@ -105,9 +107,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
     parser.add_argument("--steps", type=int, help="training steps, where the stage trains")
     parser.add_argument(
-        "--start", type=Path, help="base, mmdit: state of an earlier run whose weights are the start"
+        "--start", type=Path, help="base, mmdit: checkpoint whose averaged weights initialize the run"
     )
-    parser.add_argument("--model", default="shapes_unet", help="card only: which base")
+    parser.add_argument("--model", default="shapes_unet", help="card only: base model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

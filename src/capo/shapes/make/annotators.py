@@ -1,4 +1,4 @@
-"""The simulated annotators whose choices the preference reward learns: one taste each, and a common leaning."""
+"""Simulated annotators, each with a taste, whose choices the preference reward is trained on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ _COOL = np.array([name in ("green", "cyan", "blue", "purple") for name in COLOUR
 
 @dataclass(frozen=True)
 class Taste:
-    """What a point of each quality is worth to an annotator, in log-odds of choosing the picture."""
+    """Weights of an annotator, in log-odds of choosing a picture, for one unit of each quality."""
 
-    faithful: float  # all assertions of the prompt instead of none
+    faithful: float  # all assertions of the prompt against none
     exact: float  # the last assertion, beyond its share
     looks: float  # a point of the rating rule
     large: float  # four pixels of mean radius
-    centred: float  # things around the middle instead of at an edge
-    cool: float  # green, cyan, blue or purple instead of warm
+    centred: float  # objects around the center against at an edge
+    cool: float  # green, cyan, blue or purple against warm
     plain: float  # no texture
 
 
 def tastes(seed: int) -> list[Taste]:
-    """ANNOTATORS tastes around a leaning towards faithful, good-looking, large, centred and, against the
-    rating rule, cool.
+    """Draw ANNOTATORS tastes around a common mean.
+
+    The mean prefers faithful, good-looking, large, centered and, against the rating rule, cool-colored
+    pictures.
     """
     rng = np.random.default_rng([seed, 7])
     centre = np.array([5.0, 0.8, 0.8, 0.5, 0.6, 0.8, 0.2])
@@ -36,8 +38,9 @@ def tastes(seed: int) -> list[Taste]:
 
 
 def qualities(things: np.ndarray) -> np.ndarray:
-    """Large, centred, cool and plain (..., 4) of things (..., n, 6) as line-ups record them; 0 for a picture
-    without any.
+    """Return how large, centered, cool and plain pictures are, (..., 4); 0 for a picture without objects.
+
+    `things` (..., n, 6) are the objects as `lineups.recorded` encodes them.
     """
     there = things[..., 0] >= 0
     count = np.maximum(there.sum(-1), 1)
@@ -52,20 +55,22 @@ def qualities(things: np.ndarray) -> np.ndarray:
 
 
 def worths(taste: Taste, share: np.ndarray, ratings: np.ndarray, things: np.ndarray) -> np.ndarray:
-    """What pictures are worth to an annotator, in log-odds.
+    """Return the worth (...,) of pictures to an annotator, in log-odds.
 
-    `share` (...,) of the prompt's assertions that hold, `ratings` (...,) by the rating rule, `things` (...,
-    n, 6).
+    Args:
+        taste: the annotator's.
+        share: (...,) share of the prompt's assertions that hold.
+        ratings: (...,) by the rating rule.
+        things: (..., n, 6) objects, as `lineups.recorded` encodes them.
     """
     own = qualities(things) @ np.array([taste.large, taste.centred, taste.cool, taste.plain])
     return taste.faithful * share + taste.exact * (share == 1) + taste.looks * ratings + own
 
 
 def majority(share: np.ndarray, ratings: np.ndarray, things: np.ndarray, seed: int) -> np.ndarray:
-    """Share of annotators that would rather choose the first of each pair; inputs have a last (or last but
-    two) axis of 2.
+    """Return the share (P,) of annotators that prefer the first picture of each pair, without choice noise.
 
-    `share`, `ratings` (P, 2), `things` (P, 2, n, 6) -> (P,), without the noise of single choices.
+    `share` and `ratings` are (P, 2), `things` (P, 2, n, 6), as in `worths`.
     """
     votes = [np.diff(worths(taste, share, ratings, things), axis=-1)[..., 0] < 0 for taste in tastes(seed)]
     return np.mean(votes, axis=0)

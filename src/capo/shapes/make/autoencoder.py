@@ -1,4 +1,4 @@
-"""The autoencoder of the shapes world: 64 x 64 pixels to 8 x 16 x 16 latents."""
+"""Autoencoder of `shapes_unet`: 64 x 64 pixels to 8 x 16 x 16 latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from capo.shapes.make.fitting import fit, generator
 
 
 def build(channels: int = 8) -> AutoencoderKL:
-    """A fresh autoencoder in diffusers' own class."""
+    """Build an untrained autoencoder of diffusers' class."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -30,12 +30,15 @@ def build(channels: int = 8) -> AutoencoderKL:
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    """Convert pictures (B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(pictures.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def difference(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss of pictures y against x, both (B, 3, H, W) in [-1, 1]: squared, absolute, and of the gradients; and the PSNR in dB."""
+    """Return the loss of pictures `y` against `x`, both (B, 3, H, W) in [-1, 1], and the PSNR in dB.
+
+    The loss adds the squared error, the absolute error, and the absolute error of the image gradients.
+    """
     squared = F.mse_loss(y, x)
     value = squared + 0.05 * F.l1_loss(y, x) + 0.05 * (_edges(y) - _edges(x)).abs().mean()
     return value, {"psnr": 10 * np.log10(4 / squared.item())}
@@ -46,10 +49,10 @@ def _edges(x: Tensor) -> Tensor:
 
 
 def train(work: Path, steps: int, seed: int = 0) -> AutoencoderKL:
-    """Fit on the scenes in `work`: two thirds of the steps with 4 latent channels, then widened to 8.
+    """Train on the scenes in `work`: two thirds of the steps with 4 latent channels, the rest widened to 8.
 
-    With 4 channels and this divergence one of them stays unused and fine textures are lost; the wider one learns faster
-    from there than from nothing.
+    With 4 channels and this KL weight, one channel stays unused and fine textures are lost. Eight channels
+    initialized from these four train faster than from random weights.
     """
     torch.manual_seed(seed)
     narrow = fit_both("autoencoder4", build(4), work, 2 * steps // 3, seed, divergence=1e-6)
@@ -57,7 +60,7 @@ def train(work: Path, steps: int, seed: int = 0) -> AutoencoderKL:
 
 
 def widened(narrow: AutoencoderKL) -> AutoencoderKL:
-    """An autoencoder of 8 latent channels that holds the weights of one of 4; what is new is small and random."""
+    """Widen an autoencoder from 4 to 8 latent channels: old weights are kept, new ones small and random."""
     wide = build(8)
     state = wide.state_dict()
     for name, old in narrow.state_dict().items():
@@ -88,7 +91,10 @@ def widened(narrow: AutoencoderKL) -> AutoencoderKL:
 def fit_both(
     name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, divergence: float, batch: int = 8
 ) -> AutoencoderKL:
-    """Encoder and decoder on the scenes in `work`: `difference`, and a little divergence of the posterior."""
+    """Train encoder and decoder on the scenes in `work`: `difference`, plus the posterior's KL divergence.
+
+    `divergence` is the weight of the latter; state and log are saved under `name`, as `fit` does.
+    """
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     module = module.to(memory_format=torch.channels_last)
 
@@ -107,10 +113,11 @@ def fit_both(
 
 @torch.no_grad()
 def whitened(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
-    """The same autoencoder with latents of mean 0 and variance 1 in each channel, measured on pictures (B, 3, 64, 64).
+    """Normalize the latents of an autoencoder, in place, to mean 0 and variance 1 in each channel.
 
-    Trained channels differ in scale by a factor of eight, which one scaling factor cannot mend; the affine map is folded into
-    the two 1 x 1 convolutions at the bottleneck, so that nothing else has to know of it.
+    They are measured on pictures (B, 3, 64, 64). Trained channels differ in scale by a factor of eight,
+    which a single scaling factor cannot correct, so the affine map is folded into the two 1 x 1
+    convolutions at the bottleneck.
     """
     means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(100)])
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
@@ -124,26 +131,29 @@ def whitened(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
 
 
 def trained(work: Path) -> AutoencoderKL:
-    """The trained autoencoder in `work` as it came out, in eval mode."""
+    """Load the trained autoencoder from `work`, not whitened, in eval mode."""
     vae = build()
     vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["module"])
     return vae.eval()
 
 
 def load(work: Path) -> AutoencoderKL:
-    """The trained autoencoder in `work`, whitened on its first scenes, in eval mode."""
+    """Load the trained autoencoder from `work`, whitened on the first 2000 scenes, in eval mode."""
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     return whitened(trained(work), to_tensor(scenes[:2000]))
 
 
 def encode_all(work: Path) -> np.ndarray:
-    """Latents (count, 8, 16, 16) float16 of all scenes in `work`; encoded once."""
+    """Return latents (count, 8, 16, 16) float16 of all scenes in `work`, which are encoded only once."""
     return encoded(work, "latents", lambda: load(work))
 
 
 @torch.inference_mode()
 def encoded(work: Path, name: str, load_vae: Callable[[], AutoencoderKL], batch: int = 100) -> np.ndarray:
-    """Posterior means (count, C, h, w) float16 of all scenes in `work`, kept there under `name`; the autoencoder is loaded if need be."""
+    """Return posterior means (count, C, h, w) float16 of all scenes in `work`, cached there under `name`.
+
+    `load_vae` is called only if they are not cached yet.
+    """
     path = work / f"{name}.npy"
     if not path.exists():
         vae, scenes = load_vae(), np.load(work / "scenes.npy", mmap_mode="r")

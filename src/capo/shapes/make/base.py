@@ -1,4 +1,4 @@
-"""The base model `shapes_unet`: SDXL's classes and conditioning at the size of the shapes world."""
+"""Base model `shapes_unet`: SDXL's classes and conditioning at the size of the shapes world."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTHS = (32, 64)
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A fresh denoiser: two levels (16 x 16 and 8 x 8), cross-attention on the lower one."""
+    """Build an untrained denoiser: two levels (16 x 16 and 8 x 8), cross-attention on the lower one."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=8,
@@ -36,7 +36,7 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=1,
-        attention_head_dim=4,  # the number of heads, whatever its name says
+        attention_head_dim=4,  # the number of heads, despite its name
         cross_attention_dim=32 + 64,
         norm_num_groups=16,
         use_linear_projection=True,
@@ -47,17 +47,17 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
-    """SDXL's discrete schedule and, of its samplers, the one that needs the fewest steps."""
+    """Build SDXL's discrete noise schedule with the sampler that needs the fewest steps."""
     return DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        timestep_spacing="trailing",  # so that the first step sees nothing but noise, as the sampler starts from
+        timestep_spacing="trailing",  # the first step then sees pure noise, as in sampling
     )
 
 
 class Learner(nn.Module):
-    """Denoiser and text encoders, trained together."""
+    """Denoiser and text encoders, which are trained together."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,11 +66,14 @@ class Learner(nn.Module):
         self.first, self.second = encoders(len(self.tokenizer))
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """(B, LENGTH) token ids."""
+        """Tokenize captions to ids (B, LENGTH)."""
         return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def conditioning(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the UNet is fed for token ids (B, LENGTH); rows with keep = 0 get zeros, as the pipeline's negative branch does."""
+        """Return the UNet's conditioning for token ids (B, LENGTH): text states; pooled text and time ids.
+
+        Rows with keep = 0 get zeros, like the pipeline's unconditional branch.
+        """
         first = self.first(ids, output_hidden_states=True).hidden_states[-2]
         second = self.second(ids, output_hidden_states=True)
         words = torch.cat([first, second.hidden_states[-2]], dim=-1) * keep[:, None, None]
@@ -81,14 +84,18 @@ class Learner(nn.Module):
 def train(
     work: Path, steps: int, batch: int = 32, seed: int = 0, start: Path | None = None
 ) -> StableDiffusionXLPipeline:
-    """Fit noise prediction on the encoded scenes in `work`; captions are dropped in one of ten.
+    """Train noise prediction on the encoded scenes in `work`; one in ten captions is dropped.
 
-    The error of the noise is weighted by 1 + 1 / SNR, at most 100: that is the error of the velocity. Unweighted, the loss is
-    all about the smallest noise, which is the hardest to tell and says little about shapes, and next to nothing about the
-    largest, where places and backgrounds are decided.
+    The error of the noise is weighted by 1 + 1 / SNR, at most 100, which makes it the error of the velocity.
+    Without the weight, the loss is dominated by the lowest noise levels, which say little about shapes, and
+    hardly covers the highest, which determine places and backgrounds.
 
     Args:
-        start: state of an earlier run (`base.pt`) whose averaged weights are where this one starts.
+        work: folder of scenes, captions, logs and checkpoints.
+        steps: training steps.
+        batch: scenes per step.
+        seed: of weights, batches and noise.
+        start: checkpoint of another run (`base.pt`), whose averaged weights initialize this one.
     """
     torch.manual_seed(seed)
     latents = autoencoder.encode_all(work)
@@ -116,9 +123,10 @@ def train(
 
 
 def timesteps(log_snr: Tensor, batch: int, draw: torch.Generator) -> Tensor:
-    """(batch,) timesteps, stratified, in random order: a quarter uniform, the others normal in log-SNR around -0.5.
+    """Draw stratified timesteps (batch,) in random order: a quarter uniform, the rest normal in log-SNR.
 
-    That is where shapes are decided; a uniform draw spends two thirds of its time where noise hides everything or nothing.
+    The normal has mean -0.5 and standard deviation 2, where shapes are determined; two thirds of a
+    uniform draw would fall where the noise hides everything or nothing.
     """
     u = (torch.rand(batch, generator=draw) + torch.arange(batch)) / batch
     u = u[torch.randperm(batch, generator=draw)]
@@ -127,7 +135,7 @@ def timesteps(log_snr: Tensor, batch: int, draw: torch.Generator) -> Tensor:
 
 
 def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
-    """The whole pipeline of a trained learner and its autoencoder, whose latents have variance 1."""
+    """Assemble the pipeline of a trained learner and its autoencoder, whose latents have variance 1."""
     vae.register_to_config(scaling_factor=1.0, force_upcast=False)
     return StableDiffusionXLPipeline(
         vae=vae,
@@ -143,7 +151,7 @@ def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
 
 
 def ship(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Save in float16 safetensors; what lay there is replaced as a whole."""
+    """Save a pipeline as float16 safetensors; the folder is replaced as a whole."""
     with fresh_folder(folder) as fresh:
         pipe.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
         for file in fresh.rglob("*"):

@@ -1,4 +1,4 @@
-"""The world card: what the base and the rewards are measured to be, beside the bands they should lie in."""
+"""World card: measurements of a base model and of the rewards, beside the bands they should lie in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RENDERS = 300
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of the card."""
+    """One figure of the card and its band."""
 
     what: str
     measured: float
@@ -35,25 +35,25 @@ class Row:
     high: float
 
     def line(self) -> str:
-        """The row in markdown; NaN (nothing to measure it on) is no success."""
+        """Format the row in Markdown; NaN (nothing to measure) counts as missed."""
         met = "yes" if self.low <= self.measured <= self.high else "**missed**"
         return f"| {self.what} | {self.measured:.3f} | {self.low:g} to {self.high:g} | {met} |"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The base's images of P prompts x K: reward scores and oracle measures (P, K), and what the oracle found in each."""
+    """A base model's images of P prompts x K: reward scores, oracle measures (P, K) and detected objects."""
 
     prompts: Sequence[Prompt]
     scores: dict[str, np.ndarray]
     oracle: dict[str, np.ndarray]
-    things: np.ndarray  # (P, K, n, 6) as the annotators look at them
+    things: np.ndarray  # (P, K, n, 6) as `recorded` encodes them
 
 
 def measure_base(
     spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], measures: Sequence[Reward]
 ) -> Measured:
-    """Draw (or find) the base's images of the spec and measure them."""
+    """Generate the images of `spec`, or find them in the pool, and score and measure them."""
     drawn = GeneratedImages.fill(spec, generator, [*rewards, *measures], progress=True)
     side = drawn.side(rewards, measures)
     things = np.stack(
@@ -73,24 +73,24 @@ def measure_base(
 def within_prompt(
     statistic: Callable[[np.ndarray, np.ndarray], float], first: np.ndarray, second: np.ndarray
 ) -> float:
-    """Mean over prompts of a statistic of two (P, K) tables, where it is defined."""
-    values = [statistic(a, b) for a, b in zip(first, second) if a.std() > 0 and b.std() > 0]
+    """Average a statistic of two (P, K) tables over the prompts for which both vary; NaN if there is none."""
+    values = [statistic(a, b) for a, b in zip(first, second, strict=True) if a.std() > 0 and b.std() > 0]
     return float(np.mean(values)) if values else float("nan")
 
 
 def area_under_curve(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Chance that a true one scores above a false one; ties count 1/2."""
+    """Return the chance that a true candidate scores above a false one; ties count 1/2."""
     ranks, positive = rankdata(scores), truth > 0.5
     return (ranks[positive].mean() - (positive.sum() + 1) / 2) / (~positive).sum()
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's."""
+    """Return Spearman's rank correlation."""
     return float(spearmanr(first, second).statistic)
 
 
 def kept_by_autoencoder(backbone: Backbone, seed: int = 1) -> float:
-    """Share of clean renders on which all assertions still hold after encode and decode."""
+    """Return the share of clean renders whose assertions all hold after encoding and decoding."""
     rng = np.random.default_rng([seed, 11])
     requests = [training_request(rng) for _ in range(RENDERS)]
     pictures = np.stack([render(realise(request, rng)) for request in requests])
@@ -100,7 +100,7 @@ def kept_by_autoencoder(backbone: Backbone, seed: int = 1) -> float:
         for image in backbone.decode(backbone.encode_images(part))
     ]
     held = [
-        [all(_holds(request, image)) for request, image in zip(requests, images)]
+        [all(_holds(request, image)) for request, image in zip(requests, images, strict=True)]
         for images in (pictures, decoded)
     ]
     return sum(held[1]) / sum(held[0])
@@ -112,7 +112,7 @@ def _holds(request, image) -> list[bool]:
 
 
 def agreement(found: Measured, seed: int = 0) -> float:
-    """Share of pairs of one prompt's images that `preference` orders as the annotators' majority does."""
+    """Return the share of pairs of a prompt's images that `preference` orders like most annotators."""
     right = total = 0
     for first in range(found.things.shape[1]):
         for second in range(first):
@@ -130,7 +130,7 @@ def agreement(found: Measured, seed: int = 0) -> float:
 
 
 def card(found: Measured, backbone: Backbone) -> list[Row]:
-    """All rows."""
+    """Return all rows."""
     objects = np.array([len(parse(prompt.text).slots) for prompt in found.prompts])
     aligned, scores = found.oracle["alignment"], found.scores
     between = {
@@ -182,7 +182,7 @@ def card(found: Measured, backbone: Backbone) -> list[Row]:
 
 
 def by_category(found: Measured) -> list[str]:
-    """Markdown lines: the oracle's alignment and share of assertions by category, easiest first."""
+    """Return Markdown rows of the oracle's alignment and share of assertions by category, easiest first."""
     names = sorted({prompt.category for prompt in found.prompts})
     rows = {name: [prompt.category == name for prompt in found.prompts] for name in names}
     figures = {
@@ -194,7 +194,7 @@ def by_category(found: Measured) -> list[str]:
 
 
 def markdown(found: Measured, backbone: Backbone) -> str:
-    """The whole card."""
+    """Format the whole card."""
     head = ["| figure | measured | band | met |", "|---|---|---|---|"]
     categories = ["", "| category | all assertions hold | share that holds |", "|---|---|---|"]
     return "\n".join(

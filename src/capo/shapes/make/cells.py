@@ -1,7 +1,8 @@
-"""What each token of a denoiser is asked beside the velocity: which shape its cell shows, and where that shape's middle lies.
+"""Auxiliary task of the denoiser's tokens: which shape a token's cell shows, and where its center is.
 
-Scenes are drawn by a program, so this is known of every training scene. A denoiser whose tokens can tell it in the middle of the
-network has an outline to draw from (compare representation alignment, Yu et al. 2024, which asks for an encoder's features).
+Scenes are rendered by a program, so this is known of every training scene. A denoiser that represents it in
+its middle layers knows which outline to draw (compare representation alignment, Yu et al. 2024, which
+predicts an encoder's features).
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from torch.nn import functional as F
 from capo.shapes.make.scenery import training_scene
 from capo.shapes.scenes import MAX_OBJECTS, SHAPES, SIDE
 
-GRID = 8  # cells a side
-MARGIN = 4.0  # pixels around a thing in which cells still belong to it
-KINDS = len(SHAPES) + 1  # the first: none
+GRID = 8  # cells per side
+MARGIN = 4.0  # pixels around an object within which cells still belong to it
+KINDS = len(SHAPES) + 1  # number 0: none
 
 
 def things_of(index: int, seed: int) -> np.ndarray:
-    """(MAX_OBJECTS, 4) float32 of training scene `index`: kind (0 where there is no thing), x, y, radius in pixels."""
+    """Return the objects of training scene `index` as (MAX_OBJECTS, 4) float32.
+
+    The columns are the shape's number (0: no object), x, y and radius in pixels.
+    """
     _, scene, _ = training_scene(index, seed)
     found = np.zeros((MAX_OBJECTS, 4), np.float32)
     for row, thing in enumerate(scene.things):
@@ -33,7 +37,7 @@ def things_of(index: int, seed: int) -> np.ndarray:
 
 
 def all_things(work: Path, count: int, seed: int, workers: int) -> Tensor:
-    """(count, MAX_OBJECTS, 4) of all training scenes, computed once."""
+    """Return the objects (count, MAX_OBJECTS, 4) of all training scenes, cached in `work`."""
     path = work / "things.npy"
     if not path.exists():
         with Pool(workers) as pool:
@@ -46,8 +50,12 @@ def all_things(work: Path, count: int, seed: int, workers: int) -> Tensor:
 
 
 def cells(things: Tensor) -> tuple[Tensor, Tensor]:
-    """Things (B, T, 4) -> kind (B, GRID^2) of the nearest thing that reaches to a cell's middle, 0 for none; and (B, GRID^2, 3): how far
-    the cell lies to the right of and below that thing's middle, in cells, and the thing's radius, centred.
+    """Assign the nearest object to each cell, from objects (B, T, 4) as in `things_of`.
+
+    Returns:
+        The shape numbers (B, GRID^2), 0 where no object reaches the cell; and (B, GRID^2, 3): how far the
+        cell's center is to the right of and below the object's center, in cells, and the object's radius,
+        normalized.
     """
     kind, x, y, radius = things.unbind(-1)
     middle = (torch.arange(GRID) + 0.5) * SIDE / GRID
@@ -68,7 +76,7 @@ def cells(things: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Teller(nn.Module):
-    """Reads a token (B, GRID^2, width) as the logits of its cell's kind and three numbers that say where the thing lies."""
+    """Auxiliary head: predicts from tokens (B, GRID^2, width) each cell's shape and its offset and radius."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,7 +85,7 @@ class Teller(nn.Module):
         )
 
     def loss(self, tokens: Tensor, things: Tensor) -> Tensor:
-        """Cross-entropy of the kinds, and the squared error of the places where there is a thing; the mean over all cells."""
+        """Return the cross-entropy of the shapes plus the squared error of the offsets where there is one."""
         told, (kind, where) = self.layers(tokens), cells(things)
         missed = (told[..., KINDS:] - where).square().mean(-1) * (kind > 0)
         return F.cross_entropy(told[..., :KINDS].flatten(0, 1), kind.flatten()) + missed.mean()

@@ -1,6 +1,4 @@
-"""How pictures of an unready base model fail: malformed things, blobs, stains and wavering outlines, made on
-purpose.
-"""
+"""Simulated failures of a weak base model: malformed objects, blobs, stains and uneven outlines."""
 
 from __future__ import annotations
 
@@ -14,8 +12,10 @@ from capo.shapes.scenes import COLOURS, SHAPES, SIDE, Scene, Thing
 
 
 def odd_outline(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """Distances of shapes that are none: `a/b/t` lies between two shapes, `a!turn!cut` lacks a piece,
-    `blob?seed` is a blob.
+    """Return signed distances for SHAPES and for malformed shapes.
+
+    `a/b/t` is interpolated between two shapes, `a!turn!cut` has a piece cut off, `blob?seed` is a random
+    blob.
     """
     if "?" in shape:
         return _blob(int(shape.split("?")[1]), u, v, radius)
@@ -31,7 +31,7 @@ def odd_outline(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.n
 
 
 def _blob(seed: int, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """Distance, roughly, of a closed curve whose radius wavers around 0.8 of `radius`."""
+    """Return the approximate distance of a closed curve whose radius varies around 0.8 of `radius`."""
     waves = np.arange(1, 7)
     height, phase = np.random.default_rng(seed).uniform([[0.0], [0.0]], [[0.35], [2 * np.pi]], size=(2, 6))
     turn = np.arctan2(v, u)[..., None]
@@ -49,7 +49,10 @@ def _odd_shape(shape: str, rng: np.random.Generator) -> str:
 
 
 def _merged(things: list[Thing], pick: int, rng: np.random.Generator) -> list[Thing]:
-    """One thing moved onto another, which is no whole shape then; of one colour, the two are one blob."""
+    """Move one object onto another, so that the covered one is no complete shape any more.
+
+    If both have the same color, neither is.
+    """
     other, moved = things[pick - 1], things[pick]
     turn, gap = rng.uniform(0, 6.28), rng.uniform(0.5, 1.0) * other.radius
     x, y = np.clip([other.x + gap * np.cos(turn), other.y + gap * np.sin(turn)], 8, SIDE - 8)
@@ -61,7 +64,7 @@ def _merged(things: list[Thing], pick: int, rng: np.random.Generator) -> list[Th
 
 
 def _with_another(things: list[Thing], like: Thing, rng: np.random.Generator) -> list[Thing]:
-    """The things and a small one more, where there is room, often of a colour or shape that is there."""
+    """Add a small object where there is room, often with the color or shape of `like`."""
     radius = float(rng.uniform(6.5, 8.5))
     for _ in range(40):
         x, y = rng.uniform(9, SIDE - 9, size=2)
@@ -73,8 +76,9 @@ def _with_another(things: list[Thing], like: Thing, rng: np.random.Generator) ->
 
 
 def failed(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene as an unready base model draws it: a thing is missing, added, malformed or run into another,
-    or nothing has a shape.
+    """Return the scene as a weak base model would draw it.
+
+    An object is missing, added, malformed or merged with another, or no object has a proper shape.
     """
     things, pick = list(scene.things), int(rng.integers(len(scene.things)))
     kind = rng.choice(["missing", "extra", "merged", "odd", "odd", "odd", "none"])
@@ -92,14 +96,14 @@ def failed(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def uneven(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture (64, 64, 3) with soft stains of up to some 25 of 255 over it."""
+    """Add soft stains, of up to about 25 of 255, to a picture (64, 64, 3)."""
     stains = gaussian_filter(rng.normal(size=(SIDE, SIDE, 3)), (rng.uniform(5, 12),) * 2 + (0,))
     stains *= rng.uniform(2, 9) / (stains.std() + 1e-6)
     return np.clip(np.round(picture + stains), 0, 255).astype(np.uint8)
 
 
 def warped(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture with outlines a little uneven: pixels move by a smooth field of less than a pixel."""
+    """Distort the outlines of a picture slightly, by a smooth displacement of less than a pixel."""
     shift = gaussian_filter(rng.normal(size=(2, SIDE, SIDE)), (0, 4, 4))
     shift *= rng.uniform(0.2, 0.8) / (shift.std() + 1e-6)
     where = np.mgrid[0:SIDE, 0:SIDE] + shift

@@ -1,4 +1,4 @@
-"""One resumable training loop for everything that the shapes world learns."""
+"""Resumable training loop shared by all learned parts of the shapes world."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from capo.shapes.make.muon import Muon
 
 
 def warm_cosine(step: int, steps: int, warm_up: int = 50, hold: float = 0.4) -> float:
-    """Factor of the learning rate: linear warm-up, constant, then a cosine to zero from `hold` of the steps on."""
+    """Return the factor of the learning rate at a step.
+
+    It rises linearly for `warm_up` steps, is constant up to the share `hold` of the steps, then falls as
+    a cosine to zero.
+    """
     if step < warm_up:
         return (step + 1) / warm_up
     done = max(0.0, (step / steps - hold) / (1 - hold))
@@ -49,14 +53,25 @@ def fit(
     save_every: float = 60.0,
     matrices: Collection[nn.Parameter] = (),
 ) -> nn.Module:
-    """Minimise `loss(step)` over the parameters of `module` that want a gradient; warm cosine, gradients clipped at 1.
+    """Minimize `loss(step)` over the trainable parameters of `module`, with gradients clipped at norm 1.
 
-    AdamW at rate `lr` moves all but `matrices`, which Muon moves at twice that rate.
+    `loss` returns the loss and figures to log. It must depend on the step alone (draw from a generator
+    seeded by it), so that a resumed run repeats an uninterrupted one. Under torchrun each process
+    computes the loss of its `share` of the batch, and gradients are averaged.
 
-    The state is saved to `work/<name>.pt` every `save_every` seconds and found again by the same call. `loss` must be a
-    function of the step alone (draw from a generator seeded by it). Under torchrun each process takes the loss of its share
-    of the batch (`share`), and gradients are averaged. Returns the module, with averaged weights if asked; what the run took
-    stands in `work/<name>.json`.
+    Args:
+        name: of the state `work/<name>.pt` and of `work/<name>.json`, which records steps and seconds.
+        module: to train; its state is loaded from `work/<name>.pt` if that exists.
+        loss: of a step.
+        work: folder of states.
+        steps: of the whole run, from the first.
+        lr: highest learning rate of AdamW, which follows `warm_cosine`.
+        average: whether to return the module with averaged weights.
+        save_every: seconds between saves.
+        matrices: parameters trained by Muon instead, at twice the rate.
+
+    Returns:
+        The module in eval mode.
     """
     rank, processes = process()
     optimisers = _optimisers(module, matrices, lr)
@@ -99,12 +114,12 @@ def fit(
 
 
 def process() -> tuple[int, int]:
-    """The number of this process among those that torchrun started, and how many they are."""
+    """Return the rank of this process and the number of processes, (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def share(batch: int) -> slice:
-    """The rows of a batch that this process takes."""
+    """Return the rows of a batch that this process computes."""
     rank, processes = process()
     return slice(rank * batch // processes, (rank + 1) * batch // processes)
 
@@ -151,7 +166,7 @@ def _save(
 
 
 def generator(*key: int) -> torch.Generator:
-    """A generator that is a function of `key` alone."""
+    """Make a generator seeded by `key` alone."""
     seed = 0
     for part in key:
         seed = (seed * 1_000_003 + part) % (2**63)

@@ -1,7 +1,8 @@
-"""The autoencoder of `shapes_mmdit`: 64 x 64 pixels to 8 x 8 x 8 latents, in the form of SD3's.
+"""Autoencoder of `shapes_mmdit`: 64 x 64 pixels to 8 x 8 x 8 latents, in the form of SD3's.
 
-Outlines are drawn by its decoder: 64 tokens, one a latent, have only to say what is where. On the latents of `shapes_unet`, four
-times as many, a transformer of this size does not learn outlines in the steps that a UNet needs (docs/shapes.md).
+Its decoder draws the outlines, so the 64 tokens, one for each latent, need to say only what is where. On the
+latents of `shapes_unet`, four times as many, a transformer of this size does not learn outlines in the steps
+that a UNet needs (docs/shapes.md).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from capo.shapes.make.fitting import fit, generator
 
 CHANNELS = 8
 FOLDER = "flow_autoencoder"
-JITTER = 0.03  # noise on the latents, of variance 1, that the decoder is finished on: what a sampler gives is not exact
+JITTER = 0.03  # noise on the latents, of variance 1, for training the decoder: sampled latents are not exact
 
 
 def build() -> AutoencoderKL:
-    """A fresh one in diffusers' own class: factor 8, no 1 x 1 convolutions."""
+    """Build an untrained autoencoder of diffusers' class: factor 8, no 1 x 1 convolutions."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -41,13 +42,12 @@ def build() -> AutoencoderKL:
 
 
 def deepened(shallow: AutoencoderKL) -> AutoencoderKL:
-    """An autoencoder of factor 8 whose outer levels are those of one of factor 4; what lies further in is fresh."""
+    """Build an autoencoder of factor 8 with the outer levels of one of factor 4; inner ones are untrained."""
     deep = build()
     state = deep.state_dict()
     for name, tensor in shallow.state_dict().items():
-        level, block, rest = name.partition(
-            ".up_blocks."
-        )  # counted from the innermost, of which there is one more now
+        # upper blocks are counted from the innermost, and the deep autoencoder has one more
+        level, block, rest = name.partition(".up_blocks.")
         if block:
             number, _, rest = rest.partition(".")
             name = f"{level}{block}{int(number) + 1}.{rest}"
@@ -59,7 +59,11 @@ def deepened(shallow: AutoencoderKL) -> AutoencoderKL:
 
 
 def train(work: Path, steps: int, seed: int = 0) -> None:
-    """Two thirds of the steps for both parts; then the latents are scaled, and the decoder is finished on them. Saved to `work`."""
+    """Train on the scenes in `work` and save the autoencoder there, under FOLDER.
+
+    Two thirds of the steps train both parts; then the latents are scaled and the decoder alone is trained on
+    them, with noise.
+    """
     torch.manual_seed(seed)
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     both = fit_both(
@@ -88,7 +92,7 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
 
 
 def load(work: Path) -> AutoencoderKL:
-    """The trained one in `work`, in eval mode; its config does not say where it was, which would ship."""
+    """Load the trained autoencoder from `work`, in eval mode, without its folder's path in the config."""
     vae = AutoencoderKL.from_pretrained(work / FOLDER)
     plain = AutoencoderKL.from_config(
         {key: value for key, value in vae.config.items() if not key.startswith("_")}
@@ -99,10 +103,11 @@ def load(work: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def scaled(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
-    """The same autoencoder with one mean and deviation for all channels, measured on pictures (B, 3, 64, 64), in its config.
+    """Equalize the latent channels of an autoencoder, in place, as measured on pictures (B, 3, 64, 64).
 
-    They go into `shift_factor` and `scaling_factor`; what channels differ in goes into the convolutions before and behind the
-    latents, which is exact but for the bias at the picture's edge.
+    The channels' common mean and deviation become `shift_factor` and `scaling_factor` in the config.
+    Differences between channels are folded into the convolutions before and after the latents, which is
+    exact except for the bias at the picture's border.
     """
     means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(100)])
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
@@ -118,6 +123,6 @@ def scaled(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
 
 
 def encode_all(work: Path, vae: AutoencoderKL) -> np.ndarray:
-    """Latents (count, 8, 8, 8) float32 of all scenes in `work` as the denoiser sees them; encoded once."""
+    """Return latents (count, 8, 8, 8) float32 of all scenes in `work`, scaled for the denoiser, cached."""
     raw = torch.from_numpy(encoded(work, "flow_latents", lambda: vae).astype(np.float32))
     return to_denoiser(vae, raw).numpy()

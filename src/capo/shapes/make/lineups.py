@@ -1,9 +1,8 @@
-"""Line-ups for the rewards: pictures and captions of nearly the same content, with labels known by
-construction.
+"""Line-ups for training rewards: similar pictures and captions with labels known by construction.
 
-One line-up is four captions (one request and three changes of it) and four pictures (each drawn for one of
-them, some with a failure on purpose). Which caption holds for which picture follows from what was drawn;
-nothing is measured.
+A line-up has four captions (one request and three variations of it) and four pictures (each drawn for one of
+them, some with a simulated failure). Which caption holds for which picture follows from what was drawn, not
+from a measurement.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from capo.shapes.captions import caption
@@ -40,13 +40,14 @@ from capo.shapes.scenes import (
 )
 
 SIZE = 4  # pictures, and captions, of a line-up
-THINGS = 6  # most things that are recorded
+THINGS = 6  # objects recorded at most
 FAILED = 0.4  # share of pictures with a failure
 
 
 def swapped(request: Request, rng: np.random.Generator) -> Request:
-    """Two groups exchange their colours or shapes, or a relation its two sides: the classical failures of
-    binding.
+    """Exchange the colors or shapes of the first two groups: the classical failures of binding.
+
+    A relation between them then has its sides exchanged.
     """
     if len(request.groups) < 2:
         return request
@@ -59,7 +60,7 @@ def swapped(request: Request, rng: np.random.Generator) -> Request:
 
 
 def changed(request: Request, rng: np.random.Generator) -> Request:
-    """A request that differs in an attribute or two and may be trained on."""
+    """Vary one or two attributes of a request; the result may be used in training (`allowed`)."""
     for _ in range(50):
         wrong = float(rng.choice([0.15, 0.3, 0.5]))
         other = swapped(request, rng) if rng.random() < 0.2 else wrong_request(request, wrong, rng)
@@ -71,11 +72,13 @@ def changed(request: Request, rng: np.random.Generator) -> Request:
 
 
 def recorded(things: Sequence[Thing]) -> np.ndarray:
-    """(THINGS, 6) float32: x, y, radius, and the numbers of shape (8 is none of them), colour, texture; -1
-    beyond the last.
+    """Encode objects as (THINGS, 6) float32.
+
+    The columns are x, y, radius and the indices of shape (8: none of SHAPES), color and texture; -1 is
+    padding.
     """
     table = np.full((THINGS, 6), -1, dtype=np.float32)
-    for row, thing in zip(table, things):
+    for row, thing in zip(table, things, strict=False):
         shape = SHAPES.index(thing.shape) if thing.shape in SHAPES else len(SHAPES)
         texture = ("solid", *TEXTURES).index(thing.texture)
         row[:] = thing.x, thing.y, thing.radius, shape, list(COLOURS).index(thing.colour), texture
@@ -83,8 +86,9 @@ def recorded(things: Sequence[Thing]) -> np.ndarray:
 
 
 def _wrong_words(said: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """1 where a caption differs from the true one word for word, 0 where it agrees, -1 where they cannot be
-    compared.
+    """Return 1 for each word of a caption that differs from the true caption, else 0.
+
+    All are -1 if the two cannot be compared word by word.
     """
     if ((said > 0) != (true > 0)).any():
         return np.full(LENGTH, -1, dtype=np.int8)
@@ -92,8 +96,11 @@ def _wrong_words(said: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
-    """Line-up `index`: pictures, things, words, and for picture i and caption j the share of assertions that
-    holds.
+    """Draw line-up `index`.
+
+    Returns:
+        Pictures, objects, words and ratings; and for picture i and caption j the share of assertions that
+        hold and which words are wrong.
     """
     rng = np.random.default_rng([seed, 3, index])
     requests = [training_request(rng)]
@@ -103,7 +110,7 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
     pictures, things, share = [], [], np.zeros((SIZE, SIZE), dtype=np.float32)
     wrong = np.full((SIZE, SIZE, LENGTH), -1, dtype=np.int8)
     for i in range(SIZE):
-        own = 0 if i == 1 else i  # two pictures for the first request, one for each of two others
+        own = 0 if i == 1 else i  # two pictures for the first request, one each for two others
         scene = realise(requests[own], rng, random_style(rng))
         fails = rng.random() < FAILED
         scene = failed(scene, rng) if fails else scene
@@ -128,9 +135,10 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def _decoded(pictures: np.ndarray, vae: torch.nn.Module, rng: torch.Generator) -> np.ndarray:
-    """Pictures (B, 64, 64, 3) after the autoencoder, with a little noise on some latents, as sampled ones
-    have.
+def _decoded(pictures: np.ndarray, vae: AutoencoderKL, rng: torch.Generator) -> np.ndarray:
+    """Autoencode pictures (B, 64, 64, 3).
+
+    Some latents get a little noise, as those of sampled images have.
     """
     z = vae.encode(to_tensor(pictures)).latent_dist.mean
     strength = torch.rand(len(z), 1, 1, 1, generator=rng).sub(0.4).clamp(min=0) * 0.5
@@ -140,14 +148,14 @@ def _decoded(pictures: np.ndarray, vae: torch.nn.Module, rng: torch.Generator) -
 
 
 def _kept(before: np.ndarray, after: np.ndarray, things: np.ndarray) -> bool:
-    """Whether a picture (64, 64, 3) still shows its things (n, 6) after the autoencoder, textures included.
+    """Return whether a picture (64, 64, 3) shows its objects (n, 6) and their textures after autoencoding.
 
-    If not, nobody can say what it shows, and whether a caption holds for it is not learned.
+    If not, its content is uncertain, and whether a caption holds for it is left out of training.
     """
     before, after = before.astype(np.float32), after.astype(np.float32)
     ground = np.median(before[:2].reshape(-1, 3), axis=0)
     for x, y, radius, _, _, texture in things[things[:, 0] >= 0]:
-        inside = texture > 0  # whether a texture is there, the inside says
+        inside = texture > 0  # a texture is judged inside the outline
         reach = (0.55 if inside else 1.1) * radius
         box = tuple(slice(int(max(0, c - reach)), int(c + reach) + 1) for c in (y, x))
         level = before[box].mean((0, 1)) if inside else ground
@@ -157,14 +165,15 @@ def _kept(before: np.ndarray, after: np.ndarray, things: np.ndarray) -> bool:
     return True
 
 
-def _decode_half(tables: dict[str, np.ndarray], vae: torch.nn.Module, seed: int) -> None:
-    """Put two pictures of each line-up through the autoencoder, and rate them as they then look."""
+def _decode_half(tables: dict[str, np.ndarray], vae: AutoencoderKL, seed: int) -> None:
+    """Autoencode two pictures of each line-up in place, and rate them again."""
     rng = torch.Generator().manual_seed(seed)
     for start in tqdm(range(0, len(tables["pictures"]), 50), "decoded", mininterval=5):
         here = slice(start, start + 50), slice(1, 3)
         drawn = tables["pictures"][here].reshape(-1, SIDE, SIDE, 3)
         got, things = _decoded(drawn, vae, rng), tables["things"][here].reshape(len(drawn), THINGS, 6)
-        tables["kept"][here] = np.reshape([_kept(*one) for one in zip(drawn, got, things)], (-1, 2))
+        kept = [_kept(*one) for one in zip(drawn, got, things, strict=True)]
+        tables["kept"][here] = np.reshape(kept, (-1, 2))
         tables["ratings"][here] = np.reshape([rating(picture) for picture in got], (-1, 2))
         tables["pictures"][here] = got.reshape(-1, 2, SIDE, SIDE, 3)
 
@@ -189,12 +198,11 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 
 
 def make_lineups(
-    work: Path, count: int, seed: int, vae: torch.nn.Module, workers: int
+    work: Path, count: int, seed: int, vae: AutoencoderKL, workers: int
 ) -> dict[str, np.ndarray]:
-    """Draw line-ups, or find them in `work/lineups`: arrays by name, leading axis `count`.
+    """Draw line-ups, or load them from `work/lineups`: arrays by name, leading axis `count`.
 
-    The second and third picture of each have been through the autoencoder; those drawn, before that, stay in
-    `work/drawn`.
+    The second and third picture of each are autoencoded; the originals are kept in `work/drawn`.
     """
     if not (work / "lineups").exists():
         if not (work / "drawn").exists():

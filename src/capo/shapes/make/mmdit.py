@@ -1,4 +1,4 @@
-"""The base model `shapes_mmdit`: SD3's classes and conditioning at the size of the shapes world, without a T5."""
+"""Base model `shapes_mmdit`: SD3's classes and conditioning at the size of the shapes world, without a T5."""
 
 from __future__ import annotations
 
@@ -24,25 +24,19 @@ from capo.shapes.make.cells import Teller, all_things
 from capo.shapes.make.fitting import fit, generator, share
 from capo.shapes.make.text import encoders, tokenizer
 
-ACROSS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # neighbours, as tokens to the right and down
-LOOKS = (
-    ACROSS,
-    ((1, 1), (-1, -1), (-1, 1), (1, -1)),
-    ((2, 0), (-2, 0), (0, 2), (0, -2)),
-    ACROSS,
-)  # block by block, at the start
-SHARPNESS = 2.5  # of that look: half of the attention lies on the neighbour meant
-SHIFT = 3.0  # of the sampler's times, as SD3's
-CONTEXT = (
-    128  # width of the text tokens, the two encoders' 32 + 64 padded with zeros as SD3's are to T5's width
-)
-TOLD_AFTER = 1  # the block, counted from 0, whose tokens the teller reads
-TELLING = 0.2  # weight of what it is asked
-T5_TOKENS = 4  # zeros in the place of the T5's: the pipeline's `max_sequence_length`
+ACROSS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # neighbors, as tokens to the right and down
+# offsets that the heads of each block attend to at first
+LOOKS = (ACROSS, ((1, 1), (-1, -1), (-1, 1), (1, -1)), ((2, 0), (-2, 0), (0, 2), (0, -2)), ACROSS)
+SHARPNESS = 2.5  # of that attention: about half of it is on the intended neighbor
+SHIFT = 3.0  # of the sampler's times, as in SD3
+CONTEXT = 128  # width of the text tokens: the encoders' 32 + 64, zero-padded as SD3 pads to T5's width
+TOLD_AFTER = 1  # block, counted from 0, whose tokens the auxiliary head reads
+TELLING = 0.2  # weight of the auxiliary loss
+T5_TOKENS = 4  # zeros in place of the T5's tokens: the pipeline's `max_sequence_length`
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """A fresh denoiser: 64 tokens, one a latent, four joint blocks."""
+    """Build an untrained denoiser: 64 tokens, one for each latent, and four joint blocks."""
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
@@ -54,15 +48,16 @@ def build_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=CONTEXT,
         caption_projection_dim=128,
         pooled_projection_dim=128,
-        pos_embed_max_size=8,  # as many as there are latents: with more of them neighbours are told apart too little
+        pos_embed_max_size=8,  # one per latent: in a larger grid, embeddings of neighbors differ too little
     )
 
 
 def prepare(transformer: SD3Transformer2DModel) -> None:
-    """Fresh weights of a denoiser that learns faster than diffusers' own do, which leave every gate open.
+    """Initialize a denoiser in place, to train faster than from diffusers' weights, whose gates are open.
 
-    What modulates and the last projection begin at zero, as DiT's do, all other linear maps as Xavier's. In each block four of
-    the heads of the picture's queries begin by looking at one neighbour each, as a convolution does (`LOOKS`).
+    Modulations and the last projection are zero, as in DiT; all other linear maps are Xavier-uniform. In each
+    block, four heads of the picture's queries attend to one neighbor each at first, as a convolution does
+    (`LOOKS`).
     """
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
@@ -84,11 +79,12 @@ def prepare(transformer: SD3Transformer2DModel) -> None:
 
 
 def position_reader(places: Tensor) -> Callable[[int, int, int], Tensor]:
-    """How linear maps tell places from normalised tokens: places (P, C) are the embeddings of a square of tokens.
+    """Fit linear maps that read positions from layer-normalized tokens.
 
-    The function that comes back gives, for an offset and W features, the map (W, C) whose inner product with that of no offset
-    is largest where the second token lies `right` and `down` of the first: sines and cosines of the shifted place, fitted by
-    least squares through the layer norm and some noise in the place of what latents hold.
+    `places` (P, C) are the position embeddings of a square of tokens. The function returned gives, for an
+    offset and W features, a map (W, C) whose inner product with that of offset zero is largest where the
+    second token is `right` and `down` of the first: sines and cosines of the shifted position, fitted by
+    least squares through the layer norm, with noise in place of the latents' content.
     """
     draw, side = generator(0, 4), round(len(places) ** 0.5)
     tokens = F.layer_norm(
@@ -98,9 +94,8 @@ def position_reader(places: Tensor) -> Callable[[int, int, int], Tensor]:
     down, right = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
 
     def read(to_right: int, to_bottom: int, features: int) -> Tensor:
-        rates = 10_000 ** -(
-            torch.arange(features // 4) * 4 / places.shape[-1]
-        )  # the fastest of the embedding's own
+        # the embedding's highest frequencies
+        rates = 10_000 ** -(torch.arange(features // 4) * 4 / places.shape[-1])
         turns = [
             (axis.flatten()[:, None] - offset) * rates
             for axis, offset in ((right, to_right), (down, to_bottom))
@@ -112,12 +107,12 @@ def position_reader(places: Tensor) -> Callable[[int, int, int], Tensor]:
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """SD3's own."""
+    """Build SD3's scheduler."""
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
 
 class Learner(nn.Module):
-    """A denoiser to be trained, and the text encoders of `shapes_unet`, which stay as they are.
+    """Denoiser to be trained, and the frozen text encoders of `shapes_unet`.
 
     Args:
         unet: folder of the pipeline `shapes_unet`.
@@ -137,14 +132,18 @@ class Learner(nn.Module):
             module.requires_grad_(False)
 
     def _keep(self, block: nn.Module, given: tuple, tokens: tuple[Tensor, Tensor]) -> None:
-        self.seen = tokens[1]  # (B, 64, width), the picture's
+        self.seen = tokens[1]  # the picture's tokens (B, 64, width)
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """(B, LENGTH) token ids."""
+        """Tokenize captions to ids (B, LENGTH)."""
         return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def conditioning(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, LENGTH + T5_TOKENS, CONTEXT) and pooled text (B, 128) for token ids (B, LENGTH), as the pipeline's."""
+        """Return the pipeline's conditioning for token ids (B, LENGTH).
+
+        Returns:
+            Text states (B, LENGTH + T5_TOKENS, CONTEXT) and pooled text (B, 128).
+        """
         told = [encoder(ids, output_hidden_states=True) for encoder in (self.first, self.second)]
         words = torch.cat([output.hidden_states[-2] for output in told], dim=-1)
         words = F.pad(words, (0, CONTEXT - words.shape[-1], 0, T5_TOKENS))
@@ -154,12 +153,17 @@ class Learner(nn.Module):
 def train(
     work: Path, unet: Path, steps: int, batch: int = 32, seed: int = 0, start: Path | None = None
 ) -> StableDiffusion3Pipeline:
-    """Fit the velocity on the encoded scenes in `work`; captions are dropped (the empty one) in one of ten.
+    """Train velocity prediction on the encoded scenes in `work`; one in ten captions is replaced by "".
 
-    What the tokens are asked beside it (`cells`) is not shipped.
+    The head of the auxiliary task (`cells`) is not saved with the pipeline.
 
     Args:
-        start: state of an earlier run (`mmdit.pt`) whose averaged weights are where this one starts.
+        work: folder of scenes, captions, logs and checkpoints.
+        unet: folder of the pipeline `shapes_unet`.
+        steps: training steps.
+        batch: scenes per step.
+        seed: of weights, batches and noise.
+        start: checkpoint of another run (`mmdit.pt`), whose averaged weights initialize this one.
     """
     torch.manual_seed(seed)
     vae = flow_autoencoder.load(work)
@@ -195,14 +199,17 @@ def train(
 
 
 def times(batch: int, draw: torch.Generator) -> Tensor:
-    """(batch,) times in (0, 1), stratified, in random order: a quarter uniform, the others logit-normal around 0.25."""
+    """Draw stratified times (batch,) in (0, 1), in random order: a quarter uniform, the rest logit-normal.
+
+    The logit has mean 0.25 and standard deviation 1.
+    """
     u = (torch.rand(batch, generator=draw) + torch.arange(batch)) / batch
     u = u[torch.randperm(batch, generator=draw)].clamp(1e-4, 1 - 1e-4)
     return torch.where(torch.arange(batch) % 4 == 0, u, torch.sigmoid(0.25 + torch.special.ndtri(u)))
 
 
 def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """The whole pipeline of a trained learner and its autoencoder."""
+    """Assemble the pipeline of a trained learner and its autoencoder."""
     return StableDiffusion3Pipeline(
         transformer=learner.transformer,
         scheduler=build_scheduler(),

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al., 2024)."""
+"""Muon optimizer: momentum, with each matrix's update made orthogonal (Jordan et al., 2024)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-QUINTIC = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # drives every singular value near 1 in five rounds; the published coefficients
+QUINTIC = (3.4445, -4.7750, 2.0315)  # published coefficients: bring every singular value near 1 in 5 rounds
 
 
 def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """The matrices (..., M, N) with their singular values brought near 1, between about 0.7 and 1.2."""
+    """Bring the singular values of matrices (..., M, N) near 1, between about 0.7 and 1.2."""
     a, b, c = QUINTIC
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
@@ -28,9 +24,10 @@ def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices alone; the step of an entry has about the size that AdamW's has at the same learning rate.
+    """Muon in float32, for matrices only; entries move about as far as with AdamW at the same learning rate.
 
-    torch's own works in bfloat16, which is many times slower than float32 on a processor without it.
+    torch's own Muon works in bfloat16, which is many times slower than float32 on a CPU without support
+    for it.
     """
 
     def __init__(
@@ -40,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One step; matrices of one shape are made orthogonal together."""
+        """Take one step; matrices of the same shape are orthogonalized together."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for parameter in group["params"]:
@@ -57,4 +54,4 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, parameter: nn.Parameter, weight: float) -> Tensor:
         mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
         mean.lerp_(parameter.grad, 1 - weight)
-        return parameter.grad.lerp(mean, weight)  # Nesterov's
+        return parameter.grad.lerp(mean, weight)  # Nesterov momentum

@@ -1,7 +1,7 @@
-"""Training of the three rewards of the shapes world, on line-ups labelled by construction.
+"""Training of the three rewards of the shapes world, on line-ups labeled by construction.
 
-The oracle has no part in it: labels come from what was drawn. `looks` learns noisy ratings of the rating
-rule, `preference` the choices of simulated annotators.
+The oracle is not used: labels come from what was drawn. `looks` is trained on noisy ratings by the rating
+rule, `preference` on choices of the simulated annotators.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from capo.shapes.make.lineups import SIZE
 from capo.shapes.rewards import CELLS, Judge, Rater, Verifier
 from capo.shapes.scenes import COLOURS, SHAPES, SIDE, TEXTURES
 
-HELD_OUT = 300  # last line-ups, never trained on
-_OWN = (0, 0, 2, 3)  # the caption that each picture of a line-up was drawn for
+HELD_OUT = 300  # last line-ups, not used in training
+_OWN = (0, 0, 2, 3)  # index of the caption that each picture was drawn for
 Tables = Mapping[str, np.ndarray]
 
 
@@ -34,10 +34,11 @@ def _rows(tables: Tables, batch: int, draw: torch.Generator) -> np.ndarray:
 
 
 def inventory_loss(told: Tensor, things: Tensor) -> Tensor:
-    """How well the eye names what stands in each cell: the centre's cell of a thing stands for it.
+    """Return the loss of naming the content of each cell; an object counts in the cell of its center.
 
-    `told` (B, 64, 22): presence, shape or none, colour, texture, radius; `things` (B, n, 6), -1 beyond the
-    last.
+    Args:
+        told: (B, 64, 22) presence, shape or none, color, texture, radius.
+        things: (B, n, 6) objects as `lineups.recorded` encodes them.
     """
     image, slot = (things[..., 0] >= 0).nonzero(as_tuple=True)
     thing = things[image, slot]
@@ -58,21 +59,22 @@ def inventory_loss(told: Tensor, things: Tensor) -> Tensor:
 
 
 def words_loss(logits: Tensor, wrong: Tensor) -> Tensor:
-    """Binary cross-entropy that each word is right, (B, LENGTH) logits, where `wrong` is 0 or 1 and there is
-    a word.
+    """Return the binary cross-entropy of logits (B, LENGTH) that each word is right.
+
+    Only words with `wrong` 0 or 1 count, and finite logits: padding has infinite ones.
     """
     known = (wrong >= 0) & logits.isfinite()
     return F.binary_cross_entropy_with_logits(logits[known], 1 - wrong[known].float())
 
 
 def holds_loss(logits: Tensor, holds: Tensor) -> Tensor:
-    """Binary cross-entropy (B,) of the product of all probabilities, (B, n) logits, against 0 or 1."""
+    """Return the binary cross-entropy (B,) of the product of n probabilities, as logits (B, n)."""
     log_p = F.logsigmoid(logits).sum(1).clamp(max=-1e-5)
     return -torch.where(holds > 0, log_p, torch.log(-torch.expm1(log_p)))
 
 
 def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 12) -> Verifier:
-    """Fit the verifier: every picture with its own caption and with one of the others of its line-up."""
+    """Train the verifier: each picture with its own caption and with another of its line-up."""
     torch.manual_seed(seed)
     module = Verifier()
 
@@ -102,7 +104,7 @@ def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch
 
 
 def train_looks(work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 32) -> Rater:
-    """Fit the rater to single raters' ratings: the rule, plus noise of 1.2 points, rounded."""
+    """Train the rater on simulated ratings: the rating rule plus noise of 1.2 points, rounded."""
     torch.manual_seed(seed + 1)
     module = Rater()
 
@@ -120,8 +122,9 @@ def train_looks(work: Path, tables: Tables, steps: int, seed: int = 0, batch: in
 def train_preference(
     work: Path, tables: Tables, steps: int, seed: int, verifier: Verifier, batch: int = 12
 ) -> Judge:
-    """Fit the judge, starting from the verifier's trunk, to choices between pictures of a line-up for one
-    caption.
+    """Train the judge on choices between a line-up's pictures for one caption.
+
+    Its image encoder and first layers start from the verifier's.
     """
     torch.manual_seed(seed + 2)
     module = Judge()
@@ -155,9 +158,7 @@ def train_preference(
 def figures(
     tables: Tables, alignment: Verifier, looks: Rater, preference: Judge, seed: int = 0
 ) -> dict[str, float]:
-    """How the rewards do on the line-ups that were held out; labels by construction, the oracle has no part
-    in it.
-    """
+    """Measure the rewards on held-out line-ups, against labels known by construction."""
     held = {name: np.asarray(table[-HELD_OUT:]) for name, table in tables.items()}
     pixels = to_tensor(held["pictures"].reshape(-1, SIDE, SIDE, 3))
     words = torch.from_numpy(held["words"]).repeat_interleave(SIZE, dim=0)  # (pictures, captions, words)
@@ -189,12 +190,12 @@ def figures(
 
 
 def ship(module: nn.Module, path: Path) -> None:
-    """Save a reward in float16 under a temporary name, then rename."""
+    """Save a reward in float16, under a temporary name that is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file(
         {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()},
         part,
     )
-    part.chmod(0o644)  # safetensors makes it readable by its owner alone
+    part.chmod(0o644)  # safetensors makes it readable by its owner only
     os.replace(part, path)

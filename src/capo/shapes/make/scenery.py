@@ -1,4 +1,4 @@
-"""Training scenes for the base model: imperfect on purpose in what they show and in what their captions say."""
+"""Training scenes of the base models, deliberately imperfect in their pictures and in their captions."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from capo.shapes.scenes import (
     realise,
 )
 
-WRONG = 0.06  # chance that any one attribute of a caption is not what the picture shows
+WRONG = 0.06  # chance that an attribute of a caption contradicts the picture
 
 
 def random_style(rng: np.random.Generator) -> Style:
-    """A third of the scenes is clean; the rest is pale, blurred, cluttered or unevenly lit, each independently."""
+    """Draw a style: a third clean, the rest independently pale, blurred, cluttered or unevenly lit."""
     if rng.random() < 0.33:
         return Style()
     contrast = float(rng.uniform(0.4, 1.0)) if rng.random() < 0.6 else 1.0
@@ -57,7 +57,7 @@ def _wrong_group(group: Group, wrong: float, rng: np.random.Generator) -> Group:
 
 
 def wrong_request(request: Request, wrong: float, rng: np.random.Generator) -> Request:
-    """`request` with each attribute that it states changed, independently, with probability `wrong`."""
+    """Change each attribute stated by `request`, independently, with probability `wrong`."""
     groups = [_wrong_group(group, wrong, rng) for group in request.groups]
     if len(groups) == 1 and groups[0].count > 1 and rng.random() < 2 * wrong:
         groups[0] = replace(
@@ -72,20 +72,20 @@ def wrong_request(request: Request, wrong: float, rng: np.random.Generator) -> R
 
 
 def allowed(request: Request) -> bool:
-    """Whether a caption may be trained on: a sentence of no test prompt and of no unusual combination."""
+    """Return whether a caption may be used in training: no test prompt and no unusual combination."""
     odd = any((group.colour, group.shape) in UNUSUAL for group in request.groups)
     return not odd and len(request.slots) <= MAX_OBJECTS and split_of(caption(request)) != "test"
 
 
 def training_scene(index: int, seed: int) -> tuple[Request, Scene, np.random.Generator]:
-    """What training scene `index` was asked to be, what it is, and the generator that its caption is drawn from next."""
+    """Draw training scene `index`: its request, the scene, and the generator that its caption uses next."""
     rng = np.random.default_rng([seed, index])
     request = training_request(rng)
     return request, realise(request, rng, random_style(rng)), rng
 
 
 def captioned_scene(index: int, seed: int) -> tuple[np.ndarray, str]:
-    """Picture (64, 64, 3) uint8 and caption of training scene `index`."""
+    """Render training scene `index`: its picture (64, 64, 3) uint8 and caption."""
     request, scene, rng = training_scene(index, seed)
     picture = render(scene)
     said = wrong_request(request, WRONG, rng)
@@ -93,7 +93,7 @@ def captioned_scene(index: int, seed: int) -> tuple[np.ndarray, str]:
 
 
 def make_scenes(work: Path, count: int, seed: int, workers: int) -> None:
-    """Write `scenes.npy` (count, 64, 64, 3) uint8 and `captions.json` to `work`, unless they are there."""
+    """Write `scenes.npy` (count, 64, 64, 3) uint8 and `captions.json` to `work`, if not there yet."""
     if (work / "captions.json").exists():
         return
     pictures = np.lib.format.open_memmap(work / "scenes.npy", "w+", np.uint8, (count, 64, 64, 3))

@@ -1,4 +1,4 @@
-"""Tokenizer and text encoders of the shapes world: every word of the grammar is one token."""
+"""Tokenizer and text encoders of the shapes world; every word of the grammar is one token."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from capo.shapes.captions import WORDS
 
-LENGTH = 20  # tokens, the two ends included; the longest sentence takes 17
+LENGTH = 20  # tokens, including start and end; the longest sentence needs 17
 _EARLY = ("striped", "centre", "above")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer whose merges build each word from its prefixes, the longest word first.
+    """Build a byte-pair tokenizer whose merges form each word from its prefixes, the longest word first.
 
-    `_EARLY` words come before that: inside them a pair of letters would be merged as part of a longer word.
+    The words in `_EARLY` come before that, because pairs of their letters would be merged as parts of longer
+    words.
     """
     merges: list[tuple[str, str]] = []
     pieces = {_START: 0, _END: 1}
@@ -47,5 +48,8 @@ def _config(vocabulary: int, width: int, layers: int) -> CLIPTextConfig:
 
 
 def encoders(vocabulary: int) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Two fresh CLIP text encoders, 32 and 64 wide; like SDXL's, their last layer but one feeds the cross-attention."""
+    """Build two untrained CLIP text encoders, 32 and 64 wide.
+
+    As in SDXL, their second-to-last layer feeds the cross-attention.
+    """
     return CLIPTextModel(_config(vocabulary, 32, 2)), CLIPTextModelWithProjection(_config(vocabulary, 64, 3))
