@@ -7,7 +7,7 @@ import re
 from capo.errors import InputError
 from capo.shapes.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     COUNTS,
     MAX_OBJECTS,
     PLACES,
@@ -24,7 +24,7 @@ WORDS = sorted(
     {
         *SHAPES,
         *_PLURALS.values(),
-        *COLOURS,
+        *COLORS,
         *BACKGROUNDS,
         *TEXTURES,
         *SIZES,
@@ -39,7 +39,7 @@ WORDS = sorted(
 
 
 def _noun(group: Group) -> str:
-    words = [word for word in (group.size, group.texture, group.colour) if word]
+    words = [word for word in (group.size, group.texture, group.color) if word]
     words.append(group.shape if group.count == 1 else _PLURALS[group.shape])
     article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([article if group.count == 1 else COUNTS[group.count], *words])
@@ -62,7 +62,7 @@ def _one_of(words) -> str:
 
 _GROUP = (
     rf"(?P<count>an?|two|three|four) (?:(?P<size>{_one_of(SIZES)}) )?(?:(?P<texture>{_one_of(TEXTURES)}) )?"
-    rf"(?:(?P<colour>{_one_of(COLOURS)}) )?(?P<shape>{_one_of([*_PLURALS.values(), *SHAPES])})"
+    rf"(?:(?P<color>{_one_of(COLORS)}) )?(?P<shape>{_one_of([*_PLURALS.values(), *SHAPES])})"
 )
 _BACKGROUND = re.compile(rf" on a (?P<background>{_one_of(BACKGROUNDS)}) background$")
 _PLACE = re.compile(rf" (?P<place>{_one_of(PLACES)})$")
@@ -79,11 +79,7 @@ def _group(text: str, whole: str) -> Group:
         )
     shape = match["shape"]
     return Group(
-        _SINGULAR.get(shape, shape),
-        _NUMBERS[match["count"]],
-        match["colour"],
-        match["texture"],
-        match["size"],
+        _SINGULAR.get(shape, shape), _NUMBERS[match["count"]], match["color"], match["texture"], match["size"]
     )
 
 

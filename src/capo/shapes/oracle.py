@@ -28,16 +28,16 @@ from capo.shapes.captions import parse
 from capo.shapes.foreground import CROSS, FAINT, SPECK, fit_background, pieces, to_pixels
 from capo.shapes.rating import rating
 from capo.shapes.render import signed_distance
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, Thing, assertions
+from capo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, Thing, assertions
 
 UNKNOWN = "unknown"  # shape of an object that matches none of SHAPES
 MATCH = 0.76  # least soft intersection over union with a template
 PALE = 26.0  # distance from the background (RGB, 0-255) that most of an object must reach
-_PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
+_PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 _CONTRASTS = np.linspace(0.28, 1.1, 13, dtype=np.float32)
 
 
-def _colour(away: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+def _color(away: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """Classify the color of pixels given as offsets (n, 3) from the background.
 
     Contrast c moves a color to c (color - background); before that, the dark parts of a texture have 0.45
@@ -53,8 +53,8 @@ def _colour(away: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray, 
     share = np.clip((offset * line).sum(-1) / ((line**2).sum(-1) + 1e-6), 0, 1)
     distance = np.sqrt(((offset - share[..., None] * line) ** 2).sum(-1)) + 6.0 * share
     cost = np.partition(distance, int(0.55 * len(away)), axis=0)[: int(0.55 * len(away)) + 1].mean(0)
-    contrast, colour = np.unravel_index(cost.argmin(), cost.shape)
-    return int(colour), lit[contrast, colour], dark[contrast, colour]
+    contrast, color = np.unravel_index(cost.argmin(), cost.shape)
+    return int(color), lit[contrast, color], dark[contrast, color]
 
 
 def _belongs(away: np.ndarray, lit: np.ndarray, dark: np.ndarray) -> np.ndarray:
@@ -83,21 +83,21 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """
     fine = (np.arange(200) + 0.5) / 200 * 2.6 - 1.3
     x, y = np.meshgrid(fine, fine)
-    areas, templates, centres = [], [], []
+    areas, templates, centers = [], [], []
     ticks = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * _REACH
     for shape in SHAPES:
         inside = signed_distance(shape, x, y, 1.0) < 0
-        area, centre = inside.mean() * 2.6**2, (x[inside].mean(), y[inside].mean())
+        area, center = inside.mean() * 2.6**2, (x[inside].mean(), y[inside].mean())
         areas.append(area)
         for turn in _TURNS:
             cos, sin = np.cos(turn), np.sin(turn)
             a, b = np.meshgrid(ticks * np.sqrt(area), ticks * np.sqrt(area))
-            u, v = cos * a + sin * b + centre[0], cos * b - sin * a + centre[1]
+            u, v = cos * a + sin * b + center[0], cos * b - sin * a + center[1]
             sharp = np.clip(0.5 - 9.0 * signed_distance(shape, u, v, 1.0), 0, 1)
             templates += [sharp.ravel(), gaussian_filter(sharp, 0.09 / (2 * _REACH / _GRID)).ravel()]
-            centres += [(cos * centre[0] - sin * centre[1], sin * centre[0] + cos * centre[1])] * 2
+            centers += [(cos * center[0] - sin * center[1], sin * center[0] + cos * center[1])] * 2
     stack = np.array(templates, dtype=np.float32)
-    return stack, stack.sum(1), np.array(areas), np.array(centres)
+    return stack, stack.sum(1), np.array(areas), np.array(centers)
 
 
 def _shape(cover: np.ndarray) -> tuple[str, float, float, float, float]:
@@ -108,7 +108,7 @@ def _shape(cover: np.ndarray) -> tuple[str, float, float, float, float]:
     """
     area = cover.sum()
     x, y = cover.sum(0) @ np.arange(cover.shape[1]) / area, cover.sum(1) @ np.arange(cover.shape[0]) / area
-    templates, sums, areas, centres = _templates()
+    templates, sums, areas, centers = _templates()
     ticks = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * _REACH * np.sqrt(area)
     grid = np.meshgrid(y + ticks, x + ticks, indexing="ij")
     seen = map_coordinates(cover, grid, order=1, mode="constant").ravel()
@@ -117,7 +117,7 @@ def _shape(cover: np.ndarray) -> tuple[str, float, float, float, float]:
     best = int(match.argmax())
     shape = best // (len(match) // len(SHAPES))
     radius = float(np.sqrt(area / areas[shape]))
-    x, y = x + 0.5 - radius * centres[best, 0], y + 0.5 - radius * centres[best, 1]
+    x, y = x + 0.5 - radius * centers[best, 0], y + 0.5 - radius * centers[best, 1]
     return SHAPES[shape], float(match[best]), radius, float(x), float(y)
 
 
@@ -192,7 +192,7 @@ def _thing(
     Returns:
         The object (None if there is none), its match, and the mask of the pixels that are not part of it.
     """
-    colour, lit, dark = _colour(away[_core(mask)], background)
+    color, lit, dark = _color(away[_core(mask)], background)
     own = mask & _belongs(away, lit, dark)
     far = np.linalg.norm(away, axis=-1)
     best, body = ("", 0.0, 0.0, 0.0, 0.0), None
@@ -210,7 +210,7 @@ def _thing(
     line = dark - lit
     texture = _texture(np.clip((away - lit) @ line / (line @ line), 0, 1), body)
     name = shape if match >= MATCH else UNKNOWN
-    return Thing(name, list(COLOURS)[colour], texture, radius, x, y), match, rest
+    return Thing(name, list(COLORS)[color], texture, radius, x, y), match, rest
 
 
 def _halves(mask: np.ndarray) -> list[np.ndarray]:
@@ -253,9 +253,9 @@ def measure(image: Image.Image | np.ndarray) -> tuple[list[Thing], str]:
     """Detect the objects in a picture (64, 64, 3) and the name of its background, from the pixels alone."""
     pixels = to_pixels(image)
     name, light = fit_background(pixels)
-    away, colour = pixels - light, np.array(BACKGROUNDS[name], dtype=np.float32)
+    away, color = pixels - light, np.array(BACKGROUNDS[name], dtype=np.float32)
     parts = pieces(np.linalg.norm(away, axis=-1) > FAINT, 20)
-    return [thing for part in parts for thing, _ in _look(part, away, colour)], name
+    return [thing for part in parts for thing, _ in _look(part, away, color)], name
 
 
 @lru_cache(maxsize=256)

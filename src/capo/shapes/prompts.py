@@ -15,7 +15,7 @@ from capo.shapes.captions import caption, parse
 from capo.shapes.render import render
 from capo.shapes.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PLACES,
     RELATIONS,
     SHAPES,
@@ -24,7 +24,7 @@ from capo.shapes.scenes import (
     UNUSUAL,
     Group,
     Request,
-    realise,
+    realize,
 )
 
 
@@ -36,10 +36,10 @@ def _background(rng: np.random.Generator) -> str | None:
     return _pick(rng, BACKGROUNDS) if rng.random() < 0.5 else None
 
 
-def _coloured(rng: np.random.Generator, shape: str, **rest) -> Group:
+def _colored(rng: np.random.Generator, shape: str, **rest) -> Group:
     """Make a group with a usual color for its shape; unusual combinations are reserved for test prompts."""
-    usual = [colour for colour in COLOURS if (colour, shape) not in UNUSUAL]
-    return Group(shape, colour=_pick(rng, usual), **rest)
+    usual = [color for color in COLORS if (color, shape) not in UNUSUAL]
+    return Group(shape, color=_pick(rng, usual), **rest)
 
 
 def _two_shapes(rng: np.random.Generator, count: int = 2) -> list[str]:
@@ -51,16 +51,16 @@ def single(rng):
     return Request((Group(_pick(rng, SHAPES)),), background=_pick(rng, BACKGROUNDS))
 
 
-def colours(rng):
+def colors(rng):
     """Draw one colored shape: `a large red circle`."""
     size = _pick(rng, SIZES) if rng.random() < 0.4 else None
-    return Request((_coloured(rng, _pick(rng, SHAPES), size=size),), background=_background(rng))
+    return Request((_colored(rng, _pick(rng, SHAPES), size=size),), background=_background(rng))
 
 
 def texture(rng):
     """Draw a textured shape: `a striped red circle`, `a dotted circle and a star`."""
     shapes = _two_shapes(rng)
-    first = _coloured(rng, shapes[0], texture=_pick(rng, TEXTURES))
+    first = _colored(rng, shapes[0], texture=_pick(rng, TEXTURES))
     groups = (first,) if rng.random() < 0.65 else (first, Group(shapes[1]))
     return Request(groups, background=_background(rng))
 
@@ -73,7 +73,7 @@ def two(rng):
 def counting(rng):
     """Draw several equal shapes: `three red stars`."""
     shape, count = _pick(rng, SHAPES), int(rng.integers(2, 5))
-    group = _coloured(rng, shape, count=count) if rng.random() < 0.6 else Group(shape, count)
+    group = _colored(rng, shape, count=count) if rng.random() < 0.6 else Group(shape, count)
     return Request((group,), background=_background(rng))
 
 
@@ -81,7 +81,7 @@ def position(rng):
     """Draw a place or a relation: `a red circle in the top left corner`, `a circle above a square`."""
     if rng.random() < 0.5:
         return Request(
-            (_coloured(rng, _pick(rng, SHAPES)),), place=_pick(rng, PLACES), background=_background(rng)
+            (_colored(rng, _pick(rng, SHAPES)),), place=_pick(rng, PLACES), background=_background(rng)
         )
     return Request(
         tuple(Group(shape) for shape in _two_shapes(rng)), _pick(rng, RELATIONS), background=_background(rng)
@@ -90,7 +90,7 @@ def position(rng):
 
 def binding(rng):
     """Draw two colored shapes: `a red circle and a blue square`, `a red circle above a blue square`."""
-    groups = tuple(_coloured(rng, shape) for shape in _two_shapes(rng))
+    groups = tuple(_colored(rng, shape) for shape in _two_shapes(rng))
     return Request(
         groups, _pick(rng, RELATIONS) if rng.random() < 0.35 else None, background=_background(rng)
     )
@@ -99,25 +99,34 @@ def binding(rng):
 def many(rng):
     """Draw three or four objects: `a red circle, a blue square and two green stars`."""
     shapes = _two_shapes(rng, 3)
-    groups = [_coloured(rng, shape) for shape in shapes]
+    groups = [_colored(rng, shape) for shape in shapes]
     if rng.random() < 0.4:
-        groups[2] = _coloured(rng, shapes[2], count=2)
+        groups[2] = _colored(rng, shapes[2], count=2)
     elif rng.random() < 0.3:
-        groups = [_coloured(rng, shapes[0], count=2), groups[1]]
+        groups = [_colored(rng, shapes[0], count=2), groups[1]]
     return Request(tuple(groups), background=_background(rng))
 
 
 def unusual(rng):
     """Draw a combination in no training caption: `a red circle and a green star`."""
-    colour, shape = sorted(UNUSUAL)[int(rng.integers(len(UNUSUAL)))]
-    odd = Group(shape, colour=colour)
-    other = _coloured(rng, _pick(rng, [s for s in SHAPES if s != shape]))
+    color, shape = sorted(UNUSUAL)[int(rng.integers(len(UNUSUAL)))]
+    odd = Group(shape, color=color)
+    other = _colored(rng, _pick(rng, [s for s in SHAPES if s != shape]))
     return Request((odd,) if rng.random() < 0.5 else (odd, other), background=_background(rng))
 
 
 Category = Callable[[np.random.Generator], Request]
+# The names are stored with the prompts of pools and results, so their spelling stays.
 CATEGORIES: dict[str, Category] = {
-    f.__name__: f for f in (single, colours, texture, two, counting, position, binding, many, unusual)
+    "single": single,
+    "colours": colors,
+    "texture": texture,
+    "two": two,
+    "counting": counting,
+    "position": position,
+    "binding": binding,
+    "many": many,
+    "unusual": unusual,
 }
 TRAINING = tuple(name for name in CATEGORIES if name != "unusual")
 
@@ -183,4 +192,4 @@ def known_scenes(count: int = 8) -> list[tuple[Image.Image, str]]:
     """Render the first `count` validation prompts in the clean style; return (picture, prompt) pairs."""
     prompts = _draw_split("validation", count, seed=0)
     rng = np.random.default_rng(0)
-    return [(Image.fromarray(render(realise(parse(prompt.text), rng))), prompt.text) for prompt in prompts]
+    return [(Image.fromarray(render(realize(parse(prompt.text), rng))), prompt.text) for prompt in prompts]

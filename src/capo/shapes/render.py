@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, SIDE, Scene, Thing
+from capo.shapes.scenes import BACKGROUNDS, COLORS, SIDE, Scene, Thing
 
 Outline = Callable[
     [str, np.ndarray, np.ndarray, float], np.ndarray
@@ -79,7 +79,7 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> 
 
 def _paint(thing: Thing, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the color (h, w, 3) of an object before masking: plain, or with darker stripes or dots."""
-    colour = np.array(COLOURS[thing.colour], dtype=np.float32)
+    color = np.array(COLORS[thing.color], dtype=np.float32)
     dark = np.zeros_like(u)
     if thing.texture == "striped":
         period = 6.0
@@ -88,7 +88,7 @@ def _paint(thing: Thing, u: np.ndarray, v: np.ndarray, rng: np.random.Generator)
         spacing = 7.5
         nearest = [(w / spacing + rng.random() + 0.5) % 1.0 - 0.5 for w in (u, v)]
         dark = np.clip(2.6 - np.hypot(*nearest) * spacing, 0, 1)
-    return colour * (1 - 0.55 * dark[..., None])
+    return color * (1 - 0.55 * dark[..., None])
 
 
 def _draw(canvas: np.ndarray, thing: Thing, rng: np.random.Generator, outline: Outline) -> None:

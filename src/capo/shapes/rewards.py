@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from capo.errors import InputError
 from capo.shapes.captions import WORDS
-from capo.shapes.scenes import COLOURS, SHAPES, SIDE, TEXTURES
+from capo.shapes.scenes import COLORS, SHAPES, SIDE, TEXTURES
 
 LENGTH = 17  # words of a prompt; the longest sentence of the grammar has 16, commas included
 _PAD = 0
@@ -92,7 +92,7 @@ class Eye(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn(CELLS**2, WIDTH))
         # content of each cell (presence, shape or none of them, color, texture, radius); used in training
         # only
-        self.inventory = nn.Linear(WIDTH, 1 + len(SHAPES) + 1 + len(COLOURS) + 1 + len(TEXTURES) + 1)
+        self.inventory = nn.Linear(WIDTH, 1 + len(SHAPES) + 1 + len(COLORS) + 1 + len(TEXTURES) + 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         cells = self.body(pixels.contiguous(memory_format=torch.channels_last))

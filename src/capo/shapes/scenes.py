@@ -10,7 +10,7 @@ import numpy as np
 
 SIDE = 64  # pixels
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
-COLOURS = {
+COLORS = {
     "red": (214, 36, 40),
     "orange": (247, 132, 16),
     "yellow": (248, 214, 28),
@@ -64,7 +64,7 @@ class Group:
 
     shape: str
     count: int = 1
-    colour: str | None = None
+    color: str | None = None
     texture: str | None = None
     size: str | None = None
 
@@ -89,7 +89,7 @@ class Thing:
     """One object of a scene, drawn or detected; center and radius (half the longer side) in pixels."""
 
     shape: str
-    colour: str
+    color: str
     texture: str  # "solid" or one of TEXTURES
     radius: float
     x: float
@@ -153,7 +153,7 @@ def of_size(radius: float, size: str) -> bool:
 
 def _hits(group: Group, thing: Thing) -> list[bool]:
     hits = [thing.shape == group.shape]
-    hits += [thing.colour == group.colour] if group.colour else []
+    hits += [thing.color == group.color] if group.color else []
     hits += [thing.texture == group.texture] if group.texture else []
     hits += [of_size(thing.radius, group.size)] if group.size else []
     return hits
@@ -226,7 +226,7 @@ def _arranged(request: Request, things: list[Thing]) -> bool:
     return clear and _free(things)
 
 
-def realise(request: Request, rng: np.random.Generator, style: Style = Style()) -> Scene:
+def realize(request: Request, rng: np.random.Generator, style: Style = Style()) -> Scene:
     """Draw a scene that satisfies `request`; unspecified attributes are random (four in five textures solid).
 
     Raises ValueError if no arrangement of the objects is found.
@@ -237,8 +237,8 @@ def realise(request: Request, rng: np.random.Generator, style: Style = Style()) 
         radius = _radius(rng, group, len(slots))
         plain = radius < _TEXTURE_RADIUS or rng.random() < 0.8
         texture = group.texture or ("solid" if plain else str(rng.choice(TEXTURES)))
-        colour = group.colour or str(rng.choice(list(COLOURS)))
-        things.append(Thing(group.shape, colour, texture, radius, 0.0, 0.0, float(rng.uniform(-0.15, 0.15))))
+        color = group.color or str(rng.choice(list(COLORS)))
+        things.append(Thing(group.shape, color, texture, radius, 0.0, 0.0, float(rng.uniform(-0.15, 0.15))))
     for attempt in range(1, 2000):
         placed = []
         for thing in things:

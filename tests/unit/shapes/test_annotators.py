@@ -3,7 +3,7 @@ import pytest
 
 from capo.shapes.make.annotators import ANNOTATORS, Taste, majority, qualities, tastes, worths
 
-RED, CYAN = 0, 4  # indices in COLOURS
+RED, CYAN = 0, 4  # indices in COLORS
 
 
 def things(*rows):
@@ -19,7 +19,7 @@ def test_qualities_by_hand():
 
 
 def test_a_worth_by_hand():
-    taste = Taste(faithful=4, exact=1, looks=0.5, large=0.2, centred=0.4, cool=1, plain=0)
+    taste = Taste(faithful=4, exact=1, looks=0.5, large=0.2, centered=0.4, cool=1, plain=0)
     two = things([32, 32, 8, 0, RED, 0], [32, 16, 12, 0, CYAN, 1])
     # 4 * 0.75 + 0.5 * 6 + 0.2 * 2.5 + 0.4 * 0.75 + 1 * 0.5, and 1 + 1 for the last quarter
     assert worths(taste, np.array(0.75), np.array(6.0), two) == pytest.approx(7.3)

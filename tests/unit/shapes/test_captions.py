@@ -11,18 +11,16 @@ from capo.shapes.scenes import Group, Request
     ("request_", "text"),
     [
         (Request((Group("circle"),), background="grey"), "a circle on a grey background"),
-        (Request((Group("ring", colour="orange"),)), "an orange ring"),
+        (Request((Group("ring", color="orange"),)), "an orange ring"),
         (Request((Group("cross", 2),)), "two crosses"),
         (Request((Group("star", 3, "pink", "striped", "small"),)), "three small striped pink stars"),
         (Request((Group("circle"), Group("square")), "to the left of"), "a circle to the left of a square"),
         (
-            Request(
-                (Group("circle", colour="red"), Group("heart", colour="blue"), Group("star", 2, "green"))
-            ),
+            Request((Group("circle", color="red"), Group("heart", color="blue"), Group("star", 2, "green"))),
             "a red circle, a blue heart and two green stars",
         ),
         (
-            Request((Group("heart", colour="cyan"),), None, "in the top left corner", "beige"),
+            Request((Group("heart", color="cyan"),), None, "in the top left corner", "beige"),
             "a cyan heart in the top left corner on a beige background",
         ),
     ],

@@ -23,7 +23,7 @@ def sentences(one):
 def test_no_sentence_is_a_test_prompt_or_names_an_unusual_combination(lineups):
     for text in {text for one in lineups for text in sentences(one)}:
         assert split_of(text) != "test"
-        assert not any((group.colour, group.shape) in UNUSUAL for group in parse(text).groups)
+        assert not any((group.color, group.shape) in UNUSUAL for group in parse(text).groups)
 
 
 def test_what_holds_follows_from_what_was_drawn(lineups):

@@ -18,9 +18,9 @@ def test_orthogonal_brings_singular_values_near_one_and_keeps_the_directions():
 
 def test_a_step_has_the_size_that_its_rate_says():
     weight = nn.Parameter(torch.zeros(16, 64))
-    optimiser = Muon([weight], lr=0.01)
+    optimizer = Muon([weight], lr=0.01)
     weight.grad = torch.randn(16, 64, generator=generator(2))
-    optimiser.step()
+    optimizer.step()
     # orthogonal rows: each entry's mean square is 1 / 64, times 0.2 sqrt(64)
     assert 0.8 * 0.002 < weight.detach().square().mean().sqrt() < 1.2 * 0.002
 
@@ -38,7 +38,7 @@ def _loss(module: nn.Module):
     return loss
 
 
-def test_two_optimisers_learn_and_go_on_after_a_cut_as_if_there_had_been_none(tmp_path):
+def test_two_optimizers_learn_and_go_on_after_a_cut_as_if_there_had_been_none(tmp_path):
     whole = _module()
     start = _loss(whole)(0)[0].item()
     fit("whole", whole, _loss(whole), tmp_path, 60, lr=1e-2, matrices=[whole[0].weight])

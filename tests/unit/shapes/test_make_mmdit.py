@@ -41,7 +41,7 @@ def test_the_encoders_begin_as_the_unets():
     assert shared and all(np.array_equal(own[name].numpy(), stored[name].float().numpy()) for name in shared)
 
 
-def test_the_heads_that_look_at_a_neighbour_do_so_before_the_first_step():
+def test_the_heads_that_look_at_a_neighbor_do_so_before_the_first_step():
     torch.manual_seed(0)
     transformer = mmdit.build_transformer()
     mmdit.prepare(transformer)

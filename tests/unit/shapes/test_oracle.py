@@ -24,7 +24,7 @@ from capo.shapes.rating import rating
 from capo.shapes.render import render
 from capo.shapes.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     SHAPES,
     TEXTURES,
     Group,
@@ -32,7 +32,7 @@ from capo.shapes.scenes import (
     Scene,
     Style,
     Thing,
-    realise,
+    realize,
 )
 
 CLEAN = Style()
@@ -49,9 +49,9 @@ def rendered(*things, background="white", style=CLEAN, seed=0):
 
 def test_a_disc_drawn_by_hand_is_measured():
     image, draw = canvas("grey")
-    draw.ellipse((10, 30, 30, 50), fill=COLOURS["blue"])  # 21 pixels wide: pixels 10 to 30
+    draw.ellipse((10, 30, 30, 50), fill=COLORS["blue"])  # 21 pixels wide: pixels 10 to 30
     (thing,), background = measure(image)
-    assert (thing.shape, thing.colour, thing.texture, background) == ("circle", "blue", "solid", "grey")
+    assert (thing.shape, thing.color, thing.texture, background) == ("circle", "blue", "solid", "grey")
     assert (thing.x, thing.y, thing.radius) == pytest.approx((20.5, 40.5, 10.5), abs=0.6)
     assert alignment(image, "a blue circle in the bottom left corner") == 1.0
     assert alignment(image, "a blue circle in the top left corner") == 0.0
@@ -59,8 +59,8 @@ def test_a_disc_drawn_by_hand_is_measured():
 
 def test_a_square_and_a_diamond_drawn_by_hand():
     image, draw = canvas()
-    draw.rectangle((8, 8, 24, 24), fill=COLOURS["green"])
-    draw.polygon([(46, 34), (54, 46), (46, 58), (38, 46)], fill=COLOURS["pink"])
+    draw.rectangle((8, 8, 24, 24), fill=COLORS["green"])
+    draw.polygon([(46, 34), (54, 46), (46, 58), (38, 46)], fill=COLORS["pink"])
     assert (
         alignment(image, "a green square above a pink diamond") == 0.0
     )  # 30 across, 30 above: not farther above than across
@@ -74,38 +74,38 @@ def test_a_square_and_a_diamond_drawn_by_hand():
 
 def test_something_more_breaks_alignment_and_a_speck_does_not():
     image, draw = canvas()
-    draw.ellipse((20, 20, 44, 44), fill=COLOURS["red"])
+    draw.ellipse((20, 20, 44, 44), fill=COLORS["red"])
     draw.rectangle((4, 4, 6, 6), fill=(90, 90, 90))
     assert alignment(image, "a large red circle") == 1.0
-    draw.rectangle((2, 50, 12, 60), fill=COLOURS["red"])
+    draw.rectangle((2, 50, 12, 60), fill=COLORS["red"])
     assert alignment(image, "a large red circle") == 0.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_every_shape_at_known_place_and_size(shape, background):
-    for radius, x, y, colour in ((7.5, 20.3, 41.8, "purple"), (14.0, 35.1, 30.6, "cyan")):
+    for radius, x, y, color in ((7.5, 20.3, 41.8, "purple"), (14.0, 35.1, 30.6, "cyan")):
         (thing,), seen = measure(
-            rendered(Thing(shape, colour, "solid", radius, x, y, 0.1), background=background)
+            rendered(Thing(shape, color, "solid", radius, x, y, 0.1), background=background)
         )
-        assert (thing.shape, thing.colour, thing.texture, seen) == (shape, colour, "solid", background)
+        assert (thing.shape, thing.color, thing.texture, seen) == (shape, color, "solid", background)
         assert math.dist((thing.x, thing.y), (x, y)) < 0.8 and thing.radius == pytest.approx(radius, rel=0.1)
 
 
-@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("texture", TEXTURES)
-def test_colour_and_texture(colour, texture):
+def test_color_and_texture(color, texture):
     for background in BACKGROUNDS:
         for seed in range(3):
             (thing,), _ = measure(
-                rendered(Thing("square", colour, texture, 12.0, 30.0, 33.0), background=background, seed=seed)
+                rendered(Thing("square", color, texture, 12.0, 30.0, 33.0), background=background, seed=seed)
             )
-            assert (thing.colour, thing.texture) == (colour, texture)
+            assert (thing.color, thing.texture) == (color, texture)
 
 
 def test_between_two_shapes_is_unknown_and_aligned_with_neither():
     image, draw = canvas()
-    draw.rectangle((6, 28, 58, 34), fill=COLOURS["red"])  # a bar is none of the shapes
+    draw.rectangle((6, 28, 58, 34), fill=COLORS["red"])  # a bar is none of the shapes
     (thing,), _ = measure(image)
     assert thing.shape == UNKNOWN
     assert not any(alignment(image, f"a red {shape}") for shape in SHAPES)
@@ -122,7 +122,7 @@ def share_aligned(style, count):
     found = []
     for index in range(count):
         request = list(CATEGORIES.values())[index % len(CATEGORIES)](rng)
-        found.append(alignment(render(realise(request, rng, style(rng))), caption(request)))
+        found.append(alignment(render(realize(request, rng, style(rng))), caption(request)))
     return np.mean(found)
 
 
@@ -136,22 +136,22 @@ def test_imperfect_renders_are_aligned():
 
 def test_a_changed_attribute_is_noticed():
     rng = np.random.default_rng(12)
-    for colour, other in (
+    for color, other in (
         ("red", "orange"),
         ("blue", "purple"),
         ("cyan", "green"),
         ("pink", "purple"),
         ("yellow", "orange"),
     ):
-        thing = Thing("heart", colour, "solid", 10.0, *rng.uniform(14, 50, size=2))
+        thing = Thing("heart", color, "solid", 10.0, *rng.uniform(14, 50, size=2))
         picture = rendered(thing, background="beige")
-        assert alignment(picture, f"a {colour} heart") == 1.0
-        assert alignment(picture, caption(Request((Group("heart", colour=other),)))) == 0.0
+        assert alignment(picture, f"a {color} heart") == 1.0
+        assert alignment(picture, caption(Request((Group("heart", color=other),)))) == 0.0
 
 
 def test_the_three_measures_look_at_a_picture_once(monkeypatch):
     image, draw = canvas()
-    draw.ellipse((20, 20, 44, 44), fill=COLOURS["red"])
+    draw.ellipse((20, 20, 44, 44), fill=COLORS["red"])
     looked = []
     monkeypatch.setattr(oracle, "measure", lambda pixels: looked.append(1) or measure(pixels))
     asked = [image, image], ["a red circle", "a blue circle on a white background"]
@@ -185,10 +185,10 @@ def test_pieces_come_largest_first():
     assert [part.sum() for part in pieces(mask, 2)] == [8, 3]
 
 
-def looks(colour="red", background="white", style=CLEAN, radius=13.0):
+def looks(color="red", background="white", style=CLEAN, radius=13.0):
     return rating(
         rendered(
-            Thing("circle", colour, "solid", radius, 32.0, 32.0), background=background, style=style, seed=3
+            Thing("circle", color, "solid", radius, 32.0, 32.0), background=background, style=style, seed=3
         )
     )
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from capo.shapes.render import OUTLINES, render, signed_distance
-from capo.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Style, Thing
+from capo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, Style, Thing
 
 CLEAN = Style()
 
@@ -15,7 +15,7 @@ def scene(shape="circle", texture="solid", style=CLEAN, seed=0, radius=12.0, bac
 
 def coverage(pixels):
     """Return the object's area in pixels, from the share of red in each."""
-    white, red = np.array(BACKGROUNDS["white"], dtype=float), np.array(COLOURS["red"], dtype=float)
+    white, red = np.array(BACKGROUNDS["white"], dtype=float), np.array(COLORS["red"], dtype=float)
     return ((pixels - white) @ (red - white) / ((red - white) @ (red - white))).sum()
 
 
@@ -38,15 +38,15 @@ def test_distances_of_a_square():
     )  # (3, 4) -> 5
 
 
-def test_colours_of_thing_and_background():
+def test_colors_of_thing_and_background():
     pixels = render(scene(background="beige"))
     assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
-    assert tuple(pixels[32, 32]) == COLOURS["red"] and tuple(pixels[2, 2]) == BACKGROUNDS["beige"]
+    assert tuple(pixels[32, 32]) == COLORS["red"] and tuple(pixels[2, 2]) == BACKGROUNDS["beige"]
 
 
 def test_a_ring_is_hollow():
     pixels = render(scene("ring"))
-    assert tuple(pixels[32, 32]) == BACKGROUNDS["white"] and tuple(pixels[32, 32 + 9]) == COLOURS["red"]
+    assert tuple(pixels[32, 32]) == BACKGROUNDS["white"] and tuple(pixels[32, 32 + 9]) == COLORS["red"]
 
 
 def test_stripes_change_from_row_to_row_and_not_along_them():
@@ -59,9 +59,9 @@ def test_dots_change_both_ways():
     assert inside.std(axis=0).mean() > 10 and inside.std(axis=1).mean() > 10
 
 
-def test_contrast_moves_colours_towards_the_background():
+def test_contrast_moves_colors_toward_the_background():
     pixels = render(scene(style=Style(contrast=0.5)))
-    middle = (np.array(COLOURS["red"]) + BACKGROUNDS["white"]) / 2
+    middle = (np.array(COLORS["red"]) + BACKGROUNDS["white"]) / 2
     assert pixels[32, 32] == pytest.approx(middle, abs=1)
     assert tuple(pixels[2, 2]) == BACKGROUNDS["white"]
 

@@ -27,7 +27,7 @@ def test_words_that_are_not_known_or_not_there_do_not_count():
     assert words_loss(logits, wrong).item() == pytest.approx(math.log(2))
 
 
-def test_the_inventory_is_read_in_the_cell_of_the_centre():
+def test_the_inventory_is_read_in_the_cell_of_the_center():
     things = torch.full((1, 2, 6), -1.0)
     things[0, 0] = torch.tensor([20.0, 41.0, 8.0, 3, 5, 1])  # cell of column 2, row 5
     told = torch.zeros(1, 64, WIDTH)
@@ -40,7 +40,7 @@ def test_the_inventory_is_read_in_the_cell_of_the_centre():
 
 
 @pytest.mark.parametrize("network", [Verifier, Judge, Rater])
-def test_folding_the_normalisation_changes_nothing(network):
+def test_folding_the_normalization_changes_nothing(network):
     torch.manual_seed(0)
     module, x = network(), torch.rand(3, 3, 64, 64) * 2 - 1
     inputs = (

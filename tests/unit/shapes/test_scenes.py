@@ -13,12 +13,12 @@ from capo.shapes.scenes import (
     at_place,
     in_relation,
     of_size,
-    realise,
+    realize,
 )
 
 
-def thing(shape="circle", colour="red", texture="solid", radius=8.0, x=32.0, y=32.0):
-    return Thing(shape, colour, texture, radius, x, y)
+def thing(shape="circle", color="red", texture="solid", radius=8.0, x=32.0, y=32.0):
+    return Thing(shape, color, texture, radius, x, y)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +57,15 @@ def test_between_small_and_large_is_neither():
 
 def test_assertions_of_a_full_request():
     request = Request(
-        (Group("circle", colour="blue", texture="striped", size="small"),), None, "on the left", "grey"
+        (Group("circle", color="blue", texture="striped", size="small"),), None, "on the left", "grey"
     )
-    held = assertions(request, [thing(colour="blue", texture="dotted", radius=12, x=10)], "grey")
+    held = assertions(request, [thing(color="blue", texture="dotted", radius=12, x=10)], "grey")
     # shape, color, texture, size, place, count, background
     assert held == [True, True, False, False, True, True, True]
 
 
 def test_a_missing_thing_fails_each_of_its_attributes_and_the_count():
-    request = Request((Group("circle", colour="red"), Group("square", colour="blue")))
+    request = Request((Group("circle", color="red"), Group("square", color="blue")))
     assert sorted(assertions(request, [thing()], "white")) == [False, False, False, True, True]
     assert assertions(request, [], "white") == [False] * 5
 
@@ -76,40 +76,40 @@ def test_a_thing_that_nobody_asked_for_fails_the_count_alone():
 
 
 def test_things_are_assigned_so_that_most_holds():
-    request = Request((Group("circle", colour="red"), Group("circle", colour="blue")), "above")
-    things = [thing(colour="blue", y=50.0), thing(colour="red", y=10.0)]
+    request = Request((Group("circle", color="red"), Group("circle", color="blue")), "above")
+    things = [thing(color="blue", y=50.0), thing(color="red", y=10.0)]
     assert all(assertions(request, things, "white"))
-    swapped = [thing(colour="blue", y=10.0), thing(colour="red", y=50.0)]
+    swapped = [thing(color="blue", y=10.0), thing(color="red", y=50.0)]
     assert (
         assertions(request, swapped, "white").count(False) == 1
     )  # the colors are right, the relation is not
 
 
-def test_a_swap_of_colours_is_no_alignment():
-    request = Request((Group("circle", colour="red"), Group("square", colour="blue")))
+def test_a_swap_of_colors_is_no_alignment():
+    request = Request((Group("circle", color="red"), Group("square", color="blue")))
     things = [thing("circle", "blue", x=15), thing("square", "red", x=48)]
     held = assertions(request, things, "white")
     assert held.count(False) == 2 and held[-1]  # both shapes or both colors are wrong, the number is right
 
 
-def test_realised_scenes_hold_what_was_asked_apart_and_inside():
+def test_realized_scenes_hold_what_was_asked_apart_and_inside():
     rng = np.random.default_rng(0)
     for draw in CATEGORIES.values():
         for _ in range(25):
             request = draw(rng)
-            scene = realise(request, rng)
+            scene = realize(request, rng)
             assert all(assertions(request, scene.things, scene.background)), request
             for i, a in enumerate(scene.things):
                 assert a.radius + 1 <= min(a.x, a.y) and max(a.x, a.y) <= 63 - a.radius
                 assert all(math.dist((a.x, a.y), (b.x, b.y)) > a.radius + b.radius for b in scene.things[:i])
 
 
-def test_the_same_generator_realises_the_same_scene():
+def test_the_same_generator_realizes_the_same_scene():
     request = Request((Group("star", 3),))
-    scenes = [realise(request, np.random.default_rng(seed)) for seed in (4, 4, 5)]
+    scenes = [realize(request, np.random.default_rng(seed)) for seed in (4, 4, 5)]
     assert scenes[0] == scenes[1] != scenes[2]
 
 
-def test_every_shape_and_colour_has_one_unusual_partner():
-    colours, shapes = zip(*UNUSUAL, strict=True)
-    assert len(set(colours)) == len(set(shapes)) == 8
+def test_every_shape_and_color_has_one_unusual_partner():
+    colors, shapes = zip(*UNUSUAL, strict=True)
+    assert len(set(colors)) == len(set(shapes)) == 8

@@ -19,7 +19,7 @@ def splits():
 
 
 def names_unusual(text):
-    return any((group.colour, group.shape) in UNUSUAL for group in parse(text).groups)
+    return any((group.color, group.shape) in UNUSUAL for group in parse(text).groups)
 
 
 def test_splits_are_disjoint_and_of_the_size_asked(splits):

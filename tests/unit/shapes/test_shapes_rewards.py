@@ -18,7 +18,7 @@ from capo.shapes.prompts import CATEGORIES, TRAINING
 from capo.shapes.rating import rating
 from capo.shapes.render import render
 from capo.shapes.rewards import AlignmentScorer, LooksScorer, PreferenceScorer
-from capo.shapes.scenes import realise
+from capo.shapes.scenes import realize
 from fixtures import ROOT
 
 WEIGHTS = Path(shipped("rewards"))
@@ -37,7 +37,7 @@ def pictures():
     found = []
     for index in range(96):
         request = CATEGORIES[TRAINING[index % len(TRAINING)]](rng)
-        scene = realise(request, rng, random_style(rng))
+        scene = realize(request, rng, random_style(rng))
         found.append((Image.fromarray(render(scene)), caption(request), caption(changed(request, rng))))
     return [list(column) for column in zip(*found, strict=True)]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capo.shapes.scenes import COLOURS, SIDE
+from capo.shapes.scenes import COLORS, SIDE
 
 ANNOTATORS = 12
-_COOL = np.array([name in ("green", "cyan", "blue", "purple") for name in COLOURS])
+_COOL = np.array([name in ("green", "cyan", "blue", "purple") for name in COLORS])
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Taste:
     exact: float  # the last assertion, beyond its share
     looks: float  # a point of the rating rule
     large: float  # four pixels of mean radius
-    centred: float  # objects around the center against at an edge
+    centered: float  # objects around the center against at an edge
     cool: float  # green, cyan, blue or purple against warm
     plain: float  # no texture
 
@@ -32,9 +32,9 @@ def tastes(seed: int) -> list[Taste]:
     pictures.
     """
     rng = np.random.default_rng([seed, 7])
-    centre = np.array([5.0, 0.8, 0.8, 0.5, 0.6, 0.8, 0.2])
+    center = np.array([5.0, 0.8, 0.8, 0.5, 0.6, 0.8, 0.2])
     spread = np.array([2.0, 0.4, 0.3, 0.4, 0.5, 0.7, 0.4])
-    return [Taste(*map(float, centre + spread * rng.normal(size=7))) for _ in range(ANNOTATORS)]
+    return [Taste(*map(float, center + spread * rng.normal(size=7))) for _ in range(ANNOTATORS)]
 
 
 def qualities(things: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ def worths(taste: Taste, share: np.ndarray, ratings: np.ndarray, things: np.ndar
         ratings: (...,) by the rating rule.
         things: (..., n, 6) objects, as `lineups.recorded` encodes them.
     """
-    own = qualities(things) @ np.array([taste.large, taste.centred, taste.cool, taste.plain])
+    own = qualities(things) @ np.array([taste.large, taste.centered, taste.cool, taste.plain])
     return taste.faithful * share + taste.exact * (share == 1) + taste.looks * ratings + own
 
 

@@ -20,7 +20,7 @@ from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.lineups import recorded
 from capo.shapes.prompts import training_request
 from capo.shapes.render import render
-from capo.shapes.scenes import realise
+from capo.shapes.scenes import realize
 
 RENDERS = 300
 
@@ -93,7 +93,7 @@ def kept_by_autoencoder(backbone: Backbone, seed: int = 1) -> float:
     """Return the share of clean renders whose assertions all hold after encoding and decoding."""
     rng = np.random.default_rng([seed, 11])
     requests = [training_request(rng) for _ in range(RENDERS)]
-    pictures = np.stack([render(realise(request, rng)) for request in requests])
+    pictures = np.stack([render(realize(request, rng)) for request in requests])
     decoded = [
         image
         for part in to_tensor(pictures).split(50)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from capo.shapes.render import signed_distance
-from capo.shapes.scenes import COLOURS, SHAPES, SIDE, Scene, Thing
+from capo.shapes.scenes import COLORS, SHAPES, SIDE, Scene, Thing
 
 
 def odd_outline(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
@@ -57,7 +57,7 @@ def _merged(things: list[Thing], pick: int, rng: np.random.Generator) -> list[Th
     turn, gap = rng.uniform(0, 6.28), rng.uniform(0.5, 1.0) * other.radius
     x, y = np.clip([other.x + gap * np.cos(turn), other.y + gap * np.sin(turn)], 8, SIDE - 8)
     moved = replace(moved, x=float(x), y=float(y))
-    if moved.colour == other.colour:
+    if moved.color == other.color:
         moved = replace(moved, shape=f"{moved.shape}/{moved.shape}/0.5")
     covered = replace(other, shape=f"{other.shape}/{other.shape}/0.5")
     return [thing for thing in things if thing not in (other, things[pick])] + [covered, moved]
@@ -70,8 +70,8 @@ def _with_another(things: list[Thing], like: Thing, rng: np.random.Generator) ->
         x, y = rng.uniform(9, SIDE - 9, size=2)
         if all(np.hypot(t.x - x, t.y - y) > t.radius + radius + 2 for t in things):
             shape = like.shape if rng.random() < 0.5 else str(rng.choice(SHAPES))
-            colour = like.colour if rng.random() < 0.5 else str(rng.choice(list(COLOURS)))
-            return [*things, Thing(shape, colour, "solid", radius, float(x), float(y))]
+            color = like.color if rng.random() < 0.5 else str(rng.choice(list(COLORS)))
+            return [*things, Thing(shape, color, "solid", radius, float(x), float(y))]
     return things
 
 

@@ -74,22 +74,22 @@ def fit(
         The module in eval mode.
     """
     rank, processes = process()
-    optimisers = _optimisers(module, matrices, lr)
-    rates = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
+    optimizers = _optimizers(module, matrices, lr)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     mean = Average(module) if average else None
     path, start, spent = work / f"{name}.pt", 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
         module.load_state_dict(state["module"])
-        for optimiser, stored in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(stored)
+        for optimizer, stored in zip(optimizers, state["optimisers"], strict=True):
+            optimizer.load_state_dict(stored)
         start, spent = state["step"], state["seconds"]
         if mean:
             mean.shadow = state["average"]
     begun = last = time.monotonic()
     module.train()
     for step in range(start, steps):
-        groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * warm_cosine(step, steps)
         value, parts = loss(step)
@@ -98,8 +98,8 @@ def fit(
         if processes > 1:
             _average_gradients(module, processes)
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if mean:
             mean.update(module, step)
         if step % 200 == 0 and rank == 0:
@@ -107,7 +107,7 @@ def fit(
             print(f"{name} {step}/{steps} {told} {spent + time.monotonic() - begun:.0f} s", flush=True)
         if rank == 0 and (time.monotonic() - last > save_every or step + 1 == steps):
             last = time.monotonic()
-            _save(path, module, optimisers, mean, step + 1, spent + last - begun)
+            _save(path, module, optimizers, mean, step + 1, spent + last - begun)
     if mean:
         module.load_state_dict({**module.state_dict(), **mean.shadow})
     return module.eval()
@@ -131,7 +131,7 @@ def _average_gradients(module: nn.Module, processes: int) -> None:
     vector_to_parameters(flat / processes, gradients)
 
 
-def _optimisers(
+def _optimizers(
     module: nn.Module, matrices: Collection[nn.Parameter], lr: float
 ) -> list[torch.optim.Optimizer]:
     chosen = {id(parameter) for parameter in matrices}
@@ -147,14 +147,14 @@ def _optimisers(
 def _save(
     path: Path,
     module: nn.Module,
-    optimisers: list[torch.optim.Optimizer],
+    optimizers: list[torch.optim.Optimizer],
     mean: Average | None,
     step: int,
     seconds: float,
 ) -> None:
     state = {
         "module": module.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+        "optimisers": [optimizer.state_dict() for optimizer in optimizers],
         "step": step,
         "seconds": seconds,
     }

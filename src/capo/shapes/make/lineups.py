@@ -29,14 +29,14 @@ from capo.shapes.render import render
 from capo.shapes.rewards import LENGTH, tokens
 from capo.shapes.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     SHAPES,
     SIDE,
     TEXTURES,
     Request,
     Thing,
     assertions,
-    realise,
+    realize,
 )
 
 SIZE = 4  # pictures, and captions, of a line-up
@@ -52,8 +52,8 @@ def swapped(request: Request, rng: np.random.Generator) -> Request:
     if len(request.groups) < 2:
         return request
     first, second, *rest = request.groups
-    if first.colour and second.colour and rng.random() < 0.6:
-        pair = replace(first, colour=second.colour), replace(second, colour=first.colour)
+    if first.color and second.color and rng.random() < 0.6:
+        pair = replace(first, color=second.color), replace(second, color=first.color)
     else:
         pair = replace(first, shape=second.shape), replace(second, shape=first.shape)
     return replace(request, groups=(*pair, *rest))
@@ -81,7 +81,7 @@ def recorded(things: Sequence[Thing]) -> np.ndarray:
     for row, thing in zip(table, things, strict=False):
         shape = SHAPES.index(thing.shape) if thing.shape in SHAPES else len(SHAPES)
         texture = ("solid", *TEXTURES).index(thing.texture)
-        row[:] = thing.x, thing.y, thing.radius, shape, list(COLOURS).index(thing.colour), texture
+        row[:] = thing.x, thing.y, thing.radius, shape, list(COLORS).index(thing.color), texture
     return table
 
 
@@ -111,7 +111,7 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
     wrong = np.full((SIZE, SIZE, LENGTH), -1, dtype=np.int8)
     for i in range(SIZE):
         own = 0 if i == 1 else i  # two pictures for the first request, one each for two others
-        scene = realise(requests[own], rng, random_style(rng))
+        scene = realize(requests[own], rng, random_style(rng))
         fails = rng.random() < FAILED
         scene = failed(scene, rng) if fails else scene
         picture = render(scene, odd_outline)

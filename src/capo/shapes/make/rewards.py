@@ -22,7 +22,7 @@ from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.fitting import fit, generator
 from capo.shapes.make.lineups import SIZE
 from capo.shapes.rewards import CELLS, Judge, Rater, Verifier
-from capo.shapes.scenes import COLOURS, SHAPES, SIDE, TEXTURES
+from capo.shapes.scenes import COLORS, SHAPES, SIDE, TEXTURES
 
 HELD_OUT = 300  # last line-ups, not used in training
 _OWN = (0, 0, 2, 3)  # index of the caption that each picture was drawn for
@@ -47,9 +47,9 @@ def inventory_loss(told: Tensor, things: Tensor) -> Tensor:
     presence = torch.zeros(told.shape[:2])
     presence[image, cell] = 1.0
     here = told[image, cell]
-    shape, colour, texture = here[:, 1:-1].split([len(SHAPES) + 1, len(COLOURS), 1 + len(TEXTURES)], dim=1)
+    shape, color, texture = here[:, 1:-1].split([len(SHAPES) + 1, len(COLORS), 1 + len(TEXTURES)], dim=1)
     named = sum(
-        F.cross_entropy(part, thing[:, 3 + i].long()) for i, part in enumerate((shape, colour, texture))
+        F.cross_entropy(part, thing[:, 3 + i].long()) for i, part in enumerate((shape, color, texture))
     )
     return (
         F.binary_cross_entropy_with_logits(told[..., 0], presence) * 4

@@ -16,7 +16,7 @@ from capo.shapes.captions import caption
 from capo.shapes.prompts import split_of, training_request
 from capo.shapes.render import render
 from capo.shapes.scenes import (
-    COLOURS,
+    COLORS,
     COUNTS,
     MAX_OBJECTS,
     PLACES,
@@ -29,7 +29,7 @@ from capo.shapes.scenes import (
     Request,
     Scene,
     Style,
-    realise,
+    realize,
 )
 
 WRONG = 0.06  # chance that an attribute of a caption contradicts the picture
@@ -47,7 +47,7 @@ def random_style(rng: np.random.Generator) -> Style:
 
 
 def _wrong_group(group: Group, wrong: float, rng: np.random.Generator) -> Group:
-    swaps = {"shape": SHAPES, "colour": list(COLOURS), "texture": TEXTURES, "size": SIZES}
+    swaps = {"shape": SHAPES, "color": list(COLORS), "texture": TEXTURES, "size": SIZES}
     changed = {
         name: str(rng.choice([o for o in options if o != getattr(group, name)]))
         for name, options in swaps.items()
@@ -73,7 +73,7 @@ def wrong_request(request: Request, wrong: float, rng: np.random.Generator) -> R
 
 def allowed(request: Request) -> bool:
     """Return whether a caption may be used in training: no test prompt and no unusual combination."""
-    odd = any((group.colour, group.shape) in UNUSUAL for group in request.groups)
+    odd = any((group.color, group.shape) in UNUSUAL for group in request.groups)
     return not odd and len(request.slots) <= MAX_OBJECTS and split_of(caption(request)) != "test"
 
 
@@ -81,7 +81,7 @@ def training_scene(index: int, seed: int) -> tuple[Request, Scene, np.random.Gen
     """Draw training scene `index`: its request, the scene, and the generator that its caption uses next."""
     rng = np.random.default_rng([seed, index])
     request = training_request(rng)
-    return request, realise(request, rng, random_style(rng)), rng
+    return request, realize(request, rng, random_style(rng)), rng
 
 
 def captioned_scene(index: int, seed: int) -> tuple[np.ndarray, str]:
