@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -81,6 +82,6 @@ def _fitted(content: bytes) -> tuple[str, np.ndarray]:
 
 def pieces(mask: np.ndarray, least: int) -> list[np.ndarray]:
     """Return the connected components of a mask that have at least `least` pixels, the largest first."""
-    parts, count = label(mask, CROSS)
+    parts, count = cast(tuple[np.ndarray, int], label(mask, CROSS))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
     return [parts == index + 1 for index in np.argsort(-sizes, kind="stable") if sizes[index] >= least]

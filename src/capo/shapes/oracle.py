@@ -135,7 +135,7 @@ def _texture(shade: np.ndarray, body: np.ndarray) -> str:
     Variation with the distance from the outline is blur and is removed first. Stripes vary from row to row
     but not from column to column; dots vary alike in both.
     """
-    depth = np.minimum(np.round(distance_transform_edt(body)).astype(int), 6)
+    depth = np.minimum(np.round(np.asarray(distance_transform_edt(body))).astype(int), 6)
     inside = depth >= (3 if (depth >= 3).sum() > 30 else 2)
     if inside.sum() < 12:
         return "solid"
@@ -154,7 +154,7 @@ def _core(mask: np.ndarray) -> np.ndarray:
     return inner if inner.sum() >= 12 else mask
 
 
-def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | None:
+def _outline(own: np.ndarray, far: np.ndarray, level: float | np.floating) -> np.ndarray | None:
     """Return the soft mask (h, w) of the largest part of `own` whose distance `far` exceeds half of `level`.
 
     Small holes, which are specks on the object, are filled. Returns None if no part is large enough.
@@ -163,11 +163,11 @@ def _outline(own: np.ndarray, far: np.ndarray, level: float) -> np.ndarray | Non
     if not parts:
         return None
     body = parts[0]
-    holes = binary_fill_holes(body, CROSS) & ~body
+    holes = np.asarray(binary_fill_holes(body, CROSS)) & ~body
     for hole in pieces(holes, 1) if holes.any() else []:
         body = body | hole if hole.sum() <= 14 else body
-    rim = body & ~binary_erosion(body, CROSS, border_value=1)
-    edge = binary_dilation(body, CROSS) & ~body
+    rim = body & np.logical_not(binary_erosion(body, CROSS, border_value=1))
+    edge = np.logical_and(binary_dilation(body, CROSS), ~body)
     soft = np.clip(far / level, 0, 1)
     return np.where(rim, np.maximum(soft, 0.5), body) + np.where(edge, np.minimum(soft, 0.5), 0.0)
 
@@ -177,7 +177,7 @@ def _is_clutter(body: np.ndarray, far: np.ndarray, match: float) -> bool:
 
     The least size is larger for a body that matches no shape.
     """
-    filled = binary_fill_holes(body, CROSS)
+    filled = np.asarray(binary_fill_holes(body, CROSS))
     small = filled.sum() < (SPECK if match >= MATCH else 2 * SPECK)
     return (
         small or not binary_erosion(filled, CROSS, iterations=2).any() or np.percentile(far[body], 75) < PALE
@@ -198,12 +198,11 @@ def _thing(
     best, body = ("", 0.0, 0.0, 0.0, 0.0), None
     for level in (np.linalg.norm(lit), min(np.linalg.norm(lit), np.linalg.norm(dark))):  # solid; textured
         cover = None if best[1] > 0.88 else _outline(own, far, level)
-        told = best if cover is None else _shape(cover)
-        if told[1] > best[1]:
-            best, body = told, cover >= 0.5
+        if cover is not None and (matched := _shape(cover))[1] > best[1]:
+            best, body = matched, cover >= 0.5
     if body is None:
         return None, 0.0, np.zeros_like(mask)
-    rest = mask & ~binary_dilation(body, CROSS, iterations=2)
+    rest = mask & np.logical_not(binary_dilation(body, CROSS, iterations=2))
     shape, match, radius, x, y = best
     if _is_clutter(body, far, match):
         return None, 0.0, rest
@@ -220,7 +219,7 @@ def _halves(mask: np.ndarray) -> list[np.ndarray]:
         inner = binary_erosion(inner, CROSS)
         cores = pieces(inner, 10)
         if len(cores) > 1:
-            nearest = np.argmin([distance_transform_edt(~core) for core in cores], axis=0)
+            nearest = np.argmin([np.asarray(distance_transform_edt(~core)) for core in cores], axis=0)
             return [mask & (nearest == index) for index in range(len(cores))]
     return []
 
@@ -274,10 +273,7 @@ def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
 
 
 def alignment(image: Image.Image | np.ndarray, prompt: str) -> float:
-    """Return 1.0 if the picture shows all that the prompt asserts and no other object, else 0.0.
-
-    This is as strict as GenEval.
-    """
+    """Return 1.0 if all assertions hold and no other object is there (as strict as GenEval), else 0.0."""
     return float(all(held(image, prompt)))
 
 

@@ -22,7 +22,7 @@ def _sharpness(pixels: np.ndarray, far: np.ndarray, things: np.ndarray) -> float
     step = np.zeros_like(far)
     step[:, 1:] = np.linalg.norm(np.diff(pixels, axis=1), axis=-1)
     step[1:] = np.maximum(step[1:], np.linalg.norm(np.diff(pixels, axis=0), axis=-1))
-    band = binary_dilation(things, CROSS) & ~binary_erosion(things, CROSS)
+    band = np.logical_and(binary_dilation(things, CROSS), np.logical_not(binary_erosion(things, CROSS)))
     ratio = np.percentile(step[band], 80) / np.percentile(far[things], 70)
     return float(np.clip((ratio - 0.25) / 0.5, 0, 1))
 

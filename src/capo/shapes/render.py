@@ -9,9 +9,8 @@ from scipy.ndimage import gaussian_filter
 
 from capo.shapes.scenes import BACKGROUNDS, COLORS, SIDE, Scene, Thing
 
-Outline = Callable[
-    [str, np.ndarray, np.ndarray, float], np.ndarray
-]  # shape, offsets u and v, radius -> distance
+# shape, offsets u and v, radius -> signed distance
+Outline = Callable[[str, np.ndarray, np.ndarray, float], np.ndarray]
 
 
 def _star() -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -223,9 +224,10 @@ def fused(module: nn.Module) -> nn.Module:
     for sequence in [part for part in module.modules() if isinstance(part, nn.Sequential)]:
         for index, part in enumerate(sequence):
             if isinstance(part, nn.BatchNorm2d):
-                sequence[index - 1] = fuse_conv_bn_eval(sequence[index - 1], part)
+                sequence[index - 1] = fuse_conv_bn_eval(cast(nn.Conv2d, sequence[index - 1]), part)
                 sequence[index] = nn.Identity()
-    return module.requires_grad_(False).to(memory_format=torch.channels_last)
+    module.requires_grad_(False)
+    return cast(Any, module).to(memory_format=torch.channels_last)  # an argument without annotations in torch
 
 
 class _Scorer:

@@ -41,9 +41,8 @@ def test_two_processes_fit_what_one_does(tmp_path):
     alone.mkdir()
     both.mkdir()
     _regress(0, alone)
-    mp.start_processes(
-        _regress, (both, 2), nprocs=2, start_method="fork"
-    )  # forked processes need not import torch
+    # forked processes need not import torch
+    mp.start_processes(_regress, (both, 2), nprocs=2, start_method="fork")
     one, two = (torch.load(folder / "line.pt", weights_only=True) for folder in (alone, both))
     assert one["step"] == two["step"] == 20
     for name in one["average"]:

@@ -61,9 +61,8 @@ def test_a_square_and_a_diamond_drawn_by_hand():
     image, draw = canvas()
     draw.rectangle((8, 8, 24, 24), fill=COLORS["green"])
     draw.polygon([(46, 34), (54, 46), (46, 58), (38, 46)], fill=COLORS["pink"])
-    assert (
-        alignment(image, "a green square above a pink diamond") == 0.0
-    )  # 30 across, 30 above: not farther above than across
+    # 30 across, 30 above: not farther above than across
+    assert alignment(image, "a green square above a pink diamond") == 0.0
     assert alignment(image, "a green square and a pink diamond on a white background") == 1.0
     assert alignment(image, "a green square and a pink circle on a white background") == 0.0
     # two shapes, two colors, count, background: one of six is wrong
@@ -157,9 +156,8 @@ def test_the_three_measures_look_at_a_picture_once(monkeypatch):
     asked = [image, image], ["a red circle", "a blue circle on a white background"]
     found = {scorer: scorer(*asked) for scorer in (alignments, assertion_shares, ratings)}
     assert found[alignments].tolist() == [1.0, 0.0]
-    assert found[assertion_shares].tolist() == pytest.approx(
-        [1.0, 3 / 4]
-    )  # of shape, color, count, background
+    # of shape, color, count, background
+    assert found[assertion_shares].tolist() == pytest.approx([1.0, 3 / 4])
     assert found[ratings].tolist() == pytest.approx([rating(image)] * 2)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     assert len(looked) <= 1  # 0 if another test has cached the same picture

@@ -33,9 +33,8 @@ def test_the_drawn_area_is_that_of_the_outline(shape):
 
 def test_distances_of_a_square():
     u, v = np.array([[0.0, 10.0, 8.6, 11.6]]), np.array([[0.0, 0.0, 8.6, 12.6]])  # half a side is 0.86 * 10
-    assert signed_distance("square", u, v, 10.0) == pytest.approx(
-        np.array([[-8.6, 1.4, 0.0, 5.0]]), abs=1e-6
-    )  # (3, 4) -> 5
+    expected = np.array([[-8.6, 1.4, 0.0, 5.0]])  # (3, 4) -> 5
+    assert signed_distance("square", u, v, 10.0) == pytest.approx(expected, abs=1e-6)
 
 
 def test_colors_of_thing_and_background():

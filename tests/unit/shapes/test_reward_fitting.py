@@ -55,9 +55,8 @@ def test_folding_the_normalization_changes_nothing(network):
 def test_several_sentences_about_a_picture_are_judged_as_each_alone():
     torch.manual_seed(0)
     module, x = Verifier().eval(), torch.rand(2, 3, 64, 64) * 2 - 1
-    words = tokens(
-        ["a red circle", "two stars and a ring", "four hearts", "a ring on the left"]
-    )  # two per picture
+    # two per picture
+    words = tokens(["a red circle", "two stars and a ring", "four hearts", "a ring on the left"])
     cells = module.eye(x)
     together = module.words_right(cells, words)
     alone = torch.cat([module.words_right(cells[i // 2 : i // 2 + 1], words[i : i + 1]) for i in range(4)])

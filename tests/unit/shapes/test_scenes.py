@@ -80,9 +80,8 @@ def test_things_are_assigned_so_that_most_holds():
     things = [thing(color="blue", y=50.0), thing(color="red", y=10.0)]
     assert all(assertions(request, things, "white"))
     swapped = [thing(color="blue", y=10.0), thing(color="red", y=50.0)]
-    assert (
-        assertions(request, swapped, "white").count(False) == 1
-    )  # the colors are right, the relation is not
+    # the colors are right, the relation is not
+    assert assertions(request, swapped, "white").count(False) == 1
 
 
 def test_a_swap_of_colors_is_no_alignment():

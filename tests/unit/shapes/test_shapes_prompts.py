@@ -76,9 +76,8 @@ def test_what_is_trained_on_is_no_test_prompt():
 
 
 def test_more_prompts_than_the_grammar_has_is_refused(monkeypatch):
-    monkeypatch.setattr(
-        grammar, "TRAINING", ("single",)
-    )  # 8 shapes on 4 backgrounds: 32 sentences over all splits
+    # 8 shapes on 4 backgrounds: 32 sentences over all splits
+    monkeypatch.setattr(grammar, "TRAINING", ("single",))
     every = {f"a {shape} on a {background} background" for shape in SHAPES for background in BACKGROUNDS}
     there = sum(split_of(text) == "train" for text in every)
     assert 10 < there < 30

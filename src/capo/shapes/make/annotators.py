@@ -42,7 +42,7 @@ def qualities(things: np.ndarray) -> np.ndarray:
 
     `things` (..., n, 6) are the objects as `lineups.recorded` encodes them.
     """
-    there = things[..., 0] >= 0
+    there = np.asarray(things[..., 0] >= 0)
     count = np.maximum(there.sum(-1), 1)
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def qualities(things: np.ndarray) -> np.ndarray:
     off = np.hypot(mean(things[..., 0]) - SIDE / 2, mean(things[..., 1]) - SIDE / 2)
     cool = _COOL[np.maximum(things[..., 4], 0).astype(int)]
     found = [mean(things[..., 2]) / 4, 1 - off / (SIDE / 2), mean(cool), mean(things[..., 5] == 0)]
-    return np.stack(found, axis=-1) * there.any(-1)[..., None]
+    return np.stack(found, axis=-1) * np.expand_dims(there.any(-1), -1)
 
 
 def worths(taste: Taste, share: np.ndarray, ratings: np.ndarray, things: np.ndarray) -> np.ndarray:

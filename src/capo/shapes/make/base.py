@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -150,7 +151,7 @@ def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
     )
 
 
-def ship(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
+def ship(pipe: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline as float16 safetensors; the folder is replaced as a whole."""
     with fresh_folder(folder) as fresh:
         pipe.to(torch.float16).save_pretrained(fresh, safe_serialization=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from scipy.stats import rankdata, spearmanr
@@ -86,7 +87,7 @@ def area_under_curve(scores: np.ndarray, truth: np.ndarray) -> float:
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Return Spearman's rank correlation."""
-    return float(spearmanr(first, second).statistic)
+    return float(cast(Any, spearmanr(first, second)).statistic)
 
 
 def kept_by_autoencoder(backbone: Backbone, seed: int = 1) -> float:

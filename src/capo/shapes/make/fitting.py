@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from capo.shapes.make.muon import Muon
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def warm_cosine(step: int, steps: int, warm_up: int = 50, hold: float = 0.4) -> float:
@@ -44,7 +47,7 @@ class Average:
 
 def fit(
     name: str,
-    module: nn.Module,
+    module: Network,
     loss: Callable[[int], tuple[Tensor, dict[str, float]]],
     work: Path,
     steps: int,
@@ -52,7 +55,7 @@ def fit(
     average: bool = False,
     save_every: float = 60.0,
     matrices: Collection[nn.Parameter] = (),
-) -> nn.Module:
+) -> Network:
     """Minimize `loss(step)` over the trainable parameters of `module`, with gradients clipped at norm 1.
 
     `loss` returns the loss and figures to log. It must depend on the step alone (draw from a generator
@@ -60,11 +63,9 @@ def fit(
     computes the loss of its `share` of the batch, and gradients are averaged.
 
     Args:
-        name: of the state `work/<name>.pt` and of `work/<name>.json`, which records steps and seconds.
+        name: of the state `work/<name>.pt` and of `work/<name>.json`, the record of steps and seconds.
         module: to train; its state is loaded from `work/<name>.pt` if that exists.
-        loss: of a step.
-        work: folder of states.
-        steps: of the whole run, from the first.
+        work, steps: folder of states; number of steps of the whole run.
         lr: highest learning rate of AdamW, which follows `warm_cosine`.
         average: whether to return the module with averaged weights.
         save_every: seconds between saves.
@@ -77,15 +78,8 @@ def fit(
     optimizers = _optimizers(module, matrices, lr)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     mean = Average(module) if average else None
-    path, start, spent = work / f"{name}.pt", 0, 0.0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        module.load_state_dict(state["module"])
-        for optimizer, stored in zip(optimizers, state["optimisers"], strict=True):
-            optimizer.load_state_dict(stored)
-        start, spent = state["step"], state["seconds"]
-        if mean:
-            mean.shadow = state["average"]
+    path = work / f"{name}.pt"
+    start, spent = _resume(path, module, optimizers, mean) if path.exists() else (0, 0.0)
     begun = last = time.monotonic()
     module.train()
     for step in range(start, steps):
@@ -142,6 +136,19 @@ def _optimizers(
     ]
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return [adam, Muon(matrices, lr=2 * lr)] if matrices else [adam]
+
+
+def _resume(
+    path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], mean: Average | None
+) -> tuple[int, float]:
+    """Load what `_save` saved; return the number of finished steps and the seconds they took."""
+    state = torch.load(path, weights_only=True)
+    module.load_state_dict(state["module"])
+    for optimizer, stored in zip(optimizers, state["optimisers"], strict=True):
+        optimizer.load_state_dict(stored)
+    if mean:
+        mean.shadow = state["average"]
+    return state["step"], state["seconds"]
 
 
 def _save(

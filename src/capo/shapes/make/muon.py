@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,5 +54,6 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, parameter: nn.Parameter, weight: float) -> Tensor:
         mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
-        mean.lerp_(parameter.grad, 1 - weight)
-        return parameter.grad.lerp(mean, weight)  # Nesterov momentum
+        gradient = cast(Tensor, parameter.grad)  # `step` skips parameters without one
+        mean.lerp_(gradient, 1 - weight)
+        return gradient.lerp(mean, weight)  # Nesterov momentum

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -170,12 +171,14 @@ def figures(
     first, second = torch.triu_indices(SIZE, SIZE, 1).numpy()
     agrees = []
     for j in range(SIZE):
-        pair = [held["share"][:, :, j], held["ratings"]]
-        pair = [np.stack([x[:, first], x[:, second]], -1).reshape(-1, 2) for x in pair]
+        share, ratings = (
+            np.stack([x[:, first], x[:, second]], -1).reshape(-1, 2)
+            for x in (held["share"][:, :, j], held["ratings"])
+        )
         things = np.stack([held["things"][:, first], held["things"][:, second]], 2).reshape(
             -1, 2, *held["things"].shape[2:]
         )
-        votes = majority(*pair, things, seed)
+        votes = majority(share, ratings, things, seed)
         agrees.append(
             ((worth[:, first, j] > worth[:, second, j]).flatten().numpy() == (votes > 0.5))[votes != 0.5]
         )
@@ -184,7 +187,7 @@ def figures(
         "alignment_accuracy": float(((p.numpy() > 0.5) == holds).mean()),
         "alignment_own_mean": float(p.numpy()[own].mean()),
         "alignment_own_holds": float(holds[own].mean()),
-        "looks_rank_correlation": float(spearmanr(told, held["ratings"].ravel()).statistic),
+        "looks_rank_correlation": float(cast(Any, spearmanr(told, held["ratings"].ravel())).statistic),
         "preference_agrees": float(np.concatenate(agrees).mean()),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from capo.shapes.captions import WORDS
@@ -29,7 +31,7 @@ def tokenizer() -> CLIPTokenizer:
                 merges.append((left, right))
             left += right
             pieces.setdefault(left, len(pieces))
-    return CLIPTokenizer(vocab=pieces, merges=merges, model_max_length=LENGTH, pad_token=_END)
+    return CLIPTokenizer(vocab=pieces, merges=cast(Any, merges), model_max_length=LENGTH, pad_token=_END)
 
 
 def _config(vocabulary: int, width: int, layers: int) -> CLIPTextConfig:
