@@ -162,8 +162,9 @@ class Workshop:
 
     def module_for(self, setting: Setting) -> TimedModule:
         """Module with the policy that a setting needs; the device holds one at a time."""
-        if self.module is None or bool(self.module.lora) != setting.lora:
-            self.module = None
+        module = self.module
+        if module is None or bool(module.lora) != setting.lora:
+            module = self.module = None
             release(self.device)
             name = self.blueprint.denoiser_name
             base = random_backbone(self.model, {name: random_module(self.blueprint, name, self.device)})

@@ -1,5 +1,7 @@
 """Win-rate of the policy's images against the base's (CaPO, B.2), and the figures logged during training."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -7,6 +9,7 @@ from torchmetrics import Metric
 from capo.errors import InputError
 from capo.objectives import PairErrors, margin
 from capo.objectives.base import fields_of
+from capo.runtime.processes import gathered
 
 
 def win_rate(policy: Tensor, base: Tensor) -> Tensor:
@@ -126,3 +129,24 @@ def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, Tensor]:
         for kind, drift in drifts.items():
             figures[f"drift/{kind}/u{number / TIME_BINS:.1f}"] = drift[bins == number].mean()
     return figures
+
+
+class Figures:
+    """Values of named figures, collected batch by batch and averaged when they are logged."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor | float]] = {}
+
+    def note(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Add one value of each figure; tensors stay on their device until they are taken."""
+        for name, value in figures.items():
+            self._values.setdefault(name, []).append(value)
+
+    def take(self, of_all: bool = False) -> dict[str, float]:
+        """Mean of each figure since the last call (`of_all`: over all processes); forget the values."""
+        sums = {name: (sum(map(float, values)), len(values)) for name, values in self._values.items()}
+        self._values.clear()
+        parts = gathered(sums) if of_all else [sums]
+        names = dict.fromkeys(name for part in parts for name in part)
+        totals = {name: [part[name] for part in parts if name in part] for name in names}
+        return {name: sum(s for s, _ in found) / sum(n for _, n in found) for name, found in totals.items()}

@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from capo.backbones import Backbone
+from capo.backbones.execution import PLAIN, Execution
 from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.models import Denoiser
 from capo.backbones.parallel import compile_blocks, shard
 from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
 from capo.data import PreferenceBatch
 from capo.errors import InputError, ParameterError
-from capo.metrics import drift_by_time, training_figures
+from capo.metrics import Figures, drift_by_time, training_figures
 from capo.noise import constant_weight
 from capo.objectives import Objective, PairErrors, Predictions, margin, requirements
 from capo.objectives.base import fields_of
-from capo.runtime.optimizers import ADAMW, clip_gradients, make_optimizer
+from capo.runtime.optimizers import clip_gradients, make_optimizer
 from capo.runtime.processes import gathered
 
 log = logging.getLogger(__name__)
@@ -47,31 +47,6 @@ class Weighting:
         return (
             backbone.weight(t, self.bias) if self.kind == "sigmoid" else constant_weight(backbone.log_snr(t))
         )
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Settings that trade memory for speed in a training step; results differ by rounding at most.
-
-    Attributes:
-        precision: Lightning's name for the precision; it also decides how the frozen reference is stored.
-        optimizer: `adamw` or `adamw_8bit`.
-        gradient_checkpointing: store no activations within blocks; the backward pass recomputes them.
-        compile: apply torch.compile to the repeated blocks.
-        compile_tolerance: largest |h| of the first batch with which compiled blocks may train, as a share of
-            the mean dR / beta.
-        channels_last: use the channels-last memory format for convolutions.
-        half_frozen: store the weights that LoRA leaves frozen in the reference's precision; correct if images
-            are generated under the same autocast.
-    """
-
-    precision: str = "32-true"
-    optimizer: str = ADAMW
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    compile_tolerance: float = 0.01
-    channels_last: bool = False
-    half_frozen: bool = False
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -115,7 +90,7 @@ class PreferenceModule(L.LightningModule):
         gradient_clip: float | None = None,
         max_bad_steps: int = 10,
         drift_every: int = 10,
-        execution: Execution = Execution(),
+        execution: Execution = PLAIN,
     ):
         super().__init__()
         self.strict_loading = False  # the reference is not in a checkpoint
@@ -132,7 +107,7 @@ class PreferenceModule(L.LightningModule):
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
         self.gradient_clip, self.max_bad_steps, self.drift_every = gradient_clip, max_bad_steps, drift_every
         self.bad_steps = self.bad_in_a_row = 0
-        self._figures: dict[str, list[Tensor | float]] = {}
+        self._figures = Figures()
         self._untrained = True  # until the first batch, whose margin should be 0
 
     @property
@@ -238,14 +213,10 @@ class PreferenceModule(L.LightningModule):
             self._check_first(errors)
         loss = self.objective(errors).mean()
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
-        self._note({"train/loss": loss.detach(), **training_figures(errors, self.beta)})
+        self._figures.note({"train/loss": loss.detach(), **training_figures(errors, self.beta)})
         if self.global_step % self.drift_every == 0 and self.needs.reference and self.needs.loser:
-            self._note(drift_by_time(errors, batch.u))
+            self._figures.note(drift_by_time(errors, batch.u))
         return loss
-
-    def _note(self, figures: Mapping[str, Tensor | float]) -> None:
-        for name, value in figures.items():
-            self._figures.setdefault(name, []).append(value)
 
     def _check_first(self, errors: PairErrors) -> None:
         """Print the largest |h| of the first batch, which is 0 if policy and reference round alike.
@@ -278,18 +249,7 @@ class PreferenceModule(L.LightningModule):
 
     def take_figures(self, of_all: bool = False) -> dict[str, float]:
         """Mean of each figure over the batches since the last call (`of_all`: over all processes)."""
-        sums = {
-            name: (sum(float(value) for value in values), len(values))
-            for name, values in self._figures.items()
-        }
-        self._figures.clear()
-        parts = gathered(sums) if of_all else [sums]
-        names = dict.fromkeys(name for part in parts for name in part)
-        totals = {name: [part[name] for part in parts if name in part] for name in names}
-        return {
-            name: sum(value for value, _ in found) / sum(count for _, count in found)
-            for name, found in totals.items()
-        }
+        return self._figures.take(of_all)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -301,7 +261,7 @@ class PreferenceModule(L.LightningModule):
         norm = clip_gradients(list(self.policy.parameters()), self.gradient_clip or math.inf)
         bad = not math.isfinite(norm)
         self.bad_steps, self.bad_in_a_row = self.bad_steps + bad, bad * (self.bad_in_a_row + 1)
-        self._note({"train/gradient_norm": norm, "train/skipped_steps": self.bad_steps})
+        self._figures.note({"train/gradient_norm": norm, "train/skipped_steps": self.bad_steps})
         if not bad:
             return
         optimizer.zero_grad(set_to_none=True)

@@ -73,7 +73,7 @@ def argument(strategy: Strategy, name: str | None) -> Any:
     return None if name is None else inspect.signature(strategy).parameters[name].default
 
 
-def non_dominated(scores: Tensor) -> tuple[Tensor, Tensor]:
+def fronts(scores: Tensor) -> tuple[Tensor, Tensor]:
     """F+ and F-: the candidates that no other dominates, and the candidates that dominate no other.
 
     `a` dominates `b` if `a` scores at least as high by every reward and higher by at least one. (This is
@@ -116,9 +116,9 @@ def frontiers(scores: Tensor) -> tuple[Tensor, Tensor]:
     """X+ (F+ without F-) and X- (F- without F+): upper and lower frontier without their intersection.
 
     (P, N, L) raw scores -> two bool masks (P, N). They do not change under a strictly increasing map of a
-    reward. Raises InputError and ValueError as `non_dominated` does.
+    reward. Raises InputError and ValueError as `fronts` does.
     """
-    upper, lower = non_dominated(scores)
+    upper, lower = fronts(scores)
     return upper & ~lower, lower & ~upper
 
 
@@ -173,7 +173,7 @@ def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairS
     """Frontier-based rejection sampling: winners from the upper frontier, losers from the lower one.
 
     Args:
-        scores: (P, N, L) raw scores, which decide domination (`non_dominated`).
+        scores: (P, N, L) raw scores, which decide domination (`fronts`).
         calibrated: (P, N, L) calibrated rewards, not used.
         lower: which candidates may lose. `frontier` (figure 2): X+ is F+ without F-, X- is F- without F+.
             `all_dominated` is the paper's other reading ("set of dominated data"): X+ is F+, X- all other
@@ -190,7 +190,7 @@ def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairS
     _check_shapes(scores, calibrated)
     if lower not in LOWER_SETS:
         raise ParameterError("lower", lower, f"must be one of {', '.join(LOWER_SETS)}")
-    return LOWER_SETS[lower](*non_dominated(scores))
+    return LOWER_SETS[lower](*fronts(scores))
 
 
 LOWER_SETS: dict[str, Callable[[Tensor, Tensor], PairSets]] = {

@@ -120,7 +120,7 @@ def test_values_that_cannot_be_used(plain, key, value, message):
      "pairs.weights=[1.0]: must be 2 finite numbers, one for each reward in their order, none negative"),
     ({"objective": {"_target_": "capo.objectives.capo", "_partial_": True, "beta": 1},
       "noise.draw": "logit_normal"},
-     "noise.draw=logit_normal: model=tiny draws its times uniform, not so"),
+     "noise.draw=logit_normal: model=tiny draws times by uniform only"),
     ({"objective": {"_target_": "fixtures.fake_objectives.mean_loss", "_partial_": True, "beta": 1}},
      "losses of shape () for 3 pairs"),
     ({"objective": {"_target_": "fixtures.fake_objectives.picky", "_partial_": True, "beta": 1}},

@@ -1,4 +1,4 @@
-"""The house in numbers: rooms, layers, arrows and cycles, over import-linter's own graph."""
+"""The layout in numbers: packages, layers, imports and cycles, over import-linter's own graph."""
 
 import tomllib
 
@@ -12,7 +12,7 @@ CONTRACTS = {
     for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 }
 LAYERS = [
-    [room.strip() for room in layer.split("|")] for layer in CONTRACTS["Layers"]["layers"]
+    [child.strip() for child in layer.split("|")] for layer in CONTRACTS["Layers"]["layers"]
 ]  # from top to bottom
 
 
@@ -22,44 +22,46 @@ def graph():
     return grimp.build_graph("capo", "benchmarks", cache_dir=None)
 
 
-def room_imports(graph, package: str) -> dict[str, set[str]]:
+def child_imports(graph, package: str) -> dict[str, set[str]]:
     """What each direct child of `package` imports, itself or in what it holds: names of other children."""
-    rooms = graph.find_children(package)
-    owner = {module: room for room in rooms for module in (room, *graph.find_descendants(room))}
+    children = graph.find_children(package)
+    owner = {module: child for child in children for module in (child, *graph.find_descendants(child))}
     return {
-        room: {
+        child: {
             owner[imported]
-            for module in (room, *graph.find_descendants(room))
+            for module in (child, *graph.find_descendants(child))
             for imported in graph.find_modules_directly_imported_by(module)
             if imported in owner
         }
-        - {room}
-        for room in rooms
+        - {child}
+        for child in children
     }
 
 
 def cycle(imports: dict[str, set[str]]) -> set[str]:
     """Children that are left when those that import none of the others are taken away, again and again."""
-    left = {room: set(others) for room, others in imports.items()}
-    while free := {room for room, others in left.items() if not others & left.keys()}:
-        left = {room: others for room, others in left.items() if room not in free}
+    left = {child: set(others) for child, others in imports.items()}
+    while free := {child for child, others in left.items() if not others & left.keys()}:
+        left = {child: others for child, others in left.items() if child not in free}
     return set(left)
 
 
 def test_the_library_has_few_rooms_and_few_layers(graph):
-    rooms = {name.removeprefix("capo.") for name in graph.find_children("capo")}
-    assert len(rooms) <= 25
+    children = {name.removeprefix("capo.") for name in graph.find_children("capo")}
+    assert len(children) <= 25
     assert len(LAYERS) <= 10
-    assert sorted(room for layer in LAYERS for room in layer) == sorted(rooms)  # every room has one layer
+    assert sorted(child for layer in LAYERS for child in layer) == sorted(
+        children
+    )  # every child has one layer
 
 
 def test_no_arrow_points_upwards(graph):
-    height = {f"capo.{room}": -depth for depth, layer in enumerate(LAYERS) for room in layer}
+    height = {f"capo.{child}": -depth for depth, layer in enumerate(LAYERS) for child in layer}
     upwards = {
-        (room, other)
-        for room, others in room_imports(graph, "capo").items()
+        (child, other)
+        for child, others in child_imports(graph, "capo").items()
         for other in others
-        if height[other] >= height[room]  # rooms of one layer do not know each other either
+        if height[other] >= height[child]  # children of one layer do not know each other either
     }
     assert upwards == set()
 
@@ -67,7 +69,7 @@ def test_no_arrow_points_upwards(graph):
 def test_no_package_holds_a_cycle(graph):
     packages = {name for name in graph.modules if graph.find_children(name)}
     assert {"capo", "capo.data", "benchmarks"} <= packages
-    assert {package: found for package in packages if (found := cycle(room_imports(graph, package)))} == {}
+    assert {package: found for package in packages if (found := cycle(child_imports(graph, package)))} == {}
 
 
 def test_a_cycle_is_found():

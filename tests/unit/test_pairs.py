@@ -9,16 +9,7 @@ from hydra.utils import instantiate
 
 from capo.calibration import calibrate
 from capo.errors import InputError
-from capo.pairs import (
-    PairSets,
-    best_worst,
-    combined_rewards,
-    frontiers,
-    frs,
-    non_dominated,
-    random_pair,
-    reward_sum,
-)
+from capo.pairs import PairSets, best_worst, combined_rewards, frontiers, fronts, frs, random_pair, reward_sum
 
 STRATEGIES = [reward_sum, frs, random_pair, functools.partial(frs, lower="all_dominated")]
 
@@ -62,7 +53,7 @@ def test_hand_worked_frontiers():
 
 
 def test_duplicates_do_not_dominate_each_other():
-    upper, lower = non_dominated(torch.ones(1, 3, 2))
+    upper, lower = fronts(torch.ones(1, 3, 2))
     assert upper.all() and lower.all()
     upper, lower = frontiers(torch.ones(1, 3, 2))
     assert not upper.any() and not lower.any()
@@ -74,7 +65,7 @@ def test_duplicates_do_not_dominate_each_other():
 )
 def test_agrees_with_an_independent_library(kind, candidates, rewards):
     scores = random_scores(kind, 60, candidates, rewards)
-    upper, lower = non_dominated(scores)
+    upper, lower = fronts(scores)
     for prompt, best, worst in zip(scores.double().numpy(), upper, lower, strict=True):
         assert np.array_equal(best, moocore.is_nondominated(prompt, maximise=True, keep_weakly=True))
         assert np.array_equal(worst, moocore.is_nondominated(prompt, maximise=False, keep_weakly=True))
@@ -86,7 +77,7 @@ def test_agrees_with_the_definition_across_blocks(kind):
     as_good = (scores[:, :, None] >= scores[:, None]).all(-1)  # [p, i, j]: i is as good as j
     better = (scores[:, :, None] > scores[:, None]).any(-1)
     dominates = as_good & better
-    upper, lower = non_dominated(scores)
+    upper, lower = fronts(scores)
     assert torch.equal(upper, ~dominates.any(1))
     assert torch.equal(lower, ~dominates.any(2))
     positive, negative = frontiers(scores)
@@ -98,15 +89,15 @@ def test_increasing_maps_change_nothing(kind):
     scores = random_scores(kind, 200, 16, 3).double()
     maps = [torch.exp, lambda s: s**3, lambda s: 100 * s - 7]
     mapped = torch.stack([change(scores[..., reward]) for reward, change in enumerate(maps)], dim=-1)
-    for before, after in zip(non_dominated(scores), non_dominated(mapped), strict=True):
+    for before, after in zip(fronts(scores), fronts(mapped), strict=True):
         assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("kind", ["random", "tied", "duplicated"])
 def test_negating_swaps_the_frontiers(kind):
     scores = random_scores(kind, 200, 16, 3)
-    upper, lower = non_dominated(scores)
-    negated_upper, negated_lower = non_dominated(-scores)
+    upper, lower = fronts(scores)
+    negated_upper, negated_lower = fronts(-scores)
     assert torch.equal(negated_upper, lower) and torch.equal(negated_lower, upper)
 
 
@@ -206,7 +197,7 @@ def test_frs_gives_the_frontiers_or_all_others(kind):
     assert all(
         torch.equal(*masks) for masks in zip(frs(scores, win_rates(scores)), (upper, lower), strict=True)
     )
-    best, _ = non_dominated(scores)
+    best, _ = fronts(scores)
     winners, losers = frs(scores, win_rates(scores), lower="all_dominated")
     assert torch.equal(winners, best) and torch.equal(losers, ~best)
 

@@ -30,7 +30,8 @@ from capo.preflight.model_check import (
     denoising_at,
     write_checks,
 )
-from capo.preflight.plan import Request, make_plan
+from capo.preflight.plan import make_plan
+from capo.preflight.requests import Request
 from capo.preflight.step_check import check_steps, step_batch, take_steps
 
 CHECKS = "check.json"

@@ -17,7 +17,7 @@ from capo.cli.report import check_scored, report_pool
 from capo.cli.values import check_values
 from capo.data.generation import COMMANDS, STAGES, fill_pool
 from capo.data.importing.filling import import_pool
-from capo.data.importing.sources import Source
+from capo.data.importing.source import Source
 from capo.data.importing.survey import described
 from capo.data.pair_export import export_pairs
 from capo.data.pool.import_table import read_import_table

@@ -23,16 +23,9 @@ from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.objectives import requirements
 from capo.preflight.architecture import Blueprint, from_folder, published, published_names
-from capo.preflight.plan import (
-    PoolRequest,
-    Request,
-    RewardRequest,
-    SamplingRequest,
-    TrainingRequest,
-    disk_space,
-    make_plan,
-)
+from capo.preflight.plan import disk_space, make_plan
 from capo.preflight.plan_tables import print_plan
+from capo.preflight.requests import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest
 from capo.preflight.shortages import Shortage, certain_memory, disk_findings, folder_bytes, likely_memory
 from capo.preflight.tracing import adapter_of
 from capo.rewards import Reward, load_rewards

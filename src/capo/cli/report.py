@@ -14,8 +14,9 @@ from capo.data.generation import COMMANDS, ImageGenerator, PoolSpec, lacking, st
 from capo.data.pool import Pool, pool_name
 from capo.data.selection import Selection, select
 from capo.errors import InputError
+from capo.evaluation.reports.calibration_figures import CalibrationReport
 from capo.evaluation.reports.calibration_page import print_report, write_report
-from capo.evaluation.reports.calibration_report import CalibrationReport, calibration_report
+from capo.evaluation.reports.calibration_report import calibration_report
 from capo.pairs import Strategy
 from capo.rewards import Reward
 

@@ -197,10 +197,10 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
-    if foreign := foreign_targets(own, cfg.trust):
+    if foreign := list(dict.fromkeys(foreign_targets(own, cfg.trust))):
         raise InputError(
-            f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, add "
-            f"trust=[{foreign[0] if '/' in foreign[0] else foreign[0].split('.')[0]}]"
+            f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, "
+            f"add trust=[{foreign[0] if '/' in foreign[0] else foreign[0].split('.')[0]}]"
         )
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~").split("@")[-1]

@@ -14,6 +14,7 @@ from capo.objectives.base import (
     margin,
     requirements,
     requires,
+    scaled_margin,
     try_objective,
 )
 from capo.objectives.pairwise import capo, dpo, ipo
@@ -31,6 +32,7 @@ __all__ = [
     "margin",
     "requirements",
     "requires",
+    "scaled_margin",
     "sft",
     "try_objective",
 ]

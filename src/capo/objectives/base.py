@@ -97,7 +97,8 @@ def requirements(objective: Objective) -> Requirements:
         return Requirements(objective.needs_reference, objective.needs_predictions, objective.needs_loser)
     except AttributeError:
         raise InputError(
-            f"{objective!r} does not declare what it reads; decorate it with capo.objectives.requires"
+            f"{objective.__module__}.{objective.__qualname__} does not declare what it reads; "
+            "write @requires() from capo.objectives above it"
         ) from None
 
 
@@ -116,7 +117,7 @@ def try_objective(objective: Objective) -> None:
     losses = objective(PairErrors(**errors))
     if losses.shape != (3,):
         raise InputError(
-            f"{objective!r} gave losses of shape {tuple(losses.shape)} for 3 pairs; it must give one a pair"
+            f"the objective returned losses of shape {tuple(losses.shape)} for 3 pairs; it must return (3,)"
         )
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -26,19 +24,9 @@ from torch import Tensor
 
 from capo.errors import InputError
 from capo.rewards import worker
+from capo.rewards.environments import find_python, inherited_environment, not_importable
 
 ATTEMPTS = 2  # a worker that dies is restarted once and gets the same batch
-PATIENCE = 120  # seconds for an interpreter to start
-NOT_INHERITED = (  # this interpreter's home, and the launcher's variables: the worker has no rank
-    "PYTHONHOME",
-    "__PYVENV_LAUNCHER__",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
@@ -180,7 +168,7 @@ class IsolatedScorer:
             raise WorkerOutOfMemory(str(self._fault(f"ran out of memory ({answer['error']})", "see")))
         if answer.get("kind") == "ModuleNotFoundError" and answer.get("module"):
             raise InputError(
-                _not_there(self.name, self.python, [answer["module"]])
+                not_importable(self.name, self.python, [answer["module"]])
                 + f"; the traceback is in {self.log_file}"
             )
         raise self._fault(f"failed: {answer['error']}", "the traceback is in")
@@ -244,7 +232,7 @@ def _keep(command: Sequence[str], log_file: Path, born: Future[subprocess.Popen]
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env=_environment(),
+                env=inherited_environment(),
                 start_new_session=True,  # Ctrl-C in the terminal reaches this process alone
             )
     except OSError as error:
@@ -254,11 +242,6 @@ def _keep(command: Sequence[str], log_file: Path, born: Future[subprocess.Popen]
     process.wait()
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
-    return kept | {"PYTHONUNBUFFERED": "1"}  # so that prints are in the log even if it dies
 
 
 def _kill(process: subprocess.Popen, owner: int) -> None:
@@ -276,50 +259,3 @@ def _png(image: Image) -> bytes:
 @functools.cache
 def _temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="capo-workers-"))
-
-
-def find_python(name: str, python: str) -> str:
-    """Return the absolute path of the interpreter `python`, a path or command; raise InputError if none."""
-    # Links are not followed: a virtual environment is identified by its interpreter's own path.
-    if found := shutil.which(Path(python).expanduser()):
-        return os.path.abspath(found)
-    raise InputError(
-        f"reward '{name}': there is no interpreter at python={python}; give the path of its environment's "
-        "python, or python=null for this one"
-    )
-
-
-def check_environment(name: str, python: str, modules: Sequence[str]) -> None:
-    """Raise InputError if `python` cannot run a worker or does not find one of `modules`; imports none."""
-    path = find_python(name, python)
-    if lacking := _lacking(name, path, modules):
-        raise InputError(_not_there(name, path, lacking))
-
-
-def _lacking(name: str, python: str, modules: Sequence[str]) -> list[str]:
-    command = [python, worker.__file__, "missing", *modules]
-    try:
-        done = subprocess.run(
-            command,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=True,
-        )
-        return json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        said = (getattr(error, "stderr", None) or "").strip().splitlines()[-1:] or [str(error)]
-        raise InputError(
-            f"reward '{name}': python={python} cannot run a worker ({said[0]}); it must be a Python of "
-            "version 3.7 or newer that starts"
-        ) from error
-
-
-def _not_there(name: str, python: str, modules: Sequence[str]) -> str:
-    return (
-        f"reward '{name}' needs {', '.join(modules)}, which {python} cannot import: {python} -m pip install "
-        f"{' '.join(modules)} (or the package that brings it); the folder of a module of your own goes into "
-        "PYTHONPATH"
-    )

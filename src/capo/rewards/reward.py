@@ -20,9 +20,10 @@ from torch import Tensor
 from capo.calibration import LINKS
 from capo.errors import InputError
 from capo.rewards import worker
-from capo.rewards.isolated import IsolatedScorer, check_environment
+from capo.rewards.environments import check_environment
+from capo.rewards.isolated import IsolatedScorer
 from capo.runtime.batching import FittingBatch, device_memory
-from capo.runtime.fingerprints import content_fingerprint, file_digest
+from capo.runtime.fingerprints import content_fingerprint, digested
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
 
@@ -73,8 +74,8 @@ class Reward:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of scorer, weights and revision, 64 hex digits; a path counts by the content of its files."""
-        scorer = _content(self.scorer) if isinstance(self.scorer, Mapping) else _qualified_name(self.scorer)
-        weights = _content(self.weights)
+        scorer = digested(self.scorer) if isinstance(self.scorer, Mapping) else _qualified_name(self.scorer)
+        weights = digested(self.weights)
         return content_fingerprint({"scorer": scorer, "weights": weights, "revision": self.revision})
 
     @property
@@ -290,30 +291,3 @@ def _build(reward: Reward, scorer: Mapping[str, Any]) -> Scorer:
 
 def _qualified_name(scorer: Scorer) -> str:
     return f"{scorer.__module__}.{getattr(scorer, '__qualname__', type(scorer).__qualname__)}"
-
-
-def _content(value: Any) -> Any:
-    """Replace every path in `value` by digests of the files there, so that no machine's paths count."""
-    if isinstance(value, Mapping):
-        return {str(key): _content(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_content(inner) for inner in value]
-    # A string without a slash is not a path: a folder with the name of an option must not change the hash.
-    if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
-        path = Path(value).expanduser()
-        if _lies_there(path) and path.is_file():
-            return file_digest(path)
-        if _lies_there(path) and path.is_dir():
-            return {
-                str(file.relative_to(path)): file_digest(file)
-                for file in sorted(path.rglob("*"))
-                if file.is_file() and not file.name.startswith(".")
-            }
-    return value
-
-
-def _lies_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # the name is too long: a sentence with a slash in it
-        return False

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -129,3 +130,30 @@ def _stable_config(path: Path) -> object:
         return config
     volatile = VOLATILE_KEYS | (CALL_STATE if path.name == "tokenizer.json" else frozenset())
     return {key: value for key, value in config.items() if key not in volatile}
+
+
+def digested(value: Any) -> Any:
+    """Replace every path in `value` by digests of the files there, so that no machine's paths count."""
+    if isinstance(value, Mapping):
+        return {str(key): digested(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [digested(inner) for inner in value]
+    # A string without a slash is not a path: a folder with the name of an option must not change the hash.
+    if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
+        path = Path(value).expanduser()
+        if _lies_there(path) and path.is_file():
+            return file_digest(path)
+        if _lies_there(path) and path.is_dir():
+            return {
+                str(file.relative_to(path)): file_digest(file)
+                for file in sorted(path.rglob("*"))
+                if file.is_file() and not file.name.startswith(".")
+            }
+    return value
+
+
+def _lies_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long: a sentence with a slash in it
+        return False

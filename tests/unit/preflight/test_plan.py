@@ -20,18 +20,8 @@ from capo.preflight.memory import (
     pipeline_bytes,
     pool_bytes,
 )
-from capo.preflight.plan import (
-    PoolRequest,
-    Request,
-    RewardRequest,
-    SamplingRequest,
-    TrainingRequest,
-    device_memory,
-    flops_of,
-    host_memory,
-    hours,
-    notes,
-)
+from capo.preflight.plan import device_memory, flops_of, host_memory, hours, notes
+from capo.preflight.requests import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest
 from capo.preflight.tracing import Forward, activation_bytes, adapter_of, decoder_forward, denoiser_forward
 from capo.runtime.launch import Division
 from fixtures import ROOT

@@ -12,7 +12,7 @@ from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
 from capo.data.generation import check_space, run_stage
 from capo.data.importing.images import BrokenImage, picture, pixels
-from capo.data.importing.sources import Source
+from capo.data.importing.source import Source
 from capo.data.importing.survey import survey
 from capo.data.labels import HUMAN
 from capo.data.pool import Manifest, Pool, Shard, pool_name

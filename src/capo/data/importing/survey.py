@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from capo.data.importing.images import BrokenImage, check
 from capo.data.importing.ordering import Entry
-from capo.data.importing.sources import Source
+from capo.data.importing.source import Source
 from capo.data.pool.import_table import ImportTable
 from capo.data.prompts import normalize, prompt_id
 from capo.errors import InputError

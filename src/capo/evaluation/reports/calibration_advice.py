@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from capo.calibration import Spread, spread_warnings
-from capo.evaluation.reports.calibration_report import TARGET, CalibrationReport, Frontier, RewardFigures
+from capo.evaluation.reports.calibration_figures import CalibrationReport, Frontier, RewardFigures
+from capo.evaluation.reports.calibration_report import TARGET
 
 OUTSIDE = 0.5  # warn if a larger share of scores lies outside the declared range
 CROWDED = 0.5  # warn if a larger share of the candidates is in the upper frontier

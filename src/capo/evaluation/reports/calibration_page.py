@@ -19,7 +19,8 @@ from rich.table import Table
 
 from capo.errors import InputError
 from capo.evaluation.reports.calibration_advice import override, warnings_of
-from capo.evaluation.reports.calibration_report import TARGET, CalibrationReport, Histogram, RewardFigures
+from capo.evaluation.reports.calibration_figures import CalibrationReport, Histogram, RewardFigures
+from capo.evaluation.reports.calibration_report import TARGET
 from capo.evaluation.reports.page import page_environment
 from capo.runtime.files import REMEDY, fresh_folder
 

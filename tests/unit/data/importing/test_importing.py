@@ -437,7 +437,7 @@ def test_another_models_latents_are_refused(pool, tiny_backbone, tiny_run):
 def test_what_to_import_must_be_said(tiny_run):
     with pytest.raises(InputError, match="import=pickapic, import=rankings or import=folder"):
         generate_script.run(tiny_run("unused", "stage=import", config="generate"))
-    with pytest.raises(InputError, match=r"import.files: not given"):
+    with pytest.raises(InputError, match=r"import.files is not given"):
         generate_script.run(tiny_run("unused", "stage=import", "import=folder", config="generate"))
     cfg = tiny_run("unused", "stage=import", "import=pickapic", "import.files=x.parquet", config="generate")
     OmegaConf.update(cfg, "import.labels", "x", force_add=True)

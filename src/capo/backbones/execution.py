@@ -1,0 +1,37 @@
+"""How a training step is executed: precision, memory format, compilation, recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from capo.runtime.optimizers import ADAMW
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Memory and speed of a training step, not its mathematics.
+
+    Apart from `adamw_8bit` and the mixed precisions, settings change results by float32 rounding at most.
+
+    Attributes:
+        precision: Lightning's name for the precision; it also decides how the frozen reference is stored.
+        optimizer: `adamw` or `adamw_8bit`.
+        gradient_checkpointing: store no activations within blocks; the backward pass recomputes them.
+        compile: apply torch.compile to the repeated blocks.
+        compile_tolerance: largest |h| of the first batch with which compiled blocks may train, as a share of
+            the mean dR / beta.
+        channels_last: use the channels-last memory format for convolutions.
+        half_frozen: store the weights that LoRA leaves frozen in the reference's precision; correct if images
+            are generated under the same autocast.
+    """
+
+    precision: str = "32-true"
+    optimizer: str = ADAMW
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    compile_tolerance: float = 0.01
+    channels_last: bool = False
+    half_frozen: bool = False
+
+
+PLAIN = Execution()

@@ -1,0 +1,92 @@
+"""The interface of a source of imported preferences."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from capo.data.importing.ordering import Entry, Place
+from capo.data.importing.tables import RowCursor, Table
+from capo.runtime.fingerprints import content_fingerprint, file_digest
+
+
+class Source(ABC):
+    """Source of entries: tables of captions, images and choices.
+
+    Attributes:
+        tables: the tables; their order determines that of the entries.
+        images: folder that paths of images are relative to.
+        columns: names of the columns with images.
+        options: JSON values that determine the entries, part of the fingerprint.
+    """
+
+    def __init__(
+        self, tables: Sequence[Table], images: Path, columns: Sequence[str], options: dict[str, object]
+    ):
+        self.tables, self.images, self.columns, self.options = list(tables), images, list(columns), options
+        self._cursors: dict[int, RowCursor] = {}
+
+    @abstractmethod
+    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+        """Entries in the order of the tables; counts in `dropped` those that cannot be used, by reason."""
+
+    @abstractmethod
+    def pick(self, row: dict, item: int) -> object:
+        """Cell of image number `item` of a row."""
+
+    def cell(self, place: Place) -> object:
+        """Cell of an image: bytes, `{bytes, path}` or a path. Requests in ascending order are fast."""
+        table, row, item = place
+        if table not in self._cursors:
+            self._cursors = {
+                table: RowCursor(self.tables[table], self.columns)
+            }  # releases the rows of the previous table
+        return self.pick(self._cursors[table].row(row), item)
+
+    def where(self, place: Place) -> str:
+        """Name of an image in messages: file, row (counted from 0) and column or number of the image."""
+        table, row, item = place
+        return (
+            f"{self.tables[table].path.name} row {row}, "
+            f"{self.columns[item] if len(self.columns) > 1 else f'image {item}'}"
+        )
+
+    @cached_property
+    def _read(self) -> tuple[list[Entry], Counter[str]]:
+        dropped: Counter[str] = Counter()
+        return list(self.read(dropped)), dropped
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Entries that can be used; images are not checked yet."""
+        return self._read[0]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> number of entries left out; images are not checked yet."""
+        return dict(self._read[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint, 64 hex digits, of the content: options, tables, and image files outside the tables."""
+        return content_fingerprint(
+            {
+                "import": 1,
+                "options": self.options,
+                "tables": [file_digest(table.path) for table in self.tables],
+                "images": self._files(),
+            }
+        )
+
+    def _files(self) -> list[str | None]:
+        outside = [any(table.holds_paths(column) for column in self.columns) for table in self.tables]
+        places = [place for entry in self.entries for place in entry.places if outside[place[0]]]
+        return [_digest(self.images, self.cell(place)) for place in places]
+
+
+def _digest(folder: Path, cell: object) -> str | None:
+    path = folder / cell if isinstance(cell, str) and cell else None
+    return file_digest(path) if path and path.is_file() else None

@@ -1,0 +1,136 @@
+"""What a plan is asked about: training, sampling, pools and rewards of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from capo.preflight.architecture import Blueprint
+from capo.preflight.memory import ModelStates, checkpoint_bytes, model_states
+from capo.preflight.tracing import Adapter
+from capo.runtime.launch import FSDP, Division
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """Settings of the training that a plan depends on.
+
+    Attributes:
+        division: how a step's pairs are divided over devices and forward passes.
+        steps: number of optimizer steps.
+        kinds: images of a pair that the objective uses: 2, or 1 for the winner alone.
+        reference: whether the objective needs the reference's errors.
+        precision: Lightning's name of the training precision.
+        optimizer: name of the optimizer.
+        strategy: `auto`, `ddp` or `fsdp`.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
+        lora: {rank, alpha, seed, targets} from `capo.preflight.tracing.adapter_of`, or None for all weights.
+        gpu: whether autocast follows a GPU's rules; the plan assumes so unless the accelerator is the CPU.
+        frozen_in: precision for which the weights that LoRA freezes are stored.
+    """
+
+    division: Division
+    steps: int
+    kinds: int
+    reference: bool
+    precision: str
+    optimizer: str
+    strategy: str
+    gradient_checkpointing: bool
+    lora: Adapter | None
+    gpu: bool
+    frozen_in: str = "32-true"
+
+    @property
+    def shards(self) -> int:
+        """Number of devices over which policy, optimizer state and reference are sharded."""
+        return self.division.devices if self.strategy == FSDP else 1
+
+    @property
+    def images(self) -> int:
+        """Number of images in one forward pass of a device."""
+        return self.kinds * self.division.micro_batch
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """Settings of the sampler that a plan depends on.
+
+    Attributes:
+        steps: number of denoising steps.
+        branches: forward passes per image and step: 2 with guidance, else 1.
+        batch: images in one forward pass, before guidance doubles them.
+        precision: Lightning's name of the denoiser's precision.
+        decode: images that the VAE decodes at once.
+    """
+
+    steps: int
+    branches: int
+    batch: int
+    precision: str
+    decode: int
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """Images of one split; `prompts` is None if their number is unknown until the prompt set is read."""
+
+    prompts: int | None
+    images: int  # per prompt
+    rewards: int
+    times: int = 1  # how often the images are generated
+    stored: bool = True
+
+
+@dataclass(frozen=True)
+class RewardRequest:
+    """Sizes of the rewards' weights in bytes; a reward in another process counts like any other.
+
+    Attributes:
+        pool: the largest set of rewards that scores one of the base's pools together: the rewards used in
+            training and the held-out ones, or those of the evaluation.
+        validation: the largest single reward, since validation loads one at a time.
+        evaluation: all rewards of the evaluation together.
+        everything: all rewards, each counted once.
+        unknown: names of rewards that declare no size and are left out.
+    """
+
+    pool: float = 0
+    validation: float = 0
+    evaluation: float = 0
+    everything: float = 0
+    unknown: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """Inputs of a plan; sizes in bytes, and `flops` the peak FLOP/s of one device."""
+
+    blueprint: Blueprint
+    training: TrainingRequest
+    sampling: SamplingRequest
+    pools: Mapping[str, PoolRequest]
+    itemsize: int  # bytes per element of the base's weights in memory, and of its encoders' outputs
+    flops: float
+    utilization: float
+    rewards: RewardRequest = RewardRequest()
+    evaluate: bool = True  # whether the policy is evaluated after training
+
+    def model_states(self, shards: int = 1) -> ModelStates:
+        """Compute the model states on each of `shards` devices."""
+        training = self.training
+        return model_states(
+            self.blueprint,
+            training.lora,
+            training.precision,
+            training.optimizer,
+            training.reference,
+            shards,
+            training.frozen_in,
+        )
+
+    @property
+    def checkpoint(self) -> int:
+        """Size of one checkpoint in bytes."""
+        training = self.training
+        return checkpoint_bytes(self.blueprint, training.lora, training.optimizer)
