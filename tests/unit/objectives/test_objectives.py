@@ -221,7 +221,7 @@ def test_undeclared_objectives_are_refused():
     def mine(errors, *, beta):
         return errors.policy_winner
 
-    with pytest.raises(InputError, match=r"mine.*capo.objectives.requires"):
+    with pytest.raises(InputError, match=r"mine does not declare what it reads; write @requires\(\)"):
         requirements(partial(mine, beta=1.0))
     assert requirements(requires(predictions=True)(mine)) == Requirements(True, True, True)
 
