@@ -108,7 +108,7 @@ class Reward:
 
     @cached_property
     def _callable(self) -> Scorer:
-        return _build(self, self.scorer) if isinstance(self.scorer, Mapping) else self.scorer
+        return _build(self) if isinstance(self.scorer, Mapping) else self.scorer
 
     @cached_property
     def _batches(self) -> FittingBatch:
@@ -271,7 +271,9 @@ def _not_installed(reward: Reward, modules: str) -> str:
     return f"reward '{reward.name}' needs {modules}, which is not installed: {remedy}"
 
 
-def _build(reward: Reward, scorer: Mapping[str, Any]) -> Scorer:
+def _build(reward: Reward) -> Scorer:
+    scorer = reward.scorer
+    assert isinstance(scorer, Mapping)  # a callable is used as it is
     if reward.python or reward.isolated:
         return IsolatedScorer(
             reward.name, reward.python or sys.executable, scorer, reward.timeout, reward.logs
