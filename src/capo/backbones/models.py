@@ -32,6 +32,9 @@ if TYPE_CHECKING:
             """Move or convert the weights, as `torch.nn.Module.to`."""
             ...
 
+        def register_to_config(self, **options: Any) -> None:
+            """Set keys of the config."""
+
         def encode(self, x: Tensor, return_dict: bool = True) -> Any:
             """Encode pixels (B, 3, H, W) to a posterior of latents."""
 

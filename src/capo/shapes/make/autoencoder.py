@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,21 +13,40 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from capo.backbones.models import Autoencoder
 from capo.shapes.make.fitting import fit, generator
 
 
-def build(channels: int = 8) -> AutoencoderKL:
+def build(channels: int = 8) -> Autoencoder:
     """Build an untrained autoencoder of diffusers' class."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 24, 48),
+    return untrained((16, 24, 48), channels)
+
+
+def untrained(widths: tuple[int, ...], channels: int, **options: Any) -> Autoencoder:
+    """Build an autoencoder for 64 x 64 pixels: one block of each width, `channels` latent channels.
+
+    `options` are more arguments of diffusers' class.
+    """
+    kind = cast(Any, AutoencoderKL)  # diffusers annotates the tuples as having one entry each
+    return kind(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=channels,
         norm_num_groups=8,
         sample_size=64,
         mid_block_add_attention=False,
+        **options,
     )
+
+
+def weight_and_bias(convolution: Any) -> tuple[Tensor, Tensor]:
+    """Return the parameters of a convolution with a bias.
+
+    Attributes of a module and biases in general have wider types, which are narrowed here.
+    """
+    return convolution.weight, convolution.bias
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -48,7 +68,7 @@ def _edges(x: Tensor) -> Tensor:
     return torch.cat([x.diff(dim=-1).flatten(1), x.diff(dim=-2).flatten(1)], dim=1)
 
 
-def train(work: Path, steps: int, seed: int = 0) -> AutoencoderKL:
+def train(work: Path, steps: int, seed: int = 0) -> Autoencoder:
     """Train on the scenes in `work`: two thirds of the steps with 4 latent channels, the rest widened to 8.
 
     With 4 channels and this KL weight, one channel stays unused and fine textures are lost. Eight channels
@@ -59,7 +79,7 @@ def train(work: Path, steps: int, seed: int = 0) -> AutoencoderKL:
     return fit_both("autoencoder", widened(narrow), work, steps // 3, seed + 1, divergence=2e-8)
 
 
-def widened(narrow: AutoencoderKL) -> AutoencoderKL:
+def widened(narrow: Autoencoder) -> Autoencoder:
     """Widen an autoencoder from 4 to 8 latent channels: old weights are kept, new ones small and random."""
     wide = build(8)
     state = wide.state_dict()
@@ -89,8 +109,8 @@ def widened(narrow: AutoencoderKL) -> AutoencoderKL:
 
 
 def fit_both(
-    name: str, module: AutoencoderKL, work: Path, steps: int, seed: int, divergence: float, batch: int = 8
-) -> AutoencoderKL:
+    name: str, module: Autoencoder, work: Path, steps: int, seed: int, divergence: float, batch: int = 8
+) -> Autoencoder:
     """Train encoder and decoder on the scenes in `work`: `difference`, plus the posterior's KL divergence.
 
     `divergence` is the weight of the latter; state and log are saved under `name`, as `fit` does.
@@ -112,7 +132,7 @@ def fit_both(
 
 
 @torch.no_grad()
-def whitened(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
+def whitened(vae: Autoencoder, pictures: Tensor) -> Autoencoder:
     """Normalize the latents of an autoencoder, in place, to mean 0 and variance 1 in each channel.
 
     They are measured on pictures (B, 3, 64, 64). Trained channels differ in scale by a factor of eight,
@@ -121,23 +141,25 @@ def whitened(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
     """
     means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(100)])
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    inward, outward, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
-    inward.weight[:channels] /= std[:, None, None, None]
-    inward.bias[:channels] = (inward.bias[:channels] - mean) / std
-    inward.bias[channels:] -= 2 * std.log()  # the posterior's log variances
-    outward.bias += outward.weight[:, :, 0, 0] @ mean
-    outward.weight *= std[None, :, None, None]
+    channels = len(mean)
+    weight, bias = weight_and_bias(vae.quant_conv)
+    weight[:channels] /= std[:, None, None, None]
+    bias[:channels] = (bias[:channels] - mean) / std
+    bias[channels:] -= 2 * std.log()  # the posterior's log variances
+    weight, bias = weight_and_bias(vae.post_quant_conv)
+    bias += weight[:, :, 0, 0] @ mean
+    weight *= std[None, :, None, None]
     return vae
 
 
-def trained(work: Path) -> AutoencoderKL:
+def trained(work: Path) -> Autoencoder:
     """Load the trained autoencoder from `work`, not whitened, in eval mode."""
     vae = build()
     vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["module"])
     return vae.eval()
 
 
-def load(work: Path) -> AutoencoderKL:
+def load(work: Path) -> Autoencoder:
     """Load the trained autoencoder from `work`, whitened on the first 2000 scenes, in eval mode."""
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     return whitened(trained(work), to_tensor(scenes[:2000]))
@@ -149,7 +171,7 @@ def encode_all(work: Path) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encoded(work: Path, name: str, load_vae: Callable[[], AutoencoderKL], batch: int = 100) -> np.ndarray:
+def encoded(work: Path, name: str, load_vae: Callable[[], Autoencoder], batch: int = 100) -> np.ndarray:
     """Return posterior means (count, C, h, w) float16 of all scenes in `work`, cached there under `name`.
 
     `load_vae` is called only if they are not cached yet.

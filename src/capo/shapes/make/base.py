@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from capo.backbones.models import Autoencoder
 from capo.noise import vp_add_noise, vp_log_snr
 from capo.runtime.files import fresh_folder
 from capo.shapes.make import autoencoder
@@ -135,17 +137,17 @@ def timesteps(log_snr: Tensor, batch: int, draw: torch.Generator) -> Tensor:
     return torch.where(torch.arange(batch) % 4 == 0, (u * len(log_snr)).long(), middle)
 
 
-def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+def pipeline(learner: Learner, vae: Autoencoder) -> StableDiffusionXLPipeline:
     """Assemble the pipeline of a trained learner and its autoencoder, whose latents have variance 1."""
     vae.register_to_config(scaling_factor=1.0, force_upcast=False)
     return StableDiffusionXLPipeline(
-        vae=vae,
+        vae=cast(AutoencoderKL, vae),
         text_encoder=learner.first,
         text_encoder_2=learner.second,
         tokenizer=learner.tokenizer,
         tokenizer_2=learner.tokenizer,
         unet=learner.unet,
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(),  # pyright: ignore[reportArgumentType]  # annotated as an enum of names
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )

@@ -8,6 +8,7 @@ that a UNet needs (docs/shapes.md).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from capo.backbones.latents import from_denoiser, to_denoiser
+from capo.backbones.models import Autoencoder
 from capo.shapes.make import autoencoder
-from capo.shapes.make.autoencoder import difference, encoded, fit_both, to_tensor
+from capo.shapes.make.autoencoder import difference, encoded, fit_both, to_tensor, untrained, weight_and_bias
 from capo.shapes.make.fitting import fit, generator
 
 CHANNELS = 8
@@ -24,24 +26,14 @@ FOLDER = "flow_autoencoder"
 JITTER = 0.03  # noise on the latents, of variance 1, for training the decoder: sampled latents are not exact
 
 
-def build() -> AutoencoderKL:
+def build() -> Autoencoder:
     """Build an untrained autoencoder of diffusers' class: factor 8, no 1 x 1 convolutions."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 24, 48, 96),
-        layers_per_block=1,
-        latent_channels=CHANNELS,
-        norm_num_groups=8,
-        sample_size=64,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        force_upcast=False,
+    return untrained(
+        (16, 24, 48, 96), CHANNELS, use_quant_conv=False, use_post_quant_conv=False, force_upcast=False
     )
 
 
-def deepened(shallow: AutoencoderKL) -> AutoencoderKL:
+def deepened(shallow: Autoencoder) -> Autoencoder:
     """Build an autoencoder of factor 8 with the outer levels of one of factor 4; inner ones are untrained."""
     deep = build()
     state = deep.state_dict()
@@ -91,18 +83,17 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
     ).save_pretrained(work / FOLDER)
 
 
-def load(work: Path) -> AutoencoderKL:
+def load(work: Path) -> Autoencoder:
     """Load the trained autoencoder from `work`, in eval mode, without its folder's path in the config."""
     vae = AutoencoderKL.from_pretrained(work / FOLDER)
-    plain = AutoencoderKL.from_config(
-        {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    )
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    plain = cast(Autoencoder, AutoencoderKL.from_config(config))
     plain.load_state_dict(vae.state_dict())
     return plain.eval()
 
 
 @torch.no_grad()
-def scaled(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
+def scaled(vae: Autoencoder, pictures: Tensor) -> Autoencoder:
     """Equalize the latent channels of an autoencoder, in place, as measured on pictures (B, 3, 64, 64).
 
     The channels' common mean and deviation become `shift_factor` and `scaling_factor` in the config.
@@ -112,17 +103,19 @@ def scaled(vae: AutoencoderKL, pictures: Tensor) -> AutoencoderKL:
     means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(100)])
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
     middle, spread = mean.mean(), std.mean()
-    inward, outward, grown = vae.encoder.conv_out, vae.decoder.conv_in, spread / std
-    inward.weight[:CHANNELS] *= grown[:, None, None, None]
-    inward.bias[:CHANNELS] = (inward.bias[:CHANNELS] - mean) * grown + middle
-    inward.bias[CHANNELS:] += 2 * grown.log()  # the posterior's log variances
-    outward.bias += torch.einsum("oihw,i->o", outward.weight, mean - middle / grown)
-    outward.weight /= grown[None, :, None, None]
+    grown = spread / std
+    weight, bias = weight_and_bias(cast(Any, vae.encoder).conv_out)
+    weight[:CHANNELS] *= grown[:, None, None, None]
+    bias[:CHANNELS] = (bias[:CHANNELS] - mean) * grown + middle
+    bias[CHANNELS:] += 2 * grown.log()  # the posterior's log variances
+    weight, bias = weight_and_bias(cast(Any, vae.decoder).conv_in)
+    bias += torch.einsum("oihw,i->o", weight, mean - middle / grown)
+    weight /= grown[None, :, None, None]
     vae.register_to_config(scaling_factor=1 / spread.item(), shift_factor=middle.item())
     return vae
 
 
-def encode_all(work: Path, vae: AutoencoderKL) -> np.ndarray:
+def encode_all(work: Path, vae: Autoencoder) -> np.ndarray:
     """Return latents (count, 8, 8, 8) float32 of all scenes in `work`, scaled for the denoiser, cached."""
     raw = torch.from_numpy(encoded(work, "flow_latents", lambda: vae).astype(np.float32))
     return to_denoiser(vae, raw).numpy()

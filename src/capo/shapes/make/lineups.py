@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
+from capo.backbones.models import Autoencoder
 from capo.shapes.captions import caption
 from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.failures import failed, odd_outline, uneven, warped
@@ -135,7 +135,7 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def _decoded(pictures: np.ndarray, vae: AutoencoderKL, rng: torch.Generator) -> np.ndarray:
+def _decoded(pictures: np.ndarray, vae: Autoencoder, rng: torch.Generator) -> np.ndarray:
     """Autoencode pictures (B, 64, 64, 3).
 
     Some latents get a little noise, as those of sampled images have.
@@ -165,7 +165,7 @@ def _kept(before: np.ndarray, after: np.ndarray, things: np.ndarray) -> bool:
     return True
 
 
-def _decode_half(tables: dict[str, np.ndarray], vae: AutoencoderKL, seed: int) -> None:
+def _decode_half(tables: dict[str, np.ndarray], vae: Autoencoder, seed: int) -> None:
     """Autoencode two pictures of each line-up in place, and rate them again."""
     rng = torch.Generator().manual_seed(seed)
     for start in tqdm(range(0, len(tables["pictures"]), 50), "decoded", mininterval=5):
@@ -197,9 +197,7 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
     return {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
 
 
-def make_lineups(
-    work: Path, count: int, seed: int, vae: AutoencoderKL, workers: int
-) -> dict[str, np.ndarray]:
+def make_lineups(work: Path, count: int, seed: int, vae: Autoencoder, workers: int) -> dict[str, np.ndarray]:
     """Draw line-ups, or load them from `work/lineups`: arrays by name, leading axis `count`.
 
     The second and third picture of each are autoencoded; the originals are kept in `work/drawn`.

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
+from capo.backbones.models import Autoencoder
 from capo.noise import flow_add_noise
 from capo.shapes.make import flow_autoencoder
 from capo.shapes.make.cells import Teller, all_things
@@ -67,11 +69,12 @@ def prepare(transformer: SD3Transformer2DModel) -> None:
             )
             nn.init.zeros_(module.weight) if shut else nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(transformer.pos_embed.proj.weight.flatten(1))
-    nn.init.zeros_(transformer.pos_embed.proj.bias)
-    read = position_reader(transformer.pos_embed.pos_embed[0])
-    width = transformer.config.attention_head_dim
-    for block, offsets in zip(transformer.transformer_blocks, LOOKS, strict=True):
+    embedding, blocks = cast(Any, transformer.pos_embed), cast(Any, transformer.transformer_blocks)
+    nn.init.xavier_uniform_(embedding.proj.weight.flatten(1))
+    nn.init.zeros_(embedding.proj.bias)
+    read = position_reader(embedding.pos_embed[0])
+    width = transformer.config["attention_head_dim"]
+    for block, offsets in zip(blocks, LOOKS, strict=True):
         for head, (right, down) in enumerate(offsets):
             rows = slice(head * width, (head + 1) * width)
             block.attn.to_q.weight.data[rows] = SHARPNESS * read(0, 0, width)
@@ -208,16 +211,16 @@ def times(batch: int, draw: torch.Generator) -> Tensor:
     return torch.where(torch.arange(batch) % 4 == 0, u, torch.sigmoid(0.25 + torch.special.ndtri(u)))
 
 
-def pipeline(learner: Learner, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+def pipeline(learner: Learner, vae: Autoencoder) -> StableDiffusion3Pipeline:
     """Assemble the pipeline of a trained learner and its autoencoder."""
     return StableDiffusion3Pipeline(
         transformer=learner.transformer,
         scheduler=build_scheduler(),
-        vae=vae,
+        vae=cast(AutoencoderKL, vae),
         text_encoder=learner.first,
         tokenizer=learner.tokenizer,
         text_encoder_2=learner.second,
         tokenizer_2=learner.tokenizer,
-        text_encoder_3=None,
+        text_encoder_3=None,  # pyright: ignore[reportArgumentType]  # optional, but annotated as required
         tokenizer_3=None,
     )
