@@ -196,7 +196,7 @@ def test_a_plan_reads_no_weights_of_rewards(tmp_path, monkeypatch):
 
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"gigabytes")
-    monkeypatch.setattr("capo.rewards.reward.file_digest", refuse)
+    monkeypatch.setattr("capo.runtime.fingerprints.file_digest", refuse)
     names, folder = "[pickscore,vqascore]", f"rewards.pickscore.weights={tmp_path / 'weights'}"
     own, both = (f"rewards={names}", f"rewards@evaluation.rewards={names}", folder), 3.94e9 + 45.84e9
     assert reward_request(composed(*own)).everything == pytest.approx(both + 3.94e9)
