@@ -61,7 +61,7 @@ def _one_of(words) -> str:
 
 
 _GROUP = (
-    rf"(?P<count>an?|two|three|four) (?:(?P<size>{_one_of(SIZES)}) )?(?:(?P<texture>{_one_of(TEXTURES)}) )?"
+    rf"(?P<count>an?|two|three) (?:(?P<size>{_one_of(SIZES)}) )?(?:(?P<texture>{_one_of(TEXTURES)}) )?"
     rf"(?:(?P<color>{_one_of(COLORS)}) )?(?P<shape>{_one_of([*_PLURALS.values(), *SHAPES])})"
 )
 _BACKGROUND = re.compile(rf" on a (?P<background>{_one_of(BACKGROUNDS)}) background$")

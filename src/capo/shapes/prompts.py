@@ -42,8 +42,8 @@ def _colored(rng: np.random.Generator, shape: str, **rest) -> Group:
     return Group(shape, color=_pick(rng, usual), **rest)
 
 
-def _two_shapes(rng: np.random.Generator, count: int = 2) -> list[str]:
-    return [str(shape) for shape in rng.permutation(list(SHAPES))[:count]]
+def _two_shapes(rng: np.random.Generator) -> list[str]:
+    return [str(shape) for shape in rng.permutation(list(SHAPES))[:2]]
 
 
 def single(rng):
@@ -58,11 +58,9 @@ def colors(rng):
 
 
 def texture(rng):
-    """Draw a textured shape: `a striped red circle`, `a dotted circle and a star`."""
-    shapes = _two_shapes(rng)
-    first = _colored(rng, shapes[0], texture=_pick(rng, TEXTURES))
-    groups = (first,) if rng.random() < 0.65 else (first, Group(shapes[1]))
-    return Request(groups, background=_background(rng))
+    """Draw a textured shape: `a striped red circle`."""
+    group = _colored(rng, _pick(rng, SHAPES), texture=_pick(rng, TEXTURES))
+    return Request((group,), background=_background(rng))
 
 
 def two(rng):
@@ -71,8 +69,8 @@ def two(rng):
 
 
 def counting(rng):
-    """Draw several equal shapes: `three red stars`."""
-    shape, count = _pick(rng, SHAPES), int(rng.integers(2, 5))
+    """Draw several equal shapes: `two red stars`; one in four has three."""
+    shape, count = _pick(rng, SHAPES), 3 if rng.random() < 0.25 else 2
     group = _colored(rng, shape, count=count) if rng.random() < 0.6 else Group(shape, count)
     return Request((group,), background=_background(rng))
 
@@ -96,17 +94,6 @@ def binding(rng):
     )
 
 
-def many(rng):
-    """Draw three or four objects: `a red circle, a blue square and two green stars`."""
-    shapes = _two_shapes(rng, 3)
-    groups = [_colored(rng, shape) for shape in shapes]
-    if rng.random() < 0.4:
-        groups[2] = _colored(rng, shapes[2], count=2)
-    elif rng.random() < 0.3:
-        groups = [_colored(rng, shapes[0], count=2), groups[1]]
-    return Request(tuple(groups), background=_background(rng))
-
-
 def unusual(rng):
     """Draw a combination in no training caption: `a red circle and a green star`."""
     color, shape = sorted(UNUSUAL)[int(rng.integers(len(UNUSUAL)))]
@@ -121,11 +108,10 @@ CATEGORIES: dict[str, Category] = {
     "single": single,
     "colours": colors,
     "texture": texture,
+    "position": position,
     "two": two,
     "counting": counting,
-    "position": position,
     "binding": binding,
-    "many": many,
     "unusual": unusual,
 }
 TRAINING = tuple(name for name in CATEGORIES if name != "unusual")

@@ -28,8 +28,8 @@ BACKGROUNDS = {
 }
 TEXTURES = ("striped", "dotted")
 SIZES = ("small", "large")
-COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
-MAX_OBJECTS = 4
+COUNTS = {1: "a", 2: "two", 3: "three"}
+MAX_OBJECTS = 3
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 # place -> (column, row), each -1, 0, 1, or None if the place does not specify it
 PLACES = {
@@ -147,8 +147,8 @@ def in_relation(first: Thing, second: Thing, relation: str, gap: float = 6.0) ->
 
 
 def of_size(radius: float, size: str) -> bool:
-    """Return whether a radius has the named size: small up to 9 pixels, large from 11 pixels."""
-    return radius <= 9.0 if size == "small" else radius >= 11.0
+    """Return whether a radius has the named size: small up to 11 pixels, large from 14 pixels."""
+    return radius <= 11.0 if size == "small" else radius >= 14.0
 
 
 def _hits(group: Group, thing: Thing) -> list[bool]:
@@ -200,11 +200,11 @@ _TEXTURE_RADIUS = 10.0  # smaller objects show too few stripes or dots to tell t
 
 
 def _radius(rng: np.random.Generator, group: Group, total: int) -> float:
-    low, high = {1: (9.5, 16.0), 2: (8.5, 12.5), 3: (8.0, 10.5), 4: (7.5, 10.0)}[total]
+    low, high = {1: (11.0, 17.0), 2: (10.5, 13.5), 3: (9.0, 10.5)}[total]
     if group.size == "small":
-        low, high = 7.5, 8.6
+        low, high = 9.0, 10.5
     elif group.size == "large":
-        low, high = (12.0, 16.5) if total == 1 else (11.5, 13.0)
+        low, high = (14.7, 17.0) if total == 1 else (14.3, 14.8)
     if group.texture:
         low = min(max(low, _TEXTURE_RADIUS), high)
     return float(rng.uniform(low, high))
@@ -227,7 +227,7 @@ def _arranged(request: Request, things: list[Thing]) -> bool:
 
 
 def realize(request: Request, rng: np.random.Generator, style: Style = Style()) -> Scene:
-    """Draw a scene that satisfies `request`; unspecified attributes are random (four in five textures solid).
+    """Draw a scene that satisfies `request`; unspecified attributes are random, but textures are solid.
 
     Raises ValueError if no arrangement of the objects is found.
     """
@@ -235,10 +235,8 @@ def realize(request: Request, rng: np.random.Generator, style: Style = Style()) 
     things = []
     for group in slots:
         radius = _radius(rng, group, len(slots))
-        plain = radius < _TEXTURE_RADIUS or rng.random() < 0.8
-        texture = group.texture or ("solid" if plain else str(rng.choice(TEXTURES)))
-        color = group.color or str(rng.choice(list(COLORS)))
-        things.append(Thing(group.shape, color, texture, radius, 0.0, 0.0, float(rng.uniform(-0.15, 0.15))))
+        color, turn = group.color or str(rng.choice(list(COLORS))), float(rng.uniform(-0.15, 0.15))
+        things.append(Thing(group.shape, color, group.texture or "solid", radius, 0.0, 0.0, turn))
     for attempt in range(1, 2000):
         placed = []
         for thing in things:

@@ -16,8 +16,8 @@ from capo.shapes.scenes import Group, Request
         (Request((Group("star", 3, "pink", "striped", "small"),)), "three small striped pink stars"),
         (Request((Group("circle"), Group("square")), "to the left of"), "a circle to the left of a square"),
         (
-            Request((Group("circle", color="red"), Group("heart", color="blue"), Group("star", 2, "green"))),
-            "a red circle, a blue heart and two green stars",
+            Request((Group("circle", color="red"), Group("heart", color="blue"), Group("star", 1, "green"))),
+            "a red circle, a blue heart and a green star",
         ),
         (
             Request((Group("heart", color="cyan"),), None, "in the top left corner", "beige"),
@@ -44,7 +44,7 @@ def test_every_word_of_every_sentence_is_in_the_vocabulary():
     for draw in CATEGORIES.values():
         for _ in range(150):
             found |= set(caption(draw(rng)).replace(",", " ,").split())
-    assert found == set(WORDS)
+    assert found == set(WORDS) - {","}  # a sentence may list three things, no category does
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,8 @@ def test_every_word_of_every_sentence_is_in_the_vocabulary():
         ("two circle", "did you mean 'two circles'"),
         ("an red circle", "did you mean 'a red circle'"),
         ("a circles", "did you mean 'a circle'"),
-        ("three stars and three hearts", "is not a sentence"),  # six objects
+        ("three stars and a heart", "is not a sentence"),  # four things
+        ("four hearts", "'four hearts' is not a noun"),
         ("a circle above a star above a ring", "is not a noun"),
         ("a circle on a pink background", "is not a noun"),
     ],

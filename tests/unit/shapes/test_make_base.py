@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
 from capo.noise import vp_log_snr
-from capo.shapes.make import base
+from capo.shapes.make import autoencoder, base
 from capo.shapes.make.fitting import fit, generator, share
 
 
@@ -48,3 +50,22 @@ def test_two_processes_fit_what_one_does(tmp_path):
     for name in one["average"]:
         assert torch.allclose(one["average"][name], two["average"][name], atol=1e-6)
         assert torch.allclose(one["module"][name], two["module"][name], atol=1e-6)
+
+
+def test_a_learner_begins_from_a_pipeline_and_finds_words_by_their_names(tmp_path):
+    torch.manual_seed(0)
+    old = base.Learner().eval()
+    base.pipeline(old, autoencoder.build()).save_pretrained(tmp_path)
+    swapped = dict(old.tokenizer.get_vocab())
+    one, other = old.tokenizer("red").input_ids[1], old.tokenizer("blue").input_ids[1]
+    names = {number: name for name, number in swapped.items()}
+    swapped[names[one]], swapped[names[other]] = other, one  # the two words the other way round
+    new = base.Learner().eval()
+    new.tokenizer = SimpleNamespace(get_vocab=lambda: swapped)
+    base.begin(new, tmp_path)
+    for mine, its in ((new.first, old.first), (new.second, old.second)):
+        rows, stored = (encoder.get_input_embeddings().weight for encoder in (mine, its))
+        assert torch.equal(rows[other], stored[one]) and torch.equal(rows[one], stored[other])
+        rest = [number for number in range(len(stored)) if number not in (one, other)]
+        assert torch.equal(rows[rest], stored[rest])
+    assert all(torch.equal(a, b) for a, b in zip(new.unet.parameters(), old.unet.parameters(), strict=True))

@@ -73,7 +73,7 @@ def test_a_square_and_a_diamond_drawn_by_hand():
 
 def test_something_more_breaks_alignment_and_a_speck_does_not():
     image, draw = canvas()
-    draw.ellipse((20, 20, 44, 44), fill=COLORS["red"])
+    draw.ellipse((17, 17, 47, 47), fill=COLORS["red"])
     draw.rectangle((4, 4, 6, 6), fill=(90, 90, 90))
     assert alignment(image, "a large red circle") == 1.0
     draw.rectangle((2, 50, 12, 60), fill=COLORS["red"])

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from capo.shapes.make.rewards import holds_loss, inventory_loss, ship, words_loss
+from capo.shapes.make.rewards import begun, holds_loss, inventory_loss, ship, words_loss
 from capo.shapes.rewards import Judge, Rater, Verifier, fused, tokens
 
 WIDTH = 1 + 9 + 8 + 3 + 1  # presence, shape or none, color, texture, radius
@@ -44,7 +44,7 @@ def test_folding_the_normalization_changes_nothing(network):
     torch.manual_seed(0)
     module, x = network(), torch.rand(3, 3, 64, 64) * 2 - 1
     inputs = (
-        (x,) if network is Rater else (x, tokens(["a red circle", "two stars and a ring", "four hearts"]))
+        (x,) if network is Rater else (x, tokens(["a red circle", "two stars and a ring", "three hearts"]))
     )
     for _ in range(3):
         module(*inputs)  # moves the running statistics away from 0 and 1
@@ -56,7 +56,7 @@ def test_several_sentences_about_a_picture_are_judged_as_each_alone():
     torch.manual_seed(0)
     module, x = Verifier().eval(), torch.rand(2, 3, 64, 64) * 2 - 1
     # two per picture
-    words = tokens(["a red circle", "two stars and a ring", "four hearts", "a ring on the left"])
+    words = tokens(["a red circle", "two stars and a ring", "three hearts", "a ring on the left"])
     cells = module.eye(x)
     together = module.words_right(cells, words)
     alone = torch.cat([module.words_right(cells[i // 2 : i // 2 + 1], words[i : i + 1]) for i in range(4)])
@@ -72,3 +72,13 @@ def test_shipped_weights_come_back_within_half_precision(tmp_path):
     assert state.keys() == module.state_dict().keys() and not list(tmp_path.rglob("*.part"))
     for name, value in module.state_dict().items():
         torch.testing.assert_close(state[name].to(value.dtype), value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_reward_begins_from_shipped_weights_where_there_are_any(tmp_path):
+    torch.manual_seed(1)
+    old, fresh = Rater(), Rater()
+    ship(old, tmp_path / "looks.safetensors")
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    assert all(torch.equal(value, before[name]) for name, value in begun(fresh, None).state_dict().items())
+    for name, value in begun(fresh, tmp_path / "looks.safetensors").state_dict().items():
+        torch.testing.assert_close(value, old.state_dict()[name].half().to(value.dtype), rtol=0, atol=0)

@@ -51,8 +51,8 @@ def test_a_relation_needs_a_gap_and_to_lie_more_along_than_across():
 
 
 def test_between_small_and_large_is_neither():
-    assert [of_size(r, "small") for r in (9.0, 9.1)] == [True, False]
-    assert [of_size(r, "large") for r in (10.9, 11.0)] == [False, True]
+    assert [of_size(r, "small") for r in (11.0, 11.1)] == [True, False]
+    assert [of_size(r, "large") for r in (13.9, 14.0)] == [False, True]
 
 
 def test_assertions_of_a_full_request():
@@ -112,3 +112,20 @@ def test_the_same_generator_realizes_the_same_scene():
 def test_every_shape_and_color_has_one_unusual_partner():
     colors, shapes = zip(*UNUSUAL, strict=True)
     assert len(set(colors)) == len(set(shapes)) == 8
+
+
+def test_no_texture_comes_unasked_and_sizes_are_kept():
+    rng = np.random.default_rng(3)
+    asked = [Group("star", count) for count in (1, 2, 3)]
+    for group in [
+        *asked,
+        Group("star", size="small"),
+        Group("star", size="large"),
+        Group("star", texture="dotted"),
+    ]:
+        for _ in range(20):
+            things = realize(Request((group,)), rng).things
+            assert {thing.texture for thing in things} == {group.texture or "solid"} and len(
+                things
+            ) == group.count
+            assert group.size is None or all(of_size(thing.radius, group.size) for thing in things)

@@ -24,14 +24,14 @@ from capo.cli.compose import REPOSITORY, composed
 from capo.shapes.make import autoencoder, base, card, flow_autoencoder, lineups, mmdit, rewards, scenery
 from capo.shapes.make.fitting import process
 
-SCENES = 50_000
+SCENES = 40_000
 LINEUPS = 10_000
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def stage_scenes(options: argparse.Namespace) -> None:
     """Draw the captioned scenes that the base models are trained on."""
-    scenery.make_scenes(options.work, SCENES, options.seed, workers=os.cpu_count() or 1)
+    scenery.make_scenes(options.work, SCENES, options.seed, workers=len(os.sched_getaffinity(0)))
 
 
 def stage_autoencoder(options: argparse.Namespace) -> None:
@@ -64,11 +64,17 @@ def stage_mmdit(options: argparse.Namespace) -> None:
 def stage_rewards(options: argparse.Namespace) -> None:
     """Train the three rewards on line-ups, half of whose pictures were autoencoded, and save them."""
     vae = autoencoder.load(options.work)
-    tables = lineups.make_lineups(options.work, LINEUPS, options.seed, vae, len(os.sched_getaffinity(0)))
+    tables = lineups.make_lineups(
+        options.work, options.lineups, options.seed, vae, len(os.sched_getaffinity(0))
+    )
     steps = options.steps or 3600
-    looks = rewards.train_looks(options.work, tables, 2 * steps // 3, options.seed)
-    alignment = rewards.train_alignment(options.work, tables, steps, options.seed)
-    preference = rewards.train_preference(options.work, tables, steps // 4, options.seed, alignment)
+    names, given = ("alignment", "looks", "preference"), (options.work, tables)
+    begin = {name: options.start and options.start / f"{name}.safetensors" for name in names}
+    looks = rewards.train_looks(*given, 2 * steps // 3, options.seed, start=begin["looks"])
+    alignment = rewards.train_alignment(*given, steps, options.seed, start=begin["alignment"])
+    preference = rewards.train_preference(
+        *given, steps // 4, options.seed, alignment, start=begin["preference"]
+    )
     for name, module in (("alignment", alignment), ("looks", looks), ("preference", preference)):
         rewards.ship(module, WEIGHTS / "rewards" / f"{name}.safetensors")
     print(rewards.figures(tables, alignment, looks, preference))
@@ -77,7 +83,8 @@ def stage_rewards(options: argparse.Namespace) -> None:
 def stage_card(options: argparse.Namespace) -> None:
     """Measure a shipped base model and write the results into docs/shapes.md, between its two markers."""
     places = [f"run_dir={options.work}", f"pool.root={options.work / 'pools'}"]
-    components = build_components(composed("train", [f"model={options.model}", *places]))
+    cfg = composed("train", [f"model={options.model}", *places])
+    components = build_components(cfg)
     page, first, last = (
         REPOSITORY / "docs" / "shapes.md",
         f"<!-- card of {options.model} -->",
@@ -90,7 +97,8 @@ def stage_card(options: argparse.Namespace) -> None:
     found = card.measure_base(
         components.pool_specs["test"], components.generator, components.evaluation_rewards, components.oracle
     )
-    told = card.markdown(found, components.backbone)
+    tunable = card.tunability(found, components.backbone, cfg.model.draw, cfg.model.bias)
+    told = card.markdown(found, components.backbone, tunable)
     page.write_text(f"{before}{first}\n\n{told}\n\n{last}{after}")
     print(told)
 
@@ -106,9 +114,11 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
     parser.add_argument("--steps", type=int, help="training steps, where the stage trains")
-    parser.add_argument(
-        "--start", type=Path, help="base, mmdit: checkpoint whose averaged weights initialize the run"
+    parser.add_argument("--lineups", type=int, default=LINEUPS, help="rewards only: number of line-ups")
+    start = (
+        "initial weights. base, mmdit: a checkpoint; base: or a pipeline's folder; rewards: folder of weights"
     )
+    parser.add_argument("--start", type=Path, help=start)
     parser.add_argument("--model", default="shapes_unet", help="card only: base model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

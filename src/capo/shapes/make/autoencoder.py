@@ -16,6 +16,8 @@ from tqdm import tqdm
 from capo.backbones.models import Autoencoder
 from capo.shapes.make.fitting import fit, generator
 
+SHIPPED = Path(__file__).parents[1] / "weights" / "unet" / "vae"
+
 
 def build(channels: int = 8) -> Autoencoder:
     """Build an untrained autoencoder of diffusers' class."""
@@ -160,9 +162,19 @@ def trained(work: Path) -> Autoencoder:
 
 
 def load(work: Path) -> Autoencoder:
-    """Load the trained autoencoder from `work`, whitened on the first 2000 scenes, in eval mode."""
+    """Load the autoencoder trained in `work`, whitened on the first 2000 scenes, or else the shipped one."""
+    if not (work / "autoencoder.pt").exists():
+        return placeless(AutoencoderKL.from_pretrained(SHIPPED, torch_dtype=torch.float32)).eval()
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     return whitened(trained(work), to_tensor(scenes[:2000]))
+
+
+def placeless(vae: AutoencoderKL) -> AutoencoderKL:
+    """The same autoencoder, whose config does not say where it was: that would ship."""
+    own = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    plain = AutoencoderKL.from_config(own)
+    plain.load_state_dict(vae.state_dict())
+    return plain
 
 
 def encode_all(work: Path) -> np.ndarray:

@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from capo.backbones.models import Autoencoder
 from capo.noise import vp_add_noise, vp_log_snr
@@ -98,12 +99,15 @@ def train(
         steps: training steps.
         batch: scenes per step.
         seed: of weights, batches and noise.
-        start: checkpoint of another run (`base.pt`), whose averaged weights initialize this one.
+        start: initial weights: a checkpoint of another run (`base.pt`), whose averaged weights are taken, or
+            the folder of a pipeline of the same shape.
     """
     torch.manual_seed(seed)
     latents = autoencoder.encode_all(work)
     learner, alphas = Learner(), build_scheduler().alphas_cumprod
-    if start:
+    if start and start.is_dir():
+        begin(learner, start)
+    elif start:
         learner.load_state_dict(torch.load(start, weights_only=True)["average"], strict=False)
     log_snr = vp_log_snr(alphas)
     weights = (1 + (-log_snr).exp()).clamp(max=100.0)
@@ -123,6 +127,21 @@ def train(
 
     fit("base", learner, loss, work, steps, lr=1e-3, average=True)
     return pipeline(learner, autoencoder.load(work))
+
+
+def begin(learner: Learner, folder: Path) -> None:
+    """Give the learner the weights of a pipeline in `folder`, whose words are found by their names."""
+    old, new = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab(), learner.tokenizer.get_vocab()
+    shared = sorted(new.keys() & old.keys())
+    parts = {"unet": learner.unet, "text_encoder": learner.first, "text_encoder_2": learner.second}
+    for part, module in parts.items():
+        found = type(module).from_pretrained(folder / part, torch_dtype=torch.float32).state_dict()
+        state = module.state_dict()
+        for name, tensor in found.items():
+            if name.endswith("token_embedding.weight"):
+                state[name][[new[word] for word in shared]] = tensor[[old[word] for word in shared]]
+            else:
+                state[name].copy_(tensor)
 
 
 def timesteps(log_snr: Tensor, batch: int, draw: torch.Generator) -> Tensor:

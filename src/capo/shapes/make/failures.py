@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from capo.shapes.make.scenery import random_style
 from capo.shapes.render import signed_distance
-from capo.shapes.scenes import COLORS, SHAPES, SIDE, Scene, Thing
+from capo.shapes.scenes import COLORS, SHAPES, SIDE, Scene, Style, Thing
 
 
 def odd_outline(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
@@ -46,6 +47,20 @@ def _odd_shape(shape: str, rng: np.random.Generator) -> str:
     if kind < 0.8:
         return f"{shape}/{other}/{rng.uniform(0.35, 0.65):.2f}"
     return f"{shape}!{rng.uniform(0, 6.28):.2f}!{rng.uniform(-0.1, 0.35):.2f}"
+
+
+def flawed_style(rng: np.random.Generator) -> Style:
+    """Draw a style as the base's scenes have it, or in half of the cases one with further flaws.
+
+    Those are blur, clutter and uneven light, each independently.
+    """
+    style = random_style(rng)
+    if rng.random() < 0.5:
+        return style
+    blur = float(rng.uniform(0.4, 1.1)) if rng.random() < 0.5 else 0.0
+    clutter = int(rng.integers(1, 8)) if rng.random() < 0.5 else 0
+    shade = float(rng.uniform(0.2, 1.0)) if rng.random() < 0.4 else 0.0
+    return replace(style, blur=blur, clutter=clutter, shade=shade)
 
 
 def _merged(things: list[Thing], pick: int, rng: np.random.Generator) -> list[Thing]:

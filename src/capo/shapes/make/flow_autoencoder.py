@@ -85,11 +85,7 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
 
 def load(work: Path) -> Autoencoder:
     """Load the trained autoencoder from `work`, in eval mode, without its folder's path in the config."""
-    vae = AutoencoderKL.from_pretrained(work / FOLDER)
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    plain = cast(Autoencoder, AutoencoderKL.from_config(config))
-    plain.load_state_dict(vae.state_dict())
-    return plain.eval()
+    return autoencoder.placeless(AutoencoderKL.from_pretrained(work / FOLDER)).eval()
 
 
 @torch.no_grad()

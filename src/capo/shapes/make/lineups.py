@@ -21,8 +21,8 @@ from tqdm import tqdm
 from capo.backbones.models import Autoencoder
 from capo.shapes.captions import caption
 from capo.shapes.make.autoencoder import to_tensor
-from capo.shapes.make.failures import failed, odd_outline, uneven, warped
-from capo.shapes.make.scenery import allowed, random_style, wrong_request
+from capo.shapes.make.failures import failed, flawed_style, odd_outline, uneven, warped
+from capo.shapes.make.scenery import allowed, wrong_request
 from capo.shapes.prompts import training_request
 from capo.shapes.rating import rating
 from capo.shapes.render import render
@@ -66,7 +66,7 @@ def changed(request: Request, rng: np.random.Generator) -> Request:
         other = swapped(request, rng) if rng.random() < 0.2 else wrong_request(request, wrong, rng)
         if other.background and rng.random() < 0.15:
             other = replace(other, background=str(rng.choice(list(BACKGROUNDS))))
-        if other != request and allowed(other) and len({g.shape for g in other.groups}) == len(other.groups):
+        if other != request and allowed(other):
             return other
     return training_request(rng)
 
@@ -111,7 +111,7 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
     wrong = np.full((SIZE, SIZE, LENGTH), -1, dtype=np.int8)
     for i in range(SIZE):
         own = 0 if i == 1 else i  # two pictures for the first request, one each for two others
-        scene = realize(requests[own], rng, random_style(rng))
+        scene = realize(requests[own], rng, flawed_style(rng))
         fails = rng.random() < FAILED
         scene = failed(scene, rng) if fails else scene
         picture = render(scene, odd_outline)

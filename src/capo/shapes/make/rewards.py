@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,10 +74,24 @@ def holds_loss(logits: Tensor, holds: Tensor) -> Tensor:
     return -torch.where(holds > 0, log_p, torch.log(-torch.expm1(log_p)))
 
 
-def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 12) -> Verifier:
-    """Train the verifier: each picture with its own caption and with another of its line-up."""
+def begun(module: nn.Module, start: Path | None) -> nn.Module:
+    """Load the weights of the file `start`, if given, into the module and return it."""
+    if start:
+        stored = load_file(start).items()
+        module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored})
+    return module
+
+
+def train_alignment(
+    work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 12, start: Path | None = None
+) -> Verifier:
+    """Train the verifier: each picture with its own caption and with another of its line-up.
+
+    Args:
+        start: initial weights (`alignment.safetensors`), which are then trained at a third of the rate.
+    """
     torch.manual_seed(seed)
-    module = Verifier()
+    module = begun(Verifier(), start)
 
     def loss(step: int):
         draw = generator(seed, 4, step)
@@ -101,13 +115,18 @@ def train_alignment(work: Path, tables: Tables, steps: int, seed: int = 0, batch
         parts = {"whole": whole.item(), "words": word.item(), "inventory": seen.item(), "accuracy": right}
         return whole + 2 * word + 0.3 * seen, parts
 
-    return fit("reward_alignment", module, loss, work, steps, lr=1.5e-3)
+    return fit("reward_alignment", module, loss, work, steps, lr=5e-4 if start else 1.5e-3)
 
 
-def train_looks(work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 32) -> Rater:
-    """Train the rater on simulated ratings: the rating rule plus noise of 1.2 points, rounded."""
+def train_looks(
+    work: Path, tables: Tables, steps: int, seed: int = 0, batch: int = 32, start: Path | None = None
+) -> Rater:
+    """Fit the rater to single raters' ratings: the rule, plus noise of 1.2 points, rounded.
+
+    `start` as the verifier's.
+    """
     torch.manual_seed(seed + 1)
-    module = Rater()
+    module = begun(Rater(), start)
 
     def loss(step: int):
         draw = generator(seed, 5, step)
@@ -117,20 +136,27 @@ def train_looks(work: Path, tables: Tables, steps: int, seed: int = 0, batch: in
         told = module(to_tensor(tables["pictures"][rows].reshape(-1, SIDE, SIDE, 3)))
         return F.mse_loss(told, given), {"off_rule": (told - rule).abs().mean().item()}
 
-    return fit("reward_looks", module, loss, work, steps, lr=3e-3)
+    return fit("reward_looks", module, loss, work, steps, lr=1e-3 if start else 3e-3)
 
 
 def train_preference(
-    work: Path, tables: Tables, steps: int, seed: int, verifier: Verifier, batch: int = 12
+    work: Path,
+    tables: Tables,
+    steps: int,
+    seed: int,
+    verifier: Verifier,
+    batch: int = 12,
+    start: Path | None = None,
 ) -> Judge:
     """Train the judge on choices between a line-up's pictures for one caption.
 
-    Its image encoder and first layers start from the verifier's.
+    Its image encoder and first layers start from the verifier's, or all of it from the weights `start`.
     """
     torch.manual_seed(seed + 2)
-    module = Judge()
-    known = module.state_dict()
-    module.load_state_dict({**known, **{k: v for k, v in verifier.state_dict().items() if k in known}})
+    module = begun(Judge(), start)
+    if not start:
+        known = module.state_dict()
+        module.load_state_dict({**known, **{k: v for k, v in verifier.state_dict().items() if k in known}})
     people = tastes(seed)
 
     def loss(step: int):
