@@ -77,11 +77,11 @@ def test_every_recipe_has_a_plan_without_weights(tmp_path, choice):
 def test_nothing_is_missing_for_the_shapes(tmp_path):
     plan, told = planned(tmp_path)
     assert plan["missing here"] == [] and "nothing" in told
-    assert plan["prompts"] == {"train": 256, "validation": 32, "test": 256}
-    # 200 steps; validation every 50 of them: 32 x 4 images four times, beside 256 x 8 + 32 x 4 + 256 x 4
+    assert plan["prompts"] == {"train": 512, "validation": 64, "test": 256}
+    # 150 steps; validation every 50 of them: 64 x 4 images three times, beside 512 x 8 + 64 x 4 + 256 x 4
     # twice + 64 x 4
-    assert plan["steps"] == 200 and plan["hours"]["images"] == 256 * 8 + 5 * 32 * 4 + 2 * 256 * 4 + 64 * 4
-    assert plan["config"]["trainer"]["batch"] == 16
+    assert plan["steps"] == 150 and plan["hours"]["images"] == 512 * 8 + 4 * 64 * 4 + 2 * 256 * 4 + 64 * 4
+    assert plan["config"]["trainer"]["batch"] == 32
 
 
 def test_a_full_disk_is_listed_by_a_plan_and_refused_by_a_run(tiny_run, monkeypatch):

@@ -3,8 +3,8 @@
 Nothing in them is made again, and no reward has another name.
 
 `fixtures/pools` holds a sampled and an imported pool, `fixtures/reward_fingerprints.json` the fingerprints of
-all rewards, all written by version 0.1.0 before the packages were laid out, except those of the shapes world, which
-are of shapes-v2.
+all rewards. Version 0.1.0 wrote them before the packages were laid out, but for the rewards of the shapes world,
+which are of shapes-v2.
 """
 
 import json
