@@ -148,6 +148,6 @@ def test_the_papers_betas_give_a_curve_and_a_warning(tmp_path):
     warnings = [
         beta
         for beta in (300, 500, 1000)
-        if f"objective.beta={beta} lies outside 30-300" in " ".join(told.split())
+        if f"objective.beta={beta} lies outside 100-300" in " ".join(told.split())
     ]
     assert warnings == [500, 1000]

@@ -164,17 +164,18 @@ def trained(work: Path) -> Autoencoder:
 def load(work: Path) -> Autoencoder:
     """Load the autoencoder trained in `work`, whitened on the first 2000 scenes, or else the shipped one."""
     if not (work / "autoencoder.pt").exists():
-        return placeless(AutoencoderKL.from_pretrained(SHIPPED, torch_dtype=torch.float32)).eval()
+        return from_folder(SHIPPED)
     scenes = np.load(work / "scenes.npy", mmap_mode="r")
     return whitened(trained(work), to_tensor(scenes[:2000]))
 
 
-def placeless(vae: AutoencoderKL) -> AutoencoderKL:
-    """The same autoencoder, whose config does not say where it was: that would ship."""
-    own = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    plain = AutoencoderKL.from_config(own)
+def from_folder(folder: Path) -> Autoencoder:
+    """Load the autoencoder of a folder, in eval mode, with no trace of the folder in its config."""
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    plain = cast(Autoencoder, AutoencoderKL.from_config(config))
     plain.load_state_dict(vae.state_dict())
-    return plain
+    return plain.eval()
 
 
 def encode_all(work: Path) -> np.ndarray:

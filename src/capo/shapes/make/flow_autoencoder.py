@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from capo.backbones.latents import from_denoiser, to_denoiser
@@ -85,7 +84,7 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
 
 def load(work: Path) -> Autoencoder:
     """Load the trained autoencoder from `work`, in eval mode, without its folder's path in the config."""
-    return autoencoder.placeless(AutoencoderKL.from_pretrained(work / FOLDER)).eval()
+    return autoencoder.from_folder(work / FOLDER)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from capo.shapes.scenes import COLORS, SHAPES, SIDE, TEXTURES
 HELD_OUT = 300  # last line-ups, not used in training
 _OWN = (0, 0, 2, 3)  # index of the caption that each picture was drawn for
 Tables = Mapping[str, np.ndarray]
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def _rows(tables: Tables, batch: int, draw: torch.Generator) -> np.ndarray:
@@ -74,7 +75,7 @@ def holds_loss(logits: Tensor, holds: Tensor) -> Tensor:
     return -torch.where(holds > 0, log_p, torch.log(-torch.expm1(log_p)))
 
 
-def begun(module: nn.Module, start: Path | None) -> nn.Module:
+def begun(module: Part, start: Path | None) -> Part:
     """Load the weights of the file `start`, if given, into the module and return it."""
     if start:
         stored = load_file(start).items()
