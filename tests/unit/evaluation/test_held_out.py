@@ -266,7 +266,7 @@ def test_looks_alone_costs_alignment_on_shapes_and_the_alarm_rings(tmp_path):
         "trainer.batch=8",
         "trainer.max_steps=120",
         "validation.every=120",
-        "prompts.validation=32",
+        "prompts.validation=64",
         "validation.images=4",
         "evaluate=false",
         "threads=1",
@@ -276,7 +276,7 @@ def test_looks_alone_costs_alignment_on_shapes_and_the_alarm_rings(tmp_path):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = [row for row in read(tmp_path / "run") if row["val/win_rate"]]
-    assert float(row["val/win_rate/looks"]) > 0.55 and float(row["val/held_out/win_rate/alignment"]) < 0.45
+    assert float(row["val/win_rate/looks"]) > 0.6 and float(row["val/held_out/win_rate/alignment"]) < 0.46
     assert row["val/held_out/alarm"] == row["val/held_out/alarm/alignment"] == "1.0"
     assert "step 120: reward hacking?" in done.stdout
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["alarms"] == {"alignment": [120]}
