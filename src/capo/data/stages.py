@@ -132,13 +132,39 @@ class TextStage(Stage):
         return sum(tensor.nbytes for tensor in one.values()) * sum(map(self.amount, todo))
 
 
-class LatentStage(Stage):
+class LatentFiles(Stage):
+    """What stages that make latents share, drawn or encoded: which shards lack them, and their size."""
+
+    name = "latents"
+
+    def __init__(
+        self,
+        pool: Pool,
+        rows: Sequence[int],
+        backbone: Backbone,
+        settings: SamplerSettings,
+        verify: bool,
+        candidates: int,
+    ):
+        super().__init__(pool, rows, backbone, settings, verify)
+        self.candidates = candidates
+
+    def missing(self, row: int) -> list[Shard]:
+        return [
+            shard
+            for shard in self.pool.row_shards(row, self.candidates)
+            if not self.pool.has_latents(shard, self.verify)
+        ]
+
+    def bytes_missing(self) -> int:
+        return 2 * math.prod(self.backbone.latent_shape) * sum(shard.images for shard in self.todo())
+
+
+class LatentStage(LatentFiles):
     """Latent stage: samples the candidates of each shard.
 
     Batches stay within a shard, and the text embeddings are those stored in the pool, as in training.
     """
-
-    name = "latents"
 
     def __init__(
         self,
@@ -150,15 +176,8 @@ class LatentStage(Stage):
         denoiser: nn.Module,
         candidates: int,
     ):
-        super().__init__(pool, rows, backbone, settings, verify)
-        self.denoiser, self.candidates = denoiser, candidates
-
-    def missing(self, row: int) -> list[Shard]:
-        return [
-            shard
-            for shard in self.pool.row_shards(row, self.candidates)
-            if not self.pool.has_latents(shard, self.verify)
-        ]
+        super().__init__(pool, rows, backbone, settings, verify, candidates)
+        self.denoiser = denoiser
 
     def run(self, shard: Shard, report: Report) -> None:
         seed = self.pool.manifest.seed
@@ -172,9 +191,6 @@ class LatentStage(Stage):
         )
         self.pool.write_latents(shard, latents, self.record())
         progress.finish()
-
-    def bytes_missing(self) -> int:
-        return 2 * math.prod(self.backbone.latent_shape) * sum(shard.images for shard in self.todo())
 
 
 class _ImageCount:

@@ -18,7 +18,7 @@ from capo.data.labels import HUMAN
 from capo.data.pool import Manifest, Pool, Shard, pool_name
 from capo.data.pool.import_table import ImportTable, is_imported, read_import_table, write_import_table
 from capo.data.prompts import Prompt
-from capo.data.stages import Report, Stage, TextStage
+from capo.data.stages import LatentFiles, Report, Stage, TextStage
 from capo.errors import InputError
 
 SPLIT = "imported"
@@ -31,13 +31,11 @@ def image_size(backbone: Backbone) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-class EncodeStage(Stage):
+class EncodeStage(LatentFiles):
     """Encoding stage: images -> latents by the VAE, as the mode of the posterior, so without randomness.
 
     Batches stay within a shard.
     """
-
-    name = "latents"
 
     def __init__(
         self,
@@ -49,15 +47,8 @@ class EncodeStage(Stage):
         source: Source,
         table: ImportTable,
     ):
-        super().__init__(pool, rows, backbone, settings, verify)
+        super().__init__(pool, rows, backbone, settings, verify, table.candidates)
         self.source, self.table = source, table
-
-    def missing(self, row: int) -> list[Shard]:
-        return [
-            shard
-            for shard in self.pool.row_shards(row, self.table.candidates)
-            if not self.pool.has_latents(shard, self.verify)
-        ]
 
     def run(self, shard: Shard, report: Report) -> None:
         """Read, crop and encode the images of a shard. Raises InputError for one that became unreadable."""
@@ -80,9 +71,6 @@ class EncodeStage(Stage):
             raise InputError(
                 f"{self.source.where(place)} could be read at first and now cannot ({error}); restore it"
             ) from error
-
-    def bytes_missing(self) -> int:
-        return 2 * torch.Size(self.backbone.latent_shape).numel() * sum(shard.images for shard in self.todo())
 
 
 class ChoiceStage(Stage):
