@@ -176,7 +176,7 @@ def stages_of(
     backbone, settings = generator.backbone, generator.settings
     return [
         TextStage(pool, rows, backbone, settings, verify),
-        LatentStage(pool, rows, backbone, settings, verify, generator.denoiser, spec.candidates),
+        LatentStage(pool, rows, backbone, settings, verify, spec.candidates, generator.denoiser),
         ScoreStage(pool, rows, backbone, settings, verify, rewards, spec.candidates),
     ]
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from threading import Lock
 from typing import ClassVar
@@ -38,6 +39,7 @@ def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, 
     return {"batch": settings.batch, "threads": threads, "device": str(backbone.device), **_versions()}
 
 
+@dataclass(eq=False)
 class Stage(ABC):
     """One kind of work on the given rows of a pool.
 
@@ -47,11 +49,11 @@ class Stage(ABC):
     name: ClassVar[str]
     unit: ClassVar[str] = "image"
 
-    def __init__(
-        self, pool: Pool, rows: Sequence[int], backbone: Backbone, settings: SamplerSettings, verify: bool
-    ):
-        self.pool, self.rows, self.verify = pool, rows, verify
-        self.backbone, self.settings = backbone, settings
+    pool: Pool
+    rows: Sequence[int]
+    backbone: Backbone
+    settings: SamplerSettings
+    verify: bool
 
     @abstractmethod
     def missing(self, row: int) -> list[Shard]:
@@ -84,13 +86,13 @@ class Stage(ABC):
         return sampling_record(self.backbone, self.settings)
 
 
+@dataclass(eq=False)
 class TextStage(Stage):
     """Text stage: encodes the prompts of each row."""
 
     name, unit = "text", "prompt"
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __post_init__(self):
         self._encoded, self._cut = 0, Counter()
 
     def missing(self, row: int) -> list[Shard]:
@@ -132,22 +134,13 @@ class TextStage(Stage):
         return sum(tensor.nbytes for tensor in one.values()) * sum(map(self.amount, todo))
 
 
+@dataclass(eq=False)
 class LatentFiles(Stage):
     """What stages that make latents share, drawn or encoded: which shards lack them, and their size."""
 
     name = "latents"
 
-    def __init__(
-        self,
-        pool: Pool,
-        rows: Sequence[int],
-        backbone: Backbone,
-        settings: SamplerSettings,
-        verify: bool,
-        candidates: int,
-    ):
-        super().__init__(pool, rows, backbone, settings, verify)
-        self.candidates = candidates
+    candidates: int
 
     def missing(self, row: int) -> list[Shard]:
         return [
@@ -160,24 +153,14 @@ class LatentFiles(Stage):
         return 2 * math.prod(self.backbone.latent_shape) * sum(shard.images for shard in self.todo())
 
 
+@dataclass(eq=False)
 class LatentStage(LatentFiles):
     """Latent stage: samples the candidates of each shard.
 
     Batches stay within a shard, and the text embeddings are those stored in the pool, as in training.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        rows: Sequence[int],
-        backbone: Backbone,
-        settings: SamplerSettings,
-        verify: bool,
-        denoiser: nn.Module,
-        candidates: int,
-    ):
-        super().__init__(pool, rows, backbone, settings, verify, candidates)
-        self.denoiser = denoiser
+    denoiser: nn.Module
 
     def run(self, shard: Shard, report: Report) -> None:
         seed = self.pool.manifest.seed
@@ -212,23 +195,14 @@ class _ImageCount:
         self.shown = images
 
 
+@dataclass(eq=False)
 class ScoreStage(Stage):
     """Score stage: decodes each shard once and scores its images by every reward that has not scored them."""
 
     name = "scores"
 
-    def __init__(
-        self,
-        pool: Pool,
-        rows: Sequence[int],
-        backbone: Backbone,
-        settings: SamplerSettings,
-        verify: bool,
-        rewards: Sequence[Reward],
-        candidates: int,
-    ):
-        super().__init__(pool, rows, backbone, settings, verify)
-        self.rewards, self.candidates = rewards, candidates
+    rewards: Sequence[Reward]
+    candidates: int
 
     def setup(self) -> None:
         for reward in self.rewards:

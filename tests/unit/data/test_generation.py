@@ -282,7 +282,7 @@ def test_blocks_follow_on_what_another_process_made_meanwhile(plan, generator, m
     def fill_other_rows():  # the first row is locked by the caller, the second is free
         monkeypatch.setattr(generation, "WAIT", 0.0)
         pool = open_pool(small, generator)
-        stage = LatentStage(pool, [1], generator.backbone, SETTINGS, True, generator.denoiser, 4)
+        stage = LatentStage(pool, [1], generator.backbone, SETTINGS, True, 4, generator.denoiser)
         generation.run_stage(stage, progress=False)
 
     monkeypatch.setattr(LatentStage, "run", late)
@@ -444,7 +444,7 @@ def test_progress_counts_images_within_a_batch(plan, generator):
     pool = open_pool(plan, generator)
     text = TextStage(pool, [0], generator.backbone, SETTINGS, True)
     text.run(text.todo()[0], int)
-    stage = LatentStage(pool, [0], generator.backbone, SETTINGS, True, generator.denoiser, 10)
+    stage = LatentStage(pool, [0], generator.backbone, SETTINGS, True, 10, generator.denoiser)
     reported = []
     stage.run(stage.todo()[0], reported.append)
     # after the steps of five batches of 3 (1.5 images each, floored in total) and one of 1

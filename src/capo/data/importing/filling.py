@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,24 +31,15 @@ def image_size(backbone: Backbone) -> tuple[int, int]:
     return width * factor, height * factor
 
 
+@dataclass(eq=False)
 class EncodeStage(LatentFiles):
     """Encoding stage: images -> latents by the VAE, as the mode of the posterior, so without randomness.
 
     Batches stay within a shard.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        rows: Sequence[int],
-        backbone: Backbone,
-        settings: SamplerSettings,
-        verify: bool,
-        source: Source,
-        table: ImportTable,
-    ):
-        super().__init__(pool, rows, backbone, settings, verify, table.candidates)
-        self.source, self.table = source, table
+    source: Source
+    table: ImportTable
 
     def run(self, shard: Shard, report: Report) -> None:
         """Read, crop and encode the images of a shard. Raises InputError for one that became unreadable."""
@@ -73,22 +64,13 @@ class EncodeStage(LatentFiles):
             ) from error
 
 
+@dataclass(eq=False)
 class ChoiceStage(Stage):
     """Choice stage: human choices, stored as scores of `HUMAN`, which are ranks, 0 the worst."""
 
     name = "choices"
 
-    def __init__(
-        self,
-        pool: Pool,
-        rows: Sequence[int],
-        backbone: Backbone,
-        settings: SamplerSettings,
-        verify: bool,
-        table: ImportTable,
-    ):
-        super().__init__(pool, rows, backbone, settings, verify)
-        self.table = table
+    table: ImportTable
 
     def missing(self, row: int) -> list[Shard]:
         if self.table.ranks is None:
@@ -159,7 +141,7 @@ def import_pool(
     rows = pool.text_shards()
     stages = [
         TextStage(pool, rows, backbone, settings, True),
-        EncodeStage(pool, rows, backbone, settings, True, source, table),
+        EncodeStage(pool, rows, backbone, settings, True, table.candidates, source, table),
         ChoiceStage(pool, rows, backbone, settings, True, table),
     ]
     check_space(pool, stages)
