@@ -126,38 +126,38 @@ def drawn_once():
 @pytest.fixture(scope="module")
 def tiny_run(tiny_folder, drawn_once, tmp_path_factory):
     """Makes the configuration of a run on the tiny pipeline; all share one pool root."""
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
+
+    from capo.cli.compose import composed
 
     folder = tmp_path_factory.mktemp("runs")
     for split, text in RUN_PROMPTS.items():
         (folder / f"{split}.txt").write_text(text)
 
     def make(name: str, *overrides: str, config: str = "train", rewards: int = 2):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose(
-                config,
-                overrides=[
-                    f"run_dir={folder / name}",
-                    f"model.backbone.weights={tiny_folder}",
-                    f"pool.root={folder / 'pools'}",
-                    "prompts=text",
-                    *(f"prompts.{split}={folder / split}.txt" for split in RUN_PROMPTS),
-                    "pool.candidates=4",
-                    "sampling.steps=2",
-                    "trainer.max_steps=2",
-                    "trainer.batch=2",
-                    "trainer.log_every=1",
-                    "validation.every=2",
-                    "validation.images=2",
-                    "evaluation.images=2",
-                    "evaluation.zero_prompts=2",
-                    "evaluation.oracle=null",
-                    "threads=1",
-                    "model.name=tiny",
-                    *overrides,
-                ],
-            )
+        cfg = composed(
+            config,
+            [
+                f"run_dir={folder / name}",
+                f"model.backbone.weights={tiny_folder}",
+                f"pool.root={folder / 'pools'}",
+                "prompts=text",
+                *(f"prompts.{split}={folder / split}.txt" for split in RUN_PROMPTS),
+                "pool.candidates=4",
+                "sampling.steps=2",
+                "trainer.max_steps=2",
+                "trainer.batch=2",
+                "trainer.log_every=1",
+                "validation.every=2",
+                "validation.images=2",
+                "evaluation.images=2",
+                "evaluation.zero_prompts=2",
+                "evaluation.oracle=null",
+                "threads=1",
+                "model.name=tiny",
+                *overrides,
+            ],
+        )
         scorers = {name: brightness(channel) for channel, name in enumerate(("r", "g", "b")[:rewards])}
         OmegaConf.update(cfg, "rewards", scorers, merge=False)
         OmegaConf.update(cfg, "evaluation.rewards", {"r": brightness(0)}, merge=False)

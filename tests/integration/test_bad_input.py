@@ -18,7 +18,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -37,12 +36,8 @@ from capo.errors import InputError
 from capo.runtime.run_folder import CONFIG, OUTCOME
 from capo.training.checkpoints import check_checkpoint
 from fixtures import ROOT
+from fixtures.configuration import composed
 from fixtures.forked import Helper
-
-
-def composed(*overrides: str, name: str = "train"):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(name, overrides=["run_dir=/nowhere/run", *overrides])
 
 
 @pytest.fixture(scope="module")

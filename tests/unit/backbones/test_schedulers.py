@@ -19,7 +19,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from hydra import compose, initialize_config_dir
 
 from capo.backbones import MMDiTBackbone, UNetBackbone
 from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
@@ -27,7 +26,7 @@ from capo.backbones.saving import save
 from capo.cli.build import base_of
 from capo.cli.readiness import check_draw
 from capo.errors import InputError
-from fixtures import ROOT
+from fixtures.configuration import composed
 
 
 def test_the_flows_sampler_has_the_models_shift(tiny_folders):
@@ -232,8 +231,7 @@ def test_log_snr_of_the_published_schedules(tiny_folders, tmp_path, name):
         "scheduler"
     ]
     published = getattr(diffusers, config["_class_name"]).from_config(config)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        model = compose("train", overrides=[f"model={name}", "run_dir=x"]).model
+    model = composed(f"model={name}").model
     kind = MMDiTBackbone if name == "sd3" else UNetBackbone
     backbone = kind(
         as_if_trained_with(tiny_folders, tmp_path, name, published), scheduler=model.backbone.scheduler
@@ -247,8 +245,7 @@ def test_log_snr_of_the_published_schedules(tiny_folders, tmp_path, name):
 
 @pytest.mark.parametrize("model", ["shapes_unet", "shapes_mmdit"])
 def test_log_snr_of_the_shipped_schedules(model):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=[f"model={model}", "run_dir=x"])
+    cfg = composed(f"model={model}")
     check = {"shapes_unet": check_discrete, "shapes_mmdit": check_flow}[model]
     check(base_of(cfg))
 
@@ -289,8 +286,7 @@ def check_flow(backbone):
 
 @pytest.mark.parametrize(("model", "draw"), [("shapes_unet", "logsnr_uniform"), ("sdxl", "logit_normal")])
 def test_a_draw_of_the_other_family_is_refused(model, draw):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=[f"model={model}", f"noise.draw={draw}", "run_dir=x"])
+    cfg = composed(f"model={model}", f"noise.draw={draw}")
     with pytest.raises(InputError, match=f"noise.draw={draw}: model={model} draws times by uniform only"):
         check_draw(cfg)
     cfg.noise.draw = "uniform"

@@ -9,7 +9,6 @@ import tomllib
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
@@ -19,6 +18,7 @@ from capo.cli.run_config import foreign_targets, run_config
 from capo.cli.values import check_values
 from capo.errors import InputError
 from fixtures import ROOT
+from fixtures.configuration import composed
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -26,11 +26,6 @@ GROUPS = {
     if folder.is_dir() and folder.name != "hydra"
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
-
-
-def composed(name="train", *overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(name, overrides=["run_dir=/tmp/run", *overrides])
 
 
 def targets(node):
@@ -63,7 +58,7 @@ def test_the_groups_are_those_that_users_know():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_target_takes_its_arguments(choice):
     files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if choice == "prompts=text" else []
-    cfg = composed("generate" if choice.startswith("import=") else "train", choice, *files)
+    cfg = composed(choice, *files, name="generate" if choice.startswith("import=") else "train")
     check_values(cfg)
     found = list(targets(OmegaConf.to_container(cfg, resolve=True)))
     assert found
@@ -77,13 +72,13 @@ def test_every_target_takes_its_arguments(choice):
 
 
 def test_a_model_brings_its_own_and_the_command_line_wins():
-    cfg = composed("train", "rewards=[looks]", "model=shapes_unet")
+    cfg = composed("rewards=[looks]", "model=shapes_unet")
     assert list(cfg.rewards) == ["looks"]
     assert sorted(cfg.evaluation.rewards) == ["alignment", "looks", "preference"]
 
 
 def test_sdxl_brings_rewards_prompts_sampler_and_trainer():
-    cfg = composed("train", "model=sdxl")
+    cfg = composed("model=sdxl")
     assert list(cfg.rewards) == list(cfg.evaluation.rewards) == ["mps", "vqascore", "vila"]
     assert (cfg.prompts._target_, cfg.prompts.train.limit) == ("capo.data.prompts.split_sets", 100_000)
     # the paper, B.1 and B.2: DDIM, 50 steps, guidance 7.5; 256 pairs a step, 1000 steps of warm-up, 10 000 at
@@ -103,17 +98,15 @@ def test_sdxl_brings_rewards_prompts_sampler_and_trainer():
     for name, beta in cfg.model.beta.items():
         low, high = cfg.model.beta_range[name]
         assert low <= beta <= high
-    cfg = composed(
-        "train", "model=sdxl", "rewards=looks", "prompts=shapes", "trainer.warm_up=7", "objective=dpo"
-    )
+    cfg = composed("model=sdxl", "rewards=looks", "prompts=shapes", "trainer.warm_up=7", "objective=dpo")
     assert list(cfg.rewards) == ["looks"] and cfg.trainer.warm_up == 7 and cfg.objective.beta == 3000
 
 
 def test_each_objective_has_the_models_beta():
     for name in ("capo", "ipo", "dpo"):
-        cfg = composed("train", f"objective={name}")
+        cfg = composed(f"objective={name}")
         assert cfg.objective.beta == cfg.model.beta[name]
-    assert composed("train", "objective=sft").objective.beta is None
+    assert composed("objective=sft").objective.beta is None
 
 
 def test_environment_and_project_name_the_same_packages():
@@ -150,21 +143,21 @@ def test_code_from_a_runs_config_needs_trust(tmp_path):
     assert foreign_targets(own) == ["elsewhere.Scorer"] and foreign_targets(own, ["elsewhere"]) == []
     OmegaConf.save(own, tmp_path / "config.yaml", resolve=True)
     with pytest.raises(InputError, match="not a run directory"):
-        run_config(tmp_path / "missing", composed("evaluate"), [])
+        run_config(tmp_path / "missing", composed(name="evaluate"), [])
     with pytest.raises(InputError, match="not finished"):
-        run_config(tmp_path, composed("evaluate"), [])
+        run_config(tmp_path, composed(name="evaluate"), [])
     (tmp_path / "outcome.json").write_text("{}")
     with pytest.raises(InputError, match=r"trust=\[elsewhere\]"):
-        run_config(tmp_path, composed("evaluate"), [])
+        run_config(tmp_path, composed(name="evaluate"), [])
 
 
 def test_a_runs_own_config_counts_but_for_what_is_named(tmp_path):
     OmegaConf.save(
-        composed("train", "evaluation.images=3", "sampling.steps=7"), tmp_path / "config.yaml", resolve=True
+        composed("evaluation.images=3", "sampling.steps=7"), tmp_path / "config.yaml", resolve=True
     )
     (tmp_path / "outcome.json").write_text("{}")
     named = ["evaluation.images=5"]
-    own = run_config(tmp_path, composed("evaluate", *named), [f"run={tmp_path}", *named])
+    own = run_config(tmp_path, composed(*named, name="evaluate"), [f"run={tmp_path}", *named])
     assert own.evaluation.images == 5 and own.sampling.steps == 7
 
 
@@ -184,8 +177,8 @@ def test_threads_of_a_process(monkeypatch, given, processes, told, expected):
 
 
 def test_a_reward_that_is_trained_and_evaluated_is_built_once():
-    trained, evaluated, _ = all_rewards(composed("train", "rewards=[looks]"))
+    trained, evaluated, _ = all_rewards(composed("rewards=[looks]"))
     assert [reward.name for reward in evaluated] == ["alignment", "looks", "preference"]
     assert trained[0] is evaluated[1]
-    other = all_rewards(composed("train", "rewards=[looks]", "rewards.looks.scale=3"))
+    other = all_rewards(composed("rewards=[looks]", "rewards.looks.scale=3"))
     assert other[0][0] is not other[1][1]

@@ -8,7 +8,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.preflight import shortages as lacking
 from fixtures import ROOT
+from fixtures.configuration import composed
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
@@ -32,16 +32,12 @@ DENOISERS = {
 Usage = namedtuple("Usage", "total used free")
 
 
-def composed(*overrides: str, folder=Path("/nowhere")):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(
-            "train",
-            overrides=[f"run_dir={folder / 'run'}", f"pool.root={folder / 'pools'}", "plan=true", *overrides],
-        )
+def configured(*overrides: str, folder=Path("/nowhere")):
+    return composed(f"run_dir={folder / 'run'}", f"pool.root={folder / 'pools'}", "plan=true", *overrides)
 
 
 def planned(folder, *overrides: str) -> tuple[dict, str]:
-    return plan_of(composed(*overrides, folder=folder))
+    return plan_of(configured(*overrides, folder=folder))
 
 
 def plan_of(cfg) -> tuple[dict, str]:
@@ -156,7 +152,7 @@ def test_values_that_cannot_be_used_end_a_plan(tmp_path):
 
 
 def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():
-    cfg = composed(
+    cfg = configured(
         "rewards=[mps,vqascore,vila]",
         "rewards@evaluation.rewards=[pickscore]",
         "+rewards@validation.held_out=[clipscore]",
@@ -169,7 +165,7 @@ def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():
     assert found.everything == pytest.approx((4.42 + 45.84 + 3.94 + 1.71) * 1e9) and found.unknown == ["vila"]
     assert float32_rewards(cfg) == ["rewards.vqascore.scorer.precision"]
     half = reward_request(
-        composed(
+        configured(
             *(
                 f"{override}.scorer.precision=bfloat16"
                 for override in ("rewards.vqascore", "evaluation.rewards.vqascore")
@@ -183,7 +179,9 @@ def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():
 
 def test_held_out_rewards_score_the_validation_pool_with_the_trained_ones():
     held_out = "+rewards@validation.held_out=[vqascore]"
-    found = reward_request(composed("rewards=permissive", "rewards@evaluation.rewards=[pickscore]", held_out))
+    found = reward_request(
+        configured("rewards=permissive", "rewards@evaluation.rewards=[pickscore]", held_out)
+    )
     # clipscore 1.71, hpsv2 3.94, vqascore 45.84; one after the other in a validation
     assert found.pool == found.everything - 3.94e9 == pytest.approx(51.49e9) and found.validation == 45.84e9
 
@@ -199,11 +197,11 @@ def test_a_plan_reads_no_weights_of_rewards(tmp_path, monkeypatch):
     monkeypatch.setattr("capo.runtime.fingerprints.file_digest", refuse)
     names, folder = "[pickscore,vqascore]", f"rewards.pickscore.weights={tmp_path / 'weights'}"
     own, both = (f"rewards={names}", f"rewards@evaluation.rewards={names}", folder), 3.94e9 + 45.84e9
-    assert reward_request(composed(*own)).everything == pytest.approx(both + 3.94e9)
+    assert reward_request(configured(*own)).everything == pytest.approx(both + 3.94e9)
     same = (*own, f"evaluation.{folder}", "evaluation.rewards.pickscore.scale=2")
-    assert reward_request(composed(*same)).everything == pytest.approx(both)
+    assert reward_request(configured(*same)).everything == pytest.approx(both)
     other = (*same, "evaluation.rewards.vqascore.scorer.precision=bfloat16")
-    assert reward_request(composed(*other)).everything == pytest.approx(both + 22.92e9)
+    assert reward_request(configured(*other)).everything == pytest.approx(both + 22.92e9)
 
 
 def test_an_unknown_key_of_a_reward_ends_a_plan_with_its_name(tmp_path):
@@ -294,8 +292,8 @@ def test_sizes_of_published_sets_stand_in_for_what_is_not_read(tmp_path):
     assert plan["hours"]["images"] == 1_600_000 + 11 * 232 * 4 + 2 * 1400 * 4 + 64 * 4
     assert plan["hours"]["sampling"] is not None and plan["disk"]["pools"]["total"] is not None
     for choice, size in {"dpg": 1065, "geneval": 553}.items():  # whose files have to be given
-        assert prompt_counts(composed("model=sd3", f"prompts={choice}"))[0]["test"] == size
-    assert prompt_counts(composed("model=sdxl", "prompts.test.limit=200"))[0]["test"] == 200
+        assert prompt_counts(configured("model=sd3", f"prompts={choice}"))[0]["test"] == size
+    assert prompt_counts(configured("model=sdxl", "prompts.test.limit=200"))[0]["test"] == 200
 
 
 @pytest.mark.parametrize(("settings", "counts"), [

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -28,6 +27,7 @@ from capo.rewards import Reward
 from capo.training.validation import ValidationSet, WinRateValidation
 from conftest import brightness
 from fixtures import ROOT
+from fixtures.configuration import composed
 from fixtures.fake_backbone import FakeBackbone
 from fixtures.fake_rewards import Brightness
 
@@ -110,11 +110,6 @@ def test_steps_of_the_alarm_are_read_from_the_curves(tmp_path):
 ])  # fmt: skip
 def test_names_on_the_command_line_are_files_of_rewards(typed, read):
     assert grouped(["-m", typed]) == ["-m", read]
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", overrides=["run_dir=x", *overrides])
 
 
 def test_held_out_rewards_are_composed_and_a_trained_one_is_refused():

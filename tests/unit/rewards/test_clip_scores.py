@@ -4,15 +4,14 @@ import shutil
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from capo.errors import InputError
 from capo.rewards import load_rewards
 from capo.rewards.clip_scores import ClipScore, PickScore
-from fixtures.tiny_clip import CONF, SIDE, build_clip, by_hand, noise_images
+from fixtures.configuration import composed_rewards
+from fixtures.tiny_clip import SIDE, build_clip, by_hand, noise_images
 from fixtures.tiny_pipelines import CONTEXT
 
 IMAGES = noise_images(5)
@@ -29,19 +28,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def copied(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
-
-
-def composed(name, *overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(
-            "train",
-            overrides=[
-                "run_dir=/tmp/run",
-                f"rewards={name}",
-                f"rewards@evaluation.rewards={name}",
-                *overrides,
-            ],
-        )
 
 
 def cosines(folder):
@@ -219,9 +205,9 @@ def test_the_yaml_reaches_the_scorer_from_both_places(folder, name):
         for place in ("rewards", "evaluation.rewards")
         if name == "pickscore"
     ]
-    cfg = composed(name, *own)
+    own += [f"rewards={name}", f"rewards@evaluation.rewards={name}"]
     for place in ("rewards", "evaluation.rewards"):
-        (reward,) = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True), place)
+        (reward,) = composed_rewards(*own, place=place)
         assert reward.scorer["weights"] == str(folder) and reward.scorer["revision"] == reward.revision
         reward.setup("cpu")
         assert reward.score([Image.new("RGB", (20, 30), (250, 10, 10))], ["a red square"]).isfinite().all()

@@ -3,17 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards import load_rewards
 from capo.rewards.hpsv2 import FILE, HPSv2, fitted
-from fixtures.tiny_clip import CONF, SIDE, WIDTH, build_clip, noise_images
+from fixtures.configuration import composed_rewards
+from fixtures.tiny_clip import SIDE, WIDTH, build_clip, noise_images
 from fixtures.tiny_pipelines import CONTEXT
 
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -195,27 +193,10 @@ def test_an_odd_rest_is_larger_below_and_on_the_right():
     """White 8 x 5 stays as it is on 8 x 8: of three rows one is above."""
     found = fitted(Image.new("RGB", (8, 5), (255, 255, 255)), 8)[0].numpy()
     inside = (1 - MEAN[0]) / STD[0]
-    assert (np.abs(found - inside) < 1e-5).all(axis=1).tolist() == [
-        False,
-        True,
-        True,
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
+    white = [False, True, True, True, True, True, False, False]
+    assert (np.abs(found - inside) < 1e-5).all(axis=1).tolist() == white
     found = fitted(Image.new("RGB", (5, 8), (255, 255, 255)), 8)[0].numpy()
-    assert (np.abs(found - inside) < 1e-5).all(axis=0).tolist() == [
-        False,
-        True,
-        True,
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert (np.abs(found - inside) < 1e-5).all(axis=0).tolist() == white
 
 
 def test_without_smoothing_a_row_is_interpolated_from_its_four_neighbors():
@@ -361,17 +342,9 @@ def test_weights_that_are_nowhere(file, clip):
 
 
 def test_the_yaml_reaches_the_scorer(file, clip):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            overrides=[
-                "run_dir=/tmp/run",
-                "rewards=permissive",
-                f"rewards.hpsv2.weights={file}",
-                f"rewards.hpsv2.scorer.clip={clip}",
-            ],
-        )
-    clipscore, hpsv2 = load_rewards(OmegaConf.to_container(cfg.rewards, resolve=True))
+    clipscore, hpsv2 = composed_rewards(
+        "rewards=permissive", f"rewards.hpsv2.weights={file}", f"rewards.hpsv2.scorer.clip={clip}"
+    )
     assert (clipscore.license, hpsv2.license) == ("MIT", "Apache-2.0")
     assert hpsv2.scale == 100 and clipscore.scale == 1  # both then in hundredths of a cosine
     hpsv2.setup("cpu")

@@ -7,17 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from capo.errors import InputError
-from capo.rewards import load_rewards
 from capo.rewards.hpsv3 import FILE, HPSv3, asked, from_published, head
+from fixtures.configuration import composed_rewards
 from fixtures.patches import cut
-from fixtures.tiny_clip import CONF, noise_images
+from fixtures.tiny_clip import noise_images
 
 
 def sized(width, height, seed):
@@ -383,17 +381,9 @@ def test_a_base_that_is_nowhere(made):
 
 
 def test_the_yaml_reaches_the_scorer(made, scorer):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            overrides=[
-                "run_dir=/tmp/run",
-                "rewards=hpsv3",
-                f"rewards.hpsv3.weights={made[1].parent}",
-                f"rewards.hpsv3.scorer.base={made[0]}",
-            ],
-        )
-    (reward,) = load_rewards(OmegaConf.to_container(cfg.rewards, resolve=True))
+    (reward,) = composed_rewards(
+        "rewards=hpsv3", f"rewards.hpsv3.weights={made[1].parent}", f"rewards.hpsv3.scorer.base={made[0]}"
+    )
     assert reward.needs_prompt and reward.scorer["precision"] == "float32"
     reward.setup("cpu")
     assert torch.equal(reward.score(IMAGES[:2], PROMPTS[:2]), scorer(IMAGES[:2], PROMPTS[:2]))

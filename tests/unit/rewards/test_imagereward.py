@@ -3,16 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards import load_rewards
 from capo.rewards.imagereward import FILE, ImageReward, fitted, from_published, network
-from fixtures.tiny_clip import CONF, noise_images
+from fixtures.configuration import composed_rewards
+from fixtures.tiny_clip import noise_images
 
 IMAGES = noise_images(5)
 PROMPTS = ["a red square", "The blue CIRCLE, of the square zebra", "a red square", "", "red blue " * 30]
@@ -369,17 +367,11 @@ def test_weights_and_tokenizer_that_are_nowhere_or_another_models(file, bert, tm
 
 
 def test_the_yaml_reaches_the_scorer(file, bert, scorer):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            overrides=[
-                "run_dir=/tmp/run",
-                "rewards=imagereward",
-                f"rewards.imagereward.weights={file.parent}",
-                f"rewards.imagereward.scorer.bert={bert}",
-            ],
-        )
-    (reward,) = load_rewards(OmegaConf.to_container(cfg.rewards, resolve=True))
+    (reward,) = composed_rewards(
+        "rewards=imagereward",
+        f"rewards.imagereward.weights={file.parent}",
+        f"rewards.imagereward.scorer.bert={bert}",
+    )
     assert reward.needs_prompt and reward.license == "Apache-2.0"
     reward.setup("cpu")
     assert torch.equal(reward.score(IMAGES, PROMPTS), scorer(IMAGES, PROMPTS))

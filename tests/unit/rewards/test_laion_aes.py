@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from capo.errors import InputError
-from capo.rewards import load_rewards
 from capo.rewards.laion_aes import FILE, LaionAesthetics, linear_stack
-from fixtures.tiny_clip import CONF, WIDTH, build_clip, by_hand, noise_images
+from fixtures.configuration import composed_rewards
+from fixtures.tiny_clip import WIDTH, build_clip, by_hand, noise_images
 
 IMAGES = noise_images(5)
 PROMPTS = ["a red square", "", "a", "b", ""]
@@ -158,17 +156,11 @@ def test_a_batch_of_nothing(file, clip):
 
 
 def test_the_yaml_reaches_the_scorer(file, clip):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            overrides=[
-                "run_dir=/tmp/run",
-                "rewards=laion_aes",
-                f"rewards.laion_aes.weights={file.parent}",
-                f"rewards.laion_aes.scorer.clip={clip}",
-            ],
-        )
-    (reward,) = load_rewards(OmegaConf.to_container(cfg.rewards, resolve=True))
+    (reward,) = composed_rewards(
+        "rewards=laion_aes",
+        f"rewards.laion_aes.weights={file.parent}",
+        f"rewards.laion_aes.scorer.clip={clip}",
+    )
     assert not reward.needs_prompt and reward.scorer["weights"] == str(file.parent)
     reward.setup("cpu")
     assert torch.equal(reward.score(IMAGES, PROMPTS), LaionAesthetics(str(file), clip=clip)(IMAGES, PROMPTS))

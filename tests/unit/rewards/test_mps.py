@@ -2,15 +2,13 @@ import math
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards import load_rewards
 from capo.rewards.mps import CONDITION, MPS, CrossModel, attended_words
-from fixtures.tiny_clip import CONF, WIDTH, build_clip, by_hand, noise_images
+from fixtures.configuration import composed_rewards
+from fixtures.tiny_clip import WIDTH, build_clip, by_hand, noise_images
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
 IMAGES = noise_images(5)
@@ -291,12 +289,9 @@ def test_the_yaml_reaches_the_scorer_and_a_weight_that_is_no_number_is_named(wri
     )
     places, keys = ("rewards", "evaluation.rewards"), (f"weights={weights}", f"scorer.clip={clip_folder}")
     own = [f"{place}.mps.{key}" for place in places for key in keys]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train", overrides=["run_dir=/tmp/run", "rewards=mps", "rewards@evaluation.rewards=mps", *own]
-        )
+    own += ["rewards=mps", "rewards@evaluation.rewards=mps"]
     for place in places:
-        (reward,) = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True), place)
+        (reward,) = composed_rewards(*own, place=place)
         reward.setup("cpu")
         with pytest.raises(InputError, match=r'image 0 \("a red square"\): reward \'mps\' is nan'):
             reward.score(IMAGES, PROMPTS)

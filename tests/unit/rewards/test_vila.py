@@ -12,14 +12,14 @@ import venv
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from capo.cli.run_config import differences, foreign_targets
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
 from capo.rewards.vila import VILA
-from fixtures.tiny_clip import CONF, noise_images
+from fixtures.configuration import composed
+from fixtures.tiny_clip import noise_images
 
 # what the adapter uses of tensorflow; a model's folder says in saved_model.pb what it answers
 TENSORFLOW = '''
@@ -124,14 +124,13 @@ def model(tmp_path):
 
 
 @functools.cache
-def composed():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=["run_dir=/tmp/run", "rewards=vila"])
+def shipped():
+    return composed("rewards=vila")
 
 
 def vila(**changes):
     """`rewards` of the configuration, with these keys of the reward in the place of its own."""
-    cfg = composed().copy()
+    cfg = shipped().copy()
     cfg.rewards.vila.update(changes)
     return OmegaConf.to_container(cfg.rewards, resolve=True)
 

@@ -5,15 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 
 from capo.errors import InputError
-from capo.rewards import Reward, load_rewards
+from capo.rewards import Reward
 from capo.rewards.clip_flant5 import own_name
 from capo.rewards.vqascore import BEFORE, VQAScore, geometric_mean, squared, without_end
-from fixtures.tiny_clip import CONF, SIDE, noise_images
+from fixtures.configuration import composed_rewards
+from fixtures.tiny_clip import SIDE, noise_images
 from fixtures.tiny_flant5 import build_flant5, t5_values, write_files
 
 IMAGES = noise_images(5)
@@ -373,13 +372,9 @@ def test_the_yaml_reaches_the_scorer_from_both_places(folders):
             f"scorer.tower={folders.tower}",
         )
     ]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            overrides=["run_dir=/tmp/run", "rewards=vqascore", "rewards@evaluation.rewards=vqascore", *own],
-        )
+    own += ["rewards=vqascore", "rewards@evaluation.rewards=vqascore"]
     for place in places:
-        (reward,) = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True), place)
+        (reward,) = composed_rewards(*own, place=place)
         reward.setup("cpu")
         yes, end = by_hand(folders, IMAGES[0], PROMPTS[0])
         assert reward.score(IMAGES[:1], PROMPTS[:1]).item() == pytest.approx(math.sqrt(yes * end), rel=1e-4)

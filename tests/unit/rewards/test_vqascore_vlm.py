@@ -5,17 +5,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from capo.errors import InputError
-from capo.rewards import load_rewards
 from capo.rewards.vqascore_vlm import VQAScoreVLM
+from fixtures.configuration import composed_rewards
 from fixtures.patches import cut
-from fixtures.tiny_clip import CONF, noise_images
+from fixtures.tiny_clip import noise_images
 
 IMAGES = noise_images(5)
 PROMPTS = [
@@ -320,17 +318,8 @@ def test_what_is_refused_before_loading(setting, message):
 def test_the_yaml_reaches_the_scorer_from_both_places(folder, scorer):
     places = ("rewards", "evaluation.rewards")
     own = [f"{place}.vqascore_vlm.weights={folder}" for place in places]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            overrides=[
-                "run_dir=/tmp/run",
-                "rewards=vqascore_vlm",
-                "rewards@evaluation.rewards=vqascore_vlm",
-                *own,
-            ],
-        )
+    own += ["rewards=vqascore_vlm", "rewards@evaluation.rewards=vqascore_vlm"]
     for place in places:
-        (reward,) = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, place), resolve=True), place)
+        (reward,) = composed_rewards(*own, place=place)
         reward.setup("cpu")
         assert torch.equal(reward.score(IMAGES, PROMPTS), scorer(IMAGES, PROMPTS))

@@ -3,11 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import spearmanr
 
+from capo.cli.compose import composed
 from capo.cli.resolvers import shipped
 from capo.errors import InputError
 from capo.rewards import load_rewards
@@ -19,7 +19,6 @@ from capo.shapes.rating import rating
 from capo.shapes.render import render
 from capo.shapes.rewards import AlignmentScorer, LooksScorer, PreferenceScorer
 from capo.shapes.scenes import realize
-from fixtures import ROOT
 
 WEIGHTS = Path(shipped("rewards"))
 SCORERS = {"alignment": AlignmentScorer, "looks": LooksScorer, "preference": PreferenceScorer}
@@ -98,9 +97,7 @@ def test_what_cannot_be_judged_is_refused(scorers, tmp_path):
 
 @pytest.mark.parametrize("package", ["rewards", "evaluation.rewards"])
 def test_the_config_group_brings_three_rewards(package):
-    folder = ROOT / "conf"
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        cfg = compose(overrides=[f"+rewards@{package}=shapes"])
+    cfg = composed(None, [f"+rewards@{package}=shapes"])
     rewards = load_rewards(OmegaConf.to_container(OmegaConf.select(cfg, package), resolve=True))
     assert [reward.name for reward in rewards] == ["alignment", "looks", "preference"]
     assert [reward.link for reward in rewards] == ["log", "identity", "identity"]

@@ -6,14 +6,13 @@ Paths, patterns, folders, the hub's cache, and what a configuration may say of t
 import httpx
 import pytest
 from huggingface_hub import errors
-from hydra import compose, initialize_config_dir
 
 from capo.cli.build import prompt_splits
 from capo.data.prompts import missing_inputs
 from capo.data.prompts.sources import source_of
 from capo.errors import InputError
 from capo.runtime import hub
-from fixtures import ROOT
+from fixtures.configuration import composed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -158,11 +157,6 @@ def test_what_the_hub_answers_becomes_a_remedy(monkeypatch, kind, message):
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     with pytest.raises(InputError, match=f"prompts.test: .*{message}"):
         source_of("test", {"hub": "owner/name", "file": "a.csv"}).files()
-
-
-def composed(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", overrides=["run_dir=/tmp/run", *overrides])
 
 
 def test_missing_inputs_are_named_with_what_they_are():
