@@ -16,6 +16,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # Lightning's name of a mixed precision -> autocast's dtype
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+AUTOCAST = {"32-true": None, **HALVES}  # all precisions; None: no autocast
+PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # layers whose weights autocast casts to half precision
 
 
 def frozen_reference(denoiser: Network, precision: str) -> Network:
@@ -45,7 +47,7 @@ def half_stored(denoiser: Network, precision: str) -> Network:
     The denoiser is changed in place and returned; without autocast nothing changes.
     """
     for module in denoiser.modules() if precision in HALVES else ():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        if isinstance(module, PRODUCTS):
             module.to(HALVES[precision])
     return denoiser
 
@@ -58,10 +60,6 @@ def named_dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise InputError(f"model dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-# Lightning's name of a precision -> autocast's dtype; None: no autocast
-AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from capo.backbones.base import Backbone
 from capo.backbones.lora import has_adapter, merged
 from capo.backbones.models import Denoiser
+from capo.backbones.precision import cpu_copy
 from capo.runtime.files import fresh_folder
 
 
@@ -36,7 +37,7 @@ def in_float32(module: nn.Module) -> nn.Module:
     """Return the module itself if it is float32 throughout, else a float32 copy on the CPU."""
     if all(p.dtype == torch.float32 for p in module.parameters() if p.is_floating_point()):
         return module
-    return copy.deepcopy(module).to("cpu").float()
+    return cpu_copy(module).float()
 
 
 def _drop_origins(folder: Path) -> None:

@@ -33,8 +33,7 @@ from capo.preflight.model_check import (
 from capo.preflight.plan import make_plan
 from capo.preflight.requests import Request
 from capo.preflight.step_check import check_steps, step_batch, take_steps
-
-CHECKS = "check.json"
+from capo.runtime.run_folder import CHECK
 
 
 def run_checks(
@@ -69,10 +68,9 @@ def run_checks(
     captions = [caption for _, caption in known]
     checks = [vae, *check_base(cfg, backbone, latents, captions, folder)]
     checks += check_training(cfg, request, module_of(cfg, backbone), latents, captions)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_checks(checks, folder / CHECKS)
+    write_checks(checks, folder / CHECK)
     console.print(check_table(checks))
-    console.print(f"{folder / CHECKS}; sample image in {folder / 'check'}")
+    console.print(f"{folder / CHECK}; sample image in {folder / 'check'}")
     if failed := [check.name for check in checks if not check.passed]:
         raise InputError(
             f"check=true: {len(failed)} of {len(checks)} failed: {', '.join(failed)}; the table "

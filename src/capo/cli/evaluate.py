@@ -19,25 +19,30 @@ from capo.data.generation import ImageGenerator
 from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
+from capo.runtime.run_folder import EVALUATION, METRICS, POLICY
 
 console = Console()
+
+
+def tuned_generator(components: Components, policy: Path) -> ImageGenerator:
+    """Generator that samples from an exported policy with the settings of the base's generator."""
+    backbone, settings = components.backbone, components.generator.settings
+    return ImageGenerator(
+        backbone,
+        load_policy(backbone, policy, settings.precision),
+        policy_fingerprint(backbone, policy),
+        settings,
+    )
 
 
 def evaluate_policy(
     cfg: DictConfig, components: Components, policy: Path, folder: Path, curves: Path | None = None
 ) -> dict:
     """Evaluate an exported policy against the base into `folder`; see `capo.evaluation.evaluate.evaluate`."""
-    backbone, settings = components.backbone, components.generator.settings
-    tuned = ImageGenerator(
-        backbone,
-        load_policy(backbone, policy, settings.precision),
-        policy_fingerprint(backbone, policy),
-        settings,
-    )
     return evaluate(
         folder,
         components.pool_specs["test"],
-        tuned,
+        tuned_generator(components, policy),
         components.evaluation_rewards,
         zero=components.pool_specs["zero"],
         oracle=components.oracle,
@@ -59,9 +64,9 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     return evaluate_policy(
         own,
         build_components(own, watching=False),
-        folder / "policy",
-        folder / "evaluation",
-        curves=folder / "metrics.csv",
+        folder / POLICY,
+        folder / EVALUATION,
+        curves=folder / METRICS,
     )
 
 

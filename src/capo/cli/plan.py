@@ -32,8 +32,8 @@ from capo.rewards import Reward, load_rewards
 from capo.runtime.files import write_whole
 from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.optimizers import check_optimizer
+from capo.runtime.run_folder import CHECKPOINTS, PLAN, POLICY
 
-PLAN = "plan.json"
 REWARD_PLACES = ("rewards", "evaluation.rewards", "validation.held_out")
 
 
@@ -55,7 +55,7 @@ def blueprint_of(cfg: DictConfig) -> Blueprint:
     return from_folder(there, family, **options) if there else published(name, family, **options)
 
 
-def training_request(cfg: DictConfig, blueprint: Blueprint) -> TrainingRequest:
+def training_request(cfg: DictConfig) -> TrainingRequest:
     """Training request for as many devices as the launcher started or the configuration names."""
     trainer, needs = cfg.trainer, requirements(built(cfg.objective))
     devices = max(launch().world_size, (device_count(trainer.devices) or 1) * trainer.num_nodes)
@@ -187,7 +187,7 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
     itemsize = DTYPES[cfg.model.backbone.get("dtype", "float32")].itemsize
     return Request(
         blueprint,
-        training_request(cfg, blueprint),
+        training_request(cfg),
         drawing,
         pool_requests(cfg, counts),
         itemsize,
@@ -214,7 +214,7 @@ def room_findings(cfg: DictConfig, request: Request) -> list[Shortage]:
     for name, (seed, split) in seeds.items():
         need = space["pools"].get(name) or 0
         pools += max(0, need - folder_bytes(*root.glob(f"{cfg.model.name}-*-{seed}-{split}")))
-    written = folder_bytes(run / "checkpoints", run / "policy")
+    written = folder_bytes(run / CHECKPOINTS, run / POLICY)
     found = disk_findings({root: pools, run: max(0, space["run"]["total"] - written)})
     return found + certain_memory(request.model_states(request.training.shards), cfg.trainer.accelerator)
 

@@ -19,8 +19,9 @@ from capo.evaluation.reports.calibration_page import print_report, write_report
 from capo.evaluation.reports.calibration_report import calibration_report
 from capo.pairs import Strategy
 from capo.rewards import Reward
+from capo.runtime.run_folder import CALIBRATION
 
-POOL_FOLDER, RUN_FOLDER = "report", "calibration"  # folder of the report in a pool, and in a run directory
+POOL_FOLDER = "report"  # folder of the report in a pool
 
 
 def check_scored(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward]) -> None:
@@ -66,7 +67,7 @@ def report_run(
     """Write the report of a run's training pairs to `run`/calibration; return its warnings."""
     report = _report(data, candidates.scores, candidates.calibrated, candidates.selection, strategy, method)
     return write_report(
-        run / RUN_FOLDER, f"Calibration of {data.pool.folder.name}", report, {"calibration": method}
+        run / CALIBRATION, f"Calibration of {data.pool.folder.name}", report, {"calibration": method}
     )
 
 

@@ -129,7 +129,7 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
         stored, capo = _read(folder)
         old = plain(stored)
         before, after = old["trainer"]["max_steps"], new["trainer"]["max_steps"]
-        longer = isinstance(before, int) and isinstance(after, int) and after > before
+        longer = _longer(before, after)
         if longer:
             old["trainer"]["max_steps"] = after
         if found := differences(old, new):
@@ -153,7 +153,12 @@ def is_finished(folder: Path, cfg: DictConfig) -> bool:
     if not (folder / OUTCOME).is_file():
         return False
     before, after = read_config(folder).trainer.max_steps, cfg.trainer.max_steps
-    return not (isinstance(before, int) and isinstance(after, int) and after > before)
+    return not _longer(before, after)
+
+
+def _longer(before: object, after: object) -> bool:
+    """Whether `after` asks for more steps than `before`; a value that is no number of steps does not."""
+    return isinstance(before, int) and isinstance(after, int) and after > before
 
 
 def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from capo.cli.messages import disk_fault, was_interrupted
-from capo.cli.plan import PLAN
 from capo.errors import InputError
 from capo.evaluation.reports.sweep_page import (
     ORACLE,
@@ -32,9 +31,8 @@ from capo.evaluation.reports.sweep_page import (
 )
 from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
-from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, RESULTS, read_outcome
+from capo.runtime.run_folder import CONFIG, ERROR, EVALUATION, OUTCOME, PLAN, RESULTS, read_outcome
 
-ERROR = "error.txt"  # in the directory of a failed job
 FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
 TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
 PLANS = "plans.csv"  # table of a multirun with plan=true; sweep.csv of the runs may lie beside it

@@ -16,17 +16,16 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from capo.backbones import Backbone
-from capo.backbones.export import export_policy, load_policy, policy_fingerprint
+from capo.backbones.export import export_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card
 from capo.cli.build import Components, build_components, target_name, training_data
-from capo.cli.evaluate import evaluate_policy
+from capo.cli.evaluate import evaluate_policy, tuned_generator
 from capo.cli.process import prepare_process
-from capo.cli.report import RUN_FOLDER, report_run
+from capo.cli.report import report_run
 from capo.cli.run_config import Progress, open_run
 from capo.cli.sweep import found_figures
 from capo.cli.values import plain
 from capo.data.dataset import ENCODE
-from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut, alarms
 from capo.evaluation.reports.calibration_page import print_warnings
@@ -36,7 +35,18 @@ from capo.runtime.hub import push
 from capo.runtime.launch import Division, divide, launch
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
 from capo.runtime.processes import leave_group, process_group, run_on_first_process
-from capo.runtime.run_folder import EVALUATION, MONITOR, POLICY, POOLS, RESULTS, read_outcome, write_outcome
+from capo.runtime.run_folder import (
+    CALIBRATION,
+    EVALUATION,
+    METRICS,
+    MONITOR,
+    POLICY,
+    POOLS,
+    RESULTS,
+    VALIDATION,
+    read_outcome,
+    write_outcome,
+)
 from capo.training.checkpoints import load_best
 from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData
@@ -174,14 +184,14 @@ def tune(
     # before any image is generated, since it refuses a wrong objective or beta
     module = module_of(cfg, components.backbone)
     strategy = instantiate(cfg.pairs)
-    validation = validation_of(cfg, components, folder / "validation")
+    validation = validation_of(cfg, components, folder / VALIDATION)
     data = training_data(cfg, components)
     candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
     facts = facts_of(cfg, module) | {"data": data.described}
     print_summary(facts, candidates, module, console)
     found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
     print_warnings(found, console)
-    console.print(f"calibration report: {folder / RUN_FOLDER}", markup=False, soft_wrap=True)
+    console.print(f"calibration report: {folder / CALIBRATION}", markup=False, soft_wrap=True)
     if warning := beta_warning(
         facts["objective"], module.beta, dict(cfg.model.beta_range or {}), cfg.model.name
     ):
@@ -222,27 +232,20 @@ def finish(
     """Export the policy to `folder`/policy, and write outcome.json, which marks the run as finished."""
     card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)
     policy = export_policy(
-        components.backbone, module.policy, folder / "policy", card, full=cfg.export == "full"
+        components.backbone, module.policy, folder / POLICY, card, full=cfg.export == "full"
     )
     outcome = {
         MONITOR: win_rate,
         "policy": policy_fingerprint(components.backbone, policy),
         "card": dataclasses.asdict(card),
     }
-    write_outcome(
-        folder, outcome | ({"alarms": alarms(folder / "metrics.csv")} if components.held_out else {})
-    )
+    write_outcome(folder, outcome | ({"alarms": alarms(folder / METRICS)} if components.held_out else {}))
 
 
 def draw_for_evaluation(components: Components, policy: Path, folder: Path) -> None:
     """Generate and score missing images of the evaluation in `folder`, while the first process evaluates."""
-    backbone, base, test = components.backbone, components.generator, components.pool_specs["test"]
-    tuned = ImageGenerator(
-        backbone,
-        load_policy(backbone, policy, base.settings.precision),
-        policy_fingerprint(backbone, policy),
-        base.settings,
-    )
+    base, test = components.generator, components.pool_specs["test"]
+    tuned = tuned_generator(components, policy)
     judges = [*components.evaluation_rewards, *components.oracle]
     GeneratedImages.fill(test, base, judges, progress=False)
     GeneratedImages.fill(components.pool_specs["zero"], base, components.evaluation_rewards, progress=False)
@@ -254,11 +257,11 @@ def evaluate_run(cfg: DictConfig, components: Components, folder: Path) -> None:
 
     All processes generate images, each those that no other has generated; the first one evaluates.
     """
-    policy = folder / "policy"
+    policy = folder / POLICY
     if not launch().first:
-        draw_for_evaluation(components, policy, folder / "evaluation")
+        draw_for_evaluation(components, policy, folder / EVALUATION)
         return
-    found = evaluate_policy(cfg, components, policy, folder / "evaluation", curves=folder / "metrics.csv")
+    found = evaluate_policy(cfg, components, policy, folder / EVALUATION, curves=folder / METRICS)
     write_card(
         components.backbone,
         policy,

@@ -27,8 +27,6 @@ from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
 from capo.runtime.threads import BATCHES, OPERATIONS
 
 MISSING = "???"  # mandatory value that is not given; reported by the code that needs it
-# weights stored in half precision would lose updates of 1e-5
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
@@ -135,7 +133,8 @@ TABLE: dict[str, Rule] = {
     "trainer.warm_up": whole(0),
     "trainer.gradient_clip": optional(number(above=0)),
     "trainer.max_bad_steps": whole(1),
-    "trainer.precision": one_of(PRECISIONS),
+    # none in which weights are stored in half precision: it would lose updates of 1e-5
+    "trainer.precision": one_of(list(AUTOCAST)),
     "trainer.accelerator": one_of(ACCELERATORS),
     "trainer.devices": Rule("a number of devices (-1: all), a list of their numbers, or auto", _are_devices),
     "trainer.strategy": one_of(STRATEGIES),

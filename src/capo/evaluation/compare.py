@@ -15,7 +15,7 @@ from capo.data.pool import Pool
 from capo.errors import InputError
 from capo.evaluation.statistics import bootstrap_interval
 from capo.metrics import win_rate
-from capo.runtime.run_folder import EVALUATION, RESULTS
+from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS, SETTINGS
 
 # settings of the evaluation that two runs must share to be compared head to head
 SAME = ("prompts", "seed", "images_per_prompt", "rewards")
@@ -28,8 +28,8 @@ def run_folders(runs: str | Sequence[str]) -> list[Path]:
     none.
     """
     folders = [Path(runs)] if isinstance(runs, str) else [Path(run) for run in runs]
-    if len(folders) == 1 and not (folders[0] / "config.yaml").is_file():
-        jobs = [path.parent for path in folders[0].glob("*/config.yaml")]
+    if len(folders) == 1 and not (folders[0] / CONFIG).is_file():
+        jobs = [path.parent for path in folders[0].glob(f"*/{CONFIG}")]
         jobs.sort(key=lambda job: (len(job.name), job.name))  # 2 before 10
         folders = [job for job in jobs if (job / EVALUATION / RESULTS).is_file()]
         if jobs and not folders:
@@ -76,7 +76,7 @@ def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
 
 def _policy_pool(folder: Path, settings: Mapping) -> Pool:
     """Open the pool of the finished evaluation; pools of another policy or seed may lie beside it."""
-    for path in sorted((folder / EVALUATION / "pool").glob("*/manifest.json")):
+    for path in sorted((folder / EVALUATION / POOLS).glob("*/manifest.json")):
         pool = Pool.open(path.parent)
         if (pool.manifest.generator, pool.manifest.seed) == (settings["policy_generator"], settings["seed"]):
             return pool
@@ -95,7 +95,7 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
     Raises:
         InputError: the two were evaluated with different prompts, seeds, numbers of images or rewards.
     """
-    settings = [_read(folder, "settings.json") for folder in (first, second)]
+    settings = [_read(folder, SETTINGS) for folder in (first, second)]
     if differing := [key for key in SAME if settings[0][key] != settings[1][key]]:
         raise InputError(
             f"{first} and {second} were evaluated with different {', '.join(differing)}; "

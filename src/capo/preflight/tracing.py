@@ -20,11 +20,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from capo.backbones.lora import add_lora
 from capo.backbones.models import Denoiser
-from capo.backbones.precision import HALVES, half_stored
+from capo.backbones.precision import HALVES, PRODUCTS, half_stored
 from capo.preflight.architecture import Blueprint
 
 Adapter = tuple[tuple[str, Any], ...]  # sorted items of a LoRA's settings
-PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # layers whose weights autocast casts to half precision
 # Autocast computes these in float32 on a GPU, but not on a CPU.
 IN_FLOAT32 = (F.group_norm, F.layer_norm, F.softmax)
 
@@ -146,17 +145,6 @@ def _imagined(module: nn.Module, precision: str, gpu: bool) -> Iterator[None]:
         yield
 
 
-def _cast(arguments: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """Cast the floating-point tensors among the arguments, nested dicts included, to `dtype`."""
-
-    def one(value: object) -> object:
-        if isinstance(value, dict):
-            return _cast(value, dtype)
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: one(value) for name, value in arguments.items()}
-
-
 def adapter_of(lora: Mapping[str, Any] | None) -> Adapter | None:
     """Convert {rank, alpha, seed, targets} to a hashable value, under which results can be cached."""
     return (
@@ -184,7 +172,7 @@ def denoiser_forward(blueprint: Blueprint, precision: str, gpu: bool) -> Forward
     # Stored in half precision, because autocast's copies of weights do not scale with the number of images.
     denoiser = half_stored(blueprint.module(blueprint.denoiser_name).requires_grad_(False), precision)
     with _imagined(denoiser, precision, gpu):
-        arguments = _cast(blueprint.inputs(1), torch.float32)
+        arguments = blueprint.inputs(1)
         return _measured(denoiser, lambda: denoiser(**arguments, return_dict=False))
 
 
@@ -238,7 +226,7 @@ def activation_bytes(
         own = [*policy.parameters(), *policy.buffers()]
         kept = Kept(own)
         with kept.watch():
-            policy(**_cast(blueprint.inputs(images), torch.float32), return_dict=False)
+            policy(**blueprint.inputs(images), return_dict=False)
     return kept.bytes + (max(max(blocks, default=0), cast_bytes(policy, precision)) if checkpointing else 0)
 
 

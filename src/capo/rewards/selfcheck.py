@@ -265,7 +265,6 @@ def write_golden(path: Path, reward: Reward, scores: Tensor, device: torch.devic
         "prompts": PROMPTS,
         "scores": scores.tolist(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=2) + "\n")
 
 

@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -92,7 +93,7 @@ def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
 
 def check_checkpoint(
     path: Path, module: nn.Module, names: Collection[str] | None = None, base: str | None = None
-) -> None:
+) -> dict[str, Any]:
     """Check that the checkpoint at `path` can be read and fits `module`, before a run resumes from it.
 
     Args:
@@ -101,6 +102,9 @@ def check_checkpoint(
         names: entries of the module's state dict that the checkpoint must hold; None: all of them.
         base: fingerprint of the base weights that this run tunes; None: not compared. It detects base weights
             that were replaced under the same name since the checkpoint was written.
+
+    Returns:
+        The checkpoint, whose tensors are mapped from the file.
 
     Raises:
         InputError: the checkpoint cannot be read, was tuned from another base, or has other tensors.
@@ -126,3 +130,4 @@ def check_checkpoint(
             f"{path} is a checkpoint of another model ({len(other)} of {len(own)} tensors do not match, "
             f"the first is {other[0]}); configure the model of that run, or choose another hydra.run.dir"
         )
+    return checkpoint

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -17,7 +16,7 @@ from capo.backbones import Backbone
 from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
-from capo.runtime.run_folder import MONITOR
+from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
 from capo.training.loader import PreferenceData
 from capo.training.loggers import Curves, CurvesFile
@@ -47,15 +46,15 @@ def _plugins(here: Launch) -> list[Any]:
 
 def _last_step(last: Path, module: PreferenceModule) -> int:
     """Step of the checkpoint that training resumes from. Raises InputError if it is of another model."""
-    check_checkpoint(last, module, module.trained_names(), module.backbone.fingerprints["denoiser"])
-    return torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    base = module.backbone.fingerprints["denoiser"]
+    return check_checkpoint(last, module, module.trained_names(), base)["global_step"]
 
 
 def _best_and_last(validation: WinRateValidation, folder: Path) -> ValidatedCheckpoint:
     """Callback that keeps the last checkpoint and the one with the highest validation win-rate."""
     return ValidatedCheckpoint(
         validation,
-        folder / "checkpoints",
+        folder / CHECKPOINTS,
         filename="{step:06d}",
         monitor=MONITOR,
         mode="max",
@@ -96,7 +95,7 @@ def fit(
         InputError: the last checkpoint does not fit the module, or no validation took place.
     """
     here = launch()
-    last = folder / "checkpoints" / "last.ckpt"
+    last = folder / CHECKPOINTS / LAST
     begun = last.is_file()
     step = _last_step(last, module) if begun else 0
     for logger in loggers:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from capo.module import PreferenceModule
 from capo.runtime.files import write_table, write_whole
+from capo.runtime.run_folder import METRICS
 
 FLUSH = 50  # rows collected in memory before the file is written
 
@@ -34,7 +35,7 @@ class CurvesFile(Logger):
 
     def __init__(self, folder: str | Path):
         super().__init__()
-        self.path = Path(folder) / "metrics.csv"
+        self.path = Path(folder) / METRICS
         self.rows: list[dict[str, Any]] = []
         if self.path.is_file():
             with self.path.open(encoding="utf-8", newline="") as file:
