@@ -114,16 +114,23 @@ class TimedModule(PreferenceModule):
                     block._compiled_call_impl = None
 
 
+def configured(model: str) -> dict[str, Any]:
+    """Arguments of PreferenceModule as in the model's configuration, but for a learning rate of 0."""
+    known = MODELS[model]
+    return {
+        "objective": partial(capo, beta=known["beta"]),
+        "lr": 0.0,
+        "warm_up": 1,
+        "weighting": Weighting("sigmoid", known["bias"]),
+        "draw": known["draw"],
+    }
+
+
 def make_module(model: str, backbone: Backbone, lora: bool) -> TimedModule:
     """Module as in the model's configuration: capo, sigmoid weighting, gradient clipping at 1."""
-    known = MODELS[model]
     return TimedModule(
         backbone,
-        partial(capo, beta=known["beta"]),
-        lr=0.0,
-        warm_up=1,
-        weighting=Weighting("sigmoid", known["bias"]),
-        draw=known["draw"],
+        **configured(model),
         lora=LORA if lora else None,
         gradient_clip=1.0,
         execution=Execution(PRECISION, half_frozen=True),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.full_steps import MODELS as KNOWN
+from benchmarks.full_steps import configured
 from benchmarks.machine import facts, release
 from benchmarks.random_models import (
     MODELS,
@@ -34,8 +34,8 @@ from capo.backbones.parallel import compile_blocks
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import prepare_process
 from capo.data.prompts import make_prompt
-from capo.module import Execution, PreferenceModule, Weighting
-from capo.objectives import capo, margin
+from capo.module import Execution, PreferenceModule
+from capo.objectives import margin
 from capo.runtime.batching import FittingBatch
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -45,17 +45,9 @@ PRINTED = ("status", "passed", "found")
 def first_margin(model: str, precision: str, compiled: bool, device: torch.device) -> Row:
     """Largest |h| of a first batch, which is 0 where policy and reference compute alike."""
     blueprint = sized_blueprint(model, TINY)
-    name, known = blueprint.denoiser_name, KNOWN[model]
+    name = blueprint.denoiser_name
     base = random_backbone(model, {name: random_module(blueprint, name, device)})
-    module = PreferenceModule(
-        base,
-        partial(capo, beta=known["beta"]),
-        lr=0.0,
-        warm_up=1,
-        weighting=Weighting("sigmoid", known["bias"]),
-        draw=known["draw"],
-        execution=Execution(precision),
-    )
+    module = PreferenceModule(base, **configured(model), execution=Execution(precision))
     module.policy.to(device)
     with module.reference() as reference:
         networks = (module.policy, reference.to(device))

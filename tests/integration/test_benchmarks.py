@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ def printed(capsys):
         return capsys.readouterr().out
 
     return run
+
+
+def tiny(model: str, file: Path) -> list[str]:
+    """Arguments of a benchmark of full size on the tiny model, whose figures go to `file`."""
+    return [*f"--size tiny --device cpu --model {model} --rounds 1 --results".split(), str(file)]
 
 
 def rates(table: str, unit: str) -> dict[str, tuple[float, float]]:
@@ -106,18 +112,7 @@ def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, 
 
     monkeypatch.setattr(full_training, "run_setting", short_of_memory)
     file = tmp_path / "figures.json"
-    arguments = (
-        "--size",
-        "tiny",
-        "--device",
-        "cpu",
-        "--model",
-        model,
-        "--rounds",
-        "1",
-        "--results",
-        str(file),
-    )
+    arguments = tiny(model, file)
     told = printed("train_step", *arguments)
     rows = json.loads(file.read_text())["rows"]
     assert [row["status"] for row in rows.values()] == ["measured", "out of memory", "measured"]
@@ -143,19 +138,7 @@ def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, 
 @pytest.mark.parametrize("model", ["sdxl", "sd3"])
 def test_full_size_sampling_on_a_tiny_model(printed, tmp_path, model):
     file = tmp_path / "figures.json"
-    printed(
-        "sampling",
-        "--size",
-        "tiny",
-        "--device",
-        "cpu",
-        "--model",
-        model,
-        "--rounds",
-        "1",
-        "--results",
-        str(file),
-    )
+    printed("sampling", *tiny(model, file))
     rows = json.loads(file.read_text())["rows"]
     assert list(rows) == ["batch 2", "batch 1"]
     assert all(
