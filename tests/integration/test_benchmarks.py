@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import full_training
+from benchmarks import full_training, gpu
 from benchmarks.full_steps import Clock, Setting, step_figures
 from benchmarks.machine import vendor_peak
 from benchmarks.random_models import random_backbone, random_module, random_pairs, sized_blueprint
@@ -197,3 +197,18 @@ def test_what_fails_is_a_row():
         raise RuntimeError("no compiler\nand much more")
 
     assert measured(compiler) == {"status": "failed: RuntimeError: no compiler"}
+
+
+def test_parts_that_ended_well_start_again_and_measure_what_they_lack(tmp_path, monkeypatch):
+    """A part whose minutes are spent ends well too, so its exit code does not say that it is complete."""
+    begun = []
+
+    def ran(part, *others):
+        begun.append(part.name)
+        return gpu.Outcome(0, 1.0)
+
+    monkeypatch.setattr(gpu, "run", ran)
+    for _ in range(2):
+        gpu.main(["--results", str(tmp_path)])
+    assert begun == 2 * [part.name for part in gpu.PARTS]
+    assert all(outcome["code"] == 0 for outcome in json.loads((tmp_path / gpu.SUMMARY).read_text()).values())
