@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = args.results or Path(__file__).parent / "results" / f"sample_{args.model}_{args.size}.json"
     guidance, sampler = PAPER[args.model]
     what = f"{args.model} ({args.size}), {sampler}, {steps} steps, guidance {guidance:g}"
-    about = {"what": what, **facts(device, 8192 if device.type == "cuda" else 256)}
+    about = {"what": what, **facts(device)}
     records, flops = Records(path, about), image_flops(blueprint, steps)
     print(f"{about}\nfigures in {path} and {path.with_suffix('.md').name}", flush=True)
     bases = None

@@ -216,11 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.plans:
         add_plans(Records(path, None), blueprint, args.model, wanted)
         return
-    about = {
-        **what,
-        **facts(device, 8192 if device.type == "cuda" else 256),
-        "pairs an optimizer step": PAPER_BATCH,
-    }
+    about = {**what, **facts(device), "pairs an optimizer step": PAPER_BATCH}
     records, workshop = Records(path, about), Workshop(args.model, blueprint, device)
     flops = {lora: pair_flops(blueprint, lora) for lora in (False, True)}
     print(f"{about}\nfigures in {path} and {path.with_suffix('.md').name}", flush=True)

@@ -4,7 +4,7 @@
 
 Each check is a row: policy and reference agree before the first step (margin 0), in float32 and under bf16
 autocast, eager and compiled; capo's sampler gives the pipeline's images; a batch that does not fit the memory
-is halved. A check that raises is a row too.
+is halved. An error that `records.measured` catches is a row too.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     prepare_process(None)
     device = torch.device(args.device)
-    records = Records(
-        args.results, {"what": "checks", **facts(device, 8192 if device.type == "cuda" else 256)}
-    )
+    records = Records(args.results, {"what": "checks", **facts(device)})
     for name, check in checks(device):
         if name not in records.rows:
             records.add(name, measured(check))

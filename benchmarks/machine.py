@@ -40,8 +40,9 @@ def matmul_rate(device: torch.device, side: int = 8192, products: int = 10) -> f
     return products * 2 * side**3 / (now(device) - start)
 
 
-def facts(device: torch.device, side: int) -> dict[str, object]:
+def facts(device: torch.device) -> dict[str, object]:
     """Facts about the machine that belong to a table of results."""
+    side = 8192 if device.type == "cuda" else 256
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return {
