@@ -19,7 +19,7 @@ from capo.errors import InputError
 from capo.shapes.captions import WORDS
 from capo.shapes.scenes import COLORS, SHAPES, SIDE, TEXTURES
 
-LENGTH = 17  # words of a prompt; the longest sentence of the grammar has 16, commas included
+LENGTH = 17  # words of a prompt; the longest that `prompts` draws has 14, commas included
 _PAD = 0
 _IDS = {word: index + 1 for index, word in enumerate(WORDS)}
 WIDTH = 80
@@ -230,6 +230,14 @@ def fused(module: nn.Module) -> nn.Module:
     return cast(Any, module).to(memory_format=torch.channels_last)  # an argument without annotations in torch
 
 
+def stored(weights: str | Path) -> dict[str, Tensor]:
+    """Read weights, which are stored in float16, as float32."""
+    return {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in load_file(weights).items()
+    }
+
+
 class _Scorer:
     """Network with weights from a safetensors file, stored in float16 and run in float32."""
 
@@ -242,12 +250,8 @@ class _Scorer:
                 f"no reward weights at {weights}; they come with the package, or make them with "
                 "`python -m capo.shapes.make rewards`"
             )
-        state = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in load_file(weights).items()
-        }
         network = self.network()
-        network.load_state_dict(state)
+        network.load_state_dict(stored(weights))
         self.module = fused(network)
         self.device = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from capo.data.pool import PoolReader
 from capo.data.prompts import Prompt
 from capo.rewards import Reward
 from capo.shapes import oracle
-from capo.shapes.captions import parse
+from capo.shapes.captions import caption, parse
 from capo.shapes.make.annotators import majority
 from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.lineups import recorded
@@ -107,16 +107,9 @@ def kept_by_autoencoder(backbone: Backbone, seed: int = 1) -> float:
         for part in to_tensor(pictures).split(50)
         for image in backbone.decode(backbone.encode_images(part))
     ]
-    held = [
-        [all(_holds(request, image)) for request, image in zip(requests, images, strict=True)]
-        for images in (pictures, decoded)
-    ]
-    return sum(held[1]) / sum(held[0])
-
-
-def _holds(request, image) -> list[bool]:
-    things, background = oracle.measure(image)
-    return oracle.assertions(request, things, background)
+    texts = [caption(request) for request in requests]
+    before, after = (sum(map(oracle.alignment, images, texts)) for images in (pictures, decoded))
+    return after / before
 
 
 def agreement(found: Measured, seed: int = 0) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from capo.runtime.files import whole_file
+from capo.shapes.make import PLACE
 from capo.shapes.make.muon import Muon
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -167,8 +168,8 @@ def _save(
     }
     if mean:
         state["average"] = mean.shadow
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with whole_file(path, PLACE) as part:
+        torch.save(state, part)
     path.with_suffix(".json").write_text(json.dumps({"steps": step, "seconds": round(seconds)}))
 
 

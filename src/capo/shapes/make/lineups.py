@@ -7,7 +7,6 @@ from a measurement.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from capo.backbones.models import Autoencoder
+from capo.runtime.files import fresh_folder
 from capo.shapes.captions import caption
 from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.failures import failed, flawed_style, odd_outline, uneven, warped
@@ -40,6 +40,7 @@ from capo.shapes.scenes import (
 )
 
 SIZE = 4  # pictures, and captions, of a line-up
+OWN = (0, 0, 2, 3)  # index of the caption that each picture is drawn for
 THINGS = 6  # objects recorded at most
 FAILED = 0.4  # share of pictures with a failure
 
@@ -109,8 +110,7 @@ def lineup(index: int, seed: int) -> dict[str, np.ndarray]:
     words = tokens([caption(request) for request in requests]).numpy()
     pictures, things, share = [], [], np.zeros((SIZE, SIZE), dtype=np.float32)
     wrong = np.full((SIZE, SIZE, LENGTH), -1, dtype=np.int8)
-    for i in range(SIZE):
-        own = 0 if i == 1 else i  # two pictures for the first request, one each for two others
+    for i, own in enumerate(OWN):
         scene = realize(requests[own], rng, flawed_style(rng))
         fails = rng.random() < FAILED
         scene = failed(scene, rng) if fails else scene
@@ -186,11 +186,9 @@ def _draw(count: int, seed: int, workers: int) -> dict[str, np.ndarray]:
 
 
 def _write(tables: dict[str, np.ndarray], folder: Path) -> None:
-    part = folder.with_name(folder.name + ".part")
-    part.mkdir(exist_ok=True)
-    for name, table in tables.items():
-        np.save(part / f"{name}.npy", table)
-    os.replace(part, folder)
+    with fresh_folder(folder) as part:
+        for name, table in tables.items():
+            np.save(part / f"{name}.npy", table)
 
 
 def _read(folder: Path) -> dict[str, np.ndarray]:

@@ -6,27 +6,27 @@ rule, `preference` on choices of the simulated annotators.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capo.runtime.files import whole_file
+from capo.shapes.make import PLACE
 from capo.shapes.make.annotators import majority, tastes, worths
 from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.fitting import fit, generator
-from capo.shapes.make.lineups import SIZE
-from capo.shapes.rewards import CELLS, Judge, Rater, Verifier
+from capo.shapes.make.lineups import OWN, SIZE
+from capo.shapes.rewards import CELLS, Judge, Rater, Verifier, stored
 from capo.shapes.scenes import COLORS, SHAPES, SIDE, TEXTURES
 
 HELD_OUT = 300  # last line-ups, not used in training
-_OWN = (0, 0, 2, 3)  # index of the caption that each picture was drawn for
 Tables = Mapping[str, np.ndarray]
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -78,8 +78,7 @@ def holds_loss(logits: Tensor, holds: Tensor) -> Tensor:
 def begun(module: Part, start: Path | None) -> Part:
     """Load the weights of the file `start`, if given, into the module and return it."""
     if start:
-        stored = load_file(start).items()
-        module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored})
+        module.load_state_dict(stored(start))
     return module
 
 
@@ -99,7 +98,7 @@ def train_alignment(
         rows = _rows(tables, batch, draw)
         other = torch.randint(1, SIZE, (batch, SIZE), generator=draw)
         said = torch.stack(
-            [torch.tensor(_OWN).expand(batch, SIZE), (torch.tensor(_OWN) + other) % SIZE], dim=-1
+            [torch.tensor(OWN).expand(batch, SIZE), (torch.tensor(OWN) + other) % SIZE], dim=-1
         ).numpy()
         at = rows[:, None, None], np.arange(SIZE)[None, :, None], said
         cells = module.eye(to_tensor(tables["pictures"][rows].reshape(-1, SIDE, SIDE, 3)))
@@ -195,21 +194,15 @@ def figures(
         for net in (alignment, preference)
     )
     told, holds = looks(pixels).numpy(), held["share"] == 1
-    first, second = torch.triu_indices(SIZE, SIZE, 1).numpy()
+    pair = np.stack(np.triu_indices(SIZE, 1), axis=1)  # (pairs, 2)
+    things = held["things"][:, pair].reshape(-1, 2, *held["things"].shape[2:])
+    ratings = held["ratings"][:, pair].reshape(-1, 2)
     agrees = []
     for j in range(SIZE):
-        share, ratings = (
-            np.stack([x[:, first], x[:, second]], -1).reshape(-1, 2)
-            for x in (held["share"][:, :, j], held["ratings"])
-        )
-        things = np.stack([held["things"][:, first], held["things"][:, second]], 2).reshape(
-            -1, 2, *held["things"].shape[2:]
-        )
-        votes = majority(share, ratings, things, seed)
-        agrees.append(
-            ((worth[:, first, j] > worth[:, second, j]).flatten().numpy() == (votes > 0.5))[votes != 0.5]
-        )
-    own = np.arange(HELD_OUT)[:, None], np.arange(SIZE), np.array(_OWN)
+        votes = majority(held["share"][:, pair, j].reshape(-1, 2), ratings, things, seed)
+        first, second = worth[:, pair[:, 0], j], worth[:, pair[:, 1], j]
+        agrees.append(((first > second).flatten().numpy() == (votes > 0.5))[votes != 0.5])
+    own = np.arange(HELD_OUT)[:, None], np.arange(SIZE), np.array(OWN)
     return {
         "alignment_accuracy": float(((p.numpy() > 0.5) == holds).mean()),
         "alignment_own_mean": float(p.numpy()[own].mean()),
@@ -220,12 +213,8 @@ def figures(
 
 
 def ship(module: nn.Module, path: Path) -> None:
-    """Save a reward in float16, under a temporary name that is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(
-        {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()},
-        part,
-    )
-    part.chmod(0o644)  # safetensors makes it readable by its owner only
-    os.replace(part, path)
+    """Save a reward in float16."""
+    state = module.state_dict().items()
+    with whole_file(path, PLACE) as part:
+        save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state}, part)
+        part.chmod(0o644)  # safetensors makes it readable by its owner only

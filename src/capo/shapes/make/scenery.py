@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from functools import partial
 from multiprocessing import Pool
@@ -12,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from capo.runtime.files import write_whole
 from capo.shapes.captions import caption
+from capo.shapes.make import PLACE
 from capo.shapes.prompts import TRAINING, split_of, training_request
 from capo.shapes.render import render
 from capo.shapes.scenes import (
@@ -120,5 +121,4 @@ def make_scenes(work: Path, count: int, seed: int, workers: int) -> None:
             pictures[index] = picture
             captions.append(text)
     pictures.flush()
-    (work / "captions.part").write_text(json.dumps(captions))
-    os.replace(work / "captions.part", work / "captions.json")
+    write_whole(work / "captions.json", json.dumps(captions), remedy=PLACE)

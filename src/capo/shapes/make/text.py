@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from capo.shapes.captions import WORDS
 
-LENGTH = 20  # tokens, including start and end; the longest sentence needs 17
+LENGTH = 20  # tokens, including start and end; the longest sentence that `prompts` draws needs 16
 _EARLY = ("striped", "centre", "above")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
