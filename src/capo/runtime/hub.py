@@ -115,8 +115,11 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
     """Return the snapshot of a model repository in the hub's cache, complete or not, or None."""
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
-        return None
+    except (OSError, ValueError) as error:
+        # A download by patterns lacks the repository's other files; where the cache knows which files there
+        # are, the library refuses it, and names the snapshot (IncompleteSnapshotError, huggingface_hub 2).
+        incomplete = getattr(error, "snapshot_path", None)
+        return Path(incomplete) if incomplete else None
 
 
 def download_command(repository: str, revision: str | None, patterns: Sequence[str]) -> str:

@@ -44,6 +44,18 @@ def test_hub_id_is_loaded_from_the_cache_without_network(tiny_folder, tiny_backb
     assert torch.equal(backbone.denoiser.conv_in.weight, tiny_backbone.denoiser.conv_in.weight)
 
 
+def test_a_snapshot_that_lacks_files_of_its_repository_is_still_used(tiny_folder, tmp_path, monkeypatch):
+    """As after a download by patterns, which leaves a list of all files beside the few that it took."""
+    trees = pytest.importorskip("huggingface_hub._tree_cache")
+    hub_cache(tiny_folder, tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    listed = {"never_downloaded.ckpt": trees.TreeCacheEntry(size=1, blob_id="a" * 40)}
+    trees.write_tree_cache(str(tmp_path / "models--tiny--shapes"), "c" * 40, listed)
+    with pytest.raises(FileNotFoundError, match="never_downloaded"):
+        huggingface_hub.snapshot_download("tiny/shapes", cache_dir=tmp_path, local_files_only=True)
+    assert find_pipeline("tiny/shapes") == tmp_path / "models--tiny--shapes" / "snapshots" / ("c" * 40)
+
+
 def test_hub_id_that_is_not_to_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights) as missing:
