@@ -24,13 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import generate
+from capo.backbones.precision import AUTOCAST
 from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.cli.build import built
 from capo.cli.messages import alike, disk_fault, plain_errors, start, was_interrupted
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
-from capo.cli.values import ACCELERATORS, PRECISIONS, TABLE, check_values
+from capo.cli.values import ACCELERATORS, TABLE, check_values
 from capo.data.pool.files import TensorFile
 from capo.errors import InputError
 from capo.runtime.run_folder import CONFIG, OUTCOME
@@ -180,7 +181,7 @@ def test_names_of_lightning_are_lightnings():
     from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
     from lightning.pytorch.accelerators import AcceleratorRegistry
 
-    assert set(PRECISIONS) <= set(get_args(_PRECISION_INPUT_STR))
+    assert set(AUTOCAST) <= set(get_args(_PRECISION_INPUT_STR))
     assert set(ACCELERATORS) - {"auto", "gpu"} <= set(AcceleratorRegistry.available_accelerators())
 
 
