@@ -1,8 +1,8 @@
 """Noise schedules as pure functions: u -> t, log-SNR, noisy latent, target, weight (CaPO, 4.4 and A.3).
 
 There are two schedules: the discrete variance-preserving one (`vp_`: SD1.5, SDXL; networks that predict the
-noise) and rectified flow (`flow_`: SD3, Flux; networks that predict the velocity). `lam` is the log-SNR,
-`log(alpha_t^2 / sigma_t^2)`.
+noise, or v) and rectified flow (`flow_`: SD3, Flux; networks that predict the velocity). `lam` is the
+log-SNR, `log(alpha_t^2 / sigma_t^2)`.
 
 All functions keep the dtype of their input and compute half precision in float32. `t`, `u` and `alpha_bar`
 have the leading dimensions of the latents, (B,) or (B, k).
@@ -49,6 +49,16 @@ def vp_add_noise(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """
     abar = _per_sample(alpha_bar, x)
     return (abar.sqrt() * x + (1 - abar).sqrt() * eps).to(x.dtype)
+
+
+def vp_velocity(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Velocity `v = sqrt(abar) eps - sqrt(1 - abar) x` of a variance-preserving schedule.
+
+    Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", 2022, appendix D.
+    Shapes as in `vp_add_noise`.
+    """
+    abar = _per_sample(alpha_bar, x)
+    return (abar.sqrt() * eps - (1 - abar).sqrt() * x).to(x.dtype)
 
 
 def flow_log_snr(t: Tensor) -> Tensor:

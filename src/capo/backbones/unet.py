@@ -1,4 +1,4 @@
-"""The UNet family: noise prediction on a discrete variance-preserving schedule (SD1.5, SDXL)."""
+"""The UNet family: predicts noise or v on a discrete variance-preserving schedule (SD1.5, SDXL)."""
 
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from capo.backbones.models import Scheduler
 from capo.backbones.schedulers import options_of
 from capo.errors import InputError
 
+NOISE, VELOCITY = "epsilon", "v_prediction"  # what a network predicts, in diffusers' words
 TIME_IDS = 6  # numbers of SDXL's size conditioning: original size, crop, target size
 
 
@@ -48,9 +49,10 @@ class UNetBackbone(Backbone):
         return XLText() if hasattr(self.pipeline, "text_encoder_2") else PlainText()
 
     def check_schedule(self) -> None:
-        """Raise InputError unless the scheduler predicts the noise and its `alphas_cumprod` are above 0.
+        """Raise InputError unless the scheduler has `alphas_cumprod` and predicts the noise or v.
 
-        DDIM, DDPM, Euler and others do. Guidance-distilled denoisers are refused too.
+        DDIM, DDPM, Euler and others do. A network that predicts the noise needs `alphas_cumprod` above 0.
+        Guidance-distilled denoisers are refused too.
         """
         scheduler, place = self.scheduler(), f"weights '{self.weights}', scheduler/scheduler_config.json"
         if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
@@ -59,22 +61,27 @@ class UNetBackbone(Backbone):
                 "variance-preserving schedule; choose weights that were trained on one, and set "
                 "model.backbone.scheduler to one too, such as DDIMScheduler"
             )
-        if (prediction := scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
+        prediction = scheduler.config.get("prediction_type", NOISE)
+        if prediction not in (NOISE, VELOCITY):
             raise InputError(
-                f"{place}: prediction_type '{prediction}' is not supported yet, "
-                "only 'epsilon'; choose weights that predict noise"
+                f"{place}: prediction_type '{prediction}' is not supported, only '{NOISE}' and '{VELOCITY}'; "
+                "choose weights that predict the noise or v"
             )
-        if not (scheduler.alphas_cumprod > 0).all():
+        if prediction == NOISE and not (scheduler.alphas_cumprod > 0).all():
             raise InputError(
                 f"{place}: {type(scheduler).__name__} ends in noise alone (its last alphas_cumprod is 0, as "
                 "with rescale_betas_zero_snr), where predicting the noise carries no information about the "
-                "image; choose weights that were trained without it"
+                "image; choose weights that were trained without it, or that predict v"
             )
         if self.denoiser.config.get("time_cond_proj_dim") is not None:
             raise InputError(
                 f"weights '{self.weights}': time_cond_proj_dim {self.denoiser.config.time_cond_proj_dim} "
                 "marks a guidance-distilled model, which is not supported; choose its undistilled base"
             )
+
+    @cached_property
+    def _predicts_velocity(self) -> bool:
+        return self.scheduler().config.get("prediction_type", NOISE) == VELOCITY
 
     @cached_property
     def _alphas_cumprod(self) -> Tensor:
@@ -103,14 +110,16 @@ class UNetBackbone(Backbone):
         return schedules.vp_log_snr(self._alpha_bar(t))
 
     def weight(self, t: Tensor, bias: float) -> Tensor:
-        return schedules.sigmoid_weight(self.log_snr(t), bias)
+        weight = schedules.sigmoid_weight(self.log_snr(t), bias)
+        # the squared error of the noise is alphas_cumprod times that of v
+        return weight * self._alpha_bar(t) if self._predicts_velocity else weight
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return schedules.vp_add_noise(latents, noise, self._alpha_bar(t))
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return the noise itself, (B, C, H, W)."""
-        return noise
+        """Return the noise itself or, for a network that predicts it, v; (B, C, H, W)."""
+        return schedules.vp_velocity(latents, noise, self._alpha_bar(t)) if self._predicts_velocity else noise
 
     @staticmethod
     def denoiser_inputs(noisy: Tensor, t: Tensor, text: Text) -> dict[str, object]:

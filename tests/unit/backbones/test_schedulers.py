@@ -161,12 +161,6 @@ FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0}
             "prediction_type 'epsilon' is not supported",
         ),
         ("sd3", DDIMScheduler(prediction_type="v_prediction"), DPM, "DDIMScheduler is not a rectified flow"),
-        (
-            "sdxl",
-            DDIMScheduler(prediction_type="v_prediction"),
-            None,
-            "prediction_type 'v_prediction' is not supported",
-        ),
         ("sdxl", DDIMScheduler(prediction_type="sample"), None, "prediction_type 'sample' is not supported"),
         (
             "sdxl",
@@ -222,6 +216,53 @@ def test_a_schedule_that_all_but_ends_in_noise_is_finite(tiny_folders, tmp_path)
     )
     with pytest.raises(InputError, match="DDIMScheduler ends in noise alone"):
         UNetBackbone(folder, scheduler="DDIMScheduler")
+
+
+def test_a_network_that_predicts_v_is_trained_as_one_that_predicts_the_noise(tiny_folders, tmp_path):
+    """v = alpha eps - sigma x, so its squared error is that of the noise over alpha^2, which the weight undoes."""
+    folder = as_if_trained_with(
+        tiny_folders, tmp_path, "sdxl", DDIMScheduler(prediction_type="v_prediction", **SDXL_BETAS)
+    )
+    backbone, noise_backbone = UNetBackbone(folder), UNetBackbone(tiny_folders["sdxl"])
+    latents, noise = torch.randn(2, 4, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 250, 500, 999])
+    noisy, v = backbone.add_noise(latents, noise, t), backbone.target(latents, noise, t)
+    assert torch.allclose(v, backbone.scheduler().get_velocity(latents, noise, t), atol=1e-6)
+    abar = backbone.scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
+    told = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))  # of the noise
+    told_v = (told - (1 - abar).sqrt() * noisy) / abar.sqrt()
+    errors = [
+        ((prediction - target).square().mean((1, 2, 3)) * kind.weight(t, 1.5)).tolist()
+        for prediction, target, kind in ((told, noise, noise_backbone), (told_v, v, backbone))
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=2e-3)
+
+
+def test_a_schedule_that_ends_in_noise_alone_serves_a_network_that_predicts_v(tiny_folders, tmp_path):
+    """The last time carries no image: its weight is 0, and sampling from it equals the plain pipeline's."""
+    folder = as_if_trained_with(
+        tiny_folders,
+        tmp_path,
+        "sdxl",
+        DDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            **SDXL_BETAS,
+        ),
+    )
+    backbone = UNetBackbone(folder)
+    assert backbone.weight(torch.tensor([999]), 1.5).item() == 0
+    assert backbone.weight(torch.arange(1000), 1.5).isfinite().all()
+    noise = candidate_noise([1], backbone.latent_shape)
+    ours = sample(
+        backbone, backbone.denoiser, backbone.encode_prompts(["red"]), noise, SamplerSettings(3, 3.0, 1)
+    )
+    theirs = backbone.pipeline(
+        "red", latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
+    ).images
+    assert ours.isfinite().all() and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3"])
