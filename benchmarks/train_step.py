@@ -47,6 +47,7 @@ from capo.data.generation import ImageGenerator, PoolSpec
 from capo.module import PreferenceModule, Weighting
 from capo.pairs import frs
 from capo.runtime.run_folder import MONITOR
+from capo.training.averaging import WeightAverage
 from capo.training.fit import fit
 from capo.training.loader import PreferenceData
 from capo.training.loggers import csv_logger
@@ -124,7 +125,8 @@ class Rounds(L.Callback):
     def __init__(self, others: Mapping[str, Steps], steps: int):
         self.others, self.steps = dict(others), steps
         self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
-        self.validated = 0  # read by the checkpoint callback
+        # read by `fit` and its checkpoint callback
+        self.validated, self.chosen, self.average = 0, True, WeightAverage(None)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._since = time.perf_counter()

@@ -58,6 +58,11 @@ def adapter_layers(denoiser: nn.Module) -> Iterator[BaseTunerLayer]:
     return (module for module in denoiser.modules() if isinstance(module, BaseTunerLayer))
 
 
+def is_output_factor(name: str) -> bool:
+    """Whether a parameter is the factor B of an adapter's product B A."""
+    return ".lora_B." in name
+
+
 @contextmanager
 def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
     """Disable the adapter for the block, in which `denoiser` computes the frozen base bit for bit."""

@@ -105,7 +105,7 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
     test = counts["test"]
     zero = None if test is None else min(test, evaluation.zero_prompts)
     steps, every = cfg.trainer.max_steps, cfg.validation.every
-    validations = -(-steps // every)
+    validations = -(-steps // every) + len(cfg.validation.strengths or ())
     return {
         **(
             {} if cfg.pool.imported else {"train": PoolRequest(counts["train"], cfg.pool.candidates, trained)}

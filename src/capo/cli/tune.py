@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
+from torch import Tensor
 
 from capo.backbones import Backbone
 from capo.backbones.export import export_policy, policy_fingerprint
@@ -47,12 +48,15 @@ from capo.runtime.run_folder import (
     read_outcome,
     write_outcome,
 )
+from capo.training.averaging import WeightAverage
 from capo.training.checkpoints import load_best
+from capo.training.choice import Choice
 from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData
 from capo.training.loggers import RunIdentity, WandbRun
+from capo.training.strength import choose_strength
 from capo.training.summary import beta_warning, print_summary
-from capo.training.validation import WinRateValidation, validation_set
+from capo.training.validation import Place, WinRateValidation, validation_set
 
 console = Console()
 OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
@@ -83,6 +87,8 @@ def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinR
         settings.every,
         folder,
         held_out,
+        Choice(settings.monitor, cfg.evaluation.seed),
+        WeightAverage(cfg.trainer.ema),
     )
 
 
@@ -133,6 +139,9 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, "
         f"linear warm-up over {trainer.warm_up} steps",
         "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
+        "averaged weights": "none"
+        if trainer.ema is None
+        else f"decay {trainer.ema:g}; validated and exported",
         "policy": f"LoRA {dict(cfg.model.lora)}" if cfg.model.lora else "all weights",
     }
 
@@ -212,7 +221,43 @@ def tune(
         precision=trainer.precision,
         accumulate=division.accumulate,
     )
-    return module, load_best(module, best), facts
+    trained = load_best(module, best)
+    rate, told = best_strength(cfg, module, validation, trained, folder)
+    return module, rate, facts | told
+
+
+def best_strength(
+    cfg: DictConfig,
+    module: PreferenceModule,
+    validation: WinRateValidation,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+) -> tuple[float, dict[str, Any]]:
+    """Say which checkpoint was chosen; try lower strengths and give the policy the best one.
+
+    Returns:
+        The policy's win-rate on the validation prompts, and facts for the model card.
+    """
+    choice, facts = validation.choice, {}
+    _tell(choice.sentences())
+    if strengths := plain(cfg.validation).get("strengths"):
+        here = launch()
+        place = Place(module.backbone.device, here.rank, here.world_size)
+        curve, choice = choose_strength(module, validation, trained, strengths, place)
+        run_on_first_process(lambda: curve.write(folder))
+        _tell([*curve.lines(), *choice.sentences()])
+        facts["strength"] = f"{curve.chosen:g}, chosen among {', '.join(f'{a:g}' for a in curve.points)}"
+    if choice.best is None:
+        raise ValueError("no checkpoint was validated")
+    facts["validation"] = f"{choice.best.rate} against the base, {choice.monitor} of the rewards"
+    if warnings := choice.warnings():
+        facts["warning"] = " ".join(warnings)
+    return choice.best.rate.mean, facts
+
+
+def _tell(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        console.print(sentence, markup=False, soft_wrap=True, highlight=False)
 
 
 def train(cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]) -> None:

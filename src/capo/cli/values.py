@@ -25,6 +25,7 @@ from capo.noise import FLOW_DRAWS
 from capo.runtime.launch import STRATEGIES
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
 from capo.runtime.threads import BATCHES, OPERATIONS
+from capo.training.choice import MONITORS
 
 MISSING = "???"  # mandatory value that is not given; reported by the code that needs it
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
@@ -117,6 +118,14 @@ TABLE: dict[str, Rule] = {
     "model.draw": one_of(list(FLOW_DRAWS)),
     "validation.every": whole(1),
     "validation.images": whole(2),
+    "validation.monitor": one_of(MONITORS),
+    "validation.strengths": Rule(
+        "a list of numbers above 0 and at most 1, or null",
+        lambda value: (
+            value is None
+            or (isinstance(value, list) and all(type(a) in (int, float) and 0 < a <= 1 for a in value))
+        ),
+    ),
     "validation.pictures": whole(1),
     "validation.held_out": Rule(
         "rewards by name: validation.held_out=[looks] on the command line, "
@@ -132,6 +141,9 @@ TABLE: dict[str, Rule] = {
     "trainer.lr": number(above=0),
     "trainer.warm_up": whole(0),
     "trainer.gradient_clip": optional(number(above=0)),
+    "trainer.ema": optional(
+        Rule("a number above 0 and below 1", lambda value: type(value) is float and 0 < value < 1)
+    ),
     "trainer.max_bad_steps": whole(1),
     # none in which weights are stored in half precision: it would lose updates of 1e-5
     "trainer.precision": one_of(list(AUTOCAST)),

@@ -65,13 +65,13 @@ class Verdict:
         each = {f"{ALARM}/{name}": float(name in self.fallen) for name in self.held_out}
         return {ALARM: float(bool(self.fallen)), **each}
 
-    def message(self, step: int) -> str | None:
-        """Warning in one line, or None if no held-out reward has fallen."""
+    def message(self, name: str) -> str | None:
+        """Warning in one line about the policy `name`, or None if no held-out reward has fallen."""
         if not self.fallen:
             return None
         falls = ", ".join(f"{name} {self.held_out[name]}" for name in self.fallen)
         return (
-            f"step {step}: reward hacking? The rewards used in training have win-rate {self.trained} against "
+            f"{name}: reward hacking? The rewards used in training have win-rate {self.trained} against "
             f"the base, but held out {falls} fell below 0.5: look at the images, and consider a larger "
             "objective.beta, fewer steps, or training on it too"
         )

@@ -12,6 +12,7 @@ from capo.runtime.files import write_whole
 # resolved configuration; result of a finished run; error of a failed job
 CONFIG, OUTCOME, ERROR = "config.yaml", "outcome.json", "error.txt"
 METRICS, CHECKPOINTS, LAST = "metrics.csv", "checkpoints", "last.ckpt"
+STRENGTH = "strength.json"  # win-rates on validation prompts by strength
 # folders: calibration report, image grids, exported policy
 CALIBRATION, VALIDATION, POLICY = "calibration", "validation", "policy"
 EVALUATION = "evaluation"  # folder of the files in the next line

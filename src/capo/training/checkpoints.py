@@ -12,16 +12,20 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
 from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.runtime.files import write_whole
+from capo.training.averaging import AVERAGE
 from capo.training.validation import WinRateValidation
 
 
 class ValidatedCheckpoint(ModelCheckpoint):
-    """Save a checkpoint after each validation, including the one after the last step."""
+    """Save a checkpoint after each validation; the best one is the one that the validation chose.
+
+    A run directory may have been moved since its last checkpoint: paths are taken from where it is now.
+    """
 
     def __init__(self, validation: WinRateValidation, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -33,6 +37,21 @@ class ValidatedCheckpoint(ModelCheckpoint):
         """Save a checkpoint if the policy was validated after this step."""
         if self._validation.validated == trainer.global_step:
             super().on_train_batch_end(trainer, module, outputs, batch, index)
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        """Whether the policy validated last is the best so far (`capo.training.choice`)."""
+        return self._validation.chosen
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore paths and win-rate of the best checkpoint, wherever the run directory is now."""
+        here = Path(str(self.dirpath))
+        state = {**state_dict, "dirpath": self.dirpath}
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[name] = str(here / Path(state[name]).name) if state[name] else ""
+        state["best_k_models"] = {
+            str(here / Path(path).name): score for path, score in state["best_k_models"].items()
+        }
+        super().load_state_dict(state)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -66,29 +85,30 @@ def recount(progress: dict[str, dict[str, int]], batches: int) -> None:
             counts[name] += shift
 
 
-def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> float:
+def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> dict[str, Tensor]:
     """Set `module.policy` to a new policy with the best checkpoint's weights, unsharded and on the CPU.
 
-    The policy is built anew because the trained one may be compiled or sharded over devices.
+    The policy is built anew because the trained one may be compiled or sharded over devices. If the run
+    averages its weights, the averaged ones are loaded.
 
     Returns:
-        Validation win-rate of that checkpoint.
+        The trained weights by their names in the module, mapped from the file.
 
     Raises:
         InputError: the checkpoint holds the weights of another model.
     """
     state = torch.load(checkpoints.best_model_path, map_location="cpu", weights_only=True, mmap=True)
+    weights = state["state_dict"] | state.get(AVERAGE, {})
     module.policy = module.fresh_policy()
-    kept = module.load_state_dict(state["state_dict"], strict=False)
+    kept = module.load_state_dict(weights, strict=False)
     if kept.unexpected_keys or module.trained_names().intersection(kept.missing_keys):
         raise InputError(
             f"{checkpoints.best_model_path} holds the weights of another model; tensors that do not match: "
             f"{[*kept.unexpected_keys, *kept.missing_keys][:3]}"
         )
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     module.policy.eval().requires_grad_(False)
-    if checkpoints.best_model_score is None:
-        raise ValueError(f"{checkpoints.best_model_path}: no validation has scored it")
-    return float(checkpoints.best_model_score)
+    return {name: value for name, value in weights.items() if name in trained}
 
 
 def check_checkpoint(

@@ -114,7 +114,14 @@ def fit(
         accumulate_grad_batches=accumulate,
         logger=list(loggers),
         default_root_dir=folder,
-        callbacks=[Curves(log_every), validation, checkpoints, SameBatches(), TQDMProgressBar(1, leave=True)],
+        callbacks=[
+            Curves(log_every),
+            validation.average,  # before the validation, which reads it
+            validation,
+            checkpoints,
+            SameBatches(),
+            TQDMProgressBar(1, leave=True),
+        ],
         plugins=_plugins(here),
         use_distributed_sampler=False,
         enable_model_summary=False,

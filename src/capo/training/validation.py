@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,6 +28,8 @@ from capo.rewards import Reward
 from capo.runtime.processes import gathered
 from capo.runtime.run_folder import MONITOR
 from capo.runtime.threads import OPERATIONS
+from capo.training.averaging import WeightAverage
+from capo.training.choice import Choice, monitored
 from capo.training.loggers import log_picture
 
 
@@ -74,10 +77,38 @@ def share(prompts: int, rank: int, world: int) -> tuple[list[int], list[int]]:
     return mine + [prompts - 1] * (math.ceil(prompts / world) - len(mine)), mine
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where validation images are sampled: this process's device and rank, and the number of processes."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Result of a validation, identical on all processes.
+
+    Attributes:
+        figures: win-rates and mean scores by name.
+        rates: reward used in training -> win-rates (P,) of the validation prompts.
+        alarm: the warning of reward hacking, or None.
+        shown: the policy's first image of each of the first prompts, for the image grid.
+    """
+
+    figures: dict[str, float]
+    rates: dict[str, Tensor]
+    alarm: str | None
+    shown: list[Image]
+
+
 class WinRateValidation(L.Callback):
     """Every `every` optimizer steps, log win-rates of the policy against the base and draw a grid of images.
 
-    Checkpoints are ranked by `val/win_rate`, the mean over the rewards used in training. Latents are rounded
+    `val/win_rate` is the mean over the rewards used in training, or the worst one's win-rate
+    (`choice.monitor`); `choice` decides by it which checkpoint is the best. `average` says whether averaged
+    weights are validated. Latents are rounded
     to float16 before they are decoded, as in a pool. Each process samples its share of the prompts; metrics
     are summed over processes, so that all choose the same checkpoint. VAE and text encoders are moved to the
     device for the duration of a validation.
@@ -95,7 +126,12 @@ class WinRateValidation(L.Callback):
         every: int,
         folder: Path,
         held_out: HeldOut | None = None,
+        choice: Choice | None = None,
+        average: WeightAverage | None = None,
     ):
+        self.average = average or WeightAverage(None)
+        self.choice = choice or Choice()
+        self.chosen = False  # whether the policy validated last is the best so far
         self.held_out = held_out or HeldOut()
         self.base, self.backbone, self.rewards, self.settings = base, backbone, list(rewards), settings
         self.every, self.folder = every, Path(folder)
@@ -111,45 +147,37 @@ class WinRateValidation(L.Callback):
             return
         self.validated = step
         begun = time.perf_counter()
-        figures, alarm = self.validate(trainer, module.policy, step)
-        module.log_dict(figures, logger=False)
-        figures["time/validation_seconds"] = time.perf_counter() - begun
+        place = Place(trainer.strategy.root_device, trainer.global_rank, trainer.world_size)
+        with self.average.applied(module):
+            found = self.validate(module.policy, place, f"step {step}")
+        self.chosen = self.choice.offer(f"step {step}", found.rates)
+        module.log_dict(found.figures, logger=False)
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=step)
-        rates = "  ".join(
-            f"{name.removeprefix('val/win_rate/')} {value:.3f}"
-            for name, value in figures.items()
-            if name.startswith("val/win_rate/")
-        )
-        module.print(f"step {step}: win-rate against the base {figures[MONITOR]:.3f}  ({rates})")
-        if alarm:
-            module.print(alarm)
+            logger.log_metrics(
+                found.figures | {"time/validation_seconds": time.perf_counter() - begun}, step=step
+            )
+        if trainer.is_global_zero:
+            log_picture(trainer.loggers, "validation", self._draw(found.shown, step), step)
+        module.print(f"step {step}: win-rate against the base {told(found.figures)}")
+        if found.alarm:
+            module.print(found.alarm)
 
     @torch.no_grad()
-    def validate(
-        self, trainer: L.Trainer, policy: torch.nn.Module, step: int
-    ) -> tuple[dict[str, float], str | None]:
-        """Sample and score the validation prompts with `policy`.
-
-        Returns:
-            Figures by name (win-rates and mean scores), and the reward-hacking warning or None.
-        """
+    def validate(self, policy: torch.nn.Module, place: Place, name: str) -> Validated:
+        """Sample and score the validation prompts with `policy`, called `name` in a warning."""
         was_training = policy.training
         policy.eval()
-        drawn, mine = share(len(self.base.prompts), trainer.global_rank, trainer.world_size)
-        with self.backbone.visiting(trainer.strategy.root_device):
-            latents = self._sample(policy, drawn, trainer.is_global_zero, alone=trainer.world_size == 1)
+        drawn, mine = share(len(self.base.prompts), place.rank, place.world)
+        with self.backbone.visiting(place.device):
+            latents = self._sample(policy, drawn, place.rank == 0, alone=place.world == 1)
             policy.train(was_training)
             images = (
                 self.backbone.decode(latents[: len(mine)].flatten(0, 1), batch=self.settings.decoded)
                 if mine
                 else []
             )
-        figures, alarm = self._figures(images, mine, step, trainer.strategy.root_device)
-        shown = self._shown(images, mine)
-        if trainer.is_global_zero:
-            log_picture(trainer.loggers, "validation", self._draw(shown, step), step)
-        return figures, alarm
+        figures, rates, alarm = self._figures(images, mine, name, place.device)
+        return Validated(figures, rates, alarm, self._shown(images, mine))
 
     def _sample(self, policy, drawn: list[int], progress: bool, alone: bool) -> Tensor:
         # with several processes no batches run in parallel threads: every pass through a sharded policy is a
@@ -165,23 +193,23 @@ class WinRateValidation(L.Callback):
         return latents.to(torch.float16).float()
 
     def _figures(
-        self, images: list[Image], mine: list[int], step: int, device: torch.device
-    ) -> tuple[dict[str, float], str | None]:
-        """Figures and warning from the images of all processes, identical on each of them."""
+        self, images: list[Image], mine: list[int], name: str, device: torch.device
+    ) -> tuple[dict[str, float], dict[str, Tensor], str | None]:
+        """Figures, win-rates by prompt and warning from the images of all processes, identical on each."""
         figures: dict[str, float] = {}
-        rates: dict[str, dict[int, float]] = {}  # reward -> {prompt: win-rate}, for this process's share
+        own: dict[str, dict[int, float]] = {}  # reward -> {prompt: win-rate}, for this process's share
         for group, rewards in {"val": self.rewards, GROUP: self.held_out.rewards}.items():
             for reward in rewards:
-                found, rates[reward.name] = self._judged(reward, images, mine, device)
+                found, own[reward.name] = self._judged(reward, images, mine, device)
                 figures |= {f"{group}/{kind}/{reward.name}": value for kind, value in found.items()}
-        own = [figures[f"{MONITOR}/{reward.name}"] for reward in self.rewards]
-        figures = {MONITOR: sum(own) / len(own), **figures}
-        if not self.held_out.rewards:
-            return figures, None
-        everyones = by_prompt(gathered(rates))
-        held_out = {reward.name: everyones.pop(reward.name) for reward in self.held_out.rewards}
-        verdict = judge(list(everyones.values()), held_out, self.held_out.seed)
-        return figures | verdict.figures(), verdict.message(step)
+        means = [figures[f"{MONITOR}/{reward.name}"] for reward in self.rewards]
+        figures = {MONITOR: float(monitored(torch.tensor(means), self.choice.monitor)), **figures}
+        rates = by_prompt(gathered(own))
+        held_out = {reward.name: rates.pop(reward.name) for reward in self.held_out.rewards}
+        if not held_out:
+            return figures, rates, None
+        verdict = judge(list(rates.values()), held_out, self.held_out.seed)
+        return figures | verdict.figures(), rates, verdict.message(name)
 
     def _judged(
         self, reward: Reward, images: list[Image], mine: list[int], device: torch.device
@@ -220,10 +248,21 @@ class WinRateValidation(L.Callback):
         )
         return path
 
-    def state_dict(self) -> dict[str, int]:
-        """The last validated step, so that a resumed run does not validate it again."""
-        return {"validated": self.validated}
+    def state_dict(self) -> dict[str, Any]:
+        """The last validated step, which a resumed run does not validate again, and the choice so far."""
+        return {"validated": self.validated, "choice": self.choice.state()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore the last validated step."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the last validated step and the choice so far."""
         self.validated = state["validated"]
+        self.choice.restore(state["choice"])
+
+
+def told(figures: Mapping[str, float]) -> str:
+    """Format the win-rates among a validation's figures: `0.532  (alignment 0.512  looks 0.552)`."""
+    rates = "  ".join(
+        f"{name.removeprefix(f'{MONITOR}/')} {value:.3f}"
+        for name, value in figures.items()
+        if name.startswith(f"{MONITOR}/")
+    )
+    return f"{figures[MONITOR]:.3f}  ({rates})"

@@ -62,7 +62,7 @@ def test_the_alarm_rings_where_one_rises_and_the_other_falls_beyond_their_interv
         "val/held_out/alarm/x": rings,
         "val/held_out/alarm/y": 0,
     }
-    message = verdict.message(7)
+    message = verdict.message("step 7")
     assert (
         (
             "step 7: reward hacking?" in message

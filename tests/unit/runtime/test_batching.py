@@ -200,7 +200,7 @@ def test_a_reward_is_on_the_device_while_it_scores_and_leaves_the_memory_to_trai
         [],
     )
     validation = WinRateValidation(base, backbone, [reward], settings, 1, tmp_path)
-    figures, _ = validation._figures([Image.new("RGB", (2, 2))] * 2, [0, 1], 1, backbone.device)
+    figures, _, _ = validation._figures([Image.new("RGB", (2, 2))] * 2, [0, 1], "step 1", backbone.device)
     assert traveller.where == [DEVICE, "cpu"] * 2
     assert (
         figures["val/win_rate/traveller"] == 0.75 and pool.folder.is_dir()
