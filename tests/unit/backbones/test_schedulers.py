@@ -219,7 +219,7 @@ def test_a_schedule_that_all_but_ends_in_noise_is_finite(tiny_folders, tmp_path)
 
 
 def test_a_network_that_predicts_v_is_trained_as_one_that_predicts_the_noise(tiny_folders, tmp_path):
-    """The squared error of v = alpha eps - sigma x is that of the noise over alpha^2; the weight undoes that."""
+    """The squared error of v = alpha eps - sigma x: the noise's over alpha^2; the weight undoes that."""
     folder = as_if_trained_with(
         tiny_folders, tmp_path, "sdxl", DDIMScheduler(prediction_type="v_prediction", **SDXL_BETAS)
     )
