@@ -20,6 +20,7 @@ from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
 from capo.runtime.run_folder import EVALUATION, METRICS, POLICY
+from capo.training.strength import read_strength
 
 console = Console()
 
@@ -36,9 +37,12 @@ def tuned_generator(components: Components, policy: Path) -> ImageGenerator:
 
 
 def evaluate_policy(
-    cfg: DictConfig, components: Components, policy: Path, folder: Path, curves: Path | None = None
+    cfg: DictConfig, components: Components, policy: Path, folder: Path, run: Path | None = None
 ) -> dict:
-    """Evaluate an exported policy against the base into `folder`; see `capo.evaluation.evaluate.evaluate`."""
+    """Evaluate an exported policy against the base into `folder`; see `capo.evaluation.evaluate.evaluate`.
+
+    With the directory of its `run`, the report also shows the training curves and the curve of strengths.
+    """
     return evaluate(
         folder,
         components.pool_specs["test"],
@@ -48,7 +52,8 @@ def evaluate_policy(
         oracle=components.oracle,
         title=f"{cfg.model.name}: tuned against base",
         config=OmegaConf.to_yaml(cfg, resolve=True),
-        curves=curves,
+        curves=run and run / METRICS,
+        strength=run and read_strength(run),
     )
 
 
@@ -62,11 +67,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     check_ready(own, watching=False)
     prepare_process(own.threads)
     return evaluate_policy(
-        own,
-        build_components(own, watching=False),
-        folder / POLICY,
-        folder / EVALUATION,
-        curves=folder / METRICS,
+        own, build_components(own, watching=False), folder / POLICY, folder / EVALUATION, run=folder
     )
 
 

@@ -306,7 +306,7 @@ def evaluate_run(cfg: DictConfig, components: Components, folder: Path) -> None:
     if not launch().first:
         draw_for_evaluation(components, policy, folder / EVALUATION)
         return
-    found = evaluate_policy(cfg, components, policy, folder / EVALUATION, curves=folder / METRICS)
+    found = evaluate_policy(cfg, components, policy, folder / EVALUATION, run=folder)
     write_card(
         components.backbone,
         policy,

@@ -182,6 +182,7 @@ def evaluate(
     shown: int = 12,
     config: str | None = None,
     curves: str | Path | None = None,
+    strength: Mapping | None = None,
     progress: bool = True,
 ) -> dict:
     """Generate and score images of policy and base, then write results.json and report.html to `folder`.
@@ -199,6 +200,7 @@ def evaluate(
         shown: number of prompts in each order of the report's gallery.
         config: text of the run's config.yaml for the report, or None.
         curves: the run's metrics.csv for the report, or None; the file may be missing.
+        strength: content of the run's strength.json for the report, or None.
         progress: whether to show progress bars.
 
     Returns:
@@ -218,7 +220,14 @@ def evaluate(
         tuned, base, zero_scores = comparison.sides(folder / POOLS, progress)
         found = _results_of(tuned, base, zero_scores, settings)
         report = Report(
-            title or spec.model, found, settings, rewards, exhibits(tuned, base, shown), config, curves
+            title or spec.model,
+            found,
+            settings,
+            rewards,
+            exhibits(tuned, base, shown),
+            config,
+            curves,
+            strength,
         )
         _write(folder, settings, found, render_report(report))
         _remove_other_pools(folder / POOLS, tuned.drawn.pool.folder)

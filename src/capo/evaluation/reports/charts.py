@@ -6,9 +6,10 @@ work.
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -78,6 +79,20 @@ def interval_bar(
         f'<line class="center" x1="50%" x2="50%" y1="0" y2="22"/>'
         f'<rect class="span" x="{place(low):.2f}%" y="8" height="6" width="{place(high) - place(low):.2f}%"/>'
         f'<circle class="dot" cx="{place(mean):.2f}%" cy="11" r="5"/></svg>'
+    )
+
+
+def strength_chart(curve: Sequence[Mapping[str, Any]]) -> Chart:
+    """Chart of the win-rates on validation prompts by strength, from `strength.json`; 0 is the base."""
+    lines = {name: [(0.0, 0.5)] for name in curve[0]["rewards"]}
+    for point in curve:
+        for name, rate in point["rewards"].items():
+            lines[name].append((point["strength"], rate))
+    return Chart(
+        "win-rate by strength",
+        [Curve(name, points) for name, points in list(lines.items())[:SERIES]],
+        0.5,
+        max(len(lines) - SERIES, 0),
     )
 
 

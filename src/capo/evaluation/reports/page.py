@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capo.evaluation.held_out import alarms, remark
-from capo.evaluation.reports.charts import half_width, interval_bar, line_chart, read_curves
+from capo.evaluation.reports.charts import half_width, interval_bar, line_chart, read_curves, strength_chart
 from capo.evaluation.reports.gallery import Exhibit, data_uri, image_grid
 from capo.rewards import Reward
 
@@ -40,6 +40,7 @@ class Report:
         exhibits: prompts of the gallery.
         config: text of the run's config.yaml, or None.
         curves: path of the run's metrics.csv, or None; the file may be missing.
+        strength: content of the run's strength.json, or None.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Report:
     exhibits: Sequence[Exhibit]
     config: str | None = None
     curves: str | Path | None = None
+    strength: Mapping | None = None
 
 
 def page_environment() -> Environment:
@@ -79,6 +81,7 @@ def render_report(report: Report) -> str:
         headline=rows,
         oracle=oracle_sections(report.results),
         remarks=remarks(report.results) + ([] if report.curves is None else remark(alarms(report.curves))),
+        strength=line_chart(strength_chart(report.strength["curve"])) if report.strength else None,
         charts=[(chart.title, line_chart(chart)) for chart in charts],
     )
 

@@ -225,3 +225,17 @@ def test_console_table_fits_a_terminal():
     assert any(re.search(r"looks +5\.300 +5\.100 +-0\.200 +-0\.310 to -0\.090", line) for line in lines)
     assert any(re.search(r"two +5\.500 → 5\.200", line) for line in lines)
     assert "reward hacking" in " ".join(lines)
+
+
+def test_the_curve_of_strengths_is_drawn_from_the_base_on():
+    """The base is at strength 0 with 0.5; without a curve there is no section."""
+    curve = [
+        {"strength": strength, "win_rate": {}, "rewards": {"looks": rate}}
+        for strength, rate in ((0.5, 0.7), (1.0, 0.6))
+    ]
+    assert "<h2>Strength</h2>" not in page()
+    text = page(strength={"chosen": 0.5, "curve": curve})
+    assert "the policy has strength 0.5." in text
+    [points] = re.findall(r'<polyline class="series-0" points="([^"]*)"', text)
+    xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2) and ys[0] > ys[2] > ys[1]
