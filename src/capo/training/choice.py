@@ -117,7 +117,7 @@ class Choice:
         return low > 0 or (higher and not best.above_base)
 
     def sentences(self) -> list[str]:
-        """Sentences on the choice: what was chosen, what does not differ, a fall below the base.
+        """Say what was chosen, what does not differ from it, and whether it is below the base.
 
         Raises ValueError before the first offer.
         """
