@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +24,8 @@ from capo.data.prompts import Prompt, check_splits, missing_inputs
 from capo.errors import InputError
 from capo.evaluation.held_out import refuse_trained
 from capo.rewards import Reward, load_rewards
+from capo.runtime.launch import launch
+from capo.runtime.processes import own_device
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,19 @@ def build_components(cfg: DictConfig, scoring: bool = True, watching: bool = Tru
     rewards, evaluated, oracle = all_rewards(cfg)
     held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
     specs = pool_specs(cfg, splits)
-    for reward in {
-        reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out] if scoring
-    }.values():
-        reward.setup("cpu")  # so that missing weights are found before images are generated
+    if scoring and launch().local_rank == 0:
+        # So that missing weights are found before images are generated. The other processes of a machine
+        # load a scorer when it scores.
+        for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out]}.values():
+            reward.setup("cpu")
     return Components(
         ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, specs, held_out
     )
 
 
 def base_of(cfg: DictConfig) -> Backbone:
-    """Load the base on the GPU, if there is one and `trainer.accelerator` is not cpu, else on the CPU."""
-    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+    """Load the base on this process's device (`own_device`)."""
+    device = own_device(cfg.trainer.accelerator)  # first, since loading takes long
     return built(cfg.model.backbone, name=cfg.model.name).to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,15 +12,17 @@ from rich.console import Console
 from capo.backbones.export import load_policy, policy_fingerprint
 from capo.cli.build import Components, build_components
 from capo.cli.messages import plain_errors
-from capo.cli.process import prepare_process
+from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import run_config
 from capo.cli.values import check_values
 from capo.data.generation import ImageGenerator
+from capo.data.images import GeneratedImages
 from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
-from capo.runtime.run_folder import EVALUATION, METRICS, POLICY
+from capo.runtime.launch import launch
+from capo.runtime.run_folder import EVALUATION, METRICS, POLICY, POOLS
 from capo.training.strength import read_strength
 
 console = Console()
@@ -36,13 +39,28 @@ def tuned_generator(components: Components, policy: Path) -> ImageGenerator:
     )
 
 
+def draw_for_evaluation(components: Components, policy: Path, folder: Path) -> None:
+    """Generate and score missing images of the evaluation in `folder`, while the first process evaluates."""
+    base, test = components.generator, components.pool_specs["test"]
+    tuned = tuned_generator(components, policy)
+    judges = [*components.evaluation_rewards, *components.oracle]
+    GeneratedImages.fill(test, base, judges, progress=False)
+    GeneratedImages.fill(components.pool_specs["zero"], base, components.evaluation_rewards, progress=False)
+    GeneratedImages.fill(replace(test, root=folder / POOLS), tuned, judges, progress=False)
+
+
 def evaluate_policy(
     cfg: DictConfig, components: Components, policy: Path, folder: Path, run: Path | None = None
-) -> dict:
+) -> dict | None:
     """Evaluate an exported policy against the base into `folder`; see `capo.evaluation.evaluate.evaluate`.
 
-    With the directory of its `run`, the report also shows the training curves and the curve of strengths.
+    All processes generate images, each those that no other has generated; the first one evaluates, and the
+    others return None. With the directory of its `run`, the report also shows the training curves and the
+    curve of strengths.
     """
+    if not launch().first:
+        draw_for_evaluation(components, policy, folder)
+        return None
     return evaluate(
         folder,
         components.pool_specs["test"],
@@ -57,7 +75,7 @@ def evaluate_policy(
     )
 
 
-def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
+def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
     """Evaluate the policy of the run `cfg.run` into its own directory; return the results.
 
     The run's own configuration is used, with `overrides` of the command line on top.
@@ -71,7 +89,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict:
     )
 
 
-def evaluate_folder(cfg: DictConfig, folder: Path) -> dict:
+def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
     """Evaluate the exported policy `cfg.policy` into `folder` with the composed configuration."""
     if cfg.base:
         cfg.model.backbone.weights = str(Path(cfg.base).absolute())
@@ -84,6 +102,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     """Compare `runs`, evaluate `run`, or evaluate `policy`: the first that is configured, else InputError."""
     check_values(cfg)
     refuse_plans(cfg)
+    console.quiet = not launch().first
     if cfg.runs:
         return compare_runs(run_folders(cfg.runs), console)
     if cfg.run:
@@ -97,4 +116,6 @@ def main(cfg: DictConfig) -> None:
     """Evaluate or compare what the configuration names; user errors end the process with a message."""
     hydra_config = HydraConfig.get()
     with plain_errors("the same command" if cfg.run else None):
+        if launch().world_size > 1 and not cfg.run:
+            check_common_folder(hydra_config.overrides.hydra)
         run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))

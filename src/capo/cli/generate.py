@@ -22,9 +22,11 @@ from capo.data.importing.survey import described
 from capo.data.pair_export import export_pairs
 from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError, closest
+from capo.runtime.launch import launch
 
 console = Console()
 # stage on the command line -> stages of a pool that it completes
+ALONE = ("import", "export", "report")  # stages that one process does
 FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
 
 
@@ -96,7 +98,7 @@ def report(cfg: DictConfig, components: Components) -> None:
 
 def run(cfg: DictConfig) -> None:
     """Run `cfg.stage`: fill the four pools or one stage of them, import images, export pairs, or report."""
-    known = (*FILLING, "import", "export", "report")
+    known = (*FILLING, *ALONE)
     refuse_plans(cfg)
     if cfg.stage not in known:
         near = closest(str(cfg.stage), known)
@@ -104,8 +106,11 @@ def run(cfg: DictConfig) -> None:
             f"stage={cfg.stage} is unknown; choose {', '.join(known)}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
+    if cfg.stage in ALONE and launch().world_size > 1:
+        raise InputError(f"stage={cfg.stage} is the work of one process: run it without the launcher")
     if cfg.stage == "import":
         return import_images(cfg)
+    console.quiet = not launch().first
     scoring = cfg.stage in ("all", "score")
     check_ready(cfg, scoring=scoring)
     check_imported(cfg)

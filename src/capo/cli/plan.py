@@ -74,6 +74,7 @@ def training_request(cfg: DictConfig) -> TrainingRequest:
         adapter_of(lora),
         trainer.accelerator != "cpu",
         trainer.precision if cfg.sampling.precision == trainer.precision else "32-true",
+        max(launch().local_world_size, device_count(trainer.devices) or 1),
     )
 
 

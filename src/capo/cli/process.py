@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +42,18 @@ def _default_threads() -> int:
     if not processes and told.isdigit() and int(told) > 0:
         return int(told)
     return max(1, (os.cpu_count() or 1) // (processes or 1))
+
+
+def check_common_folder(overrides: Sequence[str]) -> None:
+    """Raise InputError if several processes would each make an output directory of their own.
+
+    `overrides` are Hydra's own on the command line.
+    """
+    if not any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise InputError(
+            f"{launch().world_size} processes would each make a run directory: give them a common one, "
+            "hydra.run.dir=DIR"
+        )
 
 
 def worker_logs() -> Path | None:

@@ -94,8 +94,6 @@ def check_places(own: DictConfig) -> None:
             "the launcher, one process per job, or a single run on several devices without -m "
             "(docs/training.md)"
         )
-    if not any(override.startswith("hydra.run.dir=") for override in own.overrides.hydra):
-        raise InputError(
-            f"{launch().world_size} processes would each make a run directory: give them a common one, "
-            "hydra.run.dir=DIR"
-        )
+    from capo.cli.process import check_common_folder
+
+    check_common_folder(own.overrides.hydra)

@@ -20,7 +20,7 @@ from capo.backbones import Backbone
 from capo.backbones.export import export_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card
 from capo.cli.build import Components, build_components, target_name, training_data
-from capo.cli.evaluate import evaluate_policy, tuned_generator
+from capo.cli.evaluate import evaluate_policy
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.run_config import Progress, open_run
@@ -35,14 +35,13 @@ from capo.module import Execution, PreferenceModule, Weighting
 from capo.runtime.hub import push
 from capo.runtime.launch import Division, divide, launch
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
-from capo.runtime.processes import leave_group, process_group, run_on_first_process
+from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
 from capo.runtime.run_folder import (
     CALIBRATION,
     EVALUATION,
     METRICS,
     MONITOR,
     POLICY,
-    POOLS,
     RESULTS,
     VALIDATION,
     read_outcome,
@@ -287,26 +286,12 @@ def finish(
     write_outcome(folder, outcome | ({"alarms": alarms(folder / METRICS)} if components.held_out else {}))
 
 
-def draw_for_evaluation(components: Components, policy: Path, folder: Path) -> None:
-    """Generate and score missing images of the evaluation in `folder`, while the first process evaluates."""
-    base, test = components.generator, components.pool_specs["test"]
-    tuned = tuned_generator(components, policy)
-    judges = [*components.evaluation_rewards, *components.oracle]
-    GeneratedImages.fill(test, base, judges, progress=False)
-    GeneratedImages.fill(components.pool_specs["zero"], base, components.evaluation_rewards, progress=False)
-    GeneratedImages.fill(dataclasses.replace(test, root=folder / POOLS), tuned, judges, progress=False)
-
-
 def evaluate_run(cfg: DictConfig, components: Components, folder: Path) -> None:
-    """Evaluate the run's policy against the base, and write the win-rates to its model card.
-
-    All processes generate images, each those that no other has generated; the first one evaluates.
-    """
+    """Evaluate the run's policy against the base, and write the win-rates to its model card."""
     policy = folder / POLICY
-    if not launch().first:
-        draw_for_evaluation(components, policy, folder / EVALUATION)
-        return
     found = evaluate_policy(cfg, components, policy, folder / EVALUATION, run=folder)
+    if found is None:
+        return
     write_card(
         components.backbone,
         policy,
@@ -322,7 +307,7 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     console.quiet = not launch().first
-    with process_group(cuda=torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"):
+    with process_group(cuda=own_device(cfg.trainer.accelerator).type == "cuda"):
         progress, evaluated = run_on_first_process(
             lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file())
         )

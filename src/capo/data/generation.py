@@ -18,6 +18,7 @@ from capo.data.stages import LatentStage, ScoreStage, Stage, TextStage
 from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
+from capo.runtime.launch import launch
 
 WAIT = 0.5  # seconds between checks of shards that another process is working on
 COMMANDS = {
@@ -184,7 +185,8 @@ def stages_of(
 def run_stage(stage: Stage, progress: bool = True) -> None:
     """Run the shards of a stage one after another in this process, until none is missing.
 
-    Shards locked by another process are skipped and checked again later, in case that process dies. Raises
+    Shards locked by another process are skipped and checked again later, in case that process dies. Of the
+    processes of a launcher, the first shows the progress of all. Raises
     RuntimeError if a shard is missing after it was written.
     """
     todo = stage.todo()
@@ -196,7 +198,7 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
         total=sum(map(stage.amount, todo)),
         desc=f"{stage.name} of {stage.pool.folder.name}",
         unit=stage.unit,
-        disable=not progress,
+        disable=not progress or not launch().first,
         dynamic_ncols=True,
     ) as bar:
         while todo:
@@ -220,11 +222,8 @@ def _attempt(stage: Stage, shard: Shard, made: set[Shard], bar: tqdm) -> bool:
         if shard in stage.missing(shard.row):
             stage.run(shard, bar.update)
             made.add(shard)
-        elif bar.total:
-            bar.total -= stage.amount(
-                shard
-            )  # made by another process: the rate shown stays this process's own
-            bar.refresh()
+        else:  # made by another process: the bar shows what all make together
+            bar.update(stage.amount(shard))
     return True
 
 

@@ -98,19 +98,19 @@ def device_memory(request: Request) -> dict[str, Any]:
 def host_memory(request: Request) -> dict[str, Any]:
     """Compute the bytes of each part in host memory, by phase.
 
-    The pipeline and the rewards stay there while they are off the device, and a checkpoint is collected
-    there.
+    The pipeline and the rewards stay there while they are off the device, those of each process on a machine,
+    and a checkpoint is collected there by the first process.
     """
-    whole = request.model_states()
-    pipeline = sum(pipeline_bytes(request.blueprint, request.itemsize).values())
-    rewards = request.rewards.everything
+    whole, each = request.model_states(), request.training.local_processes
+    pipeline = each * sum(pipeline_bytes(request.blueprint, request.itemsize).values())
+    rewards = each * request.rewards.everything
     return _phases(
         {
             "loading": {
                 "pipeline": pipeline,
                 "rewards": rewards,
-                "policy": whole.weights,
-                "reference": whole.reference,
+                "policy": each * whole.weights,
+                "reference": each * whole.reference,
             },
             "training": {
                 "pipeline": pipeline,

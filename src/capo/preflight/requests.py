@@ -27,6 +27,7 @@ class TrainingRequest:
         lora: {rank, alpha, seed, targets} from `capo.preflight.tracing.adapter_of`, or None for all weights.
         gpu: whether autocast follows a GPU's rules; the plan assumes so unless the accelerator is the CPU.
         frozen_in: precision for which the weights that LoRA freezes are stored.
+        local_processes: processes on each machine, one per device.
     """
 
     division: Division
@@ -40,6 +41,7 @@ class TrainingRequest:
     lora: Adapter | None
     gpu: bool
     frozen_in: str = "32-true"
+    local_processes: int = 1
 
     @property
     def shards(self) -> int:

@@ -19,16 +19,34 @@ PATIENCE = timedelta(hours=2)
 Value = TypeVar("Value")
 
 
+def own_device(accelerator: str) -> torch.device:
+    """Select and return this process's device: its own GPU, by its local rank, or the CPU.
+
+    The CPU is used without a GPU, and with `accelerator` cpu. Raises InputError for more processes on this
+    machine than it has GPUs.
+    """
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    here, there = launch(), torch.cuda.device_count()
+    if here.local_world_size > there:
+        raise InputError(
+            f"{here.local_world_size} processes were started on a machine with {there} "
+            f"GPU{'s' if there > 1 else ''}: start at most one per GPU (torchrun --nproc-per-node {there} "
+            "...), or choose trainer.accelerator=cpu"
+        )
+    device = torch.device("cuda", here.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def process_group(cuda: bool) -> Iterator[Launch]:
-    """Join the process group for the block and select this process's GPU; with one process, do nothing.
+    """Join the process group for the block; with one process, do nothing.
 
     After an error the group is not destroyed, because that would wait for the other processes: this process
     ends, and the launcher ends the others.
     """
     here, environment = launch(), cluster()
-    if cuda and here.world_size > 1:
-        torch.cuda.set_device(here.local_rank)
     if environment is None or here.world_size == 1:
         yield here
         return

@@ -137,8 +137,9 @@ class Choice:
         if self.best is None or self.best.above_base:
             return []
         return [
-            f"{self.best.name} has a win-rate of {self.best.rate}, which is not above the base's 0.5: use the "
-            "base, or train with a larger objective.beta, a lower trainer.lr, more prompts or larger batches"
+            f"{self.best.name} has a win-rate of {self.best.rate}, which is not above the base's 0.5: use "
+            "the base, or train with a larger objective.beta, a lower trainer.lr, more prompts or larger "
+            "batches"
         ]
 
     def state(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from capo.data.prompts import candidate_seed, make_prompt
 from capo.data.stages import LatentStage, ScoreStage, TextStage
 from capo.errors import InputError
 from capo.rewards import Reward
+from capo.runtime.launch import Launch
 from fixtures.fake_backbone import FakeBackbone
 
 TEXTS = ("a red circle", "a blue square", "the green triangle", "a circle left of a square", "red and blue")
@@ -78,6 +79,22 @@ def contents(pool):
         for path in sorted(pool.folder.rglob("*"))
         if path.is_file()
     }
+
+
+class Bar:
+    """What a progress bar of a stage is told."""
+
+    def __init__(self, total, disable, **options):
+        self.total, self.disable, self.n = total, disable, 0
+
+    def update(self, count=1):
+        self.n += count
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
 
 
 def test_a_filled_pool(plan, generator, work):
@@ -290,6 +307,27 @@ def test_blocks_follow_on_what_another_process_made_meanwhile(plan, generator, m
     assert [shard.candidates for shard in pool.row_shards(1, 10)] == [range(4), range(4, 10)]
     assert [shard.candidates for shard in pool.row_shards(0, 10)] == [range(8), range(8, 10)]
     assert pool.scores([BRIGHTNESS.key], 10).isfinite().all()
+
+
+def test_the_first_process_shows_what_all_have_made(plan, generator, monkeypatch):
+    """Another process makes every shard of the second row while the first one is at work.
+
+    The bar ends with the images of both, and another process than the first shows none.
+    """
+    attempt, bars = generation._attempt, []
+    monkeypatch.setattr(generation, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+
+    def helped(stage, shard, made, bar):
+        if stage.name == "latents" and shard.row == 1 and shard in stage.missing(1):
+            stage.run(shard, lambda count: None)
+        return attempt(stage, shard, made, bar)
+
+    monkeypatch.setattr(generation, "_attempt", helped)
+    fill_pool(plan, generator)
+    assert len(bars) == 2 and all(bar.n == bar.total > 0 and not bar.disable for bar in bars)
+    monkeypatch.setattr(generation, "launch", lambda: Launch(1, 2, 1, 2))
+    fill_pool(dataclasses.replace(plan, split="other"), generator)
+    assert all(bar.disable for bar in bars[2:]) and len(bars) == 4
 
 
 def test_a_busy_shard_is_waited_for(plan, generator, work, monkeypatch):

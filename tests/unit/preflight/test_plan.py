@@ -366,6 +366,17 @@ def test_rewards_count_where_images_are_scored_and_nowhere_else(unet):
     assert "memory of these rewards is unknown and left out: vila" in notes(with_rewards)
 
 
+def test_host_memory_counts_every_process_of_a_machine(unet):
+    """Eight processes hold eight pipelines and eight sets of rewards; one of them collects the checkpoint."""
+    rewards = RewardRequest(everything=8e9)
+    one, eight = (
+        host_memory(replace(request(unet, local_processes=count), rewards=rewards)) for count in (1, 8)
+    )
+    assert eight["loading"]["total"] == 8 * one["loading"]["total"]
+    flight = one["training"]["checkpoint in flight"]
+    assert eight["training"]["total"] - flight == 8 * (one["training"]["total"] - flight) > 8 * 8e9
+
+
 def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
     device, drawing = (
         device_memory(request(unet)),
