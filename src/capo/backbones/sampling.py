@@ -123,7 +123,10 @@ def sample(
         latents = noise.to(backbone.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
             noisy = scaled(latents, t)
-            latents = step(_guided(backbone, denoiser, noisy, t, conditions, settings.guidance), t, latents)
+            predicted = _guided(backbone, denoiser, noisy, t, conditions, settings.guidance)
+            # a scheduler's own matrix products (UniPC's) stay float32; autocast keeps its copies of weights
+            with torch.autocast(backbone.device.type, enabled=False):
+                latents = step(predicted, t, latents)
             if progress is not None:
                 progress(len(noise))
     return latents.clone()  # cloned outside inference mode, so that autograd accepts it

@@ -1,6 +1,8 @@
+import functools
+
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UniPCMultistepScheduler
 
 from capo.backbones import UNetBackbone
 from capo.backbones.sampling import (
@@ -144,6 +146,27 @@ def test_scheduler_that_draws_noise_needs_generators(tiny_folder):
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(InputError, match="sampling"):
         SamplerSettings(*settings)
+
+
+def test_autocast_is_for_the_prediction_and_not_for_the_schedulers_step(tiny_folder, monkeypatch):
+    """UniPC of order 3 multiplies matrices in its step, which autocast would round to bf16."""
+    backbone = UNetBackbone(str(tiny_folder), scheduler="UniPCMultistepScheduler")
+    config = {**backbone.pipeline.scheduler.config, "solver_order": 3}
+    backbone.pipeline.scheduler = UniPCMultistepScheduler.from_config(config)
+    step, predict, seen = UniPCMultistepScheduler.step, UNetBackbone.predict, []
+
+    def watched(name, function):
+        def call(*args, **options):
+            seen.append((name, torch.is_autocast_enabled("cpu")))
+            return function(*args, **options)
+
+        return functools.wraps(function)(call)
+
+    monkeypatch.setattr(UniPCMultistepScheduler, "step", watched("step", step))
+    monkeypatch.setattr(UNetBackbone, "predict", watched("prediction", predict))
+    text, noise = backbone.encode_prompts(PROMPTS[:1]), candidate_noise([1], backbone.latent_shape)
+    sample(backbone, backbone.denoiser, text, noise, SamplerSettings(5, 1.0, 1, precision="bf16-mixed"))
+    assert seen == [("prediction", True), ("step", False)] * 5
 
 
 def test_more_steps_than_the_schedule_has_are_refused(tiny_backbone):
