@@ -113,40 +113,64 @@ def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, Tensor]:
-    """Mean drift m - r of winner and loser for each fifth of [0, 1) that contains some of the batch's u.
+def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Drift m - r of winner and loser in each fifth of [0, 1), by the u of the pairs.
 
-    The errors are those of B pairs with a reference, u is (B,). Returns scalars by name, such as
-    `drift/winner/u0.2` for u in [0.2, 0.4).
+    The errors are those of B pairs with a reference, u is (B,). Nothing leaves the device. Returns (sum,
+    count) scalars by name, such as `drift/winner/u0.2` for u in [0.2, 0.4), for `Figures.note`.
     """
-    figures = {}
     winner, reference_winner, loser, reference_loser = fields_of(
         errors, "policy_winner", "reference_winner", "policy_loser", "reference_loser"
     )
     drifts = {"winner": winner - reference_winner, "loser": loser - reference_loser}
-    bins = (u * TIME_BINS).long()
-    for number in bins.unique().tolist():
-        for kind, drift in drifts.items():
-            figures[f"drift/{kind}/u{number / TIME_BINS:.1f}"] = drift[bins == number].mean()
+    inside = (u * TIME_BINS).long()[:, None] == torch.arange(TIME_BINS, device=u.device)  # (B, bins)
+    counts = inside.sum(0).unbind()
+    figures = {}
+    for kind, drift in drifts.items():
+        # where, not a product: a drift that is not finite stays in its own fifth
+        sums = torch.where(inside, drift[:, None], 0).sum(0).unbind()
+        for number, sum_and_count in enumerate(zip(sums, counts, strict=True)):
+            figures[f"drift/{kind}/u{number / TIME_BINS:.1f}"] = sum_and_count
     return figures
+
+
+Number = Tensor | float
+Figure = Number | tuple[Number, Number]  # one value, or a sum of values and their count
 
 
 class Figures:
     """Values of named figures, collected batch by batch and averaged when they are logged."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor | float]] = {}
+        self._values: dict[str, list[Figure]] = {}
 
-    def note(self, figures: Mapping[str, Tensor | float]) -> None:
-        """Add one value of each figure; tensors stay on their device until they are taken."""
+    def note(self, figures: Mapping[str, Figure]) -> None:
+        """Add to each figure one value, or a sum with its count; tensors stay on their device until taken."""
         for name, value in figures.items():
             self._values.setdefault(name, []).append(value)
 
     def take(self, of_all: bool = False) -> dict[str, float]:
         """Mean of each figure since the last call (`of_all`: over all processes); forget the values."""
-        sums = {name: (sum(map(float, values)), len(values)) for name, values in self._values.items()}
+        totals = self.totals(of_all)
         self._values.clear()
-        parts = gathered(sums) if of_all else [sums]
+        return {name: total / count for name, (total, count) in totals.items() if count}
+
+    def totals(self, of_all: bool = False) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each figure since it was last taken; with `restore`, they outlive the process."""
+        parts = [{name: (_total(values, 0), _total(values, 1)) for name, values in self._values.items()}]
+        parts = gathered(parts[0]) if of_all else parts
         names = dict.fromkeys(name for part in parts for name in part)
-        totals = {name: [part[name] for part in parts if name in part] for name in names}
-        return {name: sum(s for s, _ in found) / sum(n for _, n in found) for name, found in totals.items()}
+        found = {name: [part[name] for part in parts if name in part] for name in names}
+        return {name: (sum(s for s, _ in pairs), sum(n for _, n in pairs)) for name, pairs in found.items()}
+
+    def restore(self, totals: Mapping[str, tuple[float, float]]) -> None:
+        """Forget all values and continue from `totals`."""
+        self._values = {name: [sum_and_count] for name, sum_and_count in totals.items()}
+
+
+def _total(values: list[Figure], which: int) -> float:
+    """Sum of the values' sums (which = 0) or counts (1); tensors are copied from their device at once."""
+    parts = [value[which] if isinstance(value, tuple) else (value, 1.0)[which] for value in values]
+    tensors = [part.detach() for part in parts if isinstance(part, Tensor)]
+    stacked = torch.stack(tensors).cpu().double().sum().item() if tensors else 0.0
+    return sum((part for part in parts if not isinstance(part, Tensor)), stacked)

@@ -7,55 +7,29 @@ import functools
 import logging
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from capo.backbones import Backbone
+from capo.backbones.denoising import Weighting, denoising_error, pair_errors
 from capo.backbones.execution import PLAIN, Execution
 from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.models import Denoiser
 from capo.backbones.parallel import compile_blocks, shard
 from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
 from capo.data import PreferenceBatch
-from capo.errors import InputError, ParameterError
+from capo.errors import InputError
 from capo.metrics import Figures, drift_by_time, training_figures
-from capo.noise import constant_weight
-from capo.objectives import Objective, PairErrors, Predictions, margin, requirements
+from capo.objectives import Objective, PairErrors, margin, requirements
 from capo.objectives.base import fields_of
+from capo.runtime.launch import launch
 from capo.runtime.optimizers import clip_gradients, make_optimizer
 from capo.runtime.processes import gathered
 
+__all__ = ["Execution", "PreferenceModule", "Weighting", "denoising_error"]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """Weight of a pair by its time: `sigmoid` with bias b (section 4.4), or `constant` (w = 1)."""
-
-    kind: str = "sigmoid"
-    bias: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("sigmoid", "constant"):
-            raise ParameterError("kind", self.kind, "must be one of sigmoid, constant")
-
-    def __call__(self, backbone: Backbone, t: Tensor) -> Tensor:
-        """Weights (B,) float32 of the times t (B,)."""
-        return (
-            backbone.weight(t, self.bias) if self.kind == "sigmoid" else constant_weight(backbone.log_snr(t))
-        )
-
-
-def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Denoising error: mean over channels, height and width of the squared difference.
-
-    prediction and target (B, C, H, W) -> (B,) float32. It is computed in float32 whatever the precision of
-    the network: a target dR / beta is about 7e-4, and rounding an error to bf16 changes it by 1e-3.
-    """
-    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 class PreferenceModule(L.LightningModule):
@@ -73,7 +47,6 @@ class PreferenceModule(L.LightningModule):
             off; None: train all weights.
         gradient_clip: largest gradient norm; larger gradients are scaled down to it. None: no limit.
         max_bad_steps: training stops after this many consecutive steps with a gradient that is not finite.
-        drift_every: steps between two logs of the drift by time (`capo.metrics.drift_by_time`).
         execution: settings of memory and speed.
     """
 
@@ -89,7 +62,6 @@ class PreferenceModule(L.LightningModule):
         lora: dict | None = None,
         gradient_clip: float | None = None,
         max_bad_steps: int = 10,
-        drift_every: int = 10,
         execution: Execution = PLAIN,
     ):
         super().__init__()
@@ -105,7 +77,7 @@ class PreferenceModule(L.LightningModule):
             objective.keywords.get("beta") if isinstance(objective, functools.partial) else None
         )
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
-        self.gradient_clip, self.max_bad_steps, self.drift_every = gradient_clip, max_bad_steps, drift_every
+        self.gradient_clip, self.max_bad_steps = gradient_clip, max_bad_steps
         self.bad_steps = self.bad_in_a_row = 0
         self._figures = Figures()
         self._untrained = True  # until the first batch, whose margin should be 0
@@ -175,36 +147,10 @@ class PreferenceModule(L.LightningModule):
             yield separate
 
     def pair_errors(self, batch: PreferenceBatch) -> PairErrors:
-        """Denoising errors of policy and reference on B pairs; one forward pass of 2B latents through each.
-
-        Only what the objective requires is computed; other fields are None.
-        """
-        kinds = 2 if self.needs.loser else 1
-        t = self.backbone.timesteps(batch.u, self.draw)
-        times = t.repeat_interleave(kinds)
-        latents, noise = batch.latents[:, :kinds].flatten(0, 1), batch.noise[:, :kinds].flatten(0, 1)
-        text = {name: value.repeat_interleave(kinds, dim=0) for name, value in batch.text.items()}
-        noisy, target = (
-            self.backbone.add_noise(latents, noise, times),
-            self.backbone.target(latents, noise, times),
+        """Denoising errors of policy and reference on B pairs (`capo.backbones.denoising.pair_errors`)."""
+        return pair_errors(
+            self.backbone, self.policy, self.reference, batch, self.needs, self.weighting, self.draw
         )
-        predictions = {"policy": self.backbone.predict(self.policy, noisy, times, text), "target": target}
-        own = denoising_error(predictions["policy"], target).unflatten(0, (-1, kinds)).unbind(1)
-        known = {"weight": self.weighting(self.backbone, t), "policy_winner": own[0]}
-        if self.needs.loser:
-            known |= {
-                "policy_loser": own[1],
-                "gap": batch.calibrated_rewards[:, 0] - batch.calibrated_rewards[:, 1],
-            }
-        if self.needs.reference:
-            with self.reference() as network:
-                predictions["reference"] = self.backbone.predict(network, noisy, times, text)
-            frozen = denoising_error(predictions["reference"], target).unflatten(0, (-1, kinds)).unbind(1)
-            known |= dict(zip(("reference_winner", "reference_loser")[:kinds], frozen, strict=True))
-        if self.needs.predictions:
-            parts = {name: value.float().unflatten(0, (-1, kinds)) for name, value in predictions.items()}
-            known["predictions"] = Predictions(**parts)
-        return PairErrors(**known)
 
     def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:
         """Mean loss over the pairs of a batch, a scalar; also logs the figures of the step."""
@@ -214,7 +160,7 @@ class PreferenceModule(L.LightningModule):
         loss = self.objective(errors).mean()
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
         self._figures.note({"train/loss": loss.detach(), **training_figures(errors, self.beta)})
-        if self.global_step % self.drift_every == 0 and self.needs.reference and self.needs.loser:
+        if self.needs.reference and self.needs.loser:
             self._figures.note(drift_by_time(errors, batch.u))
         return loss
 
@@ -249,7 +195,7 @@ class PreferenceModule(L.LightningModule):
 
     def take_figures(self, of_all: bool = False) -> dict[str, float]:
         """Mean of each figure over the batches since the last call (`of_all`: over all processes)."""
-        return self._figures.take(of_all)
+        return self._figures.take(of_all) | {"train/skipped_steps": float(self.bad_steps)}
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -261,8 +207,10 @@ class PreferenceModule(L.LightningModule):
         norm = clip_gradients(list(self.policy.parameters()), self.gradient_clip or math.inf)
         bad = not math.isfinite(norm)
         self.bad_steps, self.bad_in_a_row = self.bad_steps + bad, bad * (self.bad_in_a_row + 1)
-        self._figures.note({"train/gradient_norm": norm, "train/skipped_steps": self.bad_steps})
         if not bad:
+            self._figures.note({"train/gradient_norm": norm})
+            if self.gradient_clip is not None:
+                self._figures.note({"train/clipped": float(norm > self.gradient_clip)})
             return
         optimizer.zero_grad(set_to_none=True)
         log.warning(
@@ -278,17 +226,23 @@ class PreferenceModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leave out frozen weights; add counts of skipped steps, for resuming, and the base's fingerprint."""
+        """Leave out frozen weights; add what a resumed run continues from, and the base's fingerprint.
+
+        That is counts of skipped steps, and figures since the last row of the curves.
+        """
         trained = self.trained_names()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
         checkpoint["bad_steps"] = self.bad_steps, self.bad_in_a_row
+        checkpoint["figures"] = self._figures.totals(of_all=True)
         checkpoint["base"] = self.backbone.fingerprints["denoiser"]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore the counts of skipped steps; the policy is trained, so the first batch is not checked."""
+        """Restore counts and figures; the policy is trained, so the first batch is not checked."""
         self.bad_steps, self.bad_in_a_row = checkpoint["bad_steps"]
+        # those of all processes, so that one of them continues with all
+        self._figures.restore(checkpoint.get("figures", {}) if launch().first else {})
         self._untrained = False
 
     def configure_optimizers(self):

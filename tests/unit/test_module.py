@@ -8,7 +8,7 @@ import torch
 from capo import objectives
 from capo.data import PreferenceBatch
 from capo.errors import InputError
-from capo.metrics import drift_by_time, training_figures
+from capo.metrics import Figures, drift_by_time, training_figures
 from capo.module import PreferenceModule, Weighting, denoising_error
 from capo.objectives import PairErrors, margin
 from fixtures.fake_objectives import capo_from_predictions
@@ -172,10 +172,61 @@ def test_figures_by_hand():
     assert figures["train/accuracy"] == 0.5 and figures["train/dR"] == pytest.approx(0.3)
     assert figures["train/drift_winner"] == pytest.approx(0.0, abs=1e-7) and figures["train/drift_loser"] == 0
     assert figures["train/saturated"] == 1.0
-    drift = drift_by_time(errors, torch.tensor([0.05, 0.95]))
+    collected = Figures()
+    collected.note(drift_by_time(errors, torch.tensor([0.05, 0.95])))
+    drift = collected.take()
+    assert drift.keys() == {f"drift/{kind}/u{u}" for kind in ("winner", "loser") for u in (0.0, 0.8)}
     assert drift["drift/winner/u0.0"] == pytest.approx(-0.1) and drift["drift/winner/u0.8"] == pytest.approx(
         0.1
     )
+
+
+def test_drift_by_time_is_averaged_over_pairs_and_does_not_wait_for_the_device():
+    def errors(drift, device="cpu"):
+        drift = torch.tensor(drift, device=device)
+        same = torch.zeros_like(drift)
+        return PairErrors(drift, same, drift, same, same + 1, same)
+
+    figures = Figures()
+    figures.note(drift_by_time(errors([1.0, 2.0, 5.0]), torch.tensor([0.1, 0.15, 0.5])))
+    figures.note(drift_by_time(errors([6.0, 7.0, float("nan")]), torch.tensor([0.19, 0.5, 0.99])))
+    found = figures.take()
+    assert found.pop("drift/winner/u0.8") != found.pop("drift/loser/u0.8")  # NaN stays in its own fifth
+    # (1 + 2 + 6) / 3 in the first fifth, (5 + 7) / 2 in the third
+    assert found == {
+        f"drift/{kind}/{u}": v for kind in ("winner", "loser") for u, v in (("u0.0", 3), ("u0.4", 6))
+    }
+    assert figures.take() == {}
+    meta = drift_by_time(errors([1.0], "meta"), torch.tensor([0.1], device="meta"))  # no value can be read
+    assert len(meta) == 10
+
+
+def test_figures_continue_from_totals():
+    first, whole = Figures(), Figures()
+    for number, value in enumerate((1.0, torch.tensor(2.0), 6.0)):
+        whole.note({"a": value})
+        if number < 2:
+            first.note({"a": value})
+    again = Figures()
+    again.restore(first.totals())
+    again.note({"a": 6.0})
+    assert again.take() == whole.take() == {"a": 3.0}
+
+
+@pytest.mark.parametrize("limit, expected", [(1.0, 1 / 3), (None, None)])
+def test_the_share_of_clipped_steps_is_logged(tiny_backbone, limit, expected):
+    module = module_for(tiny_backbone, gradient_clip=limit)
+    module.log = lambda *args, **kwargs: None  # it needs a trainer
+    optimizer = module.configure_optimizers()["optimizer"]
+    weight = module.policy.conv_in.bias
+    for norm in (0.5, 2.0, float("inf"), 0.9):  # clipped: the second of three; the third is skipped
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[0] = norm
+        module.configure_gradient_clipping(optimizer)
+    found = module.take_figures()
+    assert found.get("train/clipped") == (expected and pytest.approx(expected))
+    assert found["train/gradient_norm"] == pytest.approx((0.5 + 2.0 + 0.9) / 3)
+    assert found["train/skipped_steps"] == 1
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny_backbone):

@@ -115,7 +115,7 @@ def fit(
         logger=list(loggers),
         default_root_dir=folder,
         callbacks=[
-            Curves(log_every),
+            Curves(log_every, lambda: validation.seconds),
             validation.average,  # before the validation, which reads it
             validation,
             checkpoints,

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,36 +217,37 @@ def wandb_logger(folder: str | Path, project: str, **options: Any) -> Logger:
 class Curves(L.Callback):
     """Log the training figures every `every` optimizer steps, before the checkpoint of that step is written.
 
-    Lightning itself logs after the checkpoint, so a run resumed from that checkpoint would lack a row.
+    A row holds means over the steps since the last one. Lightning itself logs after the checkpoint, so a run
+    resumed from that checkpoint would lack a row. `time/pairs_per_second` is of the wall time between two
+    rows, loader and checkpoints included, less what `paused` has added: the seconds, since training began,
+    that were spent on something else (validation).
     """
 
-    def __init__(self, every: int):
-        self.every, self._seen, self._pairs, self._began = every, 0, 0, 0.0
+    def __init__(self, every: int, paused: Callable[[], float] = float):
+        self.every, self.paused = every, paused
+        self._seen, self._pairs, self._began = 0, 0, 0.0
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self.paused()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Count optimizer steps from the one at which training starts or resumes."""
-        self._seen = trainer.global_step
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, index: int) -> None:
-        """Count pairs, and time an optimizer step from its first micro-batch."""
-        if self._pairs == 0:
-            self._began = time.perf_counter()
-        self._pairs += len(batch.prompt_ids) * trainer.world_size
+        self._seen, self._pairs, self._began = trainer.global_step, 0, self._clock()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int
     ) -> None:
-        """Log the figures of an optimizer step once its last micro-batch is done."""
+        """Count pairs; log the figures of the steps since the last row once its last micro-batch is done."""
+        self._pairs += len(batch.prompt_ids) * trainer.world_size
         step = trainer.global_step
-        if step == self._seen:
+        if step == self._seen or step % self.every:
             return
-        seconds, pairs = time.perf_counter() - self._began, self._pairs
-        self._seen, self._pairs = step, 0
-        logged = step % self.every == 0
-        figures = module.take_figures(of_all=logged) | {"time/pairs_per_second": pairs / seconds}
-        if logged:
-            for logger in trainer.loggers:
-                logger.log_metrics(figures, step=step)
+        figures = module.take_figures(of_all=True)  # which waits for the device, so that the time is right
+        now = self._clock()
+        figures["time/pairs_per_second"] = self._pairs / (now - self._began)
+        self._seen, self._pairs, self._began = step, 0, now
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         """Write the logged rows to disk before the checkpoint."""

@@ -136,6 +136,7 @@ class WinRateValidation(L.Callback):
         self.base, self.backbone, self.rewards, self.settings = base, backbone, list(rewards), settings
         self.every, self.folder = every, Path(folder)
         self.validated = 0  # the last step after which the policy was validated
+        self.seconds = 0.0  # spent on validation by this process
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int
@@ -158,6 +159,7 @@ class WinRateValidation(L.Callback):
             )
         if trainer.is_global_zero:
             log_picture(trainer.loggers, "validation", self._draw(found.shown, step), step)
+        self.seconds += time.perf_counter() - begun
         module.print(f"step {step}: win-rate against the base {told(found.figures)}")
         if found.alarm:
             module.print(found.alarm)

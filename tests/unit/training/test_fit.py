@@ -28,9 +28,14 @@ RUN = [
 MARGIN = re.compile(r"largest \|h\| of the first batch: (\S+),")
 
 
-def losses_in(folder: Path) -> list[float]:
+def rows_in(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.csv").open() as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if "train/loss" in row]
+
+
+def losses_in(folder: Path) -> list[float]:
+    return [row["train/loss"] for row in rows_in(folder)]
 
 
 @pytest.fixture
@@ -73,6 +78,25 @@ def test_memory_is_saved_without_another_loss(losses, plain, option, tolerance):
 def test_half_precision_begins_at_the_reference(losses, lora):
     found, margin = losses(f"half{len(lora)}", "trainer.precision=bf16-mixed", *lora)
     assert margin == 0 and all(loss > 0 for loss in found)
+
+
+def test_a_row_averages_the_steps_since_the_last_one(tiny_run):
+    """Also in a run that stopped between two rows; drift by time reaches the rows whatever their distance."""
+    four = ["trainer.max_steps=4", "validation.every=4"]
+    train_script.run(tiny_run("each", *RUN, *four))
+    train_script.run(tiny_run("fourth", *RUN, *four, "trainer.log_every=4"))
+    stopped = [*RUN, "trainer.log_every=4", "validation.every=3"]
+    train_script.run(tiny_run("stopped", *stopped, "trainer.max_steps=3"))
+    train_script.run(tiny_run("stopped", *stopped, "trainer.max_steps=4"))
+    each = rows_in(tiny_run.folder / "each")
+    (row,), (resumed,) = (rows_in(tiny_run.folder / name) for name in ("fourth", "stopped"))
+    assert len(each) == 4 and row["step"] == 4
+    for name in ("train/loss", "train/gradient_norm", "train/clipped", "train/drift_winner"):
+        assert row[name] == pytest.approx(sum(step[name] for step in each) / 4, rel=1e-6), name
+    drift = [name for name in row if name.startswith("drift/winner/")]
+    assert drift  # 16 pairs, each counted in one fifth of the times
+    row.pop("time/pairs_per_second"), resumed.pop("time/pairs_per_second")
+    assert resumed == pytest.approx(row, rel=1e-6)
 
 
 @pytest.mark.slow
