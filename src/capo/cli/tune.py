@@ -137,6 +137,9 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
         "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, "
         f"linear warm-up over {trainer.warm_up} steps",
+        "gradient clipping": "none"
+        if trainer.gradient_clip is None
+        else f"norm at most {trainer.gradient_clip:g}",
         "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
         "averaged weights": "none"
         if trainer.ema is None

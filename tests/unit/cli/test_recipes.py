@@ -56,3 +56,20 @@ def test_each_job_composes_with_values_that_can_be_used(conf, line):
         )
         # what is trained is evaluated, as the same reward: neither its memory nor its scores are there twice
         assert all(reward == cfg.evaluation.rewards[name] for name, reward in cfg.rewards.items())
+
+
+@pytest.mark.parametrize(
+    "recipe, limit",
+    [
+        ("sdxl_capo_frs", None),
+        ("sdxl_single", None),
+        ("sdxl_pickapic_prompts", None),
+        ("sd3_capo_frs", None),
+        ("sd3_single", None),
+        ("sdxl_quickstart", 1.0),
+        ("lora", 1.0),
+    ],
+)
+def test_the_recipes_of_the_paper_clip_no_gradients(conf, recipe, limit):
+    cfg = compose("train", overrides=["run_dir=run", f"experiment={recipe}"])
+    assert cfg.trainer.gradient_clip == limit
