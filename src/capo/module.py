@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import math
 from contextlib import contextmanager
@@ -22,13 +21,23 @@ from capo.backbones.precision import frozen_reference, half_stored, marked_as_tr
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.metrics import Figures, drift_by_time, training_figures
-from capo.objectives import Objective, PairErrors, margin, requirements
-from capo.objectives.base import fields_of
+from capo.objectives import (
+    Anchor,
+    Objective,
+    PairErrors,
+    anchor_penalty,
+    margin,
+    mean_over_times,
+    requirements,
+)
+from capo.objectives.averaging import INSIDE, OUTSIDE, check_reduction
+from capo.objectives.base import beta_of, fields_of
 from capo.runtime.launch import launch
 from capo.runtime.optimizers import clip_gradients, make_optimizer
 from capo.runtime.processes import gathered
 
 __all__ = ["Execution", "PreferenceModule", "Weighting", "denoising_error"]
+NO_ANCHOR = Anchor()
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +52,8 @@ class PreferenceModule(L.LightningModule):
         warm_up: steps of linear warm-up.
         weighting: weight of a pair by its time.
         draw: how times are drawn (`Backbone.timesteps`).
+        reduction: `outside`: the mean of a pair's losses at its times; `inside`: the loss of its mean margin.
+        anchor: penalty on the winner's error above the reference's.
         lora: {rank, alpha, seed} for a LoRA policy, whose reference is the policy with the adapter turned
             off; None: train all weights.
         gradient_clip: largest gradient norm; larger gradients are scaled down to it. None: no limit.
@@ -59,6 +70,8 @@ class PreferenceModule(L.LightningModule):
         warm_up: int,
         weighting: Weighting,
         draw: str = "uniform",
+        reduction: str = OUTSIDE,
+        anchor: Anchor = NO_ANCHOR,
         lora: dict | None = None,
         gradient_clip: float | None = None,
         max_bad_steps: int = 10,
@@ -73,9 +86,10 @@ class PreferenceModule(L.LightningModule):
         self.__dict__["_reference"] = (
             frozen_reference(backbone.denoiser, execution.precision) if separate else None
         )
-        self.beta: float | None = (
-            objective.keywords.get("beta") if isinstance(objective, functools.partial) else None
-        )
+        self.beta = beta_of(objective)
+        anchor.check(self.needs, self.beta)
+        check_reduction(reduction, self.needs)
+        self.reduction, self.anchor = reduction, anchor
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
         self.gradient_clip, self.max_bad_steps = gradient_clip, max_bad_steps
         self.bad_steps = self.bad_in_a_row = 0
@@ -157,12 +171,23 @@ class PreferenceModule(L.LightningModule):
         errors = self.pair_errors(batch)
         if self._untrained and self._trainer is not None:
             self._check_first(errors)
-        loss = self.objective(errors).mean()
+        loss = self._loss(errors, batch.times)
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
         self._figures.note({"train/loss": loss.detach(), **training_figures(errors, self.beta)})
         if self.needs.reference and self.needs.loser:
             self._figures.note(drift_by_time(errors, batch.u))
         return loss
+
+    def _loss(self, errors: PairErrors, times: int) -> Tensor:
+        """Mean loss of pairs with `times` entries each, the anchor's penalty included; a scalar."""
+        if self.reduction == INSIDE and times > 1:
+            errors = mean_over_times(errors, times)
+        loss = self.objective(errors).mean()
+        if not self.anchor.weight or self.beta is None:
+            return loss
+        penalty = anchor_penalty(errors, beta=self.beta, slack=self.anchor.slack).mean()
+        self._figures.note({"train/anchor": self.anchor.weight * penalty.detach()})
+        return loss + self.anchor.weight * penalty
 
     def _check_first(self, errors: PairErrors) -> None:
         """Print the largest |h| of the first batch, which is 0 if policy and reference round alike.

@@ -1,5 +1,6 @@
 """The training step against hand-made errors, and the promises about the reference."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.metrics import Figures, drift_by_time, training_figures
 from capo.module import PreferenceModule, Weighting, denoising_error
-from capo.objectives import PairErrors, margin
+from capo.objectives import Anchor, PairErrors, margin
 from fixtures.fake_objectives import capo_from_predictions
 
 LORA = {"rank": 2, "alpha": 2.0}
@@ -243,6 +244,79 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny_backbone):
     module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("inf"))
     with pytest.raises(InputError, match="2 steps in a row"):
         module.configure_gradient_clipping(optimizer)
+
+
+def loss_and_gradient(backbone, batch, **options) -> tuple:
+    module = module_for(backbone, **options)
+    module.log = lambda *args, **kwargs: None  # it needs a trainer
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.mul_(1.05)  # away from the start
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    return loss, module.policy.conv_in.weight.grad, module.take_figures()
+
+
+def test_an_anchor_without_weight_changes_nothing(tiny_backbone):
+    batch = batch_for(tiny_backbone)
+    plain, off = (
+        loss_and_gradient(tiny_backbone, batch, **options) for options in ({}, {"anchor": Anchor(0.0, 0.3)})
+    )
+    assert torch.equal(plain[0], off[0]) and torch.equal(plain[1], off[1]) and plain[2] == off[2]
+
+
+def test_an_anchor_adds_its_penalty(tiny_backbone):
+    batch = batch_for(tiny_backbone)
+    plain, held = (
+        loss_and_gradient(tiny_backbone, batch, **options) for options in ({}, {"anchor": Anchor(2.0, 0.01)})
+    )
+    added = held[2]["train/anchor"]
+    assert added > 0 and held[0].item() == pytest.approx(plain[0].item() + added, rel=1e-6)
+    assert not torch.equal(plain[1], held[1]) and "train/anchor" not in plain[2]
+
+
+def test_an_anchor_is_refused_where_there_is_nothing_to_hold_to(tiny_backbone):
+    with pytest.raises(InputError, match="no reference"):
+        module_for(tiny_backbone, partial(objectives.sft, beta=None), anchor=Anchor(1.0))
+
+
+def at_two_times(batch: PreferenceBatch) -> PreferenceBatch:
+    rows = torch.arange(len(batch.u)).repeat_interleave(2)
+    return replace(
+        batch,
+        latents=batch.latents[rows],
+        noise=torch.randn(6, *batch.noise.shape[1:], generator=torch.Generator().manual_seed(1)),
+        u=torch.tensor([0.1, 0.7, 0.2, 0.9, 0.3, 0.6]),
+        calibrated_rewards=batch.calibrated_rewards[rows],
+        text={name: value[rows] for name, value in batch.text.items()},
+        times=2,
+    )
+
+
+def test_the_loss_of_several_times_is_outside_or_inside(tiny_backbone):
+    batch = at_two_times(batch_for(tiny_backbone))
+    outside, inside = (
+        loss_and_gradient(tiny_backbone, batch, reduction=reduction)[0] for reduction in ("outside", "inside")
+    )
+    module = module_for(tiny_backbone)
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.mul_(1.05)
+    h = margin(module.pair_errors(batch)).view(3, 2)
+    # beta^2 times the variance of h over the times of a pair, in the mean over the pairs
+    assert (outside - inside).item() == pytest.approx(
+        100.0**2 * h.var(1, correction=0).mean().item(), rel=1e-3
+    )
+    single = batch_for(tiny_backbone)
+    one, other = (
+        loss_and_gradient(tiny_backbone, single, reduction=reduction) for reduction in ("outside", "inside")
+    )
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_the_mean_margin_needs_a_margin(tiny_backbone):
+    with pytest.raises(InputError, match="reduction must be outside"):
+        module_for(tiny_backbone, partial(objectives.sft, beta=None), reduction="inside")
 
 
 def test_unknown_weighting_is_refused():

@@ -100,7 +100,7 @@ def check_training(
     """Check a few optimizer steps on one device against the plan of the same step."""
     backbone = module.backbone
     plan, pairs = make_plan(request), request.training.division.micro_batch
-    batch = step_batch(backbone, latents, captions, pairs)
+    batch = step_batch(backbone, latents, captions, pairs * cfg.noise.times_per_pair)
     backbone.to("cpu")  # as in training; the step moves the parts that it needs to the device
     try:
         watch = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)

@@ -65,7 +65,7 @@ def training_request(cfg: DictConfig) -> TrainingRequest:
     return TrainingRequest(
         divide(trainer.batch, devices, trainer.micro_batch),
         trainer.max_steps,
-        2 if needs.loser else 1,
+        (2 if needs.loser else 1) * cfg.noise.times_per_pair,
         needs.reference,
         trainer.precision,
         trainer.optimizer,

@@ -22,7 +22,9 @@ from capo.cli.build import (
 from capo.cli.values import check_values, under
 from capo.data.selection import select
 from capo.errors import InputError
-from capo.objectives import try_objective
+from capo.objectives import Anchor, requirements, try_objective
+from capo.objectives.averaging import check_reduction
+from capo.objectives.base import beta_of
 from capo.pairs import declaration
 from capo.preflight.architecture import published, published_names
 from capo.preflight.memory import model_states, parameters
@@ -55,13 +57,24 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     if scoring:
         check_reward_weights([*rewards, *evaluated, *held_out])
     pool_specs(cfg, prompt_splits(cfg))
-    with under("objective"):
-        try_objective(built(cfg.objective))
+    check_objective(cfg)
     check_pairs(cfg, len(label_sources(cfg, rewards)))
     check_draw(cfg)
     if cfg.push_to_hub:
         check_access(cfg.push_to_hub)
     check_accelerator(cfg)
+
+
+def check_objective(cfg: DictConfig) -> None:
+    """InputError for an objective that cannot be called, or that does not fit the anchor or the reduction."""
+    objective = built(cfg.objective)
+    with under("objective"):
+        try_objective(objective)
+    needs = requirements(objective)
+    with under("anchor"):
+        Anchor(cfg.anchor.weight, cfg.anchor.slack).check(needs, beta_of(objective))
+    with under("noise"):
+        check_reduction(cfg.noise.reduction, needs)
 
 
 def check_pairs(cfg: DictConfig, sources: int) -> None:

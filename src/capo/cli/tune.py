@@ -21,20 +21,21 @@ from capo.backbones.export import export_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card
 from capo.cli.build import Components, build_components, target_name, training_data
 from capo.cli.evaluate import evaluate_policy
+from capo.cli.facts import division_of, facts_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.run_config import Progress, open_run
 from capo.cli.sweep import found_figures
 from capo.cli.values import plain
-from capo.data.dataset import ENCODE
+from capo.data.dataset import ENCODE, Times
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut, alarms
 from capo.evaluation.reports.calibration_page import print_warnings
 from capo.evaluation.reports.page import image_grid
 from capo.module import Execution, PreferenceModule, Weighting
+from capo.objectives import Anchor
 from capo.runtime.hub import push
-from capo.runtime.launch import Division, divide, launch
-from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
+from capo.runtime.launch import launch
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
 from capo.runtime.run_folder import (
     CALIBRATION,
@@ -58,7 +59,6 @@ from capo.training.summary import beta_warning, print_summary
 from capo.training.validation import Place, WinRateValidation, validation_set
 
 console = Console()
-OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
 
 
 def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinRateValidation:
@@ -103,6 +103,8 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
         lora=lora,
         weighting=Weighting(cfg.noise.weighting, cfg.noise.bias),
         draw=cfg.noise.draw,
+        reduction=cfg.noise.reduction,
+        anchor=Anchor(cfg.anchor.weight, cfg.anchor.slack),
         gradient_clip=trainer.gradient_clip,
         max_bad_steps=trainer.max_bad_steps,
         execution=Execution(
@@ -115,37 +117,6 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
             half_frozen=cfg.sampling.precision == trainer.precision,  # else validation could not sample
         ),
     )
-
-
-def division_of(cfg: DictConfig) -> Division:
-    """Division of a step's pairs over processes and micro-batches; InputError unless they divide evenly."""
-    return divide(cfg.trainer.batch, launch().world_size, cfg.trainer.micro_batch)
-
-
-def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
-    """Facts about the optimization for the summary and the model card."""
-    weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
-    trainer = cfg.trainer
-    return {
-        "objective": target_name(cfg.objective),
-        "effective beta": "none"
-        if module.beta is None
-        else f"{module.beta:g}, on mean errors, no further factor",
-        "pairs": target_name(cfg.pairs),
-        "calibration": cfg.calibration,
-        "weighting": weighting,
-        "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
-        "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, "
-        f"linear warm-up over {trainer.warm_up} steps",
-        "gradient clipping": "none"
-        if trainer.gradient_clip is None
-        else f"norm at most {trainer.gradient_clip:g}",
-        "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
-        "averaged weights": "none"
-        if trainer.ema is None
-        else f"decay {trainer.ema:g}; validated and exported",
-        "policy": f"LoRA {dict(cfg.model.lora)}" if cfg.model.lora else "all weights",
-    }
 
 
 def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
@@ -211,7 +182,13 @@ def tune(
     encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
     best = fit(
         module,
-        PreferenceData(candidates.dataset, division.micro_batch, cfg.data.workers, encode),
+        PreferenceData(
+            candidates.dataset,
+            division.micro_batch,
+            cfg.data.workers,
+            encode,
+            Times(cfg.noise.times, cfg.noise.times_per_pair),
+        ),
         validation,
         loggers,
         folder,

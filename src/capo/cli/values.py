@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
@@ -18,69 +17,20 @@ from omegaconf.errors import OmegaConfBaseException
 from capo.backbones import Family
 from capo.backbones.precision import AUTOCAST, DTYPES
 from capo.calibration import LINKS, METHODS
-from capo.data.dataset import ENCODE, POOL
+from capo.cli.rules import SEED, SWITCH, TEXT, Rule, number, one_of, optional, shown, whole
+from capo.data.dataset import ENCODE, POOL, TIMES
 from capo.data.pool.import_table import LABELS
 from capo.errors import InputError, ParameterError, closest
-from capo.noise import FLOW_DRAWS
+from capo.noise import FLOW_DRAWS, VP_DRAWS
+from capo.objectives.averaging import REDUCTIONS
 from capo.runtime.launch import STRATEGIES
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
 from capo.runtime.threads import BATCHES, OPERATIONS
 from capo.training.choice import MONITORS
 
 MISSING = "???"  # mandatory value that is not given; reported by the code that needs it
+DRAWS = list(dict.fromkeys([*VP_DRAWS, *FLOW_DRAWS]))
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Condition on a value, in words and as a test; `choices`: the allowed words, if there is a list."""
-
-    words: str
-    holds: Callable[[Any], bool]
-    choices: Sequence[str] = ()
-
-    def fault(self, key: str, value: object) -> str | None:
-        """Message `key=value: must be ...`, or None if the value is valid."""
-        if self.holds(value):
-            return None
-        near = closest(str(value), self.choices)
-        return f"{key}={_shown(value)}: must be {self.words}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def whole(low: int | None = None, high: int | None = None) -> Rule:
-    """Rule for an integer from `low` to `high`, without a limit where that is None."""
-    span = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
-
-    def holds(value: Any) -> bool:
-        return type(value) is int and (low is None or value >= low) and (high is None or value <= high)
-
-    return Rule(f"a whole number{span}", holds)
-
-
-def number(above: float | None = None) -> Rule:
-    """Rule for a finite number, greater than `above` if given."""
-
-    def holds(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and (above is None or value > above)
-
-    return Rule("a finite number" if above is None else f"a finite number above {above}", holds)
-
-
-def one_of(names: Sequence[str]) -> Rule:
-    """Rule for one of the words `names`."""
-    return Rule(f"one of {', '.join(names)}", lambda value: value in names, tuple(names))
-
-
-def optional(rule: Rule) -> Rule:
-    """Rule for a value that fulfills `rule` or is null."""
-    return replace(
-        rule, words=f"{rule.words}, or null", holds=lambda value: value is None or rule.holds(value)
-    )
-
-
-SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
-TEXT = Rule("text", lambda value: isinstance(value, str) and value != "")
-SEED = whole(0, 2**63 - 2)  # the zero line's seed is the next one
 
 
 def _are_devices(value: Any) -> bool:
@@ -114,8 +64,13 @@ TABLE: dict[str, Rule] = {
     "noise.shared": SWITCH,
     "noise.weighting": one_of(("sigmoid", "constant")),
     "noise.bias": number(),
-    "noise.draw": one_of(list(FLOW_DRAWS)),
-    "model.draw": one_of(list(FLOW_DRAWS)),
+    "noise.draw": one_of(DRAWS),
+    "noise.times": one_of(TIMES),
+    "noise.times_per_pair": whole(1),
+    "noise.reduction": one_of(REDUCTIONS),
+    "anchor.weight": number(least=0),
+    "anchor.slack": number(least=0),
+    "model.draw": one_of(DRAWS),
     "validation.every": whole(1),
     "validation.images": whole(2),
     "validation.monitor": one_of(MONITORS),
@@ -266,7 +221,7 @@ def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str
         key = f"{group}.{name}"
         if name not in signature.parameters and not takes_any:
             near = closest(name, list(signature.parameters))
-            faults[key] = f"{key}={_shown(value)}: {target} takes no such argument" + (
+            faults[key] = f"{key}={shown(value)}: {target} takes no such argument" + (
                 f"; did you mean {group}.{near[0]}?" if near else ""
             )
         elif value != MISSING and (rule := _hinted(hints.get(name))) and (fault := rule.fault(key, value)):
@@ -289,7 +244,7 @@ def under(group: str) -> Iterator[None]:
 
 
 def _said_of(group: str, error: ParameterError) -> str:
-    return f"{group}.{error.parameter}={_shown(error.value)}: {error.must}"
+    return f"{group}.{error.parameter}={shown(error.value)}: {error.must}"
 
 
 def _hinted(hint: object) -> Rule | None:
@@ -301,10 +256,3 @@ def _hinted(hint: object) -> Rule | None:
         rule = _hinted((kinds - {type(None)}).pop()) if len(kinds - {type(None)}) == 1 else None
         return optional(rule) if rule and type(None) in kinds else rule
     return {int: whole(), float: number(), bool: SWITCH, str: TEXT}.get(hint)
-
-
-def _shown(value: object) -> str:
-    """Format a value as on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)

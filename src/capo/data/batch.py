@@ -18,6 +18,7 @@ class PreferenceBatch:
         calibrated_rewards: (B, k) calibrated rewards, averaged over the rewards; the difference of two is dR.
         text: name -> tensor with leading dimension B, the text inputs of `Backbone.predict`.
         prompt_ids: B prompt ids.
+        times: entries per visit of a pair, which follow one another and differ in u and noise.
     """
 
     latents: Tensor
@@ -26,6 +27,7 @@ class PreferenceBatch:
     calibrated_rewards: Tensor
     text: dict[str, Tensor]
     prompt_ids: list[str]
+    times: int = 1
 
     def pin_memory(self) -> PreferenceBatch:
         """Copy of the batch in pinned memory, for asynchronous transfer to a GPU; the loader calls this."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +15,11 @@ from torch.utils.data import Dataset, Sampler
 from capo.data.batch import PreferenceBatch
 from capo.data.prompts import Prompt
 from capo.data.selection import Selection
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
 
+INDEPENDENT, STRATIFIED = "independent", "stratified"
+TIMES = (INDEPENDENT, STRATIFIED)
+GOLDEN = 0x9E3779B97F4A7C15  # (sqrt 5 - 1) / 2 of 2^64, rounded down
 POOL, ENCODE = "pool", "encode"  # source of a batch's text: stored embeddings, or encoding in each step
 Encode = Callable[[list[str]], dict[str, Tensor]]  # B prompts -> text inputs of `Backbone.predict`, leading B
 
@@ -24,6 +28,36 @@ def visit_generator(seed: int, prompt_id: str, visit: int) -> np.random.Generato
     """Random generator for one visit of a prompt; its state is a function of the arguments alone."""
     key = hashlib.blake2b(f"{seed}/{prompt_id}/{visit}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
+
+
+def stratified_u(seed: int, place: int) -> float:
+    """U in [0, 1) of element n = `place` of the stream of visits: frac(u0(seed) + n (sqrt 5 - 1) / 2).
+
+    Each is uniform over the seeds, and any run of consecutive ones covers [0, 1) evenly. It is computed in
+    integers, so that it is as exact late in the stream as at its start.
+    """
+    first = int.from_bytes(hashlib.blake2b(f"{seed}/times".encode(), digest_size=8).digest(), "big")
+    return ((first + place * GOLDEN) % 2**64 >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Times:
+    """At which times a visit of a pair is evaluated.
+
+    Attributes:
+        kind: `independent`: each u is drawn by itself; `stratified`: by `stratified_u`, the T times of a pair
+            1/T apart.
+        per_pair: number of times T, each with noise of its own.
+    """
+
+    kind: str = INDEPENDENT
+    per_pair: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in TIMES:
+            raise ParameterError("times", self.kind, f"must be one of {', '.join(TIMES)}")
+        if self.per_pair < 1:
+            raise ParameterError("times_per_pair", self.per_pair, "must be at least 1")
 
 
 class Reader(Protocol):
@@ -35,10 +69,12 @@ class Reader(Protocol):
 
 
 class PairDataset(Dataset):
-    """Dataset with one pair per key (row, visit): row of the selection, number of the visit of its prompt.
+    """Dataset with one pair per key (row, visit, place).
 
-    Pair, u and noise of a visit are functions of (seed, prompt_id, visit). They depend neither on the order
-    of visits nor on the number of loader workers.
+    These are the row of the selection, the number of the visit of its prompt, and the place of the visit in
+    the stream of `VisitSampler`, which only stratified times need. Pair, u and noise of a visit are functions
+    of (seed, prompt_id, visit), stratified times of (seed, place). They depend neither on the order in which
+    visits are asked for nor on the number of loader workers. Pair and noise do not depend on `times`.
     """
 
     def __init__(
@@ -58,23 +94,34 @@ class PairDataset(Dataset):
         self.reader, self.positions, self.prompts = reader, list(positions), list(prompts)
         self.selection, self.seed, self.shared_noise = selection, seed, shared_noise
         self.stored_text = True  # whether to read the pool's text embeddings
+        self.times = Times()
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int] | tuple[int, int, int]) -> dict:
         """Draw and read the pair of a visit, as one element of a `PreferenceBatch` for `collate`."""
-        row, visit = key
+        row, visit, *place = key
         draw = visit_generator(self.seed, self.prompts[row].id, visit)
         pair = list(self.selection.draw(row, draw.integers))
         latents = self.reader.latents(self.positions[row], pair).float()
-        u = draw.random()
         kinds = 1 if self.shared_noise else len(pair)
-        noise = torch.from_numpy(draw.standard_normal((kinds, *latents.shape[1:]), dtype=np.float32))
+
+        def at_a_time() -> tuple[float, Tensor]:
+            u = draw.random()
+            noise = draw.standard_normal((kinds, *latents.shape[1:]), dtype=np.float32)
+            return u, torch.from_numpy(noise).expand_as(latents)
+
+        u, noise = at_a_time()
+        later = [at_a_time() for _ in range(self.times.per_pair - 1)]
+        if self.times.kind == STRATIFIED:
+            u = stratified_u(self.seed, *place)
+            later = [((u + n / (1 + len(later))) % 1, other) for n, (_, other) in enumerate(later, 1)]
         return {
             "latents": latents,
-            "noise": noise.expand_as(latents),
+            "noise": noise,
             "u": u,
+            "later": later,
             "calibrated_rewards": self.selection.rewards[row, pair],
             "text": self.reader.text(self.positions[row]) if self.stored_text else {},
             "prompt": self.prompts[row].text,
@@ -85,25 +132,33 @@ class PairDataset(Dataset):
 def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
     """Stack items of `PairDataset` to a batch; with `encode`, compute its text embeddings from the prompts.
 
+    With T times per pair the batch has T consecutive entries per item, which differ in u and noise.
     Rounding in the text encoders depends on the batch, so computed embeddings can differ from those stored in
     the pool in their last bits.
     """
+    times = 1 + len(items[0]["later"])
+    drawn = [part for item in items for part in ((item["u"], item["noise"]), *item["later"])]
     stacked = {
-        name: torch.stack([item[name] for item in items])
-        for name in ("latents", "noise", "calibrated_rewards")
+        name: torch.stack([item[name] for item in items]) for name in ("latents", "calibrated_rewards")
     }
+    stacked["noise"] = torch.stack([noise for _, noise in drawn])
     text = (
         {name: torch.stack([item["text"][name] for item in items]) for name in items[0]["text"]}
         if encode is None
         else encode([item["prompt"] for item in items])
     )
+    if times > 1:
+        for name in ("latents", "calibrated_rewards"):
+            stacked[name] = stacked[name].repeat_interleave(times, dim=0)
+        text = {name: value.repeat_interleave(times, dim=0) for name, value in text.items()}
     # clamped, since float32 would round a u just below 1 to 1
-    u = torch.tensor([item["u"] for item in items], dtype=torch.float64).clamp(max=1 - 2**-24).float()
-    return PreferenceBatch(u=u, text=text, prompt_ids=[item["prompt_id"] for item in items], **stacked)
+    u = torch.tensor([u for u, _ in drawn], dtype=torch.float64).clamp(max=1 - 2**-24).float()
+    ids = [item["prompt_id"] for item in items for _ in range(times)]
+    return PreferenceBatch(u=u, text=text, prompt_ids=ids, times=times, **stacked)
 
 
 class VisitSampler(Sampler):
-    """Endless sampler of batches of keys (row, visit) for `PairDataset`.
+    """Endless sampler of batches of keys (row, visit, place) for `PairDataset`; place counts all visits.
 
     Epoch e visits every usable row once, in a permutation that is a function of (seed, e); a batch may span
     two epochs. Every rank takes its own part of each global batch, so the stream of visits does not depend on
@@ -122,15 +177,15 @@ class VisitSampler(Sampler):
         self.rank, self.world, self.start = rank, world, start
         self._epoch, self._order = -1, self.rows
 
-    def _visit(self, count: int) -> tuple[int, int]:
-        """Row and visit number of element `count` of the stream."""
+    def _visit(self, count: int) -> tuple[int, int, int]:
+        """Row, visit number and place of element `count` of the stream; its place is `count` itself."""
         epoch, place = divmod(count, len(self.rows))
         if epoch != self._epoch:
             order = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
             self._epoch, self._order = epoch, order.permutation(self.rows)
-        return int(self._order[place]), epoch
+        return int(self._order[place]), epoch, count
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         step = self.start
         while True:
             first = (step * self.world + self.rank) * self.batch

@@ -5,6 +5,8 @@ Every objective is a function with the signature `(errors, *, beta, ...) -> (B,)
 add one.
 """
 
+from capo.objectives.anchor import Anchor, anchor_penalty
+from capo.objectives.averaging import mean_over_times
 from capo.objectives.base import (
     Objective,
     PairErrors,
@@ -21,15 +23,18 @@ from capo.objectives.pairwise import capo, dpo, ipo
 from capo.objectives.reference_free import sft
 
 __all__ = [
+    "Anchor",
     "Objective",
     "PairErrors",
     "Predictions",
     "Requirements",
+    "anchor_penalty",
     "capo",
     "dpo",
     "implicit_rewards",
     "ipo",
     "margin",
+    "mean_over_times",
     "requirements",
     "requires",
     "scaled_margin",

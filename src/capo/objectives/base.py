@@ -102,6 +102,11 @@ def requirements(objective: Objective) -> Requirements:
         ) from None
 
 
+def beta_of(objective: Objective) -> float | None:
+    """The beta that is bound to a `functools.partial` of an objective; None if it has none."""
+    return objective.keywords.get("beta") if isinstance(objective, functools.partial) else None
+
+
 def try_objective(objective: Objective) -> None:
     """Call an objective on three synthetic pairs, which have only the inputs that it declares.
 

@@ -18,7 +18,8 @@ class TrainingRequest:
     Attributes:
         division: how a step's pairs are divided over devices and forward passes.
         steps: number of optimizer steps.
-        kinds: images of a pair that the objective uses: 2, or 1 for the winner alone.
+        kinds: latents of a pair in a forward pass: 2, or 1 for an objective of the winner alone, at each of
+            its times.
         reference: whether the objective needs the reference's errors.
         precision: Lightning's name of the training precision.
         optimizer: name of the optimizer.
@@ -50,7 +51,7 @@ class TrainingRequest:
 
     @property
     def images(self) -> int:
-        """Number of images in one forward pass of a device."""
+        """Number of latents in one forward pass of a device."""
         return self.kinds * self.division.micro_batch
 
 

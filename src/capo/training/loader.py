@@ -8,21 +8,28 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from capo.data.dataset import Encode, PairDataset, VisitSampler, collate
+from capo.data.dataset import Encode, PairDataset, Times, VisitSampler, collate
 
 
 class PreferenceData(L.LightningDataModule):
-    """Lightning data module over a `PairDataset`.
+    """Lightning data module over a `PairDataset`, each of whose visits is evaluated at `times`.
 
     `batch` is the number of pairs in one forward pass of one process, `workers` the number of loader
     processes. If `encode` is given, prompt embeddings are computed by it instead of read from the pool; it
     runs where batches are collated, which is in the workers if there are any.
     """
 
-    def __init__(self, dataset: PairDataset, batch: int, workers: int = 0, encode: Encode | None = None):
+    def __init__(
+        self,
+        dataset: PairDataset,
+        batch: int,
+        workers: int = 0,
+        encode: Encode | None = None,
+        times: Times | None = None,
+    ):
         super().__init__()
         self.dataset, self.batch, self.workers, self.encode = dataset, batch, workers, encode
-        dataset.stored_text = encode is None
+        dataset.stored_text, dataset.times = encode is None, times or Times()
 
     def train_dataloader(self) -> DataLoader:
         """Batches of this process's share of the pairs, starting after those that a resumed run has seen."""

@@ -238,7 +238,7 @@ class Curves(L.Callback):
         self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int
     ) -> None:
         """Count pairs; log the figures of the steps since the last row once its last micro-batch is done."""
-        self._pairs += len(batch.prompt_ids) * trainer.world_size
+        self._pairs += len(batch.prompt_ids) // batch.times * trainer.world_size
         step = trainer.global_step
         if step == self._seen or step % self.every:
             return

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from capo.cli.compose import composed
-from capo.cli.tune import facts_of
+from capo.cli.facts import facts_of
 
 MODULE = SimpleNamespace(beta=300.0)
 
@@ -17,3 +17,14 @@ def facts(*overrides: str) -> dict[str, str]:
 @pytest.mark.parametrize("limit, told", [("0.5", "norm at most 0.5"), ("null", "none")])
 def test_the_limit_of_the_gradient_is_told(limit, told):
     assert facts(f"trainer.gradient_clip={limit}")["gradient clipping"] == told
+
+
+def test_an_anchor_is_told_where_there_is_one():
+    assert "anchor" not in facts()
+    assert facts("anchor.weight=2", "anchor.slack=0.5")["anchor"] == "2 relu(beta w (m+ - r+) - 0.5)"
+
+
+def test_times_are_told():
+    assert facts()["times"] == "uniform, independent"
+    several = ["noise.times=stratified", "noise.times_per_pair=4", "noise.reduction=inside"]
+    assert facts(*several)["times"] == "uniform, stratified, 4 per pair, loss of their mean margin"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from capo.data.dataset import PairDataset, VisitSampler, collate, visit_generator
+from capo.data.dataset import PairDataset, Times, VisitSampler, collate, stratified_u, visit_generator
 from capo.data.prompts import make_prompt
 from capo.data.selection import select
 from capo.errors import InputError
@@ -69,8 +69,9 @@ def test_every_epoch_visits_every_usable_row_once():
     visits = [visit for _ in range(10) for visit in next(stream)]  # 20 visits: four epochs of five
     for epoch in range(4):
         part = visits[5 * epoch : 5 * epoch + 5]
-        assert sorted(row for row, _ in part) == rows and {visit for _, visit in part} == {epoch}
-    assert visits[:5] != visits[5:10]
+        assert sorted(row for row, _, _ in part) == rows and {visit for _, visit, _ in part} == {epoch}
+    assert [row for row, _, _ in visits[:5]] != [row for row, _, _ in visits[5:10]]
+    assert [place for _, _, place in visits] == list(range(20))
 
 
 def test_the_stream_can_be_entered_anywhere():
@@ -84,6 +85,100 @@ def test_ranks_share_the_stream():
     ranks = [iter(VisitSampler(range(7), seed=0, batch=2, rank=rank, world=2)) for rank in (0, 1)]
     for _ in range(5):
         assert next(alone) == next(ranks[0]) + next(ranks[1])
+
+
+def discrepancy(u) -> float:
+    """Star discrepancy: largest difference between the share of numbers below x and x."""
+    u, n = np.sort(u), len(u)
+    return float(np.maximum(np.arange(1, n + 1) / n - u, u - np.arange(n) / n).max())
+
+
+def test_stratified_times_are_evenly_spread_wherever_one_looks():
+    """Any 64 in a row, over the ends of epochs too, are more even than all of 1000 independent draws."""
+    start = next(VisitSampler(range(50), seed=5, batch=64, start=100).__iter__())[0][2]
+    assert start == 6400
+    u = np.array(
+        [stratified_u(5, n) for n in range(2000)] + [stratified_u(5, n) for n in range(10**9, 10**9 + 99)]
+    )
+    worst = max(discrepancy(part) for part in np.lib.stride_tricks.sliding_window_view(u, 64))
+    free = np.random.default_rng(0).random((1000, 64))
+    assert worst < 0.05 < np.median([discrepancy(part) for part in free]) and u.min() >= 0 and u.max() < 1
+    assert worst < min(discrepancy(part) for part in free)
+
+
+def test_stratified_times_follow_the_golden_ratio_from_a_start_of_the_seed():
+    first = [stratified_u(seed, 0) for seed in range(200)]
+    assert discrepancy(first) < 0.12  # uniform over seeds: 1.63 / sqrt 200 = 0.115 at 1 %
+    step = (5**0.5 - 1) / 2
+    for n in (1, 2, 1000):
+        assert stratified_u(0, n) == pytest.approx((first[0] + n * step) % 1, abs=1e-9)
+    assert stratified_u(0, 10**15) != stratified_u(0, 10**15 + 1)  # as exact as at the start
+
+
+def test_stratified_times_leave_pairs_and_noise_as_they_are():
+    free, even = dataset(), dataset()
+    even.times = Times("stratified")
+    for key in [(0, 0, 0), (2, 0, 1), (0, 1, 2)]:
+        one, other = free[key], even[key]
+        for name in ("latents", "noise", "calibrated_rewards"):
+            assert torch.equal(one[name], other[name])
+        assert other["u"] == stratified_u(0, key[2]) != one["u"]
+
+
+@pytest.mark.parametrize("kind", ["independent", "stratified"])
+def test_stratified_times_are_those_of_the_stream_on_resume_and_with_two_ranks(kind):
+    data = dataset()
+    data.times = Times(kind)
+
+    def u(**where) -> list[list[float]]:
+        stream = iter(VisitSampler([0, 2], seed=0, **where))
+        return [[data[key]["u"] for key in next(stream)] for _ in range(6)]
+
+    alone = u(batch=4)
+    assert u(batch=4, start=2)[:4] == alone[2:]
+    ranks = [u(batch=2, rank=rank, world=2) for rank in (0, 1)]
+    assert [one + other for one, other in zip(*ranks, strict=True)] == alone
+    assert len({value for batch in alone for value in batch}) == 24
+
+
+@pytest.mark.parametrize("kind", ["independent", "stratified"])
+def test_the_first_of_several_times_is_that_of_one(kind):
+    one, several = dataset(), dataset()
+    one.times, several.times = Times(kind), Times(kind, 4)
+    keys = [(0, 3, 8), (2, 1, 9)]
+    single, batch = collate([one[key] for key in keys]), collate([several[key] for key in keys])
+    assert single.times == 1 and batch.times == 4
+    assert torch.equal(batch.u[::4], single.u) and torch.equal(batch.noise[::4], single.noise)
+    assert torch.equal(batch.latents, single.latents.repeat_interleave(4, dim=0))
+    assert torch.equal(batch.calibrated_rewards, single.calibrated_rewards.repeat_interleave(4, dim=0))
+    assert batch.prompt_ids == [name for name in single.prompt_ids for _ in range(4)]
+    assert torch.equal(batch.text["prompt_embeds"][::4], single.text["prompt_embeds"]) and len(batch.u) == 8
+    assert len(batch.u.unique()) == 8 and len({part.sum().item() for part in batch.noise}) == 8
+    if kind == "stratified":  # a quarter apart
+        assert torch.allclose(batch.u.view(2, 4).sort(1).values.diff(dim=1), torch.tensor(0.25))
+
+
+def test_shared_noise_is_shared_at_every_time():
+    data = dataset(shared_noise=True)
+    data.times = Times(per_pair=3)
+    noise = collate([data[0, 0]]).noise
+    assert torch.equal(noise[:, 0], noise[:, 1]) and not torch.equal(noise[0], noise[1])
+
+
+def test_text_is_encoded_once_for_all_times_of_a_pair():
+    data, asked = dataset(), []
+    data.times, data.stored_text = Times(per_pair=3), False
+    encode = lambda prompts: asked.append(prompts) or {"prompt_embeds": torch.arange(len(prompts))[:, None]}  # noqa: E731
+    batch = collate([data[0, 0], data[2, 0]], encode)
+    assert asked == [["a", "c"]] and batch.text["prompt_embeds"].flatten().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong, message", [(("even", 1), "times must be one of"), (("stratified", 0), "at least 1")]
+)
+def test_impossible_times_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        Times(*wrong)
 
 
 def test_no_usable_row_is_an_error():

@@ -156,7 +156,7 @@ def test_speed_counts_the_loader_and_not_validation(monkeypatch):
     for step in range(1, 6):
         for micro in range(2):  # an optimizer step of two micro-batches, the second ends it
             clock.now += 0.5
-            batch = SimpleNamespace(prompt_ids=["a"] * 3)
+            batch = SimpleNamespace(prompt_ids=["a"] * 6, times=2)
             curves.on_train_batch_start(trainer, module, batch, 0)
             clock.now += 0.25
             trainer.global_step += micro

@@ -1,0 +1,52 @@
+"""What a run optimizes, in words: for the summary before its first step and for the model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from capo.cli.build import target_name
+from capo.module import PreferenceModule
+from capo.objectives.averaging import INSIDE, OUTSIDE
+from capo.runtime.launch import Division, divide, launch
+from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
+
+REDUCED = {OUTSIDE: "mean of their losses", INSIDE: "loss of their mean margin"}
+OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
+
+
+def division_of(cfg: DictConfig) -> Division:
+    """Division of a step's pairs over processes and micro-batches; InputError unless they divide evenly."""
+    return divide(cfg.trainer.batch, launch().world_size, cfg.trainer.micro_batch)
+
+
+def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
+    """Facts about the optimization for the summary and the model card."""
+    weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
+    trainer, noise, anchor = cfg.trainer, cfg.noise, cfg.anchor
+    several = noise.times_per_pair > 1
+    times = f", {noise.times_per_pair} per pair, {REDUCED[noise.reduction]}" if several else ""
+    held = f"{anchor.weight:g} relu(beta w (m+ - r+) - {anchor.slack:g})"
+    return {
+        "objective": target_name(cfg.objective),
+        "effective beta": "none"
+        if module.beta is None
+        else f"{module.beta:g}, on mean errors, no further factor",
+        **({"anchor": held} if anchor.weight else {}),
+        "pairs": target_name(cfg.pairs),
+        "calibration": cfg.calibration,
+        "weighting": weighting,
+        "times": f"{noise.draw}, {noise.times}{times}",
+        "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
+        "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, "
+        f"linear warm-up over {trainer.warm_up} steps",
+        "gradient clipping": "none"
+        if trainer.gradient_clip is None
+        else f"norm at most {trainer.gradient_clip:g}",
+        "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
+        "averaged weights": "none"
+        if trainer.ema is None
+        else f"decay {trainer.ema:g}; validated and exported",
+        "policy": f"LoRA {dict(cfg.model.lora)}" if cfg.model.lora else "all weights",
+    }
