@@ -17,6 +17,10 @@ from capo.errors import ParameterError
 
 FLOW_EDGE = 1e-5  # flow times are clamped to [FLOW_EDGE, 1 - FLOW_EDGE], where the log-SNR is finite
 LOG_SNR_RANGE = (10.0, -10.0)  # log-SNR at u = 0 and at u = 1 of the draw `logsnr_uniform`
+VP_DRAWS = ("uniform", "logsnr_normal")
+# mean and standard deviation of the draw `logsnr_normal`: the middle of SDXL's schedule, whose log-SNR is -1
+# at t = 500, and little of the times at which all or nothing of the image is to be seen
+LOG_SNR_NORMAL = (-0.5, 2.0)
 
 
 def vp_log_snr(alphas_cumprod: Tensor) -> Tensor:
@@ -34,6 +38,34 @@ def vp_timestep(u: Tensor, steps: int) -> Tensor:
         raise ValueError(f"a schedule of {steps} steps has no timestep to draw")
     # clamped, since a double just below 1 becomes 1 in float32
     return (_at_least_float32(u) * steps).long().clamp(0, steps - 1)
+
+
+def vp_time(u: Tensor, log_snr: Tensor, draw: str = "uniform") -> Tensor:
+    """Timestep of a discrete schedule for a uniform number u; it rises with u.
+
+    Args:
+        u: numbers in [0, 1), any shape.
+        log_snr: (T,) log-SNR of each timestep, falling; -inf is allowed.
+        draw: `uniform`: t = floor(u T); `logsnr_normal`: the timestep whose log-SNR is nearest to
+            lam = mu - sigma Phi^-1(v), normal with (mu, sigma) = LOG_SNR_NORMAL. v rises with u, between the
+            bounds within which lam stays inside the schedule: no mass piles up at its ends.
+
+    Returns:
+        int64 in 0 ... T - 1, shape of u.
+
+    Raises:
+        ParameterError: if the draw is unknown.
+    """
+    if draw not in VP_DRAWS:
+        raise ParameterError("draw", draw, f"must be one of {', '.join(VP_DRAWS)}")
+    if draw == "uniform":
+        return vp_timestep(u, len(log_snr))
+    mean, deviation = LOG_SNR_NORMAL
+    falling = _at_least_float32(log_snr).to(u.device)
+    z = (mean - falling) / deviation  # rises with t
+    low, high = torch.special.ndtr(z[0]), torch.special.ndtr(z[-1])
+    normal = torch.special.ndtri(low + (high - low) * _at_least_float32(u))
+    return torch.bucketize(normal, (z[:-1] + z[1:]) / 2)
 
 
 def vp_add_noise(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -62,6 +62,33 @@ def test_timesteps_are_hit_equally_often_and_rise_with_u():
         noise.vp_timestep(GRID, 0)
 
 
+def test_log_snr_normal_times_rise_with_u_and_are_normal_inside_the_schedule():
+    log_snr = noise.vp_log_snr(sdxl_scheduler().alphas_cumprod)
+    t = noise.vp_time(GRID.float(), log_snr, "logsnr_normal")
+    assert t.dtype == torch.int64 and (t.diff() >= 0).all() and t[0] < 5 and t[-1] == 999
+    # between log-SNRs of -0.5 - 2 and -0.5 + 2 lies one standard deviation to either side, 68.27 %; the ends
+    # of the schedule cut off P(z > 3.785) + P(z > 2.432) = 0.0076, by which all shares grow
+    found, shift = log_snr[t], 1 / (1 - 0.0076)
+    for deviations, share in ((1, 0.6827), (0.5, 0.3829)):
+        inside = ((found > -0.5 - 2 * deviations) & (found < -0.5 + 2 * deviations)).double().mean()
+        assert inside.item() == pytest.approx(share * shift, abs=2e-3)
+    assert t.bincount(minlength=1000)[-1] / len(t) < 1e-3  # nothing piles up at the end
+
+
+def test_log_snr_normal_keeps_off_a_time_of_noise_alone():
+    log_snr = torch.tensor([2.0, 0.0, -2.0, -math.inf])
+    u = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    # bounds z = -1.25 and infinity: v from 0.1056 to 1, the middle 0.5528 at z = 0.13, lam = -0.77 next to 0
+    assert noise.vp_time(u, log_snr, "logsnr_normal").tolist() == [0, 1, 2]
+
+
+def test_uniform_times_are_those_of_the_timesteps_and_unknown_draws_are_refused():
+    log_snr = noise.vp_log_snr(sdxl_scheduler().alphas_cumprod)
+    assert torch.equal(noise.vp_time(GRID, log_snr), noise.vp_timestep(GRID, 1000))
+    with pytest.raises(InputError, match="draw must be one of uniform, logsnr_normal, got 'logit_normal'"):
+        noise.vp_time(GRID, log_snr, "logit_normal")
+
+
 def test_noisy_latents_are_those_of_diffusers():
     x, eps = normal(3, 4, 8, 8), normal(3, 4, 8, 8, seed=1)
     t = torch.tensor([0, 400, 999])

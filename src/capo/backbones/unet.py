@@ -21,6 +21,7 @@ class UNetBackbone(Backbone):
     pipeline_classes = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
     denoiser_class = "UNet2DConditionModel"
     denoiser_component = "unet"
+    draws = schedules.VP_DRAWS
 
     @classmethod
     def unused_parts(cls, **options: object) -> dict[str, None]:
@@ -101,7 +102,7 @@ class UNetBackbone(Backbone):
         return self._text.negative(self, count)
 
     def timesteps(self, u: Tensor, draw: str = "uniform") -> Tensor:
-        return schedules.vp_timestep(u, len(self._alphas_cumprod))
+        return schedules.vp_time(u, schedules.vp_log_snr(self._alphas_cumprod), draw)
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
         return self._alphas_cumprod.to(t.device)[t]

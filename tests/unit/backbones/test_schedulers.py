@@ -328,10 +328,21 @@ def check_flow(backbone):
 @pytest.mark.parametrize(("model", "draw"), [("shapes_unet", "logsnr_uniform"), ("sdxl", "logit_normal")])
 def test_a_draw_of_the_other_family_is_refused(model, draw):
     cfg = composed(f"model={model}", f"noise.draw={draw}")
-    with pytest.raises(InputError, match=f"noise.draw={draw}: model={model} draws times by uniform only"):
+    with pytest.raises(
+        InputError, match=f"{draw}: model={model} draws times by uniform or logsnr_normal only"
+    ):
         check_draw(cfg)
     cfg.noise.draw = "uniform"
     check_draw(cfg)
+
+
+def test_a_draw_of_discrete_schedules_is_refused_for_flows():
+    cfg = composed("model=sd3", "noise.draw=logsnr_normal")
+    with pytest.raises(
+        InputError, match=r"noise\.draw=logsnr_normal: model=sd3 draws times by logsnr_uniform or"
+    ):
+        check_draw(cfg)
+    check_draw(composed("model=sdxl", "noise.draw=logsnr_normal"))
 
 
 @pytest.mark.parametrize(
