@@ -117,7 +117,7 @@ def visited(dataset: PairDataset, batch: int, steps: int) -> list[Visit]:
     """Visits that the first `steps` batches of the training loader read."""
     sampler = VisitSampler(dataset.selection.usable.nonzero().flatten().tolist(), dataset.seed, batch)
     visits = []
-    for row, visit in (key for keys in islice(sampler, steps) for key in keys):
+    for row, visit, _ in (key for keys in islice(sampler, steps) for key in keys):
         draw = visit_generator(dataset.seed, dataset.prompts[row].id, visit)
         visits.append((dataset.positions[row], list(dataset.selection.draw(row, draw.integers))))
     return visits

@@ -113,6 +113,14 @@ def training_figures(errors: PairErrors, beta: float | None) -> dict[str, Tensor
 
 
 @torch.no_grad()
+def largest_margin(errors: PairErrors, beta: float) -> tuple[float, float]:
+    """Largest |h| and mean dR / beta of a batch, over all processes."""
+    (gap,) = fields_of(errors, "gap")
+    found = gathered((float(margin(errors).abs().max()), float(gap.mean()) / beta))
+    return max(h for h, _ in found), sum(aim for _, aim in found) / len(found)
+
+
+@torch.no_grad()
 def drift_by_time(errors: PairErrors, u: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Drift m - r of winner and loser in each fifth of [0, 1), by the u of the pairs.
 

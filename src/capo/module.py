@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import lightning as L
@@ -20,21 +21,12 @@ from capo.backbones.parallel import compile_blocks, shard
 from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
 from capo.data import PreferenceBatch
 from capo.errors import InputError
-from capo.metrics import Figures, drift_by_time, training_figures
-from capo.objectives import (
-    Anchor,
-    Objective,
-    PairErrors,
-    anchor_penalty,
-    margin,
-    mean_over_times,
-    requirements,
-)
+from capo.metrics import Figures, drift_by_time, largest_margin, training_figures
+from capo.objectives import Anchor, Objective, PairErrors, anchor_penalty, mean_over_times, requirements
 from capo.objectives.averaging import INSIDE, OUTSIDE, check_reduction
-from capo.objectives.base import beta_of, fields_of
+from capo.objectives.base import beta_of, joined
 from capo.runtime.launch import launch
 from capo.runtime.optimizers import clip_gradients, make_optimizer
-from capo.runtime.processes import gathered
 
 __all__ = ["Execution", "PreferenceModule", "Weighting", "denoising_error"]
 NO_ANCHOR = Anchor()
@@ -92,8 +84,10 @@ class PreferenceModule(L.LightningModule):
         self.reduction, self.anchor = reduction, anchor
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
         self.gradient_clip, self.max_bad_steps = gradient_clip, max_bad_steps
+        # takes loss and share of the first half, set for a step whose batch goes backward in two halves
+        self.hold_gradient: Callable[[Tensor, float], None] | None = None
         self.bad_steps = self.bad_in_a_row = 0
-        self._figures = Figures()
+        self.figures = Figures()
         self._untrained = True  # until the first batch, whose margin should be 0
 
     @property
@@ -167,16 +161,35 @@ class PreferenceModule(L.LightningModule):
         )
 
     def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:
-        """Mean loss over the pairs of a batch, a scalar; also logs the figures of the step."""
-        errors = self.pair_errors(batch)
+        """Mean loss over the pairs of a batch, a scalar; also logs the figures of the step.
+
+        With `hold_gradient` it is the second half's part of that mean.
+        """
+        if self.hold_gradient is None:
+            errors = self.pair_errors(batch)
+            loss = told = self._loss(errors, batch.times)
+        else:
+            errors, loss, told = self._in_halves(batch, self.hold_gradient)
         if self._untrained and self._trainer is not None:
             self._check_first(errors)
-        loss = self._loss(errors, batch.times)
-        self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
-        self._figures.note({"train/loss": loss.detach(), **training_figures(errors, self.beta)})
+        self.log("train/loss", told.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
+        self.figures.note({"train/loss": told.detach(), **training_figures(errors, self.beta)})
         if self.needs.reference and self.needs.loser:
-            self._figures.note(drift_by_time(errors, batch.u))
+            self.figures.note(drift_by_time(errors, batch.u))
         return loss
+
+    def _in_halves(
+        self, batch: PreferenceBatch, hold: Callable[[Tensor, float], None]
+    ) -> tuple[PairErrors, Tensor, Tensor]:
+        """Errors, the second half's part of the mean loss, and that mean; `hold` gets the first half's."""
+        halves = batch.halves()
+        share = len(halves[0].u) / len(batch.u)
+        first = self.pair_errors(halves[0])
+        held = share * self._loss(first, batch.times)
+        hold(held, share)
+        second = self.pair_errors(halves[1])
+        loss = (1 - share) * self._loss(second, batch.times)
+        return joined(first, second), loss, held.detach() + loss.detach()
 
     def _loss(self, errors: PairErrors, times: int) -> Tensor:
         """Mean loss of pairs with `times` entries each, the anchor's penalty included; a scalar."""
@@ -186,8 +199,9 @@ class PreferenceModule(L.LightningModule):
         if not self.anchor.weight or self.beta is None:
             return loss
         penalty = anchor_penalty(errors, beta=self.beta, slack=self.anchor.slack).mean()
-        self._figures.note({"train/anchor": self.anchor.weight * penalty.detach()})
-        return loss + self.anchor.weight * penalty
+        added, pairs = self.anchor.weight * penalty, len(errors.policy_winner)
+        self.figures.note({"train/anchor": (pairs * added.detach(), pairs)})
+        return loss + added
 
     def _check_first(self, errors: PairErrors) -> None:
         """Print the largest |h| of the first batch, which is 0 if policy and reference round alike.
@@ -197,9 +211,7 @@ class PreferenceModule(L.LightningModule):
         self._untrained = False
         if errors.reference_loser is None or self.beta is None:
             return
-        (gap,) = fields_of(errors, "gap")
-        found = gathered((float(margin(errors).detach().abs().max()), float(gap.mean()) / self.beta))
-        largest, aim = max(h for h, _ in found), sum(aim for _, aim in found) / len(found)
+        largest, aim = largest_margin(errors, self.beta)
         told = (
             f"largest |h| of the first batch: {largest:.3g}, {largest / aim:.2%} of the mean dR / beta "
             f"({aim:.2g})"
@@ -220,7 +232,7 @@ class PreferenceModule(L.LightningModule):
 
     def take_figures(self, of_all: bool = False) -> dict[str, float]:
         """Mean of each figure over the batches since the last call (`of_all`: over all processes)."""
-        return self._figures.take(of_all) | {"train/skipped_steps": float(self.bad_steps)}
+        return self.figures.take(of_all) | {"train/skipped_steps": float(self.bad_steps)}
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -233,9 +245,9 @@ class PreferenceModule(L.LightningModule):
         bad = not math.isfinite(norm)
         self.bad_steps, self.bad_in_a_row = self.bad_steps + bad, bad * (self.bad_in_a_row + 1)
         if not bad:
-            self._figures.note({"train/gradient_norm": norm})
+            self.figures.note({"train/gradient_norm": norm})
             if self.gradient_clip is not None:
-                self._figures.note({"train/clipped": float(norm > self.gradient_clip)})
+                self.figures.note({"train/clipped": float(norm > self.gradient_clip)})
             return
         optimizer.zero_grad(set_to_none=True)
         log.warning(
@@ -260,14 +272,14 @@ class PreferenceModule(L.LightningModule):
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
         checkpoint["bad_steps"] = self.bad_steps, self.bad_in_a_row
-        checkpoint["figures"] = self._figures.totals(of_all=True)
+        checkpoint["figures"] = self.figures.totals(of_all=True)
         checkpoint["base"] = self.backbone.fingerprints["denoiser"]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore counts and figures; the policy is trained, so the first batch is not checked."""
         self.bad_steps, self.bad_in_a_row = checkpoint["bad_steps"]
         # those of all processes, so that one of them continues with all
-        self._figures.restore(checkpoint.get("figures", {}) if launch().first else {})
+        self.figures.restore(checkpoint.get("figures", {}) if launch().first else {})
         self._untrained = False
 
     def configure_optimizers(self):

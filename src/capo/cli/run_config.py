@@ -48,6 +48,7 @@ FREE = (
             "compile",
             "compile_tolerance",
             "channels_last",
+            "signal_every",
         )
     ),
 )

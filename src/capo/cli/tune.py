@@ -54,6 +54,7 @@ from capo.training.choice import Choice
 from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData
 from capo.training.loggers import RunIdentity, WandbRun
+from capo.training.signal import GradientSignal
 from capo.training.strength import choose_strength
 from capo.training.summary import beta_warning, print_summary
 from capo.training.validation import Place, WinRateValidation, validation_set
@@ -180,6 +181,7 @@ def tune(
         console.print(f"[yellow]{warning}")
     trainer, division = cfg.trainer, division_of(cfg)
     encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
+    signal = GradientSignal(trainer.signal_every)
     best = fit(
         module,
         PreferenceData(
@@ -199,7 +201,10 @@ def tune(
         devices=trainer.devices,
         precision=trainer.precision,
         accumulate=division.accumulate,
+        signal=signal,
     )
+    if advice := signal.advice(trainer.batch, candidates.selection.statistics().usable):
+        _tell([advice])
     trained = load_best(module, best)
     rate, told = best_strength(cfg, module, validation, trained, folder)
     return module, rate, facts | told

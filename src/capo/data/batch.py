@@ -29,6 +29,19 @@ class PreferenceBatch:
     prompt_ids: list[str]
     times: int = 1
 
+    def halves(self) -> tuple[PreferenceBatch, PreferenceBatch]:
+        """First half of the pairs, with all their entries, and the rest, which has more of an odd number."""
+        rows = len(self.prompt_ids) // self.times // 2 * self.times
+
+        def part(rows: slice) -> PreferenceBatch:
+            tensors = {
+                name: getattr(self, name)[rows] for name in ("latents", "noise", "u", "calibrated_rewards")
+            }
+            text = {name: value[rows] for name, value in self.text.items()}
+            return replace(self, text=text, prompt_ids=self.prompt_ids[rows], **tensors)
+
+        return part(slice(rows)), part(slice(rows, None))
+
     def pin_memory(self) -> PreferenceBatch:
         """Copy of the batch in pinned memory, for asynchronous transfer to a GPU; the loader calls this."""
         pinned = {

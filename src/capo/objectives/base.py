@@ -102,6 +102,16 @@ def requirements(objective: Objective) -> Requirements:
         ) from None
 
 
+def joined(first: PairErrors, second: PairErrors) -> PairErrors:
+    """Errors of two batches one after the other, without gradients and without predictions."""
+    fields: dict[str, Any] = {
+        name: torch.cat([value.detach(), getattr(second, name).detach()])
+        for name, value in vars(first).items()
+        if isinstance(value, Tensor)
+    }
+    return PairErrors(**fields)
+
+
 def beta_of(objective: Objective) -> float | None:
     """The beta that is bound to a `functools.partial` of an objective; None if it has none."""
     return objective.keywords.get("beta") if isinstance(objective, functools.partial) else None

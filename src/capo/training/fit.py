@@ -20,6 +20,7 @@ from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
 from capo.training.loader import PreferenceData
 from capo.training.loggers import Curves, CurvesFile
+from capo.training.signal import GradientSignal
 from capo.training.strategies import make_strategy
 from capo.training.validation import WinRateValidation
 
@@ -80,13 +81,15 @@ def fit(
     accumulate: int,
     devices: int | str | Sequence[int] = 1,
     strategy: str = AUTO,
+    signal: GradientSignal | None = None,
 ) -> ModelCheckpoint:
     """Train for `max_steps` optimizer steps; keep the last checkpoint and the one with the best win-rate.
 
     Training resumes from `folder/checkpoints/last.ckpt` if that file exists. Weights, optimizer state, data
     order, visit numbers and curves then equal those of an uninterrupted run up to rounding, even if strategy
     or devices have changed. The backbone is moved to the CPU during training and back to its device
-    afterwards; validation moves the parts that it needs to the device.
+    afterwards; validation moves the parts that it needs to the device. `signal` measures the signal in the
+    gradient; by default nothing does.
 
     Returns:
         The checkpoint callback, which knows the best checkpoint and its validation win-rate.
@@ -115,6 +118,7 @@ def fit(
         logger=list(loggers),
         default_root_dir=folder,
         callbacks=[
+            signal or GradientSignal(),
             Curves(log_every, lambda: validation.seconds),
             validation.average,  # before the validation, which reads it
             validation,
