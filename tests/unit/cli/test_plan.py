@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from capo.cli import train as train_script
-from capo.cli.plan import float32_rewards, prompt_counts, reward_request, run_plan
+from capo.cli.plan import float32_rewards, prompt_counts, reward_request, run_plan, training_request
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.preflight import shortages as lacking
@@ -134,6 +134,14 @@ def test_a_model_without_configs_is_refused(tmp_path, tiny_run):
     OmegaConf.update(cfg, "model.backbone.weights", "owner/name")
     with pytest.raises(InputError, match=r"model.published=tiny: no configs of that name"):
         plan_of(cfg)
+
+
+def test_several_times_per_pair_take_as_many_passes(tiny_run):
+    one, four = (
+        training_request(tiny_run("unused", f"noise.times_per_pair={times}", "trainer.micro_batch=1"))
+        for times in (1, 4)
+    )
+    assert (one.kinds, one.images) == (2, 2) and (four.kinds, four.images) == (8, 8)
 
 
 def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):

@@ -12,7 +12,7 @@ import torch
 from capo.backbones import UNetBackbone
 from capo.cli import train as train_script
 from capo.cli.build import build_components, training_data
-from capo.data.dataset import collate
+from capo.data.dataset import collate, stratified_u
 from capo.module import PreferenceModule
 from capo.pairs import frs
 from capo.training import fit as training
@@ -78,6 +78,24 @@ def test_memory_is_saved_without_another_loss(losses, plain, option, tolerance):
 def test_half_precision_begins_at_the_reference(losses, lora):
     found, margin = losses(f"half{len(lora)}", "trainer.precision=bf16-mixed", *lora)
     assert margin == 0 and all(loss > 0 for loss in found)
+
+
+def test_times_and_anchor_of_the_configuration_reach_the_steps(tiny_run, monkeypatch):
+    step, seen = PreferenceModule.training_step, []
+
+    def watched(self, batch, index):
+        seen.append((self.reduction, batch.times, batch.u.tolist()))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(PreferenceModule, "training_step", watched)
+    times = ["noise.times=stratified", "noise.times_per_pair=2", "noise.reduction=inside"]
+    train_script.run(tiny_run("times", *RUN, *times, "anchor.weight=2", "seed=3", "trainer.micro_batch=2"))
+    first = [stratified_u(3, place) for place in range(12)]  # three steps of four pairs
+    assert [u for _, _, found in seen for u in found[::2]] == pytest.approx(first, abs=1e-6)
+    assert {(reduction, times, len(u)) for reduction, times, u in seen} == {("inside", 2, 4)}
+    rows = rows_in(tiny_run.folder / "times")
+    # at the start policy = reference, so that the anchor is 0; later the winner's error is above somewhere
+    assert rows[0]["train/anchor"] == 0 and max(row["train/anchor"] for row in rows) > 0
 
 
 def test_a_row_averages_the_steps_since_the_last_one(tiny_run):
