@@ -118,15 +118,15 @@ def published_losses(module: Bare, prompts: Sequence[str], batch: int) -> Iterat
 class Rounds(L.Callback):
     """Callback in place of `fit`'s validation: after `steps` trainer steps, each other way takes as many.
 
-    `seconds` maps each way to the seconds of its rounds. All time between the trainer's steps is counted as
+    `rounds` maps each way to the seconds of its rounds. All time between the trainer's steps is counted as
     the trainer's, except the turns of the others.
     """
 
     def __init__(self, others: Mapping[str, Steps], steps: int):
         self.others, self.steps = dict(others), steps
-        self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
-        # read by `fit` and its checkpoint callback
-        self.validated, self.chosen, self.average = 0, True, WeightAverage(None)
+        self.rounds: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
+        # read by `fit`, its checkpoint callback and its curves, which do not count the others' seconds
+        self.validated, self.chosen, self.average, self.seconds = 0, True, WeightAverage(None), 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._since = time.perf_counter()
@@ -135,9 +135,11 @@ class Rounds(L.Callback):
         """At the end of each round, record the trainer's time and give the other ways their turns."""
         if trainer.global_step % self.steps:
             return
-        self.seconds[OURS].append(time.perf_counter() - self._since)
+        self.rounds[OURS].append(time.perf_counter() - self._since)
+        begun = time.perf_counter()
         for name in self.others:
             self._turn(name)
+        self.seconds += time.perf_counter() - begun
         if trainer.global_step == trainer.max_steps:
             module.log(MONITOR, 0.5, logger=False)  # `fit` needs a value to choose the best checkpoint
             self.validated = trainer.global_step
@@ -147,7 +149,7 @@ class Rounds(L.Callback):
         start = time.perf_counter()
         with torch.enable_grad():
             *_, loss = islice(self.others[name], self.steps)
-        self.seconds[name].append(time.perf_counter() - start)
+        self.rounds[name].append(time.perf_counter() - start)
         if not loss.isfinite():
             raise RuntimeError(f"{name}: the loss is {loss}")
 
@@ -210,7 +212,7 @@ def time_steps(
     )
     weights = zip(ours.policy.parameters(), bare.policy.parameters(), strict=True)
     apart = max((one - other).abs().max().item() for one, other in weights)
-    return {name: found[1:] for name, found in rounds.seconds.items()}, apart
+    return {name: found[1:] for name, found in rounds.rounds.items()}, apart
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
