@@ -201,6 +201,17 @@ def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["+model.lora.rank=2", "+model.lora.alpha=2"]], ids=["full", "lora"])
+def test_a_sharded_policy_is_validated_with_the_base_like_a_whole_one(tiny_run, lora):
+    guided = ["sampling.unconditional=base", "trainer.lr=0.001", "trainer.max_steps=3", *lora]
+    alone, shared = f"guided-{len(lora)}", f"guided-{len(lora)}-fsdp"
+    finish(start(tiny_run, alone, *guided))
+    finish(start(tiny_run, shared, *guided, *STRATEGY["fsdp"], processes=2))
+    for one, other in zip(curves(tiny_run.folder / alone), curves(tiny_run.folder / shared), strict=True):
+        assert other.get("val/score/r") == pytest.approx(one.get("val/score/r"), abs=2e-3)
+
+
+@pytest.mark.slow
 def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run):
     """The rectified flow's own classes, split over two processes.
 

@@ -36,6 +36,12 @@ def export_policy(
     return folder
 
 
+def holds_policy(folder: str | Path, component: str) -> bool:
+    """Whether `folder` holds an exported policy whose denoiser is the pipeline's `component`."""
+    folder = Path(folder)
+    return (folder / LORA_FILE).is_file() or (folder / component / "config.json").is_file()
+
+
 def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-true") -> Denoiser:
     """Load the denoiser of an exported policy: frozen, on the backbone's device, with an adapter not merged.
 
@@ -43,6 +49,11 @@ def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-tru
     Raises InputError if `folder` holds no policy, a policy of another shape, or an adapter of another base.
     """
     folder, component = Path(folder), backbone.denoiser_component
+    if not holds_policy(folder, component):
+        raise InputError(
+            f"policy '{folder.absolute()}': neither '{component}/config.json' nor '{LORA_FILE}' is there; "
+            "give the `policy/` folder of a finished run"
+        )
     if (folder / LORA_FILE).is_file():
         _check_base(backbone, folder)
         policy = backbone.trainable_copy()
@@ -57,14 +68,9 @@ def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-tru
             metadata=metadata,
             adapter_name=ADAPTER,
         )
-    elif (folder / component / "config.json").is_file():
+    else:
         policy = backbone.trainable_copy()
         _take_weights(policy, folder / component)
-    else:
-        raise InputError(
-            f"policy '{folder.absolute()}': neither '{component}/config.json' nor '{LORA_FILE}' is there; "
-            "give the `policy/` folder of a finished run"
-        )
     return half_stored(policy, precision).to(backbone.device).eval().requires_grad_(False)
 
 

@@ -17,6 +17,8 @@ from capo.backbones.precision import AUTOCAST
 from capo.errors import InputError
 from capo.runtime.threads import BATCHES, OPERATIONS, map_batches
 
+# sources of a tuned policy's unconditional prediction; any other value is the folder of an exported policy
+POLICY, BASE = "policy", "base"
 Progress = Callable[[int], object]  # called after each denoising step with the number of images in the batch
 
 
@@ -31,6 +33,9 @@ class SamplerSettings:
         parallel: what the threads of a CPU share: `operations`, or whole `batches` (`capo.runtime.threads`).
         precision: precision of the denoiser's forward passes, by Lightning's name; mixed ones use autocast.
         decode: images that the VAE decodes at once; None: `batch`.
+        unconditional: source of the unconditional prediction when a tuned policy is sampled: `policy`, `base`
+            or the folder of an exported policy (`capo.backbones.unconditional` finds its network). The base's
+            own images do not depend on it.
     """
 
     steps: int
@@ -39,6 +44,7 @@ class SamplerSettings:
     parallel: str = OPERATIONS
     precision: str = "32-true"
     decode: int | None = None
+    unconditional: str = POLICY
 
     @property
     def decoded(self) -> int:
@@ -83,11 +89,13 @@ def sample(
     settings: SamplerSettings,
     progress: Progress | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    unconditional: nn.Module | None = None,
 ) -> Tensor:
     """Sample latents (B, C, H, W), float32 on the backbone's device, from standard normal noise (B, C, H, W).
 
     All B images form one batch, guidance included; `settings.batch` is ignored. In float32 the result equals
-    `pipeline(..., output_type="latent")` at the same batch size bit for bit.
+    `pipeline(..., output_type="latent")` at the same batch size bit for bit. With an `unconditional` network
+    each step makes two passes of B images in place of one of 2B.
 
     Args:
         backbone: the model family.
@@ -98,6 +106,8 @@ def sample(
         progress: called after each denoising step with B.
         generators: one per candidate, those that drew `noise`; needed by schedulers that draw noise at each
             step (DDPM, ancestral ones).
+        unconditional: the network of the unconditional prediction, on the backbone's device; None: `denoiser`
+            itself. Up to guidance 1 it is not read.
 
     Raises:
         InputError: `generators` are needed and missing, or the scheduler refuses that number of steps.
@@ -123,7 +133,9 @@ def sample(
         latents = noise.to(backbone.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
             noisy = scaled(latents, t)
-            predicted = _guided(backbone, denoiser, noisy, t, conditions, settings.guidance)
+            predicted = _guided(
+                backbone, denoiser, unconditional, noisy, t, conditions, settings.guidance
+            )
             # a scheduler's own matrix products (UniPC's) stay float32; autocast keeps its copies of weights
             with torch.autocast(backbone.device.type, enabled=False):
                 latents = step(predicted, t, latents)
@@ -142,13 +154,29 @@ def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> 
 
 
 def _guided(
-    backbone: Backbone, denoiser: nn.Module, noisy: Tensor, t: Tensor, conditions: Text, guidance: float
+    backbone: Backbone,
+    denoiser: nn.Module,
+    unconditional: nn.Module | None,
+    noisy: Tensor,
+    t: Tensor,
+    conditions: Text,
+    guidance: float,
 ) -> Tensor:
-    """Return the guided prediction (B, C, H, W), float32; both branches run in one forward pass."""
+    """Return the guided prediction `eps_u + g (eps_c - eps_u)`, (B, C, H, W), float32.
+
+    Both branches run in one forward pass, unless eps_u comes from a network of its own.
+    """
     if guidance <= 1:
         return backbone.predict(denoiser, noisy, t, conditions).float()
-    both = backbone.predict(denoiser, torch.cat([noisy, noisy]), t, conditions).float()
-    without, with_text = both.chunk(2)
+    if unconditional is None:
+        both = backbone.predict(denoiser, torch.cat([noisy, noisy]), t, conditions).float()
+        without, with_text = both.chunk(2)
+    else:
+        negative, positive = (
+            {key: value.chunk(2)[half] for key, value in conditions.items()} for half in (0, 1)
+        )
+        without = backbone.predict(unconditional, noisy, t, negative).float()
+        with_text = backbone.predict(denoiser, noisy, t, positive).float()
     return without + guidance * (with_text - without)
 
 
@@ -182,12 +210,14 @@ def sample_prompts(
     seeds: Sequence[Sequence[int]],
     settings: SamplerSettings,
     progress: Progress | None = None,
+    unconditional: nn.Module | None = None,
 ) -> Tensor:
     """Sample latents (P, K, C, H, W), float32 on the CPU, for P prompts with K seeds each.
 
     `text` has leading dimension P. Candidates are batched in order, `settings.batch` at a time, across
     prompts; the last batch may be smaller. `progress` is called after each denoising step with the number of
-    images in its batch. Raises ValueError if prompts have different numbers of seeds.
+    images in its batch; `unconditional` is that of `sample`, and threads may share it. Raises ValueError if
+    prompts have different numbers of seeds.
     """
     prompts, candidates = len(seeds), len(seeds[0])
     if any(len(row) != candidates for row in seeds):
@@ -207,7 +237,9 @@ def sample_prompts(
         rows = torch.arange(start, start + len(generators)) // candidates
         conditions = {key: value[rows.to(value.device)] for key, value in text.items()}
         noise = candidate_noise(generators, backbone.latent_shape)
-        return sample(backbone, denoiser, conditions, noise, settings, report, generators).cpu()
+        return sample(
+            backbone, denoiser, conditions, noise, settings, report, generators, unconditional
+        ).cpu()
 
     starts = range(0, len(flat), settings.batch)
     latents = torch.cat(map_batches(batch, starts, settings.parallel, backbone.device))

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo.backbones.export import load_policy, policy_fingerprint
+from capo.backbones.unconditional import unconditional_of
 from capo.cli.build import Components, build_components
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
@@ -36,6 +37,7 @@ def tuned_generator(components: Components, policy: Path) -> ImageGenerator:
         load_policy(backbone, policy, settings.precision),
         policy_fingerprint(backbone, policy),
         settings,
+        unconditional_of(backbone, settings),
     )
 
 

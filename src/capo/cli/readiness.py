@@ -8,7 +8,10 @@ from dataclasses import asdict
 import torch
 from omegaconf import DictConfig
 
+from capo.backbones.export import holds_policy
 from capo.backbones.loading import MissingWeights, find_pipeline, find_vae, pipeline_index
+from capo.backbones.lora import LORA_FILE
+from capo.backbones.sampling import BASE, POLICY
 from capo.cli.build import (
     all_rewards,
     built,
@@ -21,7 +24,7 @@ from capo.cli.build import (
 )
 from capo.cli.values import check_values, under
 from capo.data.selection import select
-from capo.errors import InputError
+from capo.errors import InputError, closest
 from capo.objectives import Anchor, requirements, try_objective
 from capo.objectives.averaging import check_reduction
 from capo.objectives.base import beta_of
@@ -31,6 +34,7 @@ from capo.preflight.memory import model_states, parameters
 from capo.rewards import Reward
 from capo.rewards.weights import look_for
 from capo.runtime.hub import check_access
+from capo.runtime.launch import FSDP
 
 
 def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, watching: bool = True) -> None:
@@ -52,6 +56,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     if finished:
         return
     check_weights(cfg)
+    check_unconditional(cfg)
     rewards, evaluated, _ = all_rewards(cfg)
     held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
     if scoring:
@@ -139,6 +144,36 @@ def check_reward_weights(rewards: Sequence[Reward]) -> None:
             missing.append(str(error))
     if missing:
         raise InputError("\n".join(missing))
+
+
+def check_unconditional(cfg: DictConfig) -> None:
+    """InputError where `sampling.unconditional` is no word and no folder of an exported policy."""
+    source, component = cfg.sampling.get("unconditional", POLICY), family_of(cfg)[0].denoiser_component
+    if source in (POLICY, BASE) or holds_policy(source, component):
+        return
+    near = closest(str(source), (POLICY, BASE))
+    raise InputError(
+        f"sampling.unconditional={source}: must be policy, base, or the folder of an exported policy of "
+        f"model={cfg.model.name}, which holds '{component}/config.json' or '{LORA_FILE}'"
+        + (f"; did you mean {near[0]}?" if near else "; give the `policy/` folder of a finished run")
+    )
+
+
+def check_sharded_guidance(cfg: DictConfig, processes: int) -> None:
+    """InputError where training shards its networks, but the unconditional prediction's would be whole."""
+    source = cfg.sampling.get("unconditional", POLICY)
+    if cfg.trainer.strategy != FSDP or processes == 1 or source == POLICY:
+        return
+    whole = "that policy"
+    if source == BASE:
+        if cfg.model.lora or requirements(built(cfg.objective)).reference:
+            return
+        whole = f"the base, which objective={target_name(cfg.objective)} does not read in training"
+    raise InputError(
+        f"sampling.unconditional={source}: trainer.strategy={FSDP} does not shard {whole}; train with "
+        "sampling.unconditional=policy, and evaluate with it afterwards: "
+        f"evaluate.py run=DIR sampling.unconditional={source}"
+    )
 
 
 def check_draw(cfg: DictConfig) -> None:

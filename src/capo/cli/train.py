@@ -73,7 +73,7 @@ def refuse_early(cfg: DictConfig) -> None:
     """Raise InputError if `cfg` cannot run, before weights load; for a finished run only check values."""
     from capo.cli.build import check_imported
     from capo.cli.plan import require_room
-    from capo.cli.readiness import check_ready
+    from capo.cli.readiness import check_ready, check_sharded_guidance
 
     trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
     check_ready(cfg, finished)
@@ -82,6 +82,7 @@ def refuse_early(cfg: DictConfig) -> None:
     check_optimizer(trainer.optimizer)
     divide(trainer.batch, launch().world_size, trainer.micro_batch)
     if not finished:
+        check_sharded_guidance(cfg, launch().world_size)
         check_imported(cfg)
         require_room(cfg)
 

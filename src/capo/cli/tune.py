@@ -57,12 +57,15 @@ from capo.training.loggers import RunIdentity, WandbRun
 from capo.training.signal import GradientSignal
 from capo.training.strength import choose_strength
 from capo.training.summary import beta_warning, print_summary
+from capo.training.unconditional import unconditional_branch
 from capo.training.validation import Place, WinRateValidation, validation_set
 
 console = Console()
 
 
-def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinRateValidation:
+def validation_of(
+    cfg: DictConfig, components: Components, module: PreferenceModule, folder: Path
+) -> WinRateValidation:
     """Generate and score the base's validation images, draw them, and build the validation callback."""
     settings = cfg.validation
     judges = [*components.rewards, *components.held_out]
@@ -89,6 +92,7 @@ def validation_of(cfg: DictConfig, components: Components, folder: Path) -> WinR
         held_out,
         Choice(settings.monitor, cfg.evaluation.seed),
         WeightAverage(cfg.trainer.ema),
+        unconditional_branch(module, components.generator.settings),
     )
 
 
@@ -167,7 +171,7 @@ def tune(
     # before any image is generated, since it refuses a wrong objective or beta
     module = module_of(cfg, components.backbone)
     strategy = instantiate(cfg.pairs)
-    validation = validation_of(cfg, components, folder / VALIDATION)
+    validation = validation_of(cfg, components, module, folder / VALIDATION)
     data = training_data(cfg, components)
     candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
     facts = facts_of(cfg, module) | {"data": data.described}

@@ -58,6 +58,7 @@ TABLE: dict[str, Rule] = {
     "sampling.batch": whole(1),
     "sampling.decode": optional(whole(1)),
     "sampling.precision": one_of(list(AUTOCAST)),
+    "sampling.unconditional": TEXT,  # words and folders: `check_unconditional` in readiness
     "sampling.parallel": one_of((OPERATIONS, BATCHES)),
     "data.workers": whole(0),
     "data.text": one_of((POOL, ENCODE)),

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
+from capo.backbones.unconditional import Unconditional
 from capo.data.pool import Manifest, Pool, Shard, pool_name
 from capo.data.prompts import Prompt
 from capo.data.stages import LatentStage, ScoreStage, Stage, TextStage
@@ -29,11 +30,17 @@ COMMANDS = {
 STAGES = tuple(COMMANDS)
 
 
-def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, settings: SamplerSettings) -> str:
+def generator_fingerprint(
+    backbone: Backbone,
+    denoiser_fingerprint: str,
+    settings: SamplerSettings,
+    unconditional: Unconditional | None = None,
+) -> str:
     """Fingerprint, 64 hex digits, of all that determines a latent besides prompt and seed.
 
-    That is the denoiser, the sampler, steps, guidance and, unless it is 32-true, the precision. The batch
-    size is left out: it changes latents by rounding only, and each shard's header records it.
+    That is the denoiser, the sampler, steps, guidance, the precision unless it is 32-true, and the network of
+    the unconditional prediction unless it is the denoiser. The batch size is left out: it changes latents by
+    rounding only, and each shard's header records it.
     """
     known = {
         "denoiser": denoiser_fingerprint,
@@ -41,19 +48,25 @@ def generator_fingerprint(backbone: Backbone, denoiser_fingerprint: str, setting
         "steps": settings.steps,
         "guidance": settings.guidance,
     }
-    return content_fingerprint(
-        known if settings.precision == "32-true" else known | {"precision": settings.precision}
-    )
+    if settings.precision != "32-true":
+        known["precision"] = settings.precision
+    if unconditional:
+        known["unconditional"] = unconditional.fingerprint
+    return content_fingerprint(known)
 
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """Generator of a pool's images: a backbone's pipeline, its denoiser (base or policy) and its settings."""
+    """Generator of a pool's images: a backbone's pipeline, its denoiser (base or policy) and its settings.
+
+    `unconditional` makes the unconditional prediction in place of the denoiser; the base has none.
+    """
 
     backbone: Backbone
     denoiser: nn.Module
     denoiser_fingerprint: str
     settings: SamplerSettings
+    unconditional: Unconditional | None = None
 
     @classmethod
     def base(cls, backbone: Backbone, settings: SamplerSettings) -> "ImageGenerator":
@@ -63,7 +76,9 @@ class ImageGenerator:
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of this generator; see `generator_fingerprint`."""
-        return generator_fingerprint(self.backbone, self.denoiser_fingerprint, self.settings)
+        return generator_fingerprint(
+            self.backbone, self.denoiser_fingerprint, self.settings, self.unconditional
+        )
 
 
 @dataclass(frozen=True)
@@ -175,9 +190,10 @@ def stages_of(
     """Stages that fill a pool, in their order; with `verify`, they compare checksums of existing shards."""
     rows = pool.text_shards(pool.positions(spec.prompts))
     backbone, settings = generator.backbone, generator.settings
+    guide = generator.unconditional and generator.unconditional.network
     return [
         TextStage(pool, rows, backbone, settings, verify),
-        LatentStage(pool, rows, backbone, settings, verify, spec.candidates, generator.denoiser),
+        LatentStage(pool, rows, backbone, settings, verify, spec.candidates, generator.denoiser, guide),
         ScoreStage(pool, rows, backbone, settings, verify, rewards, spec.candidates),
     ]
 

@@ -161,6 +161,7 @@ class LatentStage(LatentFiles):
     """
 
     denoiser: nn.Module
+    unconditional: nn.Module | None = None
 
     def run(self, shard: Shard, report: Report) -> None:
         seed = self.pool.manifest.seed
@@ -170,7 +171,13 @@ class LatentStage(LatentFiles):
         ]
         progress = _ImageCount(shard.images, self.settings.steps, report)
         latents = sample_prompts(
-            self.backbone, self.denoiser, self.pool.read_text(shard.row), seeds, self.settings, progress
+            self.backbone,
+            self.denoiser,
+            self.pool.read_text(shard.row),
+            seeds,
+            self.settings,
+            progress,
+            self.unconditional,
         )
         self.pool.write_latents(shard, latents, self.record())
         progress.finish()

@@ -132,6 +132,7 @@ class _Comparison:
         """Everything that the results depend on, as JSON values (settings.json)."""
         spec, zero, fingerprints = self.spec, self.zero, self.policy.backbone.fingerprints
         identity = json.dumps([(prompt.id, prompt.category) for prompt in spec.prompts])
+        guide = self.policy.unconditional
         seen = {"seed": spec.seed, "images_per_prompt": spec.candidates}
         unlike = zero and {
             "seed": zero.seed,
@@ -149,6 +150,7 @@ class _Comparison:
             "text_encoders": fingerprints["text_encoders"],
             "steps": self.policy.settings.steps,
             "guidance": self.policy.settings.guidance,
+            **({"unconditional": guide.fingerprint} if guide else {}),
             "rewards": {reward.name: reward.key for reward in self.rewards},
             "oracle": {measure.name: measure.key for measure in self.oracle},
             **seen,

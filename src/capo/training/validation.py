@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from capo.runtime.threads import OPERATIONS
 from capo.training.averaging import WeightAverage
 from capo.training.choice import Choice, monitored
 from capo.training.loggers import log_picture
+from capo.training.unconditional import UnconditionalBranch
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ class WinRateValidation(L.Callback):
         held_out: HeldOut | None = None,
         choice: Choice | None = None,
         average: WeightAverage | None = None,
+        unconditional: UnconditionalBranch | None = None,
     ):
+        self.unconditional = unconditional  # None: the policy's own
         self.average = average or WeightAverage(None)
         self.choice = choice or Choice()
         self.chosen = False  # whether the policy validated last is the best so far
@@ -171,7 +175,7 @@ class WinRateValidation(L.Callback):
         policy.eval()
         drawn, mine = share(len(self.base.prompts), place.rank, place.world)
         with self.backbone.visiting(place.device):
-            latents = self._sample(policy, drawn, place.rank == 0, alone=place.world == 1)
+            latents = self._sample(policy, drawn, place)
             policy.train(was_training)
             images = (
                 self.backbone.decode(latents[: len(mine)].flatten(0, 1), batch=self.settings.decoded)
@@ -181,17 +185,25 @@ class WinRateValidation(L.Callback):
         figures, rates, alarm = self._figures(images, mine, name, place.device)
         return Validated(figures, rates, alarm, self._shown(images, mine))
 
-    def _sample(self, policy, drawn: list[int], progress: bool, alone: bool) -> Tensor:
+    def _sample(self, policy: torch.nn.Module, drawn: list[int], place: Place) -> Tensor:
         # with several processes no batches run in parallel threads: every pass through a sharded policy is a
         # collective operation, and threads would start these in a different order on each process
-        settings = self.settings if alone else replace(self.settings, parallel=OPERATIONS)
+        settings = self.settings if place.world == 1 else replace(self.settings, parallel=OPERATIONS)
+        guide = self.unconditional
         seeds = [self.base.seeds[row] for row in drawn]
         text = {name: value[drawn] for name, value in self.base.text.items()}
         total = len(seeds) * len(seeds[0]) * settings.steps
-        with tqdm(
-            total=total, desc="validation", unit="image step", leave=False, disable=not progress
-        ) as bar:
-            latents = sample_prompts(self.backbone, policy, text, seeds, settings, bar.update)
+        with (
+            tqdm(
+                total=total,
+                desc="validation",
+                unit="image step",
+                leave=False,
+                disable=place.rank != 0,
+            ) as bar,
+            guide.network(policy, place.device) if guide else nullcontext() as network,
+        ):
+            latents = sample_prompts(self.backbone, policy, text, seeds, settings, bar.update, network)
         return latents.to(torch.float16).float()
 
     def _figures(

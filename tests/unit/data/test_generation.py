@@ -13,6 +13,7 @@ import torch
 
 from capo.backbones import UNetBackbone
 from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
+from capo.backbones.unconditional import Unconditional
 from capo.data import generation
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, generator_fingerprint, open_pool
 from capo.data.pool import PoolReader
@@ -20,6 +21,7 @@ from capo.data.prompts import candidate_seed, make_prompt
 from capo.data.stages import LatentStage, ScoreStage, TextStage
 from capo.errors import InputError
 from capo.rewards import Reward
+from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import Launch
 from fixtures.fake_backbone import FakeBackbone
 
@@ -366,6 +368,23 @@ def test_a_policy_has_a_pool_of_its_own(plan, tiny):
     assert base.folder != other.folder
     assert base.prompts == other.prompts
     assert not torch.equal(PoolReader(base).latents(0, [0]), PoolReader(other).latents(0, [0]))
+
+
+def test_the_unconditional_network_is_part_of_a_policys_fingerprint_alone(tiny_backbone):
+    def fingerprint(unconditional=None, source="policy"):
+        settings = dataclasses.replace(SETTINGS, unconditional=source)
+        return ImageGenerator(tiny_backbone, tiny_backbone.denoiser, "d", settings, unconditional).fingerprint
+
+    one, other = (Unconditional(tiny_backbone.denoiser, name) for name in ("a", "b"))
+    assert len({fingerprint(), fingerprint(one), fingerprint(other)}) == 3
+    # of the base and of a policy by itself, pools stay valid: what `generator_fingerprint` always hashed
+    known = {"denoiser": "d", "sampler": tiny_backbone.sampler_identity(), "steps": 2, "guidance": 3.0}
+    assert fingerprint() == content_fingerprint(known)
+    base, words = (
+        ImageGenerator.base(tiny_backbone, dataclasses.replace(SETTINGS, unconditional=source))
+        for source in ("policy", "base")
+    )
+    assert base.fingerprint == words.fingerprint and words.unconditional is None
 
 
 def test_fingerprint_of_what_generates(tiny_backbone, tiny_folder):

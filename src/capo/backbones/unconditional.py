@@ -1,0 +1,63 @@
+"""The network of the unconditional prediction under guidance: the policy, its base or another policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from capo.backbones.base import Backbone
+from capo.backbones.export import load_policy, policy_fingerprint
+from capo.backbones.lora import adapter_off
+from capo.backbones.models import Denoiser
+from capo.backbones.precision import frozen_reference
+from capo.backbones.sampling import BASE, POLICY, SamplerSettings
+
+
+@dataclass(frozen=True)
+class Unconditional:
+    """A network that makes the unconditional prediction in place of the policy, and its fingerprint."""
+
+    network: nn.Module
+    fingerprint: str
+
+
+class AdapterOff(nn.Module):
+    """The base as a view of a LoRA policy, whose adapter is off during each pass and on again after it.
+
+    It takes no memory of its own. Threads must not use the policy and this view at the same time.
+    """
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, *args, **options):
+        """Call the policy with its adapter off."""
+        with adapter_off(self.policy):
+            return self.policy(*args, **options)
+
+
+def base_network(backbone: Backbone, precision: str) -> Denoiser:
+    """The base's denoiser as it predicts beside a float32 policy: itself if it is float32, else a copy."""
+    base = backbone.denoiser
+    if all(parameter.dtype == torch.float32 for parameter in base.parameters()):
+        return base
+    return frozen_reference(base, precision).to(base.device)
+
+
+def unconditional_of(backbone: Backbone, settings: SamplerSettings) -> Unconditional | None:
+    """Return what `settings.unconditional` names, on the backbone's device; None for the policy itself.
+
+    The base's network is separate from any policy, so threads may sample with both. Raises InputError if a
+    folder holds no policy of this model.
+    """
+    source = settings.unconditional
+    if source == POLICY:
+        return None
+    if source == BASE:
+        return Unconditional(base_network(backbone, settings.precision), backbone.fingerprints["denoiser"])
+    return Unconditional(
+        load_policy(backbone, source, settings.precision), policy_fingerprint(backbone, source)
+    )

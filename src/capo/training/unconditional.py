@@ -1,0 +1,75 @@
+"""The network of the unconditional prediction while a policy is validated during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from capo.backbones.export import load_policy
+from capo.backbones.lora import has_adapter
+from capo.backbones.sampling import BASE, POLICY, SamplerSettings
+from capo.backbones.unconditional import AdapterOff, base_network
+from capo.module import PreferenceModule
+
+
+@dataclass(frozen=True)
+class UnconditionalBranch:
+    """Finds the network that makes the unconditional prediction beside a policy in training.
+
+    Attributes:
+        module: the module that trains the policy, which may hold the base as its reference.
+        settings: settings of the sampler.
+        other: the network of the folder that `settings.unconditional` names; None for `policy` and `base`.
+    """
+
+    module: PreferenceModule
+    settings: SamplerSettings
+    other: nn.Module | None = None
+
+    @contextmanager
+    def network(self, policy: nn.Module, device: torch.device | str) -> Iterator[nn.Module | None]:
+        """Context manager that yields the network on `device`, or None for `policy` itself.
+
+        On a CPU the base is the backbone's own denoiser, which threads may use beside the policy. Elsewhere
+        batches are sampled one after another, and the base is what training holds on the device anyway: the
+        reference, sharded like the policy, or the policy with its adapter off.
+        """
+        if self.settings.unconditional == POLICY or self.settings.guidance <= 1:
+            yield None
+        elif self.other is not None:
+            with _moved(self.other, device) as network:
+                yield network
+        elif torch.device(device).type != "cpu" and has_adapter(policy):
+            yield AdapterOff(policy)
+        elif torch.device(device).type != "cpu" and self.module.needs.reference:
+            with self.module.reference() as network:
+                yield network
+        else:
+            base = base_network(self.module.backbone, self.settings.precision)
+            with _moved(base, device) as network:
+                yield network
+
+
+def unconditional_branch(module: PreferenceModule, settings: SamplerSettings) -> UnconditionalBranch:
+    """Build what finds the network that `settings.unconditional` names; a folder's is loaded, on the CPU.
+
+    Raises InputError if a folder holds no policy of this model.
+    """
+    if settings.unconditional in (POLICY, BASE):
+        return UnconditionalBranch(module, settings)
+    other = load_policy(module.backbone, settings.unconditional, settings.precision)
+    return UnconditionalBranch(module, settings, other.to("cpu"))
+
+
+@contextmanager
+def _moved(network: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
+    """Move `network` to `device` for the block, then back."""
+    home = next(network.parameters()).device
+    try:
+        yield network.to(device)
+    finally:
+        network.to(home)

@@ -1,0 +1,96 @@
+"""Runs whose policy is sampled with the unconditional prediction of its base or of another policy."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from capo.cli import evaluate as evaluate_script
+from capo.cli import train as train_script
+from capo.cli.readiness import check_sharded_guidance
+from capo.errors import InputError
+
+STRONG = ["trainer.lr=0.01", "trainer.warm_up=0", "sampling.guidance=4", "sampling.parallel=batches"]
+LORA = ["+model.lora.rank=2", "+model.lora.alpha=2"]
+
+
+def scores(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [float(row["val/score/r"]) for row in csv.DictReader(file) if row["val/win_rate"]]
+
+
+def settings(folder):
+    return json.loads((folder / "evaluation" / "settings.json").read_text())
+
+
+def evaluated(tiny_run, folder, source):
+    cfg = tiny_run("unused", f"run={folder}", f"sampling.unconditional={source}", config="evaluate")
+    cfg.trust = ["fixtures"]
+    return evaluate_script.run(cfg, [f"sampling.unconditional={source}"], folder)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "sft"])
+def test_validation_and_evaluation_sample_with_the_base(tiny_run, kind):
+    """The same training, other images: the setting moves what is measured, and no weight."""
+    more = {"full": [], "lora": LORA, "sft": ["objective=sft"]}[kind]
+    own, base = (tiny_run.folder / f"{kind}-{source}" for source in ("policy", "base"))
+    train_script.run(tiny_run(own.name, *STRONG, *more))
+    train_script.run(tiny_run(base.name, *STRONG, *more, "sampling.unconditional=base"))
+    weights = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (own, base)
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert scores(own) != scores(base)
+    one, other = settings(own), settings(base)
+    assert "unconditional" not in one and other["unconditional"] == other["base"]
+    assert one["policy_generator"] != other["policy_generator"]
+    assert one["base_generator"] == other["base_generator"]
+    # an evaluation with other words draws the other images, and never takes those that lie there
+    first = json.loads((own / "evaluation" / "results.json").read_text())
+    found = evaluated(tiny_run, own, "base")
+    assert found["score"]["r"]["policy"] != first["score"]["r"]["policy"]
+    assert found == json.loads((base / "evaluation" / "results.json").read_text())
+    assert found["score"]["r"]["base"] == first["score"]["r"]["base"]
+    assert evaluated(tiny_run, own, "policy") == first
+
+
+def test_another_policy_is_a_negative_one(tiny_run):
+    negative = tiny_run.folder / "negative"
+    train_script.run(tiny_run(negative.name, *STRONG, *LORA, "seed=3", "evaluate=false"))
+    folder = tiny_run.folder / "against"
+    train_script.run(tiny_run(folder.name, *STRONG, f"sampling.unconditional={negative / 'policy'}"))
+    outcome = json.loads((negative / "outcome.json").read_text())
+    assert settings(folder)["unconditional"] == outcome["policy"]
+
+
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [("bases", "did you mean base?"), ("/nowhere", "`policy/` folder of a finished run")],
+)
+def test_what_is_neither_word_nor_policy_is_refused_before_weights_load(
+    tiny_run, monkeypatch, source, remedy
+):
+    monkeypatch.setattr("capo.cli.tune.build_components", lambda *_, **__: pytest.fail("weights load"))
+    with pytest.raises(InputError) as refused:
+        train_script.run(tiny_run("refused", f"sampling.unconditional={source}"))
+    message = str(refused.value)
+    assert message.startswith(f"sampling.unconditional={source}: must be policy, base, or the folder")
+    assert remedy in message and "unet/config.json" in message
+    assert not (tiny_run.folder / "refused" / "config.yaml").exists()
+
+
+def test_what_cannot_be_sharded_is_refused_with_several_processes(tiny_run):
+    def check(*overrides, processes=2):
+        check_sharded_guidance(tiny_run("unused", "trainer.strategy=fsdp", *overrides), processes)
+
+    base, folder = "sampling.unconditional=base", "sampling.unconditional=somewhere"
+    for fine in ([], [base], [base, *LORA, "objective=sft"]):
+        check(*fine)
+    check(folder, processes=1)
+    check_sharded_guidance(tiny_run("unused", folder, "trainer.strategy=ddp"), 2)
+    with pytest.raises(InputError, match=r"unconditional=base: trainer.strategy=fsdp .* objective=sft"):
+        check(base, "objective=sft")
+    with pytest.raises(InputError, match=r"unconditional=somewhere: .*evaluate.py run=DIR"):
+        check(folder)

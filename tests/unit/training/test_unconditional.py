@@ -1,0 +1,80 @@
+"""Which network makes the unconditional prediction in a validation, and on which device."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from capo import objectives
+from capo.backbones.export import export_policy
+from capo.backbones.model_card import ModelCard
+from capo.backbones.sampling import SamplerSettings
+from capo.backbones.unconditional import AdapterOff
+from capo.module import PreferenceModule, Weighting
+from capo.training.unconditional import UnconditionalBranch, unconditional_branch
+
+LORA = {"rank": 2, "alpha": 2.0}
+CUDA = torch.device("cuda")  # a name: nothing is moved there
+
+
+def module_for(backbone, objective=objectives.capo, lora=None):
+    return PreferenceModule(
+        backbone, partial(objective, beta=100.0), lr=1e-3, warm_up=2, weighting=Weighting(), lora=lora
+    )
+
+
+def settings_of(source, guidance=3.0):
+    return SamplerSettings(2, guidance, 2, unconditional=source)
+
+
+def test_policy_is_its_own_branch(tiny_backbone):
+    module = module_for(tiny_backbone)
+    with unconditional_branch(module, settings_of("policy")).network(module.policy, "cpu") as network:
+        assert network is None
+
+
+def test_guidance_1_asks_for_no_network(tiny_backbone):
+    module = module_for(tiny_backbone)
+    for guidance in (1.0, 0.5):
+        branch = unconditional_branch(module, settings_of("base", guidance))
+        with branch.network(module.policy, "cpu") as network:
+            assert network is None
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_on_a_cpu_the_base_is_the_backbones_own(tiny_backbone, lora):
+    module = module_for(tiny_backbone, lora=lora)
+    with unconditional_branch(module, settings_of("base")).network(module.policy, "cpu") as network:
+        assert network is tiny_backbone.denoiser
+
+
+def test_on_a_device_the_base_is_what_training_holds_there(tiny_backbone):
+    module = module_for(tiny_backbone)
+    module.__dict__["_reference"] = held = tiny_backbone.trainable_copy().requires_grad_(False)
+    with unconditional_branch(module, settings_of("base")).network(module.policy, CUDA) as network:
+        assert network is held
+    lora = module_for(tiny_backbone, lora=LORA)
+    other = lora.fresh_policy()  # such as averaged weights: its own adapter is the one that is off
+    with unconditional_branch(lora, settings_of("base")).network(other, CUDA) as network:
+        assert isinstance(network, AdapterOff) and network.policy is other
+
+
+def test_where_training_holds_no_base_it_visits_the_device(tiny_backbone, monkeypatch):
+    module, moved = module_for(tiny_backbone, objectives.sft), []
+    base = tiny_backbone.denoiser
+    monkeypatch.setattr(base, "to", lambda device: moved.append(str(device)) or base)
+    with unconditional_branch(module, settings_of("base")).network(module.policy, CUDA) as network:
+        assert network is base and moved == ["cuda"]
+    assert moved == ["cuda", "cpu"]
+
+
+def test_another_policy_visits_the_device(tiny_backbone, tmp_path, monkeypatch):
+    module, moved = module_for(tiny_backbone), []
+    folder = export_policy(tiny_backbone, module.policy, tmp_path / "policy", ModelCard("capo", "none"))
+    branch = unconditional_branch(module, settings_of(str(folder)))
+    other = branch.other
+    assert isinstance(branch, UnconditionalBranch) and other is not module.policy
+    monkeypatch.setattr(other, "to", lambda device: moved.append(str(device)) or other)
+    with branch.network(module.policy, CUDA) as network:
+        assert network is other and moved == ["cuda"]
+    assert moved == ["cuda", "cpu"]
