@@ -43,6 +43,8 @@ def test_validation_and_evaluation_sample_with_the_base(tiny_run, kind):
     ]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert scores(own) != scores(base)
+    cards = [(folder / "policy" / "README.md").read_text() for folder in (own, base)]
+    assert "pipe.unet.forward = guided" in cards[1] and "pipe.unet.forward" not in cards[0]
     one, other = settings(own), settings(base)
     assert "unconditional" not in one and other["unconditional"] == other["base"]
     assert one["policy_generator"] != other["policy_generator"]

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from capo.backbones.base import Backbone
+from capo.backbones.guidance_lines import absolute, guidance_lines, source_name
 from capo.backbones.lora import LORA_FILE
+from capo.backbones.sampling import POLICY
 from capo.runtime.files import write_whole
+
+UNCONDITIONAL = "unconditional prediction under guidance"
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,15 @@ class ModelCard:
         data: description of the training data.
         win_rates: reward -> {"mean", "low", "high"}, each 0-1, against the base; None before any evaluation.
         settings: further facts (beta, steps, ...) by name.
+        unconditional: source of the unconditional prediction that the policy is sampled with
+            (`SamplerSettings.unconditional`).
     """
 
     objective: str
     data: str
     win_rates: Mapping[str, Mapping[str, float]] | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    unconditional: str = POLICY
 
 
 def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
@@ -37,16 +44,10 @@ def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
 
 def base_weights(backbone: Backbone) -> str:
     """Return the hub id of the base's weights, or the absolute path of their folder."""
-    return _from_anywhere(backbone.weights)
+    return absolute(backbone.weights)
 
 
-def _from_anywhere(source: str) -> str:
-    """Return a hub id as it is, and a folder as an absolute path, which works from any working directory."""
-    folder = Path(source).expanduser()
-    return str(folder.absolute()) if folder.exists() else source
-
-
-def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
+def _load_lines(backbone: Backbone, folder: Path, name: str, unconditional: str) -> str:
     pipeline = type(backbone.pipeline).__name__
     options = "dtype=torch.float32, use_safetensors=True"
     parts, optional = backbone.pipeline.components, backbone.pipeline._optional_components
@@ -66,6 +67,7 @@ def _load_lines(backbone: Backbone, folder: Path, name: str) -> str:
     if backbone.call_options:
         told = ", ".join(f"{key}={value!r}" for key, value in backbone.call_options.items())
         loading.append(f"# call it as it was tuned: pipe(prompt, {told})")
+    loading += guidance_lines(backbone, folder, unconditional)
     classes = ", ".join(sorted({pipeline, *re.findall(r"= (\w+)\.from_pretrained", "\n".join(loading))}))
     return "\n".join(["import torch", f"from diffusers import {classes}", "", *loading])
 
@@ -81,7 +83,7 @@ def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
         options = "dtype=torch.float32, use_safetensors=True" + (
             f', revision="{revision}"' if revision else ""
         )
-        lines.append(f'pipe.vae = AutoencoderKL.from_pretrained("{_from_anywhere(source)}", {options})')
+        lines.append(f'pipe.vae = AutoencoderKL.from_pretrained("{absolute(source)}", {options})')
     return lines
 
 
@@ -118,6 +120,7 @@ def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
         "objective": card.objective,
         "data": card.data,
         "scheduler": type(backbone.pipeline.scheduler).__name__,
+        **({} if card.unconditional == POLICY else {UNCONDITIONAL: source_name(card.unconditional)}),
         **card.settings,
     }
     return "\n".join(
@@ -131,7 +134,7 @@ def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
             "In the directory that holds this folder:",
             "",
             "```python",
-            _load_lines(backbone, folder, name),
+            _load_lines(backbone, folder, name, card.unconditional),
             "```",
             "",
             "## How it was made",

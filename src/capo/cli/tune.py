@@ -81,18 +81,18 @@ def validation_of(
             folder / "step000000.png",
         )
     console.print(f"validation images of the base: {folder / 'step000000.png'}")
-    held_out = HeldOut(components.held_out, cfg.evaluation.seed)
+    sampler = components.generator.settings
     return WinRateValidation(
         base,
-        components.backbone,
+        module.backbone,
         components.rewards,
-        components.generator.settings,
+        sampler,
         settings.every,
         folder,
-        held_out,
+        HeldOut(components.held_out, cfg.evaluation.seed),
         Choice(settings.monitor, cfg.evaluation.seed),
         WeightAverage(cfg.trainer.ema),
-        unconditional_branch(module, components.generator.settings),
+        unconditional_branch(module, sampler),
     )
 
 
@@ -263,7 +263,8 @@ def finish(
     facts: dict[str, Any],
 ) -> None:
     """Export the policy to `folder`/policy, and write outcome.json, which marks the run as finished."""
-    card = ModelCard(str(facts["objective"]), str(facts.pop("data")), settings=facts)
+    source = components.generator.settings.unconditional
+    card = ModelCard(str(facts["objective"]), str(facts.pop("data")), None, facts, source)
     policy = export_policy(
         components.backbone, module.policy, folder / POLICY, card, full=cfg.export == "full"
     )

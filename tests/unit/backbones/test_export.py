@@ -15,9 +15,10 @@ from capo.backbones.saving import save
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import candidate_seed, make_prompt
 from capo.errors import InputError
+from fixtures.policies import PROMPTS, SEEDS, assert_adapters_latents, plain_latents, run_readme
 
 CARD = ModelCard(objective="capo", data="8 prompts of nowhere", settings={"beta": 30})
-PROMPTS, SEEDS, SETTINGS = ["a red square", "the blue circle"], [[1], [2]], SamplerSettings(3, 5.0, 2)
+SETTINGS = SamplerSettings(3, 5.0, 2)
 
 
 def tuned(denoiser):
@@ -33,40 +34,9 @@ def latents_of(backbone, denoiser):
     return sample_prompts(backbone, denoiser, backbone.encode_prompts(PROMPTS), SEEDS, SETTINGS).flatten(0, 1)
 
 
-def plain_latents(pipeline, **options):
-    return pipeline(
-        PROMPTS,
-        num_inference_steps=3,
-        guidance_scale=5.0,
-        output_type="latent",
-        generator=[torch.Generator().manual_seed(seed) for [seed] in SEEDS],
-        **options,
-    ).images
-
-
-def assert_adapters_latents(found, ours, base):
-    """The same but for rounding, beside what the adapter moves.
-
-    An adapter from a file lies otherwise in memory, and some processors then take its products in another
-    order.
-    """
-    moved = (ours - base).abs().max().item()
-    assert moved > 1e-3
-    torch.testing.assert_close(found, ours, atol=1e-3 * moved, rtol=0)
-
-
 def assert_same_weights(one, other):
     assert one.state_dict().keys() == other.state_dict().keys()
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
-
-
-def run_readme(folder, monkeypatch):
-    """Executes the README's Python block where it says: in the directory that holds the folder."""
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(folder.parent)
-    names = {}
-    exec(code, names)
-    return names["pipe"]
 
 
 def test_full_policy_loads_by_the_readmes_line_and_gives_our_latents(tiny_backbone, tmp_path, monkeypatch):

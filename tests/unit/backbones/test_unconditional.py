@@ -7,27 +7,15 @@ import torch
 
 from capo.backbones import UNetBackbone
 from capo.backbones.export import export_policy, load_policy, policy_fingerprint
-from capo.backbones.lora import add_lora, has_adapter
+from capo.backbones.lora import has_adapter
 from capo.backbones.model_card import ModelCard
 from capo.backbones.sampling import SamplerSettings, candidate_noise, sample, sample_prompts
 from capo.backbones.unconditional import AdapterOff, base_network, unconditional_of
 from capo.errors import InputError
+from fixtures.policies import PROMPTS, tuned
 
-PROMPTS = ["a red square", "the blue circle"]
 SETTINGS = SamplerSettings(3, 5.0, 2)
 CARD = ModelCard(objective="capo", data="8 prompts of nowhere")
-
-
-def tuned(backbone, lora: bool = False, seed: int = 1):
-    policy = backbone.trainable_copy()
-    if lora:
-        add_lora(policy, rank=2, alpha=4, targets=backbone.lora_targets)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return policy.eval()
 
 
 def by_hand(backbone, policy, negative, guidance):
