@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 
 import lightning as L
 import torch
@@ -19,12 +20,14 @@ from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.models import Denoiser
 from capo.backbones.parallel import compile_blocks, shard
 from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
+from capo.backbones.unconditional import UnconditionalText
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.metrics import Figures, drift_by_time, largest_margin, training_figures
 from capo.objectives import Anchor, Objective, PairErrors, anchor_penalty, mean_over_times, requirements
 from capo.objectives.averaging import INSIDE, OUTSIDE, check_reduction
 from capo.objectives.base import beta_of, joined
+from capo.objectives.pinned import check_pinned, pinned_loss, pinned_rows, select_rows
 from capo.runtime.launch import launch
 from capo.runtime.optimizers import clip_gradients, make_optimizer
 
@@ -50,6 +53,8 @@ class PreferenceModule(L.LightningModule):
             off; None: train all weights.
         gradient_clip: largest gradient norm; larger gradients are scaled down to it. None: no limit.
         max_bad_steps: training stops after this many consecutive steps with a gradient that is not finite.
+        pinned: share of the pairs whose loss pins the unconditional prediction to the reference's instead
+            (`capo.objectives.pinned`).
         execution: settings of memory and speed.
     """
 
@@ -67,6 +72,7 @@ class PreferenceModule(L.LightningModule):
         lora: dict | None = None,
         gradient_clip: float | None = None,
         max_bad_steps: int = 10,
+        pinned: float = 0.0,
         execution: Execution = PLAIN,
     ):
         super().__init__()
@@ -81,6 +87,8 @@ class PreferenceModule(L.LightningModule):
         self.beta = beta_of(objective)
         anchor.check(self.needs, self.beta)
         check_reduction(reduction, self.needs)
+        check_pinned(pinned, self.needs, reduction)
+        self.pinned, self.unconditional = pinned, UnconditionalText(backbone)
         self.reduction, self.anchor = reduction, anchor
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
         self.gradient_clip, self.max_bad_steps = gradient_clip, max_bad_steps
@@ -156,8 +164,13 @@ class PreferenceModule(L.LightningModule):
 
     def pair_errors(self, batch: PreferenceBatch) -> PairErrors:
         """Denoising errors of policy and reference on B pairs (`capo.backbones.denoising.pair_errors`)."""
+        needs = self.needs
+        if self.pinned:
+            rows = pinned_rows(batch.u, self.pinned)
+            batch = replace(batch, text=self.unconditional.at(rows, batch.text))
+            needs = replace(needs, predictions=True)
         return pair_errors(
-            self.backbone, self.policy, self.reference, batch, self.needs, self.weighting, self.draw
+            self.backbone, self.policy, self.reference, batch, needs, self.weighting, self.draw
         )
 
     def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:
@@ -167,15 +180,21 @@ class PreferenceModule(L.LightningModule):
         """
         if self.hold_gradient is None:
             errors = self.pair_errors(batch)
-            loss = told = self._loss(errors, batch.times)
+            loss = told = self._loss(errors, batch)
         else:
             errors, loss, told = self._in_halves(batch, self.hold_gradient)
         if self._untrained and self._trainer is not None:
             self._check_first(errors)
         self.log("train/loss", told.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
-        self.figures.note({"train/loss": told.detach(), **training_figures(errors, self.beta)})
-        if self.needs.reference and self.needs.loser:
-            self.figures.note(drift_by_time(errors, batch.u))
+        self.figures.note({"train/loss": told.detach()})
+        kept, u = errors, batch.u
+        if self.pinned:
+            rows = ~pinned_rows(u, self.pinned)
+            kept, u = select_rows(errors, rows), u[rows]
+        if len(u):  # every pair of a small batch can be pinned
+            self.figures.note(training_figures(kept, self.beta))
+            if self.needs.reference and self.needs.loser:
+                self.figures.note(drift_by_time(kept, u))
         return loss
 
     def _in_halves(
@@ -185,20 +204,25 @@ class PreferenceModule(L.LightningModule):
         halves = batch.halves()
         share = len(halves[0].u) / len(batch.u)
         first = self.pair_errors(halves[0])
-        held = share * self._loss(first, batch.times)
+        held = share * self._loss(first, halves[0])
         hold(held, share)
         second = self.pair_errors(halves[1])
-        loss = (1 - share) * self._loss(second, batch.times)
+        loss = (1 - share) * self._loss(second, halves[1])
         return joined(first, second), loss, held.detach() + loss.detach()
 
-    def _loss(self, errors: PairErrors, times: int) -> Tensor:
-        """Mean loss of pairs with `times` entries each, the anchor's penalty included; a scalar."""
-        if self.reduction == INSIDE and times > 1:
-            errors = mean_over_times(errors, times)
-        loss = self.objective(errors).mean()
+    def _loss(self, errors: PairErrors, batch: PreferenceBatch) -> Tensor:
+        """Mean loss of the pairs of a batch, pinned ones and the anchor's penalty included; a scalar."""
+        if self.reduction == INSIDE and batch.times > 1:
+            errors = mean_over_times(errors, batch.times)
+        losses = self.objective(errors)
+        pinned = pinned_rows(batch.u, self.pinned) if self.pinned else None
+        if pinned is not None:
+            losses = torch.where(pinned, pinned_loss(errors, self.beta), losses)
+        loss = losses.mean()
         if not self.anchor.weight or self.beta is None:
             return loss
-        penalty = anchor_penalty(errors, beta=self.beta, slack=self.anchor.slack).mean()
+        penalties = anchor_penalty(errors, beta=self.beta, slack=self.anchor.slack)
+        penalty = (penalties if pinned is None else penalties * ~pinned).mean()
         added, pairs = self.anchor.weight * penalty, len(errors.policy_winner)
         self.figures.note({"train/anchor": (pairs * added.detach(), pairs)})
         return loss + added

@@ -8,7 +8,9 @@ import torch
 
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
+from capo.cli.build import base_of
 from capo.cli.readiness import check_sharded_guidance
+from capo.cli.tune import module_of
 from capo.errors import InputError
 
 STRONG = ["trainer.lr=0.01", "trainer.warm_up=0", "sampling.guidance=4", "sampling.parallel=batches"]
@@ -96,3 +98,29 @@ def test_what_cannot_be_sharded_is_refused_with_several_processes(tiny_run):
         check(base, "objective=sft")
     with pytest.raises(InputError, match=r"unconditional=somewhere: .*evaluate.py run=DIR"):
         check(folder)
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+def test_a_run_pins_a_share_of_its_pairs(tiny_run, lora):
+    """Where every pair is pinned the policy stays at the base, bit for bit; with a half it goes elsewhere."""
+    found = {}
+    for share in (0, 0.5, 0.9999):
+        folder = tiny_run.folder / f"pinned-{share}-{len(lora)}"
+        train_script.run(tiny_run(folder.name, *STRONG, *lora, f"trainer.pinned={share}", "evaluate=false"))
+        found[share] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        card = (folder / "policy" / "README.md").read_text()
+        assert (f"| pinned | {share:g} of the pairs" in card) == bool(share)
+    start = module_of(tiny_run("unused", *lora), base_of(tiny_run("unused"))).policy
+    begun = {f"policy.{name}": value for name, value in start.state_dict().items()}
+    assert all(torch.equal(value, begun[name]) for name, value in found[0.9999].items())
+    for share in (0, 0.5):
+        assert any(not torch.equal(value, begun[name]) for name, value in found[share].items())
+    assert any(not torch.equal(value, found[0][name]) for name, value in found[0.5].items())
+
+
+def test_a_pin_without_a_reference_is_refused_before_weights_load(tiny_run, monkeypatch):
+    monkeypatch.setattr("capo.cli.tune.build_components", lambda *_, **__: pytest.fail("weights load"))
+    with pytest.raises(InputError, match=r"trainer\.pinned=0\.1: must be 0, since this objective trains"):
+        train_script.run(tiny_run("refused", "objective=sft", "trainer.pinned=0.1"))
+    with pytest.raises(InputError, match=r"trainer\.pinned=1: must be from 0 to less than 1"):
+        train_script.run(tiny_run("refused", "trainer.pinned=1"))

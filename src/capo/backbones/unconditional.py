@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from capo.backbones.base import Backbone
 from capo.backbones.export import load_policy, policy_fingerprint
+from capo.backbones.family import Text
 from capo.backbones.lora import adapter_off
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import frozen_reference
@@ -45,6 +47,27 @@ def base_network(backbone: Backbone, precision: str) -> Denoiser:
     if all(parameter.dtype == torch.float32 for parameter in base.parameters()):
         return base
     return frozen_reference(base, precision).to(base.device)
+
+
+class UnconditionalText:
+    """The unconditional conditioning of one prompt, encoded when it is first needed."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    @cached_property
+    def text(self) -> dict[str, Tensor]:
+        """Text inputs of `Backbone.predict`, batch 1, encoded on the CPU, where training has the encoders."""
+        with self.backbone.visiting("cpu"):
+            return self.backbone.unconditional(1)
+
+    def at(self, rows: Tensor, text: Text) -> dict[str, Tensor]:
+        """Replace the conditioning of B prompts, `text`, where the mask `rows` (B,) is true."""
+        found = {}
+        for name, value in text.items():
+            mask = rows.to(value.device).view(-1, *[1] * (value.ndim - 1))
+            found[name] = torch.where(mask, self.text[name].to(value), value)
+        return found
 
 
 def unconditional_of(backbone: Backbone, settings: SamplerSettings) -> Unconditional | None:

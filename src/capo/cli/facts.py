@@ -45,6 +45,7 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         if trainer.gradient_clip is None
         else f"norm at most {trainer.gradient_clip:g}",
         "steps": f"{trainer.max_steps} of {trainer.batch} pairs ({division_of(cfg)})",
+        **({"pinned": f"{trainer.pinned:g} of the pairs, without prompt"} if trainer.pinned else {}),
         "averaged weights": "none"
         if trainer.ema is None
         else f"decay {trainer.ema:g}; validated and exported",

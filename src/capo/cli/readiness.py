@@ -28,6 +28,7 @@ from capo.errors import InputError, closest
 from capo.objectives import Anchor, requirements, try_objective
 from capo.objectives.averaging import check_reduction
 from capo.objectives.base import beta_of
+from capo.objectives.pinned import check_pinned
 from capo.pairs import declaration
 from capo.preflight.architecture import published, published_names
 from capo.preflight.memory import model_states, parameters
@@ -71,7 +72,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
 
 
 def check_objective(cfg: DictConfig) -> None:
-    """InputError for an objective that cannot be called, or that does not fit the anchor or the reduction."""
+    """InputError for an objective that cannot be called, or that does not fit what is added to it."""
     objective = built(cfg.objective)
     with under("objective"):
         try_objective(objective)
@@ -80,6 +81,8 @@ def check_objective(cfg: DictConfig) -> None:
         Anchor(cfg.anchor.weight, cfg.anchor.slack).check(needs, beta_of(objective))
     with under("noise"):
         check_reduction(cfg.noise.reduction, needs)
+    with under("trainer"):
+        check_pinned(cfg.trainer.pinned, needs, cfg.noise.reduction)
 
 
 def check_pairs(cfg: DictConfig, sources: int) -> None:

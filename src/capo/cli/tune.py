@@ -112,6 +112,7 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
         anchor=Anchor(cfg.anchor.weight, cfg.anchor.slack),
         gradient_clip=trainer.gradient_clip,
         max_bad_steps=trainer.max_bad_steps,
+        pinned=trainer.pinned,
         execution=Execution(
             trainer.precision,
             trainer.optimizer,

@@ -101,6 +101,9 @@ TABLE: dict[str, Rule] = {
         Rule("a number above 0 and below 1", lambda value: type(value) is float and 0 < value < 1)
     ),
     "trainer.max_bad_steps": whole(1),
+    "trainer.pinned": Rule(
+        "from 0 to less than 1", lambda value: type(value) in (int, float) and 0 <= value < 1
+    ),
     "trainer.signal_every": optional(whole(0)),
     # none in which weights are stored in half precision: it would lose updates of 1e-5
     "trainer.precision": one_of(list(AUTOCAST)),
