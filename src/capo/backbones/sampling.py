@@ -133,9 +133,7 @@ def sample(
         latents = noise.to(backbone.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
             noisy = scaled(latents, t)
-            predicted = _guided(
-                backbone, denoiser, unconditional, noisy, t, conditions, settings.guidance
-            )
+            predicted = _guided(backbone, denoiser, unconditional, noisy, t, conditions, settings.guidance)
             # a scheduler's own matrix products (UniPC's) stay float32; autocast keeps its copies of weights
             with torch.autocast(backbone.device.type, enabled=False):
                 latents = step(predicted, t, latents)

@@ -195,11 +195,7 @@ class WinRateValidation(L.Callback):
         total = len(seeds) * len(seeds[0]) * settings.steps
         with (
             tqdm(
-                total=total,
-                desc="validation",
-                unit="image step",
-                leave=False,
-                disable=place.rank != 0,
+                total=total, desc="validation", unit="image step", leave=False, disable=place.rank != 0
             ) as bar,
             guide.network(policy, place.device) if guide else nullcontext() as network,
         ):
