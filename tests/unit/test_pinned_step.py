@@ -109,7 +109,7 @@ def test_figures_are_those_of_the_other_pairs(tiny_backbone):
     }
     everything = module_for(tiny_backbone, pinned=0.7)
     everything.training_step(batch, 0)
-    assert list(everything.take_figures()) == ["train/loss"]
+    assert list(everything.take_figures()) == ["train/loss", "train/skipped_steps"]
 
 
 def test_the_choice_does_not_depend_on_the_batch(tiny_backbone):
