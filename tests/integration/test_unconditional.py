@@ -9,8 +9,8 @@ import torch
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
 from capo.cli.build import base_of
+from capo.cli.parts import module_of
 from capo.cli.readiness import check_sharded_guidance
-from capo.cli.tune import module_of
 from capo.errors import InputError
 
 STRONG = ["trainer.lr=0.01", "trainer.warm_up=0", "sampling.guidance=4", "sampling.parallel=batches"]

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo.backbones.export import load_policy, policy_fingerprint
+from capo.backbones.model_card import ModelCard, write_card
 from capo.backbones.unconditional import unconditional_of
 from capo.cli.build import Components, build_components
 from capo.cli.messages import plain_errors
@@ -23,7 +24,7 @@ from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
 from capo.runtime.launch import launch
-from capo.runtime.run_folder import EVALUATION, METRICS, POLICY, POOLS
+from capo.runtime.run_folder import EVALUATION, METRICS, POLICY, POOLS, read_outcome
 from capo.training.strength import read_strength
 
 console = Console()
@@ -77,18 +78,41 @@ def evaluate_policy(
     )
 
 
+def evaluate_own(cfg: DictConfig, components: Components, folder: Path) -> dict | None:
+    """Evaluate the policy of the run in `folder`, and write the win-rates to its model card."""
+    policy = folder / POLICY
+    found = evaluate_policy(cfg, components, policy, folder / EVALUATION, run=folder)
+    if found is not None:
+        card = ModelCard(**read_outcome(folder)["card"])
+        write_card(components.backbone, policy, replace(card, win_rates=found["win_rate"]))
+    return found
+
+
 def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
     """Evaluate the policy of the run `cfg.run` into its own directory; return the results.
 
-    The run's own configuration is used, with `overrides` of the command line on top.
+    The run's own configuration is used, with `overrides` of the command line on top. With
+    `validation.strengths` among them, the policy's strength is chosen again first.
     """
     folder = Path(cfg.run)
     own = run_config(folder, cfg, overrides)
     check_ready(own, watching=False)
     prepare_process(own.threads)
-    return evaluate_policy(
-        own, build_components(own, watching=False), folder / POLICY, folder / EVALUATION, run=folder
-    )
+    components = build_components(own, watching=False)
+    if any(override.startswith("validation.strengths=") for override in overrides):
+        choose_again(own, components, folder)
+    return evaluate_own(own, components, folder)
+
+
+def choose_again(cfg: DictConfig, components: Components, folder: Path) -> None:
+    """Choose the strength of a run's policy again, and export it; InputError with several processes."""
+    if launch().world_size > 1:
+        raise InputError(
+            "validation.strengths: strengths are compared by one process: run it without the launcher"
+        )
+    from capo.cli.finish import export_again  # with Lightning, which an evaluation does without
+
+    export_again(cfg, components, folder, console)
 
 
 def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:

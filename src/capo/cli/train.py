@@ -63,7 +63,7 @@ def check(cfg: DictConfig) -> float:
             "without the launcher"
         )
     from capo.cli.check import run_checks
-    from capo.cli.tune import module_of
+    from capo.cli.parts import module_of
 
     run_checks(cfg, module_of, Console())
     return math.nan

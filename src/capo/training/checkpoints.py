@@ -85,8 +85,8 @@ def recount(progress: dict[str, dict[str, int]], batches: int) -> None:
             counts[name] += shift
 
 
-def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> dict[str, Tensor]:
-    """Set `module.policy` to a new policy with the best checkpoint's weights, unsharded and on the CPU.
+def load_best(module: PreferenceModule, path: Path) -> dict[str, Tensor]:
+    """Set `module.policy` to a new one with the weights of a checkpoint, unsharded and on the CPU.
 
     The policy is built anew because the trained one may be compiled or sharded over devices. If the run
     averages its weights, the averaged ones are loaded.
@@ -97,13 +97,13 @@ def load_best(module: PreferenceModule, checkpoints: ModelCheckpoint) -> dict[st
     Raises:
         InputError: the checkpoint holds the weights of another model.
     """
-    state = torch.load(checkpoints.best_model_path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     weights = state["state_dict"] | state.get(AVERAGE, {})
     module.policy = module.fresh_policy()
     kept = module.load_state_dict(weights, strict=False)
     if kept.unexpected_keys or module.trained_names().intersection(kept.missing_keys):
         raise InputError(
-            f"{checkpoints.best_model_path} holds the weights of another model; tensors that do not match: "
+            f"{path} holds the weights of another model; tensors that do not match: "
             f"{[*kept.unexpected_keys, *kept.missing_keys][:3]}"
         )
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -81,24 +81,22 @@ def choose_strength(
 ) -> tuple[StrengthCurve, Choice]:
     """Validate the trained policy at each strength, and give the module's policy the best one.
 
-    Strength 1 has been validated during training. A lower one takes its place only if it is better beyond
-    chance (`capo.training.choice`).
+    A checkpoint that was validated during training is not validated again at strength 1. A lower strength
+    takes its place only if it is better beyond chance (`capo.training.choice`).
 
     Args:
         module: its policy is not sharded and on the CPU.
-        validation: the validation whose choice is the trained checkpoint.
+        validation: the validation; its choice is the trained checkpoint, or empty.
         trained: name in the module -> trained weight.
         strengths: strengths to try besides 1.
         place: where images are sampled.
     """
     best = validation.choice.best
-    if best is None:
-        raise ValueError("no checkpoint was validated")
     names = [reward.name for reward in validation.rewards]
     choice = Choice(validation.choice.monitor, validation.choice.seed)
     found: dict[float, Candidate] = {}
     for strength in dict.fromkeys([FULL, *strengths]):
-        if strength == FULL:
+        if strength == FULL and best:
             rates = dict(zip(names, best.rates, strict=True))
         else:
             set_strength(module, trained, strength)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
-from capo.cli import tune
+from capo.cli.parts import module_of
+from capo.errors import InputError
 from capo.training.strength import set_strength
 from capo.training.validation import Validated, WinRateValidation
 
@@ -22,7 +24,7 @@ def trained(request, tiny_run):
     from capo.cli.build import base_of
 
     cfg = tiny_run("strength", *request.param)
-    module = tune.module_of(cfg, base_of(cfg))
+    module = module_of(cfg, base_of(cfg))
     draw = torch.Generator().manual_seed(0)
     moved = {
         name: weight.detach() + 0.1 * torch.randn(weight.shape, generator=draw)
@@ -161,3 +163,25 @@ def test_averaged_weights_are_validated_and_exported(tiny_run, monkeypatch):
         not torch.equal(value, checkpoint["average"][name])
         for name, value in checkpoint["state_dict"].items()
     )
+
+
+def test_the_strength_of_a_finished_run_is_chosen_again(tiny_run, monkeypatch):
+    """evaluate.py run=DIR validation.strengths=[...] exports and evaluates another policy of the run."""
+    train_script.run(tiny_run("again", *RUN))
+    folder = tiny_run.folder / "again"
+    before = exported(folder)
+    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    scripted(monkeypatch, {"strength 1": 0.6, "strength 0.5": 0.7}, ())
+    asked = [f"run={folder}", "trust=[fixtures]", "validation.strengths=[0.5]"]
+    cfg = tiny_run("asked", *asked, config="evaluate")
+    results = evaluate_script.run(cfg, ["validation.strengths=[0.5]"], folder)
+    assert json.loads((folder / "outcome.json").read_text())["val/win_rate"] == 0.7
+    after = exported(folder)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert "| strength | 0.5, chosen among 0.5, 1 |" in (folder / "policy/README.md").read_text()
+    assert "<h2>Strength</h2>" in (folder / "evaluation/report.html").read_text() and results["win_rate"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == steps
+    for path in (folder / "checkpoints").glob("0*"):
+        path.unlink()
+    with pytest.raises(InputError, match="needs the run's best checkpoint"):
+        evaluate_script.run(cfg, ["validation.strengths=[0.5]"], folder)
