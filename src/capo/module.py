@@ -185,7 +185,6 @@ class PreferenceModule(L.LightningModule):
             errors, loss, told = self._in_halves(batch, self.hold_gradient)
         if self._untrained and self._trainer is not None:
             self._check_first(errors)
-        self.log("train/loss", told.detach(), prog_bar=True, logger=False, batch_size=len(batch.prompt_ids))
         self.figures.note({"train/loss": told.detach()})
         kept, u = errors, batch.u
         if self.pinned:

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from capo import noise as schedules
@@ -88,6 +89,10 @@ class UNetBackbone(Backbone):
     def _alphas_cumprod(self) -> Tensor:
         return self.scheduler().alphas_cumprod.float()
 
+    @cached_property
+    def _alphas_on(self) -> dict[torch.device, Tensor]:
+        return {}  # a copy per device, since each step reads them several times
+
     @property
     def token_limits(self) -> dict[str, int]:
         names = [
@@ -105,7 +110,9 @@ class UNetBackbone(Backbone):
         return schedules.vp_time(u, schedules.vp_log_snr(self._alphas_cumprod), draw)
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
-        return self._alphas_cumprod.to(t.device)[t]
+        if t.device not in self._alphas_on:
+            self._alphas_on[t.device] = self._alphas_cumprod.to(t.device)
+        return self._alphas_on[t.device][t]
 
     def log_snr(self, t: Tensor) -> Tensor:
         return schedules.vp_log_snr(self._alpha_bar(t))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
 from capo.training.loader import PreferenceData
 from capo.training.loggers import Curves, CurvesFile
+from capo.training.progress import StepBar
 from capo.training.signal import GradientSignal
 from capo.training.strategies import make_strategy
 from capo.training.validation import WinRateValidation
@@ -105,6 +106,7 @@ def fit(
         if here.first and isinstance(logger, CurvesFile) and logger.rows:
             logger.drop_after(step)
     checkpoints = _best_and_last(validation, folder)
+    bar = StepBar()
     named: Any = precision  # one of the names that Lightning spells out as literals
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -119,12 +121,12 @@ def fit(
         default_root_dir=folder,
         callbacks=[
             signal or GradientSignal(),
-            Curves(log_every, lambda: validation.seconds),
+            Curves(log_every, lambda: validation.seconds, bar.show),
             validation.average,  # before the validation, which reads it
             validation,
             checkpoints,
             SameBatches(),
-            TQDMProgressBar(1, leave=True),
+            bar,
         ],
         plugins=_plugins(here),
         use_distributed_sampler=False,

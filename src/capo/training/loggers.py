@@ -220,11 +220,16 @@ class Curves(L.Callback):
     A row holds means over the steps since the last one. Lightning itself logs after the checkpoint, so a run
     resumed from that checkpoint would lack a row. `time/pairs_per_second` is of the wall time between two
     rows, loader and checkpoints included, less what `paused` has added: the seconds, since training began,
-    that were spent on something else (validation).
+    that were spent on something else (validation). `shown` is called with the loss of each row.
     """
 
-    def __init__(self, every: int, paused: Callable[[], float] = float):
-        self.every, self.paused = every, paused
+    def __init__(
+        self,
+        every: int,
+        paused: Callable[[], float] = float,
+        shown: Callable[[float], object] = lambda loss: None,
+    ):
+        self.every, self.paused, self.shown = every, paused, shown
         self._seen, self._pairs, self._began = 0, 0, 0.0
 
     def _clock(self) -> float:
@@ -248,6 +253,7 @@ class Curves(L.Callback):
         self._seen, self._pairs, self._began = step, 0, now
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
+        self.shown(figures["train/loss"])
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         """Write the logged rows to disk before the checkpoint."""
