@@ -43,7 +43,7 @@ from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData
 from capo.training.loggers import RunIdentity, WandbRun
 from capo.training.signal import GradientSignal
-from capo.training.summary import beta_warning, print_summary
+from capo.training.summary import beta_warning, print_selection, print_summary, unused_devices
 
 console = Console()
 
@@ -95,18 +95,15 @@ def tune(
     # before any image is generated, since it refuses a wrong objective or beta
     module = module_of(cfg, components.backbone)
     strategy = instantiate(cfg.pairs)
+    facts = facts_of(cfg, module)
+    announce(cfg, facts, module)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)
     data = training_data(cfg, components)
     candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
-    facts = facts_of(cfg, module) | {"data": data.described}
-    print_summary(facts, candidates, module, console)
+    print_selection(candidates, data.described, console)
     found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
     print_warnings(found, console)
     console.print(f"calibration report: {folder / CALIBRATION}", markup=False, soft_wrap=True)
-    if warning := beta_warning(
-        facts["objective"], module.beta, dict(cfg.model.beta_range or {}), cfg.model.name
-    ):
-        console.print(f"[yellow]{warning}")
     trainer, division = cfg.trainer, division_of(cfg)
     encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
     signal = GradientSignal(trainer.signal_every)
@@ -135,7 +132,19 @@ def tune(
         tell([advice], console)
     tell(validation.choice.sentences(), console)
     rate, told = best_strength(cfg, module, validation, Path(best.best_model_path), folder, console)
-    return module, rate, facts | told
+    return module, rate, facts | {"data": data.described} | told
+
+
+def announce(cfg: DictConfig, facts: dict[str, Any], module: PreferenceModule) -> None:
+    """Print what will be optimized, before the pools are filled, and what looks like an oversight."""
+    print_summary(facts, module, console)
+    ranges = dict(cfg.model.beta_range or {})
+    if warning := beta_warning(facts["objective"], module.beta, ranges, cfg.model.name):
+        console.print(f"[yellow]{warning}")
+    if cfg.trainer.accelerator != "cpu" and (
+        line := unused_devices(torch.cuda.device_count(), launch().local_world_size)
+    ):
+        console.print(f"[yellow]{line}")
 
 
 def train(cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]) -> None:

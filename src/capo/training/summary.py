@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,16 +12,22 @@ from capo.data.candidates import Candidates
 from capo.module import PreferenceModule
 
 
-def print_summary(
-    facts: dict[str, Any], candidates: Candidates, module: PreferenceModule, console: Console
-) -> None:
-    """Print a table of `facts`, numbers of parameters and pairs, and the spread of each label source."""
-    found = candidates.selection.statistics()
-    table = Table(title="what is being optimized", show_header=False, title_justify="left")
+def print_summary(facts: Mapping[str, Any], module: PreferenceModule, console: Console) -> None:
+    """Print a table of `facts` and the number of trained parameters."""
     trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
-    rows = facts | {
+    rows = {
+        **facts,
         "error": "mean over channels, height and width, float32; loss: mean over pairs",
         "trained parameters": f"{trained:,}",
+    }
+    _print_table("what is being optimized", rows, console)
+
+
+def print_selection(candidates: Candidates, data: str, console: Console) -> None:
+    """Print a table of the training `data`, its prompts and pairs, and the spread of each label source."""
+    found = candidates.selection.statistics()
+    rows = {
+        "data": data,
         "prompts": f"{found.usable} kept, {found.prompts - found.usable} skipped (no pair with dR > 0)",
         "X+ / X-": f"{found.winners:.1f} / {found.losers:.1f} candidates per prompt, "
         f"{found.pairs:.1f} pairs to draw from",
@@ -33,9 +39,24 @@ def print_summary(
             else f", flat {spread_.flat:.0%}, saturated {spread_.saturated:.0%} of prompts"
         )
         rows[f"spread of {name}"] = f"{spread_.std:.3f}{shares}"
+    _print_table("pairs", rows, console)
+
+
+def _print_table(title: str, rows: Mapping[str, Any], console: Console) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)
+
+
+def unused_devices(seen: int, used: int) -> str | None:
+    """Return a line that says how to use all GPUs of this machine, or None if there is none to spare."""
+    if seen <= used:
+        return None
+    return (
+        f"{seen} GPUs seen, {used} used: torchrun --nproc-per-node {seen} train.py trainer=ddp ... "
+        "hydra.run.dir=DIR uses them all"
+    )
 
 
 def beta_warning(
