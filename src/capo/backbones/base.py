@@ -237,6 +237,15 @@ class Backbone(Family):
             "(generate.py stage=score)",
         )
 
+    @cached_property
+    def sampling_fits(self) -> FittingBatch:
+        """Halves the sampler's batch where the device runs out of memory."""
+        return FittingBatch(
+            "sampling",
+            "set sampling.precision=bf16-mixed and model.backbone.dtype=bfloat16, or use a device with more "
+            "memory",
+        )
+
     def _pictures(self, latents: Tensor) -> list[Image.Image]:
         raw = from_denoiser(self.vae, latents.to(self.device, self.vae.dtype))
         return self.pipeline.image_processor.postprocess(

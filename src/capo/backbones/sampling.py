@@ -213,9 +213,13 @@ def sample_prompts(
     """Sample latents (P, K, C, H, W), float32 on the CPU, for P prompts with K seeds each.
 
     `text` has leading dimension P. Candidates are batched in order, `settings.batch` at a time, across
-    prompts; the last batch may be smaller. `progress` is called after each denoising step with the number of
-    images in its batch; `unconditional` is that of `sample`, and threads may share it. Raises ValueError if
-    prompts have different numbers of seeds.
+    prompts; the last batch may be smaller, and all are where the device runs out of memory
+    (`Backbone.sampling_fits`). `progress` is called after each denoising step with the number of
+    images in its batch; `unconditional` is that of `sample`, and threads may share it.
+
+    Raises:
+        InputError: a single image does not fit into the device's memory.
+        ValueError: prompts have different numbers of seeds.
     """
     prompts, candidates = len(seeds), len(seeds[0])
     if any(len(row) != candidates for row in seeds):
@@ -230,14 +234,19 @@ def sample_prompts(
             if progress is not None:
                 progress(images)
 
-    def batch(start: int) -> Tensor:
-        generators = candidate_generators(flat[start : start + settings.batch])
-        rows = torch.arange(start, start + len(generators)) // candidates
+    def drawn(first: int, last: int) -> Tensor:
+        generators = candidate_generators(flat[first:last])
+        rows = torch.arange(first, last) // candidates
         conditions = {key: value[rows.to(value.device)] for key, value in text.items()}
         noise = candidate_noise(generators, backbone.latent_shape)
         return sample(
             backbone, denoiser, conditions, noise, settings, report, generators, unconditional
         ).cpu()
+
+    def batch(start: int) -> Tensor:
+        count = min(settings.batch, len(flat) - start)
+        parts = backbone.sampling_fits(lambda part: drawn(start + part.start, start + part.stop), count)
+        return torch.cat(parts)
 
     starts = range(0, len(flat), settings.batch)
     latents = torch.cat(map_batches(batch, starts, settings.parallel, backbone.device))

@@ -36,7 +36,8 @@ def _versions() -> dict[str, str]:
 def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
     """Settings that change results by rounding only; results are bitwise equal if these are equal."""
     threads = 1 if settings.parallel == BATCHES else torch.get_num_threads()
-    return {"batch": settings.batch, "threads": threads, "device": str(backbone.device), **_versions()}
+    batch = backbone.sampling_fits.at_most(settings.batch)
+    return {"batch": batch, "threads": threads, "device": str(backbone.device), **_versions()}
 
 
 @dataclass(eq=False)

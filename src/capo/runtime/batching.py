@@ -18,7 +18,7 @@ class FittingBatch:
     """Process images in batches, halving a batch when the device runs out of memory, down to a single image.
 
     The reduced size is the limit for all later calls on this object, and it is logged once. Use it only for
-    work whose result does not depend on the batch size.
+    work whose result depends on the batch size by rounding at most.
 
     Args:
         what: name of the work, as messages show it.
@@ -53,6 +53,10 @@ class FittingBatch:
             # Outside the handler: its traceback keeps alive the tensors that the batch allocated.
             self._halve(stop - start, reason)
         return results
+
+    def at_most(self, batch: int) -> int:
+        """Largest batch that is processed at once where `batch` is asked for."""
+        return min(batch, self.largest or batch)
 
     def _halve(self, size: int, reason: str) -> None:
         if torch.cuda.is_available():

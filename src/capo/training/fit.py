@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from capo.backbones import Backbone
 from capo.errors import InputError
 from capo.module import PreferenceModule
+from capo.runtime.batching import device_memory
 from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
 from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
@@ -68,6 +70,20 @@ def _best_and_last(validation: WinRateValidation, folder: Path) -> ValidatedChec
     )
 
 
+def out_of_memory(module: PreferenceModule, micro_batch: int, reason: str) -> str:
+    """Message for a training step that does not fit into the device's memory, with what takes less."""
+    less = [f"a smaller trainer.micro_batch (now {micro_batch})"] if micro_batch > 1 else []
+    if not module.execution.gradient_checkpointing:
+        less.append("trainer.gradient_checkpointing=true")
+    if not module.lora:
+        less.append("experiment=lora, or trainer=fsdp on several devices")
+    return (
+        f"training ran out of memory with {micro_batch} pairs in a forward pass, on {device_memory()}: "
+        f"{'; '.join(less) or 'use a device with more memory'}. The same command then resumes from the last "
+        f"checkpoint ({reason.splitlines()[0]})"
+    )
+
+
 def fit(
     module: PreferenceModule,
     data: PreferenceData,
@@ -96,7 +112,8 @@ def fit(
         The checkpoint callback, which knows the best checkpoint and its validation win-rate.
 
     Raises:
-        InputError: the last checkpoint does not fit the module, or no validation took place.
+        InputError: the last checkpoint does not fit the module, a step does not fit into the device's memory,
+            or no validation took place.
     """
     here = launch()
     last = folder / CHECKPOINTS / LAST
@@ -136,7 +153,10 @@ def fit(
     )
     home = module.backbone.device
     module.backbone.to("cpu")
-    trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise InputError(out_of_memory(module, data.batch, str(error))) from error
     module.trainer = None
     module.policy.zero_grad(set_to_none=True)
     gc.collect()  # cycles hold the trainer, and with it the optimizer and the reference

@@ -12,6 +12,7 @@ from capo.backbones.sampling import (
     sample,
     sample_prompts,
 )
+from capo.data.stages import sampling_record
 from capo.errors import InputError
 
 PROMPTS = ["a red square", "a green circle left of the blue triangle"]
@@ -208,3 +209,37 @@ def test_threads_that_share_batches_give_the_latents_of_one_thread(tiny_backbone
         torch.set_num_threads(threads)
     assert torch.equal(alone, shared)
     assert sum(steps) == 6 * 3
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_recorded(tiny_folder, monkeypatch, caplog):
+    """A device with room for two guided images: the latents are those of batches of two."""
+    backbone = UNetBackbone(str(tiny_folder))
+    predict, sizes = UNetBackbone.predict, []
+
+    def cramped(self, denoiser, noisy, t, text):
+        sizes.append(len(noisy) // 2)
+        if len(noisy) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return predict(self, denoiser, noisy, t, text)
+
+    text, seeds = backbone.encode_prompts(["red", "blue"]), [[1, 2, 3], [4, 5, 6]]
+    expected = sample_prompts(backbone, backbone.denoiser, text, seeds, SamplerSettings(2, 3.0, 2))
+    monkeypatch.setattr(UNetBackbone, "predict", cramped)
+    settings = SamplerSettings(2, 3.0, 5)
+    found = sample_prompts(backbone, backbone.denoiser, text, seeds, settings)
+    assert sizes == [5, 2, 2, 2, 2, 1, 1, 1, 1] and torch.allclose(found, expected, atol=1e-5)
+    assert "5 images at once do not fit" in caplog.text
+    assert sampling_record(backbone, settings)["batch"] == 2
+    assert sampling_record(UNetBackbone(str(tiny_folder)), settings)["batch"] == 5
+
+
+def test_an_image_that_does_not_fit_is_a_message(tiny_folder, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backbone = UNetBackbone(str(tiny_folder))
+    monkeypatch.setattr(UNetBackbone, "predict", full)
+    with pytest.raises(InputError, match=r"sampling: a single image does not fit.*sampling.precision=bf16"):
+        sample_prompts(
+            backbone, backbone.denoiser, backbone.encode_prompts(["red"]), [[1]], SamplerSettings(2, 3.0, 2)
+        )

@@ -13,6 +13,7 @@ from capo.backbones import UNetBackbone
 from capo.cli import train as train_script
 from capo.cli.build import build_components, training_data
 from capo.data.dataset import collate, stratified_u
+from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.pairs import frs
 from capo.training import fit as training
@@ -220,3 +221,23 @@ def test_visitors_come_and_leave(tiny_run, monkeypatch):
     assert backbone.device.type == "cpu" and moves[3:] == [
         (name, "cpu") for name in ("vae", "text_encoder", "text_encoder_2")
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["trainer.micro_batch=2"],
+            "smaller trainer.micro_batch (now 2); trainer.gradient_checkpointing=true",
+        ),
+        (["trainer.micro_batch=1", "trainer.gradient_checkpointing=true"], "memory: experiment=lora"),
+    ],
+)
+def test_a_step_that_does_not_fit_names_what_takes_less(tiny_run, monkeypatch, overrides, told):
+    def full(self, batch, index):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nof 80")
+
+    monkeypatch.setattr(PreferenceModule, "training_step", full)
+    with pytest.raises(InputError) as refused:
+        train_script.run(tiny_run(f"full{len(overrides)}", *RUN, *overrides))
+    assert told in str(refused.value) and "Tried to allocate 2.00 GiB)" in str(refused.value)
