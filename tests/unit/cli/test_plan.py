@@ -282,9 +282,11 @@ def test_the_papers_recipes_fit_one_card(tmp_path, choice, peak):
     assert "vqascore" in plan["config"]["evaluation"]["rewards"]
 
 
-def test_the_quickstart_fits_a_card_of_24_gb(tmp_path):
-    plan, _ = planned(tmp_path, "experiment=sdxl_quickstart")
-    assert plan["device"]["peak"] < 24e9
+@pytest.mark.parametrize("recipe", ["sdxl_quickstart", "sd3_quickstart", "sd35_medium_quickstart"])
+def test_the_quickstarts_fit_a_card_of_24_gb(tmp_path, recipe):
+    """With 2 GB to spare for what a plan leaves out."""
+    plan, _ = planned(tmp_path, f"experiment={recipe}")
+    assert plan["device"]["peak"] < 22e9
 
 
 def test_without_an_evaluation_a_plan_has_no_phase_of_it(tmp_path):

@@ -66,6 +66,7 @@ def test_each_job_composes_with_values_that_can_be_used(conf, line):
         ("sdxl_pickapic_prompts", None),
         ("sd3_capo_frs", None),
         ("sd3_single", None),
+        ("sdxl_10k", None),
         ("sdxl_quickstart", 1.0),
         ("lora", 1.0),
     ],
