@@ -143,5 +143,5 @@ def main(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     with plain_errors("the same command" if cfg.run else None):
         if launch().world_size > 1 and not cfg.run:
-            check_common_folder(hydra_config.overrides.hydra)
+            check_common_folder(launch().world_size, hydra_config.overrides.hydra)
         run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))

@@ -44,14 +44,14 @@ def _default_threads() -> int:
     return max(1, (os.cpu_count() or 1) // (processes or 1))
 
 
-def check_common_folder(overrides: Sequence[str]) -> None:
+def check_common_folder(processes: int, overrides: Sequence[str]) -> None:
     """Raise InputError if several processes would each make an output directory of their own.
 
     `overrides` are Hydra's own on the command line.
     """
     if not any(override.startswith("hydra.run.dir=") for override in overrides):
         raise InputError(
-            f"{launch().world_size} processes would each make a run directory: give them a common one, "
+            f"{processes} processes would each make a run directory: give them a common one, "
             "hydra.run.dir=DIR"
         )
 

@@ -97,4 +97,4 @@ def check_places(own: DictConfig) -> None:
         )
     from capo.cli.process import check_common_folder
 
-    check_common_folder(own.overrides.hydra)
+    check_common_folder(launch().world_size, own.overrides.hydra)

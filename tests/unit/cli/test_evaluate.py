@@ -30,6 +30,6 @@ def test_another_process_than_the_first_draws_and_leaves_the_results_to_it(
 
 
 def test_processes_without_a_common_folder_are_refused():
-    check_common_folder(["hydra.run.dir=here"])
+    check_common_folder(2, ["hydra.run.dir=here"])
     with pytest.raises(InputError, match=r"give them a common one, hydra.run.dir=DIR"):
-        check_common_folder(["hydra.job.chdir=false"])
+        check_common_folder(2, ["hydra.job.chdir=false"])
