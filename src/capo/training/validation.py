@@ -109,11 +109,11 @@ class WinRateValidation(L.Callback):
     """Every `every` optimizer steps, log win-rates of the policy against the base and draw a grid of images.
 
     `val/win_rate` is the mean over the rewards used in training, or the worst one's win-rate
-    (`choice.monitor`); `choice` decides by it which checkpoint is the best. `average` says whether averaged
-    weights are validated. Latents are rounded
-    to float16 before they are decoded, as in a pool. Each process samples its share of the prompts; metrics
-    are summed over processes, so that all choose the same checkpoint. VAE and text encoders are moved to the
-    device for the duration of a validation.
+    (`choice.monitor`); `choice` decides by it which checkpoint is the best. With an `average`, the averaged
+    weights are validated; `unconditional` makes the unconditional prediction in place of the policy. Latents
+    are rounded to float16 before they are decoded, as in a pool. Each process samples its share of the
+    prompts; metrics are summed over processes, so that all choose the same checkpoint. VAE and text encoders
+    are moved to the device for the duration of a validation.
 
     Held-out rewards (`held_out`) score the same images but do not enter `val/win_rate`. If one of them falls
     below the base while the rewards used in training rise above it, a warning of reward hacking is printed.
