@@ -219,7 +219,7 @@ class Pool:
             place, candidate = (~finite).nonzero()[0].tolist()
             raise InputError(
                 f"{self.place(shard, place, candidate)}: the latent is not finite in float16; "
-                "sample in another precision (model.dtype) or with less guidance"
+                "sample in another precision (model.backbone.dtype) or with less guidance"
             )
         path = latents_path(self.folder, shard.row, shard.block)
         write_tensors(path, {"latents": half}, self._latents_identity(shard) | _described(settings))
