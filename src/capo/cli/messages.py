@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from capo.errors import InputError, closest
 
-REFUSED, INTERRUPTED = 2, 130  # exit codes
+REFUSED, INTERRUPTED, ENDED = 2, 130, 143  # exit codes
 PLACE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -48,9 +48,9 @@ def was_interrupted(error: BaseException) -> bool:
 def plain_errors(go_on: str | None = None) -> Iterator[None]:
     """End the process with one message instead of a traceback.
 
-    An InputError or a disk that cannot be written gives exit code 2, Ctrl-C 130. `go_on` names the command
-    that resumes interrupted work; by default the same command in the same directory. HYDRA_FULL_ERROR=1 shows
-    tracebacks.
+    An InputError or a disk that cannot be written gives exit code 2, Ctrl-C 130, and SIGTERM in training 143.
+    `go_on` names the command that resumes interrupted work; by default the same command in the same
+    directory. HYDRA_FULL_ERROR=1 shows tracebacks.
     """
     try:
         yield
@@ -60,8 +60,11 @@ def plain_errors(go_on: str | None = None) -> Iterator[None]:
             raise
         _end(f"error: {message}", REFUSED)
     except (KeyboardInterrupt, SystemExit) as error:
-        if not was_interrupted(error) or _wants_trace():
+        ended = type(error).__name__ == "SIGTERMException"  # Lightning's, which is not imported here
+        if not (ended or was_interrupted(error)) or _wants_trace():
             raise
+        if ended:
+            _end(f"ended by SIGTERM; {go_on or _same_command()} resumes it", ENDED)
         _end(f"interrupted; finished work is kept, and {go_on or _same_command()} resumes it", INTERRUPTED)
 
 

@@ -49,6 +49,7 @@ FREE = (
             "compile_tolerance",
             "channels_last",
             "signal_every",
+            "checkpoint_every",
         )
     ),
 )

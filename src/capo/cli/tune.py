@@ -127,6 +127,7 @@ def tune(
         precision=trainer.precision,
         accumulate=division.accumulate,
         signal=signal,
+        checkpoint_every=trainer.checkpoint_every,
     )
     if advice := signal.advice(trainer.batch, candidates.selection.statistics().usable):
         tell([advice], console)

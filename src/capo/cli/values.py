@@ -100,6 +100,7 @@ TABLE: dict[str, Rule] = {
     "trainer.ema": optional(
         Rule("a number above 0 and below 1", lambda value: type(value) is float and 0 < value < 1)
     ),
+    "trainer.checkpoint_every": optional(whole(1)),
     "trainer.max_bad_steps": whole(1),
     "trainer.pinned": Rule(
         "from 0 to less than 1", lambda value: type(value) in (int, float) and 0 <= value < 1

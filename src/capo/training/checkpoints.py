@@ -24,19 +24,30 @@ from capo.training.validation import WinRateValidation
 class ValidatedCheckpoint(ModelCheckpoint):
     """Save a checkpoint after each validation; the best one is the one that the validation chose.
 
-    A run directory may have been moved since its last checkpoint: paths are taken from where it is now.
+    The last checkpoint is also saved every `every` optimizer steps, and when a single process is told to end
+    (SIGTERM). A run directory may have been moved since its last checkpoint: paths are taken from where it is
+    now.
     """
 
-    def __init__(self, validation: WinRateValidation, *args, **kwargs):
+    def __init__(self, validation: WinRateValidation, every: int | None, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._validation = validation
+        self._validation, self._every, self._saved = validation, every, 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
     ) -> None:
-        """Save a checkpoint if the policy was validated after this step."""
-        if self._validation.validated == trainer.global_step:
+        """Save a checkpoint if the policy was validated after this step, or the last one if it is due."""
+        step, before = trainer.global_step, self._saved
+        self._saved = step
+        if self._validation.validated == step:
             super().on_train_batch_end(trainer, module, outputs, batch, index)
+        elif self._told_to_end(trainer) or (step != before and self._every and step % self._every == 0):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    @staticmethod
+    def _told_to_end(trainer: L.Trainer) -> bool:
+        # several processes would have to agree on the step
+        return trainer.received_sigterm and trainer.world_size == 1
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         """Whether the policy validated last is the best so far (`capo.training.choice`)."""

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import os
+import signal as signals
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 import lightning as L
@@ -54,10 +59,11 @@ def _last_step(last: Path, module: PreferenceModule) -> int:
     return check_checkpoint(last, module, module.trained_names(), base)["global_step"]
 
 
-def _best_and_last(validation: WinRateValidation, folder: Path) -> ValidatedCheckpoint:
+def _best_and_last(validation: WinRateValidation, folder: Path, every: int | None) -> ValidatedCheckpoint:
     """Callback that keeps the last checkpoint and the one with the highest validation win-rate."""
     return ValidatedCheckpoint(
         validation,
+        every,
         folder / CHECKPOINTS,
         filename="{step:06d}",
         monitor=MONITOR,
@@ -68,6 +74,19 @@ def _best_and_last(validation: WinRateValidation, folder: Path) -> ValidatedChec
         auto_insert_metric_name=False,
         enable_version_counter=False,
     )
+
+
+@contextmanager
+def ending_on(number: int) -> Iterator[None]:
+    """Treat a signal as SIGTERM for the block; only the main thread can receive signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signals.signal(number, lambda *_: os.kill(os.getpid(), signals.SIGTERM))
+    try:
+        yield
+    finally:
+        signals.signal(number, before)
 
 
 def out_of_memory(module: PreferenceModule, micro_batch: int, reason: str) -> str:
@@ -99,6 +118,7 @@ def fit(
     devices: int | str | Sequence[int] = 1,
     strategy: str = AUTO,
     signal: GradientSignal | None = None,
+    checkpoint_every: int | None = None,
 ) -> ModelCheckpoint:
     """Train for `max_steps` optimizer steps; keep the last checkpoint and the one with the best win-rate.
 
@@ -106,7 +126,8 @@ def fit(
     order, visit numbers and curves then equal those of an uninterrupted run up to rounding, even if strategy
     or devices have changed. The backbone is moved to the CPU during training and back to its device
     afterwards; validation moves the parts that it needs to the device. `signal` measures the signal in the
-    gradient; by default nothing does.
+    gradient; by default nothing does. The last checkpoint is saved after each validation, every
+    `checkpoint_every` steps, and on SIGTERM or SIGUSR1, which end a single process.
 
     Returns:
         The checkpoint callback, which knows the best checkpoint and its validation win-rate.
@@ -122,7 +143,7 @@ def fit(
     for logger in loggers:
         if here.first and isinstance(logger, CurvesFile) and logger.rows:
             logger.drop_after(step)
-    checkpoints = _best_and_last(validation, folder)
+    checkpoints = _best_and_last(validation, folder, checkpoint_every)
     bar = StepBar()
     named: Any = precision  # one of the names that Lightning spells out as literals
     trainer = L.Trainer(
@@ -154,7 +175,8 @@ def fit(
     home = module.backbone.device
     module.backbone.to("cpu")
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
+        with ending_on(SIGUSR1):  # SLURM's warning before the time limit, with --signal=USR1@120
+            trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise InputError(out_of_memory(module, data.batch, str(error))) from error
     module.trainer = None
