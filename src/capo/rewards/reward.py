@@ -22,6 +22,7 @@ from capo.errors import InputError
 from capo.rewards import worker
 from capo.rewards.environments import check_environment
 from capo.rewards.isolated import IsolatedScorer
+from capo.rewards.sources import read_from, unpinned_commits
 from capo.runtime.batching import FittingBatch, device_memory
 from capo.runtime.fingerprints import content_fingerprint, digested
 
@@ -43,6 +44,7 @@ class Reward:
     memory: float | None = None  # bytes of its weights in float32, for plans
     weights: str | None = None
     revision: str | None = None
+    version: int = 1  # of the scorer's arithmetic: raised with a change that moves scores
     license: str | None = None
     needs_prompt: bool = True  # false where the scorer sees the image only
     requires: Sequence[str] = ()  # modules that the scorer imports
@@ -73,10 +75,20 @@ class Reward:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of scorer, weights and revision, 64 hex digits; a path counts by the content of its files."""
+        """Hash of scorer, weights and revision, 64 hex digits; a path counts by the content of its files.
+
+        A version above 1 counts too, and the commits that unpinned hub ids stand for.
+        """
         scorer = digested(self.scorer) if isinstance(self.scorer, Mapping) else _qualified_name(self.scorer)
-        weights = digested(self.weights)
-        return content_fingerprint({"scorer": scorer, "weights": weights, "revision": self.revision})
+        entries = {"scorer": scorer, "weights": digested(self.weights), "revision": self.revision}
+        entries |= {"version": self.version} if self.version != 1 else {}
+        entries |= {"commits": self.commits} if self.commits else {}
+        return content_fingerprint(entries)
+
+    @cached_property
+    def commits(self) -> dict[str, str]:
+        """Argument of a revision in the scorer -> the commit that it stands for, where it is none itself."""
+        return unpinned_commits(self.scorer)
 
     @property
     def sources(self) -> dict[str, tuple[str, str | None]]:
@@ -84,21 +96,10 @@ class Reward:
 
         Empty for other scorers and for scorers in another process.
         """
-        if (
-            self.python
-            or self.isolated
-            or not isinstance(self.scorer, Mapping)
-            or not str(self.scorer["_target_"]).startswith("capo.rewards.")
-        ):
-            return {}
-        paired = {key: "revision" if key == "weights" else f"{key}_revision" for key in self.scorer}
+        scorer: Any = {} if self.python or self.isolated else self.scorer
         return {
-            f"rewards.{self.name}.{key if key == 'weights' else f'scorer.{key}'}": (
-                str(self.scorer[key]),
-                self.scorer[revision],
-            )
-            for key, revision in paired.items()
-            if revision in self.scorer and self.scorer[key]
+            f"rewards.{self.name}.{key if key == 'weights' else f'scorer.{key}'}": (source, scorer[revision])
+            for key, (source, revision) in (read_from(scorer) if scorer else {}).items()
         }
 
     @property
@@ -272,14 +273,14 @@ def _not_installed(reward: Reward, modules: str) -> str:
 
 
 def _build(reward: Reward) -> Scorer:
-    scorer = reward.scorer
-    assert isinstance(scorer, Mapping)  # a callable is used as it is
+    assert isinstance(reward.scorer, Mapping)  # a callable is used as it is
+    scorer = {**reward.scorer, **reward.commits}  # what the fingerprint names, whatever the hub has by now
     if reward.python or reward.isolated:
         return IsolatedScorer(
             reward.name, reward.python or sys.executable, scorer, reward.timeout, reward.logs
         )
     try:
-        return worker.build(dict(scorer))
+        return worker.build(scorer)
     except InputError:
         raise
     except Exception as error:  # a user's own class can raise anything

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, is_offline_mode, snapshot_download
@@ -120,6 +121,27 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
         # are, the library refuses it, and names the snapshot (IncompleteSnapshotError, huggingface_hub 2).
         incomplete = getattr(error, "snapshot_path", None)
         return Path(incomplete) if incomplete else None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names a commit, 40 hex digits, and not a branch or tag, which may move."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
+
+
+@cache
+def resolved_commit(repository: str, revision: str | None) -> str | None:
+    """Return the commit that a branch or tag (None: main) of a model repository stands for, or None.
+
+    The hub's cache is asked first, so that the answer stays while the cache does, with or without a network.
+    Else the hub's answer is noted in the cache; no file is downloaded. None: neither knows it.
+    """
+    folder = cached_snapshot(repository, revision)
+    if folder is None and not is_offline_mode():
+        try:
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[]))
+        except Exception:  # the hub client's errors share no base class; loading the weights will say why
+            return None
+    return folder.name if folder else None
 
 
 def download_command(repository: str, revision: str | None, patterns: Sequence[str]) -> str:

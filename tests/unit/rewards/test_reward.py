@@ -5,6 +5,7 @@ from PIL import Image
 from capo.cli.readiness import check_reward_weights
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
+from capo.runtime.fingerprints import content_fingerprint
 
 RED, GRAY = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (51, 51, 51))
 built = []
@@ -201,3 +202,64 @@ def test_a_long_sentence_with_a_slash_is_no_path():
     reward = Reward("r", {"_target_": "m.C", "question": "yes/no? " * 100})
     other = Reward("r", {"_target_": "m.C", "question": "no/yes? " * 100})
     assert reward.fingerprint != other.fingerprint
+
+
+def test_a_version_above_1_is_another_reward_and_1_is_none():
+    plain = Reward("red", target())
+    known = {"scorer": target(), "weights": None, "revision": None}  # what pools of 0.1.0 were keyed by
+    assert Reward("red", target(), version=1).fingerprint == plain.fingerprint == content_fingerprint(known)
+    assert len({Reward("red", target(), version=number).fingerprint for number in (1, 2, 3)}) == 3
+
+
+COMMIT, OTHER = "a" * 40, "b" * 40
+
+
+def unpinned(revision=None, clip_revision=OTHER, **facts):
+    scorer = {
+        "_target_": "capo.rewards.mps.MPS",
+        "weights": "owner/name",
+        "revision": revision,
+        "clip": "owner/clip",
+        "clip_revision": clip_revision,
+    }
+    return Reward("mps", scorer, weights="owner/name", revision=revision, **facts)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Commit of each (repository, revision) that the hub knows; others are unknown."""
+    known = {}
+    monkeypatch.setattr("capo.rewards.sources.resolved_commit", lambda *asked: known.get(asked))
+    return known
+
+
+def test_an_unpinned_revision_counts_as_the_commit_that_it_stands_for(hub):
+    unknown, pinned = unpinned().fingerprint, unpinned(COMMIT).fingerprint
+    hub |= {("owner/name", None): COMMIT, ("owner/name", "v1"): COMMIT, ("owner/clip", "main"): COMMIT}
+    found = [unpinned().fingerprint, unpinned("v1").fingerprint, unpinned(clip_revision="main").fingerprint]
+    hub[("owner/name", None)] = OTHER
+    found.append(unpinned().fingerprint)
+    assert len({unknown, pinned, *found}) == 6
+    hub |= {("owner/name", COMMIT): OTHER, ("owner/clip", OTHER): COMMIT}
+    assert unpinned(COMMIT).fingerprint == pinned  # a commit is not asked for
+    elsewhere = unpinned(python="/other/python", isolated=True)
+    assert elsewhere.fingerprint == unpinned().fingerprint
+
+
+def test_files_and_scorers_of_others_have_no_commit(hub, tmp_path, monkeypatch):
+    hub |= {("owner/name", None): COMMIT}
+    assert Reward("own", target(weights="owner/name", revision=None)).commits == {}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert unpinned().commits == {}
+
+
+def test_the_scorer_reads_the_commit_of_the_fingerprint(hub, monkeypatch):
+    built = []
+    monkeypatch.setattr("capo.rewards.worker.build", lambda scorer: built.append(scorer) or Redness())
+    hub[("owner/name", None)] = COMMIT
+    reward = unpinned()
+    assert reward.fingerprint
+    hub[("owner/name", None)] = OTHER  # the hub's main moves
+    reward.setup("cpu")
+    assert (built[0]["revision"], built[0]["clip_revision"]) == (COMMIT, OTHER)

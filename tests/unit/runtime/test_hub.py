@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -59,3 +60,57 @@ def test_a_refused_push_says_where_the_policy_is(monkeypatch, tmp_path):
         InputError, match=f"push_to_hub=me/it: 401 .*; the policy itself is saved in {tmp_path}"
     ):
         hub.push(tmp_path, "me/it")
+
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub.resolved_commit.cache_clear()
+    yield tmp_path / "models--me--it"
+    hub.resolved_commit.cache_clear()
+
+
+def test_a_branch_in_the_cache_stands_for_its_commit_there(hub_cache, online, monkeypatch):
+    (hub_cache / "snapshots" / COMMIT).mkdir(parents=True)
+    (hub_cache / "refs").mkdir()
+    for name in ("main", "v1"):
+        (hub_cache / "refs" / name).write_text(COMMIT)
+    asked = []
+    real = hub.snapshot_download
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda *given, **named: asked.append(named) or real(*given, **named)
+    )
+    assert hub.resolved_commit("me/it", None) == hub.resolved_commit("me/it", "v1") == COMMIT
+    assert all(named["local_files_only"] for named in asked)  # the hub is not asked
+
+
+def test_a_branch_that_is_not_in_the_cache_is_asked_for_once_and_noted(hub_cache, online, monkeypatch):
+    asked = []
+
+    def answers(self, repo_id, **named):
+        asked.append(repo_id)
+        return SimpleNamespace(sha=COMMIT)
+
+    monkeypatch.setattr(hub.HfApi, "repo_info", answers)
+    monkeypatch.setattr(hub.HfApi, "list_repo_tree", lambda self, **named: [])
+    assert hub.resolved_commit("me/it", None) == hub.resolved_commit("me/it", None) == COMMIT
+    assert asked == ["me/it"] and (hub_cache / "refs" / "main").read_text() == COMMIT
+
+
+def test_a_branch_that_nobody_knows(hub_cache, monkeypatch):
+    assert hub.resolved_commit("me/it", None) is None  # offline
+    hub.resolved_commit.cache_clear()
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub.HfApi, "repo_info", refused)
+    assert hub.resolved_commit("me/it", None) is None
+
+
+@pytest.mark.parametrize(
+    ("revision", "whole"), [(COMMIT, True), (None, False), ("main", False), ("c" * 39, False)]
+)
+def test_a_commit_has_40_digits(revision, whole):
+    assert hub.is_commit(revision) is whole
