@@ -6,6 +6,7 @@ the same.
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -110,13 +111,28 @@ def fitted(image: Image, side: int, antialias: bool = True) -> Tensor:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
+def cleaned(prompt: str) -> str:
+    """Mend a prompt's Unicode and resolve its HTML entities twice, as OpenAI's and open_clip's tokenizers do.
+
+    CLIP's tokenizer here joins white space and lowers case, as theirs do after this.
+    """
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+
+
 class WholeImages(ClipInputs):
-    """Inputs of a CLIP whose images are padded to a square instead of cropped."""
+    """Inputs of a CLIP whose images are padded to a square, not cropped, and whose prompts are `cleaned`."""
 
     def __init__(self, folder: Path, config: CLIPConfig, setting: str, antialias: bool):
         super().__init__(folder, config, setting)
         vision: Any = config.vision_config  # typed as what it may be given as, too
         self.side, self.antialias = vision.image_size, antialias
+        cleaned("")  # a missing ftfy is told before any image
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Tokenize P prompts to (P, 77), each `cleaned`."""
+        return super().tokens([cleaned(prompt) for prompt in prompts])
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Convert B images to (B, 3, 224, 224), each by `fitted`."""
@@ -134,7 +150,8 @@ class HPSv2(ClipScorer):
             read.
         clip_revision: revision of `clip`.
         antialias: whether downscaling is antialiased. The published code leaves it to torchvision, whose
-            default is true since version 0.17 and was false before.
+            default is true since version 0.17 and was false before; which one the published scores have,
+            `python -m capo.rewards check hpsv2 --published FOLDER` tells.
         batch: images in one forward pass.
 
     Raises:

@@ -4,7 +4,8 @@ Nothing in them is made again, and no reward has another name.
 
 `fixtures/pools` holds a sampled and an imported pool, `fixtures/reward_fingerprints.json` the fingerprints
 of all rewards. Version 0.1.0 wrote them, before the packages were laid out; only the fingerprints of the
-rewards of the shapes world are newer, of shapes-v2.
+rewards of the shapes world are newer, of shapes-v2, and those of rewards whose yaml has a `version`, since
+their scores differ.
 """
 
 import json

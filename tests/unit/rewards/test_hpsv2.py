@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.hpsv2 import FILE, HPSv2, fitted
+from capo.rewards import Reward
+from capo.rewards.hpsv2 import FILE, HPSv2, cleaned, fitted
 from fixtures.configuration import composed_rewards
 from fixtures.tiny_clip import SIDE, WIDTH, build_clip, noise_images
 from fixtures.tiny_pipelines import CONTEXT
@@ -162,6 +164,35 @@ def test_projections_and_biases_of_queries_move_a_score_and_the_logit_scale_does
         changed[name] += torch.randn(changed[name].shape, generator=torch.Generator().manual_seed(0))
         still += [name] * torch.equal(scores(changed), plain)
     assert still == ["logit_scale"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("\uff52\uff45\uff44", "red"),  # wide letters
+        ("schÃ¶n", "schön"),  # UTF-8 that was read as Latin-1
+        ("a \u201cred\u201d fox\u2019s", 'a "red" fox\'s'),
+        # three levels of escaping less two are one; beside a "<" the mending itself resolves no entity
+        ("< &amp;amp;amp;", "< &amp;"),
+        (" a  red\nsquare ", "a  red\nsquare"),  # the tokenizer joins what is left
+    ],
+)
+def test_prompts_are_cleaned_as_open_clip_does(prompt, read):
+    assert cleaned(prompt) == read
+
+
+def test_a_score_is_the_cleaned_prompts(file, clip):
+    scorer = HPSv2(file, clip=clip)
+    raw = ["\uff52\uff45\uff44&amp;nbsp;circle", " the  square"]
+    assert torch.equal(scorer.inputs.tokens(raw), scorer.inputs.tokens(["red circle", "the square"]))
+    assert torch.equal(scorer(IMAGES[:2], raw), scorer(IMAGES[:2], ["red circle", "the square"]))
+
+
+def test_without_ftfy_the_package_is_named(file, clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    reward = Reward("hpsv2", {"_target_": "capo.rewards.hpsv2.HPSv2", "weights": file, "clip": clip})
+    with pytest.raises(InputError, match="'hpsv2' needs ftfy, which is not installed: pip install ftfy"):
+        reward.setup("cpu")
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (37, 16), (5, 9), (16, 11), (16, 16)])
