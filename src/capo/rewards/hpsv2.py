@@ -28,14 +28,13 @@ from capo.rewards.clip_scores import (
     cosines,
     load_clip,
 )
+from capo.rewards.cropping import MEAN, STD
 from capo.rewards.weights import fetch, fetch_file, read_state
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
 
 FILE, PUBLISHED = "HPS_v2.1_compressed.pt", "xswu/HPSv2 (HPS_v2.1_compressed.pt)"
-# Mean and standard deviation of the channels of CLIP's training images.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # (open_clip's name, transformers' name); the first match counts, and groups are kept
 RENAMED = [
     (re.compile(pattern), name)

@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import BATCH, BatchScorer, check_batch
-from capo.rewards.hpsv2 import MEAN, STD
+from capo.rewards.cropping import cropped
 from capo.rewards.laion_aes import linear_stack
 from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
 
@@ -124,23 +123,6 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max(int(found[1]) for found in map(re.compile(pattern).fullmatch, state) if found)
 
 
-def fitted(image: Image.Image, side: int) -> Tensor:
-    """Convert an image to (3, side, side): shortest side to `side` (bicubic), center crop, normalize.
-
-    Sizes are rounded as in torchvision.
-    """
-    shortest = min(image.size)
-    image = image.convert("RGB").resize(
-        [int(side * length / shortest) for length in image.size], Image.Resampling.BICUBIC
-    )
-    left, top = (round((length - side) / 2) for length in image.size)
-    pixels = (
-        torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1).float()
-        / 255
-    )
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
 class ImageReward(BatchScorer):
     """ImageReward: a standardized score, about -2 to 2, read at a prompt's first token.
 
@@ -189,7 +171,7 @@ class ImageReward(BatchScorer):
 
     def _batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         side = self.module["vision"].config.image_size
-        pixels = torch.stack([fitted(image, side) for image in images]).to(self.device)
+        pixels = torch.stack([cropped(image, side) for image in images]).to(self.device)
         seen = self.module["vision"](pixel_values=pixels).last_hidden_state
         read = self.module["text"](
             **self.tokens(prompts).to(self.device), encoder_hidden_states=seen

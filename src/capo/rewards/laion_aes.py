@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.clip_scores import BATCH, MODEL_FILES, BatchScorer, ClipInputs, check_batch, load_clip
+from capo.rewards.clip_scores import BATCH, MODEL_FILES, BatchScorer, check_batch, load_clip
+from capo.rewards.cropping import cropped
 from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
+from capo.runtime.fingerprints import file_digest
 
 CLIP_L = "openai/clip-vit-large-patch14"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
@@ -39,10 +43,11 @@ class LaionAesthetics(BatchScorer):
         revision: revision of the hub id.
         clip: folder or hub id of the CLIP-L/14 that the layers were trained on; its text encoder is not kept.
         clip_revision: revision of `clip`.
+        sha256: digest that the file must have; null: any.
         batch: images in one forward pass.
 
     Raises:
-        InputError: the weights are not available, or are another model's.
+        InputError: the weights are not available, are another model's, or have another digest.
     """
 
     def __init__(
@@ -51,22 +56,33 @@ class LaionAesthetics(BatchScorer):
         revision: str | None = None,
         clip: str = CLIP_L,
         clip_revision: str | None = None,
+        sha256: str | None = None,
         batch: int = BATCH,
     ):
         check_batch(batch, "laion_aes")
         setting, clip_setting = "rewards.laion_aes.weights", "rewards.laion_aes.scorer.clip"
         file = fetch_file(weights, revision, setting, FILE)
+        _check_digest(file, sha256, setting)
         folder = fetch(clip, clip_revision, clip_setting, *MODEL_FILES)
         state = read_state(file, setting)
         model = load_clip(folder, clip_setting, CLIP_L)
         stack = _loaded(linear_stack(model.visual_projection.out_features), state, weights, setting)
         network = {"image": model.vision_model, "projection": model.visual_projection, "layers": stack}
         super().__init__(nn.ModuleDict(network), batch)
-        self.inputs = ClipInputs(folder, model.config, clip_setting)
+        self.crop: int = model.vision_model.config.image_size
 
     def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        seen = self.module["image"](pixel_values=self.inputs.pixels(images).to(self.device)).pooler_output
+        pixels = torch.stack([cropped(image, self.crop) for image in images]).to(self.device)
+        seen = self.module["image"](pixel_values=pixels).pooler_output
         return self.module["layers"](F.normalize(self.module["projection"](seen), dim=-1))[:, 0]
+
+
+def _check_digest(file: Path, wanted: str | None, setting: str) -> None:
+    if wanted and (found := file_digest(file)) != wanted:
+        raise InputError(
+            f"{setting}={file}: its sha256 is {found}, the published file's is {wanted}; get {FILE} again, "
+            "or set rewards.laion_aes.scorer.sha256=null for a conversion that you trust"
+        )
 
 
 def _loaded(stack: nn.Sequential, state: Mapping[str, Tensor], source: str, setting: str) -> nn.Sequential:

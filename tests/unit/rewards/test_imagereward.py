@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.imagereward import FILE, ImageReward, fitted, from_published, network
+from capo.rewards.cropping import cropped
+from capo.rewards.imagereward import FILE, ImageReward, from_published, network
 from fixtures.configuration import composed_rewards
 from fixtures.tiny_clip import noise_images
 
@@ -222,7 +223,7 @@ def test_prompts_are_cut_to_35_tokens_begin_with_cls_and_end_with_sep(scorer):
 @pytest.mark.parametrize("size", [(40, 21), (21, 40), (19, 16), (16, 19), (16, 16), (5, 9), (17, 30)])
 def test_images_are_resized_and_cropped_as_torchvision_does(size):
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    np.testing.assert_allclose(fitted(image, SIDE).numpy(), pixels_by_hand(image), atol=1e-5)
+    np.testing.assert_allclose(cropped(image, SIDE).numpy(), pixels_by_hand(image), atol=1e-5)
 
 
 def test_a_margin_of_three_columns_leaves_two_on_the_left():
@@ -233,7 +234,7 @@ def test_a_margin_of_three_columns_leaves_two_on_the_left():
     image = Image.fromarray(
         np.repeat(np.arange(0, 190, 10, dtype=np.uint8)[None, :, None], 16, axis=0).repeat(3, axis=2)
     )
-    first = fitted(image, 16)[0, 0, 0].item() * STD[0] + MEAN[0]
+    first = cropped(image, 16)[0, 0, 0].item() * STD[0] + MEAN[0]
     assert first * 255 == pytest.approx(20, abs=1e-3)
 
 

@@ -1,6 +1,9 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from capo.errors import InputError
@@ -45,7 +48,7 @@ def by_formula(clip, state, image):
 
     seen = (
         CLIPModel.from_pretrained(clip)
-        .get_image_features(by_hand(image)[None])
+        .get_image_features(by_hand(image, round)[None])
         .pooler_output[0]
         .double()
         .numpy()
@@ -73,6 +76,30 @@ def test_the_layers_are_those_of_the_published_checkpoint():
     assert found == {f"{n}.weight": (out, width) for n, width, out in PUBLISHED} | {
         f"{n}.bias": (out,) for n, _, out in PUBLISHED
     }
+
+
+def test_an_odd_rest_is_cropped_as_torchvision_does(file, clip):
+    """16 x 23 (of 32 x 46) leaves 7 rows: 7 / 2 = 3.5 rounds to 4, where a floor would begin at row 3.
+
+    At 832 x 1216 CLIP's 224 leave 327 - 224 = 103 rows, and 51.5 rounds to 52.
+    """
+    from transformers import CLIPModel
+
+    scorer = LaionAesthetics(str(file), clip=clip)
+    levels = np.random.default_rng(5).integers(0, 256, (46, 32, 3), dtype=np.uint8)
+    small = Image.fromarray(levels).resize((16, 23), Image.Resampling.BICUBIC)
+    rows = [small.crop((0, top, 16, top + 16)) for top in (3, 4)]
+    floor, rounded = scorer(rows, ["", ""]).tolist()
+    assert scorer([Image.fromarray(levels)], [""]).item() == pytest.approx(rounded, abs=1e-5)
+    assert abs(floor - rounded) > 1e-3
+    assert CLIPModel.from_pretrained(clip).config.vision_config.image_size == 16
+
+
+def test_the_file_is_the_one_whose_digest_is_declared(file, clip):
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert LaionAesthetics(str(file), clip=clip, sha256=digest)(IMAGES[:1], [""]).isfinite().all()
+    with pytest.raises(InputError, match=f"its sha256 is {digest}, .* is 21dd; .*sha256=null"):
+        LaionAesthetics(str(file), clip=clip, sha256="21dd")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
@@ -156,8 +183,11 @@ def test_a_batch_of_nothing(file, clip):
 
 
 def test_the_yaml_reaches_the_scorer(file, clip):
+    (published,) = composed_rewards("rewards=laion_aes")
+    assert published.scorer["sha256"].startswith("21dd590f") and published.license == "Apache-2.0"
     (reward,) = composed_rewards(
         "rewards=laion_aes",
+        "rewards.laion_aes.scorer.sha256=null",
         f"rewards.laion_aes.weights={file.parent}",
         f"rewards.laion_aes.scorer.clip={clip}",
     )
