@@ -1,7 +1,8 @@
 """VQAScore: the probability of "Yes" when CLIP-FlanT5 is asked whether the image shows the prompt.
 
 Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024; template, preprocessing
-and arithmetic are those of the authors' own evaluation.
+and arithmetic are those of the authors' own evaluation, t2v_metrics 3.0 (3.1 dropped CLIP-FlanT5). It runs
+bfloat16 weights inside bfloat16 autocast.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ BATCH = 8  # images in one forward pass
 class Chat:
     """Inputs of Qwen3-VL: a user's turn with one image and a question, and the start of the answer."""
 
-    def __init__(self, folder: Path, question: str):
+    def __init__(self, folder: Path, question: str, answers: Sequence[str] = YES):
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
         try:
@@ -54,12 +54,12 @@ class Chat:
             raise InputError(
                 f"{SETTING}={folder}: no chat template with one {IMAGE} for an image; get the folder again"
             )
-        pieces = [self.tokenizer(word, add_special_tokens=False).input_ids for word in YES]
+        pieces = [self.tokenizer(word, add_special_tokens=False).input_ids for word in answers]
         self.yes = torch.tensor(sorted({piece[0] for piece in pieces if len(piece) == 1}))
         if not len(self.yes):
             raise InputError(
-                f"{SETTING}={folder}: its tokenizer has none of {', '.join(map(repr, YES))} as one token; "
-                f"give {PUBLISHED}"
+                f"{SETTING}={folder}: its tokenizer has none of {', '.join(map(repr, answers))} as one "
+                f"token; give {PUBLISHED}"
             )
 
     def text(self, prompt: str) -> str:
@@ -95,18 +95,20 @@ class Chat:
 class VQAScoreVLM(BatchScorer):
     """VQAScore: P(Yes), 0-1, at the answer's first token.
 
-    P(Yes) is the sum of the probabilities of "Yes", "yes", " Yes" and " yes", as far as each is one token.
+    P(Yes) is the sum of the probabilities of `answers`, as far as each is one token. t2v_metrics asks "Please
+    answer Yes or No." and takes that of "Yes" alone (`rewards=vqascore_vlm_t2v_metrics`).
 
     Args:
         weights: folder or hub id of a Qwen3-VL Instruct model with its tokenizer and image processor.
         revision: revision of the hub id.
         question: the question, with {prompt} in it.
+        answers: the ways to say yes.
         precision: float32, or bfloat16: half the memory, but scores are rounded and depend on the batch.
         batch: images in one forward pass.
 
     Raises:
-        InputError: the question lacks {prompt}, the precision is unknown, or the weights are not available or
-            another model's.
+        InputError: the question lacks {prompt}, `answers` is no list of words, the precision is unknown, or
+            the weights are not available or another model's.
     """
 
     def __init__(
@@ -114,14 +116,20 @@ class VQAScoreVLM(BatchScorer):
         weights: str,
         revision: str | None = None,
         question: str = QUESTION,
+        answers: Sequence[str] = YES,
         precision: str = "float32",
         batch: int = BATCH,
     ):
         check_question(question, precision, "rewards.vqascore_vlm.scorer")
+        if isinstance(answers, str) or not answers or not all(isinstance(word, str) for word in answers):
+            raise InputError(
+                f"rewards.vqascore_vlm.scorer.answers={answers}: not a list of words; write [Yes], in a yaml "
+                '["Yes"]'
+            )
         check_batch(batch, "vqascore_vlm")
         folder = fetch(weights, revision, SETTING, "model*.safetensors")
         require_type(folder, SETTING, KIND, f"a Qwen3-VL such as {PUBLISHED}")
-        self.chat = Chat(folder, question)
+        self.chat = Chat(folder, question, answers)
         super().__init__(_load(folder, PRECISIONS[precision]), batch, PRECISIONS[precision])
 
     def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 from capo.errors import InputError, first_line
 from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
 
-SMALL = ("*.json", "*.txt")  # configs and vocabularies, which are always downloaded
+# configs, vocabularies and chat templates, which are always downloaded
+SMALL = ("*.json", "*.txt", "*.jinja")
 SHOWN = 3  # tensor names listed in a message
 # Present in old files only; transformers computes it.
 REMADE = "position_ids"

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def patches_by_hand(image):
 
 
 @torch.no_grad()
-def by_hand(folder, image, prompt):
+def by_hand(folder, image, prompt, choice="yes or no", words=("Yes", "yes", "ĠYes")):
     """P(Yes) + P(yes) + P( Yes) of one conversation written out as a string, nothing padded."""
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
@@ -163,7 +164,7 @@ def by_hand(folder, image, prompt):
     seen = "<|image_pad|>" * (rows * columns // MERGE**2)
     text = (
         f"<|im_start|>user\n<|vision_start|>{seen}<|vision_end|>"
-        f'Does this figure show "{prompt}"? Please answer yes or no.<|im_end|>\n'
+        f'Does this figure show "{prompt}"? Please answer {choice}.<|im_end|>\n'
         "<|im_start|>assistant\n"
     )
     ids = tokenizer([text], return_tensors="pt").input_ids
@@ -177,7 +178,7 @@ def by_hand(folder, image, prompt):
         .logits[0, -1]
         .double()
     )
-    return logits.softmax(-1)[tokenizer.convert_tokens_to_ids(["Yes", "yes", "ĠYes"])].sum().item()
+    return logits.softmax(-1)[tokenizer.convert_tokens_to_ids(list(words))].sum().item()
 
 
 def test_the_score_is_the_sum_of_the_ways_to_say_yes_one_image_at_a_time(folder, scorer):
@@ -190,6 +191,19 @@ def test_the_score_is_the_sum_of_the_ways_to_say_yes_one_image_at_a_time(folder,
     assert (scores[0] / scores[2]).log().abs() > 0.01  # the same question of another image
     torch.testing.assert_close(
         scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-8
+    )
+
+
+def test_t2v_metrics_asks_yes_or_no_and_takes_yes_alone(folder):
+    """Its Qwen3-VL class: question_template and answer_template, in one forward pass."""
+    (reward,) = composed_rewards("rewards=vqascore_vlm_t2v_metrics", f"rewards.vqascore_vlm.weights={folder}")
+    reward.setup("cpu")
+    expected = [
+        by_hand(folder, image, prompt, "Yes or No", ["Yes"])
+        for image, prompt in zip(IMAGES[:2], PROMPTS[:2], strict=True)
+    ]
+    torch.testing.assert_close(
+        reward.score(IMAGES[:2], PROMPTS[:2]), torch.tensor(expected), rtol=1e-4, atol=1e-8
     )
 
 
@@ -241,6 +255,21 @@ def test_a_chat_template_in_a_file_of_its_own(copied, scorer):
         VQAScoreVLM(str(copied))
     (copied / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     assert torch.equal(VQAScoreVLM(str(copied))(IMAGES, PROMPTS), scorer(IMAGES, PROMPTS))
+
+
+def test_a_chat_template_is_downloaded_with_the_weights(folder, monkeypatch):
+    """The hub's part is played by a function that lays down the files that match the patterns."""
+    asked = []
+
+    def download(source, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("capo.rewards.weights.snapshot_download", download)
+    VQAScoreVLM("someone/something")
+    needed = [path.name for path in folder.iterdir()]
+    assert "chat_template.jinja" in needed
+    assert [name for name in needed if not any(fnmatch(name, pattern) for pattern in asked[0])] == []
 
 
 def test_names_of_tensors_are_those_of_the_published_checkpoint(folder):
@@ -308,6 +337,9 @@ def test_a_folder_of_another_kind(copied, tmp_path):
             r"rewards\.vqascore_vlm\.scorer\.question=Good\?: it does not say where the prompt goes",
         ),
         ({"batch": 0}, r"rewards\.vqascore_vlm\.scorer\.batch=0"),
+        ({"answers": "Yes"}, r"rewards\.vqascore_vlm\.scorer\.answers=Yes: not a list of words"),
+        ({"answers": [True]}, r"answers=\[True\]: not a list of words; write \[Yes\]"),
+        ({"answers": []}, r"answers=\[\]: not a list of words"),
     ],
 )
 def test_what_is_refused_before_loading(setting, message):
