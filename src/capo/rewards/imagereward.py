@@ -124,7 +124,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 class ImageReward(BatchScorer):
-    """ImageReward: a standardized score, about -2 to 2, read at a prompt's first token.
+    """ImageReward: a standardized score, about -2.5 to 2.2, read at a prompt's first token.
 
     All tokens of the prompt attend to the image.
 

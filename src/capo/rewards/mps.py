@@ -36,8 +36,8 @@ def attended_words(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
     """Return the mask (P, L) of the words that the image may attend to: those near a word of the condition.
 
     A word's nearness is its largest inner product with a word of the condition; it must exceed `threshold`
-    times the largest in its own prompt. The published code takes the largest in the whole batch, which makes
-    a score depend on the other prompts.
+    times the largest in its own prompt. The published model's own forward pass takes the largest in the whole
+    batch, which makes a score depend on the other prompts; both published evaluations score one prompt.
 
     Args:
         text: projected tokens of the prompts (P, L, D).
@@ -180,7 +180,7 @@ class MPS(ClipScorer):
             read.
         clip_revision: revision of `clip`.
         threshold: share of the largest nearness that a word needs (`attended_words`), 0-1; 0.3 in both
-            published evaluations, 0.01 in the published model's own forward pass.
+            published evaluations, 0.01 in the published model's own forward pass and in imscore.
         batch: images in one forward pass.
 
     Raises:

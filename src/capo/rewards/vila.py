@@ -8,16 +8,20 @@ import os
 from typing import Any
 
 PUBLISHED = "google/vila/image/1"
-HANDLE = f"https://tfhub.dev/{PUBLISHED}"
+HANDLE = f"https://tfhub.dev/{PUBLISHED}"  # answers 403 (tensorflow/hub issues 922 and 932), unless cached
+KAGGLE = "https://www.kaggle.com/models/google/vila"  # the same model, to be unpacked by hand
 INPUT, OUTPUT = "serving_default", "predictions"  # the model's signature, and its answer
 
 
 class VILA:
-    """VILA: the model's own prediction in [0, 1], one number per image; prompts are not read.
+    """VILA: the model's own prediction, one number per image; prompts are not read.
+
+    It is the cosine of the image and the text "good image", trained to be higher by 0.1 for the better of two
+    images.
 
     Args:
-        weights: folder of a SavedModel (saved_model.pb and variables), or a handle that tensorflow_hub
-            downloads, such as https://tfhub.dev/google/vila/image/1. A SavedModel is a graph of tensorflow
+        weights: folder of a SavedModel (saved_model.pb and variables), such as Kaggle's copy unpacked, or a
+            handle that tensorflow_hub downloads or has cached. A SavedModel is a graph of tensorflow
             operations without Python code, but some operations read and write files: use one from a source
             that you trust.
 
@@ -34,7 +38,7 @@ class VILA:
             if not os.path.isfile(os.path.join(weights, "saved_model.pb")):
                 raise ValueError(
                     f"weights={weights}: that folder holds no saved_model.pb; give the unpacked folder of "
-                    f"{PUBLISHED}"
+                    f"{PUBLISHED} ({KAGGLE})"
                 )
         elif not weights.startswith("https://"):
             raise ValueError(f"weights={weights}: not a folder, and not a handle such as {HANDLE}")
@@ -90,8 +94,9 @@ def _downloaded(handle):
         return tensorflow_hub.load(handle)
     except Exception as error:  # tensorflow_hub's, tensorflow's and urllib's share no base class
         raise OSError(
-            f"weights={handle} are not available ({error}); try again with a network, set TFHUB_CACHE_DIR to "
-            "a cache that holds them, or give the folder of the unpacked model, rewards.vila.weights=FOLDER"
+            f"weights={handle} are not available ({error}); tfhub.dev answers tensorflow_hub 403: "
+            f"download Kaggle's copy (variation image, {KAGGLE}), unpack it and give its folder, "
+            "rewards.vila.weights=FOLDER, or set TFHUB_CACHE_DIR to a cache that holds the handle"
         ) from error
 
 

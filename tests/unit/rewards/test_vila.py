@@ -240,7 +240,10 @@ def test_answers_that_are_no_scores(tensorflow, model, answer, message):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("{tmp}", "that folder holds no saved_model.pb; give the unpacked folder of google/vila/image/1"),
+        (
+            "{tmp}",
+            "that folder holds no saved_model.pb; give the unpacked folder of google/vila/image/1 .*kaggle",
+        ),
         (
             "google/vila/image/1",
             "not a folder, and not a handle such as https://tfhub.dev/google/vila/image/1",
@@ -268,7 +271,7 @@ def test_a_handle_is_downloaded_by_tensorflow_hub(tensorflow, model):
     with pytest.raises(
         InputError,
         match=r"weights=https://nowhere/1 are not available .no route to host.; "
-        r".*rewards.vila.weights=FOLDER",
+        r".*https://www.kaggle.com/models/google/vila.*rewards.vila.weights=FOLDER",
     ):
         reward.setup("cpu")
 
