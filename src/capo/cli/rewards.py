@@ -2,6 +2,7 @@
 
     python -m capo.rewards check pickscore
     python -m capo.rewards check mps mps.weights=FILE --record
+    python -m capo.rewards check hpsv2 --published FOLDER
 
 The exit code is 0 if everything passed, 1 if a check failed or nothing could be checked.
 """
@@ -22,6 +23,7 @@ from capo.cli.build import rewards_of
 from capo.cli.compose import REPOSITORY, composed
 from capo.errors import InputError, closest
 from capo.rewards import Reward
+from capo.rewards.published import check_known, compared, pictures
 from capo.rewards.selfcheck import (
     FAILED,
     PASSED,
@@ -62,6 +64,11 @@ def arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
         "--golden",
         type=Path,
         help="file of recorded scores; by default ./golden/NAME.json, then the package's own",
+    )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        help="folder of 1.webp to 4.webp from zai-org/ImageReward, whose published scores are compared",
     )
     parser.add_argument(
         "--device", type=torch.device, help="cuda, cuda:1 or cpu; by default the GPU if there is one"
@@ -151,12 +158,14 @@ def examined(reward: Reward, options: argparse.Namespace) -> tuple[Measured | No
         return None, [Finding("recorded scores", FAILED, str(error), "as it says")]
     try:
         measured = measure(reward, options.device)
+        beside = [compared(reward, options.pictures, options.device)] if options.pictures else []
     except InputError as error:
         return None, [Finding("weights and scores", FAILED, str(error), "as it says")]
     made = f"fingerprint {reward.fingerprint[:8]}, finite, on {device_name(options.device)}"
     return measured, [
         Finding("weights and scores", PASSED, made),
         *findings(reward, measured, golden, options.tolerance),
+        *beside,
     ]
 
 
@@ -221,6 +230,9 @@ def main(command: Sequence[str] | None = None) -> int:
                 f"--golden {options.golden}: {options.name} is a set of {len(rewards)} rewards; check them "
                 "one by one to name a file"
             )
+        if options.published:
+            check_known(rewards)
+        options.pictures = pictures(options.published) if options.published else None
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

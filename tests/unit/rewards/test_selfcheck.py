@@ -239,7 +239,7 @@ def test_a_named_record_that_cannot_be_compared_with_fails_before_weights_are_lo
     if content:
         (here / "mine.json").write_text(content)
     moved = Moved(broken=True)
-    options = Namespace(device=CPU, golden=Path("mine.json"), record=False, tolerance=1e-3)
+    options = Namespace(device=CPU, golden=Path("mine.json"), record=False, tolerance=1e-3, pictures=None)
     assert not check(Reward("x", moved), options, Console())
     told = capsys.readouterr().out
     assert re.search(fault, " ".join(told.replace("│", " ").split())) and "recorded scores" in told
@@ -283,6 +283,6 @@ def test_what_cannot_be_checked_says_so(here, capsys, command, message):
 
 
 def test_scores_that_are_not_finite_fail(here, capsys):
-    options = Namespace(device=CPU, golden=None, record=False, tolerance=1e-3)
+    options = Namespace(device=CPU, golden=None, record=False, tolerance=1e-3, pictures=None)
     assert not check(Reward("x", Hollow()), options, Console())
     assert "cannot be compared" in capsys.readouterr().out
