@@ -19,6 +19,7 @@ from capo.evaluation.reports.page import Report, print_results, render_report
 from capo.evaluation.statistics import bootstrap_interval
 from capo.metrics import win_rate
 from capo.rewards import Reward
+from capo.rewards.lengths import cut_prompts
 from capo.runtime.files import write_whole
 from capo.runtime.run_folder import POOLS, REPORT, RESULTS, SETTINGS
 
@@ -206,7 +207,8 @@ def evaluate(
         progress: whether to show progress bars.
 
     Returns:
-        The content of results.json, see `results`.
+        The content of results.json, see `results`; with "cut" (`cut_prompts`) if prompts are too long for a
+        reward.
 
     Raises:
         InputError: a pool cannot be filled, or the prompts of `zero` are not the first ones of `spec`.
@@ -221,6 +223,8 @@ def evaluate(
     else:
         tuned, base, zero_scores = comparison.sides(folder / POOLS, progress)
         found = _results_of(tuned, base, zero_scores, settings)
+        if cut := cut_prompts(rewards, [prompt.text for prompt in spec.prompts]):
+            found["cut"] = cut
         report = Report(
             title or spec.model,
             found,

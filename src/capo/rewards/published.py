@@ -20,7 +20,7 @@ from capo.rewards.selfcheck import FAILED, PASSED, WARNING, Finding
 NAMES = ("1.webp", "2.webp", "3.webp", "4.webp")
 SIDE = 512  # pixels
 PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
-WHERE = "assets/images of github.com/zai-org/ImageReward"
+WHERE = "assets/images of zai-org/ImageReward"
 # Largest difference, as a share of the published scores' spread, that precision and libraries explain.
 SHARE = 0.02
 DIFFSYNTH = "modelscope/DiffSynth-Studio, examples/QualityMetric/README.md"

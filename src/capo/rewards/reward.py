@@ -47,6 +47,7 @@ class Reward:
     version: int = 1  # of the scorer's arithmetic: raised with a change that moves scores
     license: str | None = None
     needs_prompt: bool = True  # false where the scorer sees the image only
+    tokens: int | None = None  # of a prompt, start and end included, that it reads; None: all
     requires: Sequence[str] = ()  # modules that the scorer imports
     extra: str | None = None  # the pip extra of this package that installs them
     # interpreter of another environment in which the scorer runs; not part of the fingerprint

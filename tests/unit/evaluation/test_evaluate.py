@@ -13,6 +13,7 @@ from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.evaluate import evaluate, results
 from capo.rewards import Reward
+from capo.rewards.lengths import fewest_tokens
 
 BASE = {"looks": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
 POLICY = {"looks": torch.tensor([[2.0, 3.0], [3.0, 4.0], [0.0, 7.0]])}
@@ -153,6 +154,18 @@ def evaluated(tiny_backbone, tmp_path_factory):
 def copied(evaluated, tmp_path):
     """The evaluation in a folder that a test may change, and the base's pools, which it may not."""
     return Path(shutil.copytree(evaluated[0], tmp_path / "evaluation")), evaluated[1]
+
+
+def test_prompts_that_a_reward_reads_in_part_are_told(copied, tiny_backbone):
+    folder, pools = copied
+    assert "cut" not in json.loads((folder / "results.json").read_text())
+    longest = max(fewest_tokens(prompt.text) for prompt in PROMPTS)
+    count = sum(fewest_tokens(prompt.text) == longest for prompt in PROMPTS)
+    rewards = [replace(REWARDS[0], tokens=longest - 1), replace(REWARDS[1], tokens=longest)]
+    options = {"oracle": ORACLE, "shown": 1, "progress": False}
+    found = evaluate(folder, plan_of(pools), tuned(tiny_backbone), rewards, **options)
+    assert found["cut"] == {"brightness": {"tokens": longest - 1, "prompts": count}}
+    assert f"at least {count} of 5 prompts are longer" in (folder / "report.html").read_text()
 
 
 def test_evaluation_agrees_with_pools_filled_and_scored_by_hand(evaluated, tiny_backbone, tmp_path):

@@ -155,7 +155,7 @@ def oracle_sections(results: Mapping) -> list[dict]:
 
 
 def remarks(results: Mapping) -> list[str]:
-    """Warnings about the results: reward hacking, and a zero line whose interval excludes 0.5."""
+    """Warnings: reward hacking, a zero line whose interval excludes 0.5, and prompts that are cut."""
     found = []
     for name, rate in results["win_rate"].items():
         measured = results.get("oracle", {}).get(name)
@@ -170,6 +170,11 @@ def remarks(results: Mapping) -> list[str]:
                 f"{name}: the zero line's interval ({percent(rate['low'])} to {percent(rate['high'])}) does "
                 "not contain 50 %, although both sides are the base: treat differences of that size as noise."
             )
+    for name, cut in results.get("cut", {}).items():
+        found.append(
+            f"{name}: it reads {cut['tokens']} tokens of a prompt; at least {cut['prompts']} of "
+            f"{results['prompts']} prompts are longer, and nothing after that counts in its scores."
+        )
     return found
 
 

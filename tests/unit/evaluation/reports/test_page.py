@@ -189,11 +189,16 @@ def test_the_same_report_gives_the_same_text():
     assert page() == page()
 
 
-def test_remarks_name_reward_hacking_and_a_zero_line_off_its_place():
+def test_remarks_name_reward_hacking_a_zero_line_off_its_place_and_prompts_that_are_cut():
     hacked, off = remarks(RESULTS | {"zero": {"looks": {"mean": 0.4, "low": 0.35, "high": 0.45}}})
     assert hacked.startswith("looks: the reward prefers the policy (63.4 %)")
     assert "from 5.300 to 5.100: reward hacking" in hacked
     assert off.startswith("looks: the zero line's interval (35.0 % to 45.0 %)")
+    cut = RESULTS | {"oracle": {}, "cut": {"looks": {"tokens": 77, "prompts": 3}}}
+    assert remarks(cut) == [
+        f"looks: it reads 77 tokens of a prompt; at least 3 of {RESULTS['prompts']} prompts are longer, and "
+        "nothing after that counts in its scores."
+    ]
     risen = {"looks": {"policy": 5.4, "base": 5.3, "low": -0.01, "high": 0.2}}
     assert remarks(RESULTS | {"oracle": risen}) == []
 
