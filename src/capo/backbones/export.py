@@ -8,7 +8,8 @@ import torch
 from peft.utils import get_peft_model_state_dict
 
 from capo.backbones.base import Backbone
-from capo.backbones.lora import ADAPTER, BASE_FILE, LORA_FILE, has_adapter
+from capo.backbones.kohya import write_kohya
+from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter
 from capo.backbones.model_card import ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import half_stored
@@ -23,8 +24,8 @@ def export_policy(
 ) -> Path:
     """Write the policy and its README (`card`) in float32, replacing `folder` atomically; return the folder.
 
-    A denoiser with a LoRA adapter is written as the adapter's file and the name of its base or, with `full`,
-    as a whole pipeline with the adapter merged. Any other denoiser is always written as a whole pipeline.
+    A denoiser with a LoRA adapter is written as the adapter's files, one for diffusers and one for ComfyUI, and
+    the name of its base or, with `full`, as a whole pipeline with the adapter merged. Any other denoiser is always written as a whole pipeline.
     """
     folder = Path(folder)
     with fresh_folder(folder) as fresh:
@@ -107,6 +108,7 @@ def _write_adapter(backbone: Backbone, denoiser: Denoiser, folder: Path) -> None
     writer.save_lora_weights(
         folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     )
+    write_kohya(layers, backbone.kohya_prefix, metadata["lora_alpha"], folder / COMFYUI_FILE)
     base = {
         "weights": base_weights(backbone),
         "revision": backbone.revision,

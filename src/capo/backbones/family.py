@@ -22,6 +22,9 @@ class Family(ABC):
         denoiser_component: the pipeline's name for it.
         draws: ways to draw a time (`Backbone.timesteps`).
         lora_targets: names of the modules that a low-rank adapter sits on.
+        kohya_prefix: what stands before the names of an adapter's layers in other programs. An MMDiT's
+            separate projections have no name of kohya's; OneTrainer's is one that ComfyUI knows them by.
+        lora_folders: other programs that load such an adapter, and the folder for it, in words.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]]
@@ -29,6 +32,8 @@ class Family(ABC):
     denoiser_component: ClassVar[str] = "transformer"
     draws: ClassVar[tuple[str, ...]] = ("uniform",)
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    kohya_prefix: ClassVar[str] = "lora_transformer"
+    lora_folders: ClassVar[str] = "ComfyUI's `models/loras`"
 
     @classmethod  # noqa: B027 - a family may allow all values
     def check_options(cls, **options: object) -> None:

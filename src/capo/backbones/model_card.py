@@ -9,7 +9,7 @@ from pathlib import Path
 
 from capo.backbones.base import Backbone
 from capo.backbones.guidance_lines import absolute, guidance_lines, source_name
-from capo.backbones.lora import LORA_FILE
+from capo.backbones.lora import COMFYUI_FILE, LORA_FILE
 from capo.backbones.sampling import POLICY
 from capo.runtime.files import write_whole
 
@@ -87,6 +87,19 @@ def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
     return lines
 
 
+def _elsewhere_lines(backbone: Backbone, folder: Path) -> list[str]:
+    """Return the section on other programs than diffusers; empty if no file is for them."""
+    if not (folder / COMFYUI_FILE).is_file():
+        return []
+    return [
+        "## In other programs",
+        "",
+        f"Put `{COMFYUI_FILE}`, which holds the same adapter, into {backbone.lora_folders}, "
+        "under a name of your choice, and load it at strength 1 on top of the base.",
+        "",
+    ]
+
+
 def _win_rate_lines(card: ModelCard) -> list[str]:
     if not card.win_rates:
         return ["Not evaluated."]
@@ -137,6 +150,7 @@ def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
             _load_lines(backbone, folder, name, card.unconditional),
             "```",
             "",
+            *_elsewhere_lines(backbone, folder),
             "## How it was made",
             "",
             "| | |",

@@ -22,6 +22,8 @@ class UNetBackbone(Backbone):
     pipeline_classes = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
     denoiser_class = "UNet2DConditionModel"
     denoiser_component = "unet"
+    kohya_prefix = "lora_unet"
+    lora_folders = "ComfyUI's `models/loras` or AUTOMATIC1111's `models/Lora`"
     draws = schedules.VP_DRAWS
 
     @classmethod

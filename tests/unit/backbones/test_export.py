@@ -141,6 +141,7 @@ def test_lora_file_loads_by_the_readmes_lines_and_gives_our_latents(tiny_backbon
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "base.json",
+        "comfyui_lora.safetensors",
         "pytorch_lora_weights.safetensors",
     ]
     assert json.loads((folder / "base.json").read_text())["weights"] == tiny_backbone.weights
