@@ -107,6 +107,7 @@ def refusal(run, *arguments) -> str:
      "did you mean model.backbone.revision?"),
     ("evaluate", "yes", "evaluate=yes: must be true or false"),
     ("export", "ful", "export=ful: must be one of adapter, full; did you mean full?"),
+    ("export_dtype", "fp16", "export_dtype=fp16: must be one of float32, float16, bfloat16"),
 ])  # fmt: skip
 def test_values_that_cannot_be_used(plain, key, value, message):
     cfg = copy.deepcopy(plain)
@@ -149,6 +150,16 @@ def test_the_options_of_a_family_are_checked_before_its_weights_are_looked_for()
     ):
         wrong = spoilt(cfg, **{f"model__backbone__{key}": value})
         assert f"model.backbone.{key}={value}: {message}" in refusal(check_values, wrong)
+
+
+def test_a_format_that_an_adapter_cannot_have_is_refused(plain):
+    lora = {"rank": 2, "alpha": 2, "seed": 0}
+    cfg = spoilt(plain, export_dtype="float16", model__lora=lora)
+    message = "export_dtype=float16: an adapter is always written in float32"
+    assert message in refusal(train_script.run, cfg)
+    assert not Path(cfg.run_dir).exists()
+    check_ready(spoilt(plain, export_dtype="float16", model__lora=lora, export="full"))
+    check_ready(spoilt(plain, export_dtype="float16"))
 
 
 def test_all_faults_stand_in_one_message(plain):

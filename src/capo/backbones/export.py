@@ -12,7 +12,7 @@ from capo.backbones.kohya import write_kohya
 from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter
 from capo.backbones.model_card import ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
-from capo.backbones.precision import half_stored
+from capo.backbones.precision import half_stored, named_dtype
 from capo.backbones.saving import write_pipeline
 from capo.errors import InputError
 from capo.runtime.files import fresh_folder
@@ -20,19 +20,25 @@ from capo.runtime.fingerprints import component_fingerprint, content_fingerprint
 
 
 def export_policy(
-    backbone: Backbone, denoiser: Denoiser, folder: str | Path, card: ModelCard, full: bool = False
+    backbone: Backbone,
+    denoiser: Denoiser,
+    folder: str | Path,
+    card: ModelCard,
+    full: bool = False,
+    dtype: str = "float32",
 ) -> Path:
-    """Write the policy and its README (`card`) in float32, replacing `folder` atomically; return the folder.
+    """Write the policy and its README (`card`), replacing `folder` atomically; return the folder.
 
-    A denoiser with a LoRA adapter is written as the adapter's files, one for diffusers and one for ComfyUI, and
-    the name of its base or, with `full`, as a whole pipeline with the adapter merged. Any other denoiser is always written as a whole pipeline.
+    A denoiser with a LoRA adapter is written as the adapter's files in float32, one for diffusers and one for
+    ComfyUI, and the name of its base or, with `full`, as a whole pipeline with the adapter merged. Any other
+    denoiser is always written as a whole pipeline. `dtype` names the dtype of a whole pipeline's weights.
     """
     folder = Path(folder)
     with fresh_folder(folder) as fresh:
         if has_adapter(denoiser) and not full:
             _write_adapter(backbone, denoiser, fresh)
         else:
-            write_pipeline(backbone, fresh, denoiser)
+            write_pipeline(backbone, fresh, denoiser, named_dtype(dtype))
         (fresh / "README.md").write_text(readme(backbone, fresh, folder.name, card), encoding="utf-8")
     return folder
 

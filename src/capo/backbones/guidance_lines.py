@@ -10,8 +10,9 @@ from pathlib import Path
 from capo.backbones.base import Backbone
 from capo.backbones.lora import LORA_FILE
 from capo.backbones.sampling import BASE, POLICY
+from capo.backbones.saving import stored_dtype
 
-OPTIONS = "dtype=torch.float32, use_safetensors=True"
+FLOAT32 = "dtype=torch.float32, use_safetensors=True"
 ADAPTER_OFF = """
 def negative(*args, **options):  # the base is the policy without its adapter
     pipe.{part}.disable_adapters()
@@ -67,17 +68,28 @@ def guidance_lines(backbone: Backbone, folder: Path, source: str) -> list[str]:
     if source == BASE and (folder / LORA_FILE).is_file():
         lines += ["", *ADAPTER_OFF.format(part=part).splitlines()]
     else:
-        lines += [*_network(backbone, source), "# on a GPU, move it too: negative.to(pipe.device)", ""]
+        lines += [
+            *_network(backbone, folder, source),
+            "# on a GPU, move it too: negative.to(pipe.device)",
+            "",
+        ]
     return lines + SPLIT.format(part=part).splitlines()
 
 
-def _network(backbone: Backbone, source: str) -> list[str]:
+def loading_options(backbone: Backbone, folder: Path) -> str:
+    """Return the options that load the policy in `folder`: the dtype of its weights; of adapters, float32."""
+    if (folder / LORA_FILE).is_file():
+        return FLOAT32
+    return FLOAT32.replace("float32", stored_dtype(folder / backbone.denoiser_component))
+
+
+def _network(backbone: Backbone, folder: Path, source: str) -> list[str]:
     """Return the lines that load the base's denoiser, or that of another policy, as `negative`."""
     kind, part = backbone.denoiser_class, backbone.denoiser_component
     full = source != BASE and not (Path(source) / LORA_FILE).is_file()
     weights = absolute(source if full else backbone.weights)
     named = {} if full else {"revision": backbone.revision, "variant": backbone.variant}
-    options = f'subfolder="{part}", {OPTIONS}' + "".join(
+    options = f'subfolder="{part}", {loading_options(backbone, folder)}' + "".join(
         f', {key}="{value}"' for key, value in named.items() if value
     )
     lines = [f'negative = {kind}.from_pretrained("{weights}", {options})']

@@ -22,8 +22,8 @@ def kohya_names(layers: Mapping[str, Tensor], prefix: str, alpha: float) -> dict
         alpha: alpha of the adapter, the same for all layers.
 
     Returns:
-        `NAME.lora_down.weight`, `NAME.lora_up.weight` and `NAME.alpha`, a scalar, where NAME is the prefix and
-        the layer's name, joined by underscores.
+        `NAME.lora_down.weight`, `NAME.lora_up.weight` and `NAME.alpha`, a scalar, where NAME is the prefix
+        and the layer's name, joined by underscores.
     """
     # the converter knows no alpha and writes the rank in its place
     return {

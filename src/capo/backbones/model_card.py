@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from capo.backbones.base import Backbone
-from capo.backbones.guidance_lines import absolute, guidance_lines, source_name
+from capo.backbones.guidance_lines import FLOAT32, absolute, guidance_lines, loading_options, source_name
 from capo.backbones.lora import COMFYUI_FILE, LORA_FILE
 from capo.backbones.sampling import POLICY
 from capo.runtime.files import write_whole
@@ -49,7 +49,7 @@ def base_weights(backbone: Backbone) -> str:
 
 def _load_lines(backbone: Backbone, folder: Path, name: str, unconditional: str) -> str:
     pipeline = type(backbone.pipeline).__name__
-    options = "dtype=torch.float32, use_safetensors=True"
+    options = loading_options(backbone, folder)
     parts, optional = backbone.pipeline.components, backbone.pipeline._optional_components
     options += "".join(
         f", {part}=None" for part, module in parts.items() if module is None and part not in optional
@@ -80,9 +80,7 @@ def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
         lines.append(f'pipe.scheduler = {kind}.from_pretrained("{name}", subfolder="scheduler")')
     if backbone.other_vae:
         source, revision = backbone.other_vae
-        options = "dtype=torch.float32, use_safetensors=True" + (
-            f', revision="{revision}"' if revision else ""
-        )
+        options = FLOAT32 + (f', revision="{revision}"' if revision else "")
         lines.append(f'pipe.vae = AutoencoderKL.from_pretrained("{absolute(source)}", {options})')
     return lines
 

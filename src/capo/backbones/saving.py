@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from capo.backbones.base import Backbone
@@ -12,17 +13,17 @@ from capo.backbones.lora import has_adapter, merged
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import cpu_copy
 from capo.runtime.files import fresh_folder
+from capo.runtime.fingerprints import weight_files
 
 
-def write_pipeline(backbone: Backbone, folder: str | Path, denoiser: Denoiser) -> None:
-    """Write the pipeline, with `denoiser` in place of its own, to a folder: float32, adapter merged."""
+def write_pipeline(
+    backbone: Backbone, folder: str | Path, denoiser: Denoiser, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the pipeline, with `denoiser` in place of its own, to a folder in `dtype`, adapter merged."""
     pipeline = copy.copy(backbone.pipeline)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    # The adapter is merged into the base as it was loaded, whatever dtype the policy's frozen weights have.
-    if has_adapter(denoiser):
-        denoiser = merged(denoiser, backbone.trainable_copy())
-    modules[backbone.denoiser_component] = denoiser
-    pipeline.register_modules(**{name: in_float32(module) for name, module in modules.items()})
+    modules[backbone.denoiser_component] = whole_denoiser(backbone, denoiser)
+    pipeline.register_modules(**{name: in_dtype(module, dtype) for name, module in modules.items()})
     pipeline.save_pretrained(folder, safe_serialization=True)
     _drop_origins(Path(folder))
 
@@ -33,11 +34,19 @@ def save(backbone: Backbone, folder: str | Path, denoiser: Denoiser) -> None:
         write_pipeline(backbone, fresh, denoiser)
 
 
-def in_float32(module: nn.Module) -> nn.Module:
-    """Return the module itself if it is float32 throughout, else a float32 copy on the CPU."""
-    if all(p.dtype == torch.float32 for p in module.parameters() if p.is_floating_point()):
+def whole_denoiser(backbone: Backbone, denoiser: Denoiser) -> Denoiser:
+    """Return the denoiser itself or, of one with an adapter, a plain one with the adapter merged.
+
+    It is merged into the base as it was loaded, whatever dtype the policy's frozen weights have.
+    """
+    return merged(denoiser, backbone.trainable_copy()) if has_adapter(denoiser) else denoiser
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the module itself if it has `dtype` throughout, else a copy on the CPU that has."""
+    if all(p.dtype == dtype for p in module.parameters() if p.is_floating_point()):
         return module
-    return cpu_copy(module).float()
+    return cpu_copy(module).to(dtype)
 
 
 def _drop_origins(folder: Path) -> None:
@@ -46,3 +55,9 @@ def _drop_origins(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stored_dtype(folder: Path) -> str:
+    """Return torch's name of the dtype of a component's weights, which the first of its tensors has."""
+    with safe_open(str(next(iter(weight_files(folder).values()))), framework="pt") as file:
+        return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")

@@ -81,7 +81,12 @@ def finish(
     source = components.generator.settings.unconditional
     card = ModelCard(str(facts["objective"]), str(facts.pop("data")), None, facts, source)
     policy = export_policy(
-        components.backbone, module.policy, folder / POLICY, card, full=cfg.export == "full"
+        components.backbone,
+        module.policy,
+        folder / POLICY,
+        card,
+        full=cfg.export == "full",
+        dtype=cfg.get("export_dtype", "float32"),  # runs of earlier versions have no such key
     )
     outcome = {
         MONITOR: win_rate,

@@ -66,6 +66,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     check_objective(cfg)
     check_pairs(cfg, len(label_sources(cfg, rewards)))
     check_draw(cfg)
+    check_export(cfg)
     if cfg.push_to_hub:
         check_access(cfg.push_to_hub)
     check_accelerator(cfg)
@@ -185,6 +186,16 @@ def check_draw(cfg: DictConfig) -> None:
     if cfg.noise.draw not in known:
         raise InputError(
             f"noise.draw={cfg.noise.draw}: model={cfg.model.name} draws times by {' or '.join(known)} only"
+        )
+
+
+def check_export(cfg: DictConfig) -> None:
+    """Raise InputError for a format of the policy that its model or its adapter cannot have."""
+    dtype = cfg.get("export_dtype", "float32")
+    if cfg.model.get("lora") and cfg.get("export") == "adapter" and dtype != "float32":
+        raise InputError(
+            f"export_dtype={dtype}: an adapter is always written in float32; leave export_dtype out, or give "
+            "export=full to merge the adapter into a whole pipeline"
         )
 
 

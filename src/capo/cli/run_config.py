@@ -32,6 +32,7 @@ FREE = (
     "pool.root",
     "evaluate",
     "export",
+    "export_dtype",
     "push_to_hub",
     "plan",
     "planning",

@@ -145,6 +145,7 @@ TABLE: dict[str, Rule] = {
     "model.published": optional(TEXT),
     "evaluate": SWITCH,
     "export": one_of(("adapter", "full")),
+    "export_dtype": one_of(list(DTYPES)),
     "push_to_hub": optional(TEXT),
     "import.better": one_of(("lower", "higher")),
     "import.candidates": optional(whole(2)),

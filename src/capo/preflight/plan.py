@@ -154,8 +154,8 @@ def disk_space(request: Request) -> dict[str, Any]:
         )
 
     pools = {name: size(pool) for name, pool in request.pools.items() if pool.stored}
-    # A fully tuned policy is exported as a whole pipeline in float32, an adapter as its own weights.
-    policy = whole.gradients if request.training.lora else sum(pipeline_bytes(blueprint, 4).values())
+    # A fully tuned policy is exported as a whole pipeline in float32, an adapter as its own weights, twice.
+    policy = 2 * whole.gradients if request.training.lora else sum(pipeline_bytes(blueprint, 4).values())
     run = {"checkpoints": CHECKPOINTS * request.checkpoint, "policy": policy}
     return {"pools": {**pools, "total": _sum(pools.values())}, "run": {**run, "total": sum(run.values())}}
 

@@ -178,6 +178,48 @@ def test_full_export_of_a_lora_policy_is_merged(tiny_backbones, tmp_path, monkey
     torch.testing.assert_close(merged_in, beside, atol=1e-3 * moved, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3"])
+def test_a_policy_in_half_precision_is_loaded_as_it_is_stored(
+    tiny_backbones, tmp_path, monkeypatch, name, dtype
+):
+    backbone = tiny_backbones[name]
+    policy = tuned(backbone.trainable_copy())
+    folder = export_policy(backbone, policy, tmp_path / "policy", CARD, dtype=dtype)
+    write_card(backbone, folder, CARD)  # as after an evaluation: the folder tells its dtype
+    assert f"dtype=torch.{dtype}, use_safetensors=True)" in (folder / "README.md").read_text()
+    pipe, half = run_readme(folder, monkeypatch), getattr(torch, dtype)
+    parts = {
+        part: module
+        for part, module in backbone.pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    assert len(parts) == {"sdxl": 4, "sd15": 3, "sd3": 5}[name]
+    for part, module in (parts | {backbone.denoiser_component: policy}).items():
+        [file] = (folder / part).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values()} == {half}
+        stored, ours = getattr(pipe, part).state_dict(), module.state_dict()
+        assert all(torch.equal(value.to(half), stored[key].to(half)) for key, value in ours.items())
+    assert getattr(pipe, backbone.denoiser_component).dtype == half
+    loaded = load_policy(backbone, folder)  # evaluated in float32, with the weights that are stored
+    assert all(
+        torch.equal(value, policy.state_dict()[key].to(half).float())
+        for key, value in loaded.state_dict().items()
+    )
+    assert policy.dtype == torch.float32 and backbone.vae.dtype == torch.float32  # ours are left alone
+    ours, base = latents_of(backbone, loaded), latents_of(backbone, backbone.denoiser)
+    found = plain_latents(pipe, **backbone.call_options).float()
+    assert (found - ours).abs().max() < 0.5 * (ours - base).abs().max()
+
+
+def test_a_merged_adapter_is_rounded_once(tiny_backbone, tmp_path):
+    policy = tuned(add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5))
+    folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD, full=True, dtype="float16")
+    [file] = (folder / "unet").glob("*.safetensors")
+    expected = merged(policy, tiny_backbone.trainable_copy()).state_dict()
+    assert all(torch.equal(value.half(), load_file(file)[key]) for key, value in expected.items())
+
+
 def test_adapter_of_another_base_is_refused(tiny_backbone, tmp_path):
     policy = add_lora(tiny_backbone.trainable_copy(), rank=2, alpha=5)
     folder = export_policy(tiny_backbone, policy, tmp_path / "policy", CARD)

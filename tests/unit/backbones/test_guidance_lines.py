@@ -94,3 +94,12 @@ def test_a_loaded_policy_is_sampled_like_the_one_in_memory(tiny_folder, tmp_path
     policy = tuned(backbone)
     loaded = load_policy(backbone, export_policy(backbone, policy, tmp_path / "policy", card("base")))
     assert torch.equal(our_latents(backbone, loaded, "base"), our_latents(backbone, policy, "base"))
+
+
+def test_the_base_is_loaded_in_the_dtype_of_the_policy(tiny_backbone, tmp_path, monkeypatch):
+    folder = export_policy(
+        tiny_backbone, tuned(tiny_backbone), tmp_path / "policy", card("base"), dtype="bfloat16"
+    )
+    pipe = run_readme(folder, monkeypatch)
+    assert plain_latents(pipe).dtype == torch.bfloat16  # networks of two dtypes could not share a batch
+    assert "torch.float32" not in (folder / "README.md").read_text()
