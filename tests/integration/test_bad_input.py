@@ -30,7 +30,7 @@ from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.cli.build import built
 from capo.cli.messages import alike, disk_fault, plain_errors, start, was_interrupted
-from capo.cli.readiness import check_ready, check_weights, refuse_plans
+from capo.cli.readiness import check_export, check_ready, check_weights, refuse_plans
 from capo.cli.values import ACCELERATORS, TABLE, check_values
 from capo.data.pool.files import TensorFile
 from capo.errors import InputError
@@ -106,7 +106,7 @@ def refusal(run, *arguments) -> str:
      "model.backbone.revisions=main: capo.backbones.UNetBackbone takes no such argument; "
      "did you mean model.backbone.revision?"),
     ("evaluate", "yes", "evaluate=yes: must be true or false"),
-    ("export", "ful", "export=ful: must be one of adapter, full; did you mean full?"),
+    ("export", "ful", "export=ful: must be one of adapter, full, single_file; did you mean full?"),
     ("export_dtype", "fp16", "export_dtype=fp16: must be one of float32, float16, bfloat16"),
 ])  # fmt: skip
 def test_values_that_cannot_be_used(plain, key, value, message):
@@ -160,6 +160,13 @@ def test_a_format_that_an_adapter_cannot_have_is_refused(plain):
     assert not Path(cfg.run_dir).exists()
     check_ready(spoilt(plain, export_dtype="float16", model__lora=lora, export="full"))
     check_ready(spoilt(plain, export_dtype="float16"))
+
+
+def test_a_single_file_of_an_mmdit_is_refused(plain):
+    cfg = spoilt(plain, export="single_file")
+    check_export(cfg)
+    cfg.model = composed("model=sd3").model
+    assert "export=single_file: model=sd3 is no UNet" in refusal(check_export, cfg)
 
 
 def test_all_faults_stand_in_one_message(plain):

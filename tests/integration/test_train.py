@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
@@ -126,6 +127,24 @@ def test_lora_trains_and_exports_an_adapter(tiny_run):
         "state_dict"
     ]
     assert checkpoint and all("lora_" in name for name in checkpoint)  # what is frozen is not kept
+
+
+def test_a_run_exports_what_its_keys_say(tiny_run):
+    lora = ("+model.lora.rank=2", "+model.lora.alpha=2")
+    train_script.run(tiny_run("file", *lora, "export=single_file"))
+    policy = tiny_run.folder / "file" / "policy"
+    assert {path.name for path in policy.iterdir()} == {
+        "README.md",
+        "base.json",
+        "checkpoint.safetensors",
+        "comfyui_lora.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
+    text = (policy / "README.md").read_text()  # as the evaluation has rewritten it
+    assert "## In other programs" in text and "Not evaluated." not in text
+    train_script.run(tiny_run("half", *lora, "evaluate=false", "export=full", "export_dtype=bfloat16"))
+    [file] = (tiny_run.folder / "half" / "policy" / "unet").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("lora", [[], ["+model.lora.rank=2", "+model.lora.alpha=2"]], ids=["full", "lora"])

@@ -13,7 +13,7 @@ from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has
 from capo.backbones.model_card import ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import half_stored, named_dtype
-from capo.backbones.saving import write_pipeline
+from capo.backbones.saving import CHECKPOINT_FILE, write_checkpoint, write_pipeline
 from capo.errors import InputError
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
@@ -26,12 +26,14 @@ def export_policy(
     card: ModelCard,
     full: bool = False,
     dtype: str = "float32",
+    checkpoint: bool = False,
 ) -> Path:
     """Write the policy and its README (`card`), replacing `folder` atomically; return the folder.
 
     A denoiser with a LoRA adapter is written as the adapter's files in float32, one for diffusers and one for
     ComfyUI, and the name of its base or, with `full`, as a whole pipeline with the adapter merged. Any other
     denoiser is always written as a whole pipeline. `dtype` names the dtype of a whole pipeline's weights.
+    With `checkpoint`, a single file for other programs is written too (`Family.single_file`).
     """
     folder = Path(folder)
     with fresh_folder(folder) as fresh:
@@ -39,6 +41,8 @@ def export_policy(
             _write_adapter(backbone, denoiser, fresh)
         else:
             write_pipeline(backbone, fresh, denoiser, named_dtype(dtype))
+        if checkpoint:
+            write_checkpoint(backbone, denoiser, fresh / CHECKPOINT_FILE)
         (fresh / "README.md").write_text(readme(backbone, fresh, folder.name, card), encoding="utf-8")
     return folder
 

@@ -24,6 +24,7 @@ class Family(ABC):
         lora_targets: names of the modules that a low-rank adapter sits on.
         kohya_prefix: what stands before the names of an adapter's layers in other programs. An MMDiT's
             separate projections have no name of kohya's; OneTrainer's is one that ComfyUI knows them by.
+        single_file: whether a whole model can be written in one file, in the layout of the published model.
         lora_folders: other programs that load such an adapter, and the folder for it, in words.
     """
 
@@ -33,6 +34,7 @@ class Family(ABC):
     draws: ClassVar[tuple[str, ...]] = ("uniform",)
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     kohya_prefix: ClassVar[str] = "lora_transformer"
+    single_file: ClassVar[bool] = False
     lora_folders: ClassVar[str] = "ComfyUI's `models/loras`"
 
     @classmethod  # noqa: B027 - a family may allow all values

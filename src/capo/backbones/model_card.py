@@ -11,6 +11,7 @@ from capo.backbones.base import Backbone
 from capo.backbones.guidance_lines import FLOAT32, absolute, guidance_lines, loading_options, source_name
 from capo.backbones.lora import COMFYUI_FILE, LORA_FILE
 from capo.backbones.sampling import POLICY
+from capo.backbones.saving import CHECKPOINT_FILE
 from capo.runtime.files import write_whole
 
 UNCONDITIONAL = "unconditional prediction under guidance"
@@ -87,15 +88,18 @@ def _replacing_lines(backbone: Backbone, name: str) -> list[str]:
 
 def _elsewhere_lines(backbone: Backbone, folder: Path) -> list[str]:
     """Return the section on other programs than diffusers; empty if no file is for them."""
-    if not (folder / COMFYUI_FILE).is_file():
-        return []
-    return [
-        "## In other programs",
-        "",
-        f"Put `{COMFYUI_FILE}`, which holds the same adapter, into {backbone.lora_folders}, "
-        "under a name of your choice, and load it at strength 1 on top of the base.",
-        "",
-    ]
+    sentences = []
+    if (folder / COMFYUI_FILE).is_file():
+        sentences.append(
+            f"Put `{COMFYUI_FILE}`, which holds the same adapter, into {backbone.lora_folders}, "
+            "under a name of your choice, and load it at strength 1 on top of the base."
+        )
+    if (folder / CHECKPOINT_FILE).is_file():
+        sentences.append(
+            f"`{CHECKPOINT_FILE}` is the whole tuned model in float16: put it, under a name of your choice, "
+            "into ComfyUI's `models/checkpoints` or AUTOMATIC1111's `models/Stable-diffusion`."
+        )
+    return ["## In other programs", "", *sentences, ""] if sentences else []
 
 
 def _win_rate_lines(card: ModelCard) -> list[str]:

@@ -6,14 +6,24 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from capo.backbones.base import Backbone
 from capo.backbones.lora import has_adapter, merged
-from capo.backbones.models import Denoiser
+from capo.backbones.models import Autoencoder, Denoiser
+from capo.backbones.original_layout import (
+    marks,
+    original_clip,
+    original_open_clip,
+    original_unet,
+    original_vae,
+)
 from capo.backbones.precision import cpu_copy
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import weight_files
+
+CHECKPOINT_FILE = "checkpoint.safetensors"  # the whole model in one file, for other programs
 
 
 def write_pipeline(
@@ -26,6 +36,29 @@ def write_pipeline(
     pipeline.register_modules(**{name: in_dtype(module, dtype) for name, module in modules.items()})
     pipeline.save_pretrained(folder, safe_serialization=True)
     _drop_origins(Path(folder))
+
+
+def write_checkpoint(backbone: Backbone, denoiser: Denoiser, file: Path) -> None:
+    """Write UNet, VAE and text encoders to one file in the layout of the published model, in float16."""
+    pipeline = backbone.pipeline
+    second = getattr(pipeline, "text_encoder_2", None)
+    weights = original_weights(
+        whole_denoiser(backbone, denoiser), backbone.vae, pipeline.text_encoder, second
+    )
+    half = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in weights.items()}
+    save_file(half | marks(pipeline.scheduler.config), file, metadata={"format": "pt"})
+
+
+def original_weights(
+    unet: Denoiser, vae: Autoencoder, text_encoder: nn.Module, text_encoder_2: nn.Module | None
+) -> dict[str, Tensor]:
+    """Return all weights by their names in the published model; `text_encoder_2`: SDXL's."""
+    return {
+        **original_unet(unet.state_dict(), unet.config["layers_per_block"]),
+        **original_vae(vae.state_dict()),
+        **original_clip(text_encoder.state_dict(), alone=text_encoder_2 is None),
+        **({} if text_encoder_2 is None else original_open_clip(text_encoder_2.state_dict())),
+    }
 
 
 def save(backbone: Backbone, folder: str | Path, denoiser: Denoiser) -> None:
@@ -46,7 +79,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return the module itself if it has `dtype` throughout, else a copy on the CPU that has."""
     if all(p.dtype == dtype for p in module.parameters() if p.is_floating_point()):
         return module
-    return cpu_copy(module).to(dtype)
+    return nn.Module.to(cpu_copy(module), dtype)  # diffusers' own `to` would warn that it rounds
 
 
 def _drop_origins(folder: Path) -> None:

@@ -23,6 +23,7 @@ class UNetBackbone(Backbone):
     denoiser_class = "UNet2DConditionModel"
     denoiser_component = "unet"
     kohya_prefix = "lora_unet"
+    single_file = True
     lora_folders = "ComfyUI's `models/loras` or AUTOMATIC1111's `models/Lora`"
     draws = schedules.VP_DRAWS
 

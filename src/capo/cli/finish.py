@@ -87,6 +87,7 @@ def finish(
         card,
         full=cfg.export == "full",
         dtype=cfg.get("export_dtype", "float32"),  # runs of earlier versions have no such key
+        checkpoint=cfg.export == "single_file",
     )
     outcome = {
         MONITOR: win_rate,

@@ -196,6 +196,8 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
         cfg.planning.utilization,
         reward_request(cfg),
         cfg.evaluate,
+        cfg.export,
+        DTYPES[cfg.export_dtype].itemsize,
     )
 
 

@@ -192,7 +192,12 @@ def check_draw(cfg: DictConfig) -> None:
 def check_export(cfg: DictConfig) -> None:
     """Raise InputError for a format of the policy that its model or its adapter cannot have."""
     dtype = cfg.get("export_dtype", "float32")
-    if cfg.model.get("lora") and cfg.get("export") == "adapter" and dtype != "float32":
+    if cfg.get("export") == "single_file" and not family_of(cfg)[0].single_file:
+        raise InputError(
+            f"export=single_file: model={cfg.model.name} is no UNet, and only those of SD1.5 and SDXL have a "
+            "layout for one file here; give export=adapter or export=full"
+        )
+    if cfg.model.get("lora") and cfg.get("export") in ("adapter", "single_file") and dtype != "float32":
         raise InputError(
             f"export_dtype={dtype}: an adapter is always written in float32; leave export_dtype out, or give "
             "export=full to merge the adapter into a whole pipeline"

@@ -144,7 +144,7 @@ TABLE: dict[str, Rule] = {
     ),
     "model.published": optional(TEXT),
     "evaluate": SWITCH,
-    "export": one_of(("adapter", "full")),
+    "export": one_of(("adapter", "full", "single_file")),
     "export_dtype": one_of(list(DTYPES)),
     "push_to_hub": optional(TEXT),
     "import.better": one_of(("lower", "higher")),

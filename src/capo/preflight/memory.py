@@ -17,6 +17,7 @@ from capo.runtime.optimizers import ADAMW_8BIT
 # bitsandbytes: elements from which a tensor has 8-bit moments, and elements of a moment that share a scale
 EIGHT_BIT_FROM, BLOCK = 4096, 256
 LATENT_ITEM = 2  # bytes of a latent's element in a pool: float16
+CHECKPOINT_ITEM = 2  # likewise of a weight in a single file
 CHECKPOINTS = 3  # on disk at once: the best, the last, and the one being written
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from capo.preflight.memory import CHECKPOINTS, autocast_copies, parameters, pipeline_bytes, pool_bytes
+from capo.preflight.memory import (
+    CHECKPOINT_ITEM,
+    CHECKPOINTS,
+    autocast_copies,
+    parameters,
+    pipeline_bytes,
+    pool_bytes,
+)
 from capo.preflight.requests import PoolRequest, Request
 from capo.preflight.tracing import activation_bytes, decoder_forward, denoiser_forward
 
@@ -144,7 +151,7 @@ def flops_of(request: Request) -> dict[str, float]:
 
 def disk_space(request: Request) -> dict[str, Any]:
     """Compute the bytes under the pool root, by split (None: unknown), and in the run directory."""
-    blueprint, whole = request.blueprint, request.model_states()
+    blueprint = request.blueprint
 
     def size(pool: PoolRequest) -> int | None:
         return (
@@ -154,10 +161,18 @@ def disk_space(request: Request) -> dict[str, Any]:
         )
 
     pools = {name: size(pool) for name, pool in request.pools.items() if pool.stored}
-    # A fully tuned policy is exported as a whole pipeline in float32, an adapter as its own weights, twice.
-    policy = 2 * whole.gradients if request.training.lora else sum(pipeline_bytes(blueprint, 4).values())
-    run = {"checkpoints": CHECKPOINTS * request.checkpoint, "policy": policy}
+    run = {"checkpoints": CHECKPOINTS * request.checkpoint, "policy": _policy_bytes(request)}
     return {"pools": {**pools, "total": _sum(pools.values())}, "run": {**run, "total": sum(run.values())}}
+
+
+def _policy_bytes(request: Request) -> int:
+    """Size of the exported policy: an adapter's weights twice or a pipeline's, and a single file's."""
+    blueprint, file = request.blueprint, request.export == "single_file"
+    if request.training.lora and request.export != "full":
+        policy = 2 * request.model_states().gradients
+    else:
+        policy = sum(pipeline_bytes(blueprint, request.exported_item).values())
+    return policy + (sum(pipeline_bytes(blueprint, CHECKPOINT_ITEM).values()) if file else 0)
 
 
 def _sum(values: Iterable[int | None]) -> int | None:

@@ -118,6 +118,8 @@ class Request:
     utilization: float
     rewards: RewardRequest = RewardRequest()
     evaluate: bool = True  # whether the policy is evaluated after training
+    export: str = "adapter"  # format of the policy: adapter, full or single_file
+    exported_item: int = 4  # bytes per element of a policy that is a whole pipeline
 
     def model_states(self, shards: int = 1) -> ModelStates:
         """Compute the model states on each of `shards` devices."""

@@ -20,7 +20,7 @@ from capo.preflight.memory import (
     pipeline_bytes,
     pool_bytes,
 )
-from capo.preflight.plan import device_memory, flops_of, host_memory, hours, notes
+from capo.preflight.plan import device_memory, disk_space, flops_of, host_memory, hours, notes
 from capo.preflight.requests import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest
 from capo.preflight.tracing import Forward, activation_bytes, adapter_of, decoder_forward, denoiser_forward
 from capo.runtime.launch import Division
@@ -326,6 +326,20 @@ def request(blueprint, **changes) -> Request:
         1e12,
         0.5,
     )
+
+
+def test_the_disk_of_a_policy_follows_its_format(unet):
+    everything = sum(pipeline_bytes(unet, 1).values())  # parameters of the pipeline
+    adapter = model_states(unet, ADAPTER, "32-true", "adamw", True).gradients
+
+    def planned(lora, **format):
+        return disk_space(replace(request(unet, lora=lora), **format))["run"]["policy"]
+
+    assert planned(None) == planned(None, export="full") == planned(ADAPTER, export="full") == 4 * everything
+    assert planned(None, exported_item=2) == 2 * everything
+    assert planned(ADAPTER) == 2 * adapter > 0  # for diffusers and for ComfyUI
+    assert planned(ADAPTER, export="single_file") == 2 * adapter + 2 * everything
+    assert planned(None, export="single_file") == 6 * everything
 
 
 def test_a_pair_is_two_images_through_policy_and_reference_and_back(unet):
