@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -69,7 +70,8 @@ class LaionAesthetics(BatchScorer):
         stack = _loaded(linear_stack(model.visual_projection.out_features), state, weights, setting)
         network = {"image": model.vision_model, "projection": model.visual_projection, "layers": stack}
         super().__init__(nn.ModuleDict(network), batch)
-        self.crop: int = model.vision_model.config.image_size
+        vision: Any = model.vision_model.config  # typed as what it may be given as, too
+        self.crop: int = vision.image_size
 
     def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         pixels = torch.stack([cropped(image, self.crop) for image in images]).to(self.device)
