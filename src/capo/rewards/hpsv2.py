@@ -157,6 +157,8 @@ class HPSv2(ClipScorer):
         InputError: the weights are not available, or are another model's.
     """
 
+    version = 2  # as in its yaml
+
     def __init__(
         self,
         weights: str,

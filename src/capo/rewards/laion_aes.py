@@ -51,6 +51,8 @@ class LaionAesthetics(BatchScorer):
         InputError: the weights are not available, are another model's, or have another digest.
     """
 
+    version = 2  # as in its yaml
+
     def __init__(
         self,
         weights: str,

@@ -22,7 +22,7 @@ from capo.errors import InputError
 from capo.rewards import worker
 from capo.rewards.environments import check_environment
 from capo.rewards.isolated import IsolatedScorer
-from capo.rewards.sources import read_from, unpinned_commits
+from capo.rewards.sources import check_version, read_from, unpinned_commits
 from capo.runtime.batching import FittingBatch, device_memory
 from capo.runtime.fingerprints import content_fingerprint, digested
 
@@ -275,6 +275,7 @@ def _not_installed(reward: Reward, modules: str) -> str:
 
 def _build(reward: Reward) -> Scorer:
     assert isinstance(reward.scorer, Mapping)  # a callable is used as it is
+    check_version(reward.name, reward.scorer, reward.version)
     scorer = {**reward.scorer, **reward.commits}  # what the fingerprint names, whatever the hub has by now
     if reward.python or reward.isolated:
         return IsolatedScorer(

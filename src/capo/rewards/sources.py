@@ -1,12 +1,14 @@
-"""What the scorers of this package read their weights from, and the commits that unpinned hub ids stand for.
+"""What the scorers of this package read their weights from, the commits of unpinned hub ids, and versions.
 
 A scorer's argument `weights` goes with `revision`, and any other, such as `clip`, with `clip_revision`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
+from capo.errors import InputError
 from capo.runtime.hub import is_commit, is_hub_id, resolved_commit
 
 
@@ -34,3 +36,18 @@ def unpinned_commits(scorer: Any) -> dict[str, str]:
         if is_hub_id(source) and not Path(source).exists() and not is_commit(scorer[revision])
     }
     return {revision: commit for revision, commit in found.items() if commit}
+
+
+def check_version(name: str, scorer: Mapping[str, Any], version: int) -> None:
+    """Raise InputError if reward `name` declares another `version` than its scorer's class, of this package.
+
+    Otherwise a configuration of an earlier version would store new scores under the fingerprint of old ones.
+    """
+    target = str(scorer["_target_"])
+    has = getattr(locate(target), "version", 1) if target.startswith("capo.rewards.") else version
+    if has != version:
+        raise InputError(
+            f"reward '{name}': its configuration is of version {version} of {target}, this package has "
+            f"version {has}, whose scores differ; set ++rewards.{name}.version={has} (and "
+            f"++evaluation.rewards.{name}.version={has} if it is used there), and its scores are made again"
+        )

@@ -190,7 +190,9 @@ def test_a_score_is_the_cleaned_prompts(file, clip):
 
 def test_without_ftfy_the_package_is_named(file, clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    reward = Reward("hpsv2", {"_target_": "capo.rewards.hpsv2.HPSv2", "weights": file, "clip": clip})
+    reward = Reward(
+        "hpsv2", {"_target_": "capo.rewards.hpsv2.HPSv2", "weights": file, "clip": clip}, version=2
+    )
     with pytest.raises(InputError, match="'hpsv2' needs ftfy, which is not installed: pip install ftfy"):
         reward.setup("cpu")
 

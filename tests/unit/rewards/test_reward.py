@@ -1,11 +1,15 @@
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from capo.cli.readiness import check_reward_weights
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
+from capo.rewards.sources import check_version
 from capo.runtime.fingerprints import content_fingerprint
+from fixtures import ROOT
+from fixtures.configuration import composed
 
 RED, GRAY = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (51, 51, 51))
 built = []
@@ -263,3 +267,24 @@ def test_the_scorer_reads_the_commit_of_the_fingerprint(hub, monkeypatch):
     hub[("owner/name", None)] = OTHER  # the hub's main moves
     reward.setup("cpu")
     assert (built[0]["revision"], built[0]["clip_revision"]) == (COMMIT, OTHER)
+
+
+def test_a_configuration_of_another_version_scores_nothing(monkeypatch):
+    monkeypatch.setattr("capo.rewards.worker.build", lambda scorer: Redness())
+    scorer = {"_target_": "capo.rewards.hpsv2.HPSv2", "weights": "./w.pt"}
+    for version in (1, 3):
+        reward = Reward("hpsv2", scorer, version=version)
+        assert reward.key  # scores that are there can be read
+        with pytest.raises(
+            InputError, match=rf"of version {version} of .*; set \+\+rewards\.hpsv2\.version=2"
+        ):
+            reward.setup("cpu")
+    Reward("hpsv2", scorer, version=2).setup("cpu")
+    Reward("own", target(), version=7).setup("cpu")  # whose versions are its author's
+
+
+def test_the_yamls_have_the_versions_of_their_scorers():
+    for path in sorted((ROOT / "conf" / "rewards").glob("*.yaml")):
+        entries = OmegaConf.to_container(composed(f"rewards={path.stem}").rewards, resolve=True)
+        for name, entry in entries.items():
+            check_version(name, entry["scorer"], entry.get("version", 1))
