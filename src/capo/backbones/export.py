@@ -118,7 +118,8 @@ def _write_adapter(backbone: Backbone, denoiser: Denoiser, folder: Path) -> None
     writer.save_lora_weights(
         folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     )
-    write_kohya(layers, backbone.kohya_prefix, metadata["lora_alpha"], folder / COMFYUI_FILE)
+    alpha: Any = metadata["lora_alpha"]  # a number, beside keys that are lists
+    write_kohya(layers, backbone.kohya_prefix, alpha, folder / COMFYUI_FILE)
     base = {
         "weights": base_weights(backbone),
         "revision": backbone.revision,

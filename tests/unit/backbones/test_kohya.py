@@ -1,5 +1,7 @@
 """An adapter in the names of other programs: what they look for, and the strength that they give it."""
 
+import re
+
 import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
@@ -11,7 +13,7 @@ from capo.backbones.lora import ADAPTER, COMFYUI_FILE, add_lora, merged
 from capo.backbones.model_card import ModelCard, write_card
 from capo.backbones.sampling import SamplerSettings, sample_prompts
 from capo.preflight.architecture import published
-from fixtures.foreign_names import comfyui_layers
+from fixtures.foreign_names import RECORDED, comfyui_layers
 from fixtures.policies import PROMPTS, SEEDS, assert_adapters_latents, plain_latents
 
 CARD = ModelCard(objective="capo", data="8 prompts of nowhere")
@@ -68,6 +70,22 @@ def test_names_and_shapes_are_those_that_comfyui_looks_for(model, tensors):
             f"{name}.alpha": (),
         }
     assert found == expected and len(found) == tensors
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd15"])
+def test_the_web_ui_finds_the_same_layers(model):
+    # its rule (convert_diffusers_name_to_compvis): three rows of the layout for each block of a resolution
+    for name, place, *_ in RECORDED["unets"][model]["attentions"]:
+        side, block, row = re.fullmatch(
+            r"lora_unet_(down|mid|up)_(?:blocks_(\d+)|block)_attentions_(\d+)", name
+        ).groups()
+        rows = 3 * int(block or 0) + int(row)
+        expected = {
+            "down": f"input_blocks.{1 + rows}.1",
+            "mid": "middle_block.1",
+            "up": f"output_blocks.{rows}.1",
+        }
+        assert place == expected[side]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "sd3_bare"])

@@ -46,7 +46,7 @@ def test_diffusers_reads_every_weight_back_from_the_file(tiny_backbones, tmp_pat
 
 
 @pytest.mark.parametrize("model", ["sdxl", "sd15"])
-def test_names_and_shapes_are_those_of_the_published_file(model):
+def test_names_and_shapes_are_those_of_the_published_model(model):
     plan, recorded = published(model), PUBLISHED[model]
     second = plan.module("text_encoder_2") if "text_encoder_2" in plan.configs else None
     weights = original_weights(plan.denoiser(), plan.vae(), plan.module("text_encoder"), second)
