@@ -284,11 +284,18 @@ def test_log_snr_of_the_published_schedules(tiny_folders, tmp_path, name):
     assert model.bias == {"sd3": -1.0}.get(name, 1.5)
 
 
-@pytest.mark.parametrize("model", ["shapes_unet", "shapes_mmdit"])
-def test_log_snr_of_the_shipped_schedules(model):
-    cfg = composed(f"model={model}")
-    check = {"shapes_unet": check_discrete, "shapes_mmdit": check_flow}[model]
-    check(base_of(cfg))
+def test_log_snr_of_the_shipped_schedules():
+    """That of the UNet is SDXL's with larger betas, and the network predicts v."""
+    check_flow(base_of(composed("model=shapes_mmdit")))
+    backbone = base_of(composed("model=shapes_unet"))
+    t = torch.tensor([0, 250, 500, 750, 999])
+    # the product of 1 - beta, sqrt(beta) linear from sqrt(0.00085) to sqrt(0.02), in float64
+    alpha_bar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)[t.numpy()]
+    expected = np.log(alpha_bar / (1 - alpha_bar))
+    assert backbone.log_snr(t).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert backbone.log_snr(t[-1]).item() == pytest.approx(-8.377, abs=1e-3)
+    weights = alpha_bar / (1 + np.exp(expected + 1))  # of v: abar sigmoid(-1 - log-SNR)
+    assert backbone.weight(t, -1.0).tolist() == pytest.approx(weights.tolist(), abs=1e-5)
 
 
 def check_discrete(backbone):

@@ -69,17 +69,17 @@ def test_exchanged_text_encoders_are_named(broken):
 
 
 def test_a_wrong_prediction_type_is_named(monkeypatch):
-    """The same denoiser, as if trained to predict v = alpha eps - sigma x = (eps - sigma x_t) / alpha."""
+    """The same denoiser, as if trained to predict the noise, eps = alpha v + sigma x_t."""
     backbone = UNetBackbone(WEIGHTS)
-    of_noise, alphas_cumprod = backbone.denoiser.forward, backbone.scheduler().alphas_cumprod
+    of_velocity, alphas_cumprod = backbone.denoiser.forward, backbone.scheduler().alphas_cumprod
 
-    def of_velocity(sample, timestep, **options):
+    def of_noise(sample, timestep, **options):
         abar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        return ((of_noise(sample, timestep, **options)[0] - (1 - abar).sqrt() * sample) / abar.sqrt(),)
+        return (abar.sqrt() * of_velocity(sample, timestep, **options)[0] + (1 - abar).sqrt() * sample,)
 
-    monkeypatch.setattr(backbone.denoiser, "forward", of_velocity)
+    monkeypatch.setattr(backbone.denoiser, "forward", of_noise)
     vae, denoising = looked_at(backbone, known_scenes())
-    assert vae.passed and not denoising.passed and "the denoiser predicts v, not" in denoising.remedy
+    assert vae.passed and not denoising.passed and "the denoiser predicts the noise, not" in denoising.remedy
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "sd3_bare"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from capo.backbones.models import Autoencoder
-from capo.noise import vp_add_noise, vp_log_snr
+from capo.noise import vp_add_noise, vp_log_snr, vp_velocity
 from capo.runtime.files import fresh_folder
 from capo.shapes.make import autoencoder
 from capo.shapes.make.fitting import fit, generator, share
@@ -51,11 +51,19 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
-    """Build SDXL's discrete noise schedule with the sampler that needs the fewest steps."""
+    """Build a schedule like SDXL's that ends closer to pure noise, with the sampler that needs few steps.
+
+    SDXL's own keeps 0.0047 of the image's variance in its last step, which shows where things are. The
+    sampler starts from noise alone, and its random places then decide in place of the caption: of prompts
+    that name a place, 0.64 had it wrong; 0.18 when the start kept 0.0047 of a right scene, and 0.82 when it
+    kept as much of another one. Here 0.0002 is kept. The noise at that level says next to nothing of the
+    image, so the network predicts v.
+    """
     return DPMSolverMultistepScheduler(
         beta_start=0.00085,
-        beta_end=0.012,
+        beta_end=0.02,
         beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
         timestep_spacing="trailing",  # the first step then sees pure noise, as in sampling
     )
 
@@ -88,11 +96,7 @@ class Learner(nn.Module):
 def train(
     work: Path, steps: int, batch: int = 32, seed: int = 0, start: Path | None = None
 ) -> StableDiffusionXLPipeline:
-    """Train noise prediction on the encoded scenes in `work`; one in ten captions is dropped.
-
-    The error of the noise is weighted by 1 + 1 / SNR, at most 100, which makes it the error of the velocity.
-    Without the weight, the loss is dominated by the lowest noise levels, which say little about shapes, and
-    hardly covers the highest, which determine places and backgrounds.
+    """Train the prediction of v on the encoded scenes in `work`; one in ten captions is dropped.
 
     Args:
         work: folder of scenes, captions, logs and checkpoints.
@@ -110,7 +114,6 @@ def train(
     elif start:
         learner.load_state_dict(torch.load(start, weights_only=True)["average"], strict=False)
     log_snr = vp_log_snr(alphas)
-    weights = (1 + (-log_snr).exp()).clamp(max=100.0)
     ids = learner.tokens(json.loads((work / "captions.json").read_text()))
 
     def loss(step: int):
@@ -122,8 +125,9 @@ def train(
         keep = (torch.rand(batch, generator=draw) > 0.1).float()[mine]
         words, added = learner.conditioning(ids[rows], keep)
         told = learner.unet(vp_add_noise(x, noise, alphas[t]), t, words, added_cond_kwargs=added).sample
-        errors = (told - noise).square().mean((1, 2, 3))
-        return (weights[t] * errors).mean() / weights.mean(), {"unweighted": errors.mean().item()}
+        errors = (told - vp_velocity(x, noise, alphas[t])).square().mean((1, 2, 3))
+        late = log_snr[t] < -1
+        return errors.mean(), {"late": errors[late].mean().item(), "early": errors[~late].mean().item()}
 
     fit("base", learner, loss, work, steps, lr=1e-3, average=True)
     return pipeline(learner, autoencoder.load(work))

@@ -33,7 +33,7 @@ from capo.shapes.scenes import (
     realize,
 )
 
-WRONG = 0.15  # chance that an attribute of a caption contradicts the picture
+WRONG = 0.25  # chance that an attribute of a caption contradicts the picture
 # categories that scenes are drawn from, so that two thirds show one object
 OFTEN = (*TRAINING, "colours", "colours", "texture", "position")
 PALE = 0.75  # share of scenes whose colors lie between the full ones and the background
