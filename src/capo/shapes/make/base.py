@@ -22,8 +22,8 @@ from capo.backbones.models import Autoencoder
 from capo.noise import vp_add_noise, vp_log_snr, vp_velocity
 from capo.runtime.files import fresh_folder
 from capo.shapes.make import autoencoder
-from capo.shapes.make.fitting import fit, generator, share
-from capo.shapes.make.text import encoders, tokenizer
+from capo.shapes.make.fitting import fit, generator, share, stratified
+from capo.shapes.make.text import encoders, token_ids, tokenizer
 from capo.shapes.scenes import SIDE
 
 WIDTHS = (32, 64)
@@ -77,10 +77,6 @@ class Learner(nn.Module):
         self.unet = build_unet()
         self.first, self.second = encoders(len(self.tokenizer))
 
-    def tokens(self, captions: list[str]) -> Tensor:
-        """Tokenize captions to ids (B, LENGTH)."""
-        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
     def conditioning(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the UNet's conditioning for token ids (B, LENGTH): text states; pooled text and time ids.
 
@@ -114,7 +110,7 @@ def train(
     elif start:
         learner.load_state_dict(torch.load(start, weights_only=True)["average"], strict=False)
     log_snr = vp_log_snr(alphas)
-    ids = learner.tokens(json.loads((work / "captions.json").read_text()))
+    ids = token_ids(learner.tokenizer, json.loads((work / "captions.json").read_text()))
 
     def loss(step: int):
         draw, mine = generator(seed, 2, step), share(batch)
@@ -126,7 +122,7 @@ def train(
         words, added = learner.conditioning(ids[rows], keep)
         told = learner.unet(vp_add_noise(x, noise, alphas[t]), t, words, added_cond_kwargs=added).sample
         errors = (told - vp_velocity(x, noise, alphas[t])).square().mean((1, 2, 3))
-        late = log_snr[t] < -1
+        late = log_snr[t] < -1  # where places and backgrounds are decided; early: outlines
         return errors.mean(), {"late": errors[late].mean().item(), "early": errors[~late].mean().item()}
 
     fit("base", learner, loss, work, steps, lr=1e-3, average=True)
@@ -154,8 +150,7 @@ def timesteps(log_snr: Tensor, batch: int, draw: torch.Generator) -> Tensor:
     The normal has mean -0.5 and standard deviation 2, where shapes are determined; two thirds of a
     uniform draw would fall where the noise hides everything or nothing.
     """
-    u = (torch.rand(batch, generator=draw) + torch.arange(batch)) / batch
-    u = u[torch.randperm(batch, generator=draw)]
+    u = stratified(batch, draw)
     middle = torch.searchsorted(-log_snr, 0.5 - 2 * torch.special.ndtri(u)).clamp(max=len(log_snr) - 1)
     return torch.where(torch.arange(batch) % 4 == 0, (u * len(log_snr)).long(), middle)
 

@@ -108,6 +108,12 @@ def fit(
     return module.eval()
 
 
+def stratified(batch: int, draw: torch.Generator) -> Tensor:
+    """Draw numbers (batch,), one in each of as many equal parts of [0, 1), in random order."""
+    u = (torch.rand(batch, generator=draw) + torch.arange(batch)) / batch
+    return u[torch.randperm(batch, generator=draw)]
+
+
 def process() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -23,8 +23,8 @@ from capo.backbones.models import Autoencoder
 from capo.noise import flow_add_noise
 from capo.shapes.make import flow_autoencoder
 from capo.shapes.make.cells import Teller, all_things
-from capo.shapes.make.fitting import fit, generator, share
-from capo.shapes.make.text import encoders, tokenizer
+from capo.shapes.make.fitting import fit, generator, share, stratified
+from capo.shapes.make.text import encoders, token_ids, tokenizer
 
 ACROSS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # neighbors, as tokens to the right and down
 # offsets that the heads of each block attend to at first
@@ -137,10 +137,6 @@ class Learner(nn.Module):
     def _keep(self, block: nn.Module, given: tuple, tokens: tuple[Tensor, Tensor]) -> None:
         self.seen = tokens[1]  # the picture's tokens (B, 64, width)
 
-    def tokens(self, captions: list[str]) -> Tensor:
-        """Tokenize captions to ids (B, LENGTH)."""
-        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
     def conditioning(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pipeline's conditioning for token ids (B, LENGTH).
 
@@ -176,8 +172,8 @@ def train(
     prepare(learner.transformer)
     if start:
         learner.load_state_dict(torch.load(start, weights_only=True)["average"], strict=False)
-    ids = learner.tokens(json.loads((work / "captions.json").read_text()))
-    nothing = learner.tokens([""])
+    ids = token_ids(learner.tokenizer, json.loads((work / "captions.json").read_text()))
+    nothing = token_ids(learner.tokenizer, [""])
 
     def loss(step: int):
         draw, mine = generator(seed, 3, step), share(batch)
@@ -206,8 +202,7 @@ def times(batch: int, draw: torch.Generator) -> Tensor:
 
     The logit has mean 0.25 and standard deviation 1.
     """
-    u = (torch.rand(batch, generator=draw) + torch.arange(batch)) / batch
-    u = u[torch.randperm(batch, generator=draw)].clamp(1e-4, 1 - 1e-4)
+    u = stratified(batch, draw).clamp(1e-4, 1 - 1e-4)
     return torch.where(torch.arange(batch) % 4 == 0, u, torch.sigmoid(0.25 + torch.special.ndtri(u)))
 
 

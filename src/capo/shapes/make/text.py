@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from capo.shapes.captions import WORDS
@@ -55,3 +56,8 @@ def encoders(vocabulary: int) -> tuple[CLIPTextModel, CLIPTextModelWithProjectio
     As in SDXL, their second-to-last layer feeds the cross-attention.
     """
     return CLIPTextModel(_config(vocabulary, 32, 2)), CLIPTextModelWithProjection(_config(vocabulary, 64, 3))
+
+
+def token_ids(words: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Tokenize captions to ids (B, LENGTH)."""
+    return words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
