@@ -40,18 +40,15 @@ def vp_timestep(u: Tensor, steps: int) -> Tensor:
     return (_at_least_float32(u) * steps).long().clamp(0, steps - 1)
 
 
-def vp_time(
-    u: Tensor, log_snr: Tensor, draw: str = "uniform", normal: tuple[float, float] = LOG_SNR_NORMAL
-) -> Tensor:
+def vp_time(u: Tensor, log_snr: Tensor, draw: str = "uniform") -> Tensor:
     """Timestep of a discrete schedule for a uniform number u; it rises with u.
 
     Args:
         u: numbers in [0, 1), any shape.
         log_snr: (T,) log-SNR of each timestep, falling; -inf is allowed.
         draw: `uniform`: t = floor(u T); `logsnr_normal`: the timestep whose log-SNR is nearest to
-            lam = mu - sigma Phi^-1(v), which is normal. v rises with u, between the bounds within which lam
-            stays inside the schedule: no mass piles up at its ends.
-        normal: (mu, sigma) of that draw; sigma is positive.
+            lam = mu - sigma Phi^-1(v), normal with (mu, sigma) = LOG_SNR_NORMAL. v rises with u, between the
+            bounds within which lam stays inside the schedule: no mass piles up at its ends.
 
     Returns:
         int64 in 0 ... T - 1, shape of u.
@@ -63,12 +60,12 @@ def vp_time(
         raise ParameterError("draw", draw, f"must be one of {', '.join(VP_DRAWS)}")
     if draw == "uniform":
         return vp_timestep(u, len(log_snr))
-    mean, deviation = normal
+    mean, deviation = LOG_SNR_NORMAL
     falling = _at_least_float32(log_snr).to(u.device)
     z = (mean - falling) / deviation  # rises with t
     low, high = torch.special.ndtr(z[0]), torch.special.ndtr(z[-1])
-    drawn = torch.special.ndtri(low + (high - low) * _at_least_float32(u))
-    return torch.bucketize(drawn, (z[:-1] + z[1:]) / 2)
+    normal = torch.special.ndtri(low + (high - low) * _at_least_float32(u))
+    return torch.bucketize(normal, (z[:-1] + z[1:]) / 2)
 
 
 def vp_add_noise(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The UNet family: predicts noise or v on a discrete variance-preserving schedule (SD1.5, SDXL)."""
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -11,21 +10,14 @@ from capo.backbones.base import Backbone
 from capo.backbones.family import Configs, Text
 from capo.backbones.models import Scheduler
 from capo.backbones.schedulers import options_of
-from capo.errors import InputError, ParameterError
+from capo.errors import InputError
 
 NOISE, VELOCITY = "epsilon", "v_prediction"  # what a network predicts, in diffusers' words
 TIME_IDS = 6  # numbers of SDXL's size conditioning: original size, crop, target size
 
 
 class UNetBackbone(Backbone):
-    """UNet2DConditionModel of a StableDiffusionPipeline, or of an XL pipeline with text_time conditioning.
-
-    Args:
-        weights: see `Backbone`.
-        args: see `Backbone`.
-        log_snr_normal: mean and standard deviation of the log-SNR of times drawn by `logsnr_normal`.
-        others: see `Backbone`.
-    """
+    """UNet2DConditionModel of a StableDiffusionPipeline, or of an XL pipeline with text_time conditioning."""
 
     pipeline_classes = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
     denoiser_class = "UNet2DConditionModel"
@@ -34,25 +26,6 @@ class UNetBackbone(Backbone):
     single_file = True
     lora_folders = "ComfyUI's `models/loras` or AUTOMATIC1111's `models/Lora`"
     draws = schedules.VP_DRAWS
-
-    def __init__(
-        self, weights: str, *args, log_snr_normal: Sequence[float] = schedules.LOG_SNR_NORMAL, **others
-    ):
-        self.check_options(log_snr_normal)
-        mean, deviation = log_snr_normal
-        self.log_snr_normal = float(mean), float(deviation)
-        super().__init__(weights, *args, **others)
-
-    @classmethod
-    def check_options(
-        cls, log_snr_normal: Sequence[float] = schedules.LOG_SNR_NORMAL, **options: object
-    ) -> None:
-        known = isinstance(log_snr_normal, Sequence) and not isinstance(log_snr_normal, str)
-        numbers = known and all(type(value) in (int, float) for value in log_snr_normal)
-        if not (numbers and len(log_snr_normal) == 2 and log_snr_normal[1] > 0):
-            raise ParameterError(
-                "log_snr_normal", log_snr_normal, "must be a mean and a standard deviation above 0"
-            )
 
     @classmethod
     def unused_parts(cls, **options: object) -> dict[str, None]:
@@ -137,7 +110,7 @@ class UNetBackbone(Backbone):
         return self._text.negative(self, count)
 
     def timesteps(self, u: Tensor, draw: str = "uniform") -> Tensor:
-        return schedules.vp_time(u, schedules.vp_log_snr(self._alphas_cumprod), draw, self.log_snr_normal)
+        return schedules.vp_time(u, schedules.vp_log_snr(self._alphas_cumprod), draw)
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
         if t.device not in self._alphas_on:

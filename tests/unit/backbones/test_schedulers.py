@@ -365,15 +365,3 @@ def test_the_shift_survives_being_saved_and_loaded_again(tiny_folders, tmp_path,
     save(first, tmp_path / "policy", first.denoiser)
     again = MMDiTBackbone(str(tmp_path / "policy"), scheduler=kinds[1], sequence_length=9).scheduler()
     assert again.config.get("flow_shift" if kinds[1].startswith("DPM") else "shift") == 3.0
-
-
-def test_a_unets_normal_draw_follows_its_option_and_refuses_others(tiny_folders):
-    usual = UNetBackbone(tiny_folders["sdxl"])
-    late = UNetBackbone(tiny_folders["sdxl"], log_snr_normal=[-3.5, 0.5])
-    u = (torch.arange(1000) + 0.5) / 1000
-    means = [kind.log_snr(kind.timesteps(u, "logsnr_normal")).mean().item() for kind in (usual, late)]
-    assert means == pytest.approx([-0.46, -3.5], abs=0.05)
-    assert torch.equal(usual.timesteps(u, "uniform"), late.timesteps(u, "uniform"))
-    for wrong in ([1.0], [0.0, 0.0], "ab", ["a", 1.0]):
-        with pytest.raises(InputError, match="log_snr_normal must be a mean and a standard deviation"):
-            UNetBackbone(tiny_folders["sdxl"], log_snr_normal=wrong)
