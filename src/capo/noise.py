@@ -17,10 +17,11 @@ from capo.errors import ParameterError
 
 FLOW_EDGE = 1e-5  # flow times are clamped to [FLOW_EDGE, 1 - FLOW_EDGE], where the log-SNR is finite
 LOG_SNR_RANGE = (10.0, -10.0)  # log-SNR at u = 0 and at u = 1 of the draw `logsnr_uniform`
-VP_DRAWS = ("uniform", "logsnr_normal")
-# mean and standard deviation of the draw `logsnr_normal`: the middle of SDXL's schedule, whose log-SNR is -1
-# at t = 500, and little of the times at which all or nothing of the image is to be seen
-LOG_SNR_NORMAL = (-0.5, 2.0)
+# draws in which the log-SNR is normal -> its mean and standard deviation. The first is the middle of SDXL's
+# schedule, whose log-SNR is -1 at t = 500, with little of the times at which all or nothing of the image is
+# to be seen; the second the times at which a small model decides what an image shows (docs/shapes.md).
+LOG_SNR_NORMAL = {"logsnr_normal": (-0.5, 2.0), "logsnr_normal_late": (-3.5, 1.5)}
+VP_DRAWS = ("uniform", *LOG_SNR_NORMAL)
 
 
 def vp_log_snr(alphas_cumprod: Tensor) -> Tensor:
@@ -46,9 +47,9 @@ def vp_time(u: Tensor, log_snr: Tensor, draw: str = "uniform") -> Tensor:
     Args:
         u: numbers in [0, 1), any shape.
         log_snr: (T,) log-SNR of each timestep, falling; -inf is allowed.
-        draw: `uniform`: t = floor(u T); `logsnr_normal`: the timestep whose log-SNR is nearest to
-            lam = mu - sigma Phi^-1(v), normal with (mu, sigma) = LOG_SNR_NORMAL. v rises with u, between the
-            bounds within which lam stays inside the schedule: no mass piles up at its ends.
+        draw: `uniform`: t = floor(u T); one of LOG_SNR_NORMAL: the timestep whose log-SNR is nearest to
+            lam = mu - sigma Phi^-1(v), normal with its (mu, sigma). v rises with u, between the bounds within
+            which lam stays inside the schedule: no mass piles up at its ends.
 
     Returns:
         int64 in 0 ... T - 1, shape of u.
@@ -60,7 +61,7 @@ def vp_time(u: Tensor, log_snr: Tensor, draw: str = "uniform") -> Tensor:
         raise ParameterError("draw", draw, f"must be one of {', '.join(VP_DRAWS)}")
     if draw == "uniform":
         return vp_timestep(u, len(log_snr))
-    mean, deviation = LOG_SNR_NORMAL
+    mean, deviation = LOG_SNR_NORMAL[draw]
     falling = _at_least_float32(log_snr).to(u.device)
     z = (mean - falling) / deviation  # rises with t
     low, high = torch.special.ndtr(z[0]), torch.special.ndtr(z[-1])

@@ -123,7 +123,7 @@ def test_values_that_cannot_be_used(plain, key, value, message):
      "pairs.weights=[1.0]: must be 2 finite numbers, one for each reward in their order, none negative"),
     ({"objective": {"_target_": "capo.objectives.capo", "_partial_": True, "beta": 1},
       "noise.draw": "logit_normal"},
-     "noise.draw=logit_normal: model=tiny draws times by uniform or logsnr_normal only"),
+     "noise.draw=logit_normal: model=tiny draws times by uniform or logsnr_normal or"),
     ({"objective": {"_target_": "capo.objectives.sft", "_partial_": True}, "anchor.weight": 0.5},
      "anchor.weight=0.5: must be 0, since the objective has no reference"),
     ({"objective": {"_target_": "capo.objectives.sft", "_partial_": True}, "noise.reduction": "inside"},

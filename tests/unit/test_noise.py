@@ -75,6 +75,13 @@ def test_log_snr_normal_times_rise_with_u_and_are_normal_inside_the_schedule():
     assert t.bincount(minlength=1000)[-1] / len(t) < 1e-3  # nothing piles up at the end
 
 
+def test_the_late_draw_is_normal_around_its_mean():
+    log_snr = noise.vp_log_snr(torch.linspace(0.999, 1e-6, 4000, dtype=torch.float64))  # wide enough for it
+    found = log_snr[noise.vp_time(GRID, log_snr, "logsnr_normal_late")]
+    assert found.mean().item() == pytest.approx(-3.5, abs=0.05)
+    assert found.std().item() == pytest.approx(1.5, abs=0.05)
+
+
 def test_log_snr_normal_keeps_off_a_time_of_noise_alone():
     log_snr = torch.tensor([2.0, 0.0, -2.0, -math.inf])
     u = torch.tensor([0.0, 0.5, 1 - 2**-24])
@@ -85,7 +92,9 @@ def test_log_snr_normal_keeps_off_a_time_of_noise_alone():
 def test_uniform_times_are_those_of_the_timesteps_and_unknown_draws_are_refused():
     log_snr = noise.vp_log_snr(sdxl_scheduler().alphas_cumprod)
     assert torch.equal(noise.vp_time(GRID, log_snr), noise.vp_timestep(GRID, 1000))
-    with pytest.raises(InputError, match="draw must be one of uniform, logsnr_normal, got 'logit_normal'"):
+    with pytest.raises(
+        InputError, match="draw must be one of uniform, logsnr_normal, logsnr_normal_late, got 'logit_normal'"
+    ):
         noise.vp_time(GRID, log_snr, "logit_normal")
 
 

@@ -14,7 +14,7 @@ from capo.runtime.hub import is_commit, is_hub_id, resolved_commit
 
 def read_from(scorer: Any) -> dict[str, tuple[str, str]]:
     """Return argument -> (file, folder or hub id; argument of its revision); empty for others' scorers."""
-    if not isinstance(scorer, Mapping) or not str(scorer["_target_"]).startswith("capo.rewards."):
+    if not isinstance(scorer, Mapping) or not str(scorer.get("_target_", "")).startswith("capo.rewards."):
         return {}
     paired = {key: "revision" if key == "weights" else f"{key}_revision" for key in scorer}
     return {

@@ -336,7 +336,8 @@ def check_flow(backbone):
 def test_a_draw_of_the_other_family_is_refused(model, draw):
     cfg = composed(f"model={model}", f"noise.draw={draw}")
     with pytest.raises(
-        InputError, match=f"{draw}: model={model} draws times by uniform or logsnr_normal only"
+        InputError,
+        match=f"{draw}: model={model} draws times by uniform or logsnr_normal or logsnr_normal_late only",
     ):
         check_draw(cfg)
     cfg.noise.draw = "uniform"

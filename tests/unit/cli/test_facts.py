@@ -25,6 +25,6 @@ def test_an_anchor_is_told_where_there_is_one():
 
 
 def test_times_are_told():
-    assert facts()["times"] == "uniform, independent"
+    assert facts()["times"] == "logsnr_normal_late, independent"
     several = ["noise.times=stratified", "noise.times_per_pair=4", "noise.reduction=inside"]
-    assert facts(*several)["times"] == "uniform, stratified, 4 per pair, loss of their mean margin"
+    assert facts(*several)["times"] == "logsnr_normal_late, stratified, 4 per pair, loss of their mean margin"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from capo.cli.resolvers import shipped
 from capo.shapes.make import flow_autoencoder, mmdit
 from capo.shapes.make.fitting import generator
+from capo.shapes.make.text import token_ids
 
 
 def test_times_are_a_quarter_uniform_and_logit_normal_around_a_quarter():
@@ -25,7 +26,7 @@ def test_the_learner_is_fed_what_the_pipeline_feeds():
     pipe = mmdit.pipeline(learner, flow_autoencoder.build())
     captions = ["a red circle", "", "two blue stars on a white background"]
     with torch.no_grad():
-        words, pooled = learner.conditioning(learner.tokens(captions))
+        words, pooled = learner.conditioning(token_ids(learner.tokenizer, captions))
         told = pipe.encode_prompt(
             captions, None, None, do_classifier_free_guidance=False, max_sequence_length=mmdit.T5_TOKENS
         )
