@@ -74,9 +74,9 @@ def test_nothing_is_missing_for_the_shapes(tmp_path):
     plan, told = planned(tmp_path)
     assert plan["missing here"] == [] and "nothing" in told
     assert plan["prompts"] == {"train": 512, "validation": 96, "test": 256}
-    # 250 steps; validation every 125 of them: 96 x 4 images twice, beside 512 x 8 + 96 x 4 + 256 x 4 twice
+    # 250 steps and validation after the last: 96 x 4 images once, beside 512 x 8 + 96 x 4 + 256 x 4 twice
     # + 64 x 4
-    assert plan["steps"] == 250 and plan["hours"]["images"] == 512 * 8 + 3 * 96 * 4 + 2 * 256 * 4 + 64 * 4
+    assert plan["steps"] == 250 and plan["hours"]["images"] == 512 * 8 + 2 * 96 * 4 + 2 * 256 * 4 + 64 * 4
     assert plan["config"]["trainer"]["batch"] == 32
 
 
