@@ -93,8 +93,15 @@ class UNetBackbone(Backbone):
         return self.scheduler().alphas_cumprod.float()
 
     @cached_property
-    def _alphas_on(self) -> dict[torch.device, Tensor]:
-        return {}  # a copy per device, since each step reads them several times
+    def _schedules(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _schedule(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`alphas_cumprod` and log-SNR of all timesteps, copied to a device once: each step reads them."""
+        if device not in self._schedules:
+            alphas = self._alphas_cumprod
+            self._schedules[device] = alphas.to(device), schedules.vp_log_snr(alphas).to(device)
+        return self._schedules[device]
 
     @property
     def token_limits(self) -> dict[str, int]:
@@ -110,12 +117,10 @@ class UNetBackbone(Backbone):
         return self._text.negative(self, count)
 
     def timesteps(self, u: Tensor, draw: str = "uniform") -> Tensor:
-        return schedules.vp_time(u, schedules.vp_log_snr(self._alphas_cumprod), draw)
+        return schedules.vp_time(u, self._schedule(u.device)[1], draw)
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
-        if t.device not in self._alphas_on:
-            self._alphas_on[t.device] = self._alphas_cumprod.to(t.device)
-        return self._alphas_on[t.device][t]
+        return self._schedule(t.device)[0][t]
 
     def log_snr(self, t: Tensor) -> Tensor:
         return schedules.vp_log_snr(self._alpha_bar(t))
