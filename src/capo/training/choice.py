@@ -94,7 +94,10 @@ class Choice:
 
     def offer(self, name: str, rates: Mapping[str, Tensor]) -> bool:
         """Offer a policy by its win-rates, reward -> (P,); return whether it is now the chosen one."""
-        found = self.candidate(name, rates)
+        return self.consider(self.candidate(name, rates))
+
+    def consider(self, found: Candidate) -> bool:
+        """Offer a policy whose interval is known already (`candidate`); return as `offer`."""
         if self._better(found):
             self.best, self.passed = found, {}
             return True

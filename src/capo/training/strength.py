@@ -104,7 +104,7 @@ def choose_strength(
             rates = validation.validate(module.policy, place, _name(strength)).rates
             module.policy.to("cpu")
         found[strength] = choice.candidate(_name(strength), rates)
-        choice.offer(_name(strength), rates)
+        choice.consider(found[strength])
     chosen = next(a for a in found if choice.best and _name(a) == choice.best.name)
     set_strength(module, trained, chosen)
     points = {
