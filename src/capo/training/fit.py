@@ -103,6 +103,14 @@ def out_of_memory(module: PreferenceModule, micro_batch: int, reason: str) -> st
     )
 
 
+def _run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceData, checkpoint: Path | None) -> None:
+    try:
+        with ending_on(SIGUSR1):  # SLURM's warning before the time limit, with --signal=USR1@120
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise InputError(out_of_memory(module, data.batch, str(error))) from error
+
+
 def fit(
     module: PreferenceModule,
     data: PreferenceData,
@@ -174,11 +182,7 @@ def fit(
     )
     home = module.backbone.device
     module.backbone.to("cpu")
-    try:
-        with ending_on(SIGUSR1):  # SLURM's warning before the time limit, with --signal=USR1@120
-            trainer.fit(module, datamodule=data, ckpt_path=last if begun else None, weights_only=True)
-    except torch.OutOfMemoryError as error:
-        raise InputError(out_of_memory(module, data.batch, str(error))) from error
+    _run(trainer, module, data, last if begun else None)
     module.trainer = None
     module.policy.zero_grad(set_to_none=True)
     gc.collect()  # cycles hold the trainer, and with it the optimizer and the reference

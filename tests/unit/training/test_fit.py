@@ -18,14 +18,8 @@ from capo.module import PreferenceModule
 from capo.pairs import frs
 from capo.training import fit as training
 from capo.training.loader import PreferenceData
+from fixtures.configuration import THREE_STEPS as RUN
 
-RUN = [
-    "trainer.batch=4",
-    "trainer.max_steps=3",
-    "trainer.log_every=1",
-    "validation.every=3",
-    "evaluate=false",
-]
 MARGIN = re.compile(r"largest \|h\| of the first batch: (\S+),")
 
 

@@ -15,14 +15,7 @@ from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.module import PreferenceModule, Weighting
 from capo.training.signal import EVERY, GradientSignal, gradient_signal, pairs_for_balance
-
-RUN = [
-    "trainer.batch=4",
-    "trainer.max_steps=3",
-    "trainer.log_every=1",
-    "validation.every=3",
-    "evaluate=false",
-]
+from fixtures.configuration import THREE_STEPS as RUN
 
 
 def test_signal_by_hand():
