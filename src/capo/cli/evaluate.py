@@ -99,7 +99,8 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
     check_ready(own, watching=False)
     prepare_process(own.threads)
     components = build_components(own, watching=False)
-    if any(override.startswith("validation.strengths=") for override in overrides):
+    asked = any(override.startswith("validation.strengths=") for override in overrides)
+    if asked and own.validation.strengths:
         choose_again(own, components, folder)
     return evaluate_own(own, components, folder)
 

@@ -181,6 +181,9 @@ def test_the_strength_of_a_finished_run_is_chosen_again(tiny_run, monkeypatch):
     assert "| strength | 0.5, chosen among 0.5, 1 |" in (folder / "policy/README.md").read_text()
     assert "<h2>Strength</h2>" in (folder / "evaluation/report.html").read_text() and results["win_rate"]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == steps
+    plain = tiny_run("plain", *asked[:2], "validation.strengths=null", config="evaluate")
+    assert evaluate_script.run(plain, ["validation.strengths=null"], folder)["win_rate"]
+    assert all(torch.equal(exported(folder)[name], after[name]) for name in after)
     for path in (folder / "checkpoints").glob("0*"):
         path.unlink()
     with pytest.raises(InputError, match="needs the run's best checkpoint"):
