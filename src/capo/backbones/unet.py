@@ -89,17 +89,13 @@ class UNetBackbone(Backbone):
         return self.scheduler().config.get("prediction_type", NOISE) == VELOCITY
 
     @cached_property
-    def _alphas_cumprod(self) -> Tensor:
-        return self.scheduler().alphas_cumprod.float()
-
-    @cached_property
     def _schedules(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
         return {}
 
     def _schedule(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`alphas_cumprod` and log-SNR of all timesteps, copied to a device once: each step reads them."""
         if device not in self._schedules:
-            alphas = self._alphas_cumprod
+            alphas = self.scheduler().alphas_cumprod.float()
             self._schedules[device] = alphas.to(device), schedules.vp_log_snr(alphas).to(device)
         return self._schedules[device]
 

@@ -56,13 +56,15 @@ class WeightAverage(L.Callback):
     @torch.no_grad()
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Give `module` the averaged weights for the block."""
-        for name, weight in _trained(module) if self._averages else ():
-            _exchange(weight, self._averages[name])
+        self._exchange_with(module)
         try:
             yield
         finally:
-            for name, weight in _trained(module) if self._averages else ():
-                _exchange(weight, self._averages[name])
+            self._exchange_with(module)
+
+    def _exchange_with(self, module: nn.Module) -> None:
+        for name, weight in _trained(module) if self._averages else ():
+            _exchange(weight, self._averages[name])
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
