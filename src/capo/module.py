@@ -19,7 +19,7 @@ from capo.backbones.execution import PLAIN, Execution
 from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.models import Denoiser
 from capo.backbones.parallel import compile_blocks, shard
-from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
+from capo.backbones.precision import half_stored, marked_as_trained
 from capo.backbones.unconditional import UnconditionalText
 from capo.data import PreferenceBatch
 from capo.errors import InputError
@@ -81,9 +81,7 @@ class PreferenceModule(L.LightningModule):
         self.policy: Denoiser = self.fresh_policy()
         self.objective, self.needs = objective, requirements(objective)
         separate = self.needs.reference and not lora
-        self.__dict__["_reference"] = (
-            frozen_reference(backbone.denoiser, execution.precision) if separate else None
-        )
+        self.__dict__["_reference"] = backbone.reference(execution.precision) if separate else None
         self.beta = beta_of(objective)
         anchor.check(self.needs, self.beta)
         check_reduction(reduction, self.needs)

@@ -2,12 +2,10 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from capo.backbones.family import Family, Text
 from capo.backbones.latents import from_denoiser, to_denoiser
 from capo.backbones.loading import load_pipeline, load_vae, pipeline_folder
-from capo.backbones.models import Autoencoder, Denoiser, Scheduler
-from capo.backbones.precision import cpu_copy, named_dtype
+from capo.backbones.models import Scheduler
+from capo.backbones.parts import DENOISER, TEXT, TEXT_ENCODER, Parts
+from capo.backbones.precision import named_dtype
 from capo.backbones.schedulers import scheduler_class
 from capo.errors import InputError
 from capo.runtime.batching import FittingBatch
@@ -27,7 +26,7 @@ from capo.runtime.fingerprints import component_fingerprint
 ENCODING = Lock()
 
 
-class Backbone(Family):
+class Backbone(Parts, Family):
     """A frozen base pipeline: latent space, text conditioning, noise schedule and denoiser.
 
     Args:
@@ -43,12 +42,12 @@ class Backbone(Family):
             for SDXL that does not overflow in float16.
         vae_revision: commit, branch or tag of `vae`.
         unused: components that are not loaded; by default `unused_parts()`.
+        parts: which of DENOISER and TEXT are loaded. The others have configs and no weights, which are not
+            read: enough for all that does not compute with them. The VAE is always loaded.
 
     Raises:
         InputError: the weights are missing, not safe to load or not of this family.
     """
-
-    _visited: torch.device | None = None  # device of VAE and text encoders within `visiting`
 
     def __init__(
         self,
@@ -62,13 +61,17 @@ class Backbone(Family):
         vae: str | None = None,
         vae_revision: str | None = None,
         unused: Mapping[str, None] | None = None,
+        parts: Collection[str] = (DENOISER, TEXT),
     ):
         self.weights, self.revision, self.variant = str(weights), revision, variant
         self.dtype = named_dtype(dtype)
         self.name = name or Path(self.weights).name
         unused = self.unused_parts() if unused is None else unused
         self.folder = pipeline_folder(self.weights, revision, variant, unused)
-        self.pipeline = load_pipeline(self.folder, self.pipeline_classes, variant, self.dtype, unused)
+        prefixes = {DENOISER: self.denoiser_component, TEXT: TEXT_ENCODER}
+        hollow = tuple(prefix for part, prefix in prefixes.items() if part not in parts)
+        self.pipeline = load_pipeline(self.folder, self.pipeline_classes, variant, self.dtype, unused, hollow)
+        self._device = torch.device("cpu")
         self._vae_folder: Path | None = None
         self.other_scheduler, self.other_vae = (
             scheduler is not None,
@@ -80,6 +83,7 @@ class Backbone(Family):
         if scheduler is not None:
             self.pipeline.scheduler = self._converted(scheduler_class(scheduler))
             self.check_schedule()
+        self._channels_last = self.denoiser_component in channels_last
         for component in channels_last:
             getattr(self.pipeline, component).to(memory_format=torch.channels_last)
         if self.vae.config.get("force_upcast") and self.dtype == torch.float16:
@@ -90,43 +94,6 @@ class Backbone(Family):
     def _converted(self, kind: type[Scheduler]) -> Scheduler:
         """Build a scheduler of class `kind` from the config of the pipeline's scheduler."""
         return kind.from_config(self.pipeline.scheduler.config)
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The base's denoiser, frozen and in eval mode."""
-        return getattr(self.pipeline, self.denoiser_component)
-
-    @property
-    def vae(self) -> Autoencoder:
-        """The base's VAE, frozen."""
-        return self.pipeline.vae
-
-    @property
-    def device(self) -> torch.device:
-        """Device for text encoding and decoding: the denoiser's, or within `visiting` the one given there."""
-        return self._visited or self.denoiser.device
-
-    def to(self, device: str | torch.device) -> "Backbone":
-        """Move all modules of the pipeline to `device`."""
-        self.pipeline.to(device)
-        return self
-
-    @contextmanager
-    def visiting(self, device: str | torch.device) -> Iterator["Backbone"]:
-        """Move VAE and text encoders to `device` for the block, then back; the denoiser is not moved."""
-        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
-        homes: dict[str, Any] = {
-            name: part.device for name, part in parts.items() if name != self.denoiser_component
-        }
-        before, self._visited = self._visited, torch.device(device)
-        try:
-            for name in homes:
-                parts[name].to(device)
-            yield self
-        finally:
-            self._visited = before
-            for name, home in homes.items():
-                parts[name].to(home)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -154,7 +121,7 @@ class Backbone(Family):
         """Encode B prompts as the pipeline does, into all that `predict` needs; leading dimension B."""
         if not prompts:
             raise InputError("no prompt to encode: the list is empty")
-        with torch.no_grad():
+        with self.placed(*self.text_encoders), torch.no_grad():
             return self._encoded(list(prompts))
 
     def unconditional(self, count: int) -> dict[str, Tensor]:
@@ -162,9 +129,8 @@ class Backbone(Family):
         with ENCODING:
             kept = self._kept_negative
             if count not in kept and 0 not in kept:
-                with torch.no_grad():
-                    negative = self._negative(count)
-                kept.clear()
+                with self.placed(*self.text_encoders), torch.no_grad():
+                    negative = {key: value.cpu() for key, value in self._negative(count).items()}
                 same = count > 1 and all(len(value) == 1 for value in negative.values())
                 kept[0 if same else count] = negative
             negative = kept.get(count) or kept[0]
@@ -216,18 +182,15 @@ class Backbone(Family):
         """Build a new scheduler of the pipeline's class and config; schedulers keep state between steps."""
         return type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
 
-    @torch.inference_mode()
     def decode(self, latents: Tensor, batch: int = 8) -> list[Image.Image]:
         """Decode latents (B, C, H, W) in the denoiser's scale to B 8-bit RGB images.
 
         The VAE decodes `batch` latents at a time, and fewer if the device runs out of memory; raises
         InputError if a single one does not fit.
         """
-        return [
-            image
-            for images in self._decoding(lambda part: self._pictures(latents[part]), len(latents), batch)
-            for image in images
-        ]
+        with self.placed(self.vae), torch.inference_mode():
+            parts = self._decoding(lambda part: self._pictures(latents[part]), len(latents), batch)
+        return [image for images in parts for image in images]
 
     @cached_property
     def _decoding(self) -> FittingBatch:
@@ -255,28 +218,16 @@ class Backbone(Family):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode pixels (B, 3, H, W) in [-1, 1] to the posterior's mode (B, C, h, w), in denoiser scale."""
-        posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
-        return to_denoiser(self.vae, posterior.mode())
-
-    def trainable_copy(self) -> Denoiser:
-        """Copy the denoiser for training: on the CPU, in float32, all parameters trainable, without dropout.
-
-        Dropout is off even in train mode: it would make policy and reference differ at equal weights.
-        """
-        policy = cpu_copy(self.denoiser).float().requires_grad_(True)
-        for module in policy.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        return policy
+        with self.placed(self.vae):
+            posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+            return to_denoiser(self.vae, posterior.mode())
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Content hashes, 64 hex digits each, of "denoiser", "latent_space" and "text_encoders"."""
         parts = self.pipeline.components.items()
         text = [
-            name
-            for name, part in parts
-            if part is not None and name.startswith(("text_encoder", "tokenizer"))
+            name for name, part in parts if part is not None and name.startswith((TEXT_ENCODER, "tokenizer"))
         ]
         vae = self._vae_folder
         return {

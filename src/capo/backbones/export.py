@@ -8,11 +8,12 @@ import torch
 from peft.utils import get_peft_model_state_dict
 
 from capo.backbones.base import Backbone
+from capo.backbones.drawing import PLAIN, Drawing, prepared
 from capo.backbones.kohya import write_kohya
 from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter
 from capo.backbones.model_card import ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
-from capo.backbones.precision import half_stored, named_dtype
+from capo.backbones.precision import named_dtype
 from capo.backbones.saving import CHECKPOINT_FILE, write_checkpoint, write_pipeline
 from capo.errors import InputError
 from capo.runtime.files import fresh_folder
@@ -53,10 +54,10 @@ def holds_policy(folder: str | Path, component: str) -> bool:
     return (folder / LORA_FILE).is_file() or (folder / component / "config.json").is_file()
 
 
-def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-true") -> Denoiser:
-    """Load the denoiser of an exported policy: frozen, on the backbone's device, with an adapter not merged.
+def load_policy(backbone: Backbone, folder: str | Path, drawing: Drawing = PLAIN) -> Denoiser:
+    """Load the denoiser of an exported policy: frozen, on the CPU, with an adapter not merged.
 
-    The weights are in float32 or, for sampling under the autocast of `precision`, stored as by `half_stored`.
+    The weights are in float32, or stored as they draw under `drawing`; whatever draws moves them to a device.
     Raises InputError if `folder` holds no policy, a policy of another shape, or an adapter of another base.
     """
     folder, component = Path(folder), backbone.denoiser_component
@@ -82,7 +83,7 @@ def load_policy(backbone: Backbone, folder: str | Path, precision: str = "32-tru
     else:
         policy = backbone.trainable_copy()
         _take_weights(policy, folder / component)
-    return half_stored(policy, precision).to(backbone.device).eval().requires_grad_(False)
+    return prepared(policy, drawing).eval().requires_grad_(False)
 
 
 def _take_weights(policy: Denoiser, folder: Path) -> None:

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
+from torch import nn
 
 from capo.errors import InputError, first_line
 from capo.runtime.fingerprints import weight_files
@@ -16,6 +20,7 @@ from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VAE_FILES = ["config.json", "*.safetensors"]
+Loaded = TypeVar("Loaded")
 
 
 class MissingWeights(InputError):
@@ -168,31 +173,74 @@ def load_pipeline(
     variant: str | None,
     dtype: torch.dtype,
     unused: Mapping[str, None] = {},
+    hollow: tuple[str, ...] = (),
 ) -> DiffusionPipeline:
     """Load the pipeline of a folder, of a class in `known`: weights in `dtype`, frozen, in eval mode.
 
-    Components in `unused`, and those that the folder itself leaves empty, are None. Raises InputError if the
-    folder does not hold such a pipeline in safetensors.
+    Components in `unused`, and those that the folder itself leaves empty, are None. Components whose names
+    begin with one of `hollow` are on the meta device: they have configs and shapes, and their weights are not
+    read. Raises InputError if the folder does not hold such a pipeline in safetensors.
     """
     index = pipeline_index(folder, known)
     parts = {name: entry for name, entry in index.items() if _is_component(name, entry)}
     empty = {name: None for name, entry in parts.items() if name in unused or not entry[0]}
+    given = empty | {
+        name: hollow_module(folder / name)
+        for name in parts
+        if name not in empty and name.startswith(hollow) and (folder / name / "config.json").is_file()
+    }
     refuse_pickles(folder, {name: entry for name, entry in index.items() if name not in empty}, variant)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=True, **empty
+            folder, variant=variant, dtype=dtype, use_safetensors=True, **given
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"weights '{folder}' (variant {variant or 'none'}) do not load: {error}. Get the folder again, "
-            "or name the variant that it holds"
-        ) from error
+        raise InputError(_not_loaded(folder, variant, error)) from error
     pipeline.watermark = None  # SDXL would watermark images wherever invisible-watermark is installed
     pipeline.set_progress_bar_config(disable=True)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
     return pipeline
+
+
+def load_component(
+    folder: Path, component: str, kind: type[Loaded], variant: str | None, dtype: torch.dtype
+) -> Loaded:
+    """Load one component of a pipeline's folder, of the class `kind`, as `load_pipeline` does: in `dtype`.
+
+    Raises InputError if it does not load any more.
+    """
+    place = folder / component
+    held = any(f".{variant}" in path.name for path in weight_files(place, variant).values())
+    loader: Any = kind
+    try:
+        return loader.from_pretrained(
+            place, variant=variant if held else None, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(_not_loaded(place, variant, error)) from error
+
+
+def _not_loaded(place: Path, variant: str | None, error: Exception) -> str:
+    return (
+        f"weights '{place}' (variant {variant or 'none'}) do not load: {error}. Get the folder again, "
+        "or name the variant that it holds"
+    )
+
+
+def fresh_module(config: Mapping) -> nn.Module:
+    """A module of diffusers or transformers as its class initializes it, on the current device."""
+    if "_class_name" in config:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    kind = getattr(transformers, config["architectures"][0])
+    return kind(kind.config_class(**{key: value for key, value in config.items() if key != "architectures"}))
+
+
+def hollow_module(folder: Path) -> nn.Module:
+    """The module of a component's folder on the meta device, without weights."""
+    with torch.device("meta"):
+        return fresh_module(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def find_vae(weights: str, revision: str | None) -> None:

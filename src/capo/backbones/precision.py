@@ -1,4 +1,4 @@
-"""Dtypes by name, and the frozen reference stored for the policy's precision."""
+"""Dtypes by name, and weights stored for the precision in which a network computes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,6 @@ AUTOCAST = {"32-true": None, **HALVES}  # all precisions; None: no autocast
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # layers whose weights autocast casts to half precision
 
 
-def frozen_reference(denoiser: Network, precision: str) -> Network:
-    """Return the reference whose outputs equal, bit for bit, those of a float32 policy with its weights.
-
-    Under autocast this is a copy whose linear and convolution weights are stored in autocast's dtype, to
-    which it would round them anyway, and all other weights in float32: half the memory. Without autocast it
-    is the denoiser itself if it is float32, and else a float32 copy.
-    """
-    if precision not in HALVES and all(p.dtype == torch.float32 for p in denoiser.parameters()):
-        return denoiser
-    return half_stored(cpu_copy(denoiser).float(), precision).eval().requires_grad_(False)
-
-
 def cpu_copy(module: Network) -> Network:
     """Copy a module on the CPU, so that its device never holds it twice."""
     home = next(module.parameters()).device
@@ -42,7 +30,7 @@ def cpu_copy(module: Network) -> Network:
 
 
 def half_stored(denoiser: Network, precision: str) -> Network:
-    """Store the float32 `denoiser`'s linear and convolution weights in the dtype that autocast casts them to.
+    """Store the `denoiser`'s linear and convolution weights in the dtype that autocast casts them to.
 
     The denoiser is changed in place and returned; without autocast nothing changes.
     """
@@ -50,6 +38,16 @@ def half_stored(denoiser: Network, precision: str) -> Network:
         if isinstance(module, PRODUCTS):
             module.to(HALVES[precision])
     return denoiser
+
+
+def stored_for(denoiser: nn.Module, precision: str) -> bool:
+    """Whether the weights are stored as `half_stored` stores those of a float32 denoiser."""
+    half = HALVES.get(precision, torch.float32)
+    return all(
+        parameter.dtype == (half if isinstance(module, PRODUCTS) else torch.float32)
+        for module in denoiser.modules()
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capo.backbones.base import Backbone
+from capo.backbones.drawing import Drawing
 from capo.backbones.family import Text
 from capo.backbones.models import Scheduler
 from capo.backbones.precision import AUTOCAST
@@ -36,6 +37,8 @@ class SamplerSettings:
         unconditional: source of the unconditional prediction when a tuned policy is sampled: `policy`, `base`
             or the folder of an exported policy (`capo.backbones.unconditional` finds its network). The base's
             own images do not depend on it.
+        channels_last: whether what draws has its convolutions in the channels-last memory format.
+        compile: whether torch.compile is applied to the repeated blocks of what draws.
     """
 
     steps: int
@@ -45,6 +48,13 @@ class SamplerSettings:
     precision: str = "32-true"
     decode: int | None = None
     unconditional: str = POLICY
+    channels_last: bool = False
+    compile: bool = False
+
+    @property
+    def drawing(self) -> Drawing:
+        """How a network is stored and laid out that draws with these settings."""
+        return Drawing(self.precision, self.channels_last, self.compile)
 
     @property
     def decoded(self) -> int:
@@ -66,6 +76,12 @@ class SamplerSettings:
             )
         if not math.isfinite(self.guidance):
             raise InputError(f"sampling.guidance {self.guidance} must be a finite number")
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context in which a denoiser stored for `precision` is called on `device`."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def candidate_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -128,8 +144,11 @@ def sample(
     conditions = _conditions(backbone, text, len(noise), settings.guidance)
     # Flow schedulers have neither scale_model_input nor init_noise_sigma.
     scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
-    dtype = AUTOCAST[settings.precision]
-    with torch.inference_mode(), torch.autocast(backbone.device.type, dtype, enabled=dtype is not None):
+    with (
+        backbone.placed(denoiser, unconditional),
+        torch.inference_mode(),
+        autocast(settings.precision, backbone.device),
+    ):
         latents = noise.to(backbone.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
             noisy = scaled(latents, t)
@@ -249,5 +268,6 @@ def sample_prompts(
         return torch.cat(parts)
 
     starts = range(0, len(flat), settings.batch)
-    latents = torch.cat(map_batches(batch, starts, settings.parallel, backbone.device))
+    with backbone.placed(denoiser, unconditional):
+        latents = torch.cat(map_batches(batch, starts, settings.parallel, backbone.device))
     return latents.unflatten(0, (prompts, candidates))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from capo.backbones.base import Backbone
+from capo.backbones.drawing import prepared
 from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.family import Text
 from capo.backbones.lora import adapter_off
 from capo.backbones.models import Denoiser
-from capo.backbones.precision import frozen_reference
+from capo.backbones.precision import stored_for
 from capo.backbones.sampling import BASE, POLICY, SamplerSettings
 
 
@@ -42,11 +43,9 @@ class AdapterOff(nn.Module):
 
 
 def base_network(backbone: Backbone, precision: str) -> Denoiser:
-    """The base's denoiser as it predicts beside a float32 policy: itself if it is float32, else a copy."""
+    """The base's denoiser as it predicts beside a float32 policy: itself if it is stored so, else a copy."""
     base = backbone.denoiser
-    if all(parameter.dtype == torch.float32 for parameter in base.parameters()):
-        return base
-    return frozen_reference(base, precision).to(base.device)
+    return base if stored_for(base, precision) else backbone.reference(precision)
 
 
 class UnconditionalText:
@@ -71,7 +70,7 @@ class UnconditionalText:
 
 
 def unconditional_of(backbone: Backbone, settings: SamplerSettings) -> Unconditional | None:
-    """Return what `settings.unconditional` names, on the backbone's device; None for the policy itself.
+    """Return what `settings.unconditional` names, ready to draw; None for the policy itself.
 
     The base's network is separate from any policy, so threads may sample with both. Raises InputError if a
     folder holds no policy of this model.
@@ -80,7 +79,8 @@ def unconditional_of(backbone: Backbone, settings: SamplerSettings) -> Unconditi
     if source == POLICY:
         return None
     if source == BASE:
-        return Unconditional(base_network(backbone, settings.precision), backbone.fingerprints["denoiser"])
-    return Unconditional(
-        load_policy(backbone, source, settings.precision), policy_fingerprint(backbone, source)
-    )
+        base = base_network(backbone, settings.precision)
+        network = base if base is backbone.denoiser else prepared(base, settings.drawing)
+        return Unconditional(network, backbone.fingerprints["denoiser"])
+    network = load_policy(backbone, source, settings.drawing)
+    return Unconditional(network, policy_fingerprint(backbone, source))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
     return splits
 
 
-def build_components(cfg: DictConfig, scoring: bool = True, watching: bool = True) -> Components:
+def build_components(
+    cfg: DictConfig, scoring: bool = True, watching: bool = True, parts: Collection[str] | None = None
+) -> Components:
     """Build the objects that generation, training and evaluation share; cheap checks precede loading.
 
     Args:
@@ -78,6 +80,7 @@ def build_components(cfg: DictConfig, scoring: bool = True, watching: bool = Tru
         scoring: whether images will be scored; if so, the rewards' scorers are built.
         watching: whether validation images will be scored; otherwise there are no held-out rewards, which
             score nothing else.
+        parts: parts of the base that are needed; see `base_of`.
 
     Returns:
         The components.
@@ -95,15 +98,19 @@ def build_components(cfg: DictConfig, scoring: bool = True, watching: bool = Tru
         # load a scorer when it scores.
         for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out]}.values():
             reward.setup("cpu")
-    return Components(
-        ImageGenerator.base(base_of(cfg), settings), splits, rewards, evaluated, oracle, specs, held_out
-    )
+    generator = ImageGenerator.base(base_of(cfg, parts), settings)
+    return Components(generator, splits, rewards, evaluated, oracle, specs, held_out)
 
 
-def base_of(cfg: DictConfig) -> Backbone:
-    """Load the base on this process's device (`own_device`)."""
+def base_of(cfg: DictConfig, parts: Collection[str] | None = None) -> Backbone:
+    """Load the base to work on this process's device (`own_device`), its denoiser stored as it draws.
+
+    Of `parts` (`capo.backbones.parts`; None: all), only those given are loaded.
+    """
     device = own_device(cfg.trainer.accelerator)  # first, since loading takes long
-    return built(cfg.model.backbone, name=cfg.model.name).to(device)
+    only = {} if parts is None else {"parts": tuple(parts)}
+    drawing = SamplerSettings(**cfg.sampling).drawing
+    return built(cfg.model.backbone, name=cfg.model.name, **only).prepare(drawing).to(device)
 
 
 def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, Any]]:

@@ -35,7 +35,7 @@ def tuned_generator(components: Components, policy: Path) -> ImageGenerator:
     backbone, settings = components.backbone, components.generator.settings
     return ImageGenerator(
         backbone,
-        load_policy(backbone, policy, settings.precision),
+        load_policy(backbone, policy, settings.drawing),
         policy_fingerprint(backbone, policy),
         settings,
         unconditional_of(backbone, settings),

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from capo.backbones.parts import TEXT
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.build import Components, base_of, build_components, built, check_imported, training_data
 from capo.cli.messages import plain_errors
@@ -28,6 +29,8 @@ console = Console()
 # stage on the command line -> stages of a pool that it completes
 ALONE = ("import", "export", "report")  # stages that one process does
 FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
+# stage on the command line -> parts of the base that it computes with besides the VAE; others: all
+PARTS = {"text": (TEXT,), "score": (), "import": (TEXT,), "export": (), "report": ()}
 
 
 def import_source(cfg: DictConfig) -> Source:
@@ -53,7 +56,7 @@ def import_images(cfg: DictConfig) -> None:
     prepare_process(cfg.threads)
     pool = import_pool(
         source,
-        base_of(cfg),
+        base_of(cfg, PARTS["import"]),
         SamplerSettings(**cfg.sampling),
         Path(cfg.pool.root),
         cfg.model.name,
@@ -115,7 +118,7 @@ def run(cfg: DictConfig) -> None:
     check_ready(cfg, scoring=scoring)
     check_imported(cfg)
     prepare_process(cfg.threads)
-    components = build_components(cfg, scoring=scoring)
+    components = build_components(cfg, scoring=scoring, parts=PARTS.get(cfg.stage))
     if cfg.stage == "export":
         return export(cfg, components)
     if cfg.stage == "report":

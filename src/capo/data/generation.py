@@ -38,9 +38,10 @@ def generator_fingerprint(
 ) -> str:
     """Fingerprint, 64 hex digits, of all that determines a latent besides prompt and seed.
 
-    That is the denoiser, the sampler, steps, guidance, the precision unless it is 32-true, and the network of
-    the unconditional prediction unless it is the denoiser. The batch size is left out: it changes latents by
-    rounding only, and each shard's header records it.
+    That is the denoiser, the sampler, steps, guidance, the precision unless it is 32-true, channels-last
+    memory and compilation if they are on, and the network of the unconditional prediction unless it is the
+    denoiser. The batch size is left out: it changes latents by rounding only, and each shard's header records
+    it.
     """
     known = {
         "denoiser": denoiser_fingerprint,
@@ -50,6 +51,7 @@ def generator_fingerprint(
     }
     if settings.precision != "32-true":
         known["precision"] = settings.precision
+    known |= {key: True for key in ("channels_last", "compile") if getattr(settings, key)}
     if unconditional:
         known["unconditional"] = unconditional.fingerprint
     return content_fingerprint(known)
@@ -210,13 +212,16 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
         return
     stage.setup()
     made: set[Shard] = set()
-    with tqdm(
-        total=sum(map(stage.amount, todo)),
-        desc=f"{stage.name} of {stage.pool.folder.name}",
-        unit=stage.unit,
-        disable=not progress or not launch().first,
-        dynamic_ncols=True,
-    ) as bar:
+    with (
+        stage.backbone.placed(*stage.parts),
+        tqdm(
+            total=sum(map(stage.amount, todo)),
+            desc=f"{stage.name} of {stage.pool.folder.name}",
+            unit=stage.unit,
+            disable=not progress or not launch().first,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
         while todo:
             busy = [shard for shard in todo if not _attempt(stage, shard, made, bar)]
             if busy:

@@ -68,6 +68,11 @@ class Stage(ABC):
     def bytes_missing(self) -> int:
         """Estimated size in bytes of all missing shards."""
 
+    @property
+    def parts(self) -> Sequence[nn.Module | None]:
+        """Networks that are on the device while the stage runs, and on the CPU before and after."""
+        return ()
+
     def setup(self) -> None:  # noqa: B027 - many stages load nothing
         """Load models that the stage needs; called before the first `run`."""
 
@@ -95,6 +100,10 @@ class TextStage(Stage):
 
     def __post_init__(self):
         self._encoded, self._cut = 0, Counter()
+
+    @property
+    def parts(self) -> Sequence[nn.Module | None]:
+        return self.backbone.text_encoders
 
     def missing(self, row: int) -> list[Shard]:
         return [] if self.pool.has_text(row, self.verify) else [self.pool.text_shard(row)]
@@ -131,7 +140,8 @@ class TextStage(Stage):
         todo = self.todo()
         if not todo:
             return 0
-        one = self.backbone.encode_prompts([self.pool.row_prompts(todo[0].row)[0].text])
+        with self.backbone.visiting("cpu"):  # for one prompt, moving the encoders would take longer
+            one = self.backbone.encode_prompts([self.pool.row_prompts(todo[0].row)[0].text])
         return sum(tensor.nbytes for tensor in one.values()) * sum(map(self.amount, todo))
 
 
@@ -163,6 +173,20 @@ class LatentStage(LatentFiles):
 
     denoiser: nn.Module
     unconditional: nn.Module | None = None
+
+    @property
+    def parts(self) -> Sequence[nn.Module | None]:
+        return self.denoiser, self.unconditional
+
+    def setup(self) -> None:
+        """Encode the negative branch, so that text encoders and denoiser are not on the device together."""
+        if self.settings.guidance > 1:
+            batch, images = self.settings.batch, [shard.images for shard in self.todo()]
+            with self.backbone.placed(*self.backbone.text_encoders):
+                for count in sorted(
+                    {min(batch, left) for each in images for left in (each, each % batch)} - {0}
+                ):
+                    self.backbone.unconditional(count)
 
     def run(self, shard: Shard, report: Report) -> None:
         seed = self.pool.manifest.seed
@@ -211,6 +235,10 @@ class ScoreStage(Stage):
 
     rewards: Sequence[Reward]
     candidates: int
+
+    @property
+    def parts(self) -> Sequence[nn.Module | None]:
+        return (self.backbone.vae,)
 
     def setup(self) -> None:
         for reward in self.rewards:

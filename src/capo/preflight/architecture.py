@@ -17,9 +17,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import nn
 
 from capo.backbones import FAMILIES, Family
+from capo.backbones.loading import fresh_module
 from capo.backbones.models import Autoencoder, Denoiser
 from capo.errors import InputError
 
@@ -80,14 +80,6 @@ class Blueprint:
         """Build uninitialized arguments for the denoiser, for `images` at once, on the current device."""
         text = {name: torch.empty(images, *shape) for name, shape in self.text_shapes.items()}
         return self.family.denoiser_inputs(torch.empty(images, *self.latent_shape), torch.zeros(images), text)
-
-
-def fresh_module(config: Mapping) -> nn.Module:
-    """A module of diffusers or transformers as its class initializes it, on the current device."""
-    if "_class_name" in config:
-        return getattr(diffusers, config["_class_name"]).from_config(config)
-    kind = getattr(transformers, config["architectures"][0])
-    return kind(kind.config_class(**{key: value for key, value in config.items() if key != "architectures"}))
 
 
 def _blueprint(configs: dict[str, dict], family: type[Family], options: Mapping[str, object]) -> Blueprint:

@@ -89,7 +89,7 @@ def model_states(
         precision: Lightning's name of the training precision.
         optimizer: name of the optimizer.
         reference: whether the objective needs a reference, stored as by
-            `capo.backbones.precision.frozen_reference`. With LoRA the reference is the policy without its
+            `capo.backbones.Backbone.reference`. With LoRA the reference is the policy without its
             adapter.
         shards: number of devices that share the states.
         frozen_in: precision for which the weights that LoRA freezes are stored.

@@ -34,7 +34,8 @@ def set_strength(module: PreferenceModule, trained: Mapping[str, Tensor], streng
         trained: name in the module -> trained weight; it may be mapped from a file.
         strength: share of the way from the base to the trained policy.
     """
-    own, base = dict(module.policy.named_parameters()), dict(module.backbone.denoiser.named_parameters())
+    own = dict(module.policy.named_parameters())
+    base = {} if module.lora else dict(module.backbone.trainable_copy().named_parameters())
     for name, value in trained.items():
         name = name.removeprefix("policy.")
         weight = own[name]

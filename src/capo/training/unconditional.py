@@ -61,8 +61,8 @@ def unconditional_branch(module: PreferenceModule, settings: SamplerSettings) ->
     """
     if settings.unconditional in (POLICY, BASE):
         return UnconditionalBranch(module, settings)
-    other = load_policy(module.backbone, settings.unconditional, settings.precision)
-    return UnconditionalBranch(module, settings, other.to("cpu"))
+    other = load_policy(module.backbone, settings.unconditional, settings.drawing)
+    return UnconditionalBranch(module, settings, other)
 
 
 @contextmanager

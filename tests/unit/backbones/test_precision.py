@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from capo.backbones import UNetBackbone
 from capo.backbones.lora import add_lora, merged
-from capo.backbones.precision import frozen_reference, half_stored, marked_as_trained
+from capo.backbones.precision import half_stored, marked_as_trained
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -23,7 +24,7 @@ def prediction(backbone, network, dtype, autocast=True):
 @pytest.mark.parametrize("precision", list(DTYPES))
 def test_a_half_reference_is_bit_equal_to_the_policy(tiny_backbones, family, precision):
     backbone = tiny_backbones[family]
-    reference = frozen_reference(backbone.denoiser, precision)
+    reference = backbone.reference(precision)
     policy = backbone.trainable_copy()
     dtype = DTYPES[precision]
     assert torch.equal(prediction(backbone, reference, dtype), prediction(backbone, policy, dtype))
@@ -35,13 +36,11 @@ def test_a_half_reference_is_bit_equal_to_the_policy(tiny_backbones, family, pre
         assert all(p.dtype == kept and not p.requires_grad for p in module.parameters(recurse=False))
 
 
-def test_without_autocast_the_base_is_its_own_reference(tiny_backbone):
-    assert frozen_reference(tiny_backbone.denoiser, "32-true") is tiny_backbone.denoiser
-    half = tiny_backbone.trainable_copy().half()
-    reference = frozen_reference(half, "32-true")
-    assert {p.dtype for p in reference.parameters()} == {torch.float32} and {
-        p.dtype for p in half.parameters()
-    } == {torch.float16}
+def test_without_autocast_a_float32_base_is_its_own_reference(tiny_backbone, tiny_folder):
+    assert tiny_backbone.reference("32-true") is tiny_backbone.denoiser
+    half = UNetBackbone(str(tiny_folder), dtype="float16")
+    assert {p.dtype for p in half.reference("32-true").parameters()} == {torch.float32}
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])

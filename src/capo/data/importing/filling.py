@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
@@ -40,6 +42,10 @@ class EncodeStage(LatentFiles):
 
     source: Source
     table: ImportTable
+
+    @property
+    def parts(self) -> Sequence[nn.Module | None]:
+        return (self.backbone.vae,)
 
     def run(self, shard: Shard, report: Report) -> None:
         """Read, crop and encode the images of a shard. Raises InputError for one that became unreadable."""
