@@ -85,7 +85,7 @@ def check_base(
     """Check the base's denoiser on latents (B, C, h, w) of known images with captions, and its sampler."""
     settings = SamplerSettings(**cfg.sampling)
     found = [
-        denoising_at(backbone, latents, captions, place, settings.batch)
+        denoising_at(backbone, latents, captions, place, settings.batch, settings.precision)
         for place in tqdm(PLACES, "denoising errors", leave=False)
     ]
     return [

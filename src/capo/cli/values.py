@@ -60,6 +60,8 @@ TABLE: dict[str, Rule] = {
     "sampling.precision": one_of(list(AUTOCAST)),
     "sampling.unconditional": TEXT,  # words and folders: `check_unconditional` in readiness
     "sampling.parallel": one_of((OPERATIONS, BATCHES)),
+    "sampling.channels_last": SWITCH,
+    "sampling.compile": SWITCH,
     "data.workers": whole(0),
     "data.text": one_of((POOL, ENCODE)),
     "noise.shared": SWITCH,

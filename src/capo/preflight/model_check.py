@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from capo.backbones import Backbone
-from capo.backbones.sampling import SamplerSettings, candidate_generators, sample
+from capo.backbones.sampling import SamplerSettings, autocast, candidate_generators, sample
 from capo.data.importing.images import pixels
 from capo.runtime.files import write_whole
 
@@ -115,11 +115,17 @@ def check_vae(backbone: Backbone, known: Known) -> tuple[Check, Tensor]:
 
 
 def denoising_at(
-    backbone: Backbone, latents: Tensor, captions: Sequence[str], place: float, batch: int
+    backbone: Backbone,
+    latents: Tensor,
+    captions: Sequence[str],
+    place: float,
+    batch: int,
+    precision: str = "32-true",
 ) -> Denoising:
     """Measure the base's errors at the time u = `place` on latents (B, C, h, w) of known images.
 
-    The noise is seeded by `place`; at most `batch` latents go through the denoiser at once.
+    The noise is seeded by `place`; at most `batch` latents go through the denoiser at once, in `precision`,
+    as when it draws.
     """
     draw = torch.Generator().manual_seed(round(1000 * place))
     rows = torch.arange(DRAWS) % len(latents)
@@ -129,12 +135,13 @@ def denoising_at(
     noisy, target = backbone.add_noise(x, noise, t), backbone.target(x, noise, t)
     text, empty = backbone.encode_prompts(list(captions)), backbone.unconditional(1)
     told, untold = [], []
-    for part in torch.arange(DRAWS).split(batch):
-        predict = partial(_predict, backbone, noisy[part], t[part])
-        told.append(predict({key: value[rows[part].to(value.device)] for key, value in text.items()}))
-        untold.append(
-            predict({key: value.expand(len(part), *value.shape[1:]) for key, value in empty.items()})
-        )
+    with backbone.placed(backbone.denoiser), autocast(precision, backbone.device):
+        for part in torch.arange(DRAWS).split(batch):
+            predict = partial(_predict, backbone, noisy[part], t[part])
+            told.append(predict({key: value[rows[part].to(value.device)] for key, value in text.items()}))
+            untold.append(
+                predict({key: value.expand(len(part), *value.shape[1:]) for key, value in empty.items()})
+            )
     told, untold = torch.cat(told), torch.cat(untold)
     scale = (target * noisy).sum() / noisy.square().sum()
     return Denoising(

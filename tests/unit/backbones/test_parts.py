@@ -52,7 +52,9 @@ def test_each_part_is_on_the_device_only_while_it_works(tiny_backbones, tmp_path
     def filled(root):
         spec = PoolSpec(tmp_path / root, family, "train", 5, PROMPTS, candidates=4, prompts_per_shard=2)
         pool = fill_pool(spec, ImageGenerator.base(backbone, SETTINGS), judges, progress=False)
-        return {str(p.relative_to(pool.folder)): p.read_bytes() for p in pool.folder.rglob("*") if p.is_file()}
+        return {
+            str(p.relative_to(pool.folder)): p.read_bytes() for p in pool.folder.rglob("*") if p.is_file()
+        }
 
     watch = lambda name: None  # noqa: E731
     expected = filled("plain")
