@@ -1,4 +1,4 @@
-"""`generate.py` stage by stage: a reward more without sampling again, and no weights that a stage does not need."""
+"""`generate.py` stage by stage: a reward more without sampling again, and no weights that are not needed."""
 
 import hashlib
 

@@ -15,7 +15,8 @@ from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import Unconditional
 from capo.data.pool import Manifest, Pool, Shard, pool_name
 from capo.data.prompts import Prompt
-from capo.data.stages import LatentStage, ScoreStage, Stage, TextStage
+from capo.data.scoring import ScoreStage
+from capo.data.stages import LatentStage, Stage, TextStage
 from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint

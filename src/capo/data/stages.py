@@ -1,4 +1,4 @@
-"""Stages that fill a pool (text, latents, scores), each with an idempotent `run(shard)` for any engine."""
+"""Stages that fill a pool (text, latents; scores in `scoring.py`), each with an idempotent `run(shard)`."""
 
 import functools
 import logging
@@ -8,22 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from threading import Lock
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings, sample_prompts
 from capo.data.pool import Pool, Shard
 from capo.data.prompts import candidate_seed
-from capo.rewards import Reward
-from capo.runtime.threads import BATCHES, map_batches
+from capo.runtime.threads import BATCHES
 
 Report = Callable[[int], object]  # called with the number of images (or prompts) finished since the last call
 TEXT_BATCH = 64  # prompts per batch of the text encoders
-SCORE_BYTES = 64  # upper estimate for one score in parquet
 log = logging.getLogger(__name__)
 RECORDED = ("torch", "diffusers", "transformers")
 
@@ -225,62 +222,3 @@ class _ImageCount:
     def _show(self, images: int) -> None:
         self.report(images - self.shown)
         self.shown = images
-
-
-@dataclass(eq=False)
-class ScoreStage(Stage):
-    """Score stage: decodes each shard once and scores its images by every reward that has not scored them."""
-
-    name = "scores"
-
-    rewards: Sequence[Reward]
-    candidates: int
-
-    @property
-    def parts(self) -> Sequence[nn.Module | None]:
-        return (self.backbone.vae,)
-
-    def setup(self) -> None:
-        for reward in self.rewards:
-            reward.setup(self.backbone.device)
-
-    def close(self) -> None:
-        """Move the scorers to the CPU, to free the device's memory."""
-        for reward in self.rewards:
-            reward.offload()
-
-    def missing(self, row: int) -> list[Shard]:
-        return [shard for shard in self.pool.row_shards(row, self.candidates) if self._unscored(shard)]
-
-    def _unscored(self, shard: Shard) -> list[Reward]:
-        return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard, self.verify)]
-
-    def run(self, shard: Shard, report: Report) -> None:
-        """Decode a shard once and store the scores of the rewards that have not scored it."""
-        rewards, width, batch = self._unscored(shard), len(shard.candidates), self.settings.batch
-        prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row) for _ in shard.candidates]
-        latents = self.pool.read_latents(shard).flatten(0, 1)
-        lock = Lock()
-
-        def judged(start: int) -> list[Tensor]:
-            images = self.backbone.decode(latents[start : start + batch], self.settings.decoded)
-            scores = [
-                reward.score(
-                    images,
-                    prompts[start : start + batch],
-                    lambda i: self.pool.place(shard, *divmod(start + i, width)),
-                )
-                for reward in rewards
-            ]
-            with lock:
-                report(len(images))
-            return scores
-
-        parts = map_batches(
-            judged, range(0, len(latents), batch), self.settings.parallel, self.backbone.device
-        )
-        for reward, scores in zip(rewards, zip(*parts, strict=True), strict=True):
-            self.pool.write_scores(reward.key, shard, torch.cat(scores).view(-1, width), self.record())
-
-    def bytes_missing(self) -> int:
-        return SCORE_BYTES * len(self.rewards) * sum(shard.images for shard in self.todo())

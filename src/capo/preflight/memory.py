@@ -9,7 +9,7 @@ from functools import cache
 from torch import nn
 
 from capo.backbones.precision import half_stored
-from capo.data.stages import SCORE_BYTES
+from capo.data.scoring import SCORE_BYTES
 from capo.preflight.architecture import Blueprint
 from capo.preflight.tracing import Adapter, cast_bytes, policy_module
 from capo.runtime.optimizers import ADAMW_8BIT

@@ -74,7 +74,9 @@ class IsolatedScorer:
         self.name, self.python, self.timeout = name, find_python(name, python), timeout
         self.scorer, self.log_file = dict(scorer), (logs or _temporary_folder()) / f"{name}.log"
         self._device: str | None = None
+        self._takes: str | None = None  # what the scorer gets of an image; known once a worker has started
         self._worker: _Worker | None = None
+        self._given_up = False
         self._lock = threading.Lock()
 
     def to(self, device: str | torch.device) -> None:
@@ -87,20 +89,21 @@ class IsolatedScorer:
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Return raw scores (B,), float64."""
-        files = [_png(image) for image in images]
+        if self._takes is None:
+            with self._lock:
+                self._persist(self._running)
+        header, blobs = _message(images, prompts, self._takes)  # outside the lock: while others are scored
         with self._lock:
-            answer = self._persist(
-                lambda: self._running().ask({"prompts": list(prompts)}, files, self.timeout)
-            )
+            answer = self._persist(lambda: self._running().ask(header, blobs, self.timeout))
         scores = self._checked(answer).get("scores")
         if (
             not isinstance(scores, list)
-            or len(scores) != len(files)
+            or len(scores) != len(images)
             or not all(isinstance(score, float) for score in scores)
         ):
             count = f"{len(scores)} numbers" if isinstance(scores, list) else repr(scores)
             raise self._fault(
-                f"returned {count} for {len(files)} images; it must return one number per image",
+                f"returned {count} for {len(images)} images; it must return one number per image",
                 "its output is in",
             )
         return torch.tensor(scores, dtype=torch.float64)
@@ -115,10 +118,19 @@ class IsolatedScorer:
         with self._lock:
             self._end()
 
+    def give_up(self) -> None:
+        """End the worker at once, also while another thread waits for its answer: that request then fails."""
+        self._given_up = True
+        if (running := self._worker) is not None:
+            running.end()
+
     def _running(self) -> _Worker:
         if self._worker is None:
             self._worker = _Worker([self.python, worker.__file__, "serve", str(os.getpid())], self.log_file)
-            self._checked(self._worker.ask({"scorer": self.scorer, "device": self._device}, [], self.timeout))
+            request = {"scorer": self.scorer, "device": self._device}
+            self._takes = self._checked(self._worker.ask(request, [], self.timeout)).get("takes")
+            if self._takes not in (worker.PNG, worker.RGB):
+                raise ValueError(f"it takes {self._takes!r}")
         return self._worker
 
     def _persist(self, ask: Callable[[], Answer]) -> Answer:
@@ -126,7 +138,7 @@ class IsolatedScorer:
 
         Any other failure ends the worker, because its next answer might belong to an earlier request.
         """
-        attempt = 0
+        attempt, self._given_up = 0, False
         try:
             while True:
                 attempt += 1
@@ -134,6 +146,8 @@ class IsolatedScorer:
                     return ask()
                 except _Died as death:
                     self._end()
+                    if self._given_up:
+                        raise self._fault("was ended with the work it was for", "see") from None
                     if attempt == ATTEMPTS:
                         raise self._fault(
                             f"died {ATTEMPTS} times in a row (exit code {death})", "the reason should be in"
@@ -211,7 +225,7 @@ class _Worker:
         timer.start()
         try:
             worker.send(self.process.stdin, header, blobs)
-            return worker.receive(self.process.stdout)[0]
+            return worker.receive(self.process.stdout, most=0)[0]
         except (EOFError, OSError):
             if late.is_set():
                 raise _Silent from None
@@ -250,9 +264,20 @@ def _kill(process: subprocess.Popen, owner: int) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def _message(
+    images: Sequence[Image], prompts: Sequence[str], takes: str | None
+) -> tuple[dict[str, Any], list[bytes]]:
+    """Header and bytes of a request for scores: RGB pixels, or PNG files for a scorer that takes these."""
+    pictures = [image.convert("RGB") for image in images]
+    if takes == worker.PNG:
+        return {"prompts": list(prompts)}, [_png(picture) for picture in pictures]
+    shapes = [list(picture.size) for picture in pictures]
+    return {"prompts": list(prompts), "shapes": shapes}, [picture.tobytes() for picture in pictures]
+
+
 def _png(image: Image) -> bytes:
     file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG", compress_level=1)  # the pipe is faster than compression
+    image.save(file, "PNG", compress_level=1)  # the pipe is faster than compression
     return file.getvalue()
 
 

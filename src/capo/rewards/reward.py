@@ -67,7 +67,7 @@ class Reward:
                 f"reward '{self.name}': scale {self.scale} must be above 0; for a reward that "
                 "is better when lower, negate it in its scorer"
             )
-        if (self.python or self.isolated) and not isinstance(self.scorer, Mapping):
+        if self.apart and not isinstance(self.scorer, Mapping):
             place = f"python={self.python}" if self.python else "isolated=true"
             raise InputError(
                 f"reward '{self.name}': {place} needs a scorer that is named, "
@@ -97,7 +97,7 @@ class Reward:
 
         Empty for other scorers and for scorers in another process.
         """
-        scorer: Any = {} if self.python or self.isolated else self.scorer
+        scorer: Any = {} if self.apart else self.scorer
         return {
             f"rewards.{self.name}.{key if key == 'weights' else f'scorer.{key}'}": (source, scorer[revision])
             for key, (source, revision) in (read_from(scorer) if scorer else {}).items()
@@ -163,6 +163,16 @@ class Reward:
             self._callable.leave()
         elif hasattr(self._callable, "to"):
             self._callable.to("cpu")
+
+    @property
+    def apart(self) -> bool:
+        """Whether its scorer runs in another process."""
+        return bool(self.python or self.isolated)
+
+    def give_up(self) -> None:
+        """End a scorer in another process at once, from any thread; a request under way then fails."""
+        if isinstance(self._callable, IsolatedScorer):
+            self._callable.give_up()
 
     @property
     def held(self) -> float | None:
@@ -277,7 +287,7 @@ def _build(reward: Reward) -> Scorer:
     assert isinstance(reward.scorer, Mapping)  # a callable is used as it is
     check_version(reward.name, reward.scorer, reward.version)
     scorer = {**reward.scorer, **reward.commits}  # what the fingerprint names, whatever the hub has by now
-    if reward.python or reward.isolated:
+    if reward.apart:
         return IsolatedScorer(
             reward.name, reward.python or sys.executable, scorer, reward.timeout, reward.logs
         )

@@ -5,11 +5,13 @@ this module imports neither.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 PUBLISHED = "google/vila/image/1"
 HANDLE = f"https://tfhub.dev/{PUBLISHED}"  # answers 403 (tensorflow/hub issues 922 and 932), unless cached
 KAGGLE = "https://www.kaggle.com/models/google/vila"  # the same model, to be unpacked by hand
+AT_ONCE = 8  # images whose scores are computed at the same time
 INPUT, OUTPUT = "serving_default", "predictions"  # the model's signature, and its answer
 
 
@@ -67,7 +69,9 @@ class VILA:
             self.to("cpu")
         import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]  # an extra
 
-        return [self._score(tf, image) for image in images]
+        # The signature takes one file. Several calls at once decode and resize while another is in the model.
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            return list(threads.map(lambda image: self._score(tf, image), images))
 
     def _score(self, tf, image):
         return _number(self.predict(tf.constant(image))[OUTPUT].numpy())

@@ -4,9 +4,10 @@ It needs only the standard library of Python 3.7 or newer, and what the scorer's
 are sent over stdin and stdout: "CAPO", the length of a JSON header, the header, then as many bytes as its
 "sizes" say. Whatever the target prints goes to stderr, which is the log.
 
-    request  {"scorer": {"_target_": ..., ...}, "device": ...}   reply  {"ready": true}
-    request  {"prompts": [...]} + one PNG per prompt             reply  {"scores": [...]}
-    any request that fails                                       reply  {"error": ..., "kind": ...}
+    request  {"scorer": {"_target_": ..., ...}, "device": ...}          reply  {"ready": true, "takes": ...}
+    request  {"prompts": [...], "shapes": [[w, h], ...]} + RGB bytes    reply  {"scores": [...]}
+    request  {"prompts": [...]} + PNG files, for a target that takes png    reply  {"scores": [...]}
+    any request that fails                                              reply  {"error": ..., "kind": ...}
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import faulthandler
 import functools
 import importlib
 import importlib.util
-import io
 import json
 import os
 import queue
@@ -33,7 +33,10 @@ START = struct.Struct(">4sI")  # magic, size of the header in bytes
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 # These import nothing of this package, which would load torch beside their tensorflow.
 STANDALONE = ("capo.rewards.vila",)
-PNG = "png"  # a target whose attribute `takes` is this gets the files' bytes; others get PIL images
+LONGEST_HEADER = 1 << 26  # bytes
+# What is sent of an image: a file's bytes to a target whose attribute `takes` is PNG; to others, which get
+# PIL images, the bytes of its RGB pixels, since packing them would take longer than the pipe.
+PNG, RGB = "png", "rgb"
 
 
 def send(stream, header, blobs=()):
@@ -44,16 +47,23 @@ def send(stream, header, blobs=()):
     stream.flush()
 
 
-def receive(stream):
-    """Read the next message as (header, blobs).
+def receive(stream, most=None):
+    """Read the next message as (header, blobs), with at most `most` bytes of blobs.
 
     Raises EOFError at the stream's end, and ValueError for bytes that are not a message.
     """
     magic, length = START.unpack(_exactly(stream, START.size))
     if magic != MAGIC:
         raise ValueError(f"expected {MAGIC!r}, got {magic!r}")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes, above {LONGEST_HEADER}")
     header = json.loads(_exactly(stream, length).decode())
-    return header, [_exactly(stream, size) for size in header.pop("sizes")]
+    sizes = header.pop("sizes", None) if isinstance(header, dict) else None
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError("a header without the sizes of what follows it")
+    if most is not None and sum(sizes) > most:
+        raise ValueError(f"{sum(sizes)} bytes after the header, above {most}")
+    return header, [_exactly(stream, size) for size in sizes]
 
 
 def _exactly(stream, count):
@@ -146,16 +156,12 @@ class Service:
 
     def __init__(self):
         self.scorer: Any = None
-        self.opened: Any = None
+        self.takes = RGB
 
     def answer(self, header, blobs):
         """Return the reply to a request; an error is reported in the reply, and its traceback in the log."""
         try:
-            return (
-                self.make(**header)
-                if "scorer" in header
-                else {"scores": self.score(header["prompts"], blobs)}
-            )
+            return self.make(**header) if "scorer" in header else {"scores": self.score(blobs, **header)}
         except BaseException as error:  # a target's sys.exit() too
             traceback.print_exc()
             last = traceback.format_exception_only(type(error), error)[-1].strip()
@@ -167,14 +173,21 @@ class Service:
             made = f"{scorer['_target_']} makes {self.scorer!r}, which is not callable"
             raise TypeError(f"{made}; for a function of (images, prompts) add `_partial_: true`")
         target = getattr(self.scorer, "func", self.scorer)  # what a partial binds
-        self.opened = bytes if getattr(target, "takes", "pil") == PNG else _pil_reader()
+        self.takes = PNG if getattr(target, "takes", RGB) == PNG else RGB
+        if self.takes == RGB:
+            import PIL.Image  # noqa: F401  # where it is missing, before any image
         if device is not None and hasattr(self.scorer, "to"):
             self.scorer.to(device)
-        return {"ready": True}
+        return {"ready": True, "takes": self.takes}
 
-    def score(self, prompts, blobs):
+    def score(self, blobs, prompts, shapes=None):
+        if self.takes == RGB and (not isinstance(shapes, list) or len(shapes) != len(blobs)):
+            raise ValueError(f"{len(blobs)} images with the shapes {shapes!r}")
+        if len(blobs) != len(prompts):
+            raise ValueError(f"{len(blobs)} images for {len(prompts)} prompts")
+        images = blobs if self.takes == PNG else list(map(_picture, blobs, shapes))
         with _without_gradients():
-            result = self.scorer([self.opened(blob) for blob in blobs], prompts)
+            result = self.scorer(images, prompts)
         values = result.tolist() if hasattr(result, "tolist") else result
         if not hasattr(values, "__iter__") or isinstance(values, (str, bytes)):
             raise TypeError(f"the scorer returned {values!r}; it must return one number per image")
@@ -187,15 +200,18 @@ def _number(value):
     return float(value)
 
 
-def _pil_reader():
+def _picture(pixels, shape):
+    """PIL image of RGB bytes, row by row, of `shape` [width, height]."""
     from PIL import Image
 
-    def opened(blob):
-        image = Image.open(io.BytesIO(blob))
-        image.load()
-        return image
-
-    return opened
+    if not (
+        isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)
+    ):
+        raise ValueError(f"an image of shape {shape!r}, which is not [width, height]")
+    width, height = shape
+    if len(pixels) != 3 * width * height:
+        raise ValueError(f"an image of {width} x {height} pixels in {len(pixels)} bytes")
+    return Image.frombytes("RGB", (width, height), pixels)
 
 
 def _without_gradients():

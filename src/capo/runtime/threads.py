@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
 Part = TypeVar("Part")
-Result = TypeVar("Result")
+Half, Result = TypeVar("Half"), TypeVar("Result")
 OPERATIONS, BATCHES = "operations", "batches"
 
 
@@ -23,7 +23,7 @@ def map_batches(
     device, the parts run one after another.
     """
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
-    if parallel == OPERATIONS or device.type != "cpu":
+    if not shares_batches(parallel, device):
         return [function(part) for part in parts]
 
     def lane(part: Part) -> Result:
@@ -35,6 +35,45 @@ def map_batches(
             return list(pool.map(lane, parts))
     finally:
         torch.set_num_threads(threads)  # the workers' setting would hold for every later thread too
+
+
+def shares_batches(parallel: str, device: torch.device) -> bool:
+    """Whether `map_batches` works on several parts at a time."""
+    return parallel == BATCHES and device.type == "cpu"
+
+
+def map_ahead(
+    first: Callable[[Part], Half],
+    second: Callable[[Part, Half], Result],
+    parts: Iterable[Part],
+    device: torch.device,
+) -> list[Result]:
+    """Return [second(part, first(part)) for part in parts], with `first` one part ahead in a thread.
+
+    No more than one result of `first` waits for `second`, which runs in the thread of the caller.
+    """
+    gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+
+    def begin() -> None:
+        torch.set_num_threads(threads)
+        if device.type == "cuda" and device.index is not None:  # the current device is local to a thread
+            torch.cuda.set_device(device)
+
+    def ahead(part: Part) -> Half:
+        with torch.set_grad_enabled(gradients):
+            return first(part)
+
+    found: list[Result] = []
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
+        before: tuple[Part, Future[Half]] | None = None
+        for part in parts:
+            after = part, thread.submit(ahead, part)
+            if before is not None:
+                found.append(second(before[0], before[1].result()))
+            before = after
+        if before is not None:
+            found.append(second(before[0], before[1].result()))
+    return found
 
 
 def over_rows(function: Callable[[slice], None], rows: int, least: int, device: torch.device) -> None:

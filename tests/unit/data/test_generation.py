@@ -18,7 +18,8 @@ from capo.data import generation
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, generator_fingerprint, open_pool
 from capo.data.pool import PoolReader
 from capo.data.prompts import candidate_seed, make_prompt
-from capo.data.stages import LatentStage, ScoreStage, TextStage
+from capo.data.scoring import ScoreStage
+from capo.data.stages import LatentStage, TextStage
 from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint

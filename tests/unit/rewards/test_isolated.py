@@ -7,6 +7,7 @@ import ast
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards, worker
+from capo.rewards import isolated as isolated_side
 from capo.rewards.isolated import IsolatedScorer
 from fixtures.fake_backbone import FakeBackbone
 
@@ -203,6 +205,62 @@ def test_a_message_comes_back_as_it_was_sent():
     assert worker.receive(stream) == ({"score": 0.1}, [])
     with pytest.raises(EOFError):
         worker.receive(stream)
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "message"),
+    [
+        (b"[]", None, "without the sizes"),
+        (b"{}", None, "without the sizes"),
+        (b'{"sizes": 3}', None, "without the sizes"),
+        (b'{"sizes": [-1]}', None, "without the sizes"),  # would read to the end of the stream
+        (b'{"sizes": [true]}', None, "without the sizes"),
+        (b'{"sizes": [2.0]}', None, "without the sizes"),
+        (b'{"sizes": [3, 4]}', 6, "7 bytes after the header, above 6"),
+        (b'{"sizes": ', None, "Expecting value"),
+    ],
+)
+def test_a_message_with_other_sizes_is_none(text, most, message):
+    stream = io.BytesIO(worker.START.pack(worker.MAGIC, len(text)) + text + b"1234567")
+    with pytest.raises(ValueError, match=message):
+        worker.receive(stream, most)
+
+
+def test_a_header_that_is_too_long_is_not_read():
+    with pytest.raises(ValueError, match="a header of 4294967295 bytes, above"):
+        worker.receive(io.BytesIO(worker.START.pack(worker.MAGIC, 2**32 - 1)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "pixels", "message"),
+    [
+        (None, [b"rgb"], "1 images with the shapes None"),
+        ([[1, 1], [1, 1]], [b"rgb"], "1 images with the shapes"),
+        ([[1, 1], [1, 1]], [b"rgb", b"rgb"], "2 images for 1 prompts"),
+        ([[1, 2]], [b"rgb"], "an image of 1 x 2 pixels in 3 bytes"),
+        ([[-1, -1]], [b"rgb"], r"shape \[-1, -1\], which is not \[width, height\]"),
+        ([[1, 1, 3]], [b"rgb"], "which is not"),
+        ([[1.0, 1]], [b"rgb"], "which is not"),
+    ],
+)
+def test_pixels_of_another_shape_are_refused(shapes, pixels, message):
+    service = worker.Service()
+    service.scorer = lambda images, prompts: [0.0] * len(images)
+    header = {"prompts": ["a"]} if shapes is None else {"prompts": ["a"], "shapes": shapes}
+    found = service.answer(header, pixels)
+    assert found["kind"] == "ValueError" and re.search(message, found["error"])
+
+
+def test_a_scorer_of_pil_images_gets_their_pixels_unpacked(isolated, pillow_only, monkeypatch):
+    """No file is packed, whatever the image's mode; a scorer that takes PNG gets one for each image."""
+    packed = []
+    pack = isolated_side._png
+    monkeypatch.setattr(isolated_side, "_png", lambda image: packed.append(image) or pack(image))
+    gray = Image.new("L", (3, 5), 102)
+    assert isolated("Redness")([RED, gray], ["", "a"]).tolist() == [1.0, 1.4]
+    assert not packed
+    assert isolated("size", _partial_=True)([RED, gray], ["", ""]).tolist() == [4003, 3005]
+    assert len(packed) == 2
 
 
 def test_the_worker_needs_the_standard_library_of_an_old_python_only():
@@ -472,8 +530,8 @@ def test_the_end_of_stdin_ends_a_worker_at_work(isolated, pillow_only):
     )
     try:
         worker.send(process.stdin, {"scorer": {"_target_": "their_reward.Sleeps"}, "device": None})
-        assert worker.receive(process.stdout)[0] == {"ready": True}
-        worker.send(process.stdin, {"prompts": ["hang"]}, [])
+        assert worker.receive(process.stdout)[0] == {"ready": True, "takes": "rgb"}
+        worker.send(process.stdin, {"prompts": ["hang"], "shapes": [[1, 1]]}, [b"rgb"])
         assert process.poll() is None
         process.stdin.close()
         assert process.wait(20) == 0

@@ -23,7 +23,7 @@ from fixtures.tiny_clip import noise_images
 
 # what the adapter uses of tensorflow; a model's folder says in saved_model.pb what it answers
 TENSORFLOW = '''
-import io, sys
+import io, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +52,11 @@ class Signature:
         self.answer = answer
         self.structured_outputs = {"other" if answer == "other" else "predictions": None}
 
+    meeting = threading.Barrier(4, timeout=60)
+
     def __call__(self, given):
+        if self.answer == "together":
+            self.meeting.wait()
         assert given.kind == "tensor" and isinstance(given.value, bytes)
         if self.answer == "modules":
             names = ("torch", "hydra", "capo.rewards")
@@ -157,6 +161,13 @@ def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order_nor_wit
     together, order = reward.score(IMAGES, PROMPTS), [2, 0, 3, 1]
     assert torch.equal(reward.score([IMAGES[i] for i in order], ["other"] * 4), together[order])
     assert torch.equal(torch.cat([reward.score([image], [""]) for image in IMAGES]), together)
+
+
+def test_images_of_a_batch_are_scored_at_once(tensorflow, model):
+    """Each of the four calls waits for the other three; scores come back in the order of the images."""
+    (reward,) = load_rewards(vila(weights=model("together")))
+    (alone,) = load_rewards(vila(weights=model()))
+    assert torch.equal(reward.score(IMAGES, PROMPTS), alone.score(IMAGES, PROMPTS))
 
 
 def test_the_worker_has_tensorflow_and_neither_torch_nor_this_package(tensorflow, model):

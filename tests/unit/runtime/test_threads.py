@@ -6,7 +6,7 @@ import torch
 from capo.calibration import calibrate
 from capo.data.selection import select
 from capo.pairs import frs
-from capo.runtime.threads import map_batches, over_rows
+from capo.runtime.threads import map_ahead, map_batches, over_rows
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,26 @@ def test_what_goes_wrong_in_a_lane_is_raised_and_the_threads_are_back(three_thre
     with pytest.raises(OSError, match="part 0"):
         map_batches(part, range(3), "batches", CPU)
     assert torch.get_num_threads() == 3
+
+
+def test_the_first_half_is_one_part_ahead_in_a_thread_like_the_callers(three_threads):
+    begun = [threading.Event() for _ in range(4)]
+
+    def first(number):
+        begun[number].set()
+        return threading.current_thread(), torch.get_num_threads(), torch.is_grad_enabled()
+
+    def second(number, half):
+        assert begun[min(number + 1, 3)].wait(60)
+        assert number + 2 > 3 or not begun[number + 2].wait(0.05)  # and no more than one
+        return number, half
+
+    with torch.no_grad():
+        found = map_ahead(first, second, range(4), CPU)
+    threads = {half[0] for _, half in found}
+    assert len(threads) == 1 and threading.current_thread() not in threads
+    assert [(number, *half[1:]) for number, half in found] == [(number, 3, False) for number in range(4)]
+    assert torch.get_num_threads() == 3 and map_ahead(first, second, [], CPU) == []
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 10, 31])

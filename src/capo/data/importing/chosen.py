@@ -14,7 +14,7 @@ from capo.data.labels import LabelSource, described, scored
 from capo.data.pool import Pool
 from capo.data.pool.import_table import HUMAN_LABELS, ImportTable, read_import_table
 from capo.data.prompts import Prompt, prompt_id
-from capo.data.stages import ScoreStage
+from capo.data.scoring import ScoreStage
 from capo.errors import InputError
 
 
