@@ -3,10 +3,10 @@
     python -m benchmarks.sampling --size full --model sdxl [--results FILE] [--minutes 9] [--rounds 2]
     python -m benchmarks.sampling --size tiny --model sdxl --device cpu
 
-`capo` runs float32 weights under bf16 autocast, as `sampling.precision=bf16-mixed` samples a pool, and
-decodes with the float32 VAE. `pipeline` has all weights in bf16. Both use the same batch size and the paper's
-sampler (SDXL: DDIM, guidance 7.5; SD3: flow DPM-Solver, guidance 5; 50 steps), encode the text and decode the
-images. They take turns. Rows and files are those of full_training.py.
+`capo` runs under bf16 autocast, its weights stored as `sampling.precision=bf16-mixed` stores them to sample a
+pool, and decodes with the float32 VAE. `pipeline` has all weights in bf16. Both use the same batch size and
+the paper's sampler (SDXL: DDIM, guidance 7.5; SD3: flow DPM-Solver, guidance 5; 50 steps), encode the text
+and decode the images. They take turns. Rows and files are those of full_training.py.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from benchmarks.records import Records, Row, measured, print_rows
 from benchmarks.sampling_ways import our_sampling, plain_pipeline
 from benchmarks.timing import median_ratio
 from capo.backbones import Backbone
+from capo.backbones.drawing import Drawing
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import prepare_process
 from capo.data.prompts import make_prompt
@@ -52,7 +53,7 @@ WAYS = {"capo": our_sampling, "pipeline": plain_pipeline}
 
 
 def backbones(model: str, blueprint: Blueprint, device: torch.device) -> dict[str, Backbone]:
-    """Backbones with the same weights: in float32 for `capo`, in bf16 for `pipeline`."""
+    """Backbones with the same weights: stored to draw under autocast for `capo`, in bf16 for `pipeline`."""
     name, scheduler = blueprint.denoiser_name, PAPER[model][1]
     parts = {
         name: random_module(blueprint, name, device),
@@ -60,7 +61,7 @@ def backbones(model: str, blueprint: Blueprint, device: torch.device) -> dict[st
     }
     halved = {name: nn.Module.to(copy.deepcopy(part), torch.bfloat16) for name, part in parts.items()}
     return {
-        "capo": random_backbone(model, parts, scheduler),
+        "capo": random_backbone(model, parts, scheduler).prepare(Drawing(PRECISION)),
         "pipeline": random_backbone(model, halved, scheduler),
     }
 

@@ -44,6 +44,7 @@ PARTS = (
     Part("checks", "gpu_checks", 1.0, sized=False),
     Part("train_sdxl", "train_step", 3.0, ("--model", "sdxl")),
     Part("sample_sdxl", "sampling", 1.0, ("--model", "sdxl")),
+    Part("generate_sdxl", "generation", 1.5, ("--model", "sdxl")),
     Part("sample_sd3", "sampling", 1.0, ("--model", "sd3")),
     Part("train_sd3", "train_step", 2.0, ("--model", "sd3")),
 )

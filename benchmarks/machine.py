@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 
 import torch
@@ -54,6 +55,41 @@ def facts(device: torch.device) -> dict[str, object]:
         "matmul_side": side,
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
     }
+
+
+class Waits:
+    """Measures, within a block, the share of the time in which a device had nothing to do (`share`).
+
+    A GPU's queue is looked up every 2 ms. On a CPU, whose threads take part in everything, it is the share of
+    their time in which this process did not compute, such as while files are written.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.share = device, 0.0
+        self._idle = self._looks = 0
+        self._over = threading.Event()
+
+    def __enter__(self) -> Waits:
+        self._wall, self._busy = time.perf_counter(), time.process_time()
+        if self.device.type == "cuda":
+            stream = torch.cuda.default_stream(self.device)
+            self._thread = threading.Thread(target=self._watch, args=(stream,), daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self, stream: torch.cuda.Stream) -> None:
+        while not self._over.wait(0.002):
+            self._looks += 1
+            self._idle += stream.query()
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self._over.set()
+            self._thread.join()
+            self.share = self._idle / max(1, self._looks)
+        else:
+            wall = (time.perf_counter() - self._wall) * torch.get_num_threads()
+            self.share = max(0.0, 1 - (time.process_time() - self._busy) / wall)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -3,16 +3,18 @@
 import importlib
 import json
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import full_training, gpu
+from benchmarks import full_training, generation, gpu
 from benchmarks.full_steps import Clock, Setting, step_figures
-from benchmarks.machine import vendor_peak
+from benchmarks.machine import Waits, vendor_peak
 from benchmarks.random_models import random_backbone, random_module, random_pairs, sized_blueprint
 from benchmarks.records import Records, measured
 from benchmarks.timing import in_turn, median_ratio
@@ -145,6 +147,51 @@ def test_full_size_sampling_on_a_tiny_model(printed, tmp_path, model):
         row["status"] == "measured" and row["images_per_second"] > 0 and row["faster than pipeline"] > 0
         for row in rows.values()
     )
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd3"])
+def test_generation_of_a_pool_on_a_tiny_model(printed, tmp_path, model):
+    """Row "measured": the scores with and without overlap are equal."""
+    file = tmp_path / "figures.json"
+    told = printed("generation", *tiny(model, file))
+    (row,) = json.loads(file.read_text())["rows"].values()
+    assert row["status"] == "measured" and "batch 2: measured; images_per_second" in told
+    seconds = sum(row[f"{stage} seconds"] for stage in ("text", "latents", "scores"))
+    assert row["images_per_second"] == pytest.approx(8 / seconds)
+    shares = ("waits", "scores wait", "one after another, scores wait")
+    assert all(0 <= row[share] <= 1 for share in shares) and row["scores faster than one after another"] > 0
+    before = file.read_bytes()
+    printed("generation", *tiny(model, file))  # nothing is missing, so nothing is measured
+    assert file.read_bytes() == before
+
+
+def test_scores_that_overlap_changes_are_no_figures(printed, tmp_path, monkeypatch):
+    drawn = iter(range(9))
+    monkeypatch.setattr(generation, "scores_of", lambda *_: torch.tensor(next(drawn)))
+    file = tmp_path / "figures.json"
+    assert "failed: RuntimeError: decoding ahead changed the scores" in printed(
+        "generation", *tiny("sdxl", file)
+    )
+
+
+def test_a_cpu_waits_while_this_process_does_not_compute(monkeypatch):
+    """Of 4 s on 2 threads, 8 s of their time, 2 s are computed: 1 - 2 / 8."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(time, "perf_counter", iter([10.0, 14.0]).__next__)
+    monkeypatch.setattr(time, "process_time", iter([5.0, 7.0]).__next__)
+    with Waits(torch.device("cpu")) as watch:
+        pass
+    assert watch.share == 0.75
+
+
+def test_a_gpus_queue_is_looked_up(monkeypatch):
+    """Half of the looks find it empty."""
+    looks = iter(range(10**6))
+    queue = SimpleNamespace(query=lambda: next(looks) % 2 == 0)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: queue)
+    with Waits(torch.device("cuda")) as watch:
+        time.sleep(0.3)
+    assert watch.share == pytest.approx(0.5, abs=0.1) and next(looks) > 10
 
 
 @pytest.mark.parametrize("model", ["sdxl", "sd3"])
