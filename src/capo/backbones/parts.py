@@ -20,9 +20,8 @@ from capo.backbones.precision import cpu_copy, half_stored, stored_for
 DENOISER, TEXT = "denoiser", "text_encoders"  # parts that a process may do without (`Backbone`'s `parts`)
 TEXT_ENCODER = "text_encoder"  # how the names of a pipeline's text encoders begin
 _lock = RLock()  # of `_held`, and of moves
-_held: dict[
-    int, tuple[int, torch.device]
-] = {}  # id of a module that was moved -> users, device to go back to
+# id of a module that was moved -> its users, the device to go back to
+_held: dict[int, tuple[int, torch.device]] = {}
 
 
 class Parts:

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -218,6 +218,20 @@ def _step_of(scheduler: Scheduler, generators: Sequence[torch.Generator] | None)
         return latents
 
     return step
+
+
+def encode_unconditional(backbone: Backbone, settings: SamplerSettings, images: Iterable[int]) -> None:
+    """Encode the negative branch for the batches in which so many images each are sampled, and keep it.
+
+    Called before a denoiser is on the device, it spares the memory for text encoders beside it.
+    """
+    if settings.guidance <= 1:
+        return
+    batch = settings.batch
+    counts = {size for each in images for size in (min(batch, each), each % batch) if size}
+    with backbone.placed(*backbone.text_encoders):
+        for count in sorted(counts):
+            backbone.unconditional(count)
 
 
 def sample_prompts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -9,6 +10,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from capo.backbones import Backbone
+from capo.backbones.sampling import encode_unconditional
 from capo.cli.build import Components
 from capo.cli.values import plain
 from capo.data.images import GeneratedImages
@@ -42,6 +44,8 @@ def validation_of(
         )
     console.print(f"validation images of the base: {folder / 'step000000.png'}")
     sampler = components.generator.settings
+    share = math.ceil(len(base.prompts) / launch().world_size) * settings.images
+    encode_unconditional(module.backbone, sampler, [share])  # now: beside a policy in training is less room
     return WinRateValidation(
         base,
         module.backbone,

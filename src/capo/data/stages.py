@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from capo.backbones import Backbone
-from capo.backbones.sampling import SamplerSettings, sample_prompts
+from capo.backbones.sampling import SamplerSettings, encode_unconditional, sample_prompts
 from capo.data.pool import Pool, Shard
 from capo.data.prompts import candidate_seed
 from capo.runtime.threads import BATCHES
@@ -177,13 +177,7 @@ class LatentStage(LatentFiles):
 
     def setup(self) -> None:
         """Encode the negative branch, so that text encoders and denoiser are not on the device together."""
-        if self.settings.guidance > 1:
-            batch, images = self.settings.batch, [shard.images for shard in self.todo()]
-            with self.backbone.placed(*self.backbone.text_encoders):
-                for count in sorted(
-                    {min(batch, left) for each in images for left in (each, each % batch)} - {0}
-                ):
-                    self.backbone.unconditional(count)
+        encode_unconditional(self.backbone, self.settings, [shard.images for shard in self.todo()])
 
     def run(self, shard: Shard, report: Report) -> None:
         seed = self.pool.manifest.seed

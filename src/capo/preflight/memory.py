@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from functools import cache
 
+import torch
 from torch import nn
 
 from capo.backbones.precision import half_stored
@@ -100,6 +101,15 @@ def model_states(
         kept = module_bytes(half_stored(blueprint.module(blueprint.denoiser_name), precision))
     whole = (module_bytes(policy), gradient_bytes(policy), optimizer_bytes(policy, optimizer), kept)
     return ModelStates(*(math.ceil(part / shards) for part in whole))
+
+
+@cache
+def drawing_bytes(blueprint: Blueprint, lora: Adapter | None, precision: str, itemsize: int = 4) -> int:
+    """Size in bytes of a network that draws, its weights of `itemsize` bytes stored for the precision."""
+    network = policy_module(blueprint, lora)
+    if itemsize != 4:  # loaded in half precision throughout
+        return module_bytes(nn.Module.to(network, torch.float16))
+    return module_bytes(half_stored(network, precision))
 
 
 @cache

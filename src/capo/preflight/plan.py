@@ -11,6 +11,7 @@ from capo.preflight.memory import (
     CHECKPOINT_ITEM,
     CHECKPOINTS,
     autocast_copies,
+    drawing_bytes,
     parameters,
     pipeline_bytes,
     pool_bytes,
@@ -54,8 +55,9 @@ def _phases(phases: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 def device_memory(request: Request) -> dict[str, Any]:
     """Compute the bytes of each part on one device, by phase.
 
-    Phases run one after another, so the largest total is the memory that is needed. Images are generated
-    first and scored afterwards; rewards are on the device during scoring only.
+    Phases run one after another, so the largest total is the memory that is needed. Text is encoded first,
+    then images are generated and scored; each part of the base and the rewards are there only while they
+    work. The VAE counts with what it decodes.
     """
     training, blueprint = request.training, request.blueprint
     kept = asdict(request.model_states(training.shards))
@@ -69,31 +71,32 @@ def device_memory(request: Request) -> dict[str, Any]:
         training.frozen_in,
     )
     pipeline = pipeline_bytes(blueprint, request.itemsize)
-    others = sum(size for name, size in pipeline.items() if name != blueprint.denoiser_name)
+    vae, encoders = pipeline["vae"], sum(pipeline[name] for name in blueprint.encoder_names)
     sampling = request.sampling
     drawing = (
         sampling.batch
         * sampling.branches
         * denoiser_forward(blueprint, sampling.precision, training.gpu).working
     )
-    decoding = sampling.decode * decoder_forward(blueprint).working
-    copies = autocast_copies(blueprint, training.lora, sampling.precision)  # of a policy; the base is frozen
+    decoding = vae + sampling.decode * decoder_forward(blueprint).working
+    copies = autocast_copies(blueprint, training.lora, sampling.precision)  # of a policy in training
     base, rewards = (
-        {"denoiser": pipeline[blueprint.denoiser_name], "VAE and text encoders": others},
+        {"denoiser": drawing_bytes(blueprint, None, sampling.precision, request.itemsize)},
         request.rewards,
     )
-    compared = base | {"policy": request.model_states().weights}
+    policy = {"policy": drawing_bytes(blueprint, training.lora, sampling.precision)}
     return _phases(
         {
+            "text": {"text encoders": encoders},
             "pool": {**base, SAMPLING: drawing},
-            "pool scoring": {**base, REWARDS: rewards.pool, DECODING: decoding},
+            "pool scoring": {REWARDS: rewards.pool, DECODING: decoding},
             "training": {**kept, "activations": activations},
-            "validation": {**kept, "VAE and text encoders": others, BOTH: max(drawing + copies, decoding)},
+            "validation": {**kept, BOTH: max(drawing + copies, decoding)},
             "validation scoring": {**kept, REWARDS: rewards.validation},
             **(
                 {
-                    "evaluation": {**compared, SAMPLING: drawing + copies},
-                    "evaluation scoring": {**compared, REWARDS: rewards.evaluation, DECODING: decoding},
+                    "evaluation": {**base, **policy, SAMPLING: drawing},
+                    "evaluation scoring": {REWARDS: rewards.evaluation, DECODING: decoding},
                 }
                 if request.evaluate
                 else {}

@@ -26,7 +26,7 @@ REMEDIES = {  # part of a phase -> what makes it smaller; any other part is a mo
     DECODING: "set sampling.decode=1",
     BOTH: "lower sampling.batch, and set sampling.decode=1",
     "denoiser": HALF_BASE,
-    "VAE and text encoders": HALF_BASE,
+    "text encoders": HALF_BASE,
     "policy": (
         "evaluate elsewhere (evaluate=false here, then evaluate.py run=DIR), "
         "or tune an adapter (experiment=lora)"

@@ -235,7 +235,7 @@ GB = {"peak": 92e9, "training": {"weights": 10e9, "activations": 40e9, "total": 
      "part is optimizer, 46.0 GB: use an adapter (experiment=lora), trainer=fsdp"),
     ("validation", {"optimizer": 20e9, "sampling and decoding": 46e9}, [],
      "46.0 GB: lower sampling.batch, and set sampling.decode=1"),
-    ("evaluation scoring", {"rewards": 20e9, "VAE and text encoders": 46e9}, ["x"],
+    ("evaluation scoring", {"rewards": 20e9, "text encoders": 46e9}, ["x"],
      "46.0 GB: store the base in half precision (model.backbone.dtype="),
 ])  # fmt: skip
 def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, phase, parts, precisions, told):
@@ -265,10 +265,10 @@ def test_in_training_the_micro_batch_helps_whatever_is_largest(monkeypatch):
     ("choice", "peak"),
     [
         ("experiment=sdxl_capo_frs", "validation scoring"),
-        ("experiment=sd3_capo_frs", "evaluation scoring"),
-        ("experiment=sdxl_single", "validation"),
-        ("experiment=sd3_single", "evaluation scoring"),
-        ("experiment=sdxl_pickapic_prompts", "evaluation scoring"),
+        ("experiment=sd3_capo_frs", "validation scoring"),
+        ("experiment=sdxl_single", "training"),
+        ("experiment=sd3_single", "training"),
+        ("experiment=sdxl_pickapic_prompts", "training"),
     ],
 )
 def test_the_papers_recipes_fit_one_card(tmp_path, choice, peak):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
+from capo.backbones.drawing import Drawing
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.module import Execution, PreferenceModule, Weighting
@@ -14,7 +15,9 @@ from capo.objectives import capo
 from capo.preflight.architecture import Blueprint, from_folder, published, published_names
 from capo.preflight.memory import (
     checkpoint_bytes,
+    drawing_bytes,
     model_states,
+    module_bytes,
     optimizer_bytes,
     parameters,
     pipeline_bytes,
@@ -396,19 +399,27 @@ def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
         device_memory(request(unet)),
         4 * 2 * denoiser_forward(unet, "32-true", False).working,
     )  # four images, with guidance
-    decoding = 4 * decoder_forward(unet).working
     pipeline = pipeline_bytes(unet, 4)
-    assert (
-        device["pool"]["sampling"] == drawing and device["pool"]["total"] == sum(pipeline.values()) + drawing
-    )
-    for before in ("pool", "evaluation"):
-        drawn, scored = device[before], device[f"{before} scoring"]
-        assert (
-            scored["total"] == drawn["total"] - drawn["sampling"] + decoding
-            and scored["decoding"] == decoding
-        )
-    assert device["evaluation"]["policy"] == model_states(unet, None, "32-true", "adamw", True).weights
+    decoding = pipeline["vae"] + 4 * decoder_forward(unet).working
+    denoiser = pipeline[unet.denoiser_name]
+    assert device["text"]["total"] == sum(pipeline.values()) - denoiser - pipeline["vae"]
+    assert device["pool"] == {
+        "denoiser": denoiser, "sampling": drawing, "total": denoiser + drawing,
+    }  # fmt: skip
+    weights = model_states(unet, None, "32-true", "adamw", True).weights
+    assert device["evaluation"]["total"] == denoiser + weights + drawing
+    for scored in ("pool scoring", "evaluation scoring"):
+        assert device[scored]["total"] == device[scored]["decoding"] == decoding
     assert device["validation"]["sampling and decoding"] == max(drawing, decoding)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_draws_takes_the_bytes_that_it_is_stored_in(unet, precision, dtype):
+    """Of the shapes' own denoiser, measured."""
+    backbone = UNetBackbone(str(SHAPES), dtype=dtype).prepare(Drawing(precision))
+    planned = drawing_bytes(unet, None, precision, backbone.dtype.itemsize)
+    assert planned == module_bytes(backbone.denoiser)
 
 
 def test_without_an_evaluation_there_is_no_phase_of_it(unet):
