@@ -21,6 +21,8 @@ class Family(ABC):
         denoiser_class: the diffusers class that is tuned.
         denoiser_component: the pipeline's name for it.
         draws: ways to draw a time (`Backbone.timesteps`).
+        projected_text: names of the text inputs that only linear layers of the denoiser read. Autocast rounds
+            these to its own dtype, so a pool loses nothing by storing them in it.
         lora_targets: names of the modules that a low-rank adapter sits on.
         kohya_prefix: what stands before the names of an adapter's layers in other programs. An MMDiT's
             separate projections have no name of kohya's; OneTrainer's is one that ComfyUI knows them by.
@@ -32,6 +34,7 @@ class Family(ABC):
     denoiser_class: ClassVar[str]
     denoiser_component: ClassVar[str] = "transformer"
     draws: ClassVar[tuple[str, ...]] = ("uniform",)
+    projected_text: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     kohya_prefix: ClassVar[str] = "lora_transformer"
     single_file: ClassVar[bool] = False

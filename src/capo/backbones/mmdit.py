@@ -30,6 +30,7 @@ class MMDiTBackbone(Backbone):
     pipeline_classes = ("StableDiffusion3Pipeline",)
     denoiser_class = "SD3Transformer2DModel"
     draws = tuple(schedules.FLOW_DRAWS)
+    projected_text = ("prompt_embeds", "pooled_prompt_embeds")
     lora_targets = JOINT_ATTENTION
 
     def __init__(self, weights: str, *args, t5: bool = True, sequence_length: int = USUAL, **others):

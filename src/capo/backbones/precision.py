@@ -20,6 +20,11 @@ AUTOCAST = {"32-true": None, **HALVES}  # all precisions; None: no autocast
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)  # layers whose weights autocast casts to half precision
 
 
+def common_half(*precisions: str) -> torch.dtype | None:
+    """Dtype that all of `precisions` (Lightning's names) autocast to; None without one in common."""
+    return AUTOCAST[precisions[0]] if len(set(precisions)) == 1 else None
+
+
 def cpu_copy(module: Network) -> Network:
     """Copy a module on the CPU, so that its device never holds it twice."""
     home = next(module.parameters()).device

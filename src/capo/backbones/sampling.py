@@ -39,6 +39,8 @@ class SamplerSettings:
             own images do not depend on it.
         channels_last: whether what draws has its convolutions in the channels-last memory format.
         compile: whether torch.compile is applied to the repeated blocks of what draws.
+        text_dtype: dtype that sampling and training autocast to, in which pools store float32 text
+            embeddings; None: pools store them as they were encoded.
     """
 
     steps: int
@@ -50,6 +52,7 @@ class SamplerSettings:
     unconditional: str = POLICY
     channels_last: bool = False
     compile: bool = False
+    text_dtype: torch.dtype | None = None
 
     @property
     def drawing(self) -> Drawing:

@@ -26,6 +26,7 @@ class UNetBackbone(Backbone):
     single_file = True
     lora_folders = "ComfyUI's `models/loras` or AUTOMATIC1111's `models/Lora`"
     draws = schedules.VP_DRAWS
+    projected_text = ("prompt_embeds", "pooled_prompt_embeds")  # not the time_ids, whose sines are taken
 
     @classmethod
     def unused_parts(cls, **options: object) -> dict[str, None]:

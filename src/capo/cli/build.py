@@ -12,6 +12,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones import Backbone, Family
+from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import worker_logs
 from capo.cli.values import plain
@@ -89,7 +90,7 @@ def build_components(
         InputError: prompts, rewards or weights are missing or cannot be used.
     """
     splits = prompt_splits(cfg)
-    settings = SamplerSettings(**cfg.sampling)
+    settings = sampler_settings(cfg)
     rewards, evaluated, oracle = all_rewards(cfg)
     held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
     specs = pool_specs(cfg, splits)
@@ -102,6 +103,13 @@ def build_components(
     return Components(generator, splits, rewards, evaluated, oracle, specs, held_out)
 
 
+def sampler_settings(cfg: DictConfig) -> SamplerSettings:
+    """Settings of the sampler, with the dtype in which text embeddings are stored for it and for training."""
+    return SamplerSettings(
+        **cfg.sampling, text_dtype=common_half(cfg.sampling.precision, cfg.trainer.precision)
+    )
+
+
 def base_of(cfg: DictConfig, parts: Collection[str] | None = None) -> Backbone:
     """Load the base to work on this process's device (`own_device`), its denoiser stored as it draws.
 
@@ -109,7 +117,7 @@ def base_of(cfg: DictConfig, parts: Collection[str] | None = None) -> Backbone:
     """
     device = own_device(cfg.trainer.accelerator)  # first, since loading takes long
     only = {} if parts is None else {"parts": tuple(parts)}
-    drawing = SamplerSettings(**cfg.sampling).drawing
+    drawing = sampler_settings(cfg).drawing
     return built(cfg.model.backbone, name=cfg.model.name, **only).prepare(drawing).to(device)
 
 

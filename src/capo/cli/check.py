@@ -12,8 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from capo.backbones import Backbone
-from capo.backbones.sampling import SamplerSettings
-from capo.cli.build import base_of, built
+from capo.cli.build import base_of, built, sampler_settings
 from capo.cli.plan import request_of
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_accelerator, check_draw, check_weights
@@ -83,7 +82,7 @@ def check_base(
     cfg: DictConfig, backbone: Backbone, latents: Tensor, captions: Sequence[str], folder: Path
 ) -> list[Check]:
     """Check the base's denoiser on latents (B, C, h, w) of known images with captions, and its sampler."""
-    settings = SamplerSettings(**cfg.sampling)
+    settings = sampler_settings(cfg)
     found = [
         denoising_at(backbone, latents, captions, place, settings.batch, settings.precision)
         for place in tqdm(PLACES, "denoising errors", leave=False)

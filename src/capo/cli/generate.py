@@ -9,8 +9,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from capo.backbones.parts import TEXT
-from capo.backbones.sampling import SamplerSettings
-from capo.cli.build import Components, base_of, build_components, built, check_imported, training_data
+from capo.cli.build import (
+    Components,
+    base_of,
+    build_components,
+    built,
+    check_imported,
+    sampler_settings,
+    training_data,
+)
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
@@ -57,7 +64,7 @@ def import_images(cfg: DictConfig) -> None:
     pool = import_pool(
         source,
         base_of(cfg, PARTS["import"]),
-        SamplerSettings(**cfg.sampling),
+        sampler_settings(cfg),
         Path(cfg.pool.root),
         cfg.model.name,
         prompts_per_shard=cfg.pool.prompts_per_shard,

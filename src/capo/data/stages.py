@@ -11,9 +11,10 @@ from importlib.metadata import version
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from capo.backbones import Backbone
+from capo.backbones.family import Text
 from capo.backbones.sampling import SamplerSettings, encode_unconditional, sample_prompts
 from capo.data.pool import Pool, Shard
 from capo.data.prompts import candidate_seed
@@ -103,7 +104,8 @@ class TextStage(Stage):
         return self.backbone.text_encoders
 
     def missing(self, row: int) -> list[Shard]:
-        return [] if self.pool.has_text(row, self.verify) else [self.pool.text_shard(row)]
+        there = self.pool.has_text(row, self.verify, self.settings.text_dtype)
+        return [] if there else [self.pool.text_shard(row)]
 
     def amount(self, shard: Shard) -> int:
         return len(shard.positions)
@@ -115,10 +117,21 @@ class TextStage(Stage):
             for start in range(0, len(prompts), TEXT_BATCH)
         ]
         text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.pool.write_text(shard.row, text, self.record())
+        kept = self._rounded(text)
+        changed = any(kept[name].dtype != value.dtype for name, value in text.items())
+        self.pool.write_text(shard.row, kept, self.record(), self.settings.text_dtype if changed else None)
         self._encoded += len(prompts)
         self._cut.update(self.backbone.truncated(prompts))
         report(len(prompts))
+
+    def _rounded(self, text: Text) -> dict[str, Tensor]:
+        """Embeddings in the dtype that the denoiser's autocast would round them to, in half the space."""
+        dtype = self.settings.text_dtype
+        names = self.backbone.projected_text if dtype else ()
+        return {
+            name: value.to(dtype) if name in names and value.dtype == torch.float32 else value
+            for name, value in text.items()
+        }
 
     def close(self) -> None:
         """Warn about prompts with more tokens than the text encoders read."""
@@ -139,7 +152,7 @@ class TextStage(Stage):
             return 0
         with self.backbone.visiting("cpu"):  # for one prompt, moving the encoders would take longer
             one = self.backbone.encode_prompts([self.pool.row_prompts(todo[0].row)[0].text])
-        return sum(tensor.nbytes for tensor in one.values()) * sum(map(self.amount, todo))
+        return sum(tensor.nbytes for tensor in self._rounded(one).values()) * sum(map(self.amount, todo))
 
 
 @dataclass(eq=False)

@@ -134,7 +134,7 @@ def pipeline_bytes(blueprint: Blueprint, itemsize: int) -> dict[str, int]:
 def pool_bytes(blueprint: Blueprint, prompts: int, candidates: int, rewards: int, text_item: int) -> int:
     """Size of a pool on disk in bytes: float16 latents, scores, and each prompt's conditioning once.
 
-    `rewards` is the number of rewards, and `text_item` the bytes per element of the encoders' dtype.
+    `rewards` is the number of rewards, and `text_item` the bytes per element of the stored embeddings.
     """
     text = text_item * sum(math.prod(shape) for shape in blueprint.text_shapes.values())
     image = LATENT_ITEM * math.prod(blueprint.latent_shape) + SCORE_BYTES * rewards

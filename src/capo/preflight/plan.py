@@ -160,7 +160,7 @@ def disk_space(request: Request) -> dict[str, Any]:
         return (
             None
             if pool.prompts is None
-            else pool_bytes(blueprint, pool.prompts, pool.images, pool.rewards, request.itemsize)
+            else pool_bytes(blueprint, pool.prompts, pool.images, pool.rewards, request.text_item)
         )
 
     pools = {name: size(pool) for name, pool in request.pools.items() if pool.stored}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from capo.backbones.precision import common_half
 from capo.preflight.architecture import Blueprint
 from capo.preflight.memory import ModelStates, checkpoint_bytes, model_states
 from capo.preflight.tracing import Adapter
@@ -133,6 +134,12 @@ class Request:
             shards,
             training.frozen_in,
         )
+
+    @property
+    def text_item(self) -> int:
+        """Bytes per element of the text embeddings in a pool."""
+        stored = common_half(self.sampling.precision, self.training.precision)
+        return min(self.itemsize, stored.itemsize if stored else self.itemsize)
 
     @property
     def checkpoint(self) -> int:

@@ -98,7 +98,7 @@ class Imported:
                 f"{backbone.name}; import the images with this model (generate.py stage=import)"
             )
         self.pool.check_latent_shape(backbone.latent_shape)
-        self._check_complete()
+        self._check_complete(settings)
         if rewards := scored(labels):
             stage = ScoreStage(
                 self.pool, self.pool.text_shards(), backbone, settings, False, rewards, self.candidates
@@ -107,11 +107,13 @@ class Imported:
             run_stage(stage, progress)
         return self
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, settings: SamplerSettings) -> None:
         lacking = [
             shard.name
             for shard in self.pool.shards(self.candidates)
-            if not (self.pool.has_text(shard.row) and self.pool.has_latents(shard))
+            if not (
+                self.pool.has_text(shard.row, rounded=settings.text_dtype) and self.pool.has_latents(shard)
+            )
         ]
         if lacking or len(self.pool.prompts) != len(self.table.ids):
             raise InputError(

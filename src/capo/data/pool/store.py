@@ -29,6 +29,8 @@ from capo.data.pool.score_files import holds_rows, read_row_scores, read_score_f
 from capo.data.prompts import Prompt
 from capo.errors import InputError
 
+ROUNDED = "rounded_to"  # in the header of a text file
+
 
 class Pool:
     """Candidates of prompts, with scores, in a folder; see `open` and `create`.
@@ -162,15 +164,30 @@ class Pool:
     def _text_identity(self, row: int) -> dict[str, str]:
         return {"fingerprint": self.manifest.text_encoders, "prompts": self._table.digest(row)}
 
-    def has_text(self, row: int, verify: bool = False) -> bool:
-        """Whether the row has valid text embeddings; with `verify`, their checksum is compared once."""
+    def has_text(self, row: int, verify: bool = False, rounded: torch.dtype | None = None) -> bool:
+        """Whether the row has valid text embeddings; with `verify`, their checksum is compared once.
+
+        Embeddings that were stored as encoded are always valid, rounded ones only for the dtype `rounded`.
+        """
         path = text_path(self.folder, row)
         header = self._inspection.header(path, verify)
-        expected = self._text_identity(row)
-        return header is not None and self._inspection.matches(path, header.metadata, expected)
+        if header is None:
+            return False
+        stored = _rounding(rounded) if ROUNDED in header.metadata else {}
+        expected = self._text_identity(row) | stored
+        return self._inspection.matches(path, header.metadata, expected)
 
-    def write_text(self, row: int, text: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
-        """Store text embeddings of a row; the leading dimension is its prompts, the header has `settings`."""
+    def write_text(
+        self,
+        row: int,
+        text: Mapping[str, Tensor],
+        settings: Mapping[str, object],
+        rounded: torch.dtype | None = None,
+    ) -> None:
+        """Store text embeddings of a row; the leading dimension is its prompts, the header has `settings`.
+
+        `rounded` is the dtype that some of them were rounded to.
+        """
         count = len(self._table.row_positions(row))
         if wrong := {name: tuple(tensor.shape) for name, tensor in text.items() if len(tensor) != count}:
             raise ValueError(f"row {row} has {count} prompts, but its text has the shapes {wrong}")
@@ -178,7 +195,8 @@ class Pool:
             name: tensor[:1] if bool((tensor == tensor[:1]).all()) else tensor
             for name, tensor in text.items()
         }
-        write_tensors(text_path(self.folder, row), stored, self._text_identity(row) | _described(settings))
+        metadata = self._text_identity(row) | _described(settings) | (_rounding(rounded) if rounded else {})
+        write_tensors(text_path(self.folder, row), stored, metadata)
 
     def read_text(self, row: int) -> dict[str, Tensor]:
         """Text embeddings of a row by name; the leading dimension is the row's prompts."""
@@ -320,6 +338,11 @@ class Pool:
                 scores = read_row_scores(self.folder, key, row, self._table.digest(row), candidates)
                 result[members, :, number] = scores[places[members]]
         return torch.from_numpy(result)
+
+
+def _rounding(dtype: torch.dtype | None) -> dict[str, str]:
+    """Entry of a text file's header about embeddings that were rounded to `dtype`."""
+    return {ROUNDED: str(dtype).removeprefix("torch.")}
 
 
 def _described(settings: Mapping[str, object]) -> dict[str, str]:
