@@ -10,6 +10,7 @@
     POOL/scores/<reward>-<fp8>/00000-00.parquet  prompt_id, candidate, score: raw, in the order of the latents
     POOL/imported.parquet                        in imported pools only: origin of the images and the choices
                                                  of people
+    POOL/.verified/HOST                          files that were read whole on a machine, for their checksums
     POOL/.locks/                                 locks of processes that are writing, else empty
 
 A *row* is a range of prompts; its number, position // prompts_per_shard, is the first number in a file's

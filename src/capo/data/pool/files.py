@@ -116,24 +116,30 @@ class TensorFile:
     """Memory-mapped safetensors file; `arrays` holds views by name, which are read when they are indexed.
 
     A slice through `safetensors.safe_open` costs 40 us, a view of the mapping 2 us; for latents of a few
-    kilobytes this is most of the time. With `verify`, all data is read once and its checksum compared. Raises
-    DamagedShard or FileNotFoundError.
+    kilobytes this is most of the time. `status` is that of the opened file. Raises DamagedShard or
+    FileNotFoundError; with `verify`, also as the method does.
     """
 
     def __init__(self, path: Path, verify: bool):
         # a single open() call: in pools with more files than may stay open, nearly every visit reopens a file
         with path.open("rb") as file:
+            self.status = os.fstat(file.fileno())
             try:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError as error:
                 raise DamagedShard(path, "it is empty") from error
         self.header = whole_header(path, memoryview(self._map), len(self._map))
+        self.path = path
         if verify:
-            data = memoryview(self._map)[self.header.start :]
-            if self.header.checksum(data) != self.header.metadata.get("checksum"):
-                raise DamagedShard(path, "its checksum is not that of its data")
+            self.verify()
         self.arrays = {name: self._view(entry) for name, entry in self.header.entries.items()}
         self._dtypes = {name: DTYPES[entry["dtype"]][1] for name, entry in self.header.entries.items()}
+
+    def verify(self) -> None:
+        """Read all data and compare its checksum. Raises DamagedShard."""
+        data = memoryview(self._map)[self.header.start :]
+        if self.header.checksum(data) != self.header.metadata.get("checksum"):
+            raise DamagedShard(self.path, "its checksum is not that of its data")
 
     def _view(self, entry: dict) -> np.ndarray:
         kind, shape = DTYPES[entry["dtype"]][0], entry["shape"]

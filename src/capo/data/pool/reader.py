@@ -13,6 +13,7 @@ from torch import Tensor
 from capo.data.pool.files import TensorFile
 from capo.data.pool.layout import latents_path, read_range, text_path
 from capo.data.pool.store import Pool
+from capo.data.pool.verified import VerifiedFiles
 
 HANDLES = 4096  # upper limit of open files; many systems allow a process only 1024 (`ulimit -n`)
 
@@ -26,9 +27,9 @@ def most_handles() -> int:
 class PoolReader:
     """Reader of single candidates and text embeddings of a complete pool.
 
-    Each file's checksum is compared when it is first opened. The reader is cheap to pickle: every worker of a
-    data loader opens its own files. Raises DamagedShard (an InputError) for a file that has changed since it
-    was written, and FileNotFoundError for a missing file.
+    The first process of a machine that opens a file compares its checksum (`VerifiedFiles`). The reader is
+    cheap to pickle: every worker of a data loader opens its own files. Raises DamagedShard (an InputError)
+    for a file that has changed since it was written, and FileNotFoundError for a missing file.
     """
 
     def __init__(self, pool: Pool, handles: int | None = None):
@@ -39,7 +40,7 @@ class PoolReader:
 
     def _forget(self) -> None:
         self._open: OrderedDict[tuple, TensorFile] = OrderedDict()
-        self._verified: set[tuple] = set()
+        self._files = VerifiedFiles(self.folder)
         self._stops: dict[int, list[int]] = {}  # row -> end of the candidate range of each opened block
 
     def __getstate__(self) -> dict:
@@ -79,8 +80,7 @@ class PoolReader:
         key = (locate, numbers)
         file = self._open.get(key)
         if file is None:
-            file = TensorFile(locate(self.folder, *numbers), verify=key not in self._verified)
-            self._verified.add(key)
+            file = self._files.open(locate(self.folder, *numbers))
             while len(self._open) >= self.handles:
                 self._open.popitem(last=False)
             self._open[key] = file
