@@ -108,8 +108,8 @@ def device_memory(request: Request) -> dict[str, Any]:
 def host_memory(request: Request) -> dict[str, Any]:
     """Compute the bytes of each part in host memory, by phase.
 
-    The pipeline and the rewards stay there while they are off the device, those of each process on a machine,
-    and a checkpoint is collected there by the first process.
+    The pipeline and the rewards stay there while they are off the device, those of each process on a machine.
+    The first process collects a checkpoint there if it is sharded; else it writes one tensor after another.
     """
     whole, each = request.model_states(), request.training.local_processes
     pipeline = each * sum(pipeline_bytes(request.blueprint, request.itemsize).values())
@@ -125,7 +125,7 @@ def host_memory(request: Request) -> dict[str, Any]:
             "training": {
                 "pipeline": pipeline,
                 "rewards": rewards,
-                "checkpoint in flight": request.checkpoint,
+                **({"checkpoint in flight": request.checkpoint} if request.training.shards > 1 else {}),
             },
         }
     )

@@ -44,6 +44,24 @@ def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str 
             file.write(part.encode() if isinstance(part, str) else part)
 
 
+def second_name(path: Path, other: Path) -> bool:
+    """Give the file at `path` the name `other` too, in place of what was there, by a hard link.
+
+    Returns whether the file system has such links; without them nothing changes.
+    """
+    unfinished = other.with_name(f".{other.name}.tmp")
+    try:
+        unfinished.unlink(missing_ok=True)
+        os.link(path, unfinished)
+        unfinished.replace(other)
+    except OSError:
+        return False
+    finally:
+        with suppress(OSError):  # still there if both names were one file's already
+            unfinished.unlink()
+    return True
+
+
 def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
     """Write `rows` to a CSV file atomically (`write_whole`); a missing value becomes an empty cell."""
     text = io.StringIO()

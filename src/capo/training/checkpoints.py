@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Collection
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from capo.errors import InputError
 from capo.module import PreferenceModule
-from capo.runtime.files import write_whole
+from capo.runtime.files import second_name, whole_file
 from capo.training.averaging import AVERAGE
 from capo.training.validation import WinRateValidation
 
@@ -25,8 +24,8 @@ class ValidatedCheckpoint(ModelCheckpoint):
     """Save a checkpoint after each validation; the best one is the one that the validation chose.
 
     The last checkpoint is also saved every `every` optimizer steps, and when a single process is told to end
-    (SIGTERM). A run directory may have been moved since its last checkpoint: paths are taken from where it is
-    now.
+    (SIGTERM). Where best and last are of the same step, they are two names of one file. A run directory may
+    have been moved since its last checkpoint: paths are taken from where it is now.
     """
 
     def __init__(self, validation: WinRateValidation, every: int | None, *args, **kwargs):
@@ -53,6 +52,15 @@ class ValidatedCheckpoint(ModelCheckpoint):
         """Whether the policy validated last is the best so far (`capo.training.choice`)."""
         return self._validation.chosen
 
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Save a checkpoint; if this step has one, as the best, give that another name."""
+        saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
+        if saved not in ("", filepath) and trainer.strategy.broadcast(
+            trainer.is_global_zero and second_name(Path(saved), Path(filepath))
+        ):
+            return
+        super()._save_checkpoint(trainer, filepath)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore paths and win-rate of the best checkpoint, wherever the run directory is now."""
         here = Path(str(self.dirpath))
@@ -66,13 +74,22 @@ class ValidatedCheckpoint(ModelCheckpoint):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Write checkpoints atomically: under a temporary name in the same folder, synced, then renamed."""
+    """Write checkpoints atomically, and read them, without holding one in host memory.
+
+    A file is written under a temporary name in the same folder, synced, then renamed.
+    """
 
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
-        """Serialize `checkpoint` to memory, then write the file atomically."""
-        state = io.BytesIO()
-        torch.save(checkpoint, state)
-        write_whole(path, state.getbuffer())
+        """Write `checkpoint`, one tensor after another. Raises InputError if the disk refuses it."""
+        with whole_file(path) as unfinished, unfinished.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # in which torch hides what the file system said
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    def load_checkpoint(self, path, map_location=None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Map the tensors of a checkpoint from its file; each is read when it is copied to its place."""
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
 class SameBatches(L.Callback):

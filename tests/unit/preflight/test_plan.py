@@ -384,14 +384,17 @@ def test_rewards_count_where_images_are_scored_and_nowhere_else(unet):
 
 
 def test_host_memory_counts_every_process_of_a_machine(unet):
-    """Eight processes hold eight pipelines and eight sets of rewards; one of them collects the checkpoint."""
+    """Eight processes hold eight pipelines and eight sets of rewards; one collects sharded weights."""
     rewards = RewardRequest(everything=8e9)
-    one, eight = (
-        host_memory(replace(request(unet, local_processes=count), rewards=rewards)) for count in (1, 8)
+    division = Division(devices=8, micro_batch=1, accumulate=1)
+    one, eight, sharded = (
+        host_memory(replace(request(unet, local_processes=count, **options), rewards=rewards))
+        for count, options in ((1, {}), (8, {}), (8, {"strategy": "fsdp", "division": division}))
     )
     assert eight["loading"]["total"] == 8 * one["loading"]["total"]
-    flight = one["training"]["checkpoint in flight"]
-    assert eight["training"]["total"] - flight == 8 * (one["training"]["total"] - flight) > 8 * 8e9
+    assert eight["training"]["total"] == 8 * one["training"]["total"] > 8 * 8e9
+    collected = checkpoint_bytes(unet, None, "adamw")
+    assert sharded["training"]["total"] - eight["training"]["total"] == collected
 
 
 def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
