@@ -62,7 +62,7 @@ TABLE: dict[str, Rule] = {
     "sampling.parallel": one_of((OPERATIONS, BATCHES)),
     "sampling.channels_last": SWITCH,
     "sampling.compile": SWITCH,
-    "data.workers": whole(0),
+    "data.workers": optional(whole(0)),
     "data.text": one_of((POOL, ENCODE)),
     "noise.shared": SWITCH,
     "noise.weighting": one_of(("sigmoid", "constant")),

@@ -29,6 +29,12 @@ class PreferenceBatch:
     prompt_ids: list[str]
     times: int = 1
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        fields = (self.latents, self.noise, self.u, self.calibrated_rewards)
+        return sum(tensor.nbytes for tensor in (*fields, *self.text.values()))
+
     def halves(self) -> tuple[PreferenceBatch, PreferenceBatch]:
         """First half of the pairs, with all their entries, and the rest, which has more of an odd number."""
         rows = len(self.prompt_ids) // self.times // 2 * self.times

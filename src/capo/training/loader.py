@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import signal
+import threading
 from functools import partial
+from pathlib import Path
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
+from capo.data.batch import PreferenceBatch
 from capo.data.dataset import Encode, PairDataset, Times, VisitSampler, collate
+from capo.runtime.launch import launch
+
+WORKERS = 4  # beside a GPU, unless given
+PREFETCHED = 2  # batches that a worker keeps ready
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches
+log = logging.getLogger(__name__)
 
 
 class PreferenceData(L.LightningDataModule):
     """Lightning data module over a `PairDataset`, each of whose visits is evaluated at `times`.
 
     `batch` is the number of pairs in one forward pass of one process, `workers` the number of loader
-    processes. If `encode` is given, prompt embeddings are computed by it instead of read from the pool; it
-    runs where batches are collated, which is in the workers if there are any.
+    processes; None: WORKERS where training runs on a GPU and their batches fit into shared memory, else none.
+    If `encode` is given, prompt embeddings are computed by it instead of read from the pool; it runs where
+    batches are collated, which is in the workers if their number is given. Batches do not depend on it.
     """
 
     def __init__(
         self,
         dataset: PairDataset,
         batch: int,
-        workers: int = 0,
+        workers: int | None = 0,
         encode: Encode | None = None,
         times: Times | None = None,
     ):
@@ -36,12 +49,56 @@ class PreferenceData(L.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # batches seen before the run was interrupted; Lightning itself would restart at the first one
         seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+        gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         rows = self.dataset.selection.usable.nonzero().flatten().tolist()
+        sampler = VisitSampler(rows, self.dataset.seed, self.batch, rank, world, start=seen)
+        collated = partial(collate, encode=self.encode)
+        workers = self.workers
+        if workers is None:
+            # text is encoded by all threads of this process, of which a worker has one
+            workers = self._fitting(collated, sampler) if gpu and self.encode is None else 0
         return DataLoader(
             self.dataset,
-            batch_sampler=VisitSampler(rows, self.dataset.seed, self.batch, rank, world, start=seen),
-            collate_fn=partial(collate, encode=self.encode),
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
+            batch_sampler=sampler,
+            collate_fn=collated,
+            num_workers=workers,
+            pin_memory=gpu,
+            prefetch_factor=PREFETCHED if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=leave_signals,
         )
+
+    def _fitting(self, collated: partial[PreferenceBatch], sampler: VisitSampler) -> int:
+        """WORKERS, or 0 with a warning if the batches that they keep ready may not fit into shared memory."""
+        batch = collated([self.dataset[key] for key in next(iter(sampler))])
+        ready = (WORKERS * PREFETCHED + WORKERS) * launch().local_world_size  # those in the making, too
+        needed, free = ready * batch.nbytes, shutil.disk_usage(SHARED_MEMORY).free
+        if needed <= free:
+            return WORKERS
+        log.warning(
+            "%s has %.1f GB free, and %d loader workers for each device need %.1f GB there: training reads "
+            "batches without workers. Raise it (docker run --shm-size=%dg), or set data.workers",
+            SHARED_MEMORY,
+            free / 1e9,
+            WORKERS,
+            needed / 1e9,
+            needed // 2**30 + 1,
+        )
+        return 0
+
+
+def leave_signals(worker: int) -> None:
+    """Have a loader worker obey nobody but the training process when it is asked to end.
+
+    Schedulers and terminals signal all processes of a job. If workers ended then, the run would fail before
+    its checkpoint.
+    """
+    numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

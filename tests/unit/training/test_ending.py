@@ -1,8 +1,10 @@
 """Checkpoints between validations, and those of a run that is told to end."""
 
 import csv
+import multiprocessing
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -41,13 +43,21 @@ def act_at(monkeypatch):
     return make
 
 
+def to_all_processes(number):
+    """Send a signal to loader workers too, as a scheduler does: from outside, and to them first."""
+    pids = [child.pid for child in multiprocessing.active_children()] + [os.getpid()]
+    assert len(pids) == 3
+    subprocess.run(["kill", f"-{int(number)}", *map(str, pids)], check=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_told_to_end_keeps_its_last_step_and_resumes(tiny_run, act_at, capsys, number):
+def test_a_run_that_is_told_to_end_keeps_its_last_step_and_resumes(tiny_run, act_at, capsys, number, workers):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-    name = f"ended{number}"
-    act_at(3, lambda: os.kill(os.getpid(), number))
+    name = f"ended{number}-{workers}"
+    act_at(3, lambda: to_all_processes(number) if workers else os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as ended, plain_errors():
-        train_script.run(tiny_run(name, *RUN))
+        train_script.run(tiny_run(name, *RUN, f"data.workers={workers}"))
     assert ended.value.code == 143 and "ended by SIGTERM" in capsys.readouterr().err
     folder = tiny_run.folder / name
     assert last_step(folder) == 4 and not (folder / "outcome.json").exists()
