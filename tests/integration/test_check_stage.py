@@ -9,10 +9,12 @@ import shutil
 
 import pytest
 
+from capo.cli import check as check_stage
 from capo.cli import train
 from capo.cli.resolvers import shipped
 from capo.errors import InputError
-from capo.preflight.step_check import Watch, check_steps
+from capo.preflight.model_check import Check
+from capo.preflight.step_check import Watch, check_checkpointing, check_steps
 from fixtures.tiny_pipelines import CONFIGURED
 
 SHAPES = {
@@ -24,7 +26,10 @@ SHAPES = {
     )
     for name, folder in (("shapes_unet", "unet"), ("shapes_mmdit", "mmdit"))
 }
-NAMES = ["VAE round trip", "denoising error", "sample", "reference = policy", "first loss", "one step"]
+NAMES = [
+    "VAE round trip", "denoising error", "sample", "reference = policy", "first loss", "one step",
+    "gradient checkpointing",
+]  # fmt: skip
 
 
 def findings(folder):
@@ -52,7 +57,7 @@ def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name):
         "prompts=text",
         "trainer.micro_batch=1",
     )
-    with pytest.raises(InputError, match="2 of 6 failed: VAE round trip, denoising error"):
+    with pytest.raises(InputError, match="2 of 7 failed: VAE round trip, denoising error"):
         train.run(tiny_run(f"check-{name}", *here, "check=true"))
     failed = ["VAE round trip", "denoising error"]
     assert findings(tiny_run.folder / f"check-{name}") == {check: check not in failed for check in NAMES}
@@ -68,7 +73,7 @@ def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path):
     (folder / "vae/config.json").write_text(
         json.dumps(config | {"scaling_factor": 2.5 * config["scaling_factor"]})
     )
-    with pytest.raises(InputError, match=r"of 6 failed: VAE round trip"):
+    with pytest.raises(InputError, match=r"of 7 failed: VAE round trip"):
         train.run(
             tiny_run("check-scaled", *SHAPES["shapes_unet"], "check=true", f"model.backbone.weights={folder}")
         )
@@ -108,6 +113,67 @@ def test_verdicts_by_hand(seen, failed):
     checks = check_steps(watched(**seen), planned_bytes=100, flops=4e9, pairs=8)
     assert [check.name for check in checks if not check.passed] == failed
     assert "2.00 s for 8 pairs, 2.0 GFLOP/s" in checks[-1].found  # 4e9 / 2 s
+
+
+GB, ON, OFF = 1e9, (2.0, 30e9), (1.6, 60e9)  # seconds and bytes of a step
+
+
+@pytest.mark.parametrize(("now", "on", "off", "memory", "measured", "advice"), [
+    # 2.0 / 1.6 = 1.25 x; 60 of 80 GB leave 25 %
+    (True, ON, OFF, 80 * GB, "on: 2.00 s and 30.00 GB, off: 1.60 s and 60.00 GB",
+     "set trainer.gradient_checkpointing=false, which is 1.25 x as fast and leaves 25% of 80.0 GB free"),
+    (False, ON, OFF, 80 * GB, "off: 1.60 s and 60.00 GB, on: 2.00 s and 30.00 GB",
+     "keep trainer.gradient_checkpointing=false, which is 1.25 x as fast and leaves 25% of 80.0 GB free"),
+    # 76 of 80 GB leave 5 %
+    (True, ON, (1.6, 76 * GB), 80 * GB, "on: 2.00 s and 30.00 GB, off: 1.60 s and 76.00 GB",
+     "keep trainer.gradient_checkpointing=true, since 5% of 80.0 GB would stay free without it"),
+    # 1.65 / 1.6 = 1.03 x
+    (False, (1.65, 30 * GB), OFF, 80 * GB, "off: 1.60 s and 60.00 GB, on: 1.65 s and 30.00 GB",
+     "set trainer.gradient_checkpointing=true, "
+     "since a step without it is only 1.03 x as fast and takes more memory"),
+    (True, ON, None, 80 * GB, "on: 2.00 s and 30.00 GB, off: out of memory",
+     "keep trainer.gradient_checkpointing=true, since a step does not fit otherwise"),
+    (False, (2.0, None), (1.6, None), None, "off: 1.60 s, on: 2.00 s",
+     "keep trainer.gradient_checkpointing=false, "
+     "which is 1.25 x as fast, if memory allows (it is measured on a GPU only)"),
+])  # fmt: skip
+def test_gradient_checkpointing_is_recommended_or_not(now, on, off, memory, measured, advice):
+    found = {
+        kind: seen and watched(seconds=seen[0], peak=seen[1]) for kind, seen in ((True, on), (False, off))
+    }
+    told = f"{measured}: {advice}"
+    assert check_checkpointing(found, now, memory) == [Check("gradient checkpointing", True, told)]
+
+
+@pytest.mark.parametrize(
+    ("now", "fits"), [(True, [True, False]), (False, [True]), (True, []), (True, [False]), (False, [False])]
+)
+def test_steps_with_and_without_checkpointing_are_both_measured(tiny_run, monkeypatch, now, fits):
+    """Also where one of them, or both, run out of memory."""
+    seen, steps = [], check_stage.take_steps
+
+    def measured(module, *arguments):
+        kind = module.execution.gradient_checkpointing
+        seen.append(kind)
+        watch = steps(module, *arguments)
+        assert module.policy.is_gradient_checkpointing == kind
+        return watch if kind in fits else None
+
+    monkeypatch.setattr(check_stage, "take_steps", measured)
+    name = "-".join(map(str, ["check-both", now, *fits]))
+    cfg = tiny_run(name, *SHAPES["shapes_unet"], "check=true", f"trainer.gradient_checkpointing={now}")
+    if now in fits:
+        train.run(cfg)
+    else:
+        remedy = (
+            "trainer.gradient_checkpointing=true" if True in fits else "a smaller trainer.micro_batch (now 4)"
+        )
+        with pytest.raises(InputError, match="failed: one step"):
+            train.run(cfg)
+        checks = json.loads((tiny_run.folder / name / "check.json").read_text())
+        assert next(check["remedy"] for check in checks if check["name"] == "one step") == remedy
+    assert seen == [now, not now]
+    assert ("gradient checkpointing" in findings(tiny_run.folder / name)) == bool(fits)
 
 
 def test_the_plans_seconds_stand_beside_the_measured_ones():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from capo.cli.plan import request_of
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_accelerator, check_draw, check_weights
 from capo.cli.values import check_values
+from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.preflight.model_check import (
@@ -31,7 +33,15 @@ from capo.preflight.model_check import (
 )
 from capo.preflight.plan import make_plan
 from capo.preflight.requests import Request
-from capo.preflight.step_check import check_steps, step_batch, take_steps
+from capo.preflight.step_check import (
+    check_checkpointing,
+    check_steps,
+    free_memory,
+    out_of_memory,
+    step_batch,
+    take_steps,
+)
+from capo.runtime.processes import own_device
 from capo.runtime.run_folder import CHECK
 
 
@@ -66,7 +76,7 @@ def run_checks(
     vae, latents = check_vae(backbone, known)
     captions = [caption for _, caption in known]
     checks = [vae, *check_base(cfg, backbone, latents, captions, folder)]
-    checks += check_training(cfg, request, module_of(cfg, backbone), latents, captions)
+    checks += check_training(cfg, request, lambda: module_of(cfg, backbone), latents, captions)
     write_checks(checks, folder / CHECK)
     console.print(check_table(checks))
     console.print(f"{folder / CHECK}; sample image in {folder / 'check'}")
@@ -94,16 +104,42 @@ def check_base(
 
 
 def check_training(
-    cfg: DictConfig, request: Request, module: PreferenceModule, latents: Tensor, captions: Sequence[str]
+    cfg: DictConfig,
+    request: Request,
+    build: Callable[[], PreferenceModule],
+    latents: Tensor,
+    captions: Sequence[str],
 ) -> list[Check]:
-    """Check a few optimizer steps on one device against the plan of the same step."""
-    backbone = module.backbone
+    """Check a few optimizer steps on one device against the plan of the same step.
+
+    `build` makes the module to train; it is called twice, for steps with and without gradient checkpointing.
+    """
+    now, found = bool(cfg.trainer.gradient_checkpointing), {}
     plan, pairs = make_plan(request), request.training.division.micro_batch
-    batch = step_batch(backbone, latents, captions, pairs * cfg.noise.times_per_pair)
-    backbone.to("cpu")  # as in training; the step moves the parts that it needs to the device
-    try:
-        watch = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)
-    except InputError as error:  # compiled blocks whose rounding differs too much
-        return [Check("reference = policy", False, "see what to do", str(error))]
+    batch: PreferenceBatch | None = None
+    for kind in (now, not now):
+        module = build()
+        module.execution = replace(module.execution, gradient_checkpointing=kind)
+        if batch is None:
+            batch = step_batch(module.backbone, latents, captions, pairs * cfg.noise.times_per_pair)
+            module.backbone.to("cpu")  # as in training; the step moves the parts that it needs to the device
+        try:
+            found[kind] = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)
+        except InputError as error:  # compiled blocks whose rounding differs too much
+            if kind == now:
+                return [Check("reference = policy", False, "see what to do", str(error))]
+        del module  # before the next one takes its place
+        free_memory()
+    advice = check_checkpointing(found, now, device_bytes(cfg)) if any(found.values()) else []
+    watch = found[now]
+    if watch is None:
+        return [out_of_memory(found, pairs), *advice]
     rate = request.flops * request.utilization
-    return check_steps(watch, plan["device"]["training"]["total"], pairs * plan["flops"]["pair"], pairs, rate)
+    total, flops = plan["device"]["training"]["total"], pairs * plan["flops"]["pair"]
+    return [*check_steps(watch, total, flops, pairs, rate), *advice]
+
+
+def device_bytes(cfg: DictConfig) -> int | None:
+    """Memory of the device in bytes; None for a CPU."""
+    place = own_device(cfg.trainer.accelerator)
+    return torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,9 @@ from capo.objectives.base import fields_of
 from capo.preflight.model_check import Check
 
 STEPS = 3  # the last one is timed
+CHECKPOINTING = "trainer.gradient_checkpointing"
+FASTER = 1.05  # from which speed-up a step without gradient checkpointing is worth its memory
+LEAST_FREE = 0.1  # share of the device's memory that should stay free beside such a step
 NEAR = 0.2  # largest relative difference between measured and planned memory
 
 
@@ -99,8 +103,13 @@ class Watch(L.Callback):
         self.seconds = time.perf_counter() - self._began
 
 
-def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: str, precision: str) -> Watch:
-    """Train `module` on the same batch for STEPS steps and return the record; do not reuse the module."""
+def take_steps(
+    module: PreferenceModule, batch: PreferenceBatch, accelerator: str, precision: str
+) -> Watch | None:
+    """Train `module` on the same batch for STEPS steps and return the record; do not reuse the module.
+
+    None: the device's memory is too small for a step.
+    """
     watch = Watch()
     named: Any = precision  # one of the names that Lightning spells out as literals
     trainer = L.Trainer(
@@ -120,8 +129,63 @@ def take_steps(module: PreferenceModule, batch: PreferenceBatch, accelerator: st
         barebones=False,
     )
     batches: Any = [batch] * STEPS  # torch's loaders take any sequence, their types a Dataset alone
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    try:
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+    except torch.OutOfMemoryError:
+        return None
     return watch
+
+
+def free_memory() -> None:
+    """Free what the module of the last steps held, in cycles too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check_checkpointing(found: Mapping[bool, Watch | None], now: bool, memory: int | None) -> list[Check]:
+    """Compare steps with gradient checkpointing (`found[True]`) and without, and recommend one in a sentence.
+
+    Args:
+        found: records of both kinds of steps; None: out of memory. Nothing is said if one is missing.
+        now: the configured kind.
+        memory: the device's memory in bytes; None on a CPU, whose memory is not measured.
+    """
+    if len(found) < 2:
+        return []
+    told = ", ".join(f"{'on' if kind else 'off'}: {_measured(found[kind])}" for kind in (now, not now))
+    best, reason = _recommended(found[True], found[False], memory)
+    advice = f"{'keep' if best == now else 'set'} {CHECKPOINTING}={str(best).lower()}, {reason}"
+    return [Check("gradient checkpointing", True, f"{told}: {advice}")]
+
+
+def _measured(watch: Watch | None) -> str:
+    if watch is None:
+        return "out of memory"
+    return f"{watch.seconds:.2f} s" + ("" if watch.peak is None else f" and {watch.peak / 1e9:.2f} GB")
+
+
+def _recommended(on: Watch | None, off: Watch | None, memory: int | None) -> tuple[bool, str]:
+    """Whether to use gradient checkpointing, and why; one of both kinds of steps fits."""
+    if on is None or off is None:
+        return off is None, "since a step does not fit otherwise"
+    gain = on.seconds / off.seconds
+    if gain < FASTER:
+        return True, f"since a step without it is only {gain:.2f} x as fast and takes more memory"
+    if memory is None or off.peak is None:
+        return False, f"which is {gain:.2f} x as fast, if memory allows (it is measured on a GPU only)"
+    free = 1 - off.peak / memory
+    if free < LEAST_FREE:
+        return True, f"since {free:.0%} of {memory / 1e9:.1f} GB would stay free without it"
+    return False, f"which is {gain:.2f} x as fast and leaves {free:.0%} of {memory / 1e9:.1f} GB free"
+
+
+def out_of_memory(found: Mapping[bool, Watch | None], pairs: int) -> Check:
+    """Report that the configured step of `pairs` pairs does not fit; `found` as in `check_checkpointing`."""
+    remedy = f"{CHECKPOINTING}=true" if found.get(True) else f"a smaller trainer.micro_batch (now {pairs})"
+    if pairs == 1 and not found.get(True):
+        remedy = f"{CHECKPOINTING}=true, experiment=lora, or trainer=fsdp on several devices"
+    return Check("one step", False, f"out of memory with {pairs} pairs", remedy)
 
 
 def check_steps(
