@@ -1,17 +1,19 @@
 """Export and load tuned policies: a diffusers pipeline folder or a LoRA file, which diffusers can load."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
 from capo.backbones.base import Backbone
 from capo.backbones.drawing import PLAIN, Drawing, prepared
 from capo.backbones.kohya import write_kohya
 from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter
-from capo.backbones.model_card import ModelCard, base_weights, readme
+from capo.backbones.model_card import README, ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import named_dtype
 from capo.backbones.saving import CHECKPOINT_FILE, write_checkpoint, write_pipeline
@@ -32,19 +34,21 @@ def export_policy(
     """Write the policy and its README (`card`), replacing `folder` atomically; return the folder.
 
     A denoiser with a LoRA adapter is written as the adapter's files in float32, one for diffusers and one for
-    ComfyUI, and the name of its base or, with `full`, as a whole pipeline with the adapter merged. Any other
-    denoiser is always written as a whole pipeline. `dtype` names the dtype of a whole pipeline's weights.
-    With `checkpoint`, a single file for other programs is written too (`Family.single_file`).
+    ComfyUI or, with `full`, as a whole pipeline with the adapter merged. Any other denoiser is always written
+    as a whole pipeline. A file beside them names the base. `dtype` names the dtype of a whole pipeline's
+    weights. With `checkpoint`, a single file for other programs is written too (`Family.single_file`).
     """
     folder = Path(folder)
     with fresh_folder(folder) as fresh:
-        if has_adapter(denoiser) and not full:
+        adapter = has_adapter(denoiser) and not full
+        if adapter:
             _write_adapter(backbone, denoiser, fresh)
         else:
             write_pipeline(backbone, fresh, denoiser, named_dtype(dtype))
         if checkpoint:
             write_checkpoint(backbone, denoiser, fresh / CHECKPOINT_FILE)
-        (fresh / "README.md").write_text(readme(backbone, fresh, folder.name, card), encoding="utf-8")
+        _write_base(backbone, fresh, adapter)
+        (fresh / README).write_text(readme(backbone, fresh, folder.name, card), encoding="utf-8")
     return folder
 
 
@@ -115,21 +119,45 @@ def _write_adapter(backbone: Backbone, denoiser: Denoiser, folder: Path) -> None
         key: sorted(value) if isinstance(value, set) else value
         for key, value in denoiser.peft_config[ADAPTER].to_dict().items()
     }
-    writer: Any = type(backbone.pipeline)  # the mixin for LoRA is each pipeline's own
-    writer.save_lora_weights(
-        folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
+    write_adapter(type(backbone.pipeline), component, backbone.kohya_prefix, layers, metadata, folder)
+    if backbone.other_scheduler:
+        backbone.pipeline.scheduler.save_pretrained(folder / "scheduler")
+
+
+def write_adapter(
+    pipeline: Any,
+    component: str,
+    prefix: str,
+    layers: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Write an adapter's factors to two files, one for diffusers and one for other programs.
+
+    Args:
+        pipeline: the diffusers class of the pipeline, which has its own mixin for LoRA.
+        component: the denoiser's name in it.
+        prefix: what stands before the names of layers in other programs (`Family.kohya_prefix`).
+        layers: factors by peft's names, without the component's.
+        settings: peft's settings of the adapter, among them `r` and `lora_alpha`.
+        folder: where the files go.
+    """
+    pipeline.save_lora_weights(
+        folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings}
     )
-    alpha: Any = metadata["lora_alpha"]  # a number, beside keys that are lists
-    write_kohya(layers, backbone.kohya_prefix, alpha, folder / COMFYUI_FILE)
+    write_kohya(layers, prefix, settings["lora_alpha"], folder / COMFYUI_FILE)
+
+
+def _write_base(backbone: Backbone, folder: Path, adapter: bool) -> None:
+    """Name the base; of a whole policy, which is loaded without it, no path on this machine."""
+    weights = base_weights(backbone)
     base = {
-        "weights": base_weights(backbone),
+        "weights": weights if adapter or not Path(weights).is_absolute() else backbone.name,
         "revision": backbone.revision,
         "variant": backbone.variant,
         "denoiser": backbone.fingerprints["denoiser"],
     }
     (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
-    if backbone.other_scheduler:
-        backbone.pipeline.scheduler.save_pretrained(folder / "scheduler")
 
 
 def _check_base(backbone: Backbone, folder: Path) -> None:

@@ -90,4 +90,4 @@ def merged(denoiser: Denoiser, plain: Denoiser) -> Denoiser:
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # name that `load_lora_weights` expects
 COMFYUI_FILE = "comfyui_lora.safetensors"  # the same adapter in the names of other programs
-BASE_FILE = "base.json"  # file beside a LoRA file that names its base weights
+BASE_FILE = "base.json"  # file of an exported policy that names its base weights

@@ -12,9 +12,12 @@ from capo.backbones.guidance_lines import FLOAT32, absolute, guidance_lines, loa
 from capo.backbones.lora import COMFYUI_FILE, LORA_FILE
 from capo.backbones.sampling import POLICY
 from capo.backbones.saving import CHECKPOINT_FILE
+from capo.errors import InputError
 from capo.runtime.files import write_whole
 
 UNCONDITIONAL = "unconditional prediction under guidance"
+README = "README.md"
+MADE = "## How it was made"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ModelCard:
 def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
     """Rewrite the README of an exported policy, for instance with the win-rates of its evaluation."""
     folder = Path(folder)
-    write_whole(folder / "README.md", readme(backbone, folder, folder.name, card))
+    write_whole(folder / README, readme(backbone, folder, folder.name, card))
 
 
 def base_weights(backbone: Backbone) -> str:
@@ -102,19 +105,22 @@ def _elsewhere_lines(backbone: Backbone, folder: Path) -> list[str]:
     return ["## In other programs", "", *sentences, ""] if sentences else []
 
 
-def _win_rate_lines(card: ModelCard) -> list[str]:
-    if not card.win_rates:
-        return ["Not evaluated."]
+def _win_rate_lines(win_rates: Mapping[str, Mapping[str, float]] | None) -> list[str]:
+    title = ["## Win-rates against the base", ""]
+    if not win_rates:
+        return [*title, "Not evaluated.", ""]
     rows = [
         f"| {reward} | {100 * rate['mean']:.1f} | {100 * rate['low']:.1f} - {100 * rate['high']:.1f} |"
-        for reward, rate in card.win_rates.items()
+        for reward, rate in win_rates.items()
     ]
     return [
+        *title,
         "Share of comparisons won against the base on held-out prompts, in %; 50 is the base itself.",
         "",
         "| reward | win-rate | 95 % interval |",
         "|---|---|---|",
         *rows,
+        "",
     ]
 
 
@@ -138,30 +144,51 @@ def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
         **({} if card.unconditional == POLICY else {UNCONDITIONAL: source_name(card.unconditional)}),
         **card.settings,
     }
-    return "\n".join(
-        [
-            *front,
-            "",
-            f"# {backbone.name}, tuned with {card.objective}",
-            "",
-            "## Loading it",
-            "",
-            "In the directory that holds this folder:",
-            "",
-            "```python",
-            _load_lines(backbone, folder, name, card.unconditional),
-            "```",
-            "",
-            *_elsewhere_lines(backbone, folder),
-            "## How it was made",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in facts.items()),
-            "",
-            "## Win-rates against the base",
-            "",
-            *_win_rate_lines(card),
-            "",
-        ]
-    )
+    head = [
+        *front,
+        "",
+        f"# {backbone.name}, tuned with {card.objective}",
+        "",
+        "## Loading it",
+        "",
+        "In the directory that holds this folder:",
+        "",
+        "```python",
+        _load_lines(backbone, folder, name, card.unconditional),
+        "```",
+        "",
+        *_elsewhere_lines(backbone, folder),
+    ]
+    return "\n".join([*head, *_made_lines(facts), *_win_rate_lines(card.win_rates)])
+
+
+def _made_lines(facts: Mapping[str, object]) -> list[str]:
+    """Return the section with a table of facts."""
+    return [MADE, "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+
+
+def soup_readme(policy: Path, name: str, facts: Mapping[str, object]) -> str:
+    """Return the README of a soup, in Markdown, from that of its first policy, which is loaded likewise.
+
+    Args:
+        policy: folder of the first policy.
+        name: final name of the soup's folder.
+        facts: how the soup was made.
+
+    Raises:
+        InputError: the policy has no README of this package.
+    """
+    try:
+        head, _, made = (policy / README).read_text(encoding="utf-8").partition(f"{MADE}\n")
+    except OSError:
+        made = ""
+    loaded = re.search(r'load_lora_weights\("(.+?)"\)', head) if made else None
+    loaded = loaded or (re.search(r'from_pretrained\("(.+?)"', head) if made else None)
+    if not loaded:
+        raise InputError(
+            f"policies: {policy / README} does not say how the policy is loaded; give the `policy/` folders "
+            "of finished runs with their README"
+        )
+    head = head.replace(f'("{loaded[1]}"', f'("{name}"')
+    head = re.sub(r"^(# .*), tuned with .*$", r"\1, a soup of tuned policies", head, flags=re.MULTILINE)
+    return "\n".join([head + "\n".join(_made_lines(facts)), *_win_rate_lines(None)])

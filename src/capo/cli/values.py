@@ -26,6 +26,7 @@ from capo.objectives.averaging import REDUCTIONS
 from capo.runtime.launch import STRATEGIES
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
 from capo.runtime.threads import BATCHES, OPERATIONS
+from capo.soup import METHODS as SOUPS
 from capo.training.choice import MONITORS
 
 MISSING = "???"  # mandatory value that is not given; reported by the code that needs it
@@ -39,6 +40,10 @@ def _are_devices(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(type(part) is int and part >= 0 for part in value)
     return type(value) is int and (value >= 1 or value == -1)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(TEXT.holds, value))
 
 
 TABLE: dict[str, Rule] = {
@@ -159,6 +164,12 @@ TABLE: dict[str, Rule] = {
     "run": optional(TEXT),
     "policy": optional(TEXT),
     "base": optional(TEXT),
+    "method": one_of(SOUPS),
+    "policies": Rule("a list of folders: policies=[FOLDER,FOLDER]", _are_texts),
+    "weights": Rule(
+        "a list of finite numbers, one for each policy, or null",
+        lambda value: value is None or (isinstance(value, list) and all(map(number().holds, value))),
+    ),
 }
 # groups and keys with one `_target_`, whose arguments are checked against its signature
 CALLED = ("objective", "pairs", "prompts", "import", "model.backbone")

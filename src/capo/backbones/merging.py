@@ -1,0 +1,335 @@
+"""Merge exported policies of one base into another policy folder, by the numbers of `capo.soup`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from capo.backbones.export import write_adapter
+from capo.backbones.family import Family
+from capo.backbones.loading import pipeline_index
+from capo.backbones.lora import BASE_FILE, LORA_FILE
+from capo.backbones.model_card import README, soup_readme
+from capo.backbones.saving import CHECKPOINT_FILE
+from capo.errors import InputError
+from capo.runtime.files import fresh_folder
+from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint, weight_files
+from capo.runtime.tensor_files import DTYPES, read_rows, spans, tensor_entries, write_parts
+from capo.soup import check_weights, coefficients, combined, inner_products
+
+METADATA = "lora_adapter_metadata"  # diffusers' key for an adapter's settings, in the file's metadata
+# settings of an adapter under which its layers compute more than alpha / rank * B A
+OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported policy and the base that it names.
+
+    Attributes:
+        folder: the policy's folder.
+        base: content of its `base.json`: weights, revision, variant, and the fingerprint of the denoiser.
+    """
+
+    folder: Path
+    base: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Exported:
+        """Read what a policy says of itself; InputError for a folder that is no exported policy."""
+        folder = Path(folder)
+        try:
+            base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+            if not all(isinstance(base[key], str) for key in ("weights", "denoiser")):
+                raise TypeError("weights and denoiser must be text")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"policies: {folder.absolute() / BASE_FILE}, which names the policy's base, cannot be read "
+                f"({error}); give the `policy/` folders of finished runs (one of an earlier version is "
+                "exported again by evaluate.py run=DIR validation.strengths=[1])"
+            ) from error
+        return cls(folder, base)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter, and not a whole pipeline."""
+        return (self.folder / LORA_FILE).is_file()
+
+    @cached_property
+    def adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Factors by name, and settings, of an adapter."""
+        with safe_open(self.folder / LORA_FILE, framework="pt") as file:
+            factors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            settings = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        return factors, settings
+
+    def fingerprint(self, component: str) -> str:
+        """Hash of the tuned weights, 64 hex digits."""
+        if self.is_adapter:
+            return safetensors_fingerprint(self.folder / LORA_FILE)
+        return component_fingerprint(self.folder, [component])
+
+
+@dataclass(frozen=True)
+class Base:
+    """The weights that policies were tuned from, on this machine.
+
+    Attributes:
+        folder: folder of the base's pipeline, in diffusers' format.
+        family: its model family.
+        name: hub id or path of the weights.
+        revision: commit, branch or tag of a hub id.
+        variant: variant of the weight files.
+    """
+
+    folder: Path
+    family: type[Family]
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+
+    @property
+    def component(self) -> str:
+        """The pipeline's name of the denoiser."""
+        return self.family.denoiser_component
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the denoiser, 64 hex digits."""
+        return component_fingerprint(self.folder, [self.component], self.variant)
+
+
+def merge_policies(
+    base: Base,
+    policies: Sequence[str | Path],
+    folder: str | Path,
+    method: str,
+    weights: Sequence[float],
+    progress: bool = True,
+) -> Path:
+    """Write the soup of exported policies as a policy folder, replacing `folder` atomically; return it.
+
+    A whole policy is merged part by part of a tensor, with a part of each model in memory; files beside the
+    denoiser's weights are the first policy's. Of adapters the products B A are merged, as one adapter of the
+    sum of their ranks. The dtype is the first policy's; the arithmetic is float32.
+
+    Args:
+        base: the weights that the policies were tuned from.
+        policies: folders that `export_policy` wrote, all whole or all adapters.
+        folder: where the soup goes.
+        method: `slerp` or `linear`.
+        weights: one for each policy (`capo.soup`).
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: a folder holds no exported policy, or the policies are of another base, or of different
+            kinds or shapes.
+        ParameterError: the weights do not fit the method or the number of policies.
+    """
+    check_weights(method, weights, len(policies))
+    models = [Exported.read(policy) for policy in policies]
+    _check_alike(base, models)
+    folder = Path(folder)
+    with fresh_folder(folder) as fresh:
+        if models[0].is_adapter:
+            _merge_adapters(base, models, fresh, method, weights)
+        else:
+            _merge_whole(base, models, fresh, method, weights, progress)
+        shutil.copyfile(models[0].folder / BASE_FILE, fresh / BASE_FILE)
+        facts = {
+            "base": f"`{base.name}`" + (f" at `{base.revision}`" if base.revision else ""),
+            "base denoiser": f"`{base.fingerprint[:8]}`",
+            "merged by": method,
+            **{
+                f"policy {number}": f"`{model.folder}` (`{model.fingerprint(base.component)[:8]}`), "
+                f"weight {weight:g}"
+                for number, (model, weight) in enumerate(zip(models, weights, strict=True), 1)
+            },
+        }
+        (fresh / README).write_text(soup_readme(models[0].folder, folder.name, facts), encoding="utf-8")
+    return folder
+
+
+def _check_alike(base: Base, models: Sequence[Exported]) -> None:
+    first = models[0]
+    for model in models:
+        if model.is_adapter != first.is_adapter:
+            whole, adapter = (model, first) if first.is_adapter else (first, model)
+            raise InputError(
+                f"policies: '{adapter.folder}' is a LoRA adapter and '{whole.folder}' a whole pipeline; "
+                "merge policies of one kind (export=full makes a whole pipeline of an adapter)"
+            )
+        if model.base["denoiser"] != base.fingerprint:
+            raise InputError(
+                f"policies: '{model.folder}' was tuned from '{model.base['weights']}' (denoiser "
+                f"{model.base['denoiser'][:8]}), not from '{base.name}' ({base.fingerprint[:8]}); choose its "
+                "base as model, and merge policies of one base only"
+            )
+
+
+def _merge_whole(
+    base: Base, models: Sequence[Exported], fresh: Path, method: str, weights: Sequence[float], progress: bool
+) -> None:
+    """Write the soup of whole policies to the folder `fresh`."""
+    part = base.component
+    inside = [model.folder / part for model in models]
+    homes = [_homes(folder) for folder in inside]
+    origin = _homes(base.folder / part, base.variant)
+    for folder, home in zip(inside, homes, strict=True):
+        if home.keys() != homes[0].keys() or home.keys() - origin.keys():
+            odd = sorted((home.keys() ^ homes[0].keys()) | (home.keys() - origin.keys()))
+            raise InputError(
+                f"policies: '{folder}' and '{inside[0]}' or their base differ in the tensors that they hold, "
+                f"for instance '{odd[0]}'; only policies of one architecture can be merged"
+            )
+    shutil.copytree(models[0].folder, fresh, dirs_exist_ok=True, ignore=_left_out(part))
+    total = len(homes[0])
+    with tqdm(total=total, desc="merging", unit="tensor", disable=not progress, dynamic_ncols=True) as bar:
+
+        def merged(names: Sequence[str]) -> Iterator[Tensor]:
+            for name in names:
+                yield from _merged_tensor(name, [origin, *homes], method, weights)
+                bar.update()
+
+        for file in weight_files(inside[0]).values():
+            entries = tensor_entries(file)
+            write_parts(fresh / part / file.name, entries, merged(list(entries)))
+
+
+def _left_out(component: str) -> Any:
+    """Choose what of a policy's folder is not copied: the tuned weights, and files made from them."""
+
+    def chosen(folder: str, names: list[str]) -> list[str]:
+        weights = Path(folder).name == component
+        return [
+            name
+            for name in names
+            if name in (README, CHECKPOINT_FILE) or (weights and name.endswith(".safetensors"))
+        ]
+
+    return chosen
+
+
+def _homes(folder: Path, variant: str | None = None) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    """Name of each tensor of a component -> its file, dtype and shape."""
+    files = weight_files(folder, variant).values()
+    return {
+        name: (file, dtype, shape) for file in files for name, (dtype, shape) in tensor_entries(file).items()
+    }
+
+
+def _merged_tensor(
+    name: str,
+    homes: Sequence[Mapping[str, tuple[Path, str, tuple[int, ...]]]],
+    method: str,
+    weights: Sequence[float],
+) -> Iterator[Tensor]:
+    """Yield the parts of one tensor of the soup; `homes` begin with the base's."""
+    files, dtypes, shapes = zip(*(home[name] for home in homes), strict=True)
+    if len(set(shapes)) > 1:
+        raise InputError(
+            f"policies: '{name}' has shapes {', '.join(map(str, sorted(set(shapes))))} in base and policies: "
+            "only policies of one architecture can be merged"
+        )
+    if not all(dtype in DTYPES for dtype in dtypes):  # a count or an index: nothing that was tuned
+        yield from (read_rows(files[1], name, span) for span in spans(shapes[1]))
+        return
+    gram = torch.zeros(len(files) - 1, len(files) - 1, dtype=torch.float64)
+    for span in spans(shapes[0]):
+        base, *tuned = (read_rows(file, name, span) for file in files)
+        gram += inner_products(base, tuned)
+    numbers = coefficients(gram, method, weights)
+    for span in spans(shapes[0]):
+        base, *tuned = (read_rows(file, name, span) for file in files)
+        yield combined(base, tuned, numbers).to(DTYPES[dtypes[1]])
+
+
+def _merge_adapters(
+    base: Base, models: Sequence[Exported], fresh: Path, method: str, weights: Sequence[float]
+) -> None:
+    """Write the soup of adapters to the folder `fresh`: factors scaled and concatenated, at alpha = rank."""
+    part = base.component
+    pipeline = getattr(diffusers, pipeline_index(base.folder, base.family.pipeline_classes)["_class_name"])
+    settings = {
+        key.removeprefix(f"{part}."): value for key, value in models[0].adapter[1].items() if "." in key
+    }
+    layers = merged_factors([_scaled_factors(model, part) for model in models], method, weights)
+    rank = max(len(factor) for name, factor in layers.items() if ".lora_A." in name)
+    settings |= {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.split(".lora_")[0] for name in layers}),
+    }
+    write_adapter(pipeline, part, base.family.kohya_prefix, layers, settings, fresh)
+    if (scheduler := models[0].folder / "scheduler").is_dir():
+        shutil.copytree(scheduler, fresh / "scheduler")
+
+
+def _scaled_factors(model: Exported, part: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (A, alpha / rank * B), float32, of an adapter."""
+    factors, settings = model.adapter
+    rank, alpha = settings.get(f"{part}.r"), settings.get(f"{part}.lora_alpha")
+    other = [key for key in OTHER_KINDS if settings.get(f"{part}.{key}")]
+    names = [name for name in factors if ".lora_A." in name]
+    fits = all(name.startswith(f"{part}.") and factors[name].ndim == 2 for name in names)
+    if other or not rank or not alpha or not names or not fits or len(factors) != 2 * len(names):
+        raise InputError(
+            f"policies: '{model.folder / LORA_FILE}' is no plain LoRA adapter of linear layers"
+            + (f" ({', '.join(other)})" if other else "")
+            + "; merge adapters that train.py exported"
+        )
+    return {
+        name.removeprefix(f"{part}.").split(".lora_A.")[0]: (
+            factors[name].float(),
+            factors[name.replace(".lora_A.", ".lora_B.")].float() * (alpha / rank),
+        )
+        for name in names
+    }
+
+
+def merged_factors(
+    adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]], method: str, weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Merge adapters whose products are B A, each layer -> (A (r, in), B (out, r)).
+
+    The inner product of two products is `sum((B1^T B2) * (A1 A2^T))`, so none is ever formed. A layer that an
+    adapter lacks counts as 0; where ranks differ by layer, zeros fill up.
+
+    Returns:
+        `LAYER.lora_A.weight` (R, in) and `LAYER.lora_B.weight` (out, R), with R the sum of the ranks; the
+        merged product is theirs, at a scale of 1.
+    """
+    ranks = [max(len(a) for a, _ in adapter.values()) for adapter in adapters]
+    merged: dict[str, Tensor] = {}
+    for layer in dict.fromkeys(name for adapter in adapters for name in adapter):
+        like_a, like_b = next(adapter[layer] for adapter in adapters if layer in adapter)
+        pairs = [
+            _padded(*adapter.get(layer, (like_a[:0], like_b[:, :0])), rank)
+            for adapter, rank in zip(adapters, ranks, strict=True)
+        ]
+        if len({(a.shape[1], len(b)) for a, b in pairs}) > 1:
+            raise InputError(f"policies: layer '{layer}' has different sizes in the adapters")
+        exact = [(a.double(), b.double()) for a, b in pairs]
+        gram = [[((b.T @ d) * (a @ c.T)).sum().item() for c, d in exact] for a, b in exact]
+        numbers = coefficients(torch.tensor(gram, dtype=torch.float64), method, weights)
+        merged[f"{layer}.lora_A.weight"] = torch.cat([a for a, _ in pairs])
+        merged[f"{layer}.lora_B.weight"] = torch.cat(
+            [number * b for number, (_, b) in zip(numbers, pairs, strict=True)], 1
+        )
+    return merged
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    lacking = rank - len(a)
+    return torch.nn.functional.pad(a, (0, 0, 0, lacking)), torch.nn.functional.pad(b, (0, lacking))

@@ -1,0 +1,79 @@
+"""Read and write safetensors files part by part, for weights that memory does not hold whole."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from capo.errors import InputError
+from capo.runtime.files import whole_file
+
+PART = 2**20  # elements of a tensor that are read at once, if its rows are no longer
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensor_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return name -> (dtype by the format's name, shape) of the tensors of a file, in the file's order.
+
+    Raises InputError if the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except Exception as error:  # safetensors' own error and those of the system
+        raise InputError(f"{path} cannot be read as safetensors ({error}); export it again") from error
+
+
+def spans(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows (first, last + 1) of the parts in which a tensor of this shape is read; none if it is empty."""
+    rows, row = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    step = max(1, PART // max(1, row))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)] if row else []
+
+
+def read_rows(path: Path, name: str, span: tuple[int, int]) -> Tensor:
+    """Read rows of a tensor; of a scalar, which has none, the scalar itself.
+
+    The file is opened for each call, since the pages of an open one stay in the process's memory.
+    """
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(name)
+        return part[span[0] : span[1]] if part.get_shape() else file.get_tensor(name)
+
+
+def write_parts(
+    path: Path, entries: Mapping[str, tuple[str, Sequence[int]]], parts: Iterator[Tensor]
+) -> None:
+    """Write a safetensors file atomically from the consecutive parts of its tensors, one at a time.
+
+    Args:
+        path: the file.
+        entries: name -> (dtype by the format's name, shape), in the order of the file.
+        parts: the tensors' parts in that order, each with the dtype of its entry.
+
+    Raises:
+        ValueError: the parts have another size in total than `entries` say.
+    """
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in entries.items():
+        end = place + math.prod(shape) * _itemsize(dtype)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # so that the data is aligned
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for part in parts:
+            file.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        if (written := file.tell() - 8 - len(head)) != place:
+            raise ValueError(f"{path}: {written} bytes of tensors were given, not {place}")
+
+
+def _itemsize(dtype: str) -> int:
+    bits = int("".join(filter(str.isdigit, dtype.split("_")[0])) or 8)  # BOOL has none
+    return bits // 8

@@ -1,0 +1,216 @@
+"""Soups of exported policies: whole ones and adapters, against soups of the weights in memory."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from capo.backbones.export import export_policy, load_policy
+from capo.backbones.lora import merged
+from capo.backbones.merging import Base, merge_policies, merged_factors
+from capo.backbones.model_card import ModelCard
+from capo.errors import InputError, ParameterError
+from capo.runtime import tensor_files
+from capo.soup import soup
+from fixtures.policies import assert_adapters_latents, plain_latents, run_readme, tuned
+
+CARD = ModelCard(objective="capo", data="nothing")
+EQUAL = [1.0, 1.0, 1.0]
+
+
+def base_of(backbone):
+    return Base(backbone.folder, type(backbone), backbone.weights, backbone.revision, backbone.variant)
+
+
+def exported(backbone, folder, count=3, lora=False, **options):
+    policies = [tuned(backbone, lora=lora, seed=seed) for seed in range(1, count + 1)]
+    folders = [folder / f"policy{index}" for index in range(count)]
+    for policy, place in zip(policies, folders, strict=True):
+        export_policy(backbone, policy, place, CARD, **options)
+    return policies, folders
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_whole_policies_become_the_soup_of_their_weights(tiny_backbones, tmp_path, monkeypatch, name, method):
+    monkeypatch.setattr(tensor_files, "PART", 100)  # most tensors have several parts
+    backbone = tiny_backbones[name]
+    policies, folders = exported(backbone, tmp_path)
+    folder = merge_policies(base_of(backbone), folders, tmp_path / "soup", method, EQUAL, progress=False)
+    found, base = load_policy(backbone, folder).state_dict(), backbone.denoiser.state_dict()
+    states = [policy.state_dict() for policy in policies]
+    for key, value in found.items():
+        expected = soup(base[key], [state[key] for state in states], method, EQUAL)
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
+    assert not all(torch.equal(value, states[0][key]) for key, value in found.items())
+    pipeline = run_readme(folder, monkeypatch)
+    part = getattr(pipeline, backbone.denoiser_component).state_dict()
+    assert all(torch.equal(part[key], value) for key, value in found.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f.name for f in folders), "soup"]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_adapters_become_the_soup_of_their_products(tiny_backbones, tmp_path, monkeypatch, name):
+    backbone = tiny_backbones[name]
+    policies, folders = exported(backbone, tmp_path, lora=True)
+    folder = merge_policies(base_of(backbone), folders, tmp_path / "soup", "slerp", EQUAL)
+    base = backbone.denoiser.state_dict()
+    whole = [merged(policy, backbone.trainable_copy()).state_dict() for policy in policies]
+    loaded = load_policy(backbone, folder)
+    found = merged(loaded, backbone.trainable_copy()).state_dict()
+    for key, value in found.items():
+        expected = soup(base[key], [state[key] for state in whole], "slerp", EQUAL)
+        torch.testing.assert_close(value, expected, atol=2e-5, rtol=0)
+    moved = [key for key in found if not torch.equal(found[key], base[key])]
+    assert moved
+    soup_model = backbone.trainable_copy()
+    soup_model.load_state_dict(found)
+    pipeline = run_readme(folder, monkeypatch)
+    plain = getattr(pipeline, backbone.denoiser_component)
+    latents = plain_latents(pipeline, **backbone.call_options)
+    plain.disable_adapters()
+    base_latents = plain_latents(pipeline, **backbone.call_options)
+    plain.enable_adapters()
+    setattr(pipeline, backbone.denoiser_component, soup_model)
+    assert_adapters_latents(latents, plain_latents(pipeline, **backbone.call_options), base_latents)
+
+
+def test_other_programs_get_the_merged_adapter(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2, lora=True)
+    folder = merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+    ours, theirs = (
+        load_file(folder / name) for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors")
+    )
+    down = [value for key, value in theirs.items() if key.endswith("lora_down.weight")]
+    assert down and {len(value) for value in down} == {4}  # the sum of the ranks
+    assert {value.item() for key, value in theirs.items() if key.endswith(".alpha")} == {4.0}
+    assert len(ours) == 2 * len(down)
+
+
+def test_ranks_alphas_and_layers_may_differ():
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(rank):
+        return torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
+
+    one, two = {"x": factors(2), "y": factors(2)}, {"x": factors(3)}
+    found = merged_factors([one, two], "slerp", [1.0, 1.0])
+    zero = torch.zeros(5, 6)
+    for layer in ("x", "y"):
+        products = [a[layer][1] @ a[layer][0] if layer in a else zero for a in (one, two)]
+        product = found[f"{layer}.lora_B.weight"] @ found[f"{layer}.lora_A.weight"]
+        torch.testing.assert_close(product, soup(zero, products, "slerp", [1.0, 1.0]), atol=1e-5, rtol=0)
+        assert len(found[f"{layer}.lora_A.weight"]) == 5
+
+
+def test_the_dtype_and_the_card_are_those_of_a_policy(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2, dtype="float16", checkpoint=True)
+    folder = merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "linear", [0.7, 0.3])
+    [file] = (folder / "unet").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    assert not (folder / "checkpoint.safetensors").exists()  # it holds the first policy's weights
+    text = (folder / "README.md").read_text()
+    assert f"`{folders[1]}`" in text and "weight 0.3" in text and "| merged by | linear |" in text
+    assert "a soup of tuned policies" in text and "Not evaluated." in text
+    assert '"soup", dtype=torch.float16' in text and "policy0" not in text.split("```")[1]
+    assert (
+        json.loads((folder / "base.json").read_text())["denoiser"] == (tiny_backbone.fingerprints["denoiser"])
+    )
+
+
+def test_what_does_not_belong_together_is_refused(tiny_backbones, tmp_path):
+    sdxl = tiny_backbones["sdxl"]
+    base = base_of(sdxl)
+    _, whole = exported(sdxl, tmp_path / "whole", count=2)
+    _, adapters = exported(sdxl, tmp_path / "lora", count=1, lora=True)
+    _, [other] = exported(tiny_backbones["sd15"], tmp_path / "other", count=1)
+
+    def refused(policies, said, weights=(1.0, 1.0)):
+        with pytest.raises(InputError, match=said):
+            merge_policies(base, policies, tmp_path / "soup", "slerp", weights)
+        assert not (tmp_path / "soup").exists()
+
+    refused([whole[0], adapters[0]], "policy0' is a LoRA adapter and .* a whole pipeline")
+    refused([whole[0], other], "was tuned from 'sd15' .*choose its base as model")
+    refused([whole[0], tmp_path / "nothing"], r"nothing/base\.json.* cannot be read")
+    (whole[1] / "base.json").write_text('{"weights": 3, "denoiser": "x"}')
+    refused(whole, r"weights and denoiser must be text")
+    with pytest.raises(ParameterError, match="must be above 0"):
+        merge_policies(base, adapters * 2, tmp_path / "soup", "slerp", [1.0, -1.0])
+
+
+def test_other_shapes_are_refused_and_leave_nothing(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2)
+    [file] = (folders[1] / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    save_file(tensors | {name: tensors[name][:-1].clone()}, file)
+    with pytest.raises(InputError, match=f"'{name}' has shapes"):
+        merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+    assert not (tmp_path / "soup").exists()
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=f"for instance '{name}'"):
+        merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+
+
+def test_adapters_of_other_kinds_are_refused(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2, lora=True)
+    file = folders[1] / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), file)  # without its settings: rank and alpha are not known
+    with pytest.raises(InputError, match="is no plain LoRA adapter of linear layers"):
+        merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from capo.backbones.merging import Base, merge_policies
+from capo.backbones.unet import UNetBackbone
+
+def merge(root):
+    root = Path(root)
+    policies = [root / "a", root / "b"]
+    merge_policies(Base(root / "base", UNetBackbone, "base"), policies, root / "soup", "slerp", [1, 1], False)
+
+merge(sys.argv[1])  # what is imported and compiled at first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def large(root, rows):
+    """A base and two policies of four tensors, each of `rows` x 1 MiB."""
+    from capo.runtime.fingerprints import component_fingerprint
+
+    for seed, name in enumerate(("base", "a", "b")):
+        (root / name / "unet").mkdir(parents=True)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"t{i}": torch.randn(rows, 2**18, generator=generator) for i in range(4)}
+        save_file(tensors, root / name / "unet" / "diffusion_pytorch_model.safetensors")
+        (root / name / "unet" / "config.json").write_text("{}")
+        (root / name / "model_index.json").write_text("{}")
+    known = {"weights": "base", "denoiser": component_fingerprint(root / "base", ["unet"])}
+    for name in ("a", "b"):
+        (root / name / "base.json").write_text(json.dumps(known))
+        (root / name / "README.md").write_text('x.from_pretrained("a")\n## How it was made\nso\n')
+    return root
+
+
+def test_a_merge_holds_little_of_the_models_in_memory(tmp_path):
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    command = [
+        sys.executable,
+        "-c",
+        MEASURED,
+        str(large(tmp_path / "small", 1)),
+        str(large(tmp_path / "large", 24)),
+    ]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) < 4 * 24 * 2**10  # KiB: four times the largest tensor, of 96 such MiB a model

@@ -1,0 +1,52 @@
+"""Safetensors files, part by part."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from capo.errors import InputError
+from capo.runtime import tensor_files
+from capo.runtime.tensor_files import read_rows, spans, tensor_entries, write_parts
+
+TENSORS = {
+    "matrix": torch.arange(35.0).view(7, 5),
+    "half": torch.arange(6, dtype=torch.bfloat16),
+    "empty": torch.zeros(0, 3),
+    "scalar": torch.tensor(2.5),
+    "count": torch.tensor([3, 4]),
+    "flags": torch.tensor([True, False, True]),
+}
+
+
+def test_a_file_is_copied_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "PART", 10)  # two rows of the matrix
+    source, copy = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(TENSORS, source)
+    entries = tensor_entries(source)
+    assert spans((7, 5)) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    sizes = []
+
+    def parts():
+        for name, (_, shape) in entries.items():
+            for span in spans(shape):
+                part = read_rows(source, name, span)
+                sizes.append(part.numel())
+                yield part
+
+    write_parts(copy, entries, parts())
+    found = load_file(copy)
+    assert found.keys() == TENSORS.keys() and max(sizes) == 10
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_too_few_parts_leave_no_file(tmp_path):
+    with pytest.raises(ValueError, match="16 bytes of tensors were given, not 32"):
+        write_parts(tmp_path / "a.safetensors", {"a": ("F32", (2, 4))}, iter([torch.zeros(4)]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"a\.safetensors cannot be read as safetensors"):
+        tensor_entries(tmp_path / "a.safetensors")
