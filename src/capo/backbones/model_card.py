@@ -17,7 +17,7 @@ from capo.runtime.files import write_whole
 
 UNCONDITIONAL = "unconditional prediction under guidance"
 README = "README.md"
-MADE = "## How it was made"
+MADE, RATES = "## How it was made", "## Win-rates against the base"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
     """Rewrite the README of an exported policy, for instance with the win-rates of its evaluation."""
     folder = Path(folder)
     write_whole(folder / README, readme(backbone, folder, folder.name, card))
+
+
+def write_win_rates(folder: str | Path, win_rates: Mapping[str, Mapping[str, float]]) -> None:
+    """Put win-rates (`ModelCard.win_rates`) into the README of an exported policy, in place of its own."""
+    file = Path(folder) / README
+    head, _, _ = file.read_text(encoding="utf-8").partition(RATES)
+    write_whole(file, head + "\n".join(_win_rate_lines(win_rates)))
 
 
 def base_weights(backbone: Backbone) -> str:
@@ -106,7 +113,7 @@ def _elsewhere_lines(backbone: Backbone, folder: Path) -> list[str]:
 
 
 def _win_rate_lines(win_rates: Mapping[str, Mapping[str, float]] | None) -> list[str]:
-    title = ["## Win-rates against the base", ""]
+    title = [RATES, ""]
     if not win_rates:
         return [*title, "Not evaluated.", ""]
     rows = [

@@ -23,3 +23,21 @@ class SweepReport(Callback):
 
         if not report_sweep(Path(config.hydra.sweep.dir), bool(config.plan)):
             raise SystemExit(1)
+
+
+class SoupOfRewards(Callback):
+    """Merge a multirun's policies of single rewards at its end, before its report (`capo.cli.sweep_soup`).
+
+    Args:
+        method: `slerp` or `linear`.
+    """
+
+    def __init__(self, method: str = "slerp"):
+        self.method = method
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        """Write and evaluate the soups, each in a directory beside the jobs'."""
+        from capo.cli.sweep_soup import add_soups
+
+        if not config.plan:
+            add_soups(Path(config.hydra.sweep.dir), self.method)

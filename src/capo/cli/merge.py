@@ -1,7 +1,8 @@
-"""Run merge.py: write the soup of exported policies."""
+"""Run merge.py: write the soup of exported policies, and evaluate it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,44 +11,72 @@ from rich.console import Console
 
 from capo.backbones.loading import pipeline_folder
 from capo.backbones.merging import Base, merge_policies
-from capo.cli.build import family_of
+from capo.backbones.model_card import write_win_rates
+from capo.cli.build import build_components, family_of
+from capo.cli.evaluate import evaluate_policy
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
-from capo.cli.readiness import check_weights, refuse_plans
+from capo.cli.readiness import check_ready, check_weights, refuse_plans
 from capo.cli.values import check_values
 from capo.errors import InputError
-from capo.runtime.run_folder import POLICY
+from capo.runtime.launch import launch
+from capo.runtime.run_folder import EVALUATION, POLICY
+
+console = Console()
 
 
 def base_of_policies(cfg: DictConfig) -> Base:
     """Find the weights of the configured model, downloading them if needed; nothing is loaded."""
     check_weights(cfg)
     family, options = family_of(cfg)
-    weights, revision, variant = (options.get(key) for key in ("weights", "revision", "variant"))
+    weights, revision, variant = str(options["weights"]), options.get("revision"), options.get("variant")
     folder = pipeline_folder(weights, revision, variant, family.unused_parts(**options))
-    return Base(folder, family, str(weights), revision, variant)
+    return Base(folder, family, weights, revision, variant)
+
+
+def soup_of(
+    cfg: DictConfig,
+    policies: Sequence[str | Path],
+    method: str,
+    weights: Sequence[float] | None,
+    folder: Path,
+) -> Path:
+    """Write the soup of policies of the configured model to `folder`/policy, and return that.
+
+    With `cfg.evaluate`, it is evaluated into `folder`/evaluation. `weights`: one per policy; None: equal ones
+    that sum to 1.
+    """
+    if cfg.evaluate:
+        check_ready(cfg, watching=False)
+    prepare_process(cfg.threads)
+    shares = weights or [1 / len(policies)] * len(policies)
+    policy = merge_policies(base_of_policies(cfg), policies, folder / POLICY, method, shares)
+    console.print(
+        f"soup of {len(policies)} policies: {policy}", markup=False, highlight=False, soft_wrap=True
+    )
+    if cfg.evaluate:
+        components = build_components(cfg, watching=False)
+        results = evaluate_policy(cfg, components, policy, folder / EVALUATION)
+        write_win_rates(policy, results["win_rate"] if results else {})
+    return policy
 
 
 def run(cfg: DictConfig, folder: Path) -> Path:
-    """Write the soup of `cfg.policies` to `folder`/policy, and return that."""
+    """Merge `cfg.policies` into `folder`/policy, and return that; InputError where nothing can be merged."""
     check_values(cfg)
     refuse_plans(cfg)
     if OmegaConf.is_missing(cfg, "policies") or len(cfg.policies) < 2:
         raise InputError("nothing to merge: give two policies or more, policies=[FOLDER,FOLDER]")
-    prepare_process(cfg.threads)
-    policies = list(cfg.policies)
-    weights = list(cfg.weights) if cfg.weights else [1 / len(policies)] * len(policies)
-    return merge_policies(base_of_policies(cfg), policies, folder / POLICY, cfg.method, weights)
+    if launch().world_size > 1:
+        raise InputError(
+            "merge.py is one process: run it without the launcher, with evaluate=false, and then "
+            "torchrun evaluate.py policy=FOLDER"
+        )
+    weights = list(cfg.weights) if cfg.weights else None
+    return soup_of(cfg, list(cfg.policies), cfg.method, weights, folder)
 
 
 def main(cfg: DictConfig) -> None:
     """Merge what the configuration names; user errors end the process with a message."""
     with plain_errors():
-        policy = run(cfg, Path(HydraConfig.get().runtime.output_dir))
-        Console().print(
-            f"soup of {len(cfg.policies)} policies: {policy}\n"
-            f"evaluate it by: python evaluate.py policy={policy} model={cfg.model.name}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        run(cfg, Path(HydraConfig.get().runtime.output_dir))

@@ -59,7 +59,8 @@ def write_parts(
     Raises:
         ValueError: the parts have another size in total than `entries` say.
     """
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
     for name, (dtype, shape) in entries.items():
         end = place + math.prod(shape) * _itemsize(dtype)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}

@@ -58,6 +58,21 @@ def test_each_job_composes_with_values_that_can_be_used(conf, line):
         assert all(reward == cfg.evaluation.rewards[name] for name, reward in cfg.rewards.items())
 
 
+def test_the_soup_of_shapes_has_a_job_for_each_reward_and_one_for_all(conf):
+    recipe = OmegaConf.load(ROOT / "conf" / "experiment" / "shapes_soup.yaml")
+    sweep = [f"{key}={value}" for key, value in recipe.hydra.sweeper.params.items()]
+    found = [
+        compose("train", overrides=["run_dir=run", "experiment=shapes_soup", *overrides]).rewards
+        for overrides in jobs(shlex.join(sweep))
+    ]
+    assert [sorted(rewards) for rewards in found] == [
+        ["alignment"],
+        ["looks"],
+        ["preference"],
+        ["alignment", "looks", "preference"],
+    ]
+
+
 @pytest.mark.parametrize(
     "recipe, limit",
     [

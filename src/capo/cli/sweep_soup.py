@@ -1,0 +1,69 @@
+"""Merge the policies of a sweep's jobs that were tuned on one reward each: the row SOUP of a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from capo.cli.merge import soup_of
+from capo.cli.sweep import Job, read_jobs, run_job
+from capo.runtime.files import write_whole
+from capo.runtime.run_folder import CONFIG, POLICY, write_outcome
+
+REWARDS = "rewards"  # the key that the jobs of a soup differ in
+SOUP = "soup-"  # begins the name of a soup's directory; the number of its first job follows
+
+
+def add_soups(sweep: Path, method: str) -> list[Path]:
+    """Merge and evaluate one soup for each set of jobs that differ in their single reward alone.
+
+    A soup's directory lies beside those of the jobs, and is reported like one, also where it fails. Sets with
+    a job that is not finished are left out, and said. Returns the soups' directories.
+    """
+    made = []
+    for jobs in single_reward_jobs(read_jobs(sweep)):
+        if unfinished := [job.name for job in jobs if not job.done]:
+            print(f"no soup of jobs {_names(jobs)}: not finished: {', '.join(unfinished)}")
+            continue
+        folder = sweep / f"{SOUP}{jobs[0].name}"
+        own = {**jobs[0].overrides, REWARDS: f"soup of jobs {_names(jobs)}"}
+        write_whole(folder / ".hydra" / "overrides.yaml", json.dumps([f"{k}={v}" for k, v in own.items()]))
+        run_job(partial(_add_soup, jobs, method, folder), folder)
+        made.append(folder)
+    return made
+
+
+def _add_soup(jobs: Sequence[Job], method: str, folder: Path) -> float:
+    cfg = _config(jobs[0])
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg))
+    soup_of(cfg, [job.folder / POLICY for job in jobs], method, None, folder)
+    write_outcome(folder, {"soup": [job.name for job in jobs], "method": method})
+    return math.nan  # no validation has seen it
+
+
+def single_reward_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Group jobs that were tuned on one reward each by their other overrides; groups of two or more."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        if not job.name.startswith(SOUP) and len(_config(job)[REWARDS]) == 1:
+            groups.setdefault(_others(job.overrides), []).append(job)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _config(job: Job) -> DictConfig:
+    cfg = OmegaConf.load(job.folder / CONFIG)
+    assert isinstance(cfg, DictConfig)  # a run's configuration is a mapping
+    return cfg
+
+
+def _others(overrides: Mapping[str, str]) -> str:
+    return json.dumps({key: value for key, value in sorted(overrides.items()) if key != REWARDS})
+
+
+def _names(jobs: Sequence[Job]) -> str:
+    return ", ".join(job.name for job in jobs)

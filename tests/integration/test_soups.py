@@ -1,0 +1,116 @@
+"""merge.py on runs of the tiny pipeline, and the soups of a sweep."""
+
+import csv
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from capo.cli import evaluate as evaluate_script
+from capo.cli import merge as merge_script
+from capo.cli import train as train_script
+from capo.cli.callbacks import SoupOfRewards, SweepReport
+from capo.errors import InputError
+from fixtures.policies import run_readme
+
+LORA = ["+model.lora.rank=2", "+model.lora.alpha=2"]
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def policies(request, tiny_run):
+    """Two tuned policies."""
+    more = LORA if request.param == "lora" else []
+    folders = [tiny_run.folder / f"{request.param}-{seed}" for seed in (1, 2)]
+    for seed, folder in enumerate(folders):
+        train_script.run(
+            tiny_run(
+                folder.name, *more, f"seed={seed}", "trainer.lr=0.01", "trainer.warm_up=0", "evaluate=false"
+            )
+        )
+    return [str(folder / "policy") for folder in folders]
+
+
+def test_a_soup_is_a_policy_like_any_other(policies, tiny_run, tmp_path, monkeypatch):
+    cfg = tiny_run("soup", f"policies=[{','.join(policies)}]", config="merge")
+    policy = merge_script.run(cfg, tmp_path)
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    card = (policy / "README.md").read_text()
+    assert "Not evaluated." not in card and f"| {100 * results['win_rate']['r']['mean']:.1f} |" in card
+    again = tiny_run("again", f"policy={policy}", config="evaluate")
+    assert evaluate_script.run(again, [], tmp_path / "again") == results
+    compared = evaluate_script.run(
+        tiny_run("compared", f"runs=[{tmp_path},{tmp_path}]", config="evaluate"), [], tmp_path / "compared"
+    )
+    assert compared["head_to_head"]["r"]["mean"] == 0.5
+    if "lora" in policies[0]:
+        return
+    assert train_script.run(
+        tiny_run("on", f"model.backbone.weights={policy}", "model.name=soup", "evaluate=false")
+    )
+    run_readme(policy, monkeypatch)
+
+
+def test_what_cannot_be_merged_is_refused(tiny_run, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"nothing to merge: .*policies=\[FOLDER,FOLDER\]"):
+        merge_script.run(tiny_run("none", config="merge"), tmp_path)
+    with pytest.raises(InputError, match="method=mean: must be one of slerp, linear"):
+        merge_script.run(tiny_run("none", "policies=[a,b]", "method=mean", config="merge"), tmp_path)
+    with pytest.raises(InputError, match=r"weights=.*must be a list of finite numbers"):
+        merge_script.run(tiny_run("none", "policies=[a,b]", "weights=[x,1]", config="merge"), tmp_path)
+    monkeypatch.setattr(merge_script, "build_components", lambda *_, **__: pytest.fail("weights load"))
+    with pytest.raises(InputError, match=r"weights .*must be 2 finite numbers"):
+        merge_script.run(tiny_run("none", "policies=[a,b]", "weights=[1]", config="merge"), tmp_path)
+    with pytest.raises(InputError, match=r"a/base\.json.*cannot be read"):
+        merge_script.run(tiny_run("none", "policies=[a,b]", config="merge"), tmp_path)
+
+
+def job(tiny_run, sweep, name, channels, *overrides):
+    folder = sweep / name
+    cfg = tiny_run(f"{sweep.name}/{name}", *overrides, rewards=3)
+    given = {key: cfg.rewards[key] for key in channels}
+    OmegaConf.update(cfg, "rewards", given, merge=False)
+    train_script.run(cfg)
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "overrides.yaml").write_text(
+        json.dumps([f"rewards=[{','.join(channels)}]", *overrides])
+    )
+    return folder
+
+
+def rows(sweep):
+    with (sweep / "sweep.csv").open() as file:
+        return {row["job"]: row for row in csv.DictReader(file)}
+
+
+def test_a_sweep_of_single_rewards_gets_the_row_of_their_soup(tiny_run):
+    sweep = tiny_run.folder / "sweep"
+    for name, channels in enumerate(["r", "g", "rg"]):
+        job(tiny_run, sweep, str(name), channels)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}, "plan": False})
+    for callback in (SoupOfRewards("slerp"), SweepReport()):
+        callback.on_multirun_end(config)
+    found = rows(sweep)
+    assert list(found) == ["0", "1", "2", "soup-0"]
+    assert found["soup-0"]["rewards"] == "soup of jobs 0, 1" and found["soup-0"]["status"] == "finished"
+    assert 0 <= float(found["soup-0"]["test/win_rate/r"]) <= 1 and found["soup-0"]["val/win_rate"] == ""
+    SoupOfRewards("linear").on_multirun_end(config)  # a soup is no job of the next one
+    assert sorted(path.name for path in sweep.glob("soup*")) == ["soup-0"]
+    assert json.loads((sweep / "soup-0" / "outcome.json").read_text()) == {
+        "soup": ["0", "1"],
+        "method": "linear",
+    }
+
+
+def test_a_soup_that_fails_is_reported_and_ends_the_sweep_with_1(tiny_run, capsys):
+    sweep = tiny_run.folder / "failing"
+    for name, channel in enumerate("rg"):
+        job(tiny_run, sweep, str(name), [channel], "evaluate=false")
+    (sweep / "1" / "policy" / "base.json").unlink()
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}, "plan": False})
+    SoupOfRewards().on_multirun_end(config)
+    with pytest.raises(SystemExit):
+        SweepReport().on_multirun_end(config)
+    assert rows(sweep)["soup-0"]["status"] == "failed" and "base.json" in rows(sweep)["soup-0"]["error"]
+    (sweep / "0" / "outcome.json").unlink()
+    SoupOfRewards().on_multirun_end(config)
+    assert "no soup of jobs 0, 1: not finished: 0" in capsys.readouterr().out
