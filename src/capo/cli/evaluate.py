@@ -17,12 +17,14 @@ from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import run_config
+from capo.cli.seed_groups import seed_groups
 from capo.cli.values import check_values
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
 from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
+from capo.evaluation.seeds import seeds_table
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import EVALUATION, METRICS, POLICY, POOLS, read_outcome
 from capo.training.strength import read_strength
@@ -131,7 +133,11 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     refuse_plans(cfg)
     console.quiet = not launch().first
     if cfg.runs:
-        return compare_runs(run_folders(cfg.runs), console)
+        folders = run_folders(cfg.runs)
+        found = compare_runs(folders, console)
+        if groups := seed_groups(folders):
+            console.print(seeds_table(groups))
+        return found
     if cfg.run:
         return evaluate_run(cfg, overrides)
     if cfg.policy:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from capo.cli.messages import disk_fault, was_interrupted
+from capo.cli.seed_groups import seed_groups
 from capo.errors import InputError
 from capo.evaluation.reports.sweep_page import (
     ORACLE,
@@ -29,6 +30,7 @@ from capo.evaluation.reports.sweep_page import (
     render_page,
     sweep_picture,
 )
+from capo.evaluation.seeds import seeds_table
 from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.run_folder import CONFIG, ERROR, EVALUATION, OUTCOME, PLAN, RESULTS, read_outcome
@@ -259,7 +261,9 @@ def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
     if picture is not None:
         write_whole(folder / PICTURE, picture)
     write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
-    _show(jobs, console_tables(jobs, str(folder)))
+    groups = seed_groups([job.folder for job in jobs if job.done])
+    seeds = [seeds_table(groups)] if groups else []
+    _show(jobs, [*console_tables(jobs, str(folder)), *seeds])
     print(
         f"the sweep's table, picture and page: {folder / TABLE}, "
         f"{PICTURE if picture else 'no picture'}, {PAGE}"

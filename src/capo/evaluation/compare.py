@@ -13,7 +13,8 @@ from torch import Tensor
 
 from capo.data.pool import Pool
 from capo.errors import InputError
-from capo.evaluation.statistics import bootstrap_interval
+from capo.evaluation.reports.page import p_value
+from capo.evaluation.statistics import bootstrap_interval, holm, sign_flip_p
 from capo.metrics import win_rate
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS, SETTINGS
 
@@ -90,7 +91,8 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
     """Win-rate of the first run's images against the second's.
 
     Returns:
-        Reward -> {"mean", "low", "high"}: win-rate in 0-1 and its 95 % interval over prompts.
+        Reward -> {"mean", "low", "high", "p", "holm"}: win-rate in 0-1, its 95 % interval over prompts, and
+        the p-value of a paired test (`sign_flip_p`), plain and by Holm over the rewards.
 
     Raises:
         InputError: the two were evaluated with different prompts, seeds, numbers of images or rewards.
@@ -102,11 +104,19 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
             "evaluate both with the same"
         )
     ours, theirs = policy_scores(first, settings[0]), policy_scores(second, settings[1])
-    found = {}
-    for name in ours:
-        rates = win_rate(ours[name], theirs[name])
-        low, high = bootstrap_interval(rates, settings[0]["seed"])
-        found[name] = {"mean": rates.double().mean().item(), "low": low, "high": high}
+    seed = settings[0]["seed"]
+    rates = {name: win_rate(ours[name], theirs[name]).double() for name in ours}
+    plain = {name: sign_flip_p(rate - 0.5, seed) for name, rate in rates.items()}
+    adjusted, found = holm(plain), {}
+    for name, rate in rates.items():
+        low, high = bootstrap_interval(rate, seed)
+        found[name] = {
+            "mean": rate.mean().item(),
+            "low": low,
+            "high": high,
+            "p": plain[name],
+            "holm": adjusted[name],
+        }
     return found
 
 
@@ -114,7 +124,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
     """Print tables with one row per run and, for two runs, their head-to-head win-rates.
 
     Returns:
-        {"results": {run: results.json}, "head_to_head": {reward: {mean, low, high}} or None}.
+        {"results": {run: results.json}, "head_to_head": `head_to_head` or None}.
 
     Raises:
         InputError: a run has not been evaluated, or two runs were evaluated with different settings.
@@ -125,9 +135,9 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
     versus = head_to_head(*folders) if len(folders) == 2 else None
     if versus:
         title = f"{folders[0]} against {folders[1]}, %"
-        table = Table("reward", "win-rate", title=title, box=box.SIMPLE_HEAD)
+        table = Table("reward", "win-rate", "p (Holm)", title=title, box=box.SIMPLE_HEAD)
         for name, rate in versus.items():
-            table.add_row(name, _span(rate))
+            table.add_row(name, _span(rate), p_value(rate["holm"]))
         console.print(table)
     return {"results": results, "head_to_head": versus}
 

@@ -16,16 +16,16 @@ from capo.data.images import GeneratedImages, Scores, Side
 from capo.errors import InputError
 from capo.evaluation.reports.gallery import exhibits
 from capo.evaluation.reports.page import Report, print_results, render_report
-from capo.evaluation.statistics import bootstrap_interval
+from capo.evaluation.statistics import bootstrap_interval, holm, prompts_needed, sign_flip_p
 from capo.metrics import win_rate
 from capo.rewards import Reward
 from capo.rewards.lengths import cut_prompts
-from capo.runtime.files import write_whole
-from capo.runtime.run_folder import POOLS, REPORT, RESULTS, SETTINGS
+from capo.runtime.files import write_table, write_whole
+from capo.runtime.run_folder import POOLS, RATES, REPORT, RESULTS, SETTINGS
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1  # of settings.json; results written with another schema are computed again
+SCHEMA = 2  # of settings.json; results written with another schema are computed again
 DIGITS = 6
 
 
@@ -42,6 +42,9 @@ def results(
     categories: Sequence[str] = (),
 ) -> dict:
     """Compute the content of results.json: win-rates in 0-1 with 95 % intervals over prompts (CaPO, B.2).
+
+    Each win-rate and measure also has the p-value `p` of a paired test (`sign_flip_p`), `holm` for the tests
+    that stand beside it, and win-rates have `prompts_needed`.
 
     It holds no paths and no times, so equal inputs give equal results.
 
@@ -62,8 +65,13 @@ def results(
     rates = {name: win_rate(policy_scores[name], base) for name, base in base_scores.items()}
     zero = {name: win_rate(scores, base_scores[name][: len(scores)]) for name, scores in zero_scores.items()}
     measured = _measured(policy_measures, base_measures, categories, seed) if policy_measures else {}
+    beyond = {name: rate.double() - 0.5 for name, rate in rates.items()}
+    tests = _tests(beyond, seed)
     return {
-        "win_rate": {name: _with_interval(rate, seed) for name, rate in rates.items()},
+        "win_rate": {
+            name: _with_interval(rate, seed) | tests[name] | {"prompts_needed": prompts_needed(beyond[name])}
+            for name, rate in rates.items()
+        },
         "zero": {name: _with_interval(rate, seed) for name, rate in zero.items()},
         "score": {
             name: {"policy": _mean(policy_scores[name]), "base": _mean(base)}
@@ -82,26 +90,45 @@ def _mean(values: Tensor) -> float:
     return round(values.double().mean().item(), DIGITS)
 
 
+def _tests(differences: Mapping[str, Tensor], seed: int) -> dict[str, dict[str, float]]:
+    """P-values of paired differences by name, (P,) each, and Holm's for all of them together."""
+    plain = {name: sign_flip_p(values, seed) for name, values in differences.items()}
+    adjusted = holm(plain)
+    return {name: {"p": round(p, DIGITS), "holm": round(adjusted[name], DIGITS)} for name, p in plain.items()}
+
+
 def _with_interval(per_prompt: Tensor, seed: int) -> dict[str, float]:
     low, high = bootstrap_interval(per_prompt, seed)
     return {"mean": _mean(per_prompt), "low": round(low, DIGITS), "high": round(high, DIGITS)}
 
 
 def _measured(policy: Scores, base: Scores, categories: Sequence[str], seed: int) -> dict[str, dict]:
-    """Entries "oracle" and "oracle_by_category" of the results, categories in order of first appearance."""
+    """Entries "oracle" and "oracle_by_category" of the results, categories in order of first appearance.
 
-    def change(rows: list[int]) -> dict[str, dict[str, float]]:
-        return {name: _change(policy[name][rows], base[name][rows], seed) for name in policy}
-
-    everything = range(len(next(iter(policy.values()))))
+    Holm's p-values count the measures of all prompts together, and the categories of one measure.
+    """
+    everything = list(range(len(next(iter(policy.values())))))
     rows = {
         name: [row for row in everything if categories[row] == name]
         for name in dict.fromkeys(categories)
         if name
     }
+    differences = {name: policy[name].double().mean(1) - base[name].double().mean(1) for name in policy}
+    tests = _tests(differences, seed)
+    by_category = {
+        name: _tests({category: values[found] for category, found in rows.items()}, seed)
+        for name, values in differences.items()
+    }
+
+    def change(found: list[int]) -> dict[str, dict[str, float]]:
+        return {name: _change(policy[name][found], base[name][found], seed) for name in policy}
+
     return {
-        "oracle": change(list(everything)),
-        "oracle_by_category": {name: change(found) for name, found in rows.items()},
+        "oracle": {name: entry | tests[name] for name, entry in change(everything).items()},
+        "oracle_by_category": {
+            category: {name: entry | by_category[name][category] for name, entry in change(found).items()}
+            for category, found in rows.items()
+        },
     }
 
 
@@ -188,7 +215,9 @@ def evaluate(
     strength: Mapping | None = None,
     progress: bool = True,
 ) -> dict:
-    """Generate and score images of policy and base, then write results.json and report.html to `folder`.
+    """Generate and score images of policy and base, then write their comparison to `folder`.
+
+    results.json holds the figures, win_rates.csv the win-rates by prompt, report.html the page.
 
     Args:
         folder: output folder; the policy's images go to its sub-folder `pool`. Results of the same settings
@@ -235,7 +264,7 @@ def evaluate(
             curves,
             strength,
         )
-        _write(folder, settings, found, render_report(report))
+        _write(folder, settings, found, render_report(report), _rate_rows(tuned, base))
         _remove_other_pools(folder / POOLS, tuned.drawn.pool.folder)
     print_results(found)
     return found
@@ -266,10 +295,23 @@ def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
     return None
 
 
-def _write(folder: Path, settings: dict, found: dict, page: str) -> None:
+def _rate_rows(tuned: Side, base: Side) -> list[dict[str, object]]:
+    """Rows of win_rates.csv: a prompt's id, text and category, and its win-rate for each reward."""
+    rates = {name: win_rate(tuned.scores[name], scores).tolist() for name, scores in base.scores.items()}
+    return [
+        {"prompt_id": prompt.id, "prompt": prompt.text, "category": prompt.category}
+        | {name: round(values[row], DIGITS) for name, values in rates.items()}
+        for row, prompt in enumerate(tuned.drawn.spec.prompts)
+    ]
+
+
+def _write(
+    folder: Path, settings: dict, found: dict, page: str, rates: Sequence[Mapping[str, object]]
+) -> None:
     # settings.json is written last: it marks the other files as complete and says what they belong to
     (folder / SETTINGS).unlink(missing_ok=True)
     write_whole(folder / RESULTS, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    write_table(folder / RATES, list(rates[0]), rates)
     write_whole(folder / REPORT, page)
     write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
 

@@ -1,14 +1,18 @@
-"""Bootstrap confidence intervals over prompts."""
+"""Statistics over prompts: intervals, paired tests, prompts that an effect needs, several training seeds."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm, permutation_test
 from torch import Tensor
 
 LEVEL = 95  # confidence level of intervals, in percent
-
-
+POWER = 0.8  # chance of finding an effect, for which prompts are counted
+FLIPS = 9999  # random choices of signs in a paired test
 BLOCK = 2**20  # prompts resampled at a time: 8 MB of indices
 
 
@@ -28,12 +32,9 @@ def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -
     Raises:
         ValueError: `per_prompt` is empty, not one-dimensional or not finite, or `resamples` is below 1.
     """
-    values = per_prompt.detach().cpu().double().numpy()
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or resamples < 1:
-        raise ValueError(
-            f"an interval needs (P,) finite numbers, P >= 1, and resamples >= 1; got shape {values.shape}, "
-            f"{resamples} resamples"
-        )
+    values = _finite(per_prompt)
+    if resamples < 1:
+        raise ValueError(f"an interval needs resamples >= 1, got {resamples}")
     if len(values) == 1:
         return float(values[0]), float(values[0])
     found = bootstrap(
@@ -46,3 +47,111 @@ def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def sign_flip_p(differences: Tensor, seed: int) -> float:
+    """Two-sided p-value of a mean of paired differences, by a permutation test that flips their signs.
+
+    Under the hypothesis that the two sides do not differ, exchanging them on any prompt is as likely as not.
+    With few prompts all choices of signs are tried, else FLIPS random ones, of which the observed one counts
+    as one more.
+
+    Args:
+        differences: (P,) one difference per prompt; of a win-rate, the rate minus 0.5.
+        seed: seed of the random signs; the same seed gives the same p-value.
+
+    Raises:
+        ValueError: `differences` is empty, not one-dimensional or not finite.
+    """
+    values = _finite(differences)
+    if len(values) == 1 or not values.any():
+        return 1.0  # of one difference, either sign is as far from 0
+    found = permutation_test(
+        (values,),
+        lambda flipped, axis: np.mean(flipped, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=FLIPS,
+        batch=max(BLOCK // len(values), 1),
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values of tests that are read together: name -> p, in the order given.
+
+    The smallest p is multiplied by the number m of tests, the next by m - 1, and so on; none is smaller than
+    one before it, or larger than 1. (Holm, "A simple sequentially rejective multiple test procedure", 1979.)
+    """
+    adjusted, largest = {}, 0.0
+    for place, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def prompts_needed(differences: Tensor) -> int | None:
+    """Number of prompts at which a mean difference of the size seen would show, in POWER of all cases.
+
+    It is `((z_0.975 + z_POWER) s / mean)^2` for a standard deviation s over prompts, at least 2; None if the
+    mean is 0.
+
+    Args:
+        differences: (P,) one difference per prompt.
+
+    Raises:
+        ValueError: `differences` is empty, not one-dimensional or not finite.
+    """
+    values = _finite(differences)
+    mean = float(values.mean())
+    if mean == 0 or len(values) == 1:
+        return None
+    quantiles = norm.ppf(1 - (1 - LEVEL / 100) / 2) + norm.ppf(POWER)
+    return max(2, math.ceil((quantiles * values.std(ddof=1) / mean) ** 2))
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """Mean over several training seeds of a number per prompt, with the errors due to seeds and to prompts.
+
+    Attributes:
+        means: mean over prompts, by seed.
+        spread: standard deviation s of `means`.
+        error: standard error SE over prompts of the mean over seeds.
+    """
+
+    means: tuple[float, ...]
+    spread: float
+    error: float
+
+    @classmethod
+    def of(cls, per_seed: Tensor) -> OverSeeds:
+        """From (S, P), one number for each of S >= 2 seeds and P >= 2 prompts; ValueError for fewer."""
+        if per_seed.ndim != 2 or min(per_seed.shape) < 2:
+            raise ValueError(f"seeds need (S, P) with S, P >= 2; got {tuple(per_seed.shape)}")
+        values = per_seed.detach().cpu().double().numpy()
+        means, prompts = values.mean(1), values.mean(0)
+        return cls(
+            tuple(means.tolist()),
+            float(means.std(ddof=1)),
+            float(prompts.std(ddof=1) / math.sqrt(len(prompts))),
+        )
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds and prompts."""
+        return sum(self.means) / len(self.means)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """`mean -+ 2 sqrt(s^2 / S + SE^2)`: where the mean lies for other seeds and other prompts."""
+        half = 2 * math.sqrt(self.spread**2 / len(self.means) + self.error**2)
+        return self.mean - half, self.mean + half
+
+
+def _finite(per_prompt: Tensor) -> np.ndarray:
+    values = per_prompt.detach().cpu().double().numpy()
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"this needs (P,) finite numbers, P >= 1; got shape {values.shape}")
+    return values

@@ -17,6 +17,7 @@ STRENGTH = "strength.json"  # win-rates on validation prompts by strength
 CALIBRATION, VALIDATION, POLICY = "calibration", "validation", "policy"
 EVALUATION = "evaluation"  # folder of the files in the next line
 RESULTS, SETTINGS, REPORT, POOLS = "results.json", "settings.json", "report.html", "pool"
+RATES = "win_rates.csv"  # of an evaluation, by prompt
 MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key of the outcome
 PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run
 

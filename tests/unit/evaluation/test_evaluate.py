@@ -12,6 +12,7 @@ from capo.data.pool import Pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.evaluate import evaluate, results
+from capo.evaluation.seeds import read_rates
 from capo.rewards import Reward
 from capo.rewards.lengths import fewest_tokens
 
@@ -30,7 +31,9 @@ def test_results_of_hand_worked_scores():
     # prompt 0: 2>1, 2=2, 3>1, 3>2 = 3.5/4; prompt 1: two ties, one win each way = 1/2;
     # prompt 2: 0 loses, 7 wins = 1/2
     # interval of three prompts: one of them three times is 1/27 of the resamples, more than 2.5 %
-    assert found["win_rate"] == {"looks": {"mean": 0.625, "low": 0.5, "high": 0.875}}
+    # differences 0.375, 0, 0: either sign of the first is as far from 0; s = 0.2165
+    tested = {"p": 1.0, "holm": 1.0, "prompts_needed": 24}
+    assert found["win_rate"] == {"looks": {"mean": 0.625, "low": 0.5, "high": 0.875} | tested}
     # zero line, first two prompts: 0 of 4; 4>3, 4=4, 5>3, 5>4 = 3.5/4.
     # Of four resamples the extremes are 1/4 each
     assert found["zero"] == {"looks": {"mean": 0.4375, "low": 0.0, "high": 0.875}}
@@ -56,17 +59,18 @@ def test_oracle_changes_and_categories():
         **NAMED,
     )
     # changes 1/2, -1/2, 0: the extreme resamples take one prompt three times
-    assert found["oracle"] == {"alignment": {"policy": 0.5, "base": 0.5, "low": -0.5, "high": 0.5}}
+    unclear = {"p": 1.0, "holm": 1.0}
+    assert found["oracle"] == {"alignment": {"policy": 0.5, "base": 0.5, "low": -0.5, "high": 0.5} | unclear}
     assert found["oracle_by_category"] == {
-        "two": {"alignment": {"policy": 0.5, "base": 0.25, "low": 0.0, "high": 0.5}},
-        "single": {"alignment": {"policy": 0.5, "base": 1.0, "low": -0.5, "high": -0.5}},
+        "two": {"alignment": {"policy": 0.5, "base": 0.25, "low": 0.0, "high": 0.5} | unclear},
+        "single": {"alignment": {"policy": 0.5, "base": 1.0, "low": -0.5, "high": -0.5} | unclear},
     }
     assert found["zero"] == {}
 
 
 def test_a_model_against_itself_is_a_half_and_swapping_gives_the_rest():
     same = results(BASE, BASE, zero_scores={}, **NAMED)["win_rate"]["looks"]
-    assert same == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert same == {"mean": 0.5, "low": 0.5, "high": 0.5, "p": 1.0, "holm": 1.0, "prompts_needed": None}
     one, other = (
         results(a, b, zero_scores={}, **NAMED)["win_rate"]["looks"]["mean"]
         for a, b in ((POLICY, BASE), (BASE, POLICY))
@@ -190,7 +194,8 @@ def test_evaluation_agrees_with_pools_filled_and_scored_by_hand(evaluated, tiny_
         -found["score"]["brightness"]["policy"], abs=1e-4
     )
     # 3 + 3 + 8 + 7 + 3 words
-    assert found["oracle"]["words"] == {"policy": 4.8, "base": 4.8, "low": 0.0, "high": 0.0}
+    same = {"policy": 4.8, "base": 4.8, "low": 0.0, "high": 0.0, "p": 1.0, "holm": 1.0}
+    assert found["oracle"]["words"] == same
     assert found["oracle_by_category"]["position"]["words"]["base"] == 8.0
     assert (found["prompts"], found["images_per_prompt"]) == (5, 3)
     assert found["base"] == tiny_backbone.fingerprints["denoiser"] and found["policy"] == "f" * 64
@@ -225,7 +230,12 @@ def test_files_of_an_evaluation(evaluated):
         "report.html",
         "results.json",
         "settings.json",
+        "win_rates.csv",
     ]
+    _, rates = read_rates(folder.parent)
+    assert {name: round(rate.mean().item(), 5) for name, rate in rates.items()} == {
+        name: round(rate["mean"], 5) for name, rate in found["win_rate"].items()
+    }
     text = (folder / "results.json").read_text()
     assert json.loads(text) == found
     assert "/" not in text  # no path

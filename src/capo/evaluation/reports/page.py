@@ -68,7 +68,7 @@ def render_report(report: Report) -> str:
     """Render a self-contained HTML page that loads nothing else; the same report gives the same text."""
     environment = page_environment()
     environment.filters |= {
-        function.__name__: function for function in (percent, number, fixed, moved, data_uri)
+        function.__name__: function for function in (percent, number, fixed, moved, p_value, data_uri)
     }
     charts = [] if report.curves is None else read_curves(report.curves)
     scale, rows = headline(report.results)
@@ -104,6 +104,11 @@ def fixed(value: float) -> str:
 def moved(value: float) -> str:
     """Format with a sign and three decimals; a value that rounds to zero gives `+0.000`."""
     return f"{round(value, 3) + 0.0:+.3f}"
+
+
+def p_value(value: float) -> str:
+    """Format a p-value: 0.0312 -> `0.031`, 0.0001 -> `< 0.001`."""
+    return "< 0.001" if value < 0.001 else fixed(value)
 
 
 def headline(results: Mapping) -> tuple[float, list[dict]]:
@@ -155,8 +160,25 @@ def oracle_sections(results: Mapping) -> list[dict]:
 
 
 def remarks(results: Mapping) -> list[str]:
-    """Warnings: reward hacking, a zero line whose interval excludes 0.5, and prompts that are cut."""
-    found = []
+    """What to know beside the figures.
+
+    Win-rates that may be chance, reward hacking, categories that fall, a zero line whose interval excludes
+    0.5, and prompts that are cut.
+    """
+    found = [
+        f"{name}: {percent(rate['mean'])} may be chance (p {p_value(rate['holm'])}); about "
+        f"{rate['prompts_needed']} prompts would show a difference of that size, {results['prompts']} were "
+        "drawn."
+        for name, rate in results["win_rate"].items()
+        if verdict(rate, 0.5) == "unclear" and rate["prompts_needed"]
+    ]
+    for category, measures in results.get("oracle_by_category", {}).items():
+        found += [
+            f"oracle: {name} of '{category}' falls from {number(entry['base'])} to {number(entry['policy'])} "
+            f"(p {p_value(entry['holm'])} by Holm over the categories)."
+            for name, entry in measures.items()
+            if entry["policy"] < entry["base"] and entry["holm"] < 0.05
+        ]
     for name, rate in results["win_rate"].items():
         measured = results.get("oracle", {}).get(name)
         if measured and rate["low"] > 0.5 and measured["high"] < 0:

@@ -12,18 +12,32 @@ from capo.rewards import Reward
 
 RESULTS = {
     "win_rate": {
-        "looks": {"mean": 0.634, "low": 0.601, "high": 0.668},
-        "alignment": {"mean": 0.48, "low": 0.44, "high": 0.52},
+        "looks": {
+            "mean": 0.634,
+            "low": 0.601,
+            "high": 0.668,
+            "p": 0.0002,
+            "holm": 0.0004,
+            "prompts_needed": 40,
+        },
+        "alignment": {
+            "mean": 0.48,
+            "low": 0.44,
+            "high": 0.52,
+            "p": 0.31,
+            "holm": 0.31,
+            "prompts_needed": 1900,
+        },
     },
     "zero": {
         "looks": {"mean": 0.51, "low": 0.47, "high": 0.55},
         "alignment": {"mean": 0.49, "low": 0.45, "high": 0.53},
     },
     "score": {"looks": {"policy": 6.25, "base": 5.5}, "alignment": {"policy": 0.7, "base": 0.71}},
-    "oracle": {"looks": {"policy": 5.1, "base": 5.3, "low": -0.31, "high": -0.09}},
+    "oracle": {"looks": {"policy": 5.1, "base": 5.3, "low": -0.31, "high": -0.09, "p": 0.004, "holm": 0.004}},
     "oracle_by_category": {
-        "single": {"looks": {"policy": 5.0, "base": 5.1, "low": -0.3, "high": 0.1}},
-        "two": {"looks": {"policy": 5.2, "base": 5.5, "low": -0.5, "high": -0.1}},
+        "single": {"looks": {"policy": 5.0, "base": 5.1, "low": -0.3, "high": 0.1, "p": 0.4, "holm": 0.4}},
+        "two": {"looks": {"policy": 5.2, "base": 5.5, "low": -0.5, "high": -0.1, "p": 0.04, "holm": 0.08}},
     },
     "diversity": {"policy": 0.9, "base": 1.0},
     "prompts": 256,
@@ -99,8 +113,8 @@ def test_page_fetches_nothing(tmp_path):
 
 def test_headline_shows_rates_zero_line_and_scores():
     text = Page(page()).read()
-    assert "63.4 % [60.1, 66.8] 51.0 % [47.0, 55.0] 5.500 → 6.250" in text
-    assert "48.0 % [44.0, 52.0] 49.0 % [45.0, 53.0] 0.710 → 0.700" in text
+    assert "63.4 % [60.1, 66.8] < 0.001 51.0 % [47.0, 55.0] 5.500 → 6.250" in text
+    assert "48.0 % [44.0, 52.0] 0.310 49.0 % [45.0, 53.0] 0.710 → 0.700" in text
     assert "256 prompts, 4 images each" in text and "on the first 64 prompts" in text
     # intervals reach 0.168 from the center: the axis runs from 30 to 70 %
     assert "30 % 50 % 70 %" in text
@@ -108,8 +122,8 @@ def test_headline_shows_rates_zero_line_and_scores():
 
 def test_oracle_is_shown_by_category():
     text = Page(page()).read()
-    assert "all prompts -0.200 [-0.310, -0.090] 5.300 → 5.100" in text
-    assert "two -0.300 [-0.500, -0.100] 5.500 → 5.200" in text
+    assert "all prompts -0.200 [-0.310, -0.090] 0.004 5.300 → 5.100" in text
+    assert "two -0.300 [-0.500, -0.100] 0.080 5.500 → 5.200" in text
     without = {key: value for key, value in RESULTS.items() if not key.startswith("oracle")}
     assert "Measured exactly" not in page(results=without)
 
@@ -190,17 +204,26 @@ def test_the_same_report_gives_the_same_text():
 
 
 def test_remarks_name_reward_hacking_a_zero_line_off_its_place_and_prompts_that_are_cut():
-    hacked, off = remarks(RESULTS | {"zero": {"looks": {"mean": 0.4, "low": 0.35, "high": 0.45}}})
+    chance, hacked, off = remarks(RESULTS | {"zero": {"looks": {"mean": 0.4, "low": 0.35, "high": 0.45}}})
+    assert chance == (
+        "alignment: 48.0 % may be chance (p 0.310); about 1900 prompts would show a difference of that size, "
+        "256 were drawn."
+    )
     assert hacked.startswith("looks: the reward prefers the policy (63.4 %)")
     assert "from 5.300 to 5.100: reward hacking" in hacked
     assert off.startswith("looks: the zero line's interval (35.0 % to 45.0 %)")
     cut = RESULTS | {"oracle": {}, "cut": {"looks": {"tokens": 77, "prompts": 3}}}
-    assert remarks(cut) == [
+    assert remarks(cut)[1:] == [
         f"looks: it reads 77 tokens of a prompt; at least 3 of {RESULTS['prompts']} prompts are longer, and "
         "nothing after that counts in its scores."
     ]
     risen = {"looks": {"policy": 5.4, "base": 5.3, "low": -0.01, "high": 0.2}}
-    assert remarks(RESULTS | {"oracle": risen}) == []
+    assert remarks(RESULTS | {"oracle": risen}) == [chance]
+    fallen = {"two": {"looks": {"policy": 5.2, "base": 5.5, "holm": 0.03}}}
+    assert (
+        "looks of 'two' falls from 5.500 to 5.200 (p 0.030 by Holm"
+        in remarks(RESULTS | {"oracle_by_category": fallen})[1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""Runs that differ in their training seed: win-rates over seeds, with errors due to seeds and to prompts."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Column, Table
+from torch import Tensor
+
+from capo.errors import InputError
+from capo.evaluation.statistics import OverSeeds
+from capo.runtime.run_folder import EVALUATION, RATES
+
+LABELS = ("prompt_id", "prompt", "category")  # columns of win_rates.csv that are no rewards
+
+
+def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
+    """Read the win-rates of a run's evaluation by prompt: ids (P), and reward -> (P,).
+
+    Raises InputError if the run has not been evaluated, or by an earlier version.
+    """
+    path = folder / EVALUATION / RATES
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        rewards = [name for name in rows[0] if name not in LABELS]
+        rates = {
+            name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64) for name in rewards
+        }
+        return [row["prompt_id"] for row in rows], rates
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(
+            f"runs: the win-rates by prompt of {folder} cannot be read ({path}: {error}); run evaluate.py "
+            f"run={folder}"
+        ) from error
+
+
+def over_seeds(folders: Sequence[Path]) -> dict[str, OverSeeds]:
+    """Win-rates of two or more runs on the same prompts over their seeds, by reward.
+
+    Raises InputError if a run has not been evaluated, or was on other prompts or rewards.
+    """
+    read = [read_rates(folder) for folder in folders]
+    for folder, (prompts, rates) in zip(folders, read, strict=True):
+        if prompts != read[0][0] or rates.keys() != read[0][1].keys():
+            raise InputError(
+                f"runs: {folder} and {folders[0]} were evaluated on different prompts or rewards; evaluate "
+                "both with the same"
+            )
+    return {name: OverSeeds.of(torch.stack([rates[name] for _, rates in read])) for name in read[0][1]}
+
+
+def seeds_table(groups: Mapping[str, Sequence[Path]]) -> Table:
+    """Table with a row for each group of runs: the mean win-rate in % over its seeds, with its interval.
+
+    `groups`: name -> run directories, two or more. Raises InputError as `over_seeds` does.
+    """
+    found = {name: over_seeds(folders) for name, folders in groups.items()}
+    rewards = list(dict.fromkeys(reward for rates in found.values() for reward in rates))
+    table = Table(
+        Column("runs", overflow="fold"),
+        "seeds",
+        *rewards,
+        title="over training seeds: mean win-rate and interval of seeds and prompts together, %",
+        box=box.SIMPLE_HEAD,
+    )
+    for name, rates in found.items():
+        cells = [_cell(rates[reward]) if reward in rates else "-" for reward in rewards]
+        table.add_row(name, str(len(groups[name])), *cells)
+    return table
+
+
+def _cell(rate: OverSeeds) -> str:
+    low, high = rate.interval
+    return f"{100 * rate.mean:.1f} ({100 * low:.1f}–{100 * high:.1f})"

@@ -1,0 +1,63 @@
+"""Runs over seeds: from the files of evaluations to the table."""
+
+import io
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from capo.cli.seed_groups import seed_groups
+from capo.errors import InputError
+from capo.evaluation.seeds import over_seeds, read_rates, seeds_table
+
+HEAD = "prompt_id,prompt,category,looks\n"
+
+
+def write_run(folder, seed, rates=(0.5, 0.75), beta=1, lora=None):
+    (folder / "evaluation").mkdir(parents=True)
+    values = {"seed": seed, "run_dir": str(folder), "objective": {"beta": beta}, "model": {"lora": lora}}
+    OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
+    rows = "".join(f'p{index},"a, b",single,{rate}\n' for index, rate in enumerate(rates))
+    (folder / "evaluation" / "win_rates.csv").write_text(HEAD + rows)
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row(tmp_path):
+    runs = [
+        write_run(tmp_path / "0", 0),
+        write_run(tmp_path / "1", 1, (0.7, 0.75)),
+        write_run(tmp_path / "2", 0, beta=2),
+        write_run(tmp_path / "3", 0, lora={"rank": 2, "seed": 0}),
+        write_run(tmp_path / "4", 1, lora={"rank": 2, "seed": 1}),
+    ]
+    groups = seed_groups(runs)
+    assert {name: [run.name for run in group] for name, group in groups.items()} == {
+        "0, 1": ["0", "1"],
+        "3, 4": ["3", "4"],
+    }
+    prompts, rates = read_rates(runs[1])
+    assert prompts == ["p0", "p1"] and rates["looks"].tolist() == [0.7, 0.75]
+    assert over_seeds(groups["0, 1"])["looks"].means == pytest.approx((0.625, 0.725))
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(seeds_table(groups))
+    text = console.export_text()
+    assert "0, 1" in text and "67.5 (" in text and "looks" in text
+
+
+def test_runs_without_an_evaluation_form_no_group(tmp_path):
+    write_run(tmp_path / "0", 0)
+    (write_run(tmp_path / "1", 1) / "evaluation" / "win_rates.csv").unlink()
+    assert seed_groups([tmp_path / "0", tmp_path / "1", tmp_path / "2"]) == {}
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    first = write_run(tmp_path / "0", 0)
+    with pytest.raises(InputError, match="evaluated on different prompts or rewards"):
+        over_seeds([first, write_run(tmp_path / "1", 1, (0.5,))])
+    with pytest.raises(InputError, match=r"win_rates\.csv.*run evaluate\.py run="):
+        read_rates(tmp_path / "2")
+    for index, text in enumerate(["", HEAD, HEAD + "p0,a,,x\n", HEAD + "p0\n"]):
+        (first / "evaluation" / "win_rates.csv").write_text(text)
+        with pytest.raises(InputError, match="cannot be read"):
+            read_rates(first)
+        assert index >= 0
