@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import run_config
-from capo.cli.seed_groups import seed_groups
+from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.values import check_values
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
@@ -25,6 +26,7 @@ from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import seeds_table
+from capo.evaluation.tables import Row, RunTable
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import EVALUATION, METRICS, POLICY, POOLS, read_outcome
 from capo.training.strength import read_strength
@@ -127,17 +129,28 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
     return evaluate_policy(cfg, build_components(cfg, watching=False), Path(cfg.policy), folder)
 
 
+def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dict:
+    """Compare runs on the console, and write a table of them to `folder` as HTML, CSV and LaTeX."""
+    found = compare_runs(runs, console)
+    if groups := seed_groups(runs):
+        console.print(seeds_table(groups))
+    rows = [
+        Row(run, labels, results)
+        for run, labels, results in zip(runs, run_labels(runs), found["results"].values(), strict=True)
+    ]
+    files = RunTable.of(rows, 0, " ".join(["python evaluate.py", *overrides])).write(folder)
+    told = f"the table as a page, as CSV and for LaTeX: {', '.join(map(str, files))}"
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     """Compare `runs`, evaluate `run`, or evaluate `policy`: the first that is configured, else InputError."""
     check_values(cfg)
     refuse_plans(cfg)
     console.quiet = not launch().first
     if cfg.runs:
-        folders = run_folders(cfg.runs)
-        found = compare_runs(folders, console)
-        if groups := seed_groups(folders):
-            console.print(seeds_table(groups))
-        return found
+        return compare(run_folders(cfg.runs), overrides, folder)
     if cfg.run:
         return evaluate_run(cfg, overrides)
     if cfg.policy:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from capo.cli.messages import disk_fault, was_interrupted
-from capo.cli.seed_groups import seed_groups
+from capo.cli.run_labels import seed_groups
 from capo.errors import InputError
 from capo.evaluation.reports.sweep_page import (
     ORACLE,

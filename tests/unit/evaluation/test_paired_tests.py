@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from capo.evaluation import statistics
 from capo.evaluation.statistics import OverSeeds, bootstrap_interval, holm, prompts_needed, sign_flip_p
 
 
@@ -81,7 +82,8 @@ def win_rates(draw, prompts, images=4):
 
 
 @pytest.mark.slow
-def test_type_1_error_of_the_paired_test_is_5_percent():
+def test_type_1_error_of_the_paired_test_is_5_percent(monkeypatch):
+    monkeypatch.setattr(statistics, "FLIPS", 999)  # ten times as fast
     draw = np.random.default_rng(0)
     rejected = np.mean([sign_flip_p(win_rates(draw, 96) - 0.5, trial) < 0.05 for trial in range(4000)])
     print(f"type I error of the paired test at 5 %: {100 * rejected:.2f} %")
@@ -93,7 +95,7 @@ def test_coverage_of_the_interval_is_95_percent():
     draw = np.random.default_rng(1)
     covered = []
     for trial in range(4000):
-        low, high = bootstrap_interval(win_rates(draw, 96), trial, 2000)
+        low, high = bootstrap_interval(win_rates(draw, 96), trial, 1000)
         covered.append(low <= 0.5 <= high)
     print(f"coverage of the 95 % interval: {100 * np.mean(covered):.2f} %")
     assert 0.93 < np.mean(covered) < 0.97

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from capo.cli.seed_groups import seed_groups
+from capo.cli.run_labels import seed_groups
 from capo.errors import InputError
 from capo.evaluation.seeds import over_seeds, read_rates, seeds_table
 

@@ -1,0 +1,83 @@
+"""Say in a few words what a run was configured with, and find runs that differ in their seed alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, RATES, read_outcome
+
+OWN = ("run_dir", "hydra", "threads", "seed")  # keys that differ between runs of one setting
+ALWAYS = ("objective", "pairs")  # columns of a table that stand also where all runs share them
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """Read a run's config.yaml as plain values; empty if there is none."""
+    path = folder / CONFIG
+    values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    assert isinstance(values, dict)  # a run's configuration is a mapping
+    return {str(key): value for key, value in values.items()}
+
+
+def seed_groups(folders: Sequence[Path]) -> dict[str, list[Path]]:
+    """Group evaluated runs that have the same configuration but for the seed; groups of two or more.
+
+    Returns:
+        The names of a group's directories, joined by commas -> the directories.
+    """
+    groups: dict[str, list[Path]] = {}
+    for folder in folders:
+        if (folder / CONFIG).is_file() and (folder / EVALUATION / RATES).is_file():
+            groups.setdefault(_setting(read_values(folder)), []).append(folder)
+    return {", ".join(folder.name for folder in group): group for group in groups.values() if len(group) > 1}
+
+
+def _setting(values: Mapping[str, Any]) -> str:
+    """What a run was configured with, as text, without its seed and place."""
+    kept = {key: value for key, value in values.items() if key not in OWN}
+    if adapter := kept["model"].get("lora"):
+        kept["model"] = {**kept["model"], "lora": {**adapter, "seed": None}}  # by default the run's own
+    return json.dumps(kept, sort_keys=True)
+
+
+def run_labels(folders: Sequence[Path]) -> list[dict[str, str]]:
+    """Labels of runs, column -> text: objective and pairs, and what else differs between them.
+
+    A directory without a configuration, as that of a soup, is labeled by its name.
+    """
+    found = [_labels(folder) for folder in folders]
+    names = list(dict.fromkeys(name for labels in found for name in labels))
+    kept = [
+        name
+        for name in names
+        if name in ALWAYS or len({labels[name] for labels in found if name in labels}) > 1
+    ]
+    return [{name: labels.get(name, "") for name in kept} for labels in found]
+
+
+def _labels(folder: Path) -> dict[str, str]:
+    values = read_values(folder)
+    if not values:
+        return {"objective": folder.name}
+    outcome = read_outcome(folder) if (folder / OUTCOME).is_file() else {}
+    if merged := outcome.get("soup"):
+        return {"objective": f"soup of {', '.join(map(str, merged))}"}
+    noise, weighting = values.get("noise", {}), values.get("noise", {}).get("weighting", "")
+    return {
+        "model": str(values.get("model", {}).get("name", "")),
+        "objective": _target(values.get("objective")),
+        "pairs": _target(values.get("pairs")),
+        "rewards": ", ".join(values.get("rewards", {})),
+        "calibration": str(values.get("calibration", "")),
+        "beta": str(values.get("objective", {}).get("beta", "")),
+        "weighting": weighting if weighting == "constant" else f"{weighting}, b = {noise.get('bias', '')}",
+        "seed": str(values.get("seed", "")),
+    }
+
+
+def _target(node: object) -> str:
+    return str(node.get("_target_", "")).rpartition(".")[2] if isinstance(node, Mapping) else ""

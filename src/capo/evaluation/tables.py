@@ -1,0 +1,175 @@
+"""Tables of evaluated runs in the shape of the paper's tables 1 to 7: HTML, CSV and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from capo.errors import InputError
+from capo.evaluation.reports.page import number, page_environment
+from capo.evaluation.seeds import read_rates
+from capo.evaluation.statistics import holm, sign_flip_p
+from capo.runtime.files import write_table, write_whole
+
+LEVEL = 0.05  # of the paired tests, after Holm, by which a value is called the best
+CSV, HTML, LATEX = "table.csv", "table.html", "table.tex"
+SPECIAL = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"} | {"\\": r"\textbackslash{}"}
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run in a table.
+
+    Attributes:
+        folder: the run's directory.
+        labels: what it was configured with, column -> text.
+        results: content of its results.json.
+    """
+
+    folder: Path
+    labels: Mapping[str, str]
+    results: Mapping
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Runs with their win-rates against the base and mean scores, and which win-rate is the best.
+
+    Attributes:
+        rows: the runs, in the order of the table.
+        best: reward -> the row whose win-rate is above those of all others beyond chance, if there is one.
+        command: the command that made the table.
+    """
+
+    rows: Sequence[Row]
+    best: Mapping[str, int] = field(default_factory=dict)
+    command: str = ""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], seed: int, command: str) -> RunTable:
+        """Find the best rows: `best_rows` of the runs' win-rates by prompt."""
+        return cls(rows, best_rows([row.folder for row in rows], seed), command)
+
+    @property
+    def rewards(self) -> list[str]:
+        """Rewards of all rows, in the order of their first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.results["win_rate"]))
+
+    @property
+    def labels(self) -> list[str]:
+        """Columns of labels."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.labels))
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the three files to `folder`, and return their paths."""
+        write_table(folder / CSV, *self._csv())
+        write_whole(folder / HTML, self.html())
+        write_whole(folder / LATEX, self.latex())
+        return [folder / name for name in (CSV, HTML, LATEX)]
+
+    def _csv(self) -> tuple[list[str], list[dict[str, object]]]:
+        rows = []
+        for index, row in enumerate(self.rows):
+            cells: dict[str, object] = {"run": str(row.folder), **row.labels}
+            for name in self.rewards:
+                rate, score = row.results["win_rate"].get(name), row.results["score"].get(name)
+                if rate and score:
+                    cells |= {
+                        f"win_rate/{name}": rate["mean"],
+                        f"win_rate/{name}/low": rate["low"],
+                        f"win_rate/{name}/high": rate["high"],
+                        f"score/{name}": score["policy"],
+                        f"best/{name}": int(self.best.get(name) == index),
+                    }
+            rows.append(cells | {"policy": row.results["policy"], "base": row.results["base"]})
+        return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+    def cells(self, index: int, reward: str) -> tuple[str, str, str, bool]:
+        """Win-rate in %, interval, mean score, and whether the win-rate is the best; "-" if it is unknown."""
+        results = self.rows[index].results
+        rate, score = results["win_rate"].get(reward), results["score"].get(reward)
+        if not rate or not score:
+            return "-", "", "-", False
+        span = f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}"
+        return f"{100 * rate['mean']:.1f}", span, number(score["policy"]), self.best.get(reward) == index
+
+    def html(self) -> str:
+        """Return a page that loads nothing else."""
+        return page_environment().get_template("table.html.j2").render(table=self, rule=_rule())
+
+    def latex(self) -> str:
+        """Return a table with booktabs' rules, for a document to input."""
+        rewards, labels = self.rewards, self.labels
+        groups = " & ".join(rf"\multicolumn{{2}}{{c}}{{{_tex(name)}}}" for name in rewards)
+        first = len(labels) + 1
+        rules = "".join(
+            rf"\cmidrule(lr){{{first + 2 * place}-{first + 2 * place + 1}}}" for place in range(len(rewards))
+        )
+        heads = " & ".join([*map(_tex, labels), *["win-rate & score"] * len(rewards)])
+        lines = [
+            f"% {self.command}",
+            f"% {_rule()}",
+            *(f"% {row.folder}: {_prints(row)}" for row in self.rows),
+            rf"\begin{{tabular}}{{{'l' * len(labels)}{'rr' * len(rewards)}}}",
+            r"\toprule",
+            " & ".join([*[""] * len(labels), groups]) + r" \\",
+            rules,
+            heads + r" \\",
+            r"\midrule",
+        ]
+        for index, row in enumerate(self.rows):
+            cells = [_tex(row.labels.get(name, "")) for name in labels]
+            for name in rewards:
+                rate, _, score, best = self.cells(index, name)
+                cells += [rf"\textbf{{{rate}}}" if best else rate, score]
+            lines.append(" & ".join(cells) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _prints(row: Row) -> str:
+    return f"policy {row.results['policy'][:8]}, base {row.results['base'][:8]}"
+
+
+def best_rows(folders: Sequence[Path], seed: int) -> dict[str, int]:
+    """Find the run whose win-rate against the base is above that of every other beyond chance, by reward.
+
+    The run with the highest mean is tested against each other one by `sign_flip_p` of their differences by
+    prompt, and it is the best if the largest of Holm's p-values is below LEVEL. Runs of one policy, or of
+    other prompts, cannot be told apart.
+    """
+    read = []
+    for folder in folders:
+        try:
+            read.append(read_rates(folder))
+        except InputError:
+            return {}
+    if len(read) < 2 or any(prompts != read[0][0] for prompts, _ in read):
+        return {}
+    best = {}
+    for name in read[0][1]:
+        rates = [found[name] for _, found in read if name in found]
+        if len(rates) < len(read):
+            continue
+        first = max(range(len(rates)), key=lambda place: float(rates[place].mean()))
+        tests = {
+            str(place): sign_flip_p(rates[first] - rate, seed)
+            for place, rate in enumerate(rates)
+            if place != first
+        }
+        if max(holm(tests).values()) < LEVEL:
+            best[name] = first
+    return best
+
+
+def _rule() -> str:
+    return (
+        "Win-rates against the base in %, and mean scores. A win-rate is marked as the best only if a paired "
+        f"test over prompts separates it from every other row (p < {LEVEL} by Holm)."
+    )
+
+
+def _tex(text: str) -> str:
+    return text.translate(SPECIAL)

@@ -1,0 +1,118 @@
+"""Tables of runs: labels, marks of the best, and the three files."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from capo.cli.evaluate import compare
+from capo.cli.run_labels import run_labels
+from capo.evaluation.tables import RunTable, best_rows
+
+REWARDS = ("looks", "align_ment")
+
+
+def write_run(folder, level, beta=1, noise=0.02, soup=None, prompts=40):
+    """An evaluated run whose win-rates for `looks` lie about `level`; the other reward is the same in all."""
+    (folder / "evaluation").mkdir(parents=True)
+    values = {
+        "seed": 0,
+        "objective": {"_target_": "capo.objectives.capo", "beta": beta},
+        "pairs": {"_target_": "capo.pairs.frs"},
+        "noise": {"weighting": "sigmoid", "bias": -1},
+        "rewards": {"looks": {}, "align_ment": {}},
+        "model": {"name": "tiny", "lora": None},
+    }
+    OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
+    if soup:
+        (folder / "outcome.json").write_text(json.dumps({"soup": soup}))
+    looks = level + noise * np.random.default_rng(beta).normal(size=prompts)
+    with (folder / "evaluation" / "win_rates.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt_id", "prompt", "category", *REWARDS])
+        table.writerows([f"p{index}", "a, b", "", rate, 0.5] for index, rate in enumerate(looks))
+    rate = {"mean": level, "low": level - 0.05, "high": level + 0.05}
+    results = {
+        "win_rate": dict.fromkeys(REWARDS, rate),
+        "score": {name: {"policy": 5.25, "base": 5.0} for name in REWARDS},
+        "policy": "ab" * 32,
+        "base": "cd" * 32,
+    }
+    (folder / "evaluation" / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_a_value_is_the_best_only_if_a_test_separates_it_from_every_other(tmp_path):
+    runs = [
+        write_run(tmp_path / "0", 0.6, 1),
+        write_run(tmp_path / "1", 0.5, 2),
+        write_run(tmp_path / "2", 0.55, 3),
+    ]
+    assert best_rows(runs, 0) == {"looks": 0}  # the other reward is the same in all
+    near = write_run(tmp_path / "3", 0.599, 4, noise=0.1)
+    assert best_rows([*runs, near], 0) == {}
+    assert best_rows([runs[0], runs[0]], 0) == {} and best_rows(runs[:1], 0) == {}
+    fewer = write_run(tmp_path / "4", 0.3, 5, prompts=20)
+    assert best_rows([*runs, fewer], 0) == {}  # other prompts
+    (runs[1] / "evaluation" / "win_rates.csv").unlink()
+    assert best_rows(runs, 0) == {}
+
+
+def test_labels_are_objective_pairs_and_what_differs(tmp_path):
+    runs = [
+        write_run(tmp_path / "0", 0.6, 1),
+        write_run(tmp_path / "1", 0.5, 2),
+        write_run(tmp_path / "soup-0", 0.5, 3, soup=["0", "1"]),
+        tmp_path / "merged",
+    ]
+    assert run_labels(runs) == [
+        {"objective": "capo", "pairs": "frs", "beta": "1"},
+        {"objective": "capo", "pairs": "frs", "beta": "2"},
+        {"objective": "soup of 0, 1", "pairs": "", "beta": ""},
+        {"objective": "merged", "pairs": "", "beta": ""},
+    ]
+
+
+@pytest.fixture
+def written(tmp_path, capsys):
+    runs = [write_run(tmp_path / "0", 0.6, 1), write_run(tmp_path / "1", 0.5, 2)]
+    compare_with_pools(runs, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def compare_with_pools(runs, folder):
+    from capo.evaluation import compare as comparing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing, "head_to_head", lambda *_: {})  # it reads the images' scores
+        compare(runs, ["runs=<b>"], folder)
+
+
+def test_the_files_hold_values_marks_command_and_fingerprints(written):
+    with (written / "table.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first["win_rate/looks"] == "0.6" and first["best/looks"] == "1" and second["best/looks"] == "0"
+    assert first["score/looks"] == "5.25" and first["policy"] == "ab" * 32 and first["beta"] == "1"
+    page = (written / "table.html").read_text()
+    assert page.count("<strong>60.0</strong>") == 1 and "55.0–65.0" in page and "abababab" in page
+    assert "runs=&lt;b&gt;" in page and "<b>" not in page and "://" not in page
+    latex = (written / "table.tex").read_text()
+    assert latex.count(r"\textbf{60.0}") == 1 and r"\multicolumn{2}{c}{align\_ment}" in latex
+    assert "% python evaluate.py runs=<b>" in latex and r"\cmidrule(lr){4-5}\cmidrule(lr){6-7}" in latex
+    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in rows[1:]} == {6}
+
+
+def test_what_a_run_lacks_is_a_dash(tmp_path):
+    from capo.evaluation.tables import Row
+
+    rate = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    results = {"win_rate": {"a": rate}, "score": {"a": {"policy": 1.0}}, "policy": "p", "base": "b"}
+    other = {"win_rate": {"b": rate}, "score": {"b": {"policy": 1.0}}, "policy": "p", "base": "b"}
+    table = RunTable([Row(tmp_path, {}, results), Row(tmp_path, {}, other)])
+    assert table.cells(0, "b") == ("-", "", "-", False) and table.cells(1, "b")[0] == "50.0"
+    table.write(tmp_path)
+    assert ",," in (tmp_path / "table.csv").read_text()
