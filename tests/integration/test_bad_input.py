@@ -38,7 +38,9 @@ from capo.runtime.run_folder import CONFIG, OUTCOME
 from capo.training.checkpoints import check_checkpoint
 from fixtures import ROOT
 from fixtures.configuration import composed
+from fixtures.fake_rewards import BRIGHTNESS
 from fixtures.forked import Helper
+from fixtures.tiny_pipelines import tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -342,9 +344,13 @@ def test_scores_that_give_no_pair(tiny_run, scorer, message):
     )
 
 
-def test_an_input_error_under_hydra_stays_one():
-    node = OmegaConf.create({"_target_": "capo.backbones.UNetBackbone", "weights": "/nowhere/at/all"})
-    assert refusal(built, node).startswith("weights '/nowhere/at/all': no such folder")
+def test_an_input_error_of_what_is_built_stays_one():
+    cfg = composed("model.backbone.weights=/nowhere/at/all")
+    assert refusal(built, cfg, "model.backbone").startswith("weights '/nowhere/at/all': no such folder")
+    cfg.model.backbone.weights = "???"
+    assert refusal(built, cfg, "model.backbone") == (
+        "model.backbone.weights is not given; give model.backbone.weights=VALUE"
+    )
 
 
 # --- runs ---
@@ -408,7 +414,7 @@ def test_a_finished_run_needs_neither_weights_nor_prompts(tiny_run, finished):
 def test_a_checkpoint_of_another_model(finished, tmp_path):
     path = finished / "checkpoints" / "last.ckpt"
     module = torch.nn.Module()
-    module.policy = built(OmegaConf.create({"_target_": "fixtures.tiny_pipelines.tiny_unet"}))
+    module.policy = tiny_unet()
     check_checkpoint(path, module)
     module.policy.conv_in = torch.nn.Conv2d(4, 16, 3)
     message = refusal(check_checkpoint, path, module)
@@ -647,7 +653,7 @@ def test_ctrl_c_in_training(helper, command_line, tiny_run, tmp_path):
 def test_ctrl_c_in_evaluation(helper, finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     results = (run / "evaluation" / "results.json").read_bytes()
-    command = ["--config-path", ROOT / "conf", f"run={run}", "trust=[fixtures]", "evaluation.images=64"]
+    command = ["--config-path", ROOT / "conf", f"run={run}", f"trust=[{BRIGHTNESS}]", "evaluation.images=64"]
     process = helper.start("evaluate.py", *command)
     code = process.interrupt_when(
         lambda: len(list((run / "evaluation" / "pool").glob("*/latents/*.safetensors"))) >= 3

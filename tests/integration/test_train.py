@@ -13,6 +13,7 @@ from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.errors import InputError
+from fixtures.fake_rewards import BRIGHTNESS
 
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "capo", "sft"])
@@ -107,9 +108,9 @@ def test_evaluation_of_a_finished_run_is_skipped_or_renewed(tiny_run, finished):
     # this run's rewards come from the test itself, which its own config.yaml may not call without being
     # trusted
     cfg = tiny_run("unused", f"run={finished}", config="evaluate")
-    with pytest.raises(InputError, match=r"trust=\[fixtures\]"):
+    with pytest.raises(InputError, match=rf"trust=\[{BRIGHTNESS}\]"):
         evaluate_script.run(cfg, [], finished)
-    cfg.trust = ["fixtures"]
+    cfg.trust = [BRIGHTNESS]
     evaluate_script.run(cfg, [], finished)
     assert results.stat().st_mtime_ns == before
     cfg.evaluation.images = 3

@@ -12,6 +12,7 @@ from capo.cli.build import base_of
 from capo.cli.parts import module_of
 from capo.cli.readiness import check_sharded_guidance
 from capo.errors import InputError
+from fixtures.fake_rewards import BRIGHTNESS
 
 STRONG = ["trainer.lr=0.01", "trainer.warm_up=0", "sampling.guidance=4", "sampling.parallel=batches"]
 LORA = ["+model.lora.rank=2", "+model.lora.alpha=2"]
@@ -28,7 +29,7 @@ def settings(folder):
 
 def evaluated(tiny_run, folder, source):
     cfg = tiny_run("unused", f"run={folder}", f"sampling.unconditional={source}", config="evaluate")
-    cfg.trust = ["fixtures"]
+    cfg.trust = [BRIGHTNESS]
     return evaluate_script.run(cfg, [f"sampling.unconditional={source}"], folder)
 
 

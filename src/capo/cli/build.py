@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from capo.backbones import Backbone, Family
 from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import worker_logs
+from capo.cli.targets import Place, find, place_of
 from capo.cli.values import plain
 from capo.data.candidates import TrainingData
 from capo.data.generation import STAGES, ImageGenerator, PoolSpec
@@ -24,7 +25,7 @@ from capo.data.pool.import_table import HUMAN_LABELS
 from capo.data.prompts import Prompt, check_splits, missing_inputs
 from capo.errors import InputError
 from capo.evaluation.held_out import refuse_trained
-from capo.rewards import Reward, load_rewards
+from capo.rewards import Reward, load_rewards, worker
 from capo.runtime.launch import launch
 from capo.runtime.processes import own_device
 
@@ -47,14 +48,27 @@ class Components:
         return self.generator.backbone
 
 
-def built(node: DictConfig, **given: object) -> Any:
-    """Instantiate a node's `_target_` with the arguments `given`; an InputError it raises is passed on."""
+def built(cfg: DictConfig, key: str, **given: object) -> Any:
+    """Call the `_target_` at `key` with its arguments, as plain values, and those `given`.
+
+    Raises InputError if nothing that belongs there has that name, or if a value is missing.
+    """
+    place = place_of(tuple(key.split(".")))
+    assert place, key
     try:
-        return instantiate(node, **given)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise
+        node = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True, throw_on_missing=True)
+        return worker.build({**cast(dict, node), **given}, partial(looked_up, place, key))
+    except MissingMandatoryValue as error:
+        missing = error.full_key or key
+        raise InputError(f"{missing} is not given; give {missing}=VALUE") from error
+
+
+def looked_up(place: Place, key: str, name: str) -> Any:
+    """Return the object that belongs at `place` and has this name; InputError if there is none."""
+    try:
+        return find(place, name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{key}._target_={name}: cannot be used ({error}); give module.function") from error
 
 
 def target_name(node: DictConfig) -> str:
@@ -66,7 +80,7 @@ def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
     """Load the prompt sets by split. Raises InputError for sets that are missing or cannot be used."""
     if missing := sorted(OmegaConf.missing_keys(cfg.prompts)):
         raise InputError(missing_inputs(missing, plain(cfg.prompts)))
-    splits = built(cfg.prompts)
+    splits = built(cfg, "prompts")
     check_splits(splits)
     return splits
 
@@ -118,13 +132,15 @@ def base_of(cfg: DictConfig, parts: Collection[str] | None = None) -> Backbone:
     device = own_device(cfg.trainer.accelerator)  # first, since loading takes long
     only = {} if parts is None else {"parts": tuple(parts)}
     drawing = sampler_settings(cfg).drawing
-    return built(cfg.model.backbone, name=cfg.model.name, **only).prepare(drawing).to(device)
+    return built(cfg, "model.backbone", name=cfg.model.name, **only).prepare(drawing).to(device)
 
 
 def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, Any]]:
     """Return the model's family and the keyword arguments of its backbone; nothing is loaded."""
     options = plain(cfg.model.backbone)
-    return get_class(options.pop("_target_")), options
+    place = place_of(("model", "backbone"))
+    assert place
+    return looked_up(place, "model.backbone", options.pop("_target_")), options
 
 
 def label_sources(cfg: DictConfig, rewards: list[Reward]) -> Sequence[LabelSource]:

@@ -72,7 +72,7 @@ def run_checks(
     # before weights load, since it refuses a batch that cannot be divided
     request = request_of(cfg, dict.fromkeys(("train", "validation", "test")))
     backbone = base_of(cfg)
-    known = built(cfg.model.known_images)
+    known = built(cfg, "model.known_images")
     vae, latents = check_vae(backbone, known)
     captions = [caption for _, caption in known]
     checks = [vae, *check_base(cfg, backbone, latents, captions, folder)]

@@ -19,7 +19,7 @@ from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import run_config
 from capo.cli.run_labels import run_labels, seed_groups
-from capo.cli.values import check_values
+from capo.cli.values import check_values, plain
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
 from capo.errors import InputError
@@ -98,7 +98,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
     The run's own configuration is used, with `overrides` of the command line on top. With
     `validation.strengths` among them, the policy's strength is chosen again first.
     """
-    folder = Path(cfg.run)
+    folder = Path(str(cfg.run))
     own = run_config(folder, cfg, overrides)
     check_ready(own, watching=False)
     prepare_process(own.threads)
@@ -122,11 +122,11 @@ def choose_again(cfg: DictConfig, components: Components, folder: Path) -> None:
 
 def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
     """Evaluate the exported policy `cfg.policy` into `folder` with the composed configuration."""
-    if cfg.base:
-        cfg.model.backbone.weights = str(Path(cfg.base).absolute())
+    if cfg.base is not None:
+        cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
     check_ready(cfg, watching=False)
     prepare_process(cfg.threads)
-    return evaluate_policy(cfg, build_components(cfg, watching=False), Path(cfg.policy), folder)
+    return evaluate_policy(cfg, build_components(cfg, watching=False), Path(str(cfg.policy)), folder)
 
 
 def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dict:
@@ -149,11 +149,13 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     check_values(cfg)
     refuse_plans(cfg)
     console.quiet = not launch().first
-    if cfg.runs:
-        return compare(run_folders(cfg.runs), overrides, folder)
-    if cfg.run:
+    if cfg.runs is not None:
+        named = plain(cfg)["runs"]
+        listed = list(map(str, named)) if isinstance(named, list) else str(named)
+        return compare(run_folders(listed), overrides, folder)
+    if cfg.run is not None:
         return evaluate_run(cfg, overrides)
-    if cfg.policy:
+    if cfg.policy is not None:
         return evaluate_folder(cfg, folder)
     raise InputError("nothing to evaluate: give run=DIR, runs=[DIR,DIR] or policy=FOLDER")
 
@@ -161,7 +163,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
 def main(cfg: DictConfig) -> None:
     """Evaluate or compare what the configuration names; user errors end the process with a message."""
     hydra_config = HydraConfig.get()
-    with plain_errors("the same command" if cfg.run else None):
-        if launch().world_size > 1 and not cfg.run:
+    with plain_errors(None if cfg.run is None else "the same command"):
+        if launch().world_size > 1 and cfg.run is None:
             check_common_folder(launch().world_size, hydra_config.overrides.hydra)
         run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))

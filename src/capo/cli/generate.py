@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -54,7 +53,7 @@ def import_source(cfg: DictConfig) -> Source:
             "import.files is not given: set it to the table, folder or list of tables to import, e.g. "
             "import.files=FOLDER"
         )
-    return built(cfg["import"], _convert_="all")
+    return built(cfg, "import")
 
 
 def import_images(cfg: DictConfig) -> None:
@@ -76,7 +75,7 @@ def import_images(cfg: DictConfig) -> None:
 def export(cfg: DictConfig, components: Components) -> None:
     """Write the pairs that training with this configuration would draw from to a file for other trainers."""
     data = training_data(cfg, components, stages=("scores",))
-    candidates = data.select(instantiate(cfg.pairs), cfg.calibration, cfg.seed, cfg.noise.shared)
+    candidates = data.select(built(cfg, "pairs"), cfg.calibration, cfg.seed, cfg.noise.shared)
     settings = {
         "data": data.described,
         "model": cfg.model.name,
@@ -103,7 +102,7 @@ def report(cfg: DictConfig, components: Components) -> None:
     """Report on the scores, calibrated rewards and pairs of the candidates (docs/calibration.md)."""
     if not cfg.pool.imported:
         check_scored(components.pool_specs["train"], components.generator, components.rewards)
-    report_pool(training_data(cfg, components, stages=()), instantiate(cfg.pairs), cfg.calibration, console)
+    report_pool(training_data(cfg, components, stages=()), built(cfg, "pairs"), cfg.calibration, console)
 
 
 def run(cfg: DictConfig) -> None:

@@ -17,7 +17,7 @@ from capo.cli.evaluate import evaluate_policy
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
-from capo.cli.values import check_values
+from capo.cli.values import check_values, plain
 from capo.errors import InputError
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import EVALUATION, POLICY
@@ -65,7 +65,8 @@ def run(cfg: DictConfig, folder: Path) -> Path:
     """Merge `cfg.policies` into `folder`/policy, and return that; InputError where nothing can be merged."""
     check_values(cfg)
     refuse_plans(cfg)
-    if OmegaConf.is_missing(cfg, "policies") or len(cfg.policies) < 2:
+    named = None if OmegaConf.is_missing(cfg, "policies") else plain(cfg)["policies"]
+    if not isinstance(named, list) or len(named) < 2:
         raise InputError("nothing to merge: give two policies or more, policies=[FOLDER,FOLDER]")
     if launch().world_size > 1:
         raise InputError(
@@ -73,7 +74,7 @@ def run(cfg: DictConfig, folder: Path) -> Path:
             "torchrun evaluate.py policy=FOLDER"
         )
     weights = list(cfg.weights) if cfg.weights else None
-    return soup_of(cfg, list(cfg.policies), cfg.method, weights, folder)
+    return soup_of(cfg, list(map(str, named)), cfg.method, weights, folder)
 
 
 def main(cfg: DictConfig) -> None:

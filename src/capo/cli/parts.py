@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import encode_unconditional
-from capo.cli.build import Components
+from capo.cli.build import Components, built
 from capo.cli.values import plain
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
@@ -66,7 +65,7 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
     trainer = cfg.trainer
     return PreferenceModule(
         backbone,
-        instantiate(cfg.objective),
+        built(cfg, "objective"),
         lr=trainer.lr,
         warm_up=trainer.warm_up,
         lora=lora,

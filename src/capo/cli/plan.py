@@ -57,7 +57,7 @@ def blueprint_of(cfg: DictConfig) -> Blueprint:
 
 def training_request(cfg: DictConfig) -> TrainingRequest:
     """Training request for as many devices as the launcher started or the configuration names."""
-    trainer, needs = cfg.trainer, requirements(built(cfg.objective))
+    trainer, needs = cfg.trainer, requirements(built(cfg, "objective"))
     devices = max(launch().world_size, (device_count(trainer.devices) or 1) * trainer.num_nodes)
     lora = plain(cfg.model.lora) if cfg.model.lora else None
     if lora:

@@ -74,7 +74,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
 
 def check_objective(cfg: DictConfig) -> None:
     """InputError for an objective that cannot be called, or that does not fit what is added to it."""
-    objective = built(cfg.objective)
+    objective = built(cfg, "objective")
     with under("objective"):
         try_objective(objective)
     needs = requirements(objective)
@@ -88,7 +88,7 @@ def check_objective(cfg: DictConfig) -> None:
 
 def check_pairs(cfg: DictConfig, sources: int) -> None:
     """InputError where the strategy does not fit so many rewards, or an argument of it cannot be used."""
-    strategy = built(cfg.pairs)
+    strategy = built(cfg, "pairs")
     takes = declaration(strategy).rewards
     if takes not in (None, sources):
         number = "one reward" if takes == 1 else f"{takes} rewards"
@@ -170,7 +170,7 @@ def check_sharded_guidance(cfg: DictConfig, processes: int) -> None:
         return
     whole = "that policy"
     if source == BASE:
-        if cfg.model.lora or requirements(built(cfg.objective)).reference:
+        if cfg.model.lora or requirements(built(cfg, "objective")).reference:
             return
         whole = f"the base, which objective={target_name(cfg.objective)} does not read in training"
     raise InputError(

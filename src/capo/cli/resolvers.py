@@ -16,11 +16,11 @@ def shipped(name: str) -> str:
     return str(importlib.resources.files("capo.shapes") / "weights" / name)
 
 
-def _evaluation_folder(run: str | None) -> str:
+def _evaluation_folder(run: str | int | None) -> str:
     """Directory for Hydra's output of an evaluation: in the evaluated run, else a new one under outputs/."""
     return (
         f"{run}/evaluation"
-        if run and (Path(run) / CONFIG).is_file()
+        if run not in (None, "") and (Path(str(run)) / CONFIG).is_file()
         else datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-evaluate")
     )
 

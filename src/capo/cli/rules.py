@@ -65,6 +65,18 @@ def optional(rule: Rule) -> Rule:
 
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("text", lambda value: isinstance(value, str) and value != "")
+# the folder of a sweep's job is a number, which the command line reads as one
+FOLDER = Rule(
+    "a folder, written with a / where its name reads as something else (run=./1e3)",
+    lambda value: TEXT.holds(value) or type(value) is int,
+)
+FOLDERS = Rule(
+    "a folder or a list of folders, written with a / where a name reads as something else (runs=[./1e3])",
+    lambda value: (
+        all(map(FOLDER.holds, value)) and bool(value) if isinstance(value, list) else FOLDER.holds(value)
+    ),
+)
+NAMES = Rule("a list of names", lambda value: isinstance(value, list) and all(map(TEXT.holds, value)))
 SEED = whole(0, 2**63 - 2)  # the zero line's seed is the next one
 
 

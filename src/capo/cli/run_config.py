@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
 from capo.cli.values import plain
 from capo.errors import InputError
 from capo.runtime.files import write_whole
@@ -59,6 +60,7 @@ FREE_WITHIN = re.compile(
     r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
 )
 MISSING = "(not there)"
+ASKING = ("run", "runs", "policy", "base", "trust")  # keys of an evaluation, which a run does not have
 
 
 class Progress(Enum):
@@ -164,38 +166,12 @@ def _longer(before: object, after: object) -> bool:
     return isinstance(before, int) and isinstance(after, int) and after > before
 
 
-def foreign_targets(cfg: DictConfig, trusted: Sequence[str] = ()) -> list[str]:
-    """List the code that a run's config would call and that is not trusted.
-
-    This is each `_target_` outside this package and the modules in `trusted`, and each program (a reward's
-    `python`) that is not in `trusted`.
-    """
-    found: list[str] = []
-
-    def walk(node) -> None:
-        if isinstance(node, dict):
-            target = node.get("_target_")
-            if target and not any(
-                target == module or target.startswith(f"{module}.") for module in ("capo", *trusted)
-            ):
-                found.append(target)
-            if "scorer" in node and node.get("python") and node["python"] not in trusted:
-                found.append(node["python"])
-            for value in node.values():
-                walk(value)
-        elif isinstance(node, list):
-            for value in node:
-                walk(value)
-
-    walk(OmegaConf.to_container(cfg, resolve=False))
-    return found
-
-
 def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Configuration of a finished run, in which the keys of `overrides` have their values from `cfg`.
 
-    Raises InputError for a folder that is not a run directory, a run that has not finished, and a run whose
-    config would call code outside this package that `cfg.trust` does not name.
+    What acts outside the run has its values from `cfg` too (`capo.cli.foreign`). Raises InputError for a
+    folder that is not a run directory, a run that has not finished, and a run whose config asks for what it
+    may not.
     """
     if not (folder / CONFIG).is_file():
         raise InputError(
@@ -205,13 +181,23 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
-    if foreign := list(dict.fromkeys(foreign_targets(own, cfg.trust))):
-        raise InputError(
-            f"run={folder}: its config.yaml calls {', '.join(foreign)}; if you trust that code, "
-            f"add trust=[{foreign[0] if '/' in foreign[0] else foreign[0].split('.')[0]}]"
-        )
-    for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~").split("@")[-1]
-        if key not in ("run", "runs", "policy", "base", "trust") and not key.startswith("hydra"):
-            OmegaConf.update(own, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
+    without_outside(own, cfg, folder, given)
+    keys = [key for key in given if key not in ASKING and not key.startswith("hydra")]
+    check_foreign(folder, _without(own, [*OUTSIDE, *keys]), cfg.trust)
+    for key in keys:
+        OmegaConf.update(own, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     return own
+
+
+def _without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration as plain values, unresolved, without the values of these dotted keys."""
+    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    for key in keys:
+        *above, name = key.split(".")
+        node: Any = values
+        for part in above:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(name, None)
+    return values

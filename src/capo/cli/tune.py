@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
 
-from capo.cli.build import Components, build_components, target_name, training_data
+from capo.cli.build import Components, build_components, built, target_name, training_data
 from capo.cli.evaluate import evaluate_own
 from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
@@ -71,7 +70,7 @@ def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[
     Experiment trackers among them get the run's identity at the start and its figures at the end, and are
     closed.
     """
-    loggers = list(instantiate(cfg.logger).values()) if launch().first else []
+    loggers = [built(cfg, f"logger.{name}") for name in cfg.logger] if launch().first else []
     tracking = [logger for logger in loggers if isinstance(logger, WandbRun)]
     try:
         for logger in tracking:
@@ -94,7 +93,7 @@ def tune(
     """
     # before any image is generated, since it refuses a wrong objective or beta
     module = module_of(cfg, components.backbone)
-    strategy = instantiate(cfg.pairs)
+    strategy = built(cfg, "pairs")
     facts = facts_of(cfg, module)
     announce(cfg, facts, module)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)

@@ -10,14 +10,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from capo.backbones import Family
 from capo.backbones.precision import AUTOCAST, DTYPES
 from capo.calibration import LINKS, METHODS
-from capo.cli.rules import SEED, SWITCH, TEXT, Rule, number, one_of, optional, shown, whole
+from capo.cli.rules import (
+    FOLDER,
+    FOLDERS,
+    NAMES,
+    SEED,
+    SWITCH,
+    TEXT,
+    Rule,
+    number,
+    one_of,
+    optional,
+    shown,
+    whole,
+)
+from capo.cli.targets import REWARDS, TARGET, find, misplaced, place_of
 from capo.data.dataset import ENCODE, POOL, TIMES
 from capo.data.pool.import_table import LABELS
 from capo.errors import InputError, ParameterError, closest
@@ -40,10 +53,6 @@ def _are_devices(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(type(part) is int and part >= 0 for part in value)
     return type(value) is int and (value >= 1 or value == -1)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(TEXT.holds, value))
 
 
 TABLE: dict[str, Rule] = {
@@ -133,7 +142,7 @@ TABLE: dict[str, Rule] = {
     "model.lora.seed": SEED,
     **{
         f"{place}.*.{key}": rule
-        for place in ("rewards", "evaluation.rewards", "evaluation.oracle", "validation.held_out")
+        for place in REWARDS
         for key, rule in {
             "link": one_of(list(LINKS)),
             "scale": number(above=0),
@@ -161,15 +170,17 @@ TABLE: dict[str, Rule] = {
     "pair_export.per_prompt": optional(whole(1)),
     "pair_export.images": one_of(("jpeg", "png")),
     "pair_export.row_group": whole(1),
-    "run": optional(TEXT),
-    "policy": optional(TEXT),
-    "base": optional(TEXT),
     "method": one_of(SOUPS),
-    "policies": Rule("a list of folders: policies=[FOLDER,FOLDER]", _are_texts),
+    "policies": FOLDERS,
     "weights": Rule(
         "a list of finite numbers, one for each policy, or null",
         lambda value: value is None or (isinstance(value, list) and all(map(number().holds, value))),
     ),
+    "run": optional(FOLDER),
+    "runs": optional(FOLDERS),
+    "policy": optional(FOLDER),
+    "base": optional(FOLDER),
+    "trust": NAMES,
 }
 # groups and keys with one `_target_`, whose arguments are checked against its signature
 CALLED = ("objective", "pairs", "prompts", "import", "model.backbone")
@@ -186,6 +197,7 @@ def check_values(cfg: DictConfig) -> None:
         for key, value in _found(values, pattern.split(".")):
             if value != MISSING and (fault := rule.fault(key, value)):
                 faults[key] = fault
+    faults |= dict(misplaced(values))
     for group in CALLED:
         for _, node in _found(values, group.split(".")):
             for key, fault in _call_faults(group, node) if node is not None else ():
@@ -223,10 +235,11 @@ def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tup
 
 def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (key, fault) for arguments that the group's target does not have, or of another type."""
-    target = node.get("_target_")
+    target, place = node.get(TARGET), place_of(tuple(group.split(".")))
+    assert place, group  # CALLED names places
     arguments = {name: value for name, value in node.items() if not name.startswith("_")}
     try:
-        function = get_object(str(target))
+        function = find(place, target)
         signature = inspect.signature(function)
         hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception as error:  # importing a user's module can raise anything

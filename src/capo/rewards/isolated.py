@@ -63,6 +63,8 @@ class IsolatedScorer:
         WorkerOutOfMemory: the process's device runs out of memory.
     """
 
+    configurable = False  # no configuration may name it as its scorer: `capo.rewards.worker.is_scorer`
+
     def __init__(
         self,
         name: str,

@@ -240,7 +240,7 @@ def load_rewards(
         raise InputError(f"{place}: no reward is configured; name at least one, as in rewards=shapes")
     if without := [name for name, entry in config.items() if "scorer" in entry and not entry["scorer"]]:
         raise InputError(_no_scorer(without, place))
-    return [_load(name, {"logs": logs, **entry}, place) for name, entry in config.items()]
+    return [_load(name, entry, place, logs) for name, entry in config.items()]
 
 
 def _no_scorer(names: Sequence[str], place: str) -> str:
@@ -254,13 +254,18 @@ def _no_scorer(names: Sequence[str], place: str) -> str:
     )
 
 
-def _load(name: str, entry: dict[str, Any], place: str) -> Reward:
-    known = [field.name for field in fields(Reward) if field.name != "name"]
+def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) -> Reward:
+    known = [field.name for field in fields(Reward) if field.name not in ("name", "logs")]
     if unknown := sorted(set(entry) - set(known)):
         raise InputError(f"{place}.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     if "scorer" not in entry:
         raise InputError(f"{place}.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
-    reward = Reward(name, **entry)
+    if isinstance(entry.get("requires"), str):
+        raise InputError(
+            f"{place}.{name}.requires={entry['requires']}: must be a list of modules, "
+            f"requires: [{entry['requires']}]"
+        )
+    reward = Reward(name, **entry, logs=logs)
     if reward.python:
         root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there
         check_environment(name, reward.python, [*reward.requires, *([] if root == "capo" else [root])])
@@ -285,13 +290,12 @@ def _not_installed(reward: Reward, modules: str) -> str:
 
 def _build(reward: Reward) -> Scorer:
     assert isinstance(reward.scorer, Mapping)  # a callable is used as it is
-    check_version(reward.name, reward.scorer, reward.version)
     scorer = {**reward.scorer, **reward.commits}  # what the fingerprint names, whatever the hub has by now
-    if reward.apart:
-        return IsolatedScorer(
-            reward.name, reward.python or sys.executable, scorer, reward.timeout, reward.logs
-        )
     try:
+        check_version(reward.name, reward.scorer, reward.version)
+        if reward.apart:
+            python = reward.python or sys.executable
+            return IsolatedScorer(reward.name, python, scorer, reward.timeout, reward.logs)
         return worker.build(scorer)
     except InputError:
         raise

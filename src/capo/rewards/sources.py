@@ -5,10 +5,10 @@ A scorer's argument `weights` goes with `revision`, and any other, such as `clip
 
 from collections.abc import Mapping
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 from capo.errors import InputError
+from capo.rewards import worker
 from capo.runtime.hub import is_commit, is_hub_id, resolved_commit
 
 
@@ -44,7 +44,7 @@ def check_version(name: str, scorer: Mapping[str, Any], version: int) -> None:
     Otherwise a configuration of an earlier version would store new scores under the fingerprint of old ones.
     """
     target = str(scorer["_target_"])
-    has = getattr(locate(target), "version", 1) if target.startswith("capo.rewards.") else version
+    has = getattr(worker.scorer(target), "version", 1) if target.startswith("capo.rewards.") else version
     if has != version:
         raise InputError(
             f"reward '{name}': its configuration is of version {version} of {target}, this package has "

@@ -18,6 +18,7 @@ import faulthandler
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import queue
@@ -26,6 +27,7 @@ import struct
 import sys
 import threading
 import traceback
+import types
 from typing import Any
 
 MAGIC = b"CAPO"
@@ -88,23 +90,24 @@ def missing(modules):
     return [name for name in modules if not found(name)]
 
 
-def build(node) -> Any:
+def build(node, find=None) -> Any:
     """Return `node` with each `{_target_: module.name, ...}` in it replaced by its call, innermost first.
 
-    `_args_` are positional arguments; `_partial_: true` binds the arguments without calling.
+    `_args_` are positional arguments; `_partial_: true` binds the arguments without calling. `find` looks a
+    target up by its name; by default it must be a scorer (`scorer`).
     """
     if isinstance(node, list):
-        return [build(inner) for inner in node]
+        return [build(inner, find) for inner in node]
     if not isinstance(node, dict):
         return node
     given = {
-        key: build(value)
+        key: build(value, find)
         for key, value in node.items()
         if key not in ("_target_", "_partial_", "_convert_", "_recursive_")
     }
     if "_target_" not in node:
         return given
-    target, positional = locate(node["_target_"]), given.pop("_args_", [])
+    target, positional = (find or scorer)(node["_target_"]), given.pop("_args_", [])
     return (
         functools.partial(target, *positional, **given)
         if node.get("_partial_")
@@ -112,8 +115,39 @@ def build(node) -> Any:
     )
 
 
+def scorer(path) -> Any:
+    """Return the target of a scorer: `locate(path)`, which must be a scorer where it is of this package.
+
+    Raises ImportError otherwise.
+    """
+    found = locate(path)
+    if path.startswith("capo.") and not is_scorer(found, path.rpartition(".")[0]):
+        raise ImportError(
+            f"{path} is no scorer: what this package may call here is a class or function that its module "
+            "defines and that is called with (images, prompts)"
+        )
+    return found
+
+
+def is_scorer(found, module):
+    """Whether `found` is a class or function of `module` itself that is called with (images, prompts).
+
+    A class with `configurable = False` is none, since it would start programs that a configuration names.
+    """
+    if getattr(found, "__module__", None) != module or inspect.isabstract(found):
+        return False
+    call = found.__call__ if inspect.isclass(found) else found
+    if not inspect.isfunction(call) or not getattr(found, "configurable", True):
+        return False
+    names = list(inspect.signature(call).parameters)
+    return names[1 if inspect.isclass(found) else 0 :][:2] == ["images", "prompts"]
+
+
 def locate(path) -> Any:
-    """Return the object at the dotted path `module.name`, importing the longest part that is a module."""
+    """Return the object at the dotted path `module.name`, importing the longest part that is a module.
+
+    Raises ImportError for a path through what that module has imported, such as `module.os.system`.
+    """
     module, names = path, []
     while True:
         module, _, name = module.rpartition(".")
@@ -126,7 +160,14 @@ def locate(path) -> Any:
             if "." in module and error.name == module:  # it may be a class with a method
                 continue
             raise
-        return functools.reduce(getattr, names, found)
+        for name in names:
+            found = getattr(found, name)
+            if isinstance(found, types.ModuleType) or name.startswith("__"):
+                raise ImportError(
+                    f"{path} leads through {name} of {module}; give the name of a class or function and the "
+                    "module that defines it"
+                )
+        return found
 
 
 def load(module):
@@ -135,6 +176,8 @@ def load(module):
     A module in STANDALONE, and any module of capo where capo is not installed, is loaded from its file,
     without the package around it.
     """
+    if module in sys.modules:
+        return sys.modules[module]
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     file = os.path.join(root, *module.split(".")) + ".py"
     if module not in STANDALONE:

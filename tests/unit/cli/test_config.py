@@ -9,12 +9,12 @@ import tomllib
 import pytest
 import torch
 import yaml
-from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from capo.cli.build import all_rewards
 from capo.cli.process import prepare_process
-from capo.cli.run_config import foreign_targets, run_config
+from capo.cli.run_config import run_config
+from capo.cli.targets import calls, place_of
 from capo.cli.values import check_values
 from capo.errors import InputError
 from fixtures import ROOT
@@ -26,17 +26,6 @@ GROUPS = {
     if folder.is_dir() and folder.name != "hydra"
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
-
-
-def targets(node):
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node
-        for value in node.values():
-            yield from targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from targets(value)
 
 
 def test_the_groups_are_those_that_users_know():
@@ -56,14 +45,14 @@ def test_the_groups_are_those_that_users_know():
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_target_takes_its_arguments(choice):
+def test_every_target_is_registered_and_takes_its_arguments(choice):
     files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if choice == "prompts=text" else []
     cfg = composed(choice, *files, name="generate" if choice.startswith("import=") else "train")
     check_values(cfg)
-    found = list(targets(OmegaConf.to_container(cfg, resolve=True)))
+    found = list(calls(OmegaConf.to_container(cfg, resolve=True)))
     assert found
-    for node in found:
-        signature = inspect.signature(get_object(node["_target_"]))
+    for path, node in found:
+        signature = inspect.signature(place_of(path).registered(node["_target_"]))
         arguments = {key: value for key, value in node.items() if not key.startswith("_")}
         bind = signature.bind_partial if node.get("_partial_") else signature.bind
         if node["_target_"].startswith("capo.backbones"):
@@ -140,14 +129,13 @@ def test_readme_holds_the_two_commands():
 def test_code_from_a_runs_config_needs_trust(tmp_path):
     own = composed()
     OmegaConf.update(own, "rewards.alignment.scorer._target_", "elsewhere.Scorer")
-    assert foreign_targets(own) == ["elsewhere.Scorer"] and foreign_targets(own, ["elsewhere"]) == []
     OmegaConf.save(own, tmp_path / "config.yaml", resolve=True)
     with pytest.raises(InputError, match="not a run directory"):
         run_config(tmp_path / "missing", composed(name="evaluate"), [])
     with pytest.raises(InputError, match="not finished"):
         run_config(tmp_path, composed(name="evaluate"), [])
     (tmp_path / "outcome.json").write_text("{}")
-    with pytest.raises(InputError, match=r"trust=\[elsewhere\]"):
+    with pytest.raises(InputError, match=r"trust=\[elsewhere.Scorer\]"):
         run_config(tmp_path, composed(name="evaluate"), [])
 
 

@@ -1,18 +1,23 @@
 """evaluate.py among several processes."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
 from capo.cli.process import check_common_folder
 from capo.errors import InputError
 from capo.runtime.launch import Launch
+from fixtures.configuration import composed
+from fixtures.fake_rewards import BRIGHTNESS
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_run):
     train_script.run(tiny_run("finished", "evaluate=false"))
-    return tiny_run("asked", f"run={tiny_run.folder / 'finished'}", "trust=[fixtures]", config="evaluate")
+    return tiny_run(
+        "asked", f"run={tiny_run.folder / 'finished'}", f"trust=[{BRIGHTNESS}]", config="evaluate"
+    )
 
 
 def test_another_process_than_the_first_draws_and_leaves_the_results_to_it(
@@ -33,3 +38,22 @@ def test_processes_without_a_common_folder_are_refused():
     check_common_folder(2, ["hydra.run.dir=here"])
     with pytest.raises(InputError, match=r"give them a common one, hydra.run.dir=DIR"):
         check_common_folder(2, ["hydra.job.chdir=false"])
+
+
+def test_the_folders_of_a_sweeps_jobs_are_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, says in (
+        (["run=0"], "run=0 is not a run directory"),
+        (["runs=[0,1]"], "runs: 0 has not been evaluated"),
+        (["runs=0"], "runs=0: no run directory there"),
+        (["policy=0"], "policy '.*/0': neither"),
+        (["run=1.5"], r"run=1.5: must be a folder, written with a / where"),
+        (["runs=[true]"], r"runs=\[True\]: must be a folder or a list of folders"),
+        (["runs=[]"], r"runs=\[\]: must be a folder or a list"),
+        (["trust=elsewhere"], "trust=elsewhere: must be a list of names"),
+    ):
+        with pytest.raises(InputError, match=says):
+            evaluate_script.run(composed(*given, name="evaluate"), given, tmp_path)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "config.yaml").touch()
+    assert OmegaConf.create({"dir": "${evaluation_folder:1}"}).dir == "1/evaluation"

@@ -11,7 +11,7 @@ from capo.cli import train as train_script
 from capo.cli.readiness import check_reward_weights
 from capo.errors import InputError
 from capo.rewards import Reward
-from fixtures.fake_rewards import Brightness
+from fixtures.fake_rewards import BRIGHTNESS, Brightness
 
 FAR = {
     "scorer": {"_target_": "capo.rewards.clip_scores.PickScore", "weights": "owner/far", "revision": None},
@@ -64,7 +64,7 @@ def test_held_out_rewards_are_asked_in_training_alone(tiny_run, tmp_path):
     assert "owner/far" in (folder / "config.yaml").read_text()
     (folder / "evaluation" / "results.json").unlink()
     evaluate_script.run(
-        tiny_run("unused", f"run={folder}", "trust=[fixtures]", config="evaluate"), [], folder
+        tiny_run("unused", f"run={folder}", f"trust=[{BRIGHTNESS}]", config="evaluate"), [], folder
     )
     assert (folder / "evaluation" / "results.json").read_bytes() == results
     cfg = with_far(

@@ -465,11 +465,11 @@ def test_a_callable_of_this_process_cannot_be_isolated(bare):
 
 
 def test_a_target_of_this_package_runs_where_the_package_is_not(bare, tmp_path, monkeypatch):
-    """Its file is loaded alone; here it is the worker's own, whose `build` gives back a number."""
+    """Its file is loaded alone, and its own error is what comes back."""
     monkeypatch.delenv("PYTHONPATH", raising=False)  # by which these tests may have found the package
-    scorer = IsolatedScorer("own", bare, {"_target_": "capo.rewards.worker.build", "node": 3}, 60, tmp_path)
-    with pytest.raises(InputError, match=r"capo.rewards.worker.build makes 3, which is not callable"):
-        scorer.to("cpu")
+    own = {"_target_": "capo.rewards.vila.VILA", "weights": str(tmp_path)}
+    with pytest.raises(InputError, match=r"scorer capo.rewards.vila.VILA in .* failed: ValueError: weights="):
+        IsolatedScorer("own", bare, own, 60, tmp_path).to("cpu")
 
 
 def test_a_worker_outlives_the_thread_that_first_called_it(isolated):

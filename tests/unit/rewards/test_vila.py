@@ -14,7 +14,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from capo.cli.run_config import differences, foreign_targets
+from capo.cli.foreign import check_foreign
+from capo.cli.run_config import differences
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
 from capo.rewards.vila import VILA
@@ -310,11 +311,15 @@ def test_a_callable_of_this_process_cannot_be_isolated():
         Reward("mine", lambda images, prompts: None, isolated=True)
 
 
-def test_where_it_runs_is_no_difference_of_runs_and_needs_no_trust():
+def test_where_it_runs_is_no_difference_of_runs(tmp_path):
     old, new = (
         {"rewards": vila(**changes)}
         for changes in ({}, {"python": "/envs/tf/bin/python", "isolated": False, "timeout": 7})
     )
     assert differences(old, new) == []
-    assert foreign_targets(OmegaConf.create(old)) == []
-    assert foreign_targets(OmegaConf.create(new)) == ["/envs/tf/bin/python"]
+    check_foreign(tmp_path, old, [])
+    check_foreign(tmp_path, new, ["/envs/tf/bin/python"])
+    with pytest.raises(
+        InputError, match=r"rewards.vila.python=/envs/tf/bin/python; .*trust=\[/envs/tf/bin/python\]"
+    ):
+        check_foreign(tmp_path, new, [])

@@ -13,6 +13,7 @@ from capo.cli.parts import module_of
 from capo.errors import InputError
 from capo.training.strength import set_strength
 from capo.training.validation import Validated, WinRateValidation
+from fixtures.fake_rewards import BRIGHTNESS
 
 LORA = ["+model.lora.rank=2", "+model.lora.alpha=3"]
 RUN = ["trainer.max_steps=3", "validation.every=1", "evaluate=false", "trainer.lr=1e-2"]
@@ -172,7 +173,7 @@ def test_the_strength_of_a_finished_run_is_chosen_again(tiny_run, monkeypatch):
     before = exported(folder)
     steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
     scripted(monkeypatch, {"strength 1": 0.6, "strength 0.5": 0.7}, ())
-    asked = [f"run={folder}", "trust=[fixtures]", "validation.strengths=[0.5]"]
+    asked = [f"run={folder}", f"trust=[{BRIGHTNESS}]", "validation.strengths=[0.5]"]
     cfg = tiny_run("asked", *asked, config="evaluate")
     results = evaluate_script.run(cfg, ["validation.strengths=[0.5]"], folder)
     assert json.loads((folder / "outcome.json").read_text())["val/win_rate"] == 0.7

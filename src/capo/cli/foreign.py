@@ -1,0 +1,113 @@
+"""What the config.yaml of a run may not bring with it, since it may come from anywhere.
+
+It calls code by registered names, or by those in `trust=[...]` (`capo.cli.targets`). What acts outside the
+run is taken from the command line alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from capo.cli.rules import shown
+from capo.cli.targets import MARKS, REWARDS, TARGET, calls, dotted, place_of
+from capo.errors import InputError
+
+# where results are sent, where a run is tracked, and how it is started
+OUTSIDE = ("push_to_hub", "logger", "hydra")
+ROOT = "pool.root"
+
+
+def check_foreign(folder: Path, stored: Mapping[str, Any], trust: Sequence[str]) -> None:
+    """Raise InputError if the configuration of the run in `folder` asks for what it may not.
+
+    Args:
+        folder: the run directory, for the message.
+        stored: its configuration, unresolved, without what the command line replaces.
+        trust: names of targets, interpreters and modules that the command line allows, exactly as they stand.
+    """
+    if fault := next(_unusable(stored), None):
+        raise InputError(
+            f"run={folder}: its config.yaml has {fault}; if it is to be so, give that key on the command line"
+        )
+    unknown = dict(_untrusted(stored, trust))
+    if unknown:
+        calls_them = ", ".join(f"{key}={name}" for key, name in unknown.items())
+        names = ",".join(dict.fromkeys(unknown.values()))
+        raise InputError(
+            f"run={folder}: its config.yaml calls {calls_them}; if you trust that code, add 'trust=[{names}]'"
+        )
+
+
+def _unusable(stored: Mapping[str, Any]) -> Iterator[str]:
+    """Yield `key=value, which ...` for what no trust allows."""
+    for path, value in _leaves(stored):
+        if isinstance(value, str) and "${" in value:
+            yield f"{dotted(path)}={value}, which is not resolved, as train.py writes it"
+    for path, node in calls(stored):
+        place = place_of(path)
+        for mark in MARKS:
+            if mark in node and (
+                place is None or (mark != TARGET and node[mark] not in place.marks.get(mark, ()))
+            ):
+                what = "where nothing is called" if place is None else "which changes how it is called"
+                yield f"{dotted(path)}.{mark}={shown(node[mark])}, {what}"
+
+
+def _untrusted(stored: Mapping[str, Any], trust: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (key, name) of code that would be called or imported, and of programs that would be started."""
+    for path, node in calls(stored):
+        place, name = place_of(path), node.get(TARGET)
+        if place and name not in trust and place.registered(name) is None:
+            yield f"{dotted(path)}.{TARGET}", str(name)
+    for place in REWARDS:
+        for reward, entry in _at(stored, place).items():
+            if not isinstance(entry, Mapping):
+                continue
+            if (python := entry.get("python")) and python not in trust:
+                yield f"{place}.{reward}.python", str(python)
+            requires = entry.get("requires")
+            for module in requires if isinstance(requires, list) else ():
+                # a dotted name is looked for in its package, which is imported for that
+                if "." in str(module) and module not in trust:
+                    yield f"{place}.{reward}.requires", str(module)
+
+
+def _leaves(node: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _leaves(value, (*path, name))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _leaves(value, (*path, number))
+    else:
+        yield path, node
+
+
+def _at(stored: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found: Any = stored
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def without_outside(own: DictConfig, cfg: DictConfig, folder: Path, given: Sequence[str]) -> None:
+    """Put the command line's values in place of what acts outside the run of `own`, in `folder`.
+
+    `given` are the keys of the command line. Raises InputError for a root of pools that it does not name and
+    that is another than it would use.
+    """
+    for key in OUTSIDE:
+        own.pop(key, None)
+        if key in cfg:
+            OmegaConf.update(own, key, cfg[key], merge=False, force_add=True)
+    own.run_dir = str(folder)
+    root, here = OmegaConf.select(own, ROOT), cfg.pool.root
+    if ROOT not in given and root != here and Path(str(root)).absolute() != Path(here).absolute():
+        raise InputError(
+            f"run={folder}: its config.yaml has {ROOT}={root}, where images would be written; give the root "
+            f"on the command line: {ROOT}={root} for the same one, or {ROOT}={here}"
+        )
