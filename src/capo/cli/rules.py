@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from capo.errors import closest
+from capo.runtime.names import MUST, is_name
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def optional(rule: Rule) -> Rule:
 
 
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
+PATH_NAME = Rule(MUST.removeprefix("must be "), is_name)
 TEXT = Rule("text", lambda value: isinstance(value, str) and value != "")
 # the folder of a sweep's job is a number, which the command line reads as one
 FOLDER = Rule(

@@ -20,6 +20,7 @@ from capo.cli.rules import (
     FOLDER,
     FOLDERS,
     NAMES,
+    PATH_NAME,
     SEED,
     SWITCH,
     TEXT,
@@ -134,7 +135,7 @@ TABLE: dict[str, Rule] = {
     "trainer.compile_tolerance": number(above=0),
     "trainer.channels_last": SWITCH,
     "trainer.log_every": whole(1),
-    "model.name": TEXT,
+    "model.name": PATH_NAME,
     "model.adapter_lr": number(above=0),
     "model.backbone.dtype": one_of(list(DTYPES)),
     "model.lora.rank": whole(1),
@@ -197,7 +198,7 @@ def check_values(cfg: DictConfig) -> None:
         for key, value in _found(values, pattern.split(".")):
             if value != MISSING and (fault := rule.fault(key, value)):
                 faults[key] = fault
-    faults |= dict(misplaced(values))
+    faults |= dict(misplaced(values)) | dict(_name_faults(values))
     for group in CALLED:
         for _, node in _found(values, group.split(".")):
             for key, fault in _call_faults(group, node) if node is not None else ():
@@ -231,6 +232,15 @@ def _found(values: object, path: Sequence[str], above: str = "") -> Iterator[tup
         for name in values if path[0] == "*" else [path[0]]:
             if name in values:
                 yield from _found(values[name], path[1:], f"{above}.{name}")
+
+
+def _name_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, fault) for rewards whose name cannot be that of a folder."""
+    for place in REWARDS:
+        for key, _ in _found(values, [*place.split("."), "*"]):
+            name = key.removeprefix(f"{place}.")
+            if fault := PATH_NAME.fault(place, name):
+                yield key, fault
 
 
 def _call_faults(group: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

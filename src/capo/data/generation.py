@@ -21,6 +21,7 @@ from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import launch
+from capo.runtime.names import check_name
 
 WAIT = 0.5  # seconds between checks of shards that another process is working on
 COMMANDS = {
@@ -89,8 +90,8 @@ class PoolSpec:
     """Specification of a pool: `candidates` images for each of `prompts`, in a folder under `root`.
 
     `model` and `split` are parts of the folder's name; `seed` is the seed of the images. Raises InputError if
-    there are no prompts, fewer than two candidates (which cannot be compared) or fewer than one prompt per
-    shard.
+    they cannot be (`check_name`), or if there are no prompts, fewer than two candidates (which cannot be
+    compared) or fewer than one prompt per shard.
     """
 
     root: Path
@@ -102,6 +103,8 @@ class PoolSpec:
     prompts_per_shard: int = 8
 
     def __post_init__(self) -> None:
+        check_name("model", self.model)
+        check_name("split", self.split)
         if self.candidates < 2:
             raise InputError(
                 f"pool of split '{self.split}': {self.candidates} candidates per prompt; "

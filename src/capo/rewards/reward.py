@@ -25,6 +25,7 @@ from capo.rewards.isolated import IsolatedScorer
 from capo.rewards.sources import check_version, read_from, unpinned_commits
 from capo.runtime.batching import FittingBatch, device_memory
 from capo.runtime.fingerprints import content_fingerprint, digested
+from capo.runtime.names import check_name
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
 
@@ -58,6 +59,7 @@ class Reward:
     logs: Path | None = None  # folder of the log of a scorer in another process; None: a temporary one
 
     def __post_init__(self) -> None:
+        check_name("reward", self.name)
         if self.link not in LINKS:
             raise InputError(
                 f"reward '{self.name}': link '{self.link}' is unknown; choose one of {', '.join(LINKS)}"

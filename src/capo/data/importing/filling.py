@@ -22,6 +22,7 @@ from capo.data.pool.import_table import ImportTable, is_imported, read_import_ta
 from capo.data.prompts import Prompt
 from capo.data.stages import LatentFiles, Report, Stage, TextStage
 from capo.errors import InputError
+from capo.runtime.names import check_name
 
 SPLIT = "imported"
 
@@ -124,9 +125,11 @@ def import_pool(
         The complete pool.
 
     Raises:
-        InputError: if no entry can be imported, if the disk has too little space, or if the existing pool was
-            made with another model's latent space or text encoders.
+        InputError: if `model` cannot be part of a folder's name, if no entry can be imported, if the disk has
+            too little space, or if the existing pool was made with another model's latent space or text
+            encoders.
     """
+    check_name("model", model)
     parts = backbone.fingerprints
     manifest = Manifest(
         prompts_per_shard=prompts_per_shard,
