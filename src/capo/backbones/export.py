@@ -16,9 +16,9 @@ from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has
 from capo.backbones.model_card import README, ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import named_dtype
-from capo.backbones.saving import CHECKPOINT_FILE, write_checkpoint, write_pipeline
+from capo.backbones.saving import CHECKPOINT_FILE, INDEX, write_checkpoint, write_pipeline
 from capo.errors import InputError
-from capo.runtime.files import fresh_folder
+from capo.runtime.files import fresh_folder, put_back
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
 
 
@@ -39,7 +39,7 @@ def export_policy(
     weights. With `checkpoint`, a single file for other programs is written too (`Family.single_file`).
     """
     folder = Path(folder)
-    with fresh_folder(folder) as fresh:
+    with fresh_folder(folder, INDEX, LORA_FILE) as fresh:
         adapter = has_adapter(denoiser) and not full
         if adapter:
             _write_adapter(backbone, denoiser, fresh)
@@ -53,8 +53,12 @@ def export_policy(
 
 
 def holds_policy(folder: str | Path, component: str) -> bool:
-    """Whether `folder` holds an exported policy whose denoiser is the pipeline's `component`."""
+    """Whether `folder` holds an exported policy whose denoiser is the pipeline's `component`.
+
+    One that a killed process has moved aside is put back first.
+    """
     folder = Path(folder)
+    put_back(folder)
     return (folder / LORA_FILE).is_file() or (folder / component / "config.json").is_file()
 
 

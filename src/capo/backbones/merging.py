@@ -21,7 +21,7 @@ from capo.backbones.family import Family
 from capo.backbones.loading import pipeline_index
 from capo.backbones.lora import BASE_FILE, LORA_FILE
 from capo.backbones.model_card import README, soup_readme
-from capo.backbones.saving import CHECKPOINT_FILE
+from capo.backbones.saving import CHECKPOINT_FILE, INDEX
 from capo.errors import InputError
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint, weight_files
@@ -141,7 +141,7 @@ def merge_policies(
     models = [Exported.read(policy) for policy in policies]
     _check_alike(base, models)
     folder = Path(folder)
-    with fresh_folder(folder) as fresh:
+    with fresh_folder(folder, INDEX, LORA_FILE) as fresh:
         if models[0].is_adapter:
             _merge_adapters(base, models, fresh, method, weights)
         else:

@@ -23,6 +23,7 @@ from capo.backbones.precision import cpu_copy
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import weight_files
 
+INDEX = "model_index.json"  # of every pipeline folder
 CHECKPOINT_FILE = "checkpoint.safetensors"  # the whole model in one file, for other programs
 
 
@@ -63,7 +64,7 @@ def original_weights(
 
 def save(backbone: Backbone, folder: str | Path, denoiser: Denoiser) -> None:
     """Write the pipeline, with `denoiser` in place of its own, replacing `folder` atomically."""
-    with fresh_folder(folder) as fresh:
+    with fresh_folder(folder, INDEX) as fresh:
         write_pipeline(backbone, fresh, denoiser)
 
 

@@ -1,9 +1,11 @@
 """Atomic writes: a file or folder appears under its final name complete, or not at all."""
 
 import csv
+import ctypes
 import io
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +13,9 @@ from pathlib import Path
 
 from capo.errors import InputError
 
-REMEDY = "make room there, or choose another output directory (hydra.run.dir)"
+ELSEWHERE = "choose another output directory (hydra.run.dir)"
+REMEDY = f"make room there, or {ELSEWHERE}"
+AT_CWD, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextmanager
@@ -20,9 +24,11 @@ def whole_file(path: str | Path, remedy: str = REMEDY) -> Iterator[Path]:
 
     The temporary name is fixed, so a leftover of a killed process is overwritten; only one process may write
     `path` at a time. The folder is created if it is missing. If the block raises, the previous file is kept.
-    Raises InputError, with `remedy`, if the folder cannot be written or the disk is full.
+    Raises InputError, with `remedy`, if the folder cannot be written or the disk is full, and for a device, a
+    pipe or a folder at `path`, which would be replaced.
     """
     path = Path(path)
+    check_ordinary(path)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +41,12 @@ def whole_file(path: str | Path, remedy: str = REMEDY) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # already renamed, or its folder could not be created
             unfinished.unlink()
+
+
+def check_ordinary(path: Path) -> None:
+    """Raise InputError if something stands at `path` that is no ordinary file."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no ordinary file, which alone is replaced: give another name")
 
 
 def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str = REMEDY) -> None:
@@ -72,30 +84,77 @@ def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping
 
 
 @contextmanager
-def fresh_folder(folder: str | Path) -> Iterator[Path]:
+def fresh_folder(folder: str | Path, *marks: str) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; it replaces `folder` when the block ends without an exception.
 
-    The previous folder is removed only after the new one is in place; if the block raises, it stays.
+    The previous folder is removed only after the new one is in place; if the block raises, it stays. Wherever
+    the process is killed, one of the two stands there, or is put back by `put_back`. `marks` are names, or
+    patterns, of files by which a folder that this package wrote is known. Raises InputError if there is
+    anything else.
     """
     folder = Path(folder).absolute()
+    put_back(folder)
+    check_replaceable(folder, *marks)
     folder.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         fresh = workplace / "new"
         fresh.mkdir()  # mkdtemp's own folder is readable by its owner alone; a result should not be
         yield fresh
-        _swap(fresh, folder, workplace / "old")
+        _replace(folder, fresh)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
 
 
-def _swap(fresh: Path, folder: Path, old: Path) -> None:
+def check_replaceable(folder: Path, *marks: str) -> None:
+    """Raise InputError if `folder` is no folder, or holds files but none of `marks`."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} is no folder, but one is to be written: move it away, or {ELSEWHERE}")
+    if folder.is_dir() and any(folder.iterdir()) and not any(any(folder.glob(mark)) for mark in marks):
+        raise InputError(
+            f"{folder} holds none of {', '.join(marks)}, so this package did not write it and does not "
+            f"replace it: move it away, or {ELSEWHERE}"
+        )
+
+
+def put_back(folder: str | Path) -> None:
+    """Put back a folder that a killed process has moved aside, where the new one is not in its place."""
+    folder = Path(folder).absolute()
+    with suppress(OSError):  # there is none, or this process may only read
+        if not folder.exists():
+            kept(folder).rename(folder)
+
+
+def kept(folder: Path) -> Path:
+    """Where the previous folder stands while the new one takes its place, if that takes two steps."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; return False where the system or its file system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = AT_CWD, os.fsencode(one), AT_CWD, os.fsencode(other)
+    return rename is not None and rename(*paths, EXCHANGE) == 0
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    """Move `fresh` to `folder`, and what stands there to the workplace of `fresh`."""
+    _clear(folder, fresh.with_name("older"))
     if not folder.exists():
         fresh.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
+    elif not exchanged(fresh, folder):
+        folder.rename(kept(folder))
+        try:
+            fresh.rename(folder)
+        except OSError:
+            kept(folder).rename(folder)
+            raise
+        _clear(folder, fresh.with_name("old"))
+
+
+def _clear(folder: Path, place: Path) -> None:
+    """Move away what was kept of `folder`, before it is removed: what is put back is whole."""
+    with suppress(FileNotFoundError):
+        kept(folder).rename(place)

@@ -40,7 +40,7 @@ def write_report(
     warnings, png = warnings_of(report), picture(report)
     figures = {"settings": dict(settings), "warnings": warnings, **dataclasses.asdict(report)}
     try:
-        with fresh_folder(folder) as fresh:
+        with fresh_folder(folder, f"{STEM}.json") as fresh:
             (fresh / f"{STEM}.json").write_text(
                 json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8"
             )

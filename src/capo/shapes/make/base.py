@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from capo.backbones.models import Autoencoder
+from capo.backbones.saving import INDEX
 from capo.noise import vp_add_noise, vp_log_snr, vp_velocity
 from capo.runtime.files import fresh_folder
 from capo.shapes.make import autoencoder
@@ -173,7 +174,7 @@ def pipeline(learner: Learner, vae: Autoencoder) -> StableDiffusionXLPipeline:
 
 def ship(pipe: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline as float16 safetensors; the folder is replaced as a whole."""
-    with fresh_folder(folder) as fresh:
+    with fresh_folder(folder, INDEX) as fresh:
         pipe.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
         for file in fresh.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)

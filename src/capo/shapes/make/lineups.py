@@ -186,7 +186,7 @@ def _draw(count: int, seed: int, workers: int) -> dict[str, np.ndarray]:
 
 
 def _write(tables: dict[str, np.ndarray], folder: Path) -> None:
-    with fresh_folder(folder) as part:
+    with fresh_folder(folder, "*.npy") as part:
         for name, table in tables.items():
             np.save(part / f"{name}.npy", table)
 
