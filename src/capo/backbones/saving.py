@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ def write_pipeline(
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     modules[backbone.denoiser_component] = whole_denoiser(backbone, denoiser)
     pipeline.register_modules(**{name: in_dtype(module, dtype) for name, module in modules.items()})
+    _forget_calls(pipeline)
     pipeline.save_pretrained(folder, safe_serialization=True)
     _drop_origins(Path(folder))
 
@@ -81,6 +83,17 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     if all(p.dtype == dtype for p in module.parameters() if p.is_floating_point()):
         return module
     return nn.Module.to(cpu_copy(module), dtype)  # diffusers' own `to` would warn that it rounds
+
+
+def _forget_calls(pipeline: DiffusionPipeline) -> None:
+    """Give tokenizers the state before any call, which tokenizer.json holds; every call sets it anew.
+
+    Otherwise the file would depend on whether this process encoded prompts or found them in a pool.
+    """
+    for part in pipeline.components.values():
+        if backend := getattr(part, "backend_tokenizer", None):
+            backend.no_truncation()
+            backend.no_padding()
 
 
 def _drop_origins(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,16 @@ from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import seeds_table
 from capo.evaluation.tables import Row, RunTable
 from capo.runtime.launch import launch
-from capo.runtime.run_folder import EVALUATION, METRICS, POLICY, POOLS, read_outcome
+from capo.runtime.run_folder import (
+    EVALUATION,
+    METRICS,
+    POLICY,
+    POOLS,
+    REPORT,
+    RESULTS,
+    SETTINGS,
+    read_outcome,
+)
 from capo.training.strength import read_strength
 
 console = Console()
@@ -65,6 +76,11 @@ def evaluate_policy(
     others return None. With the directory of its `run`, the report also shows the training curves and the
     curve of strengths.
     """
+    if (folder / POOLS).resolve() == Path(cfg.pool.root).resolve():
+        raise InputError(
+            f"pool.root={cfg.pool.root}: the images of the policy go there, and other pools would be removed "
+            "from it; give another root, or another hydra.run.dir"
+        )
     if not launch().first:
         draw_for_evaluation(components, policy, folder)
         return None
@@ -124,6 +140,7 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
     """Evaluate the exported policy `cfg.policy` into `folder` with the composed configuration."""
     if cfg.base is not None:
         cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
+    check_place(folder)
     check_ready(cfg, watching=False)
     prepare_process(cfg.threads)
     return evaluate_policy(cfg, build_components(cfg, watching=False), Path(str(cfg.policy)), folder)
@@ -142,6 +159,20 @@ def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dic
     told = f"the table as a page, as CSV and for LaTeX: {', '.join(map(str, files))}"
     console.print(told, markup=False, highlight=False, soft_wrap=True)
     return found
+
+
+def check_place(folder: Path) -> None:
+    """Raise InputError if `folder` holds files that an evaluation would replace, but no evaluation."""
+    held = [name for name in (RESULTS, REPORT, SETTINGS) if os.path.lexists(folder / name)]
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        results = None
+    if held and not (isinstance(results, dict) and "win_rate" in results):
+        raise InputError(
+            f"{folder} holds {', '.join(held)}, but no results of an evaluation: move "
+            f"{'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
+        )
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:

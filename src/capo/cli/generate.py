@@ -29,6 +29,7 @@ from capo.data.importing.survey import described
 from capo.data.pair_export import export_pairs
 from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError, closest
+from capo.runtime.files import check_ordinary
 from capo.runtime.launch import launch
 
 console = Console()
@@ -123,6 +124,8 @@ def run(cfg: DictConfig) -> None:
     scoring = cfg.stage in ("all", "score")
     check_ready(cfg, scoring=scoring)
     check_imported(cfg)
+    if cfg.stage == "export":
+        check_ordinary(Path(cfg.pair_export.file), "pair_export.file")
     prepare_process(cfg.threads)
     components = build_components(cfg, scoring=scoring, parts=PARTS.get(cfg.stage))
     if cfg.stage == "export":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from enum import Enum
@@ -17,7 +18,7 @@ from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
 from capo.cli.values import plain
 from capo.errors import InputError
 from capo.runtime.files import write_whole
-from capo.runtime.run_folder import CONFIG, OUTCOME
+from capo.runtime.run_folder import CONFIG, OUTCOME, WRITTEN
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
 WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
@@ -118,7 +119,23 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
             f"{LAYOUT}: use that version for it (pip install capo=={capo}), or train again in another "
             "hydra.run.dir; its policy is an ordinary diffusers folder (evaluate.py policy=FOLDER)"
         )
+    if not isinstance(OmegaConf.select(cfg, "trainer.max_steps"), int):
+        raise InputError(
+            f"{path} is no run's, since it has no trainer.max_steps; restore it, or choose another "
+            "hydra.run.dir"
+        )
     return cfg, capo
+
+
+def check_place(folder: Path) -> None:
+    """Raise InputError if `folder` holds what a run would replace, but no run of this package."""
+    if (folder / CONFIG).exists():
+        read_config(folder)
+    elif held := [name for name in WRITTEN if os.path.lexists(folder / name)]:
+        raise InputError(
+            f"{folder} has no config.yaml of a run, but holds {', '.join(held)}, which a run would replace: "
+            f"move {'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
+        )
 
 
 def open_run(folder: Path, cfg: DictConfig) -> Progress:

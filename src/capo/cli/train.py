@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from capo.cli.messages import plain_errors
-from capo.cli.run_config import is_finished
+from capo.cli.run_config import check_place, is_finished
 from capo.errors import InputError
 from capo.runtime.launch import check_fsdp, check_launch, divide, launch
 from capo.runtime.optimizers import check_optimizer
@@ -75,6 +75,7 @@ def refuse_early(cfg: DictConfig) -> None:
     from capo.cli.plan import require_room
     from capo.cli.readiness import check_ready, check_sharded_guidance
 
+    check_place(Path(cfg.run_dir))
     trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
     check_ready(cfg, finished)
     check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)

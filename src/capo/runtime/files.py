@@ -43,10 +43,11 @@ def whole_file(path: str | Path, remedy: str = REMEDY) -> Iterator[Path]:
             unfinished.unlink()
 
 
-def check_ordinary(path: Path) -> None:
-    """Raise InputError if something stands at `path` that is no ordinary file."""
+def check_ordinary(path: Path, key: str = "") -> None:
+    """Raise InputError if something stands at `path`, the value of `key`, that is no ordinary file."""
     if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no ordinary file, which alone is replaced: give another name")
+        place = f"{key}={path}" if key else path
+        raise InputError(f"{place} is no ordinary file, which alone is replaced: give another name")
 
 
 def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str = REMEDY) -> None:

@@ -129,6 +129,23 @@ def test_pool_of_a_policy_holds_what_its_folder_draws_without_this_package(tiny_
     assert np.abs(np.diff(np.stack(ours).astype(int), axis=0)).max() > 10  # another image would be seen
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3"])
+def test_the_bytes_of_a_policy_do_not_depend_on_what_the_process_has_encoded(tiny_backbones, tmp_path, name):
+    """A run that is resumed finds its text in the pool, and a run that is not has encoded it."""
+    backbone, written = tiny_backbones[name], []
+    tokenizers = [part for key, part in backbone.pipeline.components.items() if key.startswith("tokenizer")]
+    for calls in ({"padding": "max_length", "max_length": 7, "truncation": True}, {"padding": True}, {}):
+        for tokenizer in tokenizers:
+            tokenizer(["a red cat"], **calls)
+        folder = export_policy(backbone, backbone.denoiser, tmp_path / "policy", CARD)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        written.append({str(path): path.read_bytes() for path in files})
+    assert written[0] == written[1] == written[2]
+    assert len([path for path in written[0] if path.endswith("tokenizer.json")]) == len(tokenizers)
+    encoded = backbone.encode_prompts(PROMPTS)
+    assert all(torch.equal(value, encoded[key]) for key, value in backbone.encode_prompts(PROMPTS).items())
+
+
 def test_exported_folder_holds_no_path(tiny_backbone, tmp_path):
     folder = export_policy(tiny_backbone, tiny_backbone.denoiser, tmp_path / "policy", CARD)
     origins = [str(tmp_path.parent), str(tiny_backbone.folder), "_name_or_path"]
