@@ -6,6 +6,7 @@ One message that names value, place and remedy, an exit code that is not 0, and 
 import copy
 import csv
 import errno
+import io
 import os
 import re
 import resource
@@ -484,6 +485,25 @@ def test_a_full_disk_under_another_library_is_one_message(tmp_path, capsys):
     )
     with pytest.raises(FileNotFoundError), plain_errors():  # a fault of the package keeps its trace
         raise FileNotFoundError(errno.ENOENT, "gone", "file")
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP])
+def test_a_place_that_no_file_system_takes_is_one_message(number):
+    fault = disk_fault(OSError(number, os.strerror(number), "/there/file"))
+    assert fault.startswith(f"/there/file cannot be used ({os.strerror(number)}): ")
+
+
+def test_a_terminal_that_cannot_show_a_character_ends_no_run(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
+    start(lambda: print("win-rate \u2502 ü"))
+    assert shown.getvalue() == b"win-rate \\u2502 \\xfc\n"
+
+
+def test_a_message_brings_no_escape_sequence_to_the_terminal(capsys):
+    with pytest.raises(SystemExit), plain_errors():
+        raise InputError("prompts.train=\x1b[2Jgone: no such file")
+    assert capsys.readouterr().err == "error: prompts.train=\\x1b[2Jgone: no such file\n"
 
 
 # --- what stands between command line and stage ---

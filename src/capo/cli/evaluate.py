@@ -10,7 +10,6 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card
@@ -40,9 +39,10 @@ from capo.runtime.run_folder import (
     SETTINGS,
     read_outcome,
 )
+from capo.runtime.terminal import Terminal
 from capo.training.strength import read_strength
 
-console = Console()
+console = Terminal()
 
 
 def tuned_generator(components: Components, policy: Path) -> ImageGenerator:

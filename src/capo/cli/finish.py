@@ -66,7 +66,7 @@ def best_strength(
 def tell(sentences: Sequence[str], console: Console) -> None:
     """Print sentences, one per line, as they are."""
     for sentence in sentences:
-        console.print(sentence, markup=False, soft_wrap=True, highlight=False)
+        console.print(sentence, soft_wrap=True, highlight=False)
 
 
 def finish(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from capo.backbones.parts import TEXT
 from capo.cli.build import (
@@ -31,8 +30,9 @@ from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError, closest
 from capo.runtime.files import check_ordinary
 from capo.runtime.launch import launch
+from capo.runtime.terminal import Terminal
 
-console = Console()
+console = Terminal()
 # stage on the command line -> stages of a pool that it completes
 ALONE = ("import", "export", "report")  # stages that one process does
 FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
@@ -69,8 +69,8 @@ def import_images(cfg: DictConfig) -> None:
         cfg.model.name,
         prompts_per_shard=cfg.pool.prompts_per_shard,
     )
-    console.print(described(read_import_table(pool.folder).report), markup=False)
-    console.print(f"python train.py pool.imported={pool.folder} objective=dpo", markup=False, soft_wrap=True)
+    console.print(described(read_import_table(pool.folder).report))
+    console.print(f"python train.py pool.imported={pool.folder} objective=dpo", soft_wrap=True)
 
 
 def export(cfg: DictConfig, components: Components) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from capo.errors import InputError, closest
+from capo.runtime.terminal import printable
 
 REFUSED, INTERRUPTED, ENDED = 2, 130, 143  # exit codes
 PLACE_ERRORS = {
@@ -31,6 +33,8 @@ PLACE_ERRORS = {
     errno.EPERM,
     errno.EEXIST,
     errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 OTHER_PLACE = "make room there, or choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
 # null and a mapping are values; anything else names files of conf/rewards
@@ -79,6 +83,9 @@ def start(main: Callable[[], object]) -> None:
     Hydra's own message for an unknown key suggests adding the key, which would then be silently ignored.
     """
     report = hydra_internals.run_and_report
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = grouped(sys.argv[1:])
 
     def explained(call: Callable[[], object]) -> object:
@@ -192,5 +199,5 @@ def _wants_trace() -> bool:
 def _end(message: str, code: int) -> None:
     for bar in list(getattr(tqdm, "_instances", ())):  # Lightning leaves its own open
         bar.close()
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     raise SystemExit(code) from None

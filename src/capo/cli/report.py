@@ -57,7 +57,7 @@ def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Co
         folder, f"Calibration of {data.pool.folder.name}", report, {"calibration": method}
     )
     print_report(report, warnings, console)
-    console.print(f"calibration report: {folder / 'calibration.html'}", markup=False, soft_wrap=True)
+    console.print(f"calibration report: {folder / 'calibration.html'}", soft_wrap=True)
     return folder
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from capo.cli.build import rewards_of
 from capo.cli.compose import REPOSITORY, composed
@@ -39,6 +40,7 @@ from capo.rewards.selfcheck import (
     read_golden,
     write_golden,
 )
+from capo.runtime.terminal import Terminal
 
 # overrides may be written `NAME.weights=...` or `rewards.NAME.weights=...`
 OVERRIDE = re.compile(r"^([+~]*)(?:rewards\.)?")
@@ -179,7 +181,7 @@ def check(reward: Reward, options: argparse.Namespace, console: Console) -> bool
     if options.record and measured and passed:
         path = options.golden or golden_places(reward.name, None)[0]
         write_golden(path, reward, measured.scores, options.device)
-        console.print(f"recorded: {path}", markup=False, soft_wrap=True)
+        console.print(f"recorded: {path}", soft_wrap=True)
     elif options.record:
         console.print("nothing was recorded, since a check failed")
     return passed
@@ -214,14 +216,14 @@ def finding_table(reward: Reward, found: Sequence[Finding]) -> Table:
     )
     for finding in found:
         table.add_row(
-            finding.name, f"[{COLORS[finding.outcome]}]{finding.outcome}", finding.found, finding.remedy
+            finding.name, Text(finding.outcome, COLORS[finding.outcome]), finding.found, finding.remedy
         )
     return table
 
 
 def main(command: Sequence[str] | None = None) -> int:
     """Check the named rewards and print the findings; return the exit code."""
-    options, console = arguments(command), Console()
+    options, console = arguments(command), Terminal()
     try:
         options.device = chosen_device(options.device)
         rewards = configured(options.name, options.overrides, options.conf)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 
 from capo.cli.messages import disk_fault, was_interrupted
@@ -34,6 +33,7 @@ from capo.evaluation.seeds import seeds_table
 from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.run_folder import CONFIG, ERROR, EVALUATION, OUTCOME, PLAN, RESULTS, read_outcome
+from capo.runtime.terminal import Terminal
 
 FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
 TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
@@ -279,9 +279,9 @@ def write_plans(folder: Path, jobs: Sequence[Job]) -> None:
 
 def _show(jobs: Sequence[Job], tables: Sequence[Table]) -> None:
     """Print the tables, then the errors in full."""
-    console = Console()
+    console = Terminal()
     for table in tables:
         console.print(table)
     for job in jobs:
         if job.error:
-            console.print(f"job {job.name}: {job.error}", style="red", highlight=False, markup=False)
+            console.print(f"job {job.name}: {job.error}", style="red", highlight=False)

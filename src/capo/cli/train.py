@@ -10,7 +10,6 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
 
 from capo.cli.messages import plain_errors
 from capo.cli.run_config import check_place, is_finished
@@ -18,6 +17,7 @@ from capo.errors import InputError
 from capo.runtime.launch import check_fsdp, check_launch, divide, launch
 from capo.runtime.optimizers import check_optimizer
 from capo.runtime.run_folder import MONITOR, read_outcome
+from capo.runtime.terminal import Terminal
 
 
 def main(cfg: DictConfig) -> float:
@@ -44,7 +44,7 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
         from capo.cli.plan import run_plan
 
         if launch().first:
-            run_plan(cfg, Console())
+            run_plan(cfg, Terminal())
         return math.nan
     if cfg.check:
         return check(cfg)
@@ -65,7 +65,7 @@ def check(cfg: DictConfig) -> float:
     from capo.cli.check import run_checks
     from capo.cli.parts import module_of
 
-    run_checks(cfg, module_of, Console())
+    run_checks(cfg, module_of, Terminal())
     return math.nan
 
 

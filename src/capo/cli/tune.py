@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
-from rich.console import Console
 
 from capo.cli.build import Components, build_components, built, target_name, training_data
 from capo.cli.evaluate import evaluate_own
@@ -38,13 +37,14 @@ from capo.runtime.run_folder import (
     VALIDATION,
     read_outcome,
 )
+from capo.runtime.terminal import Terminal
 from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData
 from capo.training.loggers import RunIdentity, WandbRun
 from capo.training.signal import GradientSignal
 from capo.training.summary import beta_warning, print_selection, print_summary, unused_devices
 
-console = Console()
+console = Terminal()
 
 
 def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
@@ -102,7 +102,7 @@ def tune(
     print_selection(candidates, data.described, console)
     found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
     print_warnings(found, console)
-    console.print(f"calibration report: {folder / CALIBRATION}", markup=False, soft_wrap=True)
+    console.print(f"calibration report: {folder / CALIBRATION}", soft_wrap=True)
     trainer, division = cfg.trainer, division_of(cfg)
     encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
     signal = GradientSignal(trainer.signal_every)
@@ -140,11 +140,11 @@ def announce(cfg: DictConfig, facts: dict[str, Any], module: PreferenceModule) -
     print_summary(facts, module, console)
     ranges = dict(cfg.model.beta_range or {})
     if warning := beta_warning(facts["objective"], module.beta, ranges, cfg.model.name):
-        console.print(f"[yellow]{warning}")
+        console.print(warning, style="yellow")
     if cfg.trainer.accelerator != "cpu" and (
         line := unused_devices(torch.cuda.device_count(), launch().local_world_size)
     ):
-        console.print(f"[yellow]{line}")
+        console.print(line, style="yellow")
 
 
 def train(cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]) -> None:

@@ -13,6 +13,7 @@ import matplotlib.cbook
 import torch
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from capo.backbones import Backbone
@@ -235,9 +236,8 @@ def check_table(checks: Sequence[Check]) -> Table:
     """Lay out the results of checks as a table for the console."""
     table = Table("check", "", "found", "what to do", title="check", title_justify="left", show_lines=True)
     for check in checks:
-        table.add_row(
-            check.name, "[green]passed" if check.passed else "[red]failed", check.found, check.remedy
-        )
+        outcome = Text("passed", "green") if check.passed else Text("failed", "red")
+        table.add_row(check.name, outcome, check.found, check.remedy)
     return table
 
 

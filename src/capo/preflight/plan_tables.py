@@ -92,7 +92,7 @@ def print_plan(plan: dict, console: Console) -> None:
 
 
 def _print_list(console: Console, title: str, lines: Sequence[str]) -> None:
-    console.print(f"[bold]{title}")
+    console.print(title, style="bold")
     for line in lines:
         console.print(f"  - {line}", markup=False, highlight=False)
 

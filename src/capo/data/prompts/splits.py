@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
-from rich.console import Console
 
 from capo.data.prompts.identity import Prompt
 from capo.data.prompts.report import SplitReport, left_out, report_table, shortages
@@ -14,6 +13,7 @@ from capo.data.prompts.rows import DUPLICATE, ELSEWHERE, EMPTY, FINE, KEPT, NSFW
 from capo.data.prompts.sources import PromptFile, Source, source_of
 from capo.errors import InputError
 from capo.runtime.launch import launch
+from capo.runtime.terminal import Terminal
 
 SPLITS = ("train", "validation", "test")
 PRIORITY = ("test", "validation", "train")
@@ -209,7 +209,7 @@ def _state(
 def _show(reports: Sequence[SplitReport], limits: dict[str, int | None]) -> None:
     if not launch().first:
         return
-    console = Console()
+    console = Terminal()
     console.print(report_table(reports))
     for report in reports:
         first, *others = report.places

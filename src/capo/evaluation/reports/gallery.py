@@ -16,6 +16,7 @@ from capo.metrics import win_rate
 from capo.runtime.files import write_whole
 
 SMALL = 160  # pixels; images with sides up to this are embedded in a page losslessly
+LONGEST = 10_000  # characters of a prompt that are measured for its label
 LARGEST = 384  # pixels; longest side of images embedded in a page
 INK, FAINT, PAPER = (28, 30, 34), (110, 114, 122), (255, 255, 255)
 PAD, LINE = 8, 15  # pixels; space between the cells of a grid, and line height of its text
@@ -199,8 +200,10 @@ def wrapped(
 ) -> list[str]:
     """Wrap `text` into lines of at most `width` pixels; split longer words, and cut after `lines` lines."""
     result = [""]
-    for word in text.split():
-        while font.getlength(word) > width:
+    for word in text[:LONGEST].split():
+        if len(result) > lines + 1:  # more than are shown, although the first may be empty
+            break
+        while font.getlength(word) > width and len(result) <= lines + 1:
             cut = max(math.floor(len(word) * width / font.getlength(word)) - 1, 1)
             result, word = [*result, word[:cut]], word[cut:]
         longer = f"{result[-1]} {word}".strip()

@@ -14,6 +14,7 @@ from capo.evaluation.held_out import alarms, remark
 from capo.evaluation.reports.charts import half_width, interval_bar, line_chart, read_curves, strength_chart
 from capo.evaluation.reports.gallery import Exhibit, data_uri, image_grid
 from capo.rewards import Reward
+from capo.runtime.terminal import Terminal
 
 __all__ = ["Report", "image_grid", "print_results", "render_report", "results_tables"]
 
@@ -202,7 +203,7 @@ def remarks(results: Mapping) -> list[str]:
 
 def print_results(results: Mapping, console: Console | None = None) -> None:
     """Print the tables of win-rates and, if there is one, of the oracle; then the remarks."""
-    console = console or Console()
+    console = console or Terminal()
     for table in results_tables(results):
         console.print(table)
     for sentence in remarks(results):

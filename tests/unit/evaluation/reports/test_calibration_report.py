@@ -315,9 +315,9 @@ class Words(HTMLParser):
 
 def test_the_files(tmp_path):
     found = report_of(
-        torch.cat([torch.full((6, 2, 1), 0.5), random_scores(6, 2, 1)], -1), [reward("<same>"), reward("b")]
+        torch.cat([torch.full((6, 2, 1), 0.5), random_scores(6, 2, 1)], -1), [reward("same"), reward("b")]
     )
-    warnings = write_report(tmp_path / "report", "a pool", found, {"calibration": "win_rate"})
+    warnings = write_report(tmp_path / "report", "a <pool>", found, {"calibration": "win_rate"})
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
         "calibration.html",
         "calibration.json",
@@ -328,7 +328,7 @@ def test_the_files(tmp_path):
     assert warnings and all(sentence in " ".join(words.found) for sentence in warnings)
     assert (
         "://" not in text
-        and "<same>" not in text
+        and "<pool>" not in text
         and all(source.startswith("data:image/png") for source in words.sources)
     )
     assert "no scale helps" in text and override("b", found.rewards["b"].suggested_scale) in text
@@ -337,10 +337,10 @@ def test_the_files(tmp_path):
         assert image.format == "PNG" and image.width > 800
     stored = json.loads((tmp_path / "report" / "calibration.json").read_text())
     assert stored["warnings"] == warnings and stored["selection"]["winners"] == found.selection.winners
-    assert stored["rewards"]["<same>"]["suggested_scale"] is None
+    assert stored["rewards"]["same"]["suggested_scale"] is None
     assert stored["rewards"]["b"]["raw"]["counts"] == found.rewards["b"].raw.counts
     first = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
-    write_report(tmp_path / "report", "a pool", found, {"calibration": "win_rate"})
+    write_report(tmp_path / "report", "a <pool>", found, {"calibration": "win_rate"})
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
 
 

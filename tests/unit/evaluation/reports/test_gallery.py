@@ -124,3 +124,19 @@ def test_labels_are_wrapped_to_the_cell():
     cut = wrapped("word " * 200, font, 100, lines=3)
     assert len(cut) == 3 and cut[2].endswith("...")
     assert wrapped("", font, 100) == [""]
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 2_000_000, "x" * 20_000, "word " * 100_000, "a " + "x" * 20_000 + " b"]
+)
+def test_a_label_takes_no_longer_for_a_longer_text(text):
+    font, measured = ImageFont.load_default(12), []
+
+    class Counting:
+        def getlength(self, part):
+            measured.append(len(part))
+            return font.getlength(part)
+
+    lines = wrapped(text, Counting(), 100)
+    assert len(lines) == 6 and lines[5].endswith("...") and lines[0].startswith(text[0])
+    assert sum(measured) < 400_000  # characters; to measure every rest of 20 000 took 27 million
