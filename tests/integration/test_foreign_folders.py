@@ -79,6 +79,12 @@ def test_an_evaluation_removes_no_pool_of_the_base(tiny_run, policy, tmp_path):
         assert evaluate_script.run(cfg, [], tmp_path / "evaluated")["win_rate"]
 
 
+def test_a_policy_that_a_killed_process_has_moved_aside_is_evaluated(tiny_run, policy, tmp_path):
+    policy.rename(policy.with_name(".policy.old"))
+    cfg = tiny_run("asked", f"policy={policy}", config="evaluate")
+    assert evaluate_script.run(cfg, [], tmp_path)["win_rate"] and policy.is_dir()
+
+
 def test_pairs_are_not_written_in_place_of_a_device(tiny_run, tmp_path):
     (tmp_path / "device").symlink_to("/dev/null")
     cfg = tiny_run("pairs", config="generate")

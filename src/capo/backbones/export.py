@@ -18,7 +18,7 @@ from capo.backbones.models import Denoiser
 from capo.backbones.precision import named_dtype
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX, write_checkpoint, write_pipeline
 from capo.errors import InputError
-from capo.runtime.files import fresh_folder, put_back
+from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
 
 
@@ -53,12 +53,8 @@ def export_policy(
 
 
 def holds_policy(folder: str | Path, component: str) -> bool:
-    """Whether `folder` holds an exported policy whose denoiser is the pipeline's `component`.
-
-    One that a killed process has moved aside is put back first.
-    """
+    """Whether `folder` holds an exported policy whose denoiser is the pipeline's `component`."""
     folder = Path(folder)
-    put_back(folder)
     return (folder / LORA_FILE).is_file() or (folder / component / "config.json").is_file()
 
 

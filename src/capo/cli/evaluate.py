@@ -28,6 +28,7 @@ from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import seeds_table
 from capo.evaluation.tables import Row, RunTable
+from capo.runtime.files import put_back
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import (
     EVALUATION,
@@ -81,6 +82,7 @@ def evaluate_policy(
             f"pool.root={cfg.pool.root}: the images of the policy go there, and other pools would be removed "
             "from it; give another root, or another hydra.run.dir"
         )
+    put_back(policy)
     if not launch().first:
         draw_for_evaluation(components, policy, folder)
         return None

@@ -61,8 +61,12 @@ def _untrusted(stored: Mapping[str, Any], trust: Sequence[str]) -> Iterator[tupl
     """Yield (key, name) of code that would be called or imported, and of programs that would be started."""
     for path, node in calls(stored):
         place, name = place_of(path), node.get(TARGET)
-        if place and name not in trust and place.registered(name) is None:
+        found = place and place.registered(name)
+        if place and found is None and name not in trust:
             yield f"{dotted(path)}.{TARGET}", str(name)
+        known = getattr(found, "known_weights", None)  # of a scorer whose weights can act
+        if known is not None and (weights := node.get("weights")) not in (*known, *trust):
+            yield f"{dotted(path)}.weights", str(weights)
     for place in REWARDS:
         for reward, entry in _at(stored, place).items():
             if not isinstance(entry, Mapping):

@@ -32,6 +32,7 @@ class VILA:
         OSError: the handle cannot be downloaded.
     """
 
+    known_weights = (HANDLE,)  # others, whose operations may write files, a run's config.yaml may not name
     takes = "png"  # the signature takes a file's bytes, which the model decodes and resizes itself
 
     def __init__(self, weights):

@@ -136,6 +136,7 @@ WRITING = calling("capo.runtime.files.write_whole", _args_=["written.txt", "text
     # a module would be imported to look whether it is there, a program started
     scored_by(calling(LOOKS, weights="w"), requires=["antigravity.sub"]),
     scored_by(calling(LOOKS, weights="w"), python="./program"),
+    scored_by(calling("capo.rewards.vila.VILA", weights="victim")),  # a graph whose operations may write
     {"pool.root": "elsewhere"},
 ])  # fmt: skip
 def test_a_strangers_configuration_is_refused_and_does_nothing(stranger, values):

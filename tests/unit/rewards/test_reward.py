@@ -137,6 +137,10 @@ def test_one_number_an_image():
             {"red": {"scorer": {"_target_": "x"}, "lnk": 1}},
             r"rewards\.red: unknown key lnk; known are scorer",
         ),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "requires": "torch"}},
+            r"rewards\.red\.requires=torch: must be a list of modules, requires: \[torch\]",
+        ),
         ({"red": {"link": "log"}}, r"rewards\.red: it has no scorer"),
         (
             {"red": {"scorer": {"_target_": "x"}, "link": "logit"}},
