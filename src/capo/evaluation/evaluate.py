@@ -298,11 +298,11 @@ def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
 def _rate_rows(tuned: Side, base: Side) -> list[dict[str, object]]:
     """Rows of win_rates.csv: a prompt's id, text and category, and its win-rate for each reward."""
     rates = {name: win_rate(tuned.scores[name], scores).tolist() for name, scores in base.scores.items()}
-    return [
-        {"prompt_id": prompt.id, "prompt": prompt.text, "category": prompt.category}
-        | {name: round(values[row], DIGITS) for name, values in rates.items()}
-        for row, prompt in enumerate(tuned.drawn.spec.prompts)
-    ]
+    rows: list[dict[str, object]] = []
+    for row, prompt in enumerate(tuned.drawn.spec.prompts):
+        labels = {"prompt_id": prompt.id, "prompt": prompt.text, "category": prompt.category}
+        rows.append({**labels, **{name: round(values[row], DIGITS) for name, values in rates.items()}})
+    return rows
 
 
 def _write(
