@@ -8,16 +8,7 @@ import time
 
 import torch
 
-# part of the driver's device name -> FLOP/s of dense bf16 products (no sparsity) in the vendor's data sheet
-DENSE_BF16 = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12, "A100": 312e12}
-OTHERS = ("NVL", "PCIe H100", "GH200")  # parts of similar names of devices with other chips or limits
-
-
-def vendor_peak(name: str) -> float | None:
-    """Nominal FLOP/s of the device `name`, or None if it is not in `DENSE_BF16`."""
-    if any(other in name for other in OTHERS):
-        return None
-    return next((peak for part, peak in DENSE_BF16.items() if part in name), None)
+from capo.preflight.devices import bf16_peak
 
 
 def now(device: torch.device) -> float:
@@ -50,7 +41,7 @@ def facts(device: torch.device) -> dict[str, object]:
         "device": name,
         "memory_bytes": memory,
         "torch": torch.__version__,
-        "peak_flops": vendor_peak(name),
+        "peak_flops": bf16_peak(name),
         "matmul_flops": matmul_rate(device, side),
         "matmul_side": side,
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},

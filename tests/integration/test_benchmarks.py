@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import full_training, generation, gpu
 from benchmarks.full_steps import Clock, Setting, step_figures
-from benchmarks.machine import Waits, vendor_peak
+from benchmarks.machine import Waits
 from benchmarks.random_models import random_backbone, random_module, random_pairs, sized_blueprint
 from benchmarks.records import Records, measured
 from benchmarks.timing import in_turn, median_ratio
@@ -221,12 +221,6 @@ def test_figures_of_a_step():
     assert found["pairs_per_second_256"] == pytest.approx(256 / 128.5)  # 64 passes of 2 s, then 0.5 s
     assert found["faster than other"] == 2 and found["other pairs_per_second"] == pytest.approx(8 / 9)
     assert (found["peak_bytes"], found["other peak_bytes"]) == (7, 8)
-
-
-def test_vendors_peaks():
-    assert vendor_peak("NVIDIA H100 80GB HBM3") == vendor_peak("NVIDIA H200") == 989.4e12
-    assert vendor_peak("NVIDIA A100-SXM4-80GB") == 312e12
-    assert vendor_peak("NVIDIA H200 NVL") is vendor_peak("NVIDIA H100 PCIe") is vendor_peak("CPU") is None
 
 
 def test_figures_of_two_machines_do_not_mix(tmp_path):

@@ -3,14 +3,17 @@
 On the shapes model everything passes, on random weights two checks fail by name.
 """
 
+import io
 import json
 import math
 import shutil
 
 import pytest
+from rich.console import Console
 
 from capo.cli import check as check_stage
 from capo.cli import train
+from capo.cli.plan import run_plan
 from capo.cli.resolvers import shipped
 from capo.errors import InputError
 from capo.preflight.model_check import Check
@@ -47,6 +50,14 @@ def test_the_shapes_models_pass(tiny_run, model, objective):
     assert (folder / "check" / "sample.png").is_file() and not (
         folder / "config.yaml"
     ).exists()  # no run was begun
+    same = tiny_run(f"{name}-plan", *SHAPES[model], f"objective={objective}")
+    told = io.StringIO()
+    hours = run_plan(same, Console(file=told, width=300))["hours"]
+    assert set(hours["rates"]) == {"text", "latents", "decoding", "training", "r", "g"}
+    assert hours["without"] == {} and hours["total"] > 0
+    assert "text, latents, decoding, training, g, r: measured here" in told.getvalue()
+    other = run_plan(tiny_run(f"{name}-plan", *SHAPES[model], "sampling.batch=3"), Console(file=told))
+    assert {"text", "training"} <= set(other["hours"]["rates"]) and "latents" not in other["hours"]["rates"]
 
 
 @pytest.mark.parametrize("name", list(CONFIGURED))

@@ -16,11 +16,13 @@ from capo.backbones import Backbone
 from capo.cli.build import base_of, built, sampler_settings
 from capo.cli.plan import request_of
 from capo.cli.process import prepare_process
+from capo.cli.rates import keep_rates, measure_base, measure_rewards
 from capo.cli.readiness import check_accelerator, check_draw, check_weights
 from capo.cli.values import check_values
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.module import PreferenceModule
+from capo.preflight.hours import TRAINING
 from capo.preflight.model_check import (
     PLACES,
     Check,
@@ -76,9 +78,15 @@ def run_checks(
     vae, latents = check_vae(backbone, known)
     captions = [caption for _, caption in known]
     checks = [vae, *check_base(cfg, backbone, latents, captions, folder)]
-    checks += check_training(cfg, request, lambda: module_of(cfg, backbone), latents, captions)
+    device, (rates, images) = backbone.device, measure_base(cfg, backbone, captions)
+    found, speed = check_training(cfg, request, lambda: module_of(cfg, backbone), latents, captions)
+    checks += found
+    if speed is not None:
+        rates[TRAINING] = speed
     write_checks(checks, folder / CHECK)
     console.print(check_table(checks))
+    # last, without the model on the device; a reward of gigabytes takes a while to load
+    keep_rates(cfg, request, rates, measure_rewards(cfg, images, captions[0], device), console)
     console.print(f"{folder / CHECK}; sample image in {folder / 'check'}")
     if failed := [check.name for check in checks if not check.passed]:
         raise InputError(
@@ -109,10 +117,13 @@ def check_training(
     build: Callable[[], PreferenceModule],
     latents: Tensor,
     captions: Sequence[str],
-) -> list[Check]:
+) -> tuple[list[Check], float | None]:
     """Check a few optimizer steps on one device against the plan of the same step.
 
     `build` makes the module to train; it is called twice, for steps with and without gradient checkpointing.
+
+    Returns:
+        The checks, and the measured pairs per second as configured, None if no step was taken.
     """
     now, found = bool(cfg.trainer.gradient_checkpointing), {}
     plan, pairs = make_plan(request), request.training.division.micro_batch
@@ -127,16 +138,16 @@ def check_training(
             found[kind] = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)
         except InputError as error:  # compiled blocks whose rounding differs too much
             if kind == now:
-                return [Check("reference = policy", False, "see what to do", str(error))]
+                return [Check("reference = policy", False, "see what to do", str(error))], None
         del module  # before the next one takes its place
         free_memory()
     advice = check_checkpointing(found, now, device_bytes(cfg)) if any(found.values()) else []
     watch = found[now]
     if watch is None:
-        return [out_of_memory(found, pairs), *advice]
-    rate = request.flops * request.utilization
+        return [out_of_memory(found, pairs), *advice], None
+    rate = request.flops * request.utilization if request.flops else None
     total, flops = plan["device"]["training"]["total"], pairs * plan["flops"]["pair"]
-    return [*check_steps(watch, total, flops, pairs, rate), *advice]
+    return [*check_steps(watch, total, flops, pairs, rate), *advice], pairs / watch.seconds
 
 
 def device_bytes(cfg: DictConfig) -> int | None:

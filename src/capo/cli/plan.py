@@ -17,24 +17,33 @@ from rich.console import Console
 from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
 from capo.cli.build import all_rewards, built, family_of, held_out_rewards, prompt_splits
+from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.cli.readiness import check_accelerator, check_draw, check_reward_weights, check_weights
 from capo.cli.values import check_values, plain
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.objectives import requirements
 from capo.preflight.architecture import Blueprint, from_folder, published, published_names
+from capo.preflight.devices import peak_of
+from capo.preflight.hours import EVALUATION, VALIDATION
 from capo.preflight.plan import disk_space, make_plan
 from capo.preflight.plan_tables import print_plan
-from capo.preflight.requests import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest
+from capo.preflight.requests import (
+    Judge,
+    PoolRequest,
+    Request,
+    RewardRequest,
+    SamplingRequest,
+    TrainingRequest,
+)
 from capo.preflight.shortages import Shortage, certain_memory, disk_findings, folder_bytes, likely_memory
 from capo.preflight.tracing import adapter_of
 from capo.rewards import Reward, load_rewards
 from capo.runtime.files import write_whole
+from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.optimizers import check_optimizer
 from capo.runtime.run_folder import CHECKPOINTS, PLAN, POLICY
-
-REWARD_PLACES = ("rewards", "evaluation.rewards", "validation.held_out")
 
 
 def blueprint_of(cfg: DictConfig) -> Blueprint:
@@ -98,34 +107,41 @@ def prompt_counts(cfg: DictConfig) -> tuple[dict[str, int | None], list[Shortage
 
 def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, PoolRequest]:
     """Pools of the base, and the policy's images, which each validation generates anew and does not store."""
-    evaluation, trained, evaluated = (
-        cfg.evaluation,
-        len(cfg.rewards),
-        len(cfg.evaluation.rewards) + len(cfg.evaluation.oracle or {}),
-    )
-    test = counts["test"]
+    evaluation, test = cfg.evaluation, counts["test"]
     zero = None if test is None else min(test, evaluation.zero_prompts)
-    steps, every = cfg.trainer.max_steps, cfg.validation.every
-    validations = -(-steps // every) + len(cfg.validation.strengths or ())
+    validations = -(-cfg.trainer.max_steps // cfg.validation.every) + len(cfg.validation.strengths or ())
+    trained, evaluated, watching, oracle = (
+        judges_of(known_rewards(cfg, place)) for place in (*REWARD_PLACES, ORACLE)
+    )
+    watched, measured = trained + watching, evaluated + oracle
+
+    def validated(judged: int, **options: Any) -> PoolRequest:
+        images = cfg.validation.images
+        return PoolRequest(counts["validation"], images, judged, judges=watched, **options)
+
+    def tested(prompts: int | None, judges: tuple[Judge, ...], **options: Any) -> PoolRequest:
+        times = int(cfg.evaluate)
+        stored = len(measured) if options.get("stored", True) else 0
+        return PoolRequest(
+            prompts, evaluation.images, stored, times, judges=judges, stage=EVALUATION, **options
+        )
+
+    drawn = PoolRequest(counts["train"], cfg.pool.candidates, len(trained), judges=trained)
     return {
-        **(
-            {} if cfg.pool.imported else {"train": PoolRequest(counts["train"], cfg.pool.candidates, trained)}
+        **({} if cfg.pool.imported else {"train": drawn}),
+        "validation": validated(len(watched)),
+        "test": tested(test, measured),
+        "zero": tested(zero, evaluated),
+        "policy in validation": validated(
+            0, times=validations, stored=False, stage=VALIDATION, encoded=False
         ),
-        "validation": PoolRequest(
-            counts["validation"], cfg.validation.images, trained + len(cfg.validation.held_out or {})
-        ),
-        "test": PoolRequest(test, evaluation.images, evaluated),
-        "zero": PoolRequest(zero, evaluation.images, evaluated),
-        "policy in validation": PoolRequest(
-            counts["validation"], cfg.validation.images, 0, validations, stored=False
-        ),
-        "policy in evaluation": PoolRequest(test, evaluation.images, 0, int(cfg.evaluate), stored=False),
+        "policy in evaluation": tested(test, measured, stored=False),
     }
 
 
 def reward_request(cfg: DictConfig) -> RewardRequest:
     """Memory of the rewards' weights; rewards whose size is unknown are listed by name and not counted."""
-    trained, evaluated, watching = (_known_rewards(cfg, place) for place in REWARD_PLACES)
+    trained, evaluated, watching = (known_rewards(cfg, place) for place in REWARD_PLACES)
     each, validating = _distinct([*trained, *evaluated, *watching]), [*trained, *watching]
 
     def total(rewards: Sequence[Reward]) -> float:
@@ -140,28 +156,11 @@ def reward_request(cfg: DictConfig) -> RewardRequest:
     )
 
 
-def _known_rewards(cfg: DictConfig, place: str) -> list[Reward]:
-    entries = plain(OmegaConf.select(cfg, place) or OmegaConf.create())
-    return [
-        _known_reward(name, entry, place) for name, entry in sorted(entries.items()) if entry.get("scorer")
-    ]
-
-
-def _known_reward(name: str, entry: dict, place: str) -> Reward:
-    try:
-        return Reward(name, **entry)
-    except TypeError:
-        load_rewards({name: entry}, place)  # raises an InputError that names the unknown key
-        raise
-
-
 def _distinct(rewards: Sequence[Reward]) -> list[Reward]:
-    """Remove duplicates by the parts of the fingerprint, since the fingerprint itself reads the weights."""
+    """Remove duplicates by what is computed."""
     found: dict[str, Reward] = {}
     for reward in rewards:
-        found.setdefault(
-            json.dumps([reward.name, reward.scorer, reward.weights, reward.revision], sort_keys=True), reward
-        )
+        found.setdefault(content_fingerprint(identity(reward)), reward)
     return list(found.values())
 
 
@@ -170,7 +169,7 @@ def float32_rewards(cfg: DictConfig) -> list[str]:
     return [
         f"{place}.{reward.name}.scorer.precision"
         for place in REWARD_PLACES
-        for reward in _known_rewards(cfg, place)
+        for reward in known_rewards(cfg, place)
         if isinstance(reward.scorer, Mapping) and reward.scorer.get("precision") == "float32"
     ]
 
@@ -186,18 +185,21 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
         sampling.decode or sampling.batch,
     )
     itemsize = DTYPES[cfg.model.backbone.get("dtype", "float32")].itemsize
+    training, peak = training_request(cfg), peak_of(cfg.planning.flops, gpu_name(cfg.trainer.accelerator))
     return Request(
         blueprint,
-        training_request(cfg),
+        training,
         drawing,
         pool_requests(cfg, counts),
         itemsize,
-        cfg.planning.flops,
+        peak.flops,
         cfg.planning.utilization,
         reward_request(cfg),
         cfg.evaluate,
         cfg.export,
         DTYPES[cfg.export_dtype].itemsize,
+        rates_of(cfg, blueprint, training),
+        peak.of,
     )
 
 

@@ -32,11 +32,14 @@ def prepare_process(threads: int | None) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads} must be at least 1; leave it out for all cores")
-    torch.set_num_threads(threads or _default_threads())
+    torch.set_num_threads(thread_count(threads))
     return torch.get_num_threads()
 
 
-def _default_threads() -> int:
+def thread_count(threads: int | None) -> int:
+    """Number of torch threads of this process for the key `threads`; see `prepare_process`."""
+    if threads:
+        return threads
     here, told = launch(), os.environ.get("OMP_NUM_THREADS", "")
     processes = here.local_world_size if here.world_size > 1 else int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     if not processes and told.isdigit() and int(told) > 0:

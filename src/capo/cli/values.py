@@ -155,7 +155,12 @@ TABLE: dict[str, Rule] = {
     },
     "plan": SWITCH,
     "check": SWITCH,
-    "planning.flops": number(above=0),
+    "planning.flops": optional(number(above=0)),
+    "planning.scoring": Rule(
+        "images a second by reward: 'planning.scoring={pickscore: 50}', or null",
+        lambda value: value is None or isinstance(value, Mapping),
+    ),
+    "planning.scoring.*": number(above=0),
     "planning.utilization": Rule(
         "a number above 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1
     ),

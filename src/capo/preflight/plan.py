@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from capo.preflight.hours import hours
 from capo.preflight.memory import (
     CHECKPOINT_ITEM,
     CHECKPOINTS,
@@ -19,10 +20,10 @@ from capo.preflight.memory import (
 from capo.preflight.requests import PoolRequest, Request
 from capo.preflight.tracing import activation_bytes, decoder_forward, denoiser_forward
 
-HOUR = 3600  # seconds
 # parts of a phase that generates images, scores them, or does both
 SAMPLING, DECODING, BOTH = "sampling", "decoding", "sampling and decoding"
 REWARDS = "rewards"
+SCORED = "scoring by "
 
 
 def make_plan(request: Request) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def host_memory(request: Request) -> dict[str, Any]:
 
 
 def flops_of(request: Request) -> dict[str, float]:
-    """Count the FLOPs of a forward pass, of a pair, and of a generated and decoded image.
+    """Count the FLOPs of a forward pass, a pair, a denoising step of an image, its decoding, and all of it.
 
     A multiplication and an addition count as two operations. `pair_model` counts the necessary ones: a
     forward pass of policy and reference, and the policy's backward pass, where each product with weights
@@ -141,14 +142,17 @@ def flops_of(request: Request) -> dict[str, float]:
     """
     training, sampling = request.training, request.sampling
     once = denoiser_forward(request.blueprint, sampling.precision, training.gpu)
-    forward = once.flops
+    forward, decode = once.flops, decoder_forward(request.blueprint).flops
+    step = sampling.branches * forward
     backward = (1 if training.lora else 2) * once.weight_flops + 2 * once.attention_flops
     model = training.kinds * (forward * (2 if training.reference else 1) + backward)
     return {
         "forward": forward,
         "pair_model": model,
         "pair": model + (training.kinds * forward if training.gradient_checkpointing else 0.0),
-        "image": sampling.steps * sampling.branches * forward + decoder_forward(request.blueprint).flops,
+        "step": step,
+        "decode": decode,
+        "image": sampling.steps * step + decode,
     }
 
 
@@ -187,33 +191,25 @@ def _sum(values: Iterable[int | None]) -> int | None:
     return total
 
 
-def hours(request: Request, arithmetic: Mapping[str, float]) -> dict[str, float | None]:
-    """Estimate the hours of training and of generating all images, at `utilization` of all devices' peak.
-
-    Rewards, text encoders, loading and reading are left out. Unknown numbers are None.
-    """
-    training, division = request.training, request.training.division
-    rate = request.flops * request.utilization * division.devices * HOUR
-    pairs = math.prod(asdict(division).values())
-    images = _sum(
-        None if pool.prompts is None else pool.prompts * pool.images * pool.times
-        for pool in request.pools.values()
-    )
-    return {
-        "training": training.steps * pairs * arithmetic["pair"] / rate,
-        "sampling": None if images is None else images * arithmetic["image"] / rate,
-        "images": images,
-        "flops": request.flops,
-        "utilization": request.utilization,
-    }
+def _unrated(request: Request) -> list[str]:
+    """Name the work whose speed is neither counted nor known."""
+    judges = {judge for pool in request.pools.values() for judge in pool.judges}
+    unknown = sorted({judge.name for judge in judges if judge.key not in request.rates.scoring})
+    return [*(["text encoding"] if request.rates.text is None else []), *(SCORED + name for name in unknown)]
 
 
 def notes(request: Request) -> list[str]:
     """List what the figures leave out or assume."""
     told = [
-        "hours leave out rewards, text encoders, loading and reading",
+        "hours leave out loading and reading",
         "memory leaves out what the device's libraries and its kernels take",
     ]
+    if unrated := _unrated(request):
+        told.append(
+            f"hours leave out what no rate is known of, {', '.join(unrated)}: check=true measures it on a "
+            "device where the weights are, and planning.scoring states images a second of rewards"
+        )
+    told += request.rates.faults
     unknown = [name for name, pool in request.pools.items() if pool.prompts is None]
     if unknown:
         told.append(

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from capo.preflight.hours import DECODING, LATENTS, STAGES, TRAINING
 from capo.preflight.shortages import device_bytes, readable
+from capo.runtime.outlook import Hours
 
 
 def _last(node: dict) -> str:
@@ -65,20 +67,35 @@ def _figures(plan: dict) -> list[tuple[str, str]]:
         ]
         rows.append((f"{place}, peak", readable(plan[place]["peak"])))
     flops, hours, disk = plan["flops"], plan["hours"], plan["disk"]
-    spent = {
-        name: "unknown" if hours[name] is None else f"{hours[name]:,.2f}" for name in ("training", "sampling")
-    }
     return [
         *rows,
         ("TFLOP", f"{flops['pair'] / 1e12:,.3g} per pair, {flops['image'] / 1e12:,.3g} per generated image"),
-        (
-            "hours",
-            f"training {spent['training']}, sampling {spent['sampling']}; at {hours['utilization']:.0%} of "
-            f"{hours['flops'] / 1e12:,.0f} TFLOP/s per device",
-        ),
+        ("hours", hours_line(hours)),
+        ("rates", _basis(hours)),
         ("disk, pools", f"{readable(disk['pools']['total'])}: {_parts(disk['pools'])}"),
         ("disk, run", f"{readable(disk['run']['total'])}: {_parts(disk['run'])}"),
     ]
+
+
+def hours_line(hours: Mapping) -> str:
+    """Hours by stage and in all, in one line; a stage without rates for all of its work is a lower bound."""
+    told = [f"{stage} {_hours(hours, stage)}" for stage in STAGES if stage in hours]
+    return f"{_hours(hours, 'total')} in all: {', '.join(told)}"
+
+
+def _hours(hours: Mapping, name: str) -> str:
+    return str(Hours(hours[name] or 0.0, tuple(hours["without"].get(name, ()))))
+
+
+def _basis(hours: Mapping) -> str:
+    """What the hours follow from: operations for some kinds of work, and rates for the others."""
+    by_origin: dict[str, list[str]] = {}
+    for name, origin in hours["rates"].items():
+        by_origin.setdefault(origin, []).append(name)
+    counted = [kind for kind in (LATENTS, DECODING, TRAINING) if kind not in hours["rates"]]
+    share = f"{hours['utilization']:.0%} of {hours['flops'] / 1e12:,.0f} TFLOP/s per device"
+    told = [f"{', '.join(counted)}: {share} ({hours['peak of']})"] if counted else []
+    return "; ".join([*told, *(f"{', '.join(names)}: {origin}" for origin, names in by_origin.items())])
 
 
 def print_plan(plan: dict, console: Console) -> None:
@@ -111,6 +128,7 @@ TAKES = {
     "images": "images",
     "training h": "hours/training",
     "sampling h": "hours/sampling",
+    "total h": "hours/total",
     "missing": "missing",
     "certain": "missing/certain",
 }
@@ -137,6 +155,7 @@ def plan_figures(plan: Mapping) -> dict[str, float | None]:
         "steps": plan["steps"],
         "hours/training": hours["training"],
         "hours/sampling": hours["sampling"],
+        "hours/total": hours["total"],
         "missing": len(lacking),
         "missing/certain": sum(entry["certain"] for entry in lacking),
     }

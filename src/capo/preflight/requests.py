@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from capo.backbones.precision import common_half
 from capo.preflight.architecture import Blueprint
@@ -76,14 +76,25 @@ class SamplingRequest:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A reward that scores images: its name, and a key that is equal for rewards that compute the same."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
 class PoolRequest:
     """Images of one split; `prompts` is None if their number is unknown until the prompt set is read."""
 
     prompts: int | None
     images: int  # per prompt
-    rewards: int
+    rewards: int  # whose scores are stored
     times: int = 1  # how often the images are generated
     stored: bool = True
+    judges: tuple[Judge, ...] = ()  # that score the images
+    stage: str = ""  # of a run, in which all of its work falls; "": its text, latents and scores are stages
+    encoded: bool = True  # whether its prompts are encoded, and not read from another pool
 
 
 @dataclass(frozen=True)
@@ -107,20 +118,48 @@ class RewardRequest:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Units a second of one device that were measured or stated; None, or absent: not known.
+
+    Attributes:
+        text: prompts that are encoded.
+        steps: denoising steps of one image.
+        decoding: images that the VAE decodes.
+        pairs: pairs in training steps.
+        scoring: key of a `Judge` -> images that it scores.
+        origins: name of a rate -> where it is from.
+        faults: why files of measured rates are not used.
+    """
+
+    text: float | None = None
+    steps: float | None = None
+    decoding: float | None = None
+    pairs: float | None = None
+    scoring: Mapping[str, float] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
+    faults: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Request:
-    """Inputs of a plan; sizes in bytes, and `flops` the peak FLOP/s of one device."""
+    """Inputs of a plan; sizes in bytes, and `flops` the peak FLOP/s of one device.
+
+    Without `flops`, hours follow from `rates` alone.
+    """
 
     blueprint: Blueprint
     training: TrainingRequest
     sampling: SamplingRequest
     pools: Mapping[str, PoolRequest]
     itemsize: int  # bytes per element of the base's weights in memory, and of its encoders' outputs
-    flops: float
+    flops: float | None
     utilization: float
     rewards: RewardRequest = RewardRequest()
     evaluate: bool = True  # whether the policy is evaluated after training
     export: str = "adapter"  # format of the policy: adapter, full or single_file
     exported_item: int = 4  # bytes per element of a policy that is a whole pipeline
+    rates: Rates = Rates()
+    peak_of: str = ""  # whose peak `flops` is, in words
 
     def model_states(self, shards: int = 1) -> ModelStates:
         """Compute the model states on each of `shards` devices."""

@@ -12,10 +12,19 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from capo.cli import train as train_script
-from capo.cli.plan import float32_rewards, prompt_counts, reward_request, run_plan, training_request
+from capo.cli.plan import (
+    blueprint_of,
+    float32_rewards,
+    prompt_counts,
+    reward_request,
+    run_plan,
+    training_request,
+)
+from capo.cli.rates import measurements
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.preflight import shortages as lacking
+from capo.preflight.rates import write_rate
 from fixtures import ROOT
 from fixtures.configuration import composed
 
@@ -157,6 +166,47 @@ def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
 def test_values_that_cannot_be_used_end_a_plan(tmp_path):
     with pytest.raises(InputError, match=r"planning.utilization=1.5: must be a number above 0 and at most 1"):
         planned(tmp_path, "planning.utilization=1.5")
+
+
+def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
+    one = ("experiment=sdxl_quickstart", "validation.images=4", "evaluation.images=4")
+    plan, told = planned(tmp_path, *one)
+    assert plan["hours"]["without"]["scores"] == ["pickscore"]
+    assert "what no rate is known of, text encoding, scoring by pickscore" in told
+    stated, told = planned(tmp_path, *one, "planning.scoring={pickscore: 10}")
+    # 400 x 8 candidates and 96 x 4 of the base
+    more = stated["hours"]["scores"] - plan["hours"]["scores"]
+    assert more == pytest.approx((3200 + 384) / 10 / 3600) and "scores" not in stated["hours"]["without"]
+    assert "pickscore: stated (planning.scoring)" in told and "scoring by" not in told
+    with pytest.raises(InputError, match=r"planning.scoring.pickscore=0: must be a finite number above 0"):
+        planned(tmp_path, *one, "planning.scoring={pickscore: 0}")
+    with pytest.raises(InputError, match=r"planning.scoring=7: must be images a second by reward"):
+        planned(tmp_path, *one, "planning.scoring=7")
+
+
+def test_the_peak_is_that_of_this_machines_gpu(tmp_path, monkeypatch):
+    choice = ("experiment=sdxl_quickstart",)
+    assumed, told = planned(tmp_path, *choice)
+    assert assumed["hours"]["flops"] == 989.4e12 and "an H100 SXM, since there is no GPU here" in told
+    monkeypatch.setattr("capo.cli.plan.gpu_name", lambda accelerator: "NVIDIA L4")
+    small, told = planned(tmp_path, *choice)
+    assert small["hours"]["training"] / assumed["hours"]["training"] == pytest.approx(989.4 / 121)
+    assert "40% of 121 TFLOP/s per device (NVIDIA L4)" in told
+    assert planned(tmp_path, *choice, "planning.flops=5e12")[0]["hours"]["flops"] == 5e12
+
+
+def test_measured_rates_are_taken_up_unless_another_device_is_planned_for(tmp_path):
+    cfg = configured(folder=tmp_path)
+    kinds = measurements(cfg, blueprint_of(cfg), training_request(cfg))
+    path = write_rate(tmp_path / "pools", kinds["training"], 16.0)
+    plan, told = planned(tmp_path)
+    assert plan["hours"]["training"] == pytest.approx(250 * 32 / 16 / 3600)
+    assert "training: measured here" in told and "latents, decoding: 40% of" in told
+    assert planned(tmp_path, "planning.flops=1e12")[0]["hours"]["rates"] == {}
+    assert planned(tmp_path, "trainer.micro_batch=16")[0]["hours"]["rates"] == {}
+    path.write_text("{}")
+    plan, told = planned(tmp_path)
+    assert plan["hours"]["rates"] == {} and f"{path} is not used" in told
 
 
 def test_a_rewards_memory_is_its_yamls_and_half_of_it_in_half_precision():

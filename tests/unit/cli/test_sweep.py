@@ -210,7 +210,7 @@ PLAN = {
     "device": {"training": {"total": 3e9}, "peak": 4_200_000_000},
     "disk": {"pools": {"train": None, "total": None}, "run": {"total": 9}},
     "steps": 2000,
-    "hours": {"training": 0.0123, "sampling": None, "images": None},
+    "hours": {"training": 0.0123, "sampling": None, "images": None, "total": 2.5},
     "missing here": [
         {"kind": "weights", "message": "a", "certain": True},
         {"kind": "memory", "message": "b", "certain": False},
@@ -253,12 +253,14 @@ def test_plans_are_rows_of_their_own(tmp_path):
         2000,
         0.0123,
         None,
+        2.5,
         2,
         1,
     ]
     shown = [[list(column.cells) for column in table.columns] for table in plans_tables(jobs, "sweep")]
     assert [cells[0] for cells in shown[0]] == ["0", "sdxl", "1,234,567", "1,000", "4.2 GB", "unknown"]
-    assert [cells[0] for cells in shown[1]] == ["0", "sdxl", "2,000", "unknown", "0.012", "unknown", "2", "1"]
+    takes = ["0", "sdxl", "2,000", "unknown", "0.012", "unknown", "2.50", "2", "1"]
+    assert [cells[0] for cells in shown[1]] == takes
     assert [cells[1] for cells in shown[0]] == ["1", "sd3", "failed", "", "", ""]
 
 

@@ -23,7 +23,7 @@ from capo.preflight.memory import (
     pipeline_bytes,
     pool_bytes,
 )
-from capo.preflight.plan import device_memory, disk_space, flops_of, host_memory, hours, notes
+from capo.preflight.plan import device_memory, disk_space, flops_of, host_memory, notes
 from capo.preflight.requests import PoolRequest, Request, RewardRequest, SamplingRequest, TrainingRequest
 from capo.preflight.tracing import Forward, activation_bytes, adapter_of, decoder_forward, denoiser_forward
 from capo.runtime.launch import Division
@@ -431,13 +431,6 @@ def test_without_an_evaluation_there_is_no_phase_of_it(unet):
     )
     assert not [phase for phase in device if phase.startswith("evaluation")]
     assert device["peak"] == device["pool scoring"]["total"] < 6e9
-
-
-def test_hours_by_hand(unet):
-    found = hours(request(unet), {"pair": 5e9, "image": 2e9})
-    # 100 steps x 64 pairs x 5e9 on two devices at 0.5e12; 10 x 4 + 5 x 2 x 4 images x 2e9
-    assert found["training"] == pytest.approx(100 * 64 * 5e9 / (2 * 0.5e12) / 3600)
-    assert found["images"] == 80 and found["sampling"] == pytest.approx(80 * 2e9 / (2 * 0.5e12) / 3600)
 
 
 def test_a_pool_on_disk_by_hand(unet):
