@@ -47,6 +47,16 @@ class Components:
         """The backbone with the base weights."""
         return self.generator.backbone
 
+    @property
+    def judges(self) -> dict[str, list[Reward]]:
+        """Rewards that score each of the pools."""
+        return {
+            "train": self.rewards,
+            "validation": [*self.rewards, *self.held_out],
+            "test": [*self.evaluation_rewards, *self.oracle],
+            "zero": self.evaluation_rewards,
+        }
+
 
 def built(cfg: DictConfig, key: str, **given: object) -> Any:
     """Call the `_target_` at `key` with its arguments, as plain values, and those `given`.

@@ -22,7 +22,6 @@ from capo.cli.values import check_values
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.module import PreferenceModule
-from capo.preflight.hours import TRAINING
 from capo.preflight.model_check import (
     PLACES,
     Check,
@@ -43,6 +42,7 @@ from capo.preflight.step_check import (
     step_batch,
     take_steps,
 )
+from capo.runtime.outlook import TRAINING
 from capo.runtime.processes import own_device
 from capo.runtime.run_folder import CHECK
 

@@ -132,17 +132,25 @@ def run(cfg: DictConfig) -> None:
         return export(cfg, components)
     if cfg.stage == "report":
         return report(cfg, components)
-    for name, spec in components.pool_specs.items():
-        if name == "train" and cfg.pool.imported:
-            continue  # an imported pool already has its images
-        rewards = {
-            "train": components.rewards,
-            "validation": [*components.rewards, *components.held_out],
-            "test": [*components.evaluation_rewards, *components.oracle],
-            "zero": components.evaluation_rewards,
-        }[name]
-        pool = fill_pool(spec, components.generator, rewards, stages=FILLING[cfg.stage])
-        console.print(f"{name}: {len(spec.prompts)} prompts x {spec.candidates} images in {pool.folder}")
+    fill_pools(cfg, components)
+
+
+def fill_pools(cfg: DictConfig, components: Components) -> None:
+    """Complete `cfg.stage` of the four pools, with their progress in the loggers."""
+    from capo.cli.outlook import followed, outlook_line  # with Lightning, which other stages do without
+    from capo.cli.tracking import GENERATE, trackers
+
+    folder, stages = Path(cfg.run_dir), FILLING[cfg.stage]
+    with (
+        trackers(cfg, None, folder, GENERATE) as loggers,
+        followed(cfg, components, folder, loggers, stages, trains=False) as outlook,
+    ):
+        console.print(outlook_line(outlook, cfg.trainer.accelerator), markup=False, soft_wrap=True)
+        for name, spec in components.pool_specs.items():
+            if name == "train" and cfg.pool.imported:
+                continue  # an imported pool already has its images
+            pool = fill_pool(spec, components.generator, components.judges[name], stages=stages)
+            console.print(f"{name}: {len(spec.prompts)} prompts x {spec.candidates} images in {pool.folder}")
 
 
 def main(cfg: DictConfig) -> None:

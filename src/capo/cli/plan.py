@@ -25,7 +25,6 @@ from capo.errors import InputError
 from capo.objectives import requirements
 from capo.preflight.architecture import Blueprint, from_folder, published, published_names
 from capo.preflight.devices import peak_of
-from capo.preflight.hours import EVALUATION, VALIDATION
 from capo.preflight.plan import disk_space, make_plan
 from capo.preflight.plan_tables import print_plan
 from capo.preflight.requests import (
@@ -43,6 +42,7 @@ from capo.runtime.files import write_whole
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.optimizers import check_optimizer
+from capo.runtime.outlook import EVALUATION, VALIDATION
 from capo.runtime.run_folder import CHECKPOINTS, PLAN, POLICY
 
 

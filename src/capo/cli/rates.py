@@ -21,13 +21,13 @@ from capo.data.stages import TEXT_BATCH
 from capo.errors import InputError, first_line
 from capo.preflight.architecture import Blueprint
 from capo.preflight.devices import cpu_name
-from capo.preflight.hours import DECODING, LATENTS, TEXT, TRAINING
 from capo.preflight.rates import FOLDER, Measurement, measured_rate, read_rate, write_rate
 from capo.preflight.requests import Judge, Rates, Request, TrainingRequest
 from capo.rewards import Reward, load_rewards
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.hub import cached_snapshot, is_hub_id
 from capo.runtime.launch import launch
+from capo.runtime.outlook import DECODING, LATENTS, TEXT, TRAINING
 from capo.runtime.threads import BATCHES
 
 REWARD_PLACES = ("rewards", "evaluation.rewards", "validation.held_out")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,22 @@ import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from capo.cli.build import Components, build_components, built, target_name, training_data
+from capo.cli.build import Components, build_components, built, training_data
 from capo.cli.evaluate import evaluate_own
 from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
+from capo.cli.outlook import followed, outlook_line
 from capo.cli.parts import module_of, validation_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.run_config import Progress, open_run
-from capo.cli.sweep import found_figures
-from capo.cli.values import plain
+from capo.cli.tracking import trackers
 from capo.data.dataset import ENCODE, Times
 from capo.evaluation.reports.calibration_page import print_warnings
 from capo.module import PreferenceModule
 from capo.runtime.hub import push
 from capo.runtime.launch import launch
+from capo.runtime.outlook import Outlook
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
 from capo.runtime.run_folder import (
     CALIBRATION,
@@ -40,53 +40,19 @@ from capo.runtime.run_folder import (
 from capo.runtime.terminal import Terminal
 from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData
-from capo.training.loggers import RunIdentity, WandbRun
+from capo.training.progress import Pace
 from capo.training.signal import GradientSignal
 from capo.training.summary import beta_warning, print_selection, print_summary, unused_devices
 
 console = Terminal()
 
 
-def identity_of(cfg: DictConfig, group: str | None) -> RunIdentity:
-    """Identity of the run for experiment trackers: swept settings, tags, and its sweep `group`."""
-    objective, pairs, rewards = target_name(cfg.objective), target_name(cfg.pairs), sorted(cfg.rewards)
-    axes = {
-        "objective": objective,
-        "beta": cfg.objective.get("beta"),
-        "bias": cfg.noise.bias,
-        "pairs": pairs,
-        "rewards": "+".join(rewards),
-        "model": cfg.model.name,
-        "lr": cfg.trainer.lr,
-        "seed": cfg.seed,
-    }
-    return RunIdentity(axes, plain(cfg), group, [objective, pairs, cfg.model.name, *rewards])
-
-
-@contextmanager
-def trackers(cfg: DictConfig, group: str | None, folder: Path) -> Iterator[list[Logger]]:
-    """Yield the loggers; only the first process has any.
-
-    Experiment trackers among them get the run's identity at the start and its figures at the end, and are
-    closed.
-    """
-    loggers = [built(cfg, f"logger.{name}") for name in cfg.logger] if launch().first else []
-    tracking = [logger for logger in loggers if isinstance(logger, WandbRun)]
-    try:
-        for logger in tracking:
-            logger.begin(identity_of(cfg, group))
-        yield loggers
-        for logger in tracking:
-            logger.summarize(found_figures(folder))
-    finally:
-        for logger in tracking:
-            logger.close()
-
-
 def tune(
-    cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]
+    cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger], outlook: Outlook
 ) -> tuple[PreferenceModule, float, dict[str, Any]]:
     """Fill the pools, select pairs, train, and load the best checkpoint.
+
+    `outlook` is what is left of the run.
 
     Returns:
         The module with the best policy, its validation win-rate, and the facts for the model card.
@@ -95,7 +61,7 @@ def tune(
     module = module_of(cfg, components.backbone)
     strategy = built(cfg, "pairs")
     facts = facts_of(cfg, module)
-    announce(cfg, facts, module)
+    announce(cfg, facts, module, outlook)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)
     data = training_data(cfg, components)
     candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
@@ -106,6 +72,7 @@ def tune(
     trainer, division = cfg.trainer, division_of(cfg)
     encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
     signal = GradientSignal(trainer.signal_every)
+    pace = Pace(outlook, trainer.batch, cfg.validation.every, len(cfg.validation.strengths or ()))
     best = fit(
         module,
         PreferenceData(
@@ -127,6 +94,7 @@ def tune(
         accumulate=division.accumulate,
         signal=signal,
         checkpoint_every=trainer.checkpoint_every,
+        pace=pace,
     )
     if advice := signal.advice(trainer.batch, candidates.selection.statistics().usable):
         tell([advice], console)
@@ -135,9 +103,10 @@ def tune(
     return module, rate, facts | {"data": data.described} | told
 
 
-def announce(cfg: DictConfig, facts: dict[str, Any], module: PreferenceModule) -> None:
-    """Print what will be optimized, before the pools are filled, and what looks like an oversight."""
+def announce(cfg: DictConfig, facts: dict[str, Any], module: PreferenceModule, outlook: Outlook) -> None:
+    """Print what will be optimized and the hours of it, before any image is drawn, and likely oversights."""
     print_summary(facts, module, console)
+    tell([outlook_line(outlook, cfg.trainer.accelerator)], console)
     ranges = dict(cfg.model.beta_range or {})
     if warning := beta_warning(facts["objective"], module.beta, ranges, cfg.model.name):
         console.print(warning, style="yellow")
@@ -147,9 +116,11 @@ def announce(cfg: DictConfig, facts: dict[str, Any], module: PreferenceModule) -
         console.print(line, style="yellow")
 
 
-def train(cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger]) -> None:
+def train(
+    cfg: DictConfig, components: Components, folder: Path, loggers: Sequence[Logger], outlook: Outlook
+) -> None:
     """Tune, export the policy, and mark the run as finished; only the first process writes."""
-    module, win_rate, facts = tune(cfg, components, folder, loggers)
+    module, win_rate, facts = tune(cfg, components, folder, loggers, outlook)
     run_on_first_process(lambda: finish(cfg, components, folder, module, win_rate, facts))
 
 
@@ -169,9 +140,12 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
             console.print(f"{folder} already holds this run, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
             components = build_components(cfg, watching=progress is not Progress.FINISHED)
-            with trackers(cfg, group, folder) as loggers:
+            with (
+                trackers(cfg, group, folder) as loggers,
+                followed(cfg, components, folder, loggers) as outlook,
+            ):
                 if progress is not Progress.FINISHED:
-                    train(cfg, components, folder, loggers)
+                    train(cfg, components, folder, loggers, outlook)
                 leave_group()  # from here on processes need no communication
                 if cfg.evaluate:
                     evaluate_own(cfg, components, folder)

@@ -16,7 +16,8 @@ from capo.backbones.unconditional import Unconditional
 from capo.data.pool import Manifest, Pool, Shard, pool_name
 from capo.data.prompts import Prompt
 from capo.data.scoring import ScoreStage
-from capo.data.stages import LatentStage, Stage, TextStage
+from capo.data.stages import LatentStage, Report, Stage, TextStage
+from capo.data.watching import current_watch
 from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
@@ -216,18 +217,26 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
         return
     stage.setup()
     made: set[Shard] = set()
+    total, watch = sum(map(stage.amount, todo)), current_watch()
+    followed = watch.begin(stage.name, stage.pool.folder, total) if watch else None
     with (
         stage.backbone.placed(*stage.parts),
         tqdm(
-            total=sum(map(stage.amount, todo)),
+            total=total,
             desc=f"{stage.name} of {stage.pool.folder.name}",
             unit=stage.unit,
             disable=not progress or not launch().first,
             dynamic_ncols=True,
         ) as bar,
     ):
+
+        def report(count: int) -> None:
+            if followed and (note := followed(count)):
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(count)
+
         while todo:
-            busy = [shard for shard in todo if not _attempt(stage, shard, made, bar)]
+            busy = [shard for shard in todo if not _attempt(stage, shard, made, report)]
             if busy:
                 time.sleep(WAIT)
             todo = busy or stage.todo()
@@ -236,19 +245,21 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
                     f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} was written "
                     "but is missing: the disk does not keep written files; check it, or use another pool.root"
                 )
+    if followed:
+        followed.end()
     stage.close()
 
 
-def _attempt(stage: Stage, shard: Shard, made: set[Shard], bar: tqdm) -> bool:
+def _attempt(stage: Stage, shard: Shard, made: set[Shard], report: Report) -> bool:
     """Run `shard` if it is missing. Returns False if another process holds its lock: try again later."""
     with stage.pool.lock(stage.name, shard.row) as mine:
         if not mine:
             return False
         if shard in stage.missing(shard.row):
-            stage.run(shard, bar.update)
+            stage.run(shard, report)
             made.add(shard)
         else:  # made by another process: the bar shows what all make together
-            bar.update(stage.amount(shard))
+            report(stage.amount(shard))
     return True
 
 

@@ -8,12 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from capo.preflight.requests import Judge, PoolRequest, Request
-from capo.runtime.outlook import HOUR, Cost, Outlook, Work
-
-TEXT, LATENTS, SCORES, TRAINING = "text", "latents", "scores", "training"  # stages and kinds of work
-DECODING = "decoding"  # a part of scoring
-VALIDATION, EVALUATION = "validation", "evaluation"  # stages whose work is of those kinds
-STAGES = (TEXT, LATENTS, SCORES, TRAINING, VALIDATION, EVALUATION)  # in the order of a run
+from capo.runtime.outlook import DECODING, HOUR, LATENTS, SCORES, STAGES, TEXT, TRAINING, Cost, Outlook, Work
 
 
 def scoring_by(judges: Sequence[Judge]) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from capo.preflight.hours import DECODING, LATENTS, STAGES, TRAINING
 from capo.preflight.shortages import device_bytes, readable
-from capo.runtime.outlook import Hours
+from capo.runtime.outlook import DECODING, LATENTS, STAGES, TRAINING, Hours
 
 
 def _last(node: dict) -> str:

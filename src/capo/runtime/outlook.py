@@ -6,6 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 HOUR = 3600  # seconds
+OF_POOLS = TEXT, LATENTS, SCORES = "text", "latents", "scores"  # stages and kinds of work
+TRAINING = "training"  # likewise
+DECODING = "decoding"  # a part of scoring
+VALIDATION, EVALUATION = "validation", "evaluation"  # stages whose work is of the kinds of pools
+STAGES = (*OF_POOLS, TRAINING, VALIDATION, EVALUATION)  # in the order of a run
 PROMPTS = "the number of prompts"  # which some plans do not know
 
 
@@ -49,6 +54,12 @@ def told_hours(hours: float) -> str:
     return f"{hours:.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
+def told_time(left: Hours) -> str:
+    """Format a time that is left: `12 min`, `at least 3.4 h`."""
+    told = f"{60 * left.hours:.0f} min" if left.hours < 1.5 else f"{told_hours(left.hours)} h"
+    return f"at least {told}" if left.without else told
+
+
 @dataclass
 class Outlook:
     """Work that is left, by (stage, kind), and the cost of a unit by kind; both change while a run works.
@@ -81,6 +92,12 @@ class Outlook:
     def measured(self, kind: str, seconds: float) -> None:
         """Replace the cost of a kind by a measured one."""
         self.costs[kind] = Cost(seconds)
+
+    def replace(self, stage: str, units: float, seconds: float) -> None:
+        """Replace what is left of a stage by `units` of its own kind, each of `seconds`."""
+        self.left = {key: left for key, left in self.left.items() if key[0] != stage}
+        self.left[stage, stage] = units
+        self.measured(stage, seconds)
 
     def hours(self) -> dict[str, Hours]:
         """Hours that are left of each stage, in the order of the work; what has nothing left is absent."""

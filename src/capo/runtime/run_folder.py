@@ -12,6 +12,7 @@ from capo.runtime.files import write_whole
 # resolved configuration; result of a finished run; error of a failed job
 CONFIG, OUTCOME, ERROR = "config.yaml", "outcome.json", "error.txt"
 METRICS, CHECKPOINTS, LAST = "metrics.csv", "checkpoints", "last.ckpt"
+POOL_CURVES = "pools.csv"  # shares and rates of pools while they were filled, over seconds
 STRENGTH = "strength.json"  # win-rates on validation prompts by strength
 # folders: calibration report, image grids, exported policy
 CALIBRATION, VALIDATION, POLICY = "calibration", "validation", "policy"

@@ -27,7 +27,7 @@ from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
 from capo.training.loader import PreferenceData
 from capo.training.loggers import Curves, CurvesFile
-from capo.training.progress import StepBar
+from capo.training.progress import Pace, StepBar
 from capo.training.signal import GradientSignal
 from capo.training.strategies import make_strategy
 from capo.training.validation import WinRateValidation
@@ -127,6 +127,7 @@ def fit(
     strategy: str = AUTO,
     signal: GradientSignal | None = None,
     checkpoint_every: int | None = None,
+    pace: Pace | None = None,
 ) -> ModelCheckpoint:
     """Train for `max_steps` optimizer steps; keep the last checkpoint and the one with the best win-rate.
 
@@ -134,8 +135,9 @@ def fit(
     order, visit numbers and curves then equal those of an uninterrupted run up to rounding, even if strategy
     or devices have changed. The backbone is moved to the CPU during training and back to its device
     afterwards; validation moves the parts that it needs to the device. `signal` measures the signal in the
-    gradient; by default nothing does. The last checkpoint is saved after each validation, every
-    `checkpoint_every` steps, and on SIGTERM or SIGUSR1, which end a single process.
+    gradient; by default nothing does. `pace` tells an outlook how training goes. The last checkpoint is saved
+    after each validation, every `checkpoint_every` steps, and on SIGTERM or SIGUSR1, which end a single
+    process.
 
     Returns:
         The checkpoint callback, which knows the best checkpoint and its validation win-rate.
@@ -152,7 +154,7 @@ def fit(
         if here.first and isinstance(logger, CurvesFile) and logger.rows:
             logger.drop_after(step)
     checkpoints = _best_and_last(validation, folder, checkpoint_every)
-    bar = StepBar()
+    bar = StepBar(pace, lambda: validation.seconds)
     named: Any = precision  # one of the names that Lightning spells out as literals
     trainer = L.Trainer(
         accelerator=accelerator,

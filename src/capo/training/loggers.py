@@ -18,9 +18,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from capo.data.watching import SECONDS
+from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.runtime.files import write_table, write_whole
-from capo.runtime.run_folder import METRICS
+from capo.runtime.run_folder import METRICS, POOL_CURVES
 
 FLUSH = 50  # rows collected in memory before the file is written
 
@@ -36,12 +38,7 @@ class CurvesFile(Logger):
     def __init__(self, folder: str | Path):
         super().__init__()
         self.path = Path(folder) / METRICS
-        self.rows: list[dict[str, Any]] = []
-        if self.path.is_file():
-            with self.path.open(encoding="utf-8", newline="") as file:
-                self.rows = [
-                    {name: value for name, value in row.items() if value} for row in csv.DictReader(file)
-                ]
+        self.rows: list[dict[str, Any]] = _rows(self.path)
         self._unwritten = 0
 
     @property
@@ -80,9 +77,42 @@ class CurvesFile(Logger):
         """Write the file if it lacks rows, however training ended."""
         self.save()
 
+    @rank_zero_only
+    def log_pools(self, figures: Mapping[str, float]) -> None:
+        """Append a row to `pools.csv`: figures of pools belong to no step, and a resumed run keeps them."""
+        path = self.path.with_name(POOL_CURVES)
+        _write_rows(path, [*_rows(path), figures])
+
     def _write(self) -> None:
-        write_table(self.path, sorted({name for row in self.rows for name in row}), self.rows)
+        _write_rows(self.path, self.rows)
         self._unwritten = 0
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file, without empty cells; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_table(path, sorted({name for row in rows for name in row}), rows)
+
+
+def logged_step(folder: Path) -> int:
+    """The last step in `folder/metrics.csv`, 0 if there is none."""
+    return max((int(row["step"]) for row in _rows(folder / METRICS)), default=0)
+
+
+def pool_seconds(folder: Path) -> float:
+    """Seconds of the last row of `folder/pools.csv`, 0 if there is none; InputError if it is no number."""
+    path = folder / POOL_CURVES
+    told = [row[SECONDS] for row in _rows(path) if SECONDS in row]
+    try:
+        return float(told[-1]) if told else 0.0
+    except ValueError as error:
+        raise InputError(f"{path}: {SECONDS} is {told[-1]!r}, not a number; remove the file") from error
 
 
 def csv_logger(folder: str | Path) -> Logger:
@@ -136,6 +166,7 @@ class WandbRun(WandbLogger):
         super().__init__(project=project, save_dir=str(folder))
         self.record_path, self._options = Path(folder) / "wandb.json", options
         self._record: dict[str, Any] = {}
+        self._pool_figures: set[str] = set()  # whose axis W&B knows
 
     def begin(self, identity: RunIdentity) -> None:
         """Start a W&B run, or resume the one whose id `wandb.json` holds."""
@@ -173,6 +204,13 @@ class WandbRun(WandbLogger):
         )
         self._experiment.define_metric("trainer/global_step")
         self._experiment.define_metric("*", step_metric="trainer/global_step")
+
+    def log_pools(self, figures: Mapping[str, float]) -> None:
+        """Log a row of figures of pools, drawn over seconds: they are from before the first step."""
+        for name in figures.keys() - self._pool_figures:
+            self._pool_figures.add(name)
+            self.experiment.define_metric(name, step_metric=None if name == SECONDS else SECONDS)
+        self.experiment.log(dict(figures))
 
     def summarize(self, figures: Mapping[str, float]) -> None:
         """Record the final figures: as W&B summary values, as a table `outcome`, and in `wandb.json`."""

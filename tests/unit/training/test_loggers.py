@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from capo.errors import InputError
 from capo.training import loggers
-from capo.training.loggers import Curves, CurvesFile, wandb_is_online
+from capo.training.loggers import Curves, CurvesFile, pool_seconds, wandb_is_online
 
 # a .wandb file is a log in blocks: 7 bytes of file header, then records: checksum, length, kind, data
 BLOCK = 32768
@@ -109,6 +110,53 @@ def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tiny_run, tmp_path, of
     assert len(ids) == 2
 
 
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of the history of an offline run, in the order in which they were logged."""
+    [path] = folder.glob("wandb/offline-*/*.wandb")
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in ended_records(path)
+        if record.HasField("history")
+    ]
+
+
+def axes_of(folder: Path) -> dict[str, str]:
+    """Figure of an offline run -> the figure over which it is drawn, as numbers of W&B's definitions."""
+    [path] = folder.glob("wandb/offline-*/*.wandb")
+    return {
+        record.metric.name: record.metric.step_metric
+        for record in ended_records(path)
+        if record.HasField("metric") and record.metric.name
+    }
+
+
+@pytest.mark.parametrize("script", ["train", "generate"])
+def test_trackers_get_the_progress_of_pools_and_the_curves_do_not(typed, tmp_path, offline, script):
+    folder = tmp_path / "run"
+    places = [f"hydra.run.dir={folder}", f"pool.root={tmp_path / 'pools'}"]
+    typed(script, "logger=wandb", *places)
+    pools = ["train", "validation", "test", "zero", *(["policy"] if script == "train" else [])]
+    figures = {f"pool/{pool}/{stage}" for pool in pools for stage in ("text", "latents", "scores")}
+    with (folder / "pools.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert figures <= set(written[0]) and "step" not in written[0]
+    for name in figures:
+        assert [row[name] for row in written if row[name]] == ["1.0"]
+    assert all(name.startswith("time/") or name in figures for name in written[0])
+    logged, axes = rows_of(folder), axes_of(folder)
+    followed = [row for row in logged if any(name in row for name in figures)]
+    assert len(followed) == len(written) == len(figures)
+    assert all(axes[name] == "time/pool/seconds" for name in figures)
+    assert [row["_step"] for row in logged] == sorted({row["_step"] for row in logged})
+    if script == "train":
+        assert "pool/" not in (folder / "metrics.csv").read_text()
+        assert json.loads((folder / "wandb.json").read_text())["job_type"] == "train"
+    else:
+        assert not (folder / "metrics.csv").exists()
+        assert json.loads((folder / "wandb.json").read_text())["job_type"] == "generate"
+    assert pool_seconds(folder) == float(written[-1]["time/pool/seconds"])
+
+
 def test_a_run_that_goes_on_keeps_its_id(typed, tmp_path, offline):
     arguments = ["logger=wandb", "evaluate=false", f"hydra.run.dir={tmp_path / 'run'}"]
     typed("train", *arguments)
@@ -166,3 +214,18 @@ def test_speed_counts_the_loader_and_not_validation(monkeypatch):
     # a row: 2 steps x 2 micro-batches x 3 pairs x 2 processes = 24 pairs in 4 x 0.75 s
     row = {"train/loss": 1.0, "of_all": True, "time/pairs_per_second": 8.0}
     assert logged == [(2, row), (4, row)]
+
+
+def test_rows_of_pools_are_kept_when_a_run_resumes(tmp_path):
+    assert pool_seconds(tmp_path) == 0
+    curves = CurvesFile(tmp_path)
+    curves.log_pools({"pool/train/latents": 0.5, "time/pool/seconds": 30.0})
+    curves.log_metrics({"loss": 1.0}, 1)
+    curves.drop_after(0)
+    again = CurvesFile(tmp_path)
+    again.log_pools({"pool/train/latents": 1.0, "time/pool/seconds": 62.5})
+    table = "pool/train/latents,time/pool/seconds\n0.5,30.0\n1.0,62.5\n"
+    assert (tmp_path / "pools.csv").read_text() == table and pool_seconds(tmp_path) == 62.5
+    (tmp_path / "pools.csv").write_text("time/pool/seconds\nsoon\n")
+    with pytest.raises(InputError, match=r"pools.csv: time/pool/seconds is 'soon', not a number"):
+        pool_seconds(tmp_path)

@@ -1,0 +1,58 @@
+"""Experiment trackers of a command: their loggers, begun with its identity and closed at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from capo.cli.build import built, target_name
+from capo.cli.sweep import found_figures
+from capo.cli.values import plain
+from capo.runtime.launch import launch
+from capo.training.loggers import RunIdentity, WandbRun
+
+TRAIN, GENERATE = "train", "generate"  # W&B's job types
+
+
+def identity_of(cfg: DictConfig, group: str | None, job_type: str = TRAIN) -> RunIdentity:
+    """Identity of the run for experiment trackers: swept settings, tags, and its sweep `group`."""
+    objective, pairs, rewards = target_name(cfg.objective), target_name(cfg.pairs), sorted(cfg.rewards)
+    axes = {
+        "objective": objective,
+        "beta": cfg.objective.get("beta"),
+        "bias": cfg.noise.bias,
+        "pairs": pairs,
+        "rewards": "+".join(rewards),
+        "model": cfg.model.name,
+        "lr": cfg.trainer.lr,
+        "seed": cfg.seed,
+    }
+    tags = [objective, pairs, cfg.model.name, *rewards]
+    return RunIdentity(axes, plain(cfg), group, tags, job_type)
+
+
+@contextmanager
+def trackers(
+    cfg: DictConfig, group: str | None, folder: Path, job_type: str = TRAIN
+) -> Iterator[list[Logger]]:
+    """Yield the loggers; only the first process has any.
+
+    Experiment trackers among them get the run's identity at the start and its figures at the end, and are
+    closed.
+    """
+    loggers = [built(cfg, f"logger.{name}") for name in cfg.logger] if launch().first else []
+    tracking = [logger for logger in loggers if isinstance(logger, WandbRun)]
+    try:
+        for logger in tracking:
+            logger.begin(identity_of(cfg, group, job_type))
+        yield loggers
+        if figures := found_figures(folder):  # of a run; a pool has none
+            for logger in tracking:
+                logger.summarize(figures)
+    finally:
+        for logger in tracking:
+            logger.close()
