@@ -166,7 +166,8 @@ def measure_base(
     prompts = [captions[number % len(captions)] for number in range(TEXT_BATCH)]
     text = backbone.encode_prompts(captions[:1])
     text = {name: value.expand(count, *value.shape[1:]) for name, value in text.items()}
-    latents = torch.randn(settings.decoded, *backbone.latent_shape)
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(settings.decoded, *backbone.latent_shape, generator=draw)
 
     def encode() -> int:
         backbone.encode_prompts(prompts)

@@ -126,7 +126,6 @@ TAKES = {
     "steps": "steps",
     "images": "images",
     "training h": "hours/training",
-    "sampling h": "hours/sampling",
     "total h": "hours/total",
     "missing": "missing",
     "certain": "missing/certain",

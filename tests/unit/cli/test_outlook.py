@@ -62,8 +62,10 @@ def test_a_resumed_run_has_the_rest_of_its_steps_left(tiny_run):
         tiny_run("resumed", "trainer.max_steps=6", "planning.flops=1e9"),
     )
     components = build_components(cfg)
+    state = torch.get_rng_state()
     with followed(cfg, components, folder, []) as outlook:
         watch = current_watch()
+        assert torch.equal(state, torch.get_rng_state())  # training draws as it would without
         assert watch is not None and watch.outlook is outlook
     # four steps of two pairs; two of three validations of 2 prompts with 2 images
     assert outlook.left["training", "training"] == 4 * 2

@@ -259,7 +259,7 @@ def test_plans_are_rows_of_their_own(tmp_path):
     ]
     shown = [[list(column.cells) for column in table.columns] for table in plans_tables(jobs, "sweep")]
     assert [cells[0] for cells in shown[0]] == ["0", "sdxl", "1,234,567", "1,000", "4.2 GB", "unknown"]
-    takes = ["0", "sdxl", "2,000", "unknown", "0.012", "unknown", "2.50", "2", "1"]
+    takes = ["0", "sdxl", "2,000", "unknown", "0.012", "2.50", "2", "1"]
     assert [cells[0] for cells in shown[1]] == takes
     assert [cells[1] for cells in shown[0]] == ["1", "sd3", "failed", "", "", ""]
 
