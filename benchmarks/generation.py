@@ -47,6 +47,7 @@ from capo.cli.process import prepare_process
 from capo.data.generation import ImageGenerator, PoolSpec, open_pool, run_stage, stages_of
 from capo.data.pool import Pool
 from capo.data.prompts import make_prompt
+from capo.data.scoring import ScoreStage
 from capo.data.stages import Stage
 from capo.rewards import Reward
 
@@ -111,6 +112,7 @@ def fill(backbone: Backbone, settings: SamplerSettings, size: str, rounds: int, 
         forget_peak(device)
         pool = open_pool(spec, generator)
         text, latents, scores = stages_of(pool, spec, generator, rewards, False)
+        assert isinstance(scores, ScoreStage)  # the last of the three
         drawn = {stage.name: Timed([], []) for stage in (text, latents)}
         for stage in (text, latents):
             drawn[stage.name].add(stage, device)

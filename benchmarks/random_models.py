@@ -6,8 +6,9 @@ import argparse
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import (
@@ -160,15 +161,17 @@ def _all(parts: Mapping[str, nn.Module | None], names: Collection[str]) -> dict[
 class RandomWeights(Backbone):
     """Mixin that replaces `Backbone.__init__` by one that takes an existing pipeline instead of a folder."""
 
-    # of no files; a pool of such a backbone lasts as long as the process that made it
-    fingerprints: ClassVar = {"denoiser": "0" * 64, "latent_space": "1" * 64, "text_encoders": "2" * 64}
-
     def __init__(self, model: str, pipeline: DiffusionPipeline, scheduler: str | None = None):
         self.weights = self.name = model
         self.pipeline, self.sequence_length, self.dtype = pipeline, T5_TOKENS, torch.float32
         if scheduler is not None:
             self.pipeline.scheduler = self._converted(scheduler_class(scheduler))
         self.check_schedule()
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of no files: a pool of such a backbone lasts as long as the process that made it."""
+        return {"denoiser": "0" * 64, "latent_space": "1" * 64, "text_encoders": "2" * 64}
 
 
 class RandomUNet(RandomWeights, UNetBackbone):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+SIDE = 224  # of the tower's images
 # The other process needs Pillow alone, so torch is imported where the tower is made.
 
 
@@ -22,20 +24,25 @@ def tower(size: str):
     from capo.rewards.clip_scores import BatchScorer
     from capo.rewards.cropping import cropped
 
-    full = {
+    full: dict[str, Any] = {
         "hidden_size": 1280,
         "intermediate_size": 5120,
         "num_hidden_layers": 32,
         "num_attention_heads": 16,
     }
-    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPVisionConfig(patch_size=14, image_size=224, **(full if size == "full" else tiny))
+    tiny: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPVisionConfig(patch_size=14, image_size=SIDE, **(full if size == "full" else tiny))
 
     class Tower(BatchScorer):
         """The mean of the projection of each image."""
 
         def _batch(self, images, prompts):
-            pixels = torch.stack([cropped(image, config.image_size) for image in images])
+            pixels = torch.stack([cropped(image, SIDE) for image in images])
             return self.module(pixel_values=pixels.to(self.device)).image_embeds.mean(-1)
 
     with torch.random.fork_rng(devices=[]):

@@ -228,7 +228,7 @@ class Service:
             raise ValueError(f"{len(blobs)} images with the shapes {shapes!r}")
         if len(blobs) != len(prompts):
             raise ValueError(f"{len(blobs)} images for {len(prompts)} prompts")
-        images = blobs if self.takes == PNG else list(map(_picture, blobs, shapes))
+        images = blobs if self.takes == PNG else list(map(_picture, blobs, shapes or []))
         with _without_gradients():
             result = self.scorer(images, prompts)
         values = result.tolist() if hasattr(result, "tolist") else result

@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 
 Part = TypeVar("Part")
-Half, Result = TypeVar("Half"), TypeVar("Result")
+Half = TypeVar("Half")
+Result = TypeVar("Result")
 OPERATIONS, BATCHES = "operations", "batches"
 
 
