@@ -268,7 +268,7 @@ class PreferenceModule(L.LightningModule):
         if not bad:
             self.figures.note({"train/gradient_norm": norm})
             if self.gradient_clip is not None:
-                self.figures.note({"train/clipped": float(norm > self.gradient_clip)})
+                self.figures.note({"train/clipped": (norm > self.gradient_clip).float()})
             return
         optimizer.zero_grad(set_to_none=True)
         log.warning(

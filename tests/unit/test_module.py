@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from capo import objectives
 from capo.data import PreferenceBatch
@@ -212,6 +213,34 @@ def test_figures_continue_from_totals():
     again.restore(first.totals())
     again.note({"a": 6.0})
     assert again.take() == whole.take() == {"a": 3.0}
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that hand a number to Python, for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+def test_a_micro_step_reads_nothing_from_the_device_and_a_step_its_norm(tiny_backbone):
+    """Figures are read when a row of the curves is due."""
+    module = module_for(tiny_backbone, gradient_clip=1.0, anchor=Anchor(1.0))
+    optimizer = torch.optim.SGD(module.policy.parameters(), lr=0)
+    with Reads() as micro:
+        for _ in range(3):
+            module.training_step(batch_for(tiny_backbone), 0).backward()
+    assert micro.count == 0
+    with Reads() as step:
+        module.configure_gradient_clipping(optimizer)
+    assert step.count == 1  # whether the norm is finite
+    with Reads() as row:
+        figures = module.take_figures()
+    assert row.count > 0 and figures["train/clipped"] == float(figures["train/gradient_norm"] > 1)
 
 
 @pytest.mark.parametrize("limit, expected", [(1.0, 1 / 3), (None, None)])
