@@ -10,16 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from capo.backbones.export import write_adapter
 from capo.backbones.family import Family
-from capo.backbones.loading import pipeline_index
 from capo.backbones.lora import BASE_FILE, LORA_FILE
+from capo.backbones.merging_adapters import merge_adapters
 from capo.backbones.model_card import README, soup_readme
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX
 from capo.errors import InputError
@@ -27,10 +24,6 @@ from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint, weight_files
 from capo.runtime.tensor_files import DTYPES, read_rows, spans, tensor_entries, write_parts
 from capo.soup import check_weights, coefficients, combined, inner_products
-
-METADATA = "lora_adapter_metadata"  # diffusers' key for an adapter's settings, in the file's metadata
-# settings of an adapter under which its layers compute more than alpha / rank * B A
-OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -65,14 +58,6 @@ class Exported:
     def is_adapter(self) -> bool:
         """Whether it is a LoRA adapter, and not a whole pipeline."""
         return (self.folder / LORA_FILE).is_file()
-
-    @cached_property
-    def adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Factors by name, and settings, of an adapter."""
-        with safe_open(self.folder / LORA_FILE, framework="pt") as file:
-            factors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            settings = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-        return factors, settings
 
     def fingerprint(self, component: str) -> str:
         """Hash of the tuned weights, 64 hex digits."""
@@ -143,7 +128,8 @@ def merge_policies(
     folder = Path(folder)
     with fresh_folder(folder, INDEX, LORA_FILE) as fresh:
         if models[0].is_adapter:
-            _merge_adapters(base, models, fresh, method, weights)
+            folders = [model.folder for model in models]
+            merge_adapters(base.folder, base.family, folders, fresh, method, weights)
         else:
             _merge_whole(base, models, fresh, method, weights, progress)
         shutil.copyfile(models[0].folder / BASE_FILE, fresh / BASE_FILE)
@@ -253,83 +239,3 @@ def _merged_tensor(
     for span in spans(shapes[0]):
         base, *tuned = (read_rows(file, name, span) for file in files)
         yield combined(base, tuned, numbers).to(DTYPES[dtypes[1]])
-
-
-def _merge_adapters(
-    base: Base, models: Sequence[Exported], fresh: Path, method: str, weights: Sequence[float]
-) -> None:
-    """Write the soup of adapters to the folder `fresh`: factors scaled and concatenated, at alpha = rank."""
-    part = base.component
-    pipeline = getattr(diffusers, pipeline_index(base.folder, base.family.pipeline_classes)["_class_name"])
-    settings = {
-        key.removeprefix(f"{part}."): value for key, value in models[0].adapter[1].items() if "." in key
-    }
-    layers = merged_factors([_scaled_factors(model, part) for model in models], method, weights)
-    rank = max(len(factor) for name, factor in layers.items() if ".lora_A." in name)
-    settings |= {
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted({name.split(".lora_")[0] for name in layers}),
-    }
-    write_adapter(pipeline, part, base.family.kohya_prefix, layers, settings, fresh)
-    if (scheduler := models[0].folder / "scheduler").is_dir():
-        shutil.copytree(scheduler, fresh / "scheduler")
-
-
-def _scaled_factors(model: Exported, part: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> (A, alpha / rank * B), float32, of an adapter."""
-    factors, settings = model.adapter
-    rank, alpha = settings.get(f"{part}.r"), settings.get(f"{part}.lora_alpha")
-    other = [key for key in OTHER_KINDS if settings.get(f"{part}.{key}")]
-    names = [name for name in factors if ".lora_A." in name]
-    fits = all(name.startswith(f"{part}.") and factors[name].ndim == 2 for name in names)
-    if other or not rank or not alpha or not names or not fits or len(factors) != 2 * len(names):
-        raise InputError(
-            f"policies: '{model.folder / LORA_FILE}' is no plain LoRA adapter of linear layers"
-            + (f" ({', '.join(other)})" if other else "")
-            + "; merge adapters that train.py exported"
-        )
-    return {
-        name.removeprefix(f"{part}.").split(".lora_A.")[0]: (
-            factors[name].float(),
-            factors[name.replace(".lora_A.", ".lora_B.")].float() * (alpha / rank),
-        )
-        for name in names
-    }
-
-
-def merged_factors(
-    adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]], method: str, weights: Sequence[float]
-) -> dict[str, Tensor]:
-    """Merge adapters whose products are B A, each layer -> (A (r, in), B (out, r)).
-
-    The inner product of two products is `sum((B1^T B2) * (A1 A2^T))`, so none is ever formed. A layer that an
-    adapter lacks counts as 0; where ranks differ by layer, zeros fill up.
-
-    Returns:
-        `LAYER.lora_A.weight` (R, in) and `LAYER.lora_B.weight` (out, R), with R the sum of the ranks; the
-        merged product is theirs, at a scale of 1.
-    """
-    ranks = [max(len(a) for a, _ in adapter.values()) for adapter in adapters]
-    merged: dict[str, Tensor] = {}
-    for layer in dict.fromkeys(name for adapter in adapters for name in adapter):
-        like_a, like_b = next(adapter[layer] for adapter in adapters if layer in adapter)
-        pairs = [
-            _padded(*adapter.get(layer, (like_a[:0], like_b[:, :0])), rank)
-            for adapter, rank in zip(adapters, ranks, strict=True)
-        ]
-        if len({(a.shape[1], len(b)) for a, b in pairs}) > 1:
-            raise InputError(f"policies: layer '{layer}' has different sizes in the adapters")
-        exact = [(a.double(), b.double()) for a, b in pairs]
-        gram = [[((b.T @ d) * (a @ c.T)).sum().item() for c, d in exact] for a, b in exact]
-        numbers = coefficients(torch.tensor(gram, dtype=torch.float64), method, weights)
-        merged[f"{layer}.lora_A.weight"] = torch.cat([a for a, _ in pairs])
-        merged[f"{layer}.lora_B.weight"] = torch.cat(
-            [number * b for number, (_, b) in zip(numbers, pairs, strict=True)], 1
-        )
-    return merged
-
-
-def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    lacking = rank - len(a)
-    return torch.nn.functional.pad(a, (0, 0, 0, lacking)), torch.nn.functional.pad(b, (0, lacking))

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from capo.backbones.export import export_policy, load_policy
 from capo.backbones.lora import merged
-from capo.backbones.merging import Base, merge_policies, merged_factors
+from capo.backbones.merging import Base, merge_policies
+from capo.backbones.merging_adapters import merged_factors
 from capo.backbones.model_card import ModelCard
 from capo.errors import InputError, ParameterError
 from capo.runtime import tensor_files

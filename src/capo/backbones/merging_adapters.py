@@ -1,0 +1,127 @@
+"""Merge LoRA adapters by their products B A, never A and B apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from capo.backbones.export import write_adapter
+from capo.backbones.family import Family
+from capo.backbones.loading import pipeline_index
+from capo.backbones.lora import LORA_FILE
+from capo.errors import InputError
+from capo.soup import coefficients
+
+METADATA = "lora_adapter_metadata"  # diffusers' key for an adapter's settings, in the file's metadata
+# settings of an adapter under which its layers compute more than alpha / rank * B A
+OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # layer -> (A (r, in), B (out, r)), whose product is B A
+
+
+def merge_adapters(
+    base: Path,
+    family: type[Family],
+    policies: Sequence[Path],
+    fresh: Path,
+    method: str,
+    weights: Sequence[float],
+) -> None:
+    """Write the soup of adapters to the folder `fresh`, as one adapter at alpha = rank.
+
+    Args:
+        base: folder of the base's pipeline.
+        family: its model family.
+        policies: folders of the adapters; the settings and the scheduler are the first one's.
+        fresh: an empty folder.
+        method: `slerp` or `linear`.
+        weights: one for each adapter (`capo.soup`).
+
+    Raises:
+        InputError: a file is no plain adapter of linear layers, or the layers have different sizes.
+    """
+    part = family.denoiser_component
+    pipeline: Any = getattr(diffusers, pipeline_index(base, family.pipeline_classes)["_class_name"])
+    read = [_read(policy / LORA_FILE) for policy in policies]
+    scaled = [_scaled(policy / LORA_FILE, *found, part) for policy, found in zip(policies, read, strict=True)]
+    layers = merged_factors(scaled, method, weights)
+    rank = max(len(factor) for name, factor in layers.items() if ".lora_A." in name)
+    settings = {key.removeprefix(f"{part}."): value for key, value in read[0][1].items() if "." in key}
+    settings |= {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.split(".lora_")[0] for name in layers}),
+    }
+    write_adapter(pipeline, part, family.kohya_prefix, layers, settings, fresh)
+    if (scheduler := policies[0] / "scheduler").is_dir():
+        shutil.copytree(scheduler, fresh / "scheduler")
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the factors by name, and the settings, of an adapter."""
+    with safe_open(file, framework="pt") as found:
+        factors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
+        return factors, json.loads((found.metadata() or {}).get(METADATA, "{}"))
+
+
+def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, Any], part: str) -> Factors:
+    """Layer -> (A, alpha / rank * B), float32, of an adapter."""
+    rank, alpha = settings.get(f"{part}.r"), settings.get(f"{part}.lora_alpha")
+    other = [key for key in OTHER_KINDS if settings.get(f"{part}.{key}")]
+    names = [name for name in factors if ".lora_A." in name]
+    fits = all(name.startswith(f"{part}.") and factors[name].ndim == 2 for name in names)
+    if other or not rank or not alpha or not names or not fits or len(factors) != 2 * len(names):
+        raise InputError(
+            f"policies: '{file}' is no plain LoRA adapter of linear layers"
+            + (f" ({', '.join(other)})" if other else "")
+            + "; merge adapters that train.py exported"
+        )
+    return {
+        name.removeprefix(f"{part}.").split(".lora_A.")[0]: (
+            factors[name].float(),
+            factors[name.replace(".lora_A.", ".lora_B.")].float() * (alpha / rank),
+        )
+        for name in names
+    }
+
+
+def merged_factors(adapters: Sequence[Factors], method: str, weights: Sequence[float]) -> dict[str, Tensor]:
+    """Merge adapters layer by layer.
+
+    The inner product of two products is `sum((B1^T B2) * (A1 A2^T))`, so none is ever formed. A layer that an
+    adapter lacks counts as 0; where ranks differ by layer, zeros fill up.
+
+    Returns:
+        `LAYER.lora_A.weight` (R, in) and `LAYER.lora_B.weight` (out, R), with R the sum of the ranks; the
+        merged product is theirs, at a scale of 1.
+    """
+    ranks = [max(len(a) for a, _ in adapter.values()) for adapter in adapters]
+    merged: dict[str, Tensor] = {}
+    for layer in dict.fromkeys(name for adapter in adapters for name in adapter):
+        like_a, like_b = next(adapter[layer] for adapter in adapters if layer in adapter)
+        pairs = [
+            _padded(*adapter.get(layer, (like_a[:0], like_b[:, :0])), rank)
+            for adapter, rank in zip(adapters, ranks, strict=True)
+        ]
+        if len({(a.shape[1], len(b)) for a, b in pairs}) > 1:
+            raise InputError(f"policies: layer '{layer}' has different sizes in the adapters")
+        exact = [(a.double(), b.double()) for a, b in pairs]
+        gram = [[((b.T @ d) * (a @ c.T)).sum().item() for c, d in exact] for a, b in exact]
+        numbers = coefficients(torch.tensor(gram, dtype=torch.float64), method, weights)
+        merged[f"{layer}.lora_A.weight"] = torch.cat([a for a, _ in pairs])
+        merged[f"{layer}.lora_B.weight"] = torch.cat(
+            [number * b for number, (_, b) in zip(numbers, pairs, strict=True)], 1
+        )
+    return merged
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    lacking = rank - len(a)
+    return torch.nn.functional.pad(a, (0, 0, 0, lacking)), torch.nn.functional.pad(b, (0, lacking))
