@@ -11,7 +11,8 @@ from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.pool import Pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.evaluation.evaluate import evaluate, results
+from capo.evaluation.evaluate import evaluate
+from capo.evaluation.results import results
 from capo.evaluation.seeds import read_rates
 from capo.rewards import Reward
 from capo.rewards.lengths import fewest_tokens
