@@ -153,10 +153,8 @@ def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dic
     found = compare_runs(runs, console)
     if groups := seed_groups(runs):
         console.print(seeds_table(groups))
-    rows = [
-        Row(run, labels, results)
-        for run, labels, results in zip(runs, run_labels(runs), found["results"].values(), strict=True)
-    ]
+    results = found["results"]
+    rows = [Row(run, labels, results[str(run)]) for run, labels in zip(runs, run_labels(runs), strict=True)]
     files = RunTable.of(rows, 0, " ".join(["python evaluate.py", *overrides])).write(folder)
     told = f"the table as a page, as CSV and for LaTeX: {', '.join(map(str, files))}"
     console.print(told, markup=False, highlight=False, soft_wrap=True)
