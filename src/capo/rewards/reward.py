@@ -262,11 +262,8 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
         raise InputError(f"{place}.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     if "scorer" not in entry:
         raise InputError(f"{place}.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
-    if isinstance(entry.get("requires"), str):
-        raise InputError(
-            f"{place}.{name}.requires={entry['requires']}: must be a list of modules, "
-            f"requires: [{entry['requires']}]"
-        )
+    if isinstance(wanted := entry.get("requires"), str):
+        raise InputError(f"{place}.{name}.requires={wanted}: must be a list, requires: [{wanted}]")
     reward = Reward(name, **entry, logs=logs)
     if reward.python:
         root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there

@@ -139,7 +139,7 @@ def test_one_number_an_image():
         ),
         (
             {"red": {"scorer": {"_target_": "x"}, "requires": "torch"}},
-            r"rewards\.red\.requires=torch: must be a list of modules, requires: \[torch\]",
+            r"rewards\.red\.requires=torch: must be a list, requires: \[torch\]",
         ),
         ({"red": {"link": "log"}}, r"rewards\.red: it has no scorer"),
         (
