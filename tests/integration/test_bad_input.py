@@ -670,10 +670,17 @@ def test_ctrl_c_in_training(helper, command_line, tiny_run, tmp_path):
     assert steps == list(range(1, 17))
 
 
-def test_ctrl_c_in_evaluation(helper, finished, tmp_path):
+def test_ctrl_c_in_evaluation(helper, finished, tiny_run, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     results = (run / "evaluation" / "results.json").read_bytes()
-    command = ["--config-path", ROOT / "conf", f"run={run}", f"trust=[{BRIGHTNESS}]", "evaluation.images=64"]
+    command = [
+        "--config-path",
+        ROOT / "conf",
+        f"run={run}",
+        f"pool.root={tiny_run.folder / 'pools'}",
+        f"trust=[{BRIGHTNESS}]",
+        "evaluation.images=64",
+    ]
     process = helper.start("evaluate.py", *command)
     code = process.interrupt_when(
         lambda: len(list((run / "evaluation" / "pool").glob("*/latents/*.safetensors"))) >= 3
