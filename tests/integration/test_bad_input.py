@@ -446,7 +446,7 @@ def test_a_pool_root_that_cannot_be_written(tiny_run, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", [CONFIG, "last.ckpt", OUTCOME])
+@pytest.mark.parametrize("name", [CONFIG, "000002.ckpt", OUTCOME])
 def test_a_full_disk_in_training_is_named_and_the_run_goes_on_later(tiny_run, monkeypatch, name):
     sync = os.fsync
 

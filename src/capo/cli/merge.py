@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from capo.runtime.terminal import Terminal
 
 from capo.backbones.loading import pipeline_folder
 from capo.backbones.merging import Base, merge_policies
@@ -22,7 +22,7 @@ from capo.errors import InputError
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import EVALUATION, POLICY
 
-console = Console()
+console = Terminal()
 
 
 def base_of_policies(cfg: DictConfig) -> Base:
