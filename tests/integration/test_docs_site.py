@@ -59,6 +59,7 @@ def test_every_package_of_the_api_has_a_page():
         "calibration",
         "pairs",
         "noise",
+        "soup",
         "metrics",
         "module",
         "data",
