@@ -76,7 +76,7 @@ def test_a_stage_loads_no_weights_that_it_does_not_compute_with(tiny_run, tiny_f
 
     def made(name, stage):
         loaded.clear()
-        root = tiny_run.folder / name
+        root = tiny_run.folder / name / "pools"
         generate_script.run(tiny_run(name, *here, f"pool.root={root}", f"stage={stage}", config="generate"))
         return set(loaded), {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
