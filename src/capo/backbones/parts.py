@@ -176,7 +176,11 @@ def _take(module: nn.Module, device: torch.device) -> bool:
             return False
         else:
             users = 0
-            _move(module, device)
+            try:
+                _move(module, device)
+            except BaseException:  # no room: half of it may be there, which would count as the whole
+                _move(module, home)
+                raise
         _held[id(module)] = users + 1, home
         return True
 

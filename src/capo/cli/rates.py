@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capo.backbones import Backbone
-from capo.backbones.sampling import SamplerSettings, sample_prompts
+from capo.backbones.sampling import SamplerSettings, encode_unconditional, sample_prompts
 from capo.cli.process import thread_count, worker_logs
 from capo.cli.values import plain
 from capo.data.stages import TEXT_BATCH
@@ -180,8 +180,16 @@ def measure_base(
     def decode() -> int:
         return len(backbone.decode(latents, settings.decoded))
 
-    work = {TEXT: encode, LATENTS: denoise, DECODING: decode}
-    rates = {kind: measured_rate(once, device) for kind, once in work.items()}
+    encode_unconditional(backbone, settings, [count])  # as before a pool is drawn
+    work = {
+        TEXT: (encode, backbone.text_encoders),
+        LATENTS: (denoise, [backbone.denoiser]),
+        DECODING: (decode, [backbone.vae]),
+    }
+    rates = {}
+    for kind, (once, parts) in work.items():
+        with backbone.placed(*parts):  # as for a whole stage: to move them is no part of its rate
+            rates[kind] = measured_rate(once, device)
     return rates, backbone.decode(latents[:1]) * settings.batch
 
 

@@ -1,11 +1,14 @@
 """What is on the device, and when; what a process does not load."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from capo.backbones import MMDiTBackbone, UNetBackbone, parts
 from capo.backbones.parts import DENOISER, TEXT
 from capo.backbones.sampling import SamplerSettings
+from capo.cli.rates import measure_base
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt
 from capo.rewards import Reward
@@ -96,6 +99,40 @@ def test_users_of_a_part_share_it(tiny_backbone, monkeypatch):
     with pytest.raises(KeyError), tiny_backbone.placed(vae):
         raise KeyError
     assert places.here() == set()
+
+
+def test_a_part_that_finds_no_room_is_whole_again(tiny_backbone, monkeypatch):
+    places, vae = Places(tiny_backbone, monkeypatch), tiny_backbone.vae
+    with monkeypatch.context() as full:
+
+        def move(module, device):
+            places.move(module, device)
+            if device.type == "cpu":
+                raise torch.OutOfMemoryError
+
+        full.setattr(parts, "_move", move)
+        with pytest.raises(torch.OutOfMemoryError), tiny_backbone.placed(vae):
+            raise AssertionError("it is not there")
+    assert places.here() == set()
+    with tiny_backbone.placed(vae):
+        assert places.here() == {"vae"}
+
+
+def test_rates_are_of_parts_that_stay_on_the_device(tiny_backbone, monkeypatch):
+    """As in the stages of a pool; the VAE comes once more, for the pictures that rewards are shown."""
+    places, calls = Places(tiny_backbone, monkeypatch), []
+
+    def measured(work, device):
+        calls.extend(work() for _ in range(3))
+        return 1.0
+
+    monkeypatch.setattr("capo.cli.rates.measured_rate", measured)
+    sampling = {"steps": 2, "guidance": 3.0, "batch": 3}
+    rates, images = measure_base(SimpleNamespace(sampling=sampling), tiny_backbone, ["a red circle"])
+    assert len(images) == 3 and len(calls) == 9 and set(rates.values()) == {1.0}
+    there = [name for name, device in places.moves if device == "cpu"]
+    assert there.count(tiny_backbone.denoiser_component) == 1 and there.count("vae") == 2
+    assert there[-3:] == [tiny_backbone.denoiser_component, "vae", "vae"]  # no encoder beside the denoiser
 
 
 def test_visiting_says_where_parts_work(tiny_backbone, monkeypatch):
