@@ -26,6 +26,7 @@ from capo.evaluation.reports.calibration_page import print_warnings
 from capo.module import PreferenceModule
 from capo.runtime.hub import push
 from capo.runtime.launch import launch
+from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import Outlook
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
 from capo.runtime.run_folder import (
@@ -147,6 +148,7 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
                 if progress is not Progress.FINISHED:
                     train(cfg, components, folder, loggers, outlook)
                 leave_group()  # from here on processes need no communication
+                outlook.only(EVALUATING)
                 if cfg.evaluate:
                     evaluate_own(cfg, components, folder)
     if cfg.push_to_hub and launch().first:

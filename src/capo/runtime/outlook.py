@@ -99,6 +99,10 @@ class Outlook:
         self.left[stage, stage] = units
         self.measured(stage, seconds)
 
+    def only(self, stage: str) -> None:
+        """Leave the work of this stage: all others are done."""
+        self.left = {key: left for key, left in self.left.items() if key[0] == stage}
+
     def hours(self) -> dict[str, Hours]:
         """Hours that are left of each stage, in the order of the work; what has nothing left is absent."""
         found: dict[str, Hours] = {}

@@ -1,5 +1,7 @@
 """Hours that are left, told before a command works: of what is not there yet, by known rates alone."""
 
+import shutil
+
 import torch
 
 from capo.cli import generate as generate_script
@@ -74,6 +76,25 @@ def test_a_resumed_run_has_the_rest_of_its_steps_left(tiny_run):
     assert outlook.left["evaluation", "latents"] == 3 * 4  # base, other seeds, policy
     with followed(cfg, components, folder, [], stages=("text",), trains=False) as outlook:
         assert "training" not in outlook.hours() and outlook.left["text", "text"] == 2 * 2  # test and zero
+
+
+def test_an_evaluation_has_nothing_else_left(tiny_run, monkeypatch):
+    """After training, strengths included, and also of a finished run whose checkpoints are gone."""
+    left = []
+
+    def evaluated(*arguments):
+        watch = current_watch()
+        assert watch is not None
+        left.append(dict(watch.outlook.left))
+
+    monkeypatch.setattr("capo.cli.tune.evaluate_own", evaluated)
+    cfg = tiny_run("left", "planning.flops=1e9", "validation.strengths=[0.5]")
+    train_script.run(cfg)
+    shutil.rmtree(tiny_run.folder / "left" / "checkpoints")
+    train_script.run(cfg)
+    assert len(left) == 2 and left[0] == left[1]
+    assert {stage for stage, _ in left[0]} == {"evaluation"}
+    assert left[0]["evaluation", "latents"] == 3 * 4  # base, other seeds, policy
 
 
 def test_other_processes_follow_nothing_and_unknown_models_are_not_planned(tiny_run, monkeypatch):
