@@ -18,7 +18,7 @@ from capo.cli.build import Components, build_components
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
-from capo.cli.run_config import run_config
+from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.values import check_values, plain
 from capo.data.generation import ImageGenerator
@@ -118,9 +118,10 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
     """
     folder = Path(str(cfg.run))
     own = run_config(folder, cfg, overrides)
-    check_ready(own, watching=False)
-    prepare_process(own.threads)
-    components = build_components(own, watching=False)
+    with complete(folder):
+        check_ready(own, watching=False)
+        prepare_process(own.threads)
+        components = build_components(own, watching=False)
     asked = any(override.startswith("validation.strengths=") for override in overrides)
     if asked and own.validation.strengths:
         choose_again(own, components, folder)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 from yaml import YAMLError
 
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
@@ -101,6 +102,7 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
             WRITER, default={"layout": LAYOUT, "capo": here}
         )  # a file without the key has this layout
         layout, capo = writer["layout"], writer["capo"]
+        steps = OmegaConf.select(cfg, "trainer.max_steps")
     except (
         OSError,
         YAMLError,
@@ -119,7 +121,7 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
             f"{LAYOUT}: use that version for it (pip install capo=={capo}), or train again in another "
             "hydra.run.dir; its policy is an ordinary diffusers folder (evaluate.py policy=FOLDER)"
         )
-    if not isinstance(OmegaConf.select(cfg, "trainer.max_steps"), int):
+    if not isinstance(steps, int):
         raise InputError(
             f"{path} is no run's, since it has no trainer.max_steps; restore it, or choose another "
             "hydra.run.dir"
@@ -199,12 +201,27 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
     given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
-    without_outside(own, cfg, folder, given)
     keys = [key for key in given if key not in ASKING and not key.startswith("hydra")]
     check_foreign(folder, _without(own, [*OUTSIDE, *keys]), cfg.trust)
+    without_outside(own, cfg, folder, given)
+    for key, section in cfg.items():
+        if isinstance(section, DictConfig) and key in own and not isinstance(own[key], DictConfig):
+            raise InputError(f"run={folder}: its config.yaml has {key}={own[key]}, where further keys belong")
     for key in keys:
         OmegaConf.update(own, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     return own
+
+
+@contextmanager
+def complete(folder: Path) -> Iterator[None]:
+    """InputError for a key that the configuration of the run in `folder` lacks."""
+    try:
+        yield
+    except ConfigAttributeError as error:
+        raise InputError(
+            f"run={folder}: its config.yaml has no {error.full_key}; restore it, or give that key on the "
+            "command line"
+        ) from error
 
 
 def _without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:

@@ -147,6 +147,8 @@ TABLE: dict[str, Rule] = {
         for key, rule in {
             "link": one_of(list(LINKS)),
             "scale": number(above=0),
+            "weights": optional(TEXT),
+            "version": whole(1),
             "needs_prompt": SWITCH,
             "python": optional(TEXT),
             "timeout": number(above=0),

@@ -240,6 +240,8 @@ def load_rewards(
     """
     if not config:
         raise InputError(f"{place}: no reward is configured; name at least one, as in rewards=shapes")
+    if not isinstance(config, Mapping) or not all(isinstance(entry, Mapping) for entry in config.values()):
+        raise InputError(f"{place}={config}: must be rewards by name, {{NAME: {{scorer: {{...}}}}}}")
     if without := [name for name, entry in config.items() if "scorer" in entry and not entry["scorer"]]:
         raise InputError(_no_scorer(without, place))
     return [_load(name, entry, place, logs) for name, entry in config.items()]
@@ -262,8 +264,8 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
         raise InputError(f"{place}.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     if "scorer" not in entry:
         raise InputError(f"{place}.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
-    if isinstance(wanted := entry.get("requires"), str):
-        raise InputError(f"{place}.{name}.requires={wanted}: must be a list, requires: [{wanted}]")
+    _check_scorer(entry["scorer"], f"{place}.{name}.scorer")
+    _check_requires(entry.get("requires", ()), f"{place}.{name}.requires")
     reward = Reward(name, **entry, logs=logs)
     if reward.python:
         root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there
@@ -275,6 +277,20 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
             f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to their location"
         )
     return reward
+
+
+def _check_scorer(scorer: object, key: str) -> None:
+    named = isinstance(scorer, Mapping) and isinstance(scorer.get("_target_"), str)
+    if not named and (isinstance(scorer, Mapping) or not callable(scorer)):
+        raise InputError(f"{key}={scorer}: must name what is called, {{_target_: module.Class, ...}}")
+
+
+def _check_requires(modules: object, key: str) -> None:
+    """InputError unless it is a list of names; looking for one of another form may import its package."""
+    if isinstance(modules, str):
+        raise InputError(f"{key}={modules}: must be a list, requires: [{modules}]")
+    if not isinstance(modules, (list, tuple)) or not all(name and isinstance(name, str) for name in modules):
+        raise InputError(f"{key}={modules}: must be a list of names of modules")
 
 
 def _not_installed(reward: Reward, modules: str) -> str:

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -137,11 +138,31 @@ WRITING = calling("capo.runtime.files.write_whole", _args_=["written.txt", "text
     scored_by(calling(LOOKS, weights="w"), requires=["antigravity.sub"]),
     scored_by(calling(LOOKS, weights="w"), python="./program"),
     scored_by(calling("capo.rewards.vila.VILA", weights="victim")),  # a graph whose operations may write
+    scored_by(calling(LOOKS, weights="w"), requires={"antigravity.sub": 1}),
+    scored_by(calling(LOOKS, weights="w"), requires=[3]),
     {"pool.root": "elsewhere"},
 ])  # fmt: skip
 def test_a_strangers_configuration_is_refused_and_does_nothing(stranger, values):
     message = stranger(values)
-    assert "config.yaml" in message and len(message.splitlines()) <= 3
+    assert len(message.splitlines()) <= 3 and "antigravity" not in sys.modules
+    assert "config.yaml" in message or ".requires=" in message
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"pool.root": "${nothing}"}, r"has pool.root=\${nothing}, which is not resolved"),
+    ({"trainer.max_steps": "${nothing}"}, r"config.yaml cannot be read \(Interpolation key 'nothing'"),
+    ({"evaluation": "text"}, "its config.yaml has evaluation=text, where further keys belong"),
+    ({"evaluation": {"seed": 0}}, "its config.yaml has no evaluation.oracle"),
+    ({"model": {"backbone": {"weights": "w"}}}, "model.backbone|config.yaml has no model"),
+    ({"evaluation.rewards": ["looks"]}, r"evaluation.rewards=\['looks'\]: must be rewards by name"),
+    ({"evaluation.rewards": {"own": "looks"}}, "evaluation.rewards=.*: must be rewards by name"),
+    (scored_by("text"), "evaluation.rewards.own.scorer=text: must name what is called"),
+    (scored_by({"weights": "w"}), "evaluation.rewards.own.scorer=.*: must name what is called"),
+    (scored_by(calling(LOOKS, weights="w"), weights={"a": 1}), "own.weights=.*: must be text, or null"),
+    (scored_by(calling(LOOKS, weights="w"), version="x"), "own.version=x: must be a whole number"),
+])  # fmt: skip
+def test_a_configuration_that_is_damaged_is_one_message(stranger, values, message):
+    assert re.search(message, stranger(values))
 
 
 def test_a_log_in_a_folder_of_a_strangers_choice_is_refused(stranger):
