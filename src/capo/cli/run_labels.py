@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from capo.errors import InputError
 from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, RATES, read_outcome
 
 OWN = ("run_dir", "hydra", "threads", "seed")  # keys that differ between runs of one setting
@@ -16,11 +19,26 @@ ALWAYS = ("objective", "pairs")  # columns of a table that stand also where all 
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """Read a run's config.yaml as plain values; empty if there is none."""
+    """Read a run's config.yaml as plain values; empty if there is none.
+
+    Raises InputError if it cannot be read.
+    """
     path = folder / CONFIG
-    values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
-    assert isinstance(values, dict)  # a run's configuration is a mapping
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+        if not isinstance(values, dict):
+            raise TypeError("it holds no keys with values")
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(
+            f"runs: {path} cannot be read ({error}); restore it, or leave the run out"
+        ) from error
     return {str(key): value for key, value in values.items()}
+
+
+def _part(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the values below a key; none where the file has no such key, or something else there."""
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def seed_groups(folders: Sequence[Path]) -> dict[str, list[Path]]:
@@ -39,8 +57,9 @@ def seed_groups(folders: Sequence[Path]) -> dict[str, list[Path]]:
 def _setting(values: Mapping[str, Any]) -> str:
     """What a run was configured with, as text, without its seed and place."""
     kept = {key: value for key, value in values.items() if key not in OWN}
-    if adapter := kept["model"].get("lora"):
-        kept["model"] = {**kept["model"], "lora": {**adapter, "seed": None}}  # by default the run's own
+    model = _part(kept, "model")
+    if adapter := _part(model, "lora"):
+        kept["model"] = {**model, "lora": {**adapter, "seed": None}}  # by default the run's own
     return json.dumps(kept, sort_keys=True)
 
 
@@ -64,20 +83,21 @@ def _labels(folder: Path) -> dict[str, str]:
     if not values:
         return {"objective": folder.name}
     outcome = read_outcome(folder) if (folder / OUTCOME).is_file() else {}
-    if merged := outcome.get("soup"):
+    if isinstance(merged := outcome.get("soup"), list):
         return {"objective": f"soup of {', '.join(map(str, merged))}"}
-    noise, weighting = values.get("noise", {}), values.get("noise", {}).get("weighting", "")
+    noise = _part(values, "noise")
+    weighting = str(noise.get("weighting", ""))
     return {
-        "model": str(values.get("model", {}).get("name", "")),
-        "objective": _target(values.get("objective")),
-        "pairs": _target(values.get("pairs")),
-        "rewards": ", ".join(values.get("rewards", {})),
+        "model": str(_part(values, "model").get("name", "")),
+        "objective": _target(_part(values, "objective")),
+        "pairs": _target(_part(values, "pairs")),
+        "rewards": ", ".join(map(str, _part(values, "rewards"))),
         "calibration": str(values.get("calibration", "")),
-        "beta": str(values.get("objective", {}).get("beta", "")),
+        "beta": str(_part(values, "objective").get("beta", "")),
         "weighting": weighting if weighting == "constant" else f"{weighting}, b = {noise.get('bias', '')}",
         "seed": str(values.get("seed", "")),
     }
 
 
-def _target(node: object) -> str:
-    return str(node.get("_target_", "")).rpartition(".")[2] if isinstance(node, Mapping) else ""
+def _target(node: Mapping[str, Any]) -> str:
+    return str(node.get("_target_", "")).rpartition(".")[2]

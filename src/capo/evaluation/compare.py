@@ -52,10 +52,30 @@ def _read(folder: Path, name: str) -> dict:
         raise InputError(
             f"runs: {folder} has not been evaluated ({path} does not exist); run evaluate.py run={folder}"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"runs: {path} cannot be read ({error}); remove it and run evaluate.py run={folder}"
         ) from error
+
+
+def _read_results(folder: Path) -> dict:
+    """Read results.json, and raise InputError if what the tables show of it is not there."""
+    found = _read(folder, RESULTS)
+    try:
+        figures = [rate[key] for rate in found["win_rate"].values() for key in ("mean", "low", "high")]
+        figures += [score["policy"] for score in found["score"].values()]
+        moves = found.get("oracle", {}).values()
+        figures += [measure[side] for measure in moves for side in ("policy", "base")]
+        if not all(type(figure) in (int, float) for figure in figures):
+            raise TypeError("figures must be numbers")
+        if not all(isinstance(found[side], str) for side in ("policy", "base")):
+            raise TypeError("fingerprints must be text")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"runs: {folder / EVALUATION / RESULTS} holds no results of an evaluation ({error!r}); remove it "
+            f"and run evaluate.py run={folder}"
+        ) from error
+    return found
 
 
 def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
@@ -129,7 +149,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
     Raises:
         InputError: a run has not been evaluated, or two runs were evaluated with different settings.
     """
-    results = {str(folder): _read(folder, RESULTS) for folder in folders}
+    results = {str(folder): _read_results(folder) for folder in folders}
     _print_rows(console, results, "win_rate", "win-rate against the base, %", _span)
     _print_rows(console, results, "oracle", "oracle, base → policy", _moved)
     versus = head_to_head(*folders) if len(folders) == 2 else None

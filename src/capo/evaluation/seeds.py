@@ -31,8 +31,10 @@ def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
         rates = {
             name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64) for name in rewards
         }
+        if not all(values.isfinite().all() for values in rates.values()):
+            raise ValueError("a win-rate is not finite")
         return [row["prompt_id"] for row in rows], rates
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
         raise InputError(
             f"runs: the win-rates by prompt of {folder} cannot be read ({path}: {error}); run evaluate.py "
             f"run={folder}"
@@ -42,7 +44,7 @@ def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
 def over_seeds(folders: Sequence[Path]) -> dict[str, OverSeeds]:
     """Win-rates of two or more runs on the same prompts over their seeds, by reward.
 
-    Raises InputError if a run has not been evaluated, or was on other prompts or rewards.
+    Raises InputError if a run has not been evaluated, or was on one prompt, other prompts or rewards.
     """
     read = [read_rates(folder) for folder in folders]
     for folder, (prompts, rates) in zip(folders, read, strict=True):
@@ -51,6 +53,8 @@ def over_seeds(folders: Sequence[Path]) -> dict[str, OverSeeds]:
                 f"runs: {folder} and {folders[0]} were evaluated on different prompts or rewards; evaluate "
                 "both with the same"
             )
+    if len(read[0][0]) < 2:
+        raise InputError(f"runs: {folders[0]} was evaluated on one prompt; over seeds, two are needed")
     return {name: OverSeeds.of(torch.stack([rates[name] for _, rates in read])) for name in read[0][1]}
 
 

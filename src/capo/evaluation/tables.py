@@ -11,11 +11,13 @@ from capo.evaluation.reports.page import number, page_environment
 from capo.evaluation.seeds import read_rates
 from capo.evaluation.statistics import holm, sign_flip_p
 from capo.runtime.files import write_table, write_whole
+from capo.runtime.terminal import printable
 
 LEVEL = 0.05  # of the paired tests, after Holm, by which a value is called the best
 CSV, HTML, LATEX = "table.csv", "table.html", "table.tex"
 SPECIAL = str.maketrans(
-    {character: f"\\{character}" for character in "&%$#_{}"} | {"\\": r"\textbackslash{}"}
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
 
 
@@ -110,9 +112,9 @@ class RunTable:
         )
         heads = " & ".join([*map(_tex, labels), *["win-rate & score"] * len(rewards)])
         lines = [
-            f"% {self.command}",
-            f"% {_rule()}",
-            *(f"% {row.folder}: {_prints(row)}" for row in self.rows),
+            _remark(self.command),
+            _remark(_rule()),
+            *(_remark(f"{row.folder}: {_prints(row)}") for row in self.rows),
             rf"\begin{{tabular}}{{{'l' * len(labels)}{'rr' * len(rewards)}}}",
             r"\toprule",
             " & ".join([*[""] * len(labels), groups]) + r" \\",
@@ -172,4 +174,9 @@ def _rule() -> str:
 
 
 def _tex(text: str) -> str:
-    return text.translate(SPECIAL)
+    return " ".join(text.split()).translate(SPECIAL)
+
+
+def _remark(text: str) -> str:
+    """Comment of one line: what followed a line's end would be read as LaTeX."""
+    return "% " + printable(" ".join(text.split()))

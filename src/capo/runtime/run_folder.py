@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from capo.errors import InputError
 from capo.runtime.files import write_whole
 
 # resolved configuration; result of a finished run; error of a failed job
@@ -25,8 +26,15 @@ PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, 
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """Read `outcome.json` of a finished run."""
-    return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+    """Read `outcome.json` of a finished run; InputError if it cannot be read."""
+    path = folder / OUTCOME
+    try:
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(outcome, dict):
+            raise ValueError("it holds no names with values")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it, or train again") from error
+    return outcome
 
 
 def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ from capo.evaluation.compare import compare_runs, head_to_head, run_folders
 PROMPTS = [make_prompt(text) for text in ("a circle", "a square", "a star")]
 KEYS = {"alignment": "alignment-00000000", "looks": "looks-11111111"}
 
+REST = {"score": {}, "policy": "p", "base": "b"}  # of results.json, which is read whole
+
 
 def policy_pool(folder, generator, scores, seed=0, order=(0, 1, 2)):
     """A pool of one row, prompts in `order`; `scores` {reward: (P, K)} of PROMPTS; latents do not matter."""
@@ -40,6 +42,7 @@ def write_run(folder, scores, generator="a" * 64, mean=0.6, order=(0, 1, 2), **c
     results = {
         "win_rate": {name: {"mean": mean, "low": mean - 0.05, "high": mean + 0.05} for name in KEYS},
         "oracle": {"alignment": {"policy": 0.75, "base": 0.5, "low": 0.2, "high": 0.3}},
+        **REST,
     }
     (folder / "config.yaml").write_text("seed: 0\n")
     (folder / "evaluation" / "settings.json").write_text(json.dumps(settings | changes))
@@ -137,7 +140,7 @@ def test_two_runs_in_tables(runs):
 def test_more_runs_have_no_duel_and_may_have_other_rewards(tmp_path, runs):
     third = write_run(tmp_path / "2", SECOND, "c" * 64)
     path = third / "evaluation" / "results.json"
-    path.write_text(json.dumps({"win_rate": {"novelty": {"mean": 0.7, "low": 0.6, "high": 0.8}}}))
+    path.write_text(json.dumps(REST | {"win_rate": {"novelty": {"mean": 0.7, "low": 0.6, "high": 0.8}}}))
     compared, text = printed([*runs, third])
     assert compared["head_to_head"] is None and len(compared["results"]) == 3
     assert "novelty" in text and "70.0 (60.0–80.0)" in text

@@ -56,7 +56,12 @@ def test_what_cannot_be_compared_is_named(tmp_path):
         over_seeds([first, write_run(tmp_path / "1", 1, (0.5,))])
     with pytest.raises(InputError, match=r"win_rates\.csv.*run evaluate\.py run="):
         read_rates(tmp_path / "2")
-    for index, text in enumerate(["", HEAD, HEAD + "p0,a,,x\n", HEAD + "p0\n"]):
+    alone = [write_run(tmp_path / name, 0, (0.5,)) for name in ("3", "4")]
+    with pytest.raises(InputError, match="3 was evaluated on one prompt"):
+        over_seeds(alone)
+    huge = HEAD + f"p0,{'a' * 200_000},,0.5\n"
+    unusable = ["", HEAD, HEAD + "p0,a,,x\n", HEAD + "p0\n", HEAD + "p0,a,,inf\n", huge]
+    for index, text in enumerate(unusable):
         (first / "evaluation" / "win_rates.csv").write_text(text)
         with pytest.raises(InputError, match="cannot be read"):
             read_rates(first)

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from capo.cli.evaluate import compare
 from capo.cli.run_labels import run_labels
+from capo.errors import InputError
 from capo.evaluation.tables import RunTable, best_rows
 
 REWARDS = ("looks", "align_ment")
@@ -116,3 +117,59 @@ def test_what_a_run_lacks_is_a_dash(tmp_path):
     assert table.cells(0, "b") == ("-", "", "-", False) and table.cells(1, "b")[0] == "50.0"
     table.write(tmp_path)
     assert ",," in (tmp_path / "table.csv").read_text()
+
+
+def without(key):
+    def change(folder):
+        path = folder / "evaluation" / "results.json"
+        found = json.loads(path.read_text())
+        found.pop(key)
+        path.write_text(json.dumps(found))
+
+    return change
+
+
+def having(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (having("config.yaml", "- 1\n"), r"config.yaml cannot be read \(it holds no keys"),
+    (having("config.yaml", "a: ["), r"config.yaml cannot be read"),
+    (lambda folder: (folder / "config.yaml").write_bytes(b"\xff\xfe\x00"), "config.yaml cannot be read"),
+    (having("outcome.json", "[]"), r"outcome.json cannot be read \(it holds no names"),
+    (having("outcome.json", "{"), "outcome.json cannot be read"),
+    (without("policy"), "holds no results of an evaluation .*'policy'"),
+    (without("score"), "holds no results of an evaluation .*'score'"),
+    (having("evaluation/results.json", "[]"), "holds no results of an evaluation"),
+    (having("evaluation/results.json", '{"win_rate": {"a": {"mean": "=1", "low": 0, "high": 1}}, "score": {}}'),
+     "figures must be numbers"),
+    (having("evaluation/results.json", '{"win_rate": {}, "score": {}, "policy": 3, "base": ""}'), "must be text"),
+])  # fmt: skip
+def test_a_run_whose_files_are_damaged_is_one_message(tmp_path, damage, message):
+    runs = [write_run(tmp_path / str(number), 0.6, number) for number in (1, 2)]
+    damage(runs[0])
+    with pytest.raises(InputError, match=message):
+        compare_with_pools(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "seed: 0\n", "model: null\nnoise: text\nrewards: null\nobjective: x\n"])
+def test_a_configuration_that_lacks_keys_has_labels_without_them(tmp_path, text):
+    runs = [write_run(tmp_path / str(number), 0.6, number) for number in (1, 2)]
+    (runs[0] / "config.yaml").write_text(text)
+    (runs[0] / "outcome.json").write_text('{"soup": 3}')
+    compare_with_pools(runs, tmp_path / "out")
+    assert run_labels(runs)[0]["pairs"] == ""
+
+
+def test_no_name_brings_a_command_into_the_latex(tmp_path):
+    from capo.evaluation.tables import Row
+
+    results = {"win_rate": {}, "score": {}, "policy": "p\n\\bye", "base": "b"}
+    labels = {"a\nb": "~^\\input{c}%\n$&"}
+    text = RunTable([Row(tmp_path / "x\n\\input{y}", labels, results)], {}, "evaluate.py\n\\x\x1b").latex()
+    lines = text.splitlines()
+    assert lines[0] == "% evaluate.py \\x\\x1b" and "x \\input{y}: policy p \\bye" in lines[2]
+    assert lines[3].startswith("\\begin{tabular}") and "a b" in text
+    assert r"\textasciitilde{}\textasciicircum{}\textbackslash{}input\{c\}\% \$\&" in text
