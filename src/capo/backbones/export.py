@@ -12,7 +12,7 @@ from torch import Tensor
 from capo.backbones.base import Backbone
 from capo.backbones.drawing import PLAIN, Drawing, prepared
 from capo.backbones.kohya import write_kohya
-from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter
+from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter, read_base
 from capo.backbones.model_card import README, ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import named_dtype
@@ -162,9 +162,13 @@ def _write_base(backbone: Backbone, folder: Path, adapter: bool) -> None:
 
 def _check_base(backbone: Backbone, folder: Path) -> None:
     try:
-        base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-    except OSError:
+        base = read_base(folder)
+    except FileNotFoundError:
         return  # an adapter made elsewhere does not name its base; the loader checks the shapes
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"policy: {folder / BASE_FILE}, which names the base, cannot be read ({error}); restore it"
+        ) from error
     if base["denoiser"] != backbone.fingerprints["denoiser"]:
         raise InputError(
             f"policy '{folder}' is a LoRA adapter of '{base['weights']}' (denoiser {base['denoiser'][:8]}), "

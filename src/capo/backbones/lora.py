@@ -1,7 +1,10 @@
 """Add, disable and merge LoRA adapters; with its adapter disabled, a denoiser is the frozen base."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -16,6 +19,16 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of diffusers
 # An MMDiT block has a second set of projections, for the text tokens.
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ADAPTER = "default"
+
+
+def read_base(folder: Path) -> dict[str, Any]:
+    """Read what a policy says of its base; OSError or ValueError if it cannot be read."""
+    base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(base, dict) or not all(
+        isinstance(base.get(key), str) for key in ("weights", "denoiser")
+    ):
+        raise ValueError("weights and denoiser must be text")
+    return base
 
 
 def add_lora(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from capo.backbones.family import Family
-from capo.backbones.lora import BASE_FILE, LORA_FILE
+from capo.backbones.lora import BASE_FILE, LORA_FILE, read_base
 from capo.backbones.merging_adapters import merge_adapters
 from capo.backbones.model_card import README, soup_readme
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX
@@ -43,10 +42,8 @@ class Exported:
         """Read what a policy says of itself; InputError for a folder that is no exported policy."""
         folder = Path(folder)
         try:
-            base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-            if not all(isinstance(base[key], str) for key in ("weights", "denoiser")):
-                raise TypeError("weights and denoiser must be text")
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            base = read_base(folder)
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"policies: {folder.absolute() / BASE_FILE}, which names the policy's base, cannot be read "
                 f"({error}); give the `policy/` folders of finished runs (one of an earlier version is "
@@ -235,6 +232,11 @@ def _merged_tensor(
     for span in spans(shapes[0]):
         base, *tuned = (read_rows(file, name, span) for file in files)
         gram += inner_products(base, tuned)
+    if not gram.isfinite().all():
+        raise InputError(
+            f"policies: '{name}' has values that are not finite in one of {', '.join(map(str, files))}; leave "
+            "that policy out"
+        )
     numbers = coefficients(gram, method, weights)
     for span in spans(shapes[0]):
         base, *tuned = (read_rows(file, name, span) for file in files)

@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from capo.backbones.export import write_adapter
@@ -66,9 +66,15 @@ def merge_adapters(
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the factors by name, and the settings, of an adapter."""
-    with safe_open(file, framework="pt") as found:
-        factors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
-        return factors, json.loads((found.metadata() or {}).get(METADATA, "{}"))
+    try:
+        with safe_open(file, framework="pt") as found:
+            factors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
+            settings = json.loads((found.metadata() or {}).get(METADATA, "{}"))
+        if not isinstance(settings, dict):
+            raise TypeError(f"its {METADATA} are no names with values")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"policies: '{file}' cannot be read ({error}); export it again") from error
+    return factors, settings
 
 
 def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, Any], part: str) -> Factors:
@@ -76,8 +82,9 @@ def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, An
     rank, alpha = settings.get(f"{part}.r"), settings.get(f"{part}.lora_alpha")
     other = [key for key in OTHER_KINDS if settings.get(f"{part}.{key}")]
     names = [name for name in factors if ".lora_A." in name]
-    fits = all(name.startswith(f"{part}.") and factors[name].ndim == 2 for name in names)
-    if other or not rank or not alpha or not names or not fits or len(factors) != 2 * len(names):
+    fits = all(name.startswith(f"{part}.") and _are_factors(factors, name) for name in names)
+    numbers = all(type(value) in (int, float) and value > 0 for value in (rank, alpha))
+    if other or not numbers or not names or not fits or len(factors) != 2 * len(names):
         raise InputError(
             f"policies: '{file}' is no plain LoRA adapter of linear layers"
             + (f" ({', '.join(other)})" if other else "")
@@ -90,6 +97,14 @@ def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, An
         )
         for name in names
     }
+
+
+def _are_factors(factors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the factor A of this name, and B beside it, have a product, and finite numbers."""
+    a, b = factors[name], factors.get(name.replace(".lora_A.", ".lora_B."))
+    if b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        return False
+    return bool(a.isfinite().all() and b.isfinite().all())
 
 
 def merged_factors(adapters: Sequence[Factors], method: str, weights: Sequence[float]) -> dict[str, Tensor]:

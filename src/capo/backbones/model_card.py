@@ -187,8 +187,8 @@ def soup_readme(policy: Path, name: str, facts: Mapping[str, object]) -> str:
     """
     try:
         head, _, made = (policy / README).read_text(encoding="utf-8").partition(f"{MADE}\n")
-    except OSError:
-        made = ""
+    except (OSError, ValueError):  # ValueError: it is not text
+        head = made = ""
     loaded = re.search(r'load_lora_weights\("(.+?)"\)', head) if made else None
     loaded = loaded or (re.search(r'from_pretrained\("(.+?)"', head) if made else None)
     if not loaded:

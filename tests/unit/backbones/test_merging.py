@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
 
 from capo.backbones.export import export_policy, load_policy
 from capo.backbones.lora import merged
@@ -165,6 +166,61 @@ def test_adapters_of_other_kinds_are_refused(tiny_backbone, tmp_path):
     save_file(load_file(file), file)  # without its settings: rank and alpha are not known
     with pytest.raises(InputError, match="is no plain LoRA adapter of linear layers"):
         merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+
+
+def test_a_damaged_adapter_is_named(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2, lora=True)
+    file = folders[1] / "pytorch_lora_weights.safetensors"
+    whole = file.read_bytes()
+    with safe_open(file, framework="pt") as found:
+        metadata = found.metadata()
+    tensors = load(whole)  # not mapped from the file, which is damaged below
+    name = next(name for name in tensors if ".lora_B." in name)
+    key = "lora_adapter_metadata"
+
+    def refused(said):
+        with pytest.raises(InputError, match=said):
+            merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+        assert not (tmp_path / "soup").exists()
+
+    for content in (b"", whole[:100], whole[:-8], b"\xff" * 64):
+        file.write_bytes(content)
+        refused("pytorch_lora_weights.safetensors' cannot be read")
+    for settings in ("{", "[]"):
+        save_file(tensors, file, metadata | {key: settings})
+        refused("cannot be read")
+    for changed in (
+        {name: tensors[name][:, :1].clone()},  # of another rank than its A
+        {name: tensors[name] * float("nan")},
+        {name: tensors[name][..., None].clone()},
+    ):
+        save_file(tensors | changed, file, metadata)
+        refused("is no plain LoRA adapter")
+    settings = json.loads(metadata[key]) | {"unet.lora_alpha": "4"}
+    save_file(tensors, file, metadata | {key: json.dumps(settings)})
+    refused("is no plain LoRA adapter")
+
+
+def test_weights_that_are_not_finite_and_a_readme_that_is_no_text_are_named(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2)
+    (folders[0] / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="README.md does not say how the policy is loaded"):
+        merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+    [file] = (folders[1] / "unet").glob("*.safetensors")
+    tensors = load(file.read_bytes())
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] * float("inf")}, file)
+    with pytest.raises(InputError, match=f"'{name}' has values that are not finite"):
+        merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+    assert not (tmp_path / "soup").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weights": "w"}', '{"weights": "w", "denoiser": 3}'])
+def test_an_adapter_whose_base_cannot_be_read_is_not_loaded(tiny_backbone, tmp_path, text):
+    _, [folder] = exported(tiny_backbone, tmp_path, count=1, lora=True)
+    (folder / "base.json").write_text(text)
+    with pytest.raises(InputError, match=r"policy: .*base\.json, which names the base, cannot be read"):
+        load_policy(tiny_backbone, folder)
 
 
 MEASURED = """
