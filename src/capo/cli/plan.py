@@ -16,6 +16,7 @@ from rich.console import Console
 
 from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
+from capo.backbones.sampling import POLICY as ITSELF
 from capo.cli.build import all_rewards, built, family_of, held_out_rewards, prompt_splits
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.cli.readiness import check_accelerator, check_draw, check_reward_weights, check_weights
@@ -183,6 +184,7 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
         sampling.batch,
         sampling.precision,
         sampling.decode or sampling.batch,
+        sampling.unconditional != ITSELF,
     )
     itemsize = DTYPES[cfg.model.backbone.get("dtype", "float32")].itemsize
     training, peak = training_request(cfg), peak_of(cfg.planning.flops, gpu_name(cfg.trainer.accelerator))

@@ -86,6 +86,7 @@ def device_memory(request: Request) -> dict[str, Any]:
         request.rewards,
     )
     policy = {"policy": drawing_bytes(blueprint, training.lora, sampling.precision)}
+    compared = {**(base if sampling.other else {}), **policy}
     return _phases(
         {
             "text": {"text encoders": encoders},
@@ -96,7 +97,7 @@ def device_memory(request: Request) -> dict[str, Any]:
             "validation scoring": {**kept, REWARDS: rewards.validation},
             **(
                 {
-                    "evaluation": {**base, **policy, SAMPLING: drawing},
+                    "evaluation": {**compared, SAMPLING: drawing},
                     "evaluation scoring": {REWARDS: rewards.evaluation, DECODING: decoding},
                 }
                 if request.evaluate
@@ -109,11 +110,16 @@ def device_memory(request: Request) -> dict[str, Any]:
 def host_memory(request: Request) -> dict[str, Any]:
     """Compute the bytes of each part in host memory, by phase.
 
-    The pipeline and the rewards stay there while they are off the device, those of each process on a machine.
+    The pipeline, its denoiser as it draws, and the rewards stay there while they are off the device, those of
+    each process on a machine.
     The first process collects a checkpoint there if it is sharded; else it writes one tensor after another.
     """
-    whole, each = request.model_states(), request.training.local_processes
-    pipeline = each * sum(pipeline_bytes(request.blueprint, request.itemsize).values())
+    whole, each, blueprint = request.model_states(), request.training.local_processes, request.blueprint
+    parts = pipeline_bytes(blueprint, request.itemsize)
+    parts[blueprint.denoiser_name] = drawing_bytes(
+        blueprint, None, request.sampling.precision, request.itemsize
+    )
+    pipeline = each * sum(parts.values())
     rewards = each * request.rewards.everything
     return _phases(
         {

@@ -66,6 +66,7 @@ class SamplingRequest:
         batch: images in one forward pass, before guidance doubles them.
         precision: Lightning's name of the denoiser's precision.
         decode: images that the VAE decodes at once.
+        other: whether a policy draws with the unconditional prediction of another network.
     """
 
     steps: int
@@ -73,6 +74,7 @@ class SamplingRequest:
     batch: int
     precision: str
     decode: int
+    other: bool = False
 
 
 @dataclass(frozen=True)

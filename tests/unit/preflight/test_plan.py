@@ -397,6 +397,14 @@ def test_host_memory_counts_every_process_of_a_machine(unet):
     assert sharded["training"]["total"] - eight["training"]["total"] == collected
 
 
+def test_a_denoiser_that_draws_in_half_waits_in_half(unet):
+    half = replace(request(unet), sampling=SamplingRequest(6, 2, 4, "bf16-mixed", 4))
+    saved = drawing_bytes(unet, None, "32-true") - drawing_bytes(unet, None, "bf16-mixed")
+    for phase in ("loading", "training"):
+        whole, less = (host_memory(asked)[phase]["pipeline"] for asked in (request(unet), half))
+        assert whole == sum(pipeline_bytes(unet, 4).values()) == less + saved > less
+
+
 def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
     device, drawing = (
         device_memory(request(unet)),
@@ -410,7 +418,9 @@ def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
         "denoiser": denoiser, "sampling": drawing, "total": denoiser + drawing,
     }  # fmt: skip
     weights = model_states(unet, None, "32-true", "adamw", True).weights
-    assert device["evaluation"]["total"] == denoiser + weights + drawing
+    assert device["evaluation"] == {"policy": weights, "sampling": drawing, "total": weights + drawing}
+    guided = replace(request(unet), sampling=SamplingRequest(6, 2, 4, "32-true", 4, other=True))
+    assert device_memory(guided)["evaluation"]["total"] == denoiser + weights + drawing
     for scored in ("pool scoring", "evaluation scoring"):
         assert device[scored]["total"] == device[scored]["decoding"] == decoding
     assert device["validation"]["sampling and decoding"] == max(drawing, decoding)
