@@ -118,5 +118,6 @@ class Imported:
         if lacking or len(self.pool.prompts) != len(self.table.ids):
             raise InputError(
                 f"pool.imported={self.pool.folder} is incomplete ({len(lacking)} shards are missing): run "
-                "the same generate.py stage=import again; it resumes where it stopped"
+                "the same generate.py stage=import again, with sampling.precision and trainer.precision of "
+                "this run, for which text may have to be encoded anew; it resumes where it stopped"
             )
