@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -62,6 +63,18 @@ def test_what_cannot_be_merged_is_refused(tiny_run, tmp_path, monkeypatch):
         merge_script.run(tiny_run("none", "policies=[a,b]", "weights=[1]", config="merge"), tmp_path)
     with pytest.raises(InputError, match=r"a/base\.json.*cannot be read"):
         merge_script.run(tiny_run("none", "policies=[a,b]", config="merge"), tmp_path)
+    with pytest.raises(InputError, match=r"weights .*must be 2 finite numbers"):
+        merge_script.run(tiny_run("none", "policies=[a,b]", "weights=[]", config="merge"), tmp_path)
+
+
+def test_a_soup_takes_the_place_of_no_policy_of_a_run_or_of_its_own(policies, tiny_run, tmp_path):
+    first = Path(policies[0])
+    before = sorted(path.name for path in first.iterdir())
+    (tmp_path / "policy").symlink_to(first)
+    for folder in (first.parent, tmp_path):
+        with pytest.raises(InputError, match="policy would be replaced by the soup"):
+            merge_script.run(tiny_run("none", f"policies=[{','.join(policies)}]", config="merge"), folder)
+    assert sorted(path.name for path in first.iterdir()) == before
 
 
 def job(tiny_run, sweep, name, channels, *overrides):
@@ -77,6 +90,13 @@ def job(tiny_run, sweep, name, channels, *overrides):
     return folder
 
 
+def multirun(tiny_run, sweep):
+    """Configuration of the command that ran the jobs in `sweep`."""
+    config = tiny_run(sweep.name)
+    OmegaConf.update(config, "hydra", {"sweep": {"dir": str(sweep)}}, force_add=True)
+    return config
+
+
 def rows(sweep):
     with (sweep / "sweep.csv").open() as file:
         return {row["job"]: row for row in csv.DictReader(file)}
@@ -86,13 +106,17 @@ def test_a_sweep_of_single_rewards_gets_the_row_of_their_soup(tiny_run):
     sweep = tiny_run.folder / "sweep"
     for name, channels in enumerate(["r", "g", "rg"]):
         job(tiny_run, sweep, str(name), channels)
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}, "plan": False})
+    config = multirun(tiny_run, sweep)
     for callback in (SoupOfRewards("slerp"), SweepReport()):
         callback.on_multirun_end(config)
     found = rows(sweep)
     assert list(found) == ["0", "1", "2", "soup-0"]
     assert found["soup-0"]["rewards"] == "soup of jobs 0, 1" and found["soup-0"]["status"] == "finished"
     assert 0 <= float(found["soup-0"]["test/win_rate/r"]) <= 1 and found["soup-0"]["val/win_rate"] == ""
+    soup = sweep / "soup-0"
+    found = evaluate_script.run(tiny_run("of-a-soup", f"run={soup}", "trust=[fixtures.fake_rewards.Brightness]",
+                                         config="evaluate"), [], soup)  # fmt: skip
+    assert f"| {100 * found['win_rate']['r']['mean']:.1f} |" in (soup / "policy" / "README.md").read_text()
     SoupOfRewards("linear").on_multirun_end(config)  # a soup is no job of the next one
     assert sorted(path.name for path in sweep.glob("soup*")) == ["soup-0"]
     assert json.loads((sweep / "soup-0" / "outcome.json").read_text()) == {
@@ -106,11 +130,22 @@ def test_a_soup_that_fails_is_reported_and_ends_the_sweep_with_1(tiny_run, capsy
     for name, channel in enumerate("rg"):
         job(tiny_run, sweep, str(name), [channel], "evaluate=false")
     (sweep / "1" / "policy" / "base.json").unlink()
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}, "plan": False})
+    config = multirun(tiny_run, sweep)
     SoupOfRewards().on_multirun_end(config)
     with pytest.raises(SystemExit):
         SweepReport().on_multirun_end(config)
     assert rows(sweep)["soup-0"]["status"] == "failed" and "base.json" in rows(sweep)["soup-0"]["error"]
+    stored = (sweep / "0" / "config.yaml").read_text()
+    for foreign, said in (
+        (
+            stored.replace("fixtures.fake_rewards.Brightness", "os.system"),
+            "hydra.callbacks.soup.trust=[os.system]",
+        ),
+        (stored.replace(str(tiny_run.folder / "pools"), "/elsewhere"), "pool.root=/elsewhere"),
+    ):
+        (sweep / "0" / "config.yaml").write_text(foreign)
+        SoupOfRewards().on_multirun_end(config)
+        assert said in (sweep / "soup-0" / "error.txt").read_text()
     (sweep / "0" / "outcome.json").unlink()
     SoupOfRewards().on_multirun_end(config)
     assert "no soup of jobs 0, 1: not finished: 0" in capsys.readouterr().out

@@ -234,8 +234,8 @@ def _merged_tensor(
         gram += inner_products(base, tuned)
     if not gram.isfinite().all():
         raise InputError(
-            f"policies: '{name}' has values that are not finite in one of {', '.join(map(str, files))}; leave "
-            "that policy out"
+            f"policies: '{name}' has values that are not finite in one of {', '.join(map(str, files))}; "
+            "leave that policy out"
         )
     numbers = coefficients(gram, method, weights)
     for span in spans(shapes[0]):

@@ -79,12 +79,11 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, Any], part: str) -> Factors:
     """Layer -> (A, alpha / rank * B), float32, of an adapter."""
-    rank, alpha = settings.get(f"{part}.r"), settings.get(f"{part}.lora_alpha")
+    rank, alpha = (_positive(settings.get(f"{part}.{key}")) for key in ("r", "lora_alpha"))
     other = [key for key in OTHER_KINDS if settings.get(f"{part}.{key}")]
     names = [name for name in factors if ".lora_A." in name]
     fits = all(name.startswith(f"{part}.") and _are_factors(factors, name) for name in names)
-    numbers = all(type(value) in (int, float) and value > 0 for value in (rank, alpha))
-    if other or not numbers or not names or not fits or len(factors) != 2 * len(names):
+    if other or not rank or not alpha or not names or not fits or len(factors) != 2 * len(names):
         raise InputError(
             f"policies: '{file}' is no plain LoRA adapter of linear layers"
             + (f" ({', '.join(other)})" if other else "")
@@ -97,6 +96,11 @@ def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, An
         )
         for name in names
     }
+
+
+def _positive(value: Any) -> float:
+    """Return the value if it is a number above 0, else 0."""
+    return value if type(value) in (int, float) and value > 0 else 0
 
 
 def _are_factors(factors: Mapping[str, Tensor], name: str) -> bool:

@@ -5,6 +5,7 @@ Every start imports this module, so each callback imports its libraries when it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
@@ -30,14 +31,15 @@ class SoupOfRewards(Callback):
 
     Args:
         method: `slerp` or `linear`.
+        trust: exact names of other code in swept values, which the jobs' config.yaml may then call.
     """
 
-    def __init__(self, method: str = "slerp"):
-        self.method = method
+    def __init__(self, method: str = "slerp", trust: Sequence[str] = ()):
+        self.method, self.trust = method, trust
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Write and evaluate the soups, each in a directory beside the jobs'."""
         from capo.cli.sweep_soup import add_soups
 
         if not config.plan:
-            add_soups(Path(config.hydra.sweep.dir), self.method)
+            add_soups(Path(config.hydra.sweep.dir), self.method, config, self.trust)

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.export import load_policy, policy_fingerprint
-from capo.backbones.model_card import ModelCard, write_card
+from capo.backbones.model_card import ModelCard, write_card, write_win_rates
 from capo.backbones.unconditional import unconditional_of
 from capo.cli.build import Components, build_components
 from capo.cli.messages import plain_errors
@@ -33,6 +33,7 @@ from capo.runtime.launch import launch
 from capo.runtime.run_folder import (
     EVALUATION,
     METRICS,
+    OUTCOME,
     POLICY,
     POOLS,
     REPORT,
@@ -105,9 +106,23 @@ def evaluate_own(cfg: DictConfig, components: Components, folder: Path) -> dict 
     policy = folder / POLICY
     found = evaluate_policy(cfg, components, policy, folder / EVALUATION, run=folder)
     if found is not None:
-        card = ModelCard(**read_outcome(folder)["card"])
+        if (card := card_of(folder)) is None:  # a sweep's soup, whose README is not made from a card
+            write_win_rates(policy, found["win_rate"])
+            return found
         write_card(components.backbone, policy, replace(card, win_rates=found["win_rate"]))
     return found
+
+
+def card_of(folder: Path) -> ModelCard | None:
+    """Read the facts for the policy's README; None of a soup. InputError if they cannot be read."""
+    outcome = read_outcome(folder)
+    try:
+        return None if "soup" in outcome else ModelCard(**outcome["card"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / OUTCOME} has no card of the policy ({error}); restore it, or evaluate the policy "
+            f"itself: evaluate.py policy={folder / POLICY}"
+        ) from error
 
 
 def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
@@ -122,6 +137,7 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
         check_ready(own, watching=False)
         prepare_process(own.threads)
         components = build_components(own, watching=False)
+    card_of(folder)  # is read again when the images are drawn, which may take hours
     asked = any(override.startswith("validation.strengths=") for override in overrides)
     if asked and own.validation.strengths:
         choose_again(own, components, folder)

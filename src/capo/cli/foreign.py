@@ -21,13 +21,14 @@ OUTSIDE = ("push_to_hub", "logger", "hydra")
 ROOT = "pool.root"
 
 
-def check_foreign(folder: Path, stored: Mapping[str, Any], trust: Sequence[str]) -> None:
+def check_foreign(folder: Path, stored: Mapping[str, Any], trust: Sequence[str], key: str = "trust") -> None:
     """Raise InputError if the configuration of the run in `folder` asks for what it may not.
 
     Args:
         folder: the run directory, for the message.
         stored: its configuration, unresolved, without what the command line replaces.
         trust: names of targets, interpreters and modules that the command line allows, exactly as they stand.
+        key: where the command line gives them.
     """
     if fault := next(_unusable(stored), None):
         raise InputError(
@@ -38,13 +39,13 @@ def check_foreign(folder: Path, stored: Mapping[str, Any], trust: Sequence[str])
         calls_them = ", ".join(f"{key}={name}" for key, name in unknown.items())
         names = ",".join(dict.fromkeys(unknown.values()))
         raise InputError(
-            f"run={folder}: its config.yaml calls {calls_them}; if you trust that code, add 'trust=[{names}]'"
+            f"run={folder}: its config.yaml calls {calls_them}; if you trust that code, add '{key}=[{names}]'"
         )
 
 
 def _unusable(stored: Mapping[str, Any]) -> Iterator[str]:
     """Yield `key=value, which ...` for what no trust allows."""
-    for path, value in _leaves(stored):
+    for path, value in leaves(stored):
         if isinstance(value, str) and "${" in value:
             yield f"{dotted(path)}={value}, which is not resolved, as train.py writes it"
     for path, node in calls(stored):
@@ -80,13 +81,14 @@ def _untrusted(stored: Mapping[str, Any], trust: Sequence[str]) -> Iterator[tupl
                     yield f"{place}.{reward}.requires", str(module)
 
 
-def _leaves(node: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
+def leaves(node: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
+    """Yield (path, value) of each value of a configuration that holds no others."""
     if isinstance(node, Mapping):
         for name, value in node.items():
-            yield from _leaves(value, (*path, name))
+            yield from leaves(value, (*path, name))
     elif isinstance(node, list):
         for number, value in enumerate(node):
-            yield from _leaves(value, (*path, number))
+            yield from leaves(value, (*path, number))
     else:
         yield path, node
 

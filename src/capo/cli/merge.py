@@ -7,7 +7,6 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from capo.runtime.terminal import Terminal
 
 from capo.backbones.loading import pipeline_folder
 from capo.backbones.merging import Base, merge_policies
@@ -20,7 +19,8 @@ from capo.cli.readiness import check_ready, check_weights, refuse_plans
 from capo.cli.values import check_values, plain
 from capo.errors import InputError
 from capo.runtime.launch import launch
-from capo.runtime.run_folder import EVALUATION, POLICY
+from capo.runtime.run_folder import CONFIG, EVALUATION, POLICY
+from capo.runtime.terminal import Terminal
 
 console = Terminal()
 
@@ -49,16 +49,24 @@ def soup_of(
     if cfg.evaluate:
         check_ready(cfg, watching=False)
     prepare_process(cfg.threads)
-    shares = weights or [1 / len(policies)] * len(policies)
+    shares = [1 / len(policies)] * len(policies) if weights is None else weights
     policy = merge_policies(base_of_policies(cfg), policies, folder / POLICY, method, shares)
-    console.print(
-        f"soup of {len(policies)} policies: {policy}", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"soup of {len(policies)} policies: {policy}", highlight=False, soft_wrap=True)
     if cfg.evaluate:
         components = build_components(cfg, watching=False)
         results = evaluate_policy(cfg, components, policy, folder / EVALUATION)
         write_win_rates(policy, results["win_rate"] if results else {})
     return policy
+
+
+def check_place(folder: Path, policies: Sequence[str]) -> None:
+    """Raise InputError if the soup would take the place of a run's policy, or of one that is merged."""
+    own = folder / POLICY
+    if (folder / CONFIG).exists() or any(Path(policy).resolve() == own.resolve() for policy in policies):
+        raise InputError(
+            f"{own} would be replaced by the soup, but is the policy of a run or one of policies; choose "
+            "another hydra.run.dir"
+        )
 
 
 def run(cfg: DictConfig, folder: Path) -> Path:
@@ -73,7 +81,8 @@ def run(cfg: DictConfig, folder: Path) -> Path:
             "merge.py is one process: run it without the launcher, with evaluate=false, and then "
             "torchrun evaluate.py policy=FOLDER"
         )
-    weights = list(cfg.weights) if cfg.weights else None
+    weights = None if cfg.weights is None else list(cfg.weights)
+    check_place(folder, list(map(str, named)))
     return soup_of(cfg, list(map(str, named)), cfg.method, weights, folder)
 
 

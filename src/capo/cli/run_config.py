@@ -202,7 +202,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
     given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
     keys = [key for key in given if key not in ASKING and not key.startswith("hydra")]
-    check_foreign(folder, _without(own, [*OUTSIDE, *keys]), cfg.trust)
+    check_foreign(folder, without(own, [*OUTSIDE, *keys]), cfg.trust)
     without_outside(own, cfg, folder, given)
     for key, section in cfg.items():
         if isinstance(section, DictConfig) and key in own and not isinstance(own[key], DictConfig):
@@ -224,7 +224,7 @@ def complete(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
+def without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
     """Return the configuration as plain values, unresolved, without the values of these dotted keys."""
     values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
     for key in keys:

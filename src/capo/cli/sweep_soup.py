@@ -10,36 +10,49 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from capo.cli.foreign import OUTSIDE, ROOT, check_foreign, leaves
 from capo.cli.merge import soup_of
+from capo.cli.run_config import without
 from capo.cli.sweep import Job, read_jobs, run_job
+from capo.errors import InputError
 from capo.runtime.files import write_whole
 from capo.runtime.run_folder import CONFIG, POLICY, write_outcome
+from capo.runtime.terminal import printable
 
+TRUST = "hydra.callbacks.soup.trust"  # key of the command line
 REWARDS = "rewards"  # the key that the jobs of a soup differ in
 SOUP = "soup-"  # begins the name of a soup's directory; the number of its first job follows
 
 
-def add_soups(sweep: Path, method: str) -> list[Path]:
+def add_soups(sweep: Path, method: str, config: DictConfig, trust: Sequence[str] = ()) -> list[Path]:
     """Merge and evaluate one soup for each set of jobs that differ in their single reward alone.
 
     A soup's directory lies beside those of the jobs, and is reported like one, also where it fails. Sets with
     a job that is not finished are left out, and said. Returns the soups' directories.
+
+    Directories of jobs may come from anywhere: their config.yaml calls registered names (`capo.cli.foreign`),
+    names that stand in the multirun's own `config`, and those of `trust`.
     """
+    own = leaves(without(config, ["hydra"]))
+    allowed = [*trust, *(value for _, value in own if isinstance(value, str))]
     made = []
     for jobs in single_reward_jobs(read_jobs(sweep)):
         if unfinished := [job.name for job in jobs if not job.done]:
-            print(f"no soup of jobs {_names(jobs)}: not finished: {', '.join(unfinished)}")
+            print(printable(f"no soup of jobs {_names(jobs)}: not finished: {', '.join(unfinished)}"))
             continue
         folder = sweep / f"{SOUP}{jobs[0].name}"
         own = {**jobs[0].overrides, REWARDS: f"soup of jobs {_names(jobs)}"}
         write_whole(folder / ".hydra" / "overrides.yaml", json.dumps([f"{k}={v}" for k, v in own.items()]))
-        run_job(partial(_add_soup, jobs, method, folder), folder)
+        run_job(partial(_add_soup, jobs, method, folder, allowed), folder)
         made.append(folder)
     return made
 
 
-def _add_soup(jobs: Sequence[Job], method: str, folder: Path) -> float:
-    cfg = _config(jobs[0])
+def _add_soup(jobs: Sequence[Job], method: str, folder: Path, allowed: Sequence[str]) -> float:
+    cfg, first = _config(jobs[0]), jobs[0].folder
+    check_foreign(first, without(cfg, OUTSIDE), allowed, TRUST)
+    if (root := OmegaConf.select(cfg, ROOT)) not in allowed:
+        raise InputError(f"run={first}: its config.yaml has {ROOT}={root}, which this command does not name")
     write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg))
     soup_of(cfg, [job.folder / POLICY for job in jobs], method, None, folder)
     write_outcome(folder, {"soup": [job.name for job in jobs], "method": method})

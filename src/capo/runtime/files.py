@@ -32,6 +32,7 @@ def whole_file(path: str | Path, remedy: str = REMEDY) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.unlink(missing_ok=True)  # a link, in a folder from elsewhere, would be followed
         yield unfinished
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())

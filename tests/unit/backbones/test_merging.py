@@ -204,7 +204,7 @@ def test_a_damaged_adapter_is_named(tiny_backbone, tmp_path):
 def test_weights_that_are_not_finite_and_a_readme_that_is_no_text_are_named(tiny_backbone, tmp_path):
     _, folders = exported(tiny_backbone, tmp_path, count=2)
     (folders[0] / "README.md").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="README.md does not say how the policy is loaded"):
+    with pytest.raises(InputError, match=r"README\.md does not say how the policy is loaded"):
         merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
     [file] = (folders[1] / "unet").glob("*.safetensors")
     tensors = load(file.read_bytes())

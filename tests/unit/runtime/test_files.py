@@ -49,3 +49,11 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match=r"taken/result.txt cannot be written"):
         write_whole(tmp_path / "taken" / "result.txt", "new")
+
+
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / ".results.json.tmp").symlink_to(tmp_path / "thesis.txt")
+    write_whole(tmp_path / "results.json", "{}")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "results.json").read_text() == "{}" and not (tmp_path / "results.json").is_symlink()
