@@ -114,8 +114,8 @@ def test_a_sweep_of_single_rewards_gets_the_row_of_their_soup(tiny_run):
     assert found["soup-0"]["rewards"] == "soup of jobs 0, 1" and found["soup-0"]["status"] == "finished"
     assert 0 <= float(found["soup-0"]["test/win_rate/r"]) <= 1 and found["soup-0"]["val/win_rate"] == ""
     soup = sweep / "soup-0"
-    found = evaluate_script.run(tiny_run("of-a-soup", f"run={soup}", "trust=[fixtures.fake_rewards.Brightness]",
-                                         config="evaluate"), [], soup)  # fmt: skip
+    asked = ["trust=[fixtures.fake_rewards.Brightness]", f"run={soup}"]
+    found = evaluate_script.run(tiny_run("of-a-soup", *asked, config="evaluate"), [], soup)
     assert f"| {100 * found['win_rate']['r']['mean']:.1f} |" in (soup / "policy" / "README.md").read_text()
     SoupOfRewards("linear").on_multirun_end(config)  # a soup is no job of the next one
     assert sorted(path.name for path in sweep.glob("soup*")) == ["soup-0"]
