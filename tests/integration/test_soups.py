@@ -149,3 +149,18 @@ def test_a_soup_that_fails_is_reported_and_ends_the_sweep_with_1(tiny_run, capsy
     (sweep / "0" / "outcome.json").unlink()
     SoupOfRewards().on_multirun_end(config)
     assert "no soup of jobs 0, 1: not finished: 0" in capsys.readouterr().out
+
+
+def test_a_job_without_a_configuration_leaves_the_others_without_a_soup(tmp_path, capsys):
+    for name, rewards in enumerate("ab"):
+        (tmp_path / str(name) / ".hydra").mkdir(parents=True)
+        (tmp_path / str(name) / ".hydra" / "overrides.yaml").write_text(f"['rewards=[{rewards}]']")
+    OmegaConf.save(OmegaConf.create({"rewards": {"a": {}}}), tmp_path / "0" / "config.yaml")
+    (tmp_path / "0" / "outcome.json").write_text("{}")
+    (tmp_path / "1" / "error.txt").write_text("refused before anything was written")
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "plan": False})
+    SoupOfRewards().on_multirun_end(config)
+    assert "no soup of jobs 0, 1: not finished: 1" in capsys.readouterr().out
+    (tmp_path / "0" / "config.yaml").write_text("rewards: [")  # damaged
+    SoupOfRewards().on_multirun_end(config)
+    assert "soup" not in capsys.readouterr().out and not list(tmp_path.glob("soup*"))

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from capo.cli.foreign import OUTSIDE, ROOT, check_foreign, leaves
 from capo.cli.merge import soup_of
@@ -41,8 +43,8 @@ def add_soups(sweep: Path, method: str, config: DictConfig, trust: Sequence[str]
             print(printable(f"no soup of jobs {_names(jobs)}: not finished: {', '.join(unfinished)}"))
             continue
         folder = sweep / f"{SOUP}{jobs[0].name}"
-        own = {**jobs[0].overrides, REWARDS: f"soup of jobs {_names(jobs)}"}
-        write_whole(folder / ".hydra" / "overrides.yaml", json.dumps([f"{k}={v}" for k, v in own.items()]))
+        told = {**jobs[0].overrides, REWARDS: f"soup of jobs {_names(jobs)}"}
+        write_whole(folder / ".hydra" / "overrides.yaml", json.dumps([f"{k}={v}" for k, v in told.items()]))
         run_job(partial(_add_soup, jobs, method, folder, allowed), folder)
         made.append(folder)
     return made
@@ -60,18 +62,24 @@ def _add_soup(jobs: Sequence[Job], method: str, folder: Path, allowed: Sequence[
 
 
 def single_reward_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Group jobs that were tuned on one reward each by their other overrides; groups of two or more."""
+    """Group jobs that were tuned on one reward each by their other overrides; groups of two or more.
+
+    A job that failed before it wrote what it was configured with is in its group too.
+    """
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        if not job.name.startswith(SOUP) and len(_config(job)[REWARDS]) == 1:
+        written = (job.folder / CONFIG).is_file()
+        if not job.name.startswith(SOUP) and (not written or len(_config(job).get(REWARDS) or []) == 1):
             groups.setdefault(_others(job.overrides), []).append(job)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _config(job: Job) -> DictConfig:
-    cfg = OmegaConf.load(job.folder / CONFIG)
-    assert isinstance(cfg, DictConfig)  # a run's configuration is a mapping
-    return cfg
+    try:
+        cfg = OmegaConf.load(job.folder / CONFIG)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        cfg = None
+    return cfg if isinstance(cfg, DictConfig) else OmegaConf.create({})  # a damaged one names no reward
 
 
 def _others(overrides: Mapping[str, str]) -> str:
