@@ -88,7 +88,8 @@ def test_the_key_takes_a_number_or_null():
 
 def test_workers_end_when_the_training_process_says_so_and_at_no_other_signal():
     stream = iter(data(2, "cpu").train_dataloader())
-    next(stream)
+    for _ in range(2):  # a batch of each, so that both have begun
+        next(stream)
     children = multiprocessing.active_children()
     assert len(children) == 2
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
