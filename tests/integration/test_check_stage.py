@@ -35,6 +35,14 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def no_rates(monkeypatch):
+    """Rates are not measured, which takes half of a check's time."""
+    monkeypatch.setattr(check_stage, "measure_base", lambda *_: ({}, []))
+    monkeypatch.setattr(check_stage, "measure_rewards", lambda *_: {})
+    monkeypatch.setattr(check_stage, "keep_rates", lambda *_: None)
+
+
 def findings(folder):
     return {check["name"]: check["passed"] for check in json.loads((folder / "check.json").read_text())}
 
@@ -61,7 +69,7 @@ def test_the_shapes_models_pass(tiny_run, model, objective):
 
 
 @pytest.mark.parametrize("name", list(CONFIGURED))
-def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name):
+def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name, no_rates):
     here = (
         *CONFIGURED[name],
         f"model.backbone.weights={tiny_folders[name]}",
@@ -74,7 +82,7 @@ def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name):
     assert findings(tiny_run.folder / f"check-{name}") == {check: check not in failed for check in NAMES}
 
 
-def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path):
+def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path, no_rates):
     """A VAE's config as it may come from elsewhere.
 
     Pictures come back, but their latents are not those that the denoiser knows.
@@ -159,8 +167,9 @@ def test_gradient_checkpointing_is_recommended_or_not(now, on, off, memory, meas
 @pytest.mark.parametrize(
     ("now", "fits"), [(True, [True, False]), (False, [True]), (True, []), (True, [False]), (False, [False])]
 )
-def test_steps_with_and_without_checkpointing_are_both_measured(tiny_run, monkeypatch, now, fits):
+def test_steps_with_and_without_checkpointing_are_both_measured(tiny_run, monkeypatch, no_rates, now, fits):
     """Also where one of them, or both, run out of memory."""
+    monkeypatch.setattr(check_stage, "check_base", lambda *_: [])  # the other checks are not of the step
     seen, steps = [], check_stage.take_steps
 
     def measured(module, *arguments):

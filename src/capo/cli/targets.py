@@ -24,6 +24,7 @@ from capo.rewards.worker import is_scorer, locate
 
 TARGET = "_target_"
 MARKS = (TARGET, "_args_", "_partial_", "_recursive_", "_convert_")  # what Hydra reads in a node
+DEEPEST = 20  # dots of a name; importing thousands of parts would end in a RecursionError
 Path = tuple[object, ...]  # keys and list indices from the root
 
 
@@ -54,6 +55,8 @@ class Place:
     def registered(self, name: object) -> Any | None:
         """Return what is registered under exactly this name, else None; imports no other code."""
         module, _, member = str(name).rpartition(".")
+        if str(name).count(".") > DEEPEST:
+            return None
         if name in self.names:
             return getattr(importlib.import_module(module), member)
         if any(part.startswith("_") for part in str(name).split(".")):

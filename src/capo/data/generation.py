@@ -215,6 +215,13 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
     todo = stage.todo()
     if not todo:
         return
+    try:
+        _run_missing(stage, todo, progress)
+    finally:  # also where a reward fails: its scorer leaves the device
+        stage.close()
+
+
+def _run_missing(stage: Stage, todo: list[Shard], progress: bool) -> None:
     stage.setup()
     made: set[Shard] = set()
     total, watch = sum(map(stage.amount, todo)), current_watch()
@@ -247,7 +254,6 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
                 )
     if followed:
         followed.end()
-    stage.close()
 
 
 def _attempt(stage: Stage, shard: Shard, made: set[Shard], report: Report) -> bool:

@@ -16,6 +16,7 @@ from capo.errors import InputError
 from capo.evaluation.reports.gallery import exhibits
 from capo.evaluation.reports.page import Report, print_results, render_report
 from capo.evaluation.results import DIGITS, results
+from capo.evaluation.seeds import COLUMN
 from capo.metrics import win_rate
 from capo.rewards import Reward
 from capo.rewards.lengths import cut_prompts
@@ -186,7 +187,9 @@ def _rate_rows(tuned: Side, base: Side) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for row, prompt in enumerate(tuned.drawn.spec.prompts):
         labels = {"prompt_id": prompt.id, "prompt": prompt.text, "category": prompt.category}
-        rows.append({**labels, **{name: round(values[row], DIGITS) for name, values in rates.items()}})
+        rows.append(
+            {**labels, **{f"{COLUMN}{name}": round(values[row], DIGITS) for name, values in rates.items()}}
+        )
     return rows
 
 

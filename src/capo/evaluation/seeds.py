@@ -15,7 +15,7 @@ from capo.errors import InputError
 from capo.evaluation.statistics import OverSeeds
 from capo.runtime.run_folder import EVALUATION, RATES
 
-LABELS = ("prompt_id", "prompt", "category")  # columns of win_rates.csv that are no rewards
+COLUMN = "win_rate/"  # begins the name of a reward's column in win_rates.csv
 
 
 def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
@@ -27,9 +27,10 @@ def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        rewards = [name for name in rows[0] if name not in LABELS]
         rates = {
-            name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64) for name in rewards
+            name.removeprefix(COLUMN): torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
+            for name in rows[0]
+            if name.startswith(COLUMN)
         }
         if not all(values.isfinite().all() for values in rates.values()):
             raise ValueError("a win-rate is not finite")

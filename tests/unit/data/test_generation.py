@@ -287,6 +287,19 @@ def test_two_at_a_time_share_the_work(plan, generator, tmp_path, work, monkeypat
     assert shared == alone
 
 
+def test_a_stage_that_fails_lets_its_models_go(plan, generator, monkeypatch):
+    closed = []
+
+    def failing(self, shard, report):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(LatentStage, "run", failing)
+    monkeypatch.setattr(LatentStage, "close", lambda self: closed.append(self))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fill(plan, generator)
+    assert [stage.name for stage in closed] == ["latents"]
+
+
 def test_blocks_follow_on_what_another_process_made_meanwhile(plan, generator, monkeypatch):
     """A process that plans 10 candidates finds, once it holds the lock, a first block of 4."""
     run, small = LatentStage.run, dataclasses.replace(plan, candidates=4)

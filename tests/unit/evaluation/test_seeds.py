@@ -10,7 +10,7 @@ from capo.cli.run_labels import seed_groups
 from capo.errors import InputError
 from capo.evaluation.seeds import over_seeds, read_rates, seeds_table
 
-HEAD = "prompt_id,prompt,category,looks\n"
+HEAD = "prompt_id,prompt,category,win_rate/looks\n"
 
 
 def write_run(folder, seed, rates=(0.5, 0.75), beta=1, lora=None):
@@ -66,3 +66,10 @@ def test_what_cannot_be_compared_is_named(tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
             read_rates(first)
         assert index >= 0
+
+
+def test_a_reward_may_be_called_as_another_column(tmp_path):
+    run = write_run(tmp_path / "0", 0)
+    file = run / "evaluation" / "win_rates.csv"
+    file.write_text(file.read_text().replace("win_rate/looks", "win_rate/prompt"))
+    assert read_rates(run)[1]["prompt"].tolist() == [0.5, 0.75]

@@ -33,7 +33,7 @@ def write_run(folder, level, beta=1, noise=0.02, soup=None, prompts=40):
     looks = level + noise * np.random.default_rng(beta).normal(size=prompts)
     with (folder / "evaluation" / "win_rates.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["prompt_id", "prompt", "category", *REWARDS])
+        table.writerow(["prompt_id", "prompt", "category", *(f"win_rate/{name}" for name in REWARDS)])
         table.writerows([f"p{index}", "a, b", "", rate, 0.5] for index, rate in enumerate(looks))
     rate = {"mean": level, "low": level - 0.05, "high": level + 0.05}
     results = {
