@@ -670,6 +670,7 @@ def test_ctrl_c_in_training(helper, command_line, tiny_run, tmp_path):
     assert steps == list(range(1, 17))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_evaluation(helper, finished, tiny_run, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     results = (run / "evaluation" / "results.json").read_bytes()

@@ -97,7 +97,9 @@ def test_ratios_are_of_each_round():
     assert median_ratio([1, 2, 4], [2, 2, 12]) == 2  # 2, 1 and 3
 
 
-@pytest.mark.parametrize(("model", "lora"), [("sdxl", False), ("sd3", True)])
+@pytest.mark.parametrize(
+    ("model", "lora"), [pytest.param("sdxl", False, marks=pytest.mark.slow), ("sd3", True)]
+)
 def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, lora):
     wanted = [
         Setting(1, lora=lora, compare=True),

@@ -48,7 +48,12 @@ def findings(folder):
 
 
 @pytest.mark.parametrize(
-    ("model", "objective"), [("shapes_unet", "capo"), ("shapes_unet", "dpo"), ("shapes_mmdit", "capo")]
+    ("model", "objective"),
+    [
+        ("shapes_unet", "capo"),
+        pytest.param("shapes_unet", "dpo", marks=pytest.mark.slow),
+        pytest.param("shapes_mmdit", "capo", marks=pytest.mark.slow),
+    ],
 )
 def test_the_shapes_models_pass(tiny_run, model, objective):
     name = f"check-{model}-{objective}"
@@ -68,7 +73,9 @@ def test_the_shapes_models_pass(tiny_run, model, objective):
     assert {"text", "training"} <= set(other["hours"]["rates"]) and "latents" not in other["hours"]["rates"]
 
 
-@pytest.mark.parametrize("name", list(CONFIGURED))
+@pytest.mark.parametrize(
+    "name", ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd15", "sd3_bare"))]
+)
 def test_random_weights_fail_two_checks_by_name(tiny_run, tiny_folders, name, no_rates):
     here = (
         *CONFIGURED[name],

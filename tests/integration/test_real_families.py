@@ -21,10 +21,17 @@ SMALL = (
     "prompts=text",
     "sampling.batch=4",
 )
+FAST = (("sdxl", "lora"), ("sd3", "full"), ("sd15", "full"), ("sd3_bare", "lora"))
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("name", list(CONFIGURED))
+@pytest.mark.parametrize(
+    ("name", "tuning"),
+    [
+        pytest.param(name, tuning, marks=[] if (name, tuning) in FAST else [pytest.mark.slow])
+        for name in CONFIGURED
+        for tuning in ("full", "lora")
+    ],
+)
 def test_from_prompts_to_a_policy_that_diffusers_loads(tiny_run, tiny_folders, monkeypatch, name, tuning):
     """Full tuning in float32.
 

@@ -33,7 +33,9 @@ def evaluated(tiny_run, folder, source):
     return evaluate_script.run(cfg, [f"sampling.unconditional={source}"], folder)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "sft"])
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "sft"))]
+)
 def test_validation_and_evaluation_sample_with_the_base(tiny_run, kind):
     """The same training, other images: the setting moves what is measured, and no weight."""
     more = {"full": [], "lora": LORA, "sft": ["objective=sft"]}[kind]
@@ -101,7 +103,7 @@ def test_what_cannot_be_sharded_is_refused_with_several_processes(tiny_run):
         check(folder)
 
 
-@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param([], marks=pytest.mark.slow), LORA], ids=["full", "lora"])
 def test_a_run_pins_a_share_of_its_pairs(tiny_run, lora):
     """Where every pair is pinned the policy stays at the base, bit for bit; with a half it goes elsewhere."""
     found = {}

@@ -55,8 +55,19 @@ def plan_of(cfg) -> tuple[dict, str]:
     return json.loads((Path(cfg.run_dir) / "plan.json").read_text()), told.getvalue()
 
 
+# of the same models as others, or of the same size
+SLOW = {
+    *(f"experiment={name}" for name in ("sdxl_10k", "sdxl_single", "sd3_single", "sd35_medium_quickstart")),
+    *(f"model={name}" for name in ("sd35_medium", "sd35_large", "sd15")),
+}
+
+
 @pytest.mark.parametrize(
-    "choice", [*(f"experiment={name}" for name in RECIPES), *(f"model={name}" for name in MODELS)]
+    "choice",
+    [
+        pytest.param(choice, marks=[pytest.mark.slow] if choice in SLOW else [])
+        for choice in [*(f"experiment={name}" for name in RECIPES), *(f"model={name}" for name in MODELS)]
+    ],
 )
 def test_every_recipe_has_a_plan_without_weights(tmp_path, choice):
     plan, told = planned(tmp_path, choice)

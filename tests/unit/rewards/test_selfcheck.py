@@ -185,6 +185,7 @@ def clip(tmp_path_factory):
     return [f"pickscore.weights={folder}", "pickscore.revision=null", "pickscore.scorer.processor=null"]
 
 
+@pytest.mark.slow
 def test_scores_are_recorded_and_compared_afterwards(here, clip, capsys, monkeypatch):
     monkeypatch.setattr(
         "capo.rewards.selfcheck._order", lambda scores: Finding("order", PASSED, "")

@@ -73,6 +73,7 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_are_runs_of_one_group(typed, tiny_run, tmp_path, offline):
     cfg = tiny_run("unused")
     sweep = tmp_path / "ablation"
