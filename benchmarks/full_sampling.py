@@ -25,15 +25,7 @@ from torch import nn
 
 from benchmarks.full_steps import PRECISION
 from benchmarks.machine import facts, forget_peak, now, peak_bytes, release
-from benchmarks.random_models import (
-    FULL,
-    TINY,
-    conditioning_parts,
-    random_backbone,
-    random_module,
-    sized_blueprint,
-    sized_options,
-)
+from benchmarks.random_models import FULL, TINY, all_parts, random_backbone, sized_blueprint, sized_options
 from benchmarks.records import Records, Row, measured, print_rows
 from benchmarks.sampling_ways import our_sampling, plain_pipeline
 from benchmarks.timing import median_ratio
@@ -54,11 +46,7 @@ WAYS = {"capo": our_sampling, "pipeline": plain_pipeline}
 
 def backbones(model: str, blueprint: Blueprint, device: torch.device) -> dict[str, Backbone]:
     """Backbones with the same weights: stored to draw under autocast for `capo`, in bf16 for `pipeline`."""
-    name, scheduler = blueprint.denoiser_name, PAPER[model][1]
-    parts = {
-        name: random_module(blueprint, name, device),
-        **conditioning_parts(blueprint, device, torch.float32),
-    }
+    parts, scheduler = all_parts(blueprint, device), PAPER[model][1]
     halved = {name: nn.Module.to(copy.deepcopy(part), torch.bfloat16) for name, part in parts.items()}
     return {
         "capo": random_backbone(model, parts, scheduler).prepare(Drawing(PRECISION)),

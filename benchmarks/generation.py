@@ -29,15 +29,7 @@ import torch
 from benchmarks.full_sampling import PAPER, STEPS
 from benchmarks.full_steps import PRECISION
 from benchmarks.machine import Waits, facts, forget_peak, now, peak_bytes, release
-from benchmarks.random_models import (
-    FULL,
-    TINY,
-    conditioning_parts,
-    random_backbone,
-    random_module,
-    sized_blueprint,
-    sized_options,
-)
+from benchmarks.random_models import FULL, TINY, all_parts, random_backbone, sized_blueprint, sized_options
 from benchmarks.random_scorers import tower
 from benchmarks.records import Records, Row, measured, print_rows
 from benchmarks.timing import median_ratio
@@ -82,12 +74,11 @@ class Timed:
 def base(model: str, size: str, device: torch.device, settings: SamplerSettings) -> Backbone:
     """Backbone with random weights, stored as it draws; its parts are on the device only while they work."""
     blueprint = sized_blueprint(model, size)
-    name = blueprint.denoiser_name
-    parts = {
-        name: random_module(blueprint, name, device),
-        **conditioning_parts(blueprint, device, torch.float32),
-    }
-    return random_backbone(model, parts, PAPER[model][1]).prepare(settings.drawing).to(device)
+    return (
+        random_backbone(model, all_parts(blueprint, device), PAPER[model][1])
+        .prepare(settings.drawing)
+        .to(device)
+    )
 
 
 def rewards_of(size: str) -> list[Reward]:

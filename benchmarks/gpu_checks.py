@@ -21,7 +21,7 @@ from benchmarks.machine import facts, release
 from benchmarks.random_models import (
     MODELS,
     TINY,
-    conditioning_parts,
+    all_parts,
     random_backbone,
     random_module,
     random_pairs,
@@ -61,11 +61,7 @@ def first_margin(model: str, precision: str, compiled: bool, device: torch.devic
 def sampler_against_pipeline(model: str, device: torch.device) -> Row:
     """Largest difference between our images and the pipeline's, in steps of 255, both in float32."""
     blueprint = sized_blueprint(model, TINY)
-    name = blueprint.denoiser_name
-    parts = {
-        name: random_module(blueprint, name, device),
-        **conditioning_parts(blueprint, device, torch.float32),
-    }
+    parts = all_parts(blueprint, device)
     base, settings = random_backbone(model, parts), SamplerSettings(steps=4, guidance=4.0, batch=2)
     prompts = [make_prompt("a small red cat sits on a green wall")]
     difference = apart(our_sampling(base, prompts, settings), plain_pipeline(base, prompts, settings))

@@ -125,6 +125,15 @@ def conditioning_parts(
     return {name: random_module(blueprint, name, device, dtype) for name in names}
 
 
+def all_parts(blueprint: Blueprint, device: torch.device) -> dict[str, nn.Module]:
+    """Denoiser, VAE and text encoders by name, with random weights in float32."""
+    name = blueprint.denoiser_name
+    return {
+        name: random_module(blueprint, name, device),
+        **conditioning_parts(blueprint, device, torch.float32),
+    }
+
+
 def random_pipeline(model: str, parts: Mapping[str, nn.Module | None]) -> DiffusionPipeline:
     """Diffusers pipeline with the published schedule and the given parts; missing parts are None."""
     if model == "sd3":

@@ -136,13 +136,7 @@ def sample(
             f"noise {tuple(noise.shape)} does not fit latents {backbone.latent_shape} and the text's batch "
             f"of {[len(value) for value in text.values()]}"
         )
-    scheduler = backbone.scheduler()
-    try:
-        scheduler.set_timesteps(settings.steps, device=backbone.device)
-    except ValueError as error:
-        raise InputError(
-            f"sampling.steps {settings.steps}: {type(scheduler).__name__} refuses: {error}"
-        ) from error
+    scheduler = _started(backbone, settings.steps)
     step = _step_of(scheduler, generators)
     conditions = _conditions(backbone, text, len(noise), settings.guidance)
     # Flow schedulers have neither scale_model_input nor init_noise_sigma.
@@ -162,6 +156,16 @@ def sample(
             if progress is not None:
                 progress(len(noise))
     return latents.clone()  # cloned outside inference mode, so that autograd accepts it
+
+
+def _started(backbone: Backbone, steps: int) -> Scheduler:
+    """Build a scheduler with its timesteps set; InputError where it refuses that number of steps."""
+    scheduler = backbone.scheduler()
+    try:
+        scheduler.set_timesteps(steps, device=backbone.device)
+    except ValueError as error:
+        raise InputError(f"sampling.steps {steps}: {type(scheduler).__name__} refuses: {error}") from error
+    return scheduler
 
 
 def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> Text:

@@ -14,7 +14,7 @@ from torch import Tensor
 from capo.data.pool import Pool
 from capo.errors import InputError
 from capo.evaluation.reports.page import p_value
-from capo.evaluation.statistics import bootstrap_interval, holm, sign_flip_p
+from capo.evaluation.statistics import bootstrap_interval, paired_tests
 from capo.metrics import win_rate
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS, SETTINGS
 
@@ -112,7 +112,7 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
 
     Returns:
         Reward -> {"mean", "low", "high", "p", "holm"}: win-rate in 0-1, its 95 % interval over prompts, and
-        the p-value of a paired test (`sign_flip_p`), plain and by Holm over the rewards.
+        the p-values of a paired test (`paired_tests`), plain and by Holm over the rewards.
 
     Raises:
         InputError: the two were evaluated with different prompts, seeds, numbers of images or rewards.
@@ -126,17 +126,10 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
     ours, theirs = policy_scores(first, settings[0]), policy_scores(second, settings[1])
     seed = settings[0]["seed"]
     rates = {name: win_rate(ours[name], theirs[name]).double() for name in ours}
-    plain = {name: sign_flip_p(rate - 0.5, seed) for name, rate in rates.items()}
-    adjusted, found = holm(plain), {}
+    tests, found = paired_tests({name: rate - 0.5 for name, rate in rates.items()}, seed), {}
     for name, rate in rates.items():
         low, high = bootstrap_interval(rate, seed)
-        found[name] = {
-            "mean": rate.mean().item(),
-            "low": low,
-            "high": high,
-            "p": plain[name],
-            "holm": adjusted[name],
-        }
+        found[name] = {"mean": rate.mean().item(), "low": low, "high": high, **tests[name]}
     return found
 
 

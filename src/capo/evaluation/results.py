@@ -6,7 +6,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from capo.data.images import Scores
-from capo.evaluation.statistics import bootstrap_interval, holm, prompts_needed, sign_flip_p
+from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
 from capo.metrics import win_rate
 
 DIGITS = 6
@@ -74,10 +74,9 @@ def _mean(values: Tensor) -> float:
 
 
 def _tests(differences: Mapping[str, Tensor], seed: int) -> dict[str, dict[str, float]]:
-    """P-values of paired differences by name, (P,) each, and Holm's for all of them together."""
-    plain = {name: sign_flip_p(values, seed) for name, values in differences.items()}
-    adjusted = holm(plain)
-    return {name: {"p": round(p, DIGITS), "holm": round(adjusted[name], DIGITS)} for name, p in plain.items()}
+    """Round the p-values of `paired_tests`."""
+    tests = paired_tests(differences, seed)
+    return {name: {key: round(p, DIGITS) for key, p in test.items()} for name, test in tests.items()}
 
 
 def _with_interval(per_prompt: Tensor, seed: int) -> dict[str, float]:

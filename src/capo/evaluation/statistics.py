@@ -91,6 +91,21 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+def paired_tests(differences: Mapping[str, Tensor], seed: int) -> dict[str, dict[str, float]]:
+    """Test paired differences that are read together: name -> {"p": `sign_flip_p`, "holm": `holm`}.
+
+    Args:
+        differences: name -> (P,), one difference per prompt.
+        seed: seed of the random signs.
+
+    Raises:
+        ValueError: differences are empty, not one-dimensional or not finite.
+    """
+    plain = {name: sign_flip_p(values, seed) for name, values in differences.items()}
+    adjusted = holm(plain)
+    return {name: {"p": p, "holm": adjusted[name]} for name, p in plain.items()}
+
+
 def prompts_needed(differences: Tensor) -> int | None:
     """Number of prompts at which a mean difference of the size seen would show, in POWER of all cases.
 

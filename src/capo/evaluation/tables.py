@@ -9,7 +9,7 @@ from pathlib import Path
 from capo.errors import InputError
 from capo.evaluation.reports.page import number, page_environment
 from capo.evaluation.seeds import read_rates
-from capo.evaluation.statistics import holm, sign_flip_p
+from capo.evaluation.statistics import paired_tests
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.terminal import printable
 
@@ -138,7 +138,7 @@ def _prints(row: Row) -> str:
 def best_rows(folders: Sequence[Path], seed: int) -> dict[str, int]:
     """Find the run whose win-rate against the base is above that of every other beyond chance, by reward.
 
-    The run with the highest mean is tested against each other one by `sign_flip_p` of their differences by
+    The run with the highest mean is tested against each other one by `paired_tests` of their differences by
     prompt, and it is the best if the largest of Holm's p-values is below LEVEL. Runs of one policy, or of
     other prompts, cannot be told apart.
     """
@@ -156,12 +156,8 @@ def best_rows(folders: Sequence[Path], seed: int) -> dict[str, int]:
         if len(rates) < len(read):
             continue
         first = max(range(len(rates)), key=lambda place: float(rates[place].mean()))
-        tests = {
-            str(place): sign_flip_p(rates[first] - rate, seed)
-            for place, rate in enumerate(rates)
-            if place != first
-        }
-        if max(holm(tests).values()) < LEVEL:
+        others = {str(place): rates[first] - rate for place, rate in enumerate(rates) if place != first}
+        if max(test["holm"] for test in paired_tests(others, seed).values()) < LEVEL:
             best[name] = first
     return best
 
