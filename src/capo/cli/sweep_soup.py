@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from capo.cli.foreign import OUTSIDE, ROOT, check_foreign, leaves
 from capo.cli.merge import soup_of
 from capo.cli.run_config import without
+from capo.cli.run_labels import read_values
 from capo.cli.sweep import Job, read_jobs, run_job
 from capo.errors import InputError
 from capo.runtime.files import write_whole
@@ -75,11 +74,11 @@ def single_reward_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def _config(job: Job) -> DictConfig:
+    """Configuration of a job; an empty one where it is missing or damaged, which names no reward."""
     try:
-        cfg = OmegaConf.load(job.folder / CONFIG)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
-        cfg = None
-    return cfg if isinstance(cfg, DictConfig) else OmegaConf.create({})  # a damaged one names no reward
+        return OmegaConf.create(read_values(job.folder))
+    except InputError:
+        return OmegaConf.create({})
 
 
 def _others(overrides: Mapping[str, str]) -> str:
