@@ -22,6 +22,7 @@ from capo.data.watching import SECONDS
 from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.runtime.files import write_table, write_whole
+from capo.runtime.locks import file_lock
 from capo.runtime.run_folder import METRICS, POOL_CURVES
 
 FLUSH = 50  # rows collected in memory before the file is written
@@ -79,9 +80,13 @@ class CurvesFile(Logger):
 
     @rank_zero_only
     def log_pools(self, figures: Mapping[str, float]) -> None:
-        """Append a row to `pools.csv`: figures of pools belong to no step, and a resumed run keeps them."""
+        """Append a row to `pools.csv`: figures of pools belong to no step, and a resumed run keeps them.
+
+        Processes that fill one pool may have been given one folder; each adds its rows to the others'.
+        """
         path = self.path.with_name(POOL_CURVES)
-        _write_rows(path, [*_rows(path), figures])
+        with file_lock(path.with_name(f".{path.name}.lock"), wait=True):
+            _write_rows(path, [*_rows(path), figures])
 
     def _write(self) -> None:
         _write_rows(self.path, self.rows)

@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,3 +231,16 @@ def test_rows_of_pools_are_kept_when_a_run_resumes(tmp_path):
     (tmp_path / "pools.csv").write_text("time/pool/seconds\nsoon\n")
     with pytest.raises(InputError, match=r"pools.csv: time/pool/seconds is 'soon', not a number"):
         pool_seconds(tmp_path)
+
+
+def test_processes_with_one_folder_add_to_each_others_rows_of_pools(tmp_path):
+    def rows(writer):
+        curves = CurvesFile(tmp_path)
+        for moment in range(20):
+            curves.log_pools({"pool/train/latents": writer, "time/pool/seconds": float(moment)})
+
+    with ThreadPoolExecutor(3) as writers:
+        list(writers.map(rows, range(3)))
+    written = (tmp_path / "pools.csv").read_text().splitlines()
+    assert len(written) == 1 + 60 == len(set(written))
+    assert [path.name for path in tmp_path.iterdir()] == ["pools.csv"]

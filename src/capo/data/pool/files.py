@@ -1,15 +1,11 @@
 """Files of a pool: atomic writes, checksums, memory-mapped reads, and locks that a dead process releases."""
 
-import fcntl
 import hashlib
 import json
 import math
 import mmap
 import os
-import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +31,9 @@ DTYPES = {
     "U8": (np.uint8, torch.uint8),
     "BOOL": (np.bool_, torch.bool),
 }
-LOCK_POLL = 0.1  # seconds
+
+
+REMEDY = "make room, or set pool.root to a folder that can be written"
 
 
 class DamagedShard(InputError):
@@ -65,7 +63,7 @@ class Header:
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file of a pool atomically; the caller must hold its lock, so that there is only one writer."""
-    write_whole(path, *parts, remedy="make room, or set pool.root to a folder that can be written")
+    write_whole(path, *parts, remedy=REMEDY)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -151,50 +149,3 @@ class TensorFile:
         """Copy of `arrays[name][index]` as a tensor of the stored dtype."""
         copy, dtype = torch.from_numpy(np.array(self.arrays[name][index])), self._dtypes[name]
         return copy if copy.dtype == dtype else copy.view(dtype)
-
-
-@contextmanager
-def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Context manager that yields whether this process holds the advisory lock `path`; with `wait`, it waits.
-
-    The operating system releases the lock of a process that dies. The file is removed on release, so that no
-    lock files are left in a pool; a process whose locked file is no longer the one at `path` tries again.
-    """
-    while (handle := _try_lock(path)) is None and wait:
-        time.sleep(LOCK_POLL)
-    if handle is None:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _try_lock(path: Path) -> int | None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise InputError(
-            f"{path.parent} cannot be written ({error.strerror}): set pool.root to a folder "
-            "that can be written"
-        ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            return handle
-    except BlockingIOError:
-        pass
-    except FileNotFoundError:  # removed by its holder between the two calls
-        pass
-    except OSError as error:
-        warnings.warn(
-            f"{path.parent}: no advisory locks on this file system ({error.strerror}); "
-            "let only one process at a time fill this pool",
-            stacklevel=2,
-        )
-        return handle
-    os.close(handle)
-    return None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capo.data.pool.files import DamagedShard, TensorFile, file_lock, write_file, write_tensors
+from capo.data.pool.files import REMEDY, DamagedShard, TensorFile, write_file, write_tensors
 from capo.data.pool.inspection import Inspection
 from capo.data.pool.layout import (
     BLOCK,
@@ -28,6 +28,7 @@ from capo.data.pool.prompt_table import PromptTable
 from capo.data.pool.score_files import holds_rows, read_row_scores, read_score_file, write_score_file
 from capo.data.prompts import Prompt
 from capo.errors import InputError
+from capo.runtime.locks import file_lock
 
 ROUNDED = "rounded_to"  # in the header of a text file
 
@@ -75,7 +76,7 @@ class Pool:
         """
         path = Path(folder) / "manifest.json"
         if not path.exists():
-            with file_lock(path.parent / ".locks" / "manifest", wait=True):
+            with file_lock(path.parent / ".locks" / "manifest", wait=True, remedy=REMEDY):
                 if not path.exists():  # another process may have been first
                     write_file(path, json.dumps(asdict(manifest), indent=2).encode() + b"\n")
         pool = cls.open(folder)
@@ -91,7 +92,8 @@ class Pool:
 
         One lock covers all blocks of a row, because the start of a new block depends on the earlier ones.
         """
-        return file_lock(self.folder / ".locks" / (kind if row is None else f"{kind}-{row:05d}"), wait)
+        name = kind if row is None else f"{kind}-{row:05d}"
+        return file_lock(self.folder / ".locks" / name, wait, REMEDY)
 
     # --- prompts ---
 
