@@ -36,7 +36,8 @@ from benchmarks.timing import median_ratio
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.process import prepare_process
-from capo.data.generation import ImageGenerator, PoolSpec, open_pool, run_stage, stages_of
+from capo.data.engines import run_stage
+from capo.data.generation import ImageGenerator, PoolSpec, open_pool, stages_of
 from capo.data.pool import Pool
 from capo.data.prompts import make_prompt
 from capo.data.scoring import ScoreStage

@@ -31,3 +31,7 @@ def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
 def first_line(error: Exception) -> str:
     """First line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Unfinished(RuntimeError):
+    """Work of which a part failed while the rest was done; the message names what failed, and why."""

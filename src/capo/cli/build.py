@@ -182,12 +182,15 @@ def training_data(cfg: DictConfig, components: Components, stages: Sequence[str]
     )
 
 
-def all_rewards(cfg: DictConfig) -> tuple[list[Reward], list[Reward], list[Reward]]:
-    """Rewards used in training, rewards of the evaluation, and the oracle's measures; builds no scorer."""
-    oracle = rewards_of(cfg, "evaluation.oracle") if cfg.evaluation.oracle else []
-    trained = rewards_of(cfg, "rewards")
+def all_rewards(cfg: DictConfig, logs: Path | None = None) -> tuple[list[Reward], list[Reward], list[Reward]]:
+    """Rewards used in training, rewards of the evaluation, and the oracle's measures; builds no scorer.
+
+    `logs` is the folder for the logs of isolated rewards, by default that of an entry script.
+    """
+    oracle = rewards_of(cfg, "evaluation.oracle", logs) if cfg.evaluation.oracle else []
+    trained = rewards_of(cfg, "rewards", logs)
     # a reward used in both training and evaluation is one object, so its weights are in memory once
-    evaluated = _known(rewards_of(cfg, "evaluation.rewards"), trained)
+    evaluated = _known(rewards_of(cfg, "evaluation.rewards", logs), trained)
     return trained, evaluated, oracle
 
 
@@ -204,10 +207,10 @@ def _known(rewards: Sequence[Reward], others: Sequence[Reward]) -> list[Reward]:
     return [next((own for own in others if own == reward), reward) for reward in rewards]
 
 
-def rewards_of(cfg: DictConfig, place: str) -> list[Reward]:
+def rewards_of(cfg: DictConfig, place: str, logs: Path | None = None) -> list[Reward]:
     """Rewards at the key `place`, sorted by name, so that their order does not depend on the command line."""
     entries = plain(OmegaConf.select(cfg, place))
-    return sorted(load_rewards(entries, place, worker_logs()), key=lambda reward: reward.name)
+    return sorted(load_rewards(entries, place, logs or worker_logs()), key=lambda reward: reward.name)
 
 
 def pool_specs(cfg: DictConfig, splits: dict[str, Sequence[Prompt]]) -> dict[str, PoolSpec]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard, write_card, write_win_rates
-from capo.backbones.unconditional import unconditional_of
 from capo.cli.build import Components, build_components
+from capo.cli.engines import engaged, engine_of, tuned_generator
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
@@ -47,22 +46,9 @@ from capo.training.strength import read_strength
 console = Terminal()
 
 
-def tuned_generator(components: Components, policy: Path) -> ImageGenerator:
-    """Generator that samples from an exported policy with the settings of the base's generator."""
-    backbone, settings = components.backbone, components.generator.settings
-    return ImageGenerator(
-        backbone,
-        load_policy(backbone, policy, settings.drawing),
-        policy_fingerprint(backbone, policy),
-        settings,
-        unconditional_of(backbone, settings),
-    )
-
-
-def draw_for_evaluation(components: Components, policy: Path, folder: Path) -> None:
+def draw_for_evaluation(components: Components, tuned: ImageGenerator, folder: Path) -> None:
     """Generate and score missing images of the evaluation in `folder`, while the first process evaluates."""
     base, test = components.generator, components.pool_specs["test"]
-    tuned = tuned_generator(components, policy)
     judges = [*components.evaluation_rewards, *components.oracle]
     GeneratedImages.fill(test, base, judges, progress=False)
     GeneratedImages.fill(components.pool_specs["zero"], base, components.evaluation_rewards, progress=False)
@@ -84,13 +70,16 @@ def evaluate_policy(
             "from it; give another root, or another hydra.run.dir"
         )
     put_back(policy)
+    components = engaged(cfg, components)
+    settings = components.generator.settings
+    tuned = tuned_generator(components.backbone, settings, policy, engine_of(cfg, policy))
     if not launch().first:
-        draw_for_evaluation(components, policy, folder)
+        draw_for_evaluation(components, tuned, folder)
         return None
     return evaluate(
         folder,
         components.pool_specs["test"],
-        tuned_generator(components, policy),
+        tuned,
         components.evaluation_rewards,
         zero=components.pool_specs["zero"],
         oracle=components.oracle,

@@ -16,8 +16,8 @@ from capo.cli.rules import shown
 from capo.cli.targets import MARKS, REWARDS, TARGET, calls, dotted, place_of
 from capo.errors import InputError
 
-# where results are sent, where a run is tracked, and how it is started
-OUTSIDE = ("push_to_hub", "logger", "hydra")
+# where results are sent, where a run is tracked, which machines work, and how it is started
+OUTSIDE = ("push_to_hub", "logger", "engine", "hydra")
 ROOT = "pool.root"
 
 

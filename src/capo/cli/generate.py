@@ -16,11 +16,12 @@ from capo.cli.build import (
     sampler_settings,
     training_data,
 )
+from capo.cli.engines import engaged
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
 from capo.cli.report import check_scored, report_pool
-from capo.cli.values import check_values
+from capo.cli.values import RAY, check_values
 from capo.data.generation import COMMANDS, STAGES, fill_pool
 from capo.data.importing.filling import import_pool
 from capo.data.importing.source import Source
@@ -127,7 +128,9 @@ def run(cfg: DictConfig) -> None:
     if cfg.stage == "export":
         check_ordinary(Path(cfg.pair_export.file), "pair_export.file")
     prepare_process(cfg.threads)
-    components = build_components(cfg, scoring=scoring, parts=PARTS.get(cfg.stage))
+    # a driver computes nothing but the size of a text embedding
+    parts = PARTS["text"] if cfg.engine.kind == RAY and cfg.stage in FILLING else PARTS.get(cfg.stage)
+    components = build_components(cfg, scoring=scoring, parts=parts)
     if cfg.stage == "export":
         return export(cfg, components)
     if cfg.stage == "report":
@@ -141,6 +144,7 @@ def fill_pools(cfg: DictConfig, components: Components) -> None:
     from capo.cli.tracking import GENERATE, trackers
 
     folder, stages = Path(cfg.run_dir), FILLING[cfg.stage]
+    components = engaged(cfg, components)
     with (
         trackers(cfg, None, folder, GENERATE) as loggers,
         followed(cfg, components, folder, loggers, stages, trains=False) as outlook,

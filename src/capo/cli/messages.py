@@ -20,10 +20,10 @@ from omegaconf import Container, DictConfig, OmegaConf
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from capo.errors import InputError, closest
+from capo.errors import InputError, Unfinished, closest
 from capo.runtime.terminal import printable
 
-REFUSED, INTERRUPTED, ENDED = 2, 130, 143  # exit codes
+FAILED, REFUSED, INTERRUPTED, ENDED = 1, 2, 130, 143  # exit codes
 PLACE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -52,7 +52,8 @@ def was_interrupted(error: BaseException) -> bool:
 def plain_errors(go_on: str | None = None) -> Iterator[None]:
     """End the process with one message instead of a traceback.
 
-    An InputError or a disk that cannot be written gives exit code 2, Ctrl-C 130, and SIGTERM in training 143.
+    An InputError or a disk that cannot be written gives exit code 2, work of which a part failed 1, Ctrl-C
+    130, and SIGTERM in training 143.
     `go_on` names the command that resumes interrupted work; by default the same command in the same
     directory. HYDRA_FULL_ERROR=1 shows tracebacks.
     """
@@ -63,6 +64,10 @@ def plain_errors(go_on: str | None = None) -> Iterator[None]:
         if message is None or _wants_trace():
             raise
         _end(f"error: {message}", REFUSED)
+    except Unfinished as error:
+        if _wants_trace():
+            raise
+        _end(f"error: {error}", FAILED)
     except (KeyboardInterrupt, SystemExit) as error:
         ended = type(error).__name__ == "SIGTERMException"  # Lightning's, which is not imported here
         if not (ended or was_interrupted(error)) or _wants_trace():

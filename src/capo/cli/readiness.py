@@ -22,6 +22,7 @@ from capo.cli.build import (
     prompt_splits,
     target_name,
 )
+from capo.cli.engines import check_engine
 from capo.cli.values import check_values, under
 from capo.data.selection import select
 from capo.errors import InputError, closest
@@ -70,6 +71,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     if cfg.push_to_hub:
         check_access(cfg.push_to_hub)
     check_accelerator(cfg)
+    check_engine(cfg)
 
 
 def check_objective(cfg: DictConfig) -> None:

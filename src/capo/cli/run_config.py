@@ -30,6 +30,7 @@ FREE = (
     "model.adapter_lr",
     "run_dir",
     "logger",
+    "engine",
     "validation.held_out",
     "data.workers",
     "pool.root",

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from capo.cli.build import Components, build_components, built, training_data
+from capo.cli.engines import engaged
 from capo.cli.evaluate import evaluate_own
 from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
@@ -64,7 +65,7 @@ def tune(
     facts = facts_of(cfg, module)
     announce(cfg, facts, module, outlook)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)
-    data = training_data(cfg, components)
+    data = training_data(cfg, engaged(cfg, components))
     candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
     print_selection(candidates, data.described, console)
     found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))

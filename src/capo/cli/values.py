@@ -43,6 +43,7 @@ from capo.runtime.threads import BATCHES, OPERATIONS
 from capo.soup import METHODS as SOUPS
 from capo.training.choice import MONITORS
 
+LOCAL, RAY = "local", "ray"  # kinds of engine
 MISSING = "???"  # mandatory value that is not given; reported by the code that needs it
 DRAWS = list(dict.fromkeys([*VP_DRAWS, *FLOW_DRAWS]))
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
@@ -77,6 +78,15 @@ TABLE: dict[str, Rule] = {
     "sampling.parallel": one_of((OPERATIONS, BATCHES)),
     "sampling.channels_last": SWITCH,
     "sampling.compile": SWITCH,
+    "engine.kind": one_of((LOCAL, RAY)),
+    "engine.address": TEXT,
+    "engine.attempts": whole(1),
+    "engine.start_limit": number(above=0),
+    **{
+        f"engine.{stage}.{key}": rule
+        for stage in ("text", "latents", "scores")
+        for key, rule in {"devices": number(above=0), "workers": optional(whole(1))}.items()
+    },
     "data.workers": optional(whole(0)),
     "data.text": one_of((POOL, ENCODE)),
     "noise.shared": SWITCH,

@@ -63,7 +63,7 @@ class TrainingData:
         cls, imported: Imported, generator: ImageGenerator, labels: Sequence[LabelSource]
     ) -> TrainingData:
         """Compute missing scores of an imported pool and return it; errors as in `Imported.ready`."""
-        ready = imported.ready(generator.backbone, generator.settings, labels)
+        ready = imported.ready(generator.backbone, generator.settings, labels, generator.engine)
         return cls(ready.pool, ready.prompts, ready.candidates, labels, ready.described(labels))
 
     def scores(self) -> Tensor:

@@ -1,30 +1,26 @@
 """Pool generation: fill a pool with text, latents and scores, shard by shard, skipping shards that exist."""
 
 import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import Unconditional
-from capo.data.pool import Manifest, Pool, Shard, pool_name
+from capo.data.engines import Engine, LocalEngine
+from capo.data.pool import Manifest, Pool, pool_name
 from capo.data.prompts import Prompt
 from capo.data.scoring import ScoreStage
-from capo.data.stages import LatentStage, Report, Stage, TextStage
-from capo.data.watching import current_watch
+from capo.data.stages import LatentStage, Stage, TextStage
 from capo.errors import InputError
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
-from capo.runtime.launch import launch
 from capo.runtime.names import check_name
 
-WAIT = 0.5  # seconds between checks of shards that another process is working on
 COMMANDS = {
     "text": "text",
     "latents": "latents",
@@ -64,7 +60,8 @@ def generator_fingerprint(
 class ImageGenerator:
     """Generator of a pool's images: a backbone's pipeline, its denoiser (base or policy) and its settings.
 
-    `unconditional` makes the unconditional prediction in place of the denoiser; the base has none.
+    `unconditional` makes the unconditional prediction in place of the denoiser; the base has none. `engine`
+    decides which processes do the work.
     """
 
     backbone: Backbone
@@ -72,11 +69,15 @@ class ImageGenerator:
     denoiser_fingerprint: str
     settings: SamplerSettings
     unconditional: Unconditional | None = None
+    engine: Engine = field(default_factory=LocalEngine)
 
     @classmethod
-    def base(cls, backbone: Backbone, settings: SamplerSettings) -> "ImageGenerator":
+    def base(
+        cls, backbone: Backbone, settings: SamplerSettings, engine: Engine | None = None
+    ) -> "ImageGenerator":
         """Generator that samples from the frozen base."""
-        return cls(backbone, backbone.denoiser, backbone.fingerprints["denoiser"], settings)
+        fingerprint = backbone.fingerprints["denoiser"]
+        return cls(backbone, backbone.denoiser, fingerprint, settings, engine=engine or LocalEngine())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -175,14 +176,13 @@ def fill_pool(
     work = stages_of(pool, spec, generator, rewards, verify)
     wanted = [stage for stage in work if stage.name in stages]
     check_space(pool, wanted)
-    for stage in work[: work.index(wanted[-1]) + 1] if wanted else ():
-        if stage in wanted:
-            run_stage(stage, progress)
-        elif stage.todo():
+    for stage in work[: work.index(wanted[-1])] if wanted else ():
+        if stage not in wanted and stage.todo():
             raise InputError(
                 f"{lacking(stage)}, which {wanted[-1].name} needs: "
                 f"run generate.py stage={COMMANDS[stage.name]} first"
             )
+    generator.engine.run(wanted, progress)
     return pool
 
 
@@ -203,70 +203,6 @@ def stages_of(
         LatentStage(pool, rows, backbone, settings, verify, spec.candidates, generator.denoiser, guide),
         ScoreStage(pool, rows, backbone, settings, verify, rewards, spec.candidates),
     ]
-
-
-def run_stage(stage: Stage, progress: bool = True) -> None:
-    """Run the shards of a stage one after another in this process, until none is missing.
-
-    Shards locked by another process are skipped and checked again later, in case that process dies. Of the
-    processes of a launcher, the first shows the progress of all. Raises
-    RuntimeError if a shard is missing after it was written.
-    """
-    todo = stage.todo()
-    if not todo:
-        return
-    try:
-        _run_missing(stage, todo, progress)
-    finally:  # also where a reward fails: its scorer leaves the device
-        stage.close()
-
-
-def _run_missing(stage: Stage, todo: list[Shard], progress: bool) -> None:
-    stage.setup()
-    made: set[Shard] = set()
-    total, watch = sum(map(stage.amount, todo)), current_watch()
-    followed = watch.begin(stage.name, stage.pool.folder, total) if watch else None
-    with (
-        stage.backbone.placed(*stage.parts),
-        tqdm(
-            total=total,
-            desc=f"{stage.name} of {stage.pool.folder.name}",
-            unit=stage.unit,
-            disable=not progress or not launch().first,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-
-        def report(count: int) -> None:
-            if followed and (note := followed(count)):
-                bar.set_postfix_str(note, refresh=False)
-            bar.update(count)
-
-        while todo:
-            busy = [shard for shard in todo if not _attempt(stage, shard, made, report)]
-            if busy:
-                time.sleep(WAIT)
-            todo = busy or stage.todo()
-            if lost := made.intersection(todo):
-                raise RuntimeError(
-                    f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} was written "
-                    "but is missing: the disk does not keep written files; check it, or use another pool.root"
-                )
-    if followed:
-        followed.end()
-
-
-def _attempt(stage: Stage, shard: Shard, made: set[Shard], report: Report) -> bool:
-    """Run `shard` if it is missing. Returns False if another process holds its lock: try again later."""
-    with stage.pool.lock(stage.name, shard.row) as mine:
-        if not mine:
-            return False
-        if shard in stage.missing(shard.row):
-            stage.run(shard, report)
-            made.add(shard)
-        else:  # made by another process: the bar shows what all make together
-            report(stage.amount(shard))
-    return True
 
 
 def check_space(pool: Pool, stages: Sequence[Stage]) -> None:

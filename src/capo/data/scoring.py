@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from capo.data.pool import Shard
-from capo.data.stages import Report, Stage
+from capo.data.stages import Order, Report, Stage
 from capo.rewards import Reward
 from capo.runtime.threads import map_ahead, map_batches, shares_batches
 
@@ -39,9 +39,12 @@ class ScoreStage(Stage):
     def parts(self) -> Sequence[nn.Module | None]:
         return (self.backbone.vae,)
 
-    def setup(self) -> None:
+    def setup(self, todo: Sequence[Shard]) -> None:
         for reward in self.rewards:
             reward.setup(self.backbone.device)
+
+    def order(self) -> Order:
+        return Order.of(self, self.candidates, [reward.key for reward in self.rewards])
 
     def close(self) -> None:
         """Move the scorers to the CPU, to free the device's memory."""

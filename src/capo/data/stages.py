@@ -1,5 +1,7 @@
 """Stages that fill a pool (text, latents; scores in `scoring.py`), each with an idempotent `run(shard)`."""
 
+from __future__ import annotations
+
 import functools
 import logging
 import math
@@ -8,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from capo.backbones import Backbone
 from capo.backbones.family import Text
 from capo.backbones.sampling import SamplerSettings, encode_unconditional, sample_prompts
-from capo.data.pool import Pool, Shard
+from capo.data.pool import Manifest, Pool, Shard
 from capo.data.prompts import candidate_seed
 from capo.runtime.threads import BATCHES
 
@@ -31,11 +34,44 @@ def _versions() -> dict[str, str]:
     return {library: version(library) for library in RECORDED}
 
 
+def model_of(device: torch.device) -> str:
+    """Name of a GPU's model, else the device's kind: which of several it is makes no difference."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, object]:
     """Settings that change results by rounding only; results are bitwise equal if these are equal."""
     threads = 1 if settings.parallel == BATCHES else torch.get_num_threads()
     batch = backbone.sampling_fits.at_most(settings.batch)
-    return {"batch": batch, "threads": threads, "device": str(backbone.device), **_versions()}
+    return {"batch": batch, "threads": threads, "device": model_of(backbone.device), **_versions()}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What another process needs to know of a stage, besides the configuration.
+
+    Attributes:
+        stage: its name.
+        folder: folder of the pool, absolute.
+        manifest: the manifest that the pool there must have.
+        candidates: number of candidates; 0 for text.
+        rewards: keys of the rewards that score.
+        verify: whether checksums of existing files are compared.
+    """
+
+    stage: str
+    folder: Path
+    manifest: Manifest
+    candidates: int
+    rewards: tuple[str, ...]
+    verify: bool
+
+    @classmethod
+    def of(cls, stage: Stage, candidates: int = 0, rewards: Sequence[str] = ()) -> Order:
+        """Describe a stage."""
+        pool = stage.pool
+        folder = pool.folder.absolute()
+        return cls(stage.name, folder, pool.manifest, candidates, tuple(rewards), stage.verify)
 
 
 @dataclass(eq=False)
@@ -71,8 +107,12 @@ class Stage(ABC):
         """Networks that are on the device while the stage runs, and on the CPU before and after."""
         return ()
 
-    def setup(self) -> None:  # noqa: B027 - many stages load nothing
-        """Load models that the stage needs; called before the first `run`."""
+    def setup(self, todo: Sequence[Shard]) -> None:  # noqa: B027 - many stages load nothing
+        """Load models that the stage needs to make shards such as `todo`; called before the first `run`."""
+
+    def order(self) -> Order | None:
+        """Description from which another process builds this stage; None if only this one can run it."""
+        return None
 
     def close(self) -> None:  # noqa: B027 - nor release anything
         """Release models and log a summary; called after the last `run`."""
@@ -102,6 +142,9 @@ class TextStage(Stage):
     @property
     def parts(self) -> Sequence[nn.Module | None]:
         return self.backbone.text_encoders
+
+    def order(self) -> Order:
+        return Order.of(self)
 
     def missing(self, row: int) -> list[Shard]:
         there = self.pool.has_text(row, self.verify, self.settings.text_dtype)
@@ -188,9 +231,12 @@ class LatentStage(LatentFiles):
     def parts(self) -> Sequence[nn.Module | None]:
         return self.denoiser, self.unconditional
 
-    def setup(self) -> None:
+    def setup(self, todo: Sequence[Shard]) -> None:
         """Encode the negative branch, so that text encoders and denoiser are not on the device together."""
-        encode_unconditional(self.backbone, self.settings, [shard.images for shard in self.todo()])
+        encode_unconditional(self.backbone, self.settings, [shard.images for shard in todo])
+
+    def order(self) -> Order:
+        return Order.of(self, self.candidates)
 
     def run(self, shard: Shard, report: Report) -> None:
         seed = self.pool.manifest.seed

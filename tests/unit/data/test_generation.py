@@ -14,7 +14,7 @@ import torch
 from capo.backbones import UNetBackbone
 from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
 from capo.backbones.unconditional import Unconditional
-from capo.data import generation
+from capo.data.engines import local
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, generator_fingerprint, open_pool
 from capo.data.pool import PoolReader
 from capo.data.prompts import candidate_seed, make_prompt
@@ -274,7 +274,7 @@ def test_without_verification_only_headers_are_read(plan, generator, work):
 
 def test_two_at_a_time_share_the_work(plan, generator, tmp_path, work, monkeypatch):
     """Two fillers in one process: the locks are of the file system and do not know that."""
-    monkeypatch.setattr(generation, "WAIT", 0.02)
+    monkeypatch.setattr(local, "WAIT", 0.02)
     alone = contents(fill(dataclasses.replace(plan, root=tmp_path / "alone", prompts=PROMPTS), generator))
     work.clear()
     plans = [dataclasses.replace(plan, prompts=PROMPTS, candidates=candidates) for candidates in (10, 10, 8)]
@@ -313,10 +313,10 @@ def test_blocks_follow_on_what_another_process_made_meanwhile(plan, generator, m
         run(self, shard, report)
 
     def fill_other_rows():  # the first row is locked by the caller, the second is free
-        monkeypatch.setattr(generation, "WAIT", 0.0)
+        monkeypatch.setattr(local, "WAIT", 0.0)
         pool = open_pool(small, generator)
         stage = LatentStage(pool, [1], generator.backbone, SETTINGS, True, 4, generator.denoiser)
-        generation.run_stage(stage, progress=False)
+        local.run_stage(stage, progress=False)
 
     monkeypatch.setattr(LatentStage, "run", late)
     pool = fill(plan, generator)
@@ -330,24 +330,24 @@ def test_the_first_process_shows_what_all_have_made(plan, generator, monkeypatch
 
     The bar ends with the images of both, and another process than the first shows none.
     """
-    attempt, bars = generation._attempt, []
-    monkeypatch.setattr(generation, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    attempt, bars = local._attempt, []
+    monkeypatch.setattr(local, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
 
     def helped(stage, shard, made, bar):
         if stage.name == "latents" and shard.row == 1 and shard in stage.missing(1):
             stage.run(shard, lambda count: None)
         return attempt(stage, shard, made, bar)
 
-    monkeypatch.setattr(generation, "_attempt", helped)
+    monkeypatch.setattr(local, "_attempt", helped)
     fill_pool(plan, generator)
     assert len(bars) == 2 and all(bar.n == bar.total > 0 and not bar.disable for bar in bars)
-    monkeypatch.setattr(generation, "launch", lambda: Launch(1, 2, 1, 2))
+    monkeypatch.setattr(local, "launch", lambda: Launch(1, 2, 1, 2))
     fill_pool(dataclasses.replace(plan, split="other"), generator)
     assert all(bar.disable for bar in bars[2:]) and len(bars) == 4
 
 
 def test_a_busy_shard_is_waited_for(plan, generator, work, monkeypatch):
-    monkeypatch.setattr(generation, "WAIT", 0.02)
+    monkeypatch.setattr(local, "WAIT", 0.02)
     pool = open_pool(plan, generator)
     thread = threading.Thread(target=fill, args=(plan, generator))
     with pool.lock("latents", 0):

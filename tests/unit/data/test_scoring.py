@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, open_pool, run_stage, stages_of
+from capo.data.engines import LocalEngine
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, open_pool, stages_of
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
@@ -75,7 +76,7 @@ def scored(root, generator, rewards, overlap):
     pool = fill_pool(spec, generator, stages=("text", "latents"), progress=False)
     stage = stages_of(pool, spec, generator, rewards, True)[-1]
     stage.overlap = overlap
-    run_stage(stage, progress=False)
+    LocalEngine().run([stage], progress=False)
     return {str(path.relative_to(pool.folder)): path.read_bytes() for path in pool.folder.rglob("scores/*/*")}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import check_space, run_stage
+from capo.data.engines import Engine
+from capo.data.generation import check_space
 from capo.data.labels import LabelSource, described, scored
 from capo.data.pool import Pool
 from capo.data.pool.import_table import HUMAN_LABELS, ImportTable, read_import_table
@@ -80,11 +81,7 @@ class Imported:
         )
 
     def ready(
-        self,
-        backbone: Backbone,
-        settings: SamplerSettings,
-        labels: Sequence[LabelSource],
-        progress: bool = True,
+        self, backbone: Backbone, settings: SamplerSettings, labels: Sequence[LabelSource], engine: Engine
     ) -> Imported:
         """Compute missing scores of the rewards in `labels`; human choices were stored at import.
 
@@ -104,7 +101,7 @@ class Imported:
                 self.pool, self.pool.text_shards(), backbone, settings, False, rewards, self.candidates
             )
             check_space(self.pool, [stage])
-            run_stage(stage, progress)
+            engine.run([stage])
         return self
 
     def _check_complete(self, settings: SamplerSettings) -> None:

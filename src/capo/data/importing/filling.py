@@ -12,7 +12,8 @@ from torch import nn
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import check_space, run_stage
+from capo.data.engines import run_stage
+from capo.data.generation import check_space
 from capo.data.importing.images import BrokenImage, picture, pixels
 from capo.data.importing.source import Source
 from capo.data.importing.survey import survey

@@ -16,6 +16,7 @@ from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.data.candidates import TrainingData
 from capo.data.dataset import collate
+from capo.data.engines import LocalEngine
 from capo.data.importing import folder, pickapic, rankings
 from capo.data.importing.chosen import Imported
 from capo.data.importing.filling import import_pool
@@ -431,7 +432,7 @@ def test_another_models_latents_are_refused(pool, tiny_backbone, tiny_run):
     other = Pool(pool.folder, pool.manifest.__class__(**{**vars(pool.manifest), "latent_space": "0" * 64}))
     found = Imported(other, read_import_table(pool.folder), [prompt for prompt, _ in pool.prompts], 0)
     with pytest.raises(InputError, match="its latent_space are not those of tiny"):
-        found.ready(tiny_backbone, SETTINGS, [HUMAN])
+        found.ready(tiny_backbone, SETTINGS, [HUMAN], LocalEngine())
 
 
 def test_what_to_import_must_be_said(tiny_run):

@@ -1,0 +1,90 @@
+"""The engine of one process, and of the processes of a launcher: each makes what no other has made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from capo.data.pool import Shard
+from capo.data.stages import Report, Stage
+from capo.data.watching import current_watch
+from capo.runtime.launch import launch
+
+WAIT = 0.5  # seconds between checks of shards that another process is working on
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Runs the stages one after another in this process; any number of processes may share a pool."""
+
+    def run(self, stages: Sequence[Stage], progress: bool = True) -> None:
+        """Make what the stages lack; see `run_stage`."""
+        for stage in stages:
+            run_stage(stage, progress)
+
+
+def run_stage(stage: Stage, progress: bool = True) -> None:
+    """Run the shards of a stage one after another in this process, until none is missing.
+
+    Shards locked by another process are skipped and checked again later, in case that process dies. Of the
+    processes of a launcher, the first shows the progress of all. Raises
+    RuntimeError if a shard is missing after it was written.
+    """
+    todo = stage.todo()
+    if not todo:
+        return
+    try:
+        _run_missing(stage, todo, progress)
+    finally:  # also where a reward fails: its scorer leaves the device
+        stage.close()
+
+
+def _run_missing(stage: Stage, todo: list[Shard], progress: bool) -> None:
+    stage.setup(todo)
+    made: set[Shard] = set()
+    total, watch = sum(map(stage.amount, todo)), current_watch()
+    followed = watch.begin(stage.name, stage.pool.folder, total) if watch else None
+    with (
+        stage.backbone.placed(*stage.parts),
+        tqdm(
+            total=total,
+            desc=f"{stage.name} of {stage.pool.folder.name}",
+            unit=stage.unit,
+            disable=not progress or not launch().first,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+
+        def report(count: int) -> None:
+            if followed and (note := followed(count)):
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(count)
+
+        while todo:
+            busy = [shard for shard in todo if not _attempt(stage, shard, made, report)]
+            if busy:
+                time.sleep(WAIT)
+            todo = busy or stage.todo()
+            if lost := made.intersection(todo):
+                raise RuntimeError(
+                    f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} was written "
+                    "but is missing: the disk does not keep written files; check it, or use another pool.root"
+                )
+    if followed:
+        followed.end()
+
+
+def _attempt(stage: Stage, shard: Shard, made: set[Shard], report: Report) -> bool:
+    """Run `shard` if it is missing. Returns False if another process holds its lock: try again later."""
+    with stage.pool.lock(stage.name, shard.row) as mine:
+        if not mine:
+            return False
+        if shard in stage.missing(shard.row):
+            stage.run(shard, report)
+            made.add(shard)
+        else:  # made by another process: the bar shows what all make together
+            report(stage.amount(shard))
+    return True
