@@ -18,6 +18,7 @@ from capo.cli.build import (
 )
 from capo.cli.engines import engaged
 from capo.cli.messages import plain_errors
+from capo.cli.pool_state import show_status, verify
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
 from capo.cli.report import check_scored, report_pool
@@ -35,10 +36,10 @@ from capo.runtime.terminal import Terminal
 
 console = Terminal()
 # stage on the command line -> stages of a pool that it completes
-ALONE = ("import", "export", "report")  # stages that one process does
+ALONE = ("import", "export", "report", "status", "verify")  # stages that one process does
 FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
 # stage on the command line -> parts of the base that it computes with besides the VAE; others: all
-PARTS = {"text": (TEXT,), "score": (), "import": (TEXT,), "export": (), "report": ()}
+PARTS = {"text": (TEXT,), "score": (), "import": (TEXT,), "export": (), "report": (), "status": ()}
 
 
 def import_source(cfg: DictConfig) -> Source:
@@ -122,20 +123,31 @@ def run(cfg: DictConfig) -> None:
     if cfg.stage == "import":
         return import_images(cfg)
     console.quiet = not launch().first
-    scoring = cfg.stage in ("all", "score")
+    scoring = cfg.stage in ("all", "score") or (cfg.stage == "verify" and cfg.repair)
     check_ready(cfg, scoring=scoring)
     check_imported(cfg)
     if cfg.stage == "export":
         check_ordinary(Path(cfg.pair_export.file), "pair_export.file")
     prepare_process(cfg.threads)
-    # a driver computes nothing but the size of a text embedding
-    parts = PARTS["text"] if cfg.engine.kind == RAY and cfg.stage in FILLING else PARTS.get(cfg.stage)
-    components = build_components(cfg, scoring=scoring, parts=parts)
+    components = build_components(cfg, scoring=scoring, parts=parts_of(cfg))
     if cfg.stage == "export":
         return export(cfg, components)
     if cfg.stage == "report":
         return report(cfg, components)
+    if cfg.stage == "status":
+        return show_status(cfg, components, console)
+    if cfg.stage == "verify":
+        return verify(cfg, engaged(cfg, components), console)
     fill_pools(cfg, components)
+
+
+def parts_of(cfg: DictConfig) -> tuple[str, ...] | None:
+    """Parts of the base that this process computes with besides the VAE; None: all."""
+    if cfg.stage == "verify" and not cfg.repair:
+        return ()
+    if cfg.engine.kind == RAY and cfg.stage not in ALONE:
+        return PARTS["text"]  # a driver computes nothing but the size of a text embedding
+    return PARTS.get(cfg.stage)
 
 
 def fill_pools(cfg: DictConfig, components: Components) -> None:

@@ -184,6 +184,7 @@ TABLE: dict[str, Rule] = {
     "import.better": one_of(("lower", "higher")),
     "import.candidates": optional(whole(2)),
     "import.limit": optional(whole(1)),
+    "repair": SWITCH,
     "pair_export.file": TEXT,
     "pair_export.per_prompt": optional(whole(1)),
     "pair_export.images": one_of(("jpeg", "png")),

@@ -51,8 +51,11 @@ class ScoreStage(Stage):
         for reward in self.rewards:
             reward.offload()
 
+    def shards(self, row: int) -> list[Shard]:
+        return self.pool.row_shards(row, self.candidates)
+
     def missing(self, row: int) -> list[Shard]:
-        return [shard for shard in self.pool.row_shards(row, self.candidates) if self._unscored(shard)]
+        return [shard for shard in self.shards(row) if self._unscored(shard)]
 
     def _unscored(self, shard: Shard) -> list[Reward]:
         return [reward for reward in self.rewards if not self.pool.has_scores(reward.key, shard, self.verify)]

@@ -91,6 +91,10 @@ class Stage(ABC):
     verify: bool
 
     @abstractmethod
+    def shards(self, row: int) -> list[Shard]:
+        """Shards of a row, made or not."""
+
+    @abstractmethod
     def missing(self, row: int) -> list[Shard]:
         """Missing shards of a row, in the order in which they must be made."""
 
@@ -146,9 +150,12 @@ class TextStage(Stage):
     def order(self) -> Order:
         return Order.of(self)
 
+    def shards(self, row: int) -> list[Shard]:
+        return [self.pool.text_shard(row)]
+
     def missing(self, row: int) -> list[Shard]:
         there = self.pool.has_text(row, self.verify, self.settings.text_dtype)
-        return [] if there else [self.pool.text_shard(row)]
+        return [] if there else self.shards(row)
 
     def amount(self, shard: Shard) -> int:
         return len(shard.positions)
@@ -206,12 +213,11 @@ class LatentFiles(Stage):
 
     candidates: int
 
+    def shards(self, row: int) -> list[Shard]:
+        return self.pool.row_shards(row, self.candidates)
+
     def missing(self, row: int) -> list[Shard]:
-        return [
-            shard
-            for shard in self.pool.row_shards(row, self.candidates)
-            if not self.pool.has_latents(shard, self.verify)
-        ]
+        return [shard for shard in self.shards(row) if not self.pool.has_latents(shard, self.verify)]
 
     def bytes_missing(self) -> int:
         return 2 * math.prod(self.backbone.latent_shape) * sum(shard.images for shard in self.todo())

@@ -80,11 +80,13 @@ class ChoiceStage(Stage):
 
     table: ImportTable
 
+    def shards(self, row: int) -> list[Shard]:
+        return [] if self.table.ranks is None else self.pool.row_shards(row, self.table.candidates)
+
     def missing(self, row: int) -> list[Shard]:
-        if self.table.ranks is None:
-            return []
-        shards = self.pool.row_shards(row, self.table.candidates)
-        return [shard for shard in shards if not self.pool.has_scores(HUMAN.key, shard, self.verify)]
+        return [
+            shard for shard in self.shards(row) if not self.pool.has_scores(HUMAN.key, shard, self.verify)
+        ]
 
     def run(self, shard: Shard, report: Report) -> None:
         assert self.table.ranks is not None  # else nothing was missing

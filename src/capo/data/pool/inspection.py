@@ -14,7 +14,7 @@ class Inspection:
 
     def __init__(self):
         self._confirmed: set[tuple] = set()  # (path, inode, modification time, question)
-        self._reported: set[Path] = set()
+        self.faults: dict[Path, str] = {}  # files that are invalid, and why
 
     def confirmed(self, path: Path, question: Hashable, look: Callable[[], bool]) -> bool:
         """Result of `look()`; once it was true for `question`, it is not called again until the file changes.
@@ -44,9 +44,9 @@ class Inspection:
 
     def report(self, path: Path, reason: str) -> None:
         """Log, once per file, that the file at `path` is invalid and why."""
-        if path not in self._reported:
+        if path not in self.faults:
             log.warning("%s is not valid: %s; it must be made again", path, reason)
-            self._reported.add(path)
+            self.faults[path] = reason
 
     def matches(self, path: Path, metadata: Mapping[str, str], expected: Mapping[str, str]) -> bool:
         """Whether the metadata of a file contains all of `expected`; logs the keys that differ."""

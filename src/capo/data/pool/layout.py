@@ -68,6 +68,11 @@ def scores_path(folder: Path, key: str, row: int, block: int) -> Path:
     return folder / "scores" / key / f"{row:05d}-{block:02d}.parquet"
 
 
+def row_of(path: Path) -> int:
+    """Row that a file of a pool belongs to."""
+    return int(path.name[:5])
+
+
 def write_range(numbers: range) -> str:
     """Format a range for a file's header: `range(0, 8)` as `0-8`."""
     return f"{numbers.start}-{numbers.stop}"

@@ -95,6 +95,11 @@ class Pool:
         name = kind if row is None else f"{kind}-{row:05d}"
         return file_lock(self.folder / ".locks" / name, wait, REMEDY)
 
+    @property
+    def faults(self) -> dict[Path, str]:
+        """Files that were found invalid so far, and why."""
+        return dict(self._inspection.faults)
+
     # --- prompts ---
 
     @property

@@ -1,0 +1,101 @@
+"""`generate.py stage=status` and `stage=verify`: what is done of the pools, and which files are bad."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from capo.cli.build import Components
+from capo.data.generation import open_pool, stages_of
+from capo.data.pool import Pool, pool_name
+from capo.data.pool_state import StageState, faults_of, repair, states_of, told_age
+from capo.data.stages import Stage
+from capo.errors import Unfinished
+from capo.runtime.files import write_whole
+from capo.runtime.terminal import Terminal
+
+STATUS = "status.json"
+LISTED = 20  # files at fault that are named on the console; the log has all of them
+
+
+def pools_of(cfg: DictConfig, components: Components) -> Iterator[tuple[str, Pool | None, list[Stage]]]:
+    """Yield (name, pool, stages) of each pool of the configuration; no pool where none was begun."""
+    generator = components.generator
+    for name, spec in components.pool_specs.items():
+        if name == "train" and cfg.pool.imported:
+            continue
+        folder = Path(spec.root) / pool_name(spec.model, generator.fingerprint, spec.seed, spec.split)
+        if (folder / "manifest.json").is_file():
+            pool = open_pool(spec, generator)
+            yield name, pool, stages_of(pool, spec, generator, components.judges[name], verify=False)
+        else:
+            yield name, None, []
+
+
+def show_status(cfg: DictConfig, components: Components, console: Terminal) -> None:
+    """Print what is done of each pool by stage, with rate, time left and size, and write it as JSON.
+
+    Text is counted in prompts, latents and scores in images.
+    """
+    table = Table("pool", "stage", "done", "", "per s", "left", "MiB", "newest", pad_edge=False)
+    written = {}
+    for name, pool, stages in pools_of(cfg, components):
+        if pool is None:
+            table.add_row(name, "", "not begun")
+            written[name] = None
+            continue
+        states = states_of(pool, stages)
+        written[name] = {"folder": str(pool.folder), "stages": [asdict(state) for state in states]}
+        for number, state in enumerate(states):
+            table.add_row("" if number else name, *_cells(state))
+    console.print(table)
+    path = Path(cfg.run_dir) / STATUS
+    write_whole(path, json.dumps(written, indent=2) + "\n")
+    console.print(f"as JSON: {path}", soft_wrap=True)
+
+
+def _cells(state: StageState) -> list[str]:
+    left = state.seconds_left
+    return [
+        state.stage,
+        f"{state.done}/{state.total}",
+        f"{state.done / state.total:.0%}" if state.total else "",
+        f"{state.rate:.3g}" if state.rate else "",
+        "" if left is None else "none" if not left else f"{left / 3600:.1f} h",
+        f"{state.size / 2**20:,.1f}",
+        "" if state.newest is None else told_age(state.newest),
+    ]
+
+
+def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
+    """Read every file of the pools, name those that cannot be used, and make them again if `repair` is set.
+
+    Raises Unfinished if a file is at fault and is not made again.
+    """
+    found = 0
+    for name, pool, stages in pools_of(cfg, components):
+        if pool is None:
+            console.print(f"{name}: not begun")
+            continue
+        faults = faults_of(pool, stages)
+        files = sum(state.files for state in states_of(pool, stages))
+        console.print(f"{name}: {files} files read, {len(faults)} at fault, in {pool.folder}", soft_wrap=True)
+        for fault in faults[:LISTED]:
+            console.print(f"  {fault.file}: {fault.reason}", markup=False, soft_wrap=True)
+        if len(faults) > LISTED:
+            console.print(f"  and {len(faults) - LISTED} more, which the log names")
+        if faults and cfg.repair:
+            repair(pool, stages, faults, components.generator.engine)
+            console.print("  made again")
+        else:
+            found += len(faults)
+    if found:
+        raise Unfinished(
+            f"{found} files cannot be used: add repair=true to make them again, or run stage=all, which also "
+            "makes what is missing"
+        )

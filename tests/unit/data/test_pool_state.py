@@ -1,0 +1,112 @@
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from capo.backbones.sampling import SamplerSettings
+from capo.data.engines import LocalEngine
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, open_pool, stages_of
+from capo.data.pool_state import faults_of, repair, states_of, told_age
+from capo.data.prompts import make_prompt
+from capo.rewards import Reward
+from fixtures.fake_backbone import FakeBackbone
+
+SETTINGS = SamplerSettings(steps=2, guidance=3.0, batch=4)
+
+
+def brightness(images, prompts):
+    return torch.tensor([float(np.asarray(image).mean()) for image in images])
+
+
+REWARD = Reward("brightness", brightness)
+
+
+@pytest.fixture
+def generator():
+    return ImageGenerator.base(FakeBackbone(), SETTINGS)
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """Six prompts in three rows, 4 candidates."""
+    prompts = [make_prompt(f"prompt {number}") for number in range(6)]
+    return PoolSpec(tmp_path / "pools", "tiny", "train", 5, prompts, candidates=4, prompts_per_shard=2)
+
+
+def stages(spec, generator, verify=False):
+    pool = open_pool(spec, generator)
+    return pool, stages_of(pool, spec, generator, [REWARD], verify)
+
+
+def contents(pool):
+    return {path: path.read_bytes() for path in pool.folder.rglob("*.*") if path.is_file()}
+
+
+def test_what_is_done_is_counted_by_stage(spec, generator):
+    fill_pool(spec, generator, stages=("text", "latents"), progress=False)
+    pool, work = stages(spec, generator)
+    (pool.folder / "latents" / "00001-00.safetensors").unlink()
+    text, latents, scores = states_of(pool, work)
+    assert (text.unit, text.done, text.total, text.files, text.seconds_left) == ("prompt", 6, 6, 3, 0)
+    assert (latents.unit, latents.done, latents.total, latents.files) == ("image", 16, 24, 2)
+    assert latents.size == sum(path.stat().st_size for path in (pool.folder / "latents").glob("*.safe*"))
+    assert (scores.done, scores.total, scores.files, scores.rate, scores.newest) == (0, 24, 0, None, None)
+    assert scores.seconds_left is None
+
+
+def test_the_rate_is_that_of_the_last_ten_minutes_of_work(spec, generator):
+    spec = replace(spec, prompts=[make_prompt(f"prompt {number}") for number in range(10)])
+    fill_pool(spec, generator, stages=("text", "latents"), progress=False)
+    pool, work = stages(spec, generator)
+    files = sorted((pool.folder / "latents").glob("*.safetensors"))
+    for file, moment in zip(files, (0, 5000, 5100, 5200, 5300), strict=True):
+        os.utime(file, (moment, moment))
+    files[0].unlink()
+    state = states_of(pool, work)[1]
+    assert state.newest == 5300 and state.rate == pytest.approx(3 * 8 / 300)
+    assert state.seconds_left == pytest.approx(8 / (3 * 8 / 300))
+
+
+def test_each_bad_file_is_named_once_and_made_again(spec, generator):
+    pool = fill_pool(spec, generator, [REWARD], progress=False)
+    before = contents(pool)
+    latents = pool.folder / "latents" / "00001-00.safetensors"
+    damaged = bytearray(latents.read_bytes())
+    damaged[-1] ^= 1
+    latents.write_bytes(damaged)
+    scores = pool.folder / "scores" / REWARD.key / "00002-00.parquet"
+    scores.write_bytes(b"no table")
+    (pool.folder / "text" / "00000.safetensors").unlink()  # missing, which is no fault
+    pool, work = stages(spec, generator)
+    faults = faults_of(pool, work, progress=False)
+    assert [(fault.stage, fault.row, fault.file) for fault in faults] == [
+        ("latents", 1, latents),
+        ("scores", 2, scores),
+    ]
+    assert "checksum" in faults[0].reason and "parquet" in faults[1].reason
+    pool, work = stages(spec, generator)
+    repair(pool, work, faults, LocalEngine())
+    del before[pool.folder / "text" / "00000.safetensors"]  # its row had no fault
+    assert contents(pool) == before
+
+
+def test_latents_that_are_not_finite_are_a_fault(spec, generator, monkeypatch):
+    pool = fill_pool(spec, generator, [REWARD], progress=False)
+    pool, work = stages(spec, generator)
+    read = pool.read_latents
+    spoiled = lambda shard: read(shard) * (float("nan") if shard.row == 2 else 1)  # noqa: E731
+    monkeypatch.setattr(pool, "read_latents", spoiled)
+    (fault,) = faults_of(pool, work, progress=False)
+    assert (fault.row, fault.file.name, fault.reason) == (
+        2,
+        "00002-00.safetensors",
+        "its latents are not finite",
+    )
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (150, "2 min"), (7300, "2 h"), (200_000, "2 d")])
+def test_ages_are_told_in_words(monkeypatch, seconds, said):
+    monkeypatch.setattr("time.time", lambda: 1e9 + seconds)
+    assert told_age(1e9) == f"{said} ago"
