@@ -51,9 +51,9 @@ def check_engine(cfg: DictConfig) -> None:
     """Raise InputError for an engine that cannot start here: without its extra, or under a launcher."""
     if cfg.engine.kind != RAY:
         return
-    from capo.data.engines.on_ray import package
+    from capo.data.engines.on_ray import require_package
 
-    package()
+    require_package()
     if launch().world_size > 1:
         raise InputError(
             f"engine=ray with {launch().world_size} processes of a launcher: Ray starts the workers itself; "

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +29,8 @@ from capo.errors import InputError, Unfinished, first_line
 
 Build = Callable[[Order], Stage]  # picklable; builds a stage where it runs
 LOCAL, AUTO = "local", "auto"  # a cluster of this machine alone, the cluster that RAY_ADDRESS names
+# read by Ray when it is imported; 0: its servers listen on the loopback address alone, on Linux too
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 STARTS = 3  # tries to start a local cluster: Ray gives up after 30 s, which a busy machine may need
 PULSE = 1.0  # seconds after which a wait returns, to look at the cluster's size and at late starts
 LISTED = 5  # failures named in the message; the log has all of them
@@ -200,26 +203,27 @@ def _actor(options: dict[str, Any]) -> Any:
     return ray.remote(max_restarts=0, max_task_retries=0, **options)(StageActor)
 
 
-def package() -> Any:
-    """Return the module `ray`; InputError if it is not installed."""
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError(f"engine=ray needs the extra `ray`: pip install -e '.[ray]' ({error})") from error
-    return ray
+def require_package() -> None:
+    """Raise InputError if the package `ray` is not installed."""
+    if find_spec("ray") is None:
+        raise InputError("engine=ray needs the extra `ray`: pip install -e '.[ray]'")
 
 
-def connect(address: str) -> Any:
-    """Join the cluster at `address`, or start a local one; return the module `ray`.
+def connect(address: str, **options: Any) -> Any:
+    """Join the cluster at `address`, or start a local one with `options` of `ray.init`; return the module.
 
     Raises InputError, with the remedy, without the package, the cluster, or its token.
     """
-    ray = package()
+    require_package()
+    if address == LOCAL:
+        os.environ.setdefault(LOOPBACK, "0")
+    import ray
+
     if ray.is_initialized():
         return ray
     where: dict[str, Any] = {"address": address}
     if address == LOCAL:
-        where |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        where |= {"include_dashboard": False, **options}
     for left in reversed(range(STARTS)):
         try:
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)

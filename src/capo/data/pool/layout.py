@@ -70,7 +70,7 @@ def scores_path(folder: Path, key: str, row: int, block: int) -> Path:
 
 def row_of(path: Path) -> int:
     """Row that a file of a pool belongs to."""
-    return int(path.name[:5])
+    return int(path.name.split(".")[0].split("-")[0])
 
 
 def write_range(numbers: range) -> str:

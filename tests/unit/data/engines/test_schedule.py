@@ -1,10 +1,22 @@
 import itertools
-import random
+from collections import Counter
 
 import pytest
 
+from benchmarks.cluster import Failures
+from benchmarks.simulated_cluster import STAGES, SimulatedCluster, chain
 from capo.data.engines.schedule import Room, Schedule
-from fixtures.simulated_cluster import STAGES, SimulatedCluster, chain, run
+
+
+def run(shards, cluster, rooms=None, **options):
+    """Run a chain of stages; returns the failures by name, and the names of what was done, counted."""
+    done = Counter()
+    rooms = rooms or {stage: Room() for stage in STAGES}
+    schedule = Schedule(chain(shards), rooms, cluster, done=lambda task: done.update([task.name]), **options)
+    failures = {task.name: error for task, error in schedule.run().items()}
+    assert not cluster.working  # every worker has ended
+    return failures, done
+
 
 SECONDS = {"text": 2.0, "latents": 600.0, "scores": 120.0}
 ALL = {f"{stage} {number:05d}" for stage in STAGES for number in range(20)}
@@ -123,12 +135,8 @@ def test_a_starved_stage_gives_its_device_back():
 @pytest.mark.parametrize("devices", [2, 8, 64])
 def test_devices_are_busy(devices):
     """At least 90 % of the devices' time goes into work that is kept, with one task in a hundred failing."""
-    chance = random.Random(1)
-
-    def fault(worker, task):
-        return ("gone", False, True) if task is not None and chance.random() < 0.01 else None
-
-    cluster = SimulatedCluster(devices, SECONDS, fault=fault, jitter=0.2)
+    lost = Failures(0.01)
+    cluster = SimulatedCluster(devices, SECONDS, fault=lost, jitter=0.2)
     failures, done = run(1000, cluster)
-    assert not failures and len(done) == 3000
+    assert not failures and len(done) == 3000 and lost.count > 10
     assert cluster.utilization() > 0.9
