@@ -8,8 +8,8 @@ Compared are
 
 - the critical path: no device ever waits, and nothing is lost;
 - `engine=ray`: the schedule as it is;
-- `engine=local` under a launcher that starts all processes again when one fails (torchrun --max-restarts): the
-  stages follow each other, and a failure costs what all devices have begun, and their start.
+- `engine=local` under a launcher that starts all processes again when one fails (torchrun --max-restarts):
+  the stages follow each other, and a failure costs what all devices have begun, and their start.
 
 With `engine=ray` a failure costs half of its task and the start of one worker. The driver's time is real:
 processor time of the schedule by file, without Ray's own calls.

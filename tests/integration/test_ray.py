@@ -1,6 +1,7 @@
 """Pools filled by workers on a Ray cluster of this machine: real processes, real faults."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from importlib.util import find_spec
 import pytest
 
 from capo.data.engines import LocalEngine
-from capo.data.engines.on_ray import RayEngine, connect
+from capo.data.engines.on_ray import LOOPBACK, RayEngine, connect
 from capo.data.engines.schedule import Room
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt
@@ -201,3 +202,60 @@ def test_a_local_cluster_does_not_join_another_one(spec, tmp_path, expected):
     process = driver(spec, tmp_path, RAY_ADDRESS="127.0.0.1:1")
     assert process.wait(600) == 0, process.stderr.read()[-3000:]
     assert contents(fill(spec, LocalEngine())) == expected
+
+
+MACHINES = """
+import sys, threading, time
+from dataclasses import replace
+from ray.cluster_utils import Cluster
+import ray
+from pathlib import Path
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+second = cluster.add_node(num_cpus=2)
+ray.init(address=cluster.address, log_to_driver=False)
+root = Path(sys.argv[1])
+
+
+def leave():
+    while len(list(root.rglob("latents/*.safetensors"))) < 3:
+        time.sleep(0.05)
+    cluster.remove_node(second, allow_graceful=False)
+
+
+threading.Thread(target=leave, daemon=True).start()
+"""
+
+
+def test_a_machine_that_leaves_costs_what_it_had_begun(spec, tmp_path, expected):
+    process = subprocess.run(
+        [sys.executable, "-c", MACHINES + DRIVER, spec.root, tmp_path / "marks", "auto"],
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert contents(fill(spec, LocalEngine())) == expected
+
+
+def test_a_wrong_token_is_named(spec, tmp_path):
+    own = {"RAY_AUTH_MODE": "token", "PYTHONPATH": PATHS}
+    command = ["start", "--head", "--block", "--port=0", "--num-cpus=1", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [shutil.which("ray") or "ray", *command, "--node-ip-address=127.0.0.1", f"--temp-dir={tmp_path}/r"],
+        env={**os.environ, **own, "RAY_AUTH_TOKEN": "a" * 32, LOOPBACK: "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        address = next(found[1] for line in head.stdout if (found := re.search(r"(127\.0\.0\.1:\d+)", line)))
+        process = driver(spec, tmp_path, address, **own, RAY_AUTH_TOKEN="b" * 32)
+        process.wait(300)
+        assert f"engine.address={address}: the cluster does not take this process's token" in (
+            process.stderr.read()
+        )
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)
