@@ -5,12 +5,13 @@
 
 The pool is made first, with the functions of `capo.data.pool`, and is not timed; with `--pool` it is kept in
 FOLDER and used again. Its files are real but their content is not: scores are random, and latents and text
-embeddings are one number each, so that the files of a million prompts fit on a disk. The timed stages are
-what `train.py` does with the prompts:
+embeddings are one number each, so that the files of a million prompts fit on a disk. The timed stages but
+`status` are what `train.py` does with the prompts:
 
 - `prompts`: read them from a text file and check for duplicates across splits.
 - `what is there`: open the pool, look up the prompts, and check every text, latent and score file
   (`capo.data.generation.fill_pool`, which finds nothing to make).
+- `status`: what `generate.py stage=status` looks up, files by stage, their times and sizes.
 - `selection`: read the scores, calibrate and compare them, count pairs, and build the dataset
   (`capo.data.candidates.select_candidates`).
 - `first batch`: order a whole epoch in the loader, and read the pairs of one batch from their files.
@@ -38,7 +39,8 @@ from benchmarks.synthetic import (
 )
 from capo.data import PreferenceBatch
 from capo.data.candidates import Candidates, select_candidates
-from capo.data.generation import fill_pool
+from capo.data.generation import fill_pool, stages_of
+from capo.data.pool_state import states_of
 from capo.data.prompts import Prompt, check_splits, text_files
 from capo.pairs import frs
 from capo.training.loader import PreferenceData
@@ -114,6 +116,8 @@ def start_training(
     def first_batch() -> PreferenceBatch:
         return next(iter(PreferenceData(found.dataset, BATCH).train_dataloader()))
 
+    work = stages_of(pool, plan, GENERATOR, scored, verify=False)
+    stage("status", lambda: states_of(pool, work))
     found = stage("selection", select)
     stage("first batch", first_batch)
     return found, stage.seconds
