@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -20,6 +21,25 @@ class ParameterError(InputError):
     def __init__(self, parameter: str, value: object, must: str):
         super().__init__(f"{parameter} {must}, got {value!r}")
         self.parameter, self.value, self.must = parameter, value, must
+
+
+class DamagedFile(InputError):
+    """A file that cannot be read as what it should be: it was damaged, edited, or something else is there.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it, with the field.
+        remedy: what to do.
+    """
+
+    form = "{path} cannot be read ({reason}); {remedy}"
+
+    def __init__(self, path: Path, reason: str, remedy: str):
+        super().__init__(self.form.format(path=path, reason=reason, remedy=remedy))
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __reduce__(self):
+        return type(self), (self.path, self.reason, self.remedy)  # exceptions travel between processes
 
 
 def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:

@@ -48,7 +48,9 @@ def check_ordinary(path: Path, key: str = "") -> None:
     """Raise InputError if something stands at `path`, the value of `key`, that is no ordinary file."""
     if path.exists() and not path.is_file():
         place = f"{key}={path}" if key else path
-        raise InputError(f"{place} is no ordinary file, which alone is replaced: give another name")
+        raise InputError(
+            f"{place} is no ordinary file, which alone is replaced: move it away, or give another name"
+        )
 
 
 def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str = REMEDY) -> None:

@@ -499,12 +499,19 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(plan, generator, monkeypatch
 def test_a_complete_pool_is_used_without_writing(plan, generator, monkeypatch):
     pool = fill(plan, generator)
 
+    opened = os.open
+
     def forbidden(*args, **kwargs):
         raise AssertionError("written to")
 
+    def only_read(path, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            forbidden()
+        return opened(path, flags, *arguments, **options)
+
     shutil.rmtree(pool.folder / ".locks")
-    monkeypatch.setattr("capo.data.pool.files.os.open", forbidden)
-    monkeypatch.setattr("capo.data.pool.files.os.fsync", forbidden)
+    monkeypatch.setattr(os, "open", only_read)
+    monkeypatch.setattr(os, "fsync", forbidden)
     before = {path: path.stat().st_mtime_ns for path in pool.folder.rglob("*")}
     fill(plan, generator)
     assert {path: path.stat().st_mtime_ns for path in pool.folder.rglob("*")} == before

@@ -13,7 +13,7 @@ from capo.data.engines import Engine
 from capo.data.generation import check_space
 from capo.data.labels import LabelSource, described, scored
 from capo.data.pool import Pool
-from capo.data.pool.import_table import HUMAN_LABELS, ImportTable, read_import_table
+from capo.data.pool.import_table import HUMAN_LABELS, ImportTable, check_entries, read_import_table
 from capo.data.prompts import Prompt, prompt_id
 from capo.data.scoring import ScoreStage
 from capo.errors import InputError
@@ -54,14 +54,16 @@ class Imported:
                 f"pool.labels=human: {folder} has no human choices; set pool.labels=rewards, or import the "
                 "images with a column of scores (import.score)"
             )
+        entries = [prompt for prompt, _ in pool.prompts]
+        check_entries(Path(folder), table, entries)
         taken = {prompt.id for prompt in held_out}
-        prompts = [prompt for prompt, _ in pool.prompts if prompt_id(prompt.text) not in taken]
+        prompts = [prompt for prompt in entries if prompt_id(prompt.text) not in taken]
         if not prompts:
             raise InputError(
-                f"pool.imported={folder}: all of its {len(pool.prompts)} captions are validation or test "
+                f"pool.imported={folder}: all of its {len(entries)} captions are validation or test "
                 "prompts; give other validation and test prompts, or another pool"
             )
-        return cls(pool, table, prompts, len(pool.prompts) - len(prompts))
+        return cls(pool, table, prompts, len(entries) - len(prompts))
 
     @property
     def candidates(self) -> int:

@@ -19,7 +19,13 @@ from capo.data.importing.source import Source
 from capo.data.importing.survey import survey
 from capo.data.labels import HUMAN
 from capo.data.pool import Manifest, Pool, Shard, pool_name
-from capo.data.pool.import_table import ImportTable, is_imported, read_import_table, write_import_table
+from capo.data.pool.import_table import (
+    ImportTable,
+    check_entries,
+    is_imported,
+    read_import_table,
+    write_import_table,
+)
 from capo.data.prompts import Prompt
 from capo.data.stages import LatentFiles, Report, Stage, TextStage
 from capo.errors import InputError
@@ -149,6 +155,7 @@ def import_pool(
             write_import_table(folder, table)
     table = read_import_table(folder)
     pool.append_prompts([Prompt(*pair) for pair in zip(table.ids, table.texts, strict=True)], SPLIT)
+    check_entries(folder, table, [prompt for prompt, _ in pool.prompts])
     pool.check_latent_shape(backbone.latent_shape)
     rows = pool.text_shards()
     stages = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -14,22 +13,11 @@ from capo.data.importing.images import BrokenImage, check
 from capo.data.importing.ordering import Entry
 from capo.data.importing.source import Source
 from capo.data.pool.import_table import ImportTable
-from capo.data.prompts import normalize, prompt_id
+from capo.data.prompts.identity import entry_id
 from capo.errors import InputError
 
 NAMED = 10  # largest number of broken images named in a message; the report names all
 BROKEN = "with a broken image"
-
-
-def entry_id(text: str, occurrence: int) -> str:
-    """Id, 16 hex digits, of the entry number `occurrence` with a caption.
-
-    The first entry has the id of the prompt; later ones have a hash of caption and number, joined by a line
-    break. A normalized caption never contains a line break, so this is not the id of another caption.
-    """
-    if occurrence == 0:
-        return prompt_id(text)
-    return hashlib.blake2b(f"{normalize(text)}\n{occurrence}".encode(), digest_size=8).digest().hex()
 
 
 def survey(source: Source, progress: bool = True) -> ImportTable:

@@ -1,7 +1,8 @@
 """Candidate pools; this is the only package that knows their files.
 
     POOL/manifest.json                           `Manifest`, created once, never rewritten
-    POOL/prompts.parquet                         prompt_id, prompt, split, position; replaced on append
+    POOL/prompts.parquet                         prompt_id, prompt, split, position, with a checksum of the
+                                                 file; replaced on append
     POOL/text/00000.safetensors                  text inputs of the denoiser for each prompt of a row; a
                                                  tensor that is equal for all prompts is stored once, with
                                                  leading dimension 1
@@ -16,11 +17,13 @@
 A *row* is a range of prompts; its number, position // prompts_per_shard, is the first number in a file's
 name. A *shard* is a block of up to 8 candidates of a row; the block is the second number. Appended prompts
 begin a new row, so positions may have gaps. Added candidates begin a new block, whose header has the range of
-its candidates. A file is written once and atomically, and rewritten only if it is damaged.
+its candidates. A file is written once and atomically. A damaged shard is made again; a damaged manifest or
+table of prompts is refused, since positions cannot be made again.
 """
 
-from capo.data.pool.files import DamagedShard
-from capo.data.pool.layout import BLOCK, SCHEMA, Manifest, Shard, pool_name
+from capo.data.pool.headers import DamagedShard
+from capo.data.pool.layout import BLOCK, Shard, pool_name
+from capo.data.pool.manifest import SCHEMA, Manifest
 from capo.data.pool.reader import PoolReader
 from capo.data.pool.store import Pool
 

@@ -1,12 +1,10 @@
-"""Files of a pool: atomic writes, checksums, memory-mapped reads, and locks that a dead process releases."""
+"""Files of a pool: atomic writes, checksums, and memory-mapped reads."""
 
-import hashlib
 import json
 import math
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.data.pool.headers import DTYPES, DamagedShard, parse_header, whole_header
 from capo.runtime.files import write_whole
-
-# safetensors dtype -> NumPy dtype to read it with, torch dtype of the result (NumPy has no bfloat16)
-DTYPES = {
-    "F64": (np.float64, torch.float64),
-    "F32": (np.float32, torch.float32),
-    "F16": (np.float16, torch.float16),
-    "BF16": (np.int16, torch.bfloat16),
-    "I64": (np.int64, torch.int64),
-    "I32": (np.int32, torch.int32),
-    "I16": (np.int16, torch.int16),
-    "I8": (np.int8, torch.int8),
-    "U8": (np.uint8, torch.uint8),
-    "BOOL": (np.bool_, torch.bool),
-}
-
+from capo.runtime.reading import open_ordinary
 
 REMEDY = "make room, or set pool.root to a folder that can be written"
-
-
-class DamagedShard(InputError):
-    """Error for a file of a pool that is truncated or was changed after it was written."""
-
-    def __init__(self, path: Path, reason: str):
-        self.path, self.reason = path, reason
-        super().__init__(f"{path} is damaged: {reason}; run generate.py with the same configuration again")
-
-
-@dataclass(frozen=True)
-class Header:
-    """Header of a safetensors file."""
-
-    metadata: dict[str, str]
-    entries: dict[str, dict]  # name -> dtype, shape, data_offsets
-    start: int  # offset of the data, in bytes
-    size: int  # expected size of the whole file, in bytes
-
-    def checksum(self, data: memoryview | bytes) -> str:
-        """SHA-256 (hex) over the header, as sorted JSON without the checksum itself, and the data."""
-        metadata = {key: value for key, value in self.metadata.items() if key != "checksum"}
-        digest = hashlib.sha256(json.dumps([metadata, self.entries], sort_keys=True).encode())
-        digest.update(data)
-        return digest.hexdigest()
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
@@ -81,35 +40,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_file(path, len(raw).to_bytes(8, "little"), raw, data)
 
 
-def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
-    """Parse the header from the first bytes of a file. Raises DamagedShard if it is not a valid header."""
-    length = int.from_bytes(start_of_file[:8], "little")
-    try:
-        entries = json.loads(bytes(start_of_file[8 : 8 + length]))
-        metadata = entries.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        return Header(metadata, dict(entries), 8 + length, 8 + length + end)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise DamagedShard(path, "its header cannot be read") from error
-
-
-def read_header(path: Path) -> Header:
-    """Read a file's header and check its size, not its data. Raises DamagedShard or FileNotFoundError."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = file.read(8)
-        start = length + file.read(min(int.from_bytes(length, "little"), size))
-    return whole_header(path, start, size)
-
-
-def whole_header(path: Path, start_of_file: memoryview | bytes, size: int) -> Header:
-    """Parse the header of a file of `size` bytes. Raises DamagedShard if the header implies another size."""
-    header = parse_header(path, start_of_file)
-    if header.size != size:
-        raise DamagedShard(path, f"it has {size} bytes instead of {header.size}")
-    return header
-
-
 class TensorFile:
     """Memory-mapped safetensors file; `arrays` holds views by name, which are read when they are indexed.
 
@@ -120,7 +50,7 @@ class TensorFile:
 
     def __init__(self, path: Path, verify: bool):
         # a single open() call: in pools with more files than may stay open, nearly every visit reopens a file
-        with path.open("rb") as file:
+        with open_ordinary(path, DamagedShard) as file:
             self.status = os.fstat(file.fileno())
             try:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

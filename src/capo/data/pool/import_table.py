@@ -8,12 +8,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from capo.data.pool.files import write_file
-from capo.errors import InputError
+from capo.data.pool.parquet import read_table, write_sealed
+from capo.data.prompts import Prompt
+from capo.errors import DamagedFile, InputError
+from capo.runtime.reading import parse_object
 
 NAME = "imported.parquet"
+REMEDY = "remove it and run the same generate.py stage=import again"
+PLACE = ("table", "row", "item")  # columns that tell where an image is
+SCHEMA = pa.schema(
+    {
+        "prompt_id": pa.string(),
+        "prompt": pa.string(),
+        "candidate": pa.int32(),
+        **dict.fromkeys(PLACE, pa.int64()),
+        "rank": pa.float32(),
+    }
+)
 HUMAN_LABELS, REWARD_LABELS = LABELS = ("human", "rewards")  # possible label sources of an imported pool
 
 
@@ -59,33 +71,60 @@ def write_import_table(folder: Path, table: ImportTable) -> None:
         "rank": pa.nulls(entries * candidates, pa.float32()) if table.ranks is None else table.ranks.ravel(),
     }
     metadata = {"candidates": str(candidates), "report": json.dumps(dict(table.report))}
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer, write_page_checksum=True)
-    write_file(Path(folder) / NAME, memoryview(buffer.getvalue()))
+    write_sealed(Path(folder) / NAME, pa.table(columns, schema=SCHEMA), metadata)
 
 
 def read_import_table(folder: Path) -> ImportTable:
     """Read the table of an imported pool. Raises InputError for a sampled pool and for a damaged file."""
     path = Path(folder) / NAME
-    if not path.is_file():
+    try:
+        table, metadata, _ = read_table(path, SCHEMA, REMEDY)
+    except FileNotFoundError as error:
         raise InputError(
             f"{folder} is not an imported pool (no {NAME}): generate.py stage=import makes one and prints "
             "its folder"
-        )
-    try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-        metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-        candidates, report = int(metadata["candidates"]), json.loads(metadata["report"])
-        places = np.stack([table[name].to_numpy() for name in ("table", "row", "item")], axis=-1).reshape(
-            -1, candidates, 3
-        )
-        ranks = None if table["rank"].null_count else table["rank"].to_numpy().reshape(-1, candidates)
-        ids, texts = (
-            table[name].take(np.arange(0, len(table), candidates)).to_pylist()
-            for name in ("prompt_id", "prompt")
-        )
-    except (OSError, pa.ArrowException, AttributeError, LookupError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); remove it and run the same generate.py stage=import again"
         ) from error
-    return ImportTable(ids, texts, places, ranks, report)
+    try:
+        return _entries(table, metadata)
+    except (KeyError, ValueError) as error:
+        reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        raise DamagedFile(path, reason, REMEDY) from error
+
+
+def _entries(table: pa.Table, metadata: Mapping[str, str]) -> ImportTable:
+    """Entries of a table with one row per candidate. Raises ValueError, and KeyError without its metadata."""
+    candidates, report = int(metadata["candidates"]), parse_object(metadata["report"])
+    if candidates < 1 or len(table) % candidates:
+        raise ValueError(f"candidates is {candidates}, but there are {len(table)} rows")
+    if not isinstance(report.get("dropped"), dict) or not isinstance(report.get("broken"), list):
+        raise ValueError("report lacks dropped or broken")
+    for name in SCHEMA.names:
+        empty = table[name].null_count
+        if empty and (name != "rank" or empty != len(table)):
+            raise ValueError(f"{name} is empty in {empty} of {len(table)} rows")
+    ids, texts, numbers = (
+        np.array(table[name].to_pylist()).reshape(-1, candidates)
+        for name in ("prompt_id", "prompt", "candidate")
+    )
+    for name, values in {"prompt_id": ids, "prompt": texts}.items():
+        if (values != values[:, :1]).any():
+            raise ValueError(f"{name} differs among the candidates of an entry")
+    if (numbers != np.arange(candidates)).any():
+        raise ValueError(f"candidate must count from 0 to {candidates - 1} in each entry")
+    places = np.stack([table[name].to_numpy() for name in PLACE], axis=-1).reshape(-1, candidates, 3)
+    if (places < 0).any():
+        raise ValueError(f"{', '.join(PLACE)} must not be negative")
+    ranks = None if table["rank"].null_count else table["rank"].to_numpy().reshape(-1, candidates)
+    if ranks is not None and not np.isfinite(ranks).all():
+        raise ValueError("rank must be finite")
+    return ImportTable(ids[:, 0].tolist(), texts[:, 0].tolist(), places, ranks, report)
+
+
+def check_entries(folder: Path, table: ImportTable, prompts: Sequence[Prompt]) -> None:
+    """Raise DamagedFile unless a pool's first prompts, in their order, are the entries of its table."""
+    if [(prompt.id, prompt.text) for prompt in prompts] != [*zip(table.ids, table.texts, strict=True)][
+        : len(prompts)
+    ]:
+        raise DamagedFile(
+            Path(folder) / NAME, "its entries are not the prompts of prompts.parquet", "restore both"
+        )

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
-from capo.data.pool.files import DamagedShard, Header, TensorFile, read_header
+from capo.data.pool.files import TensorFile
+from capo.data.pool.headers import DamagedShard, Header, read_header
 
 log = logging.getLogger(__name__)
 
@@ -19,21 +20,27 @@ class Inspection:
     def confirmed(self, path: Path, question: Hashable, look: Callable[[], bool]) -> bool:
         """Result of `look()`; once it was true for `question`, it is not called again until the file changes.
 
-        False if there is no file.
+        Raises what `look` raises.
         """
         try:
             file = path.stat()
-        except FileNotFoundError:
-            return False
+        except OSError:  # none, a circle of links: `look` tells
+            return look()
         key = str(path), file.st_ino, file.st_mtime_ns, question
         if key not in self._confirmed and look():
             self._confirmed.add(key)
         return key in self._confirmed
 
-    def header(self, path: Path, verify: bool = False) -> Header | None:
-        """Header of a safetensors file, None if it is missing or damaged; `verify` compares the checksum."""
+    def header(
+        self, path: Path, check: Callable[[Path, Header], object], verify: bool = False
+    ) -> Header | None:
+        """Header of a safetensors file, None if it is missing or damaged; `verify` compares the checksum.
+
+        A header for which `check` raises DamagedShard counts as damaged.
+        """
         try:
             header = read_header(path)
+            check(path, header)
             if verify:
                 self.confirmed(path, "checksum", lambda: bool(TensorFile(path, verify=True)))
             return header

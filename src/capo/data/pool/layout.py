@@ -1,32 +1,10 @@
-"""Layout of a pool: its manifest, paths of files and ranges of blocks, as functions without disk access."""
+"""Layout of a pool: paths of its files and ranges of blocks, as functions without disk access."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = 1
 BLOCK = 8  # largest number of candidates in a shard
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """Settings of a pool; the three fingerprints are hashes of content, so any machine can compare them."""
-
-    schema: int = SCHEMA
-    prompts_per_shard: int = 8
-    seed: int
-    generator: str  # fingerprint of denoiser and sampler
-    latent_space: str  # fingerprint of VAE and scaling
-    text_encoders: str  # fingerprint of the text encoders
-
-    def differences(self, other: "Manifest") -> list[str]:
-        """One clause for each field that differs, such as `seed is 0, this configuration has 1`."""
-        mine, its = asdict(self), asdict(other)
-        return [
-            f"{name} is {mine[name]}, this configuration has {its[name]}"
-            for name in mine
-            if mine[name] != its[name]
-        ]
 
 
 @dataclass(frozen=True)
@@ -79,9 +57,11 @@ def write_range(numbers: range) -> str:
 
 
 def read_range(text: str) -> range:
-    """Parse a range from a file's header: `0-8` as `range(0, 8)`."""
+    """Parse a range from a file's header: `0-8` as `range(0, 8)`. ValueError for anything else."""
     start, stop = text.split("-")
-    return range(int(start), int(stop))
+    if write_range(numbers := range(int(start), int(stop))) != text or not numbers:
+        raise ValueError(f"{text!r} is no range of numbers")
+    return numbers
 
 
 def plan_blocks(existing: Mapping[int, range], candidates: int) -> list[range]:

@@ -1,21 +1,23 @@
 """Prompt table of a pool: its prompts and their positions."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from capo.data.pool.files import write_file
+from capo.data.pool.parquet import read_table, write_sealed
 from capo.data.prompts import Prompt
-from capo.errors import InputError
+from capo.data.prompts.identity import entry_id
+from capo.errors import DamagedFile, InputError
 
 SCHEMA = pa.schema(
     {"prompt_id": pa.string(), "prompt": pa.string(), "split": pa.string(), "position": pa.int64()}
 )
+REMEDY = "restore it, or remove the pool: generate.py makes it anew"
 
 
 class PromptTable:
@@ -23,7 +25,8 @@ class PromptTable:
 
     Row n consists of the prompts with position // prompts_per_shard = n. Categories are not stored. Since a
     pool may have millions of prompts, only ids and positions become Python objects; texts stay in Arrow's
-    memory until they are needed. Raises InputError for a file that cannot be read.
+    memory until they are needed. Raises DamagedFile for a file that cannot be read or was changed, and for
+    rows that are not prompts with their ids at positions that follow each other.
     """
 
     def __init__(self, path: Path, prompts_per_shard: int):
@@ -33,11 +36,12 @@ class PromptTable:
 
     def _load(self) -> pa.Table:
         try:
-            return pq.ParquetFile(self.path).read()
+            table, _, whole = read_table(self.path, SCHEMA, REMEDY)
         except FileNotFoundError:
             return SCHEMA.empty_table()
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{self.path} cannot be read; restore it or remove the pool") from error
+        if fault := _fault(table, self.prompts_per_shard, whole):
+            raise DamagedFile(self.path, fault, REMEDY)
+        return table
 
     def _read(self) -> None:
         table = self._load()
@@ -69,9 +73,7 @@ class PromptTable:
 
     def _write(self, *added: Sequence) -> None:
         table = pa.concat_tables([self._load(), pa.table([*added], schema=SCHEMA)])
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer)
-        write_file(self.path, memoryview(buffer.getvalue()))
+        write_sealed(self.path, table)
 
     @property
     def prompts(self) -> list[tuple[Prompt, int]]:
@@ -115,3 +117,33 @@ class PromptTable:
         if number not in self._digests:  # needed for every file of the row
             self._digests[number] = hashlib.sha256(" ".join(self.row_ids(number)).encode()).hexdigest()[:16]
         return self._digests[number]
+
+
+def _fault(table: pa.Table, prompts_per_shard: int, whole: bool) -> str | None:
+    """What is wrong with the rows of a prompt table, or None.
+
+    Of a table whose checksum has been compared (`whole`), the ids were computed when it was written; hashing
+    a million texts takes seconds.
+    """
+    for name in SCHEMA.names:
+        if empty := table[name].null_count:
+            return f"{name} is empty in {empty} rows"
+    positions = table["position"].to_numpy()
+    before, later = positions[:-1], positions[1:]
+    in_next_row = (before // prompts_per_shard + 1) * prompts_per_shard
+    follows = np.concatenate([positions[:1] == 0, (later == before + 1) | (later == in_next_row)])
+    if not follows.all():
+        row = int(follows.argmin())
+        return f"position is {positions[row]} in row {row}, which does not follow on the row before"
+    return None if whole else _other_ids(table)
+
+
+def _other_ids(table: pa.Table) -> str | None:
+    """Which row of a prompt table has the id of another text, or None."""
+    seen: Counter[str] = Counter()
+    columns = table["prompt_id"].to_pylist(), table["prompt"].to_pylist()
+    for row, (name, text) in enumerate(zip(*columns, strict=True)):
+        if name != entry_id(text, seen[text]):
+            return f'prompt_id is {name} in row {row}, which is not that of its prompt "{text}"'
+        seen[text] += 1
+    return None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from capo.data.pool.files import TensorFile
-from capo.data.pool.layout import latents_path, read_range, text_path
+from capo.data.pool.headers import check_latents
+from capo.data.pool.layout import latents_path, text_path
 from capo.data.pool.store import Pool
 from capo.data.pool.verified import VerifiedFiles
 
@@ -70,7 +71,7 @@ class PoolReader:
         stops = self._stops.setdefault(row, [])
         while not stops or stops[-1] <= candidate:
             file = self._file(latents_path, row, len(stops))
-            stops.append(read_range(file.header.metadata["candidates"]).stop)
+            stops.append(check_latents(file.path, file.header).stop)
         block = bisect_right(stops, candidate)
         first = stops[block - 1] if block else 0
         return self._file(latents_path, row, block).arrays["latents"][place, candidate - first]

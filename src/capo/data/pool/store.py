@@ -1,170 +1,32 @@
-"""Pool of candidates: which files exist and are valid, and reading and writing them shard by shard."""
+"""Pool of candidates: which of its shards are valid, and reading and writing them."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from capo.data.pool.files import REMEDY, DamagedShard, TensorFile, write_file, write_tensors
-from capo.data.pool.inspection import Inspection
-from capo.data.pool.layout import (
-    BLOCK,
-    SCHEMA,
-    Manifest,
-    Shard,
-    latents_path,
-    plan_blocks,
-    read_range,
-    scores_path,
-    text_path,
-    write_range,
-)
-from capo.data.pool.prompt_table import PromptTable
+from capo.data.pool.files import TensorFile, write_tensors
+from capo.data.pool.folder import PoolFolder
+from capo.data.pool.headers import DamagedShard, Header, check_latents, check_text
+from capo.data.pool.layout import Shard, latents_path, scores_path, text_path, write_range
+from capo.data.pool.manifest import SCHEMA
 from capo.data.pool.score_files import holds_rows, read_row_scores, read_score_file, write_score_file
-from capo.data.prompts import Prompt
 from capo.errors import InputError
-from capo.runtime.locks import file_lock
 
 ROUNDED = "rounded_to"  # in the header of a text file
 
 
-class Pool:
+class Pool(PoolFolder):
     """Candidates of prompts, with scores, in a folder; see `open` and `create`.
 
     The methods `has_...` tell whether a valid file exists, that is one which is complete and was made with
     the settings in the manifest; the log says why an existing file is not valid. A writer must hold the lock
     of (kind, row).
     """
-
-    def __init__(self, folder: str | Path, manifest: Manifest):
-        self.folder = Path(folder)
-        self.manifest = manifest
-        self._inspection = Inspection()
-        self._table = PromptTable(self.folder / "prompts.parquet", manifest.prompts_per_shard)
-
-    # --- the folder ---
-
-    @classmethod
-    def open(cls, folder: str | Path) -> "Pool":
-        """Open the pool in `folder`. Raises InputError if there is none, or if it has another schema."""
-        path = Path(folder) / "manifest.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.get("schema") != SCHEMA:
-                raise InputError(
-                    f"{path}: the pool has schema {values.get('schema')}, but this version reads "
-                    f"{SCHEMA}; use another pool.root"
-                )
-            return cls(folder, Manifest(**values))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{folder} is not a pool (no manifest.json); generate.py makes one") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"{path} cannot be read ({error}); remove the pool or use another pool.root"
-            ) from error
-
-    @classmethod
-    def create(cls, folder: str | Path, manifest: Manifest) -> "Pool":
-        """Create a pool in `folder`, or open the one there.
-
-        Raises InputError, which lists the differences, if the existing pool has another manifest.
-        """
-        path = Path(folder) / "manifest.json"
-        if not path.exists():
-            with file_lock(path.parent / ".locks" / "manifest", wait=True, remedy=REMEDY):
-                if not path.exists():  # another process may have been first
-                    write_file(path, json.dumps(asdict(manifest), indent=2).encode() + b"\n")
-        pool = cls.open(folder)
-        if differences := pool.manifest.differences(manifest):
-            raise InputError(
-                f"pool {folder} was made with other settings: {'; '.join(differences)}. "
-                "Restore these settings, or use another pool.root"
-            )
-        return pool
-
-    def lock(self, kind: str, row: int | None = None, wait: bool = False) -> AbstractContextManager[bool]:
-        """Context manager that yields whether this process holds the lock of a stage (`kind`) and row.
-
-        One lock covers all blocks of a row, because the start of a new block depends on the earlier ones.
-        """
-        name = kind if row is None else f"{kind}-{row:05d}"
-        return file_lock(self.folder / ".locks" / name, wait, REMEDY)
-
-    @property
-    def faults(self) -> dict[Path, str]:
-        """Files that were found invalid so far, and why."""
-        return dict(self._inspection.faults)
-
-    # --- prompts ---
-
-    @property
-    def prompts(self) -> list[tuple[Prompt, int]]:
-        """Pairs (prompt, position) of all prompts. Categories are not stored."""
-        return self._table.prompts
-
-    def append_prompts(self, prompts: Sequence[Prompt], split: str) -> list[int]:
-        """Append prompts that the pool lacks, from a new row on; returns the positions of all of `prompts`.
-
-        Nothing is written if the pool has all of them.
-        """
-        self._table.append(prompts, split, self.lock("prompts", wait=True))
-        return self.positions(prompts)
-
-    def positions(self, prompts: Iterable[Prompt]) -> list[int]:
-        """Position of each prompt. Raises InputError for a prompt that is not in the pool."""
-        return self._table.positions(prompts)
-
-    def text_shards(self, positions: Iterable[int] | None = None) -> list[int]:
-        """Numbers of all rows, or of the rows that contain `positions`, ascending."""
-        return self._table.rows(positions)
-
-    def text_shard(self, row: int) -> Shard:
-        """Shard that stands for the text of a row; it has no candidates."""
-        return Shard(row, 0, self._table.row_positions(row), range(0))
-
-    def row_prompts(self, row: int) -> list[Prompt]:
-        """Prompts of a row, in the order of their positions."""
-        return self._table.row(row)
-
-    # --- shards ---
-
-    def shards(self, candidates: int, positions: Iterable[int] | None = None) -> list[Shard]:
-        """Shards, existing or not, for the first `candidates` of all rows, or of the rows of `positions`."""
-        return [shard for row in self.text_shards(positions) for shard in self.row_shards(row, candidates)]
-
-    def row_shards(self, row: int, candidates: int) -> list[Shard]:
-        """Shards, existing or not, for the first `candidates` of one row."""
-        positions = self._table.row_positions(row)
-        blocks = plan_blocks(self._blocks(row, candidates), candidates)
-        return [Shard(row, block, positions, numbers) for block, numbers in enumerate(blocks)]
-
-    def _blocks(self, row: int, candidates: int) -> dict[int, range]:
-        """Blocks of a row on disk that have a readable header: number -> range of candidates."""
-        blocks: dict[int, range] = {}
-        number = 0
-        # a lost block leaves a gap, so the search extends at least as far as blocks of full size would
-        path = latents_path(self.folder, row, number)
-        while path.exists() or number * BLOCK < candidates:
-            if numbers := self._stored_candidates(path):
-                blocks[number] = numbers
-            number += 1
-            path = latents_path(self.folder, row, number)
-        return blocks
-
-    def _stored_candidates(self, path: Path) -> range | None:
-        header = self._inspection.header(path)
-        if header is None:
-            return None
-        try:
-            numbers = read_range(header.metadata["candidates"])
-            return numbers if len(numbers) == header.entries["latents"]["shape"][1] else None
-        except (AttributeError, KeyError, ValueError):  # no header, or a damaged one that is valid JSON
-            return None
 
     # --- text ---
 
@@ -176,8 +38,8 @@ class Pool:
 
         Embeddings that were stored as encoded are always valid, rounded ones only for the dtype `rounded`.
         """
-        path = text_path(self.folder, row)
-        header = self._inspection.header(path, verify)
+        path, count = text_path(self.folder, row), len(self._table.row_ids(row))
+        header = self._inspection.header(path, partial(check_text, prompts=count), verify)
         if header is None:
             return False
         stored = _rounding(rounded) if ROUNDED in header.metadata else {}
@@ -222,12 +84,17 @@ class Pool:
             "candidates": write_range(shard.candidates),
         }
 
+    def _latents_header(self, shard: Shard, verify: bool = False) -> Header | None:
+        """Header of the shard's latents if they are valid, else None; see `has_latents`."""
+        path = latents_path(self.folder, shard.row, shard.block)
+        header = self._inspection.header(path, partial(check_latents, prompts=len(shard.positions)), verify)
+        if header and self._inspection.matches(path, header.metadata, self._latents_identity(shard)):
+            return header
+        return None
+
     def has_latents(self, shard: Shard, verify: bool = False) -> bool:
         """Whether the shard has valid latents; with `verify`, their checksum is compared once."""
-        path = latents_path(self.folder, shard.row, shard.block)
-        header = self._inspection.header(path, verify)
-        expected = self._latents_identity(shard)
-        return header is not None and self._inspection.matches(path, header.metadata, expected)
+        return self._latents_header(shard, verify) is not None
 
     def write_latents(self, shard: Shard, latents: Tensor, settings: Mapping[str, object]) -> None:
         """Store latents (prompts, candidates, C, H, W) as float16.
@@ -261,7 +128,7 @@ class Pool:
     def check_latent_shape(self, shape: Sequence[int]) -> None:
         """Raise InputError if the stored latents do not have `shape` (C, H, W); one shard is checked."""
         for path in (self.folder / "latents").glob("*.safetensors"):
-            if (header := self._inspection.header(path)) is not None:
+            if header := self._inspection.header(path, check_latents):
                 stored = header.entries["latents"]["shape"][2:]
                 if stored != list(shape):
                     raise InputError(
@@ -281,7 +148,7 @@ class Pool:
         }
 
     def _latents_checksum(self, shard: Shard) -> str | None:
-        header = self._inspection.header(latents_path(self.folder, shard.row, shard.block))
+        header = self._latents_header(shard)
         return header.metadata["checksum"] if header else None
 
     def has_scores(self, key: str, shard: Shard, verify: bool = False) -> bool:
@@ -342,7 +209,8 @@ class Pool:
         for members in np.split(order, np.flatnonzero(np.diff(rows[order])) + 1):
             for number, key in enumerate(keys if len(members) else ()):
                 row = int(rows[members[0]])
-                scores = read_row_scores(self.folder, key, row, self._table.digest(row), candidates)
+                prompts = len(self._table.row_ids(row))
+                scores = read_row_scores(self.folder, key, row, self._table.digest(row), prompts, candidates)
                 result[members, :, number] = scores[places[members]]
         return torch.from_numpy(result)
 

@@ -32,6 +32,16 @@ def prompt_id(text: str) -> str:
     return digest(normalize(text)).hex()
 
 
+def entry_id(normalized: str, occurrence: int) -> str:
+    """Id, 16 hex digits, of the entry number `occurrence` of a pool with a normalized text.
+
+    The first entry has the id of the prompt; later ones, which imported pools have, a hash of text and
+    number, joined by a line break. A normalized text never contains a line break, so this is not the id of
+    another text.
+    """
+    return digest(f"{normalized}\n{occurrence}" if occurrence else normalized).hex()
+
+
 def make_prompt(text: str, category: str = "") -> Prompt:
     """Make a prompt from a text, which is stored normalized, so that equal ids mean equal embeddings."""
     text = normalize(text)

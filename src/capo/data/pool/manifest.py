@@ -1,0 +1,74 @@
+"""The manifest of a pool: the settings that its files were made with."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from capo.data.pool.files import write_file
+from capo.errors import DamagedFile, InputError
+from capo.runtime.reading import read_json
+
+SCHEMA = 1
+NAME = "manifest.json"
+REMEDY = "restore it, or remove the pool, or use another pool.root"
+LARGEST = 2**31 - 1  # prompts per shard: positions are 64-bit numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Settings of a pool; the three fingerprints are hashes of content, so any machine can compare them."""
+
+    schema: int = SCHEMA
+    prompts_per_shard: int = 8
+    seed: int
+    generator: str  # fingerprint of denoiser and sampler
+    latent_space: str  # fingerprint of VAE and scaling
+    text_encoders: str  # fingerprint of the text encoders
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """One clause for each field that differs, such as `seed is 0, this configuration has 1`."""
+        mine, its = asdict(self), asdict(other)
+        return [
+            f"{name} is {mine[name]}, this configuration has {its[name]}"
+            for name in mine
+            if mine[name] != its[name]
+        ]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of the pool in `folder`.
+
+        Raises InputError if there is none, or one of another schema, and DamagedFile for a field that is not
+        what it should be.
+        """
+        path = folder / NAME
+        try:
+            values = read_json(path, REMEDY)
+        except FileNotFoundError as error:
+            raise InputError(f"{folder} is not a pool (no {NAME}); generate.py makes one") from error
+        if isinstance(schema := values.get("schema"), int) and schema != SCHEMA:
+            raise InputError(
+                f"{path}: the pool has schema {schema}, but this version reads {SCHEMA}; use another "
+                "pool.root"
+            )
+        if fault := _fault(values):
+            raise DamagedFile(path, fault, REMEDY)
+        return cls(**values)
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest; the caller holds its lock."""
+        write_file(folder / NAME, json.dumps(asdict(self), indent=2).encode() + b"\n")
+
+
+def _fault(values: dict[str, Any]) -> str | None:
+    """What is wrong with the fields of a manifest, or None."""
+    kinds = Manifest.__annotations__
+    if others := sorted(values.keys() ^ kinds.keys()):
+        return f"{others[0]} is {'unknown' if others[0] in values else 'not there'}"
+    for name, kind in kinds.items():
+        if type(values[name]) is not kind:
+            return f"{name} is {values[name]!r}, which is no {'text' if kind is str else 'whole number'}"
+    if not 1 <= values["prompts_per_shard"] <= LARGEST:
+        return f"prompts_per_shard is {values['prompts_per_shard']}, which must be from 1 to {LARGEST}"
+    return None
