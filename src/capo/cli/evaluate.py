@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,13 +21,14 @@ from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.values import check_values, plain
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import seeds_table
 from capo.evaluation.tables import Row, RunTable
 from capo.runtime.files import put_back
 from capo.runtime.launch import launch
+from capo.runtime.reading import read_json
 from capo.runtime.run_folder import (
     EVALUATION,
     METRICS,
@@ -171,10 +171,10 @@ def check_place(folder: Path) -> None:
     """Raise InputError if `folder` holds files that an evaluation would replace, but no evaluation."""
     held = [name for name in (RESULTS, REPORT, SETTINGS) if os.path.lexists(folder / name)]
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        results = None
-    if held and not (isinstance(results, dict) and "win_rate" in results):
+        results = read_json(folder / RESULTS, "move it away")
+    except (FileNotFoundError, DamagedFile):
+        results = {}
+    if held and "win_rate" not in results:
         raise InputError(
             f"{folder} holds {', '.join(held)}, but no results of an evaluation: move "
             f"{'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"

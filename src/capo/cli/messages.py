@@ -35,8 +35,11 @@ PLACE_ERRORS = {
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
     errno.ELOOP,
+    errno.ENOENT,
+    errno.EISDIR,
 }
-OTHER_PLACE = "make room there, or choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
+PLACES = "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
+OTHER_PLACE = f"make room there, or {PLACES}"
 # null and a mapping are values; anything else names files of conf/rewards
 NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
@@ -118,7 +121,8 @@ def disk_fault(error: BaseException | None) -> str | None:
         return f"weights cannot be written ({error}): {OTHER_PLACE}" if known else None
     if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
         return None
-    return f"{error.filename or 'a file'} cannot be used ({error.strerror}): {OTHER_PLACE}"
+    remedy = f"restore it, or {PLACES}" if error.errno == errno.ENOENT else OTHER_PLACE
+    return f"{error.filename or 'a file'} cannot be used ({error.strerror}): {remedy}"
 
 
 def command_fault(error: BaseException) -> str | None:

@@ -13,15 +13,16 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
-from yaml import YAMLError
 
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
 from capo.cli.values import plain
-from capo.errors import InputError
+from capo.cli.yaml_files import read_yaml
+from capo.errors import DamagedFile, InputError
 from capo.runtime.files import write_whole
 from capo.runtime.run_folder import CONFIG, OUTCOME, WRITTEN
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
+REMEDY = "restore it, or choose another directory"  # for a config.yaml
 WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
 # settings that change a step by rounding only, and model.adapter_lr, which acts only through trainer.lr
@@ -98,24 +99,16 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
     """Read the configuration, and the version of this package that wrote it."""
     path, here = folder / CONFIG, version("capo")
     try:
-        cfg = cast(DictConfig, OmegaConf.load(path))  # another kind has none of these keys
+        cfg = OmegaConf.create(read_yaml(path, dict, REMEDY))
         writer = cfg.pop(
             WRITER, default={"layout": LAYOUT, "capo": here}
         )  # a file without the key has this layout
         layout, capo = writer["layout"], writer["capo"]
         steps = OmegaConf.select(cfg, "trainer.max_steps")
-    except (
-        OSError,
-        YAMLError,
-        OmegaConfBaseException,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); restore it, or choose another directory"
-        ) from error
+    except FileNotFoundError as error:
+        raise DamagedFile(path, "it is not there", REMEDY) from error
+    except (OmegaConfBaseException, KeyError, TypeError) as error:
+        raise DamagedFile(path, str(error), REMEDY) from error
     if layout != LAYOUT:
         raise InputError(
             f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout "

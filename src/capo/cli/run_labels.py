@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from capo.errors import InputError
+from capo.cli.yaml_files import read_yaml
 from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, RATES, read_outcome
 
 OWN = ("run_dir", "hydra", "threads", "seed")  # keys that differ between runs of one setting
@@ -23,15 +19,10 @@ def read_values(folder: Path) -> dict[str, Any]:
 
     Raises InputError if it cannot be read.
     """
-    path = folder / CONFIG
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
-        if not isinstance(values, dict):
-            raise TypeError("it holds no keys with values")
-    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
-        raise InputError(
-            f"runs: {path} cannot be read ({error}); restore it, or leave the run out"
-        ) from error
+        values = read_yaml(folder / CONFIG, dict, "restore it, or leave the run out")
+    except FileNotFoundError:
+        return {}
     return {str(key): value for key, value in values.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import traceback
@@ -10,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich import box
 from rich.table import Column, Table
 
 from capo.cli.messages import disk_fault, was_interrupted
 from capo.cli.run_labels import seed_groups
+from capo.cli.yaml_files import read_yaml
 from capo.errors import InputError
 from capo.evaluation.reports.sweep_page import (
     ORACLE,
@@ -32,6 +31,7 @@ from capo.evaluation.reports.sweep_page import (
 from capo.evaluation.seeds import seeds_table
 from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
+from capo.runtime.reading import read_json, read_text
 from capo.runtime.run_folder import CONFIG, ERROR, EVALUATION, OUTCOME, PLAN, RESULTS, read_outcome
 from capo.runtime.terminal import Terminal
 
@@ -77,7 +77,7 @@ def found_figures(folder: Path) -> dict[str, float]:
         figures |= {name: value for name, value in read_outcome(folder).items() if name.startswith("val/")}
     path = folder / EVALUATION / RESULTS
     if path.is_file():
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path, f"remove it and run evaluate.py run={folder}")
         for name, rate in results["win_rate"].items():
             column = f"test/win_rate/{name}"
             figures |= {column if share == "mean" else f"{column}/{share}": rate[share] for share in SHARES}
@@ -110,7 +110,8 @@ class Job:
 
 def _read_overrides(folder: Path) -> dict[str, str]:
     overrides: dict[str, str] = {}
-    for override in OmegaConf.load(folder / ".hydra" / "overrides.yaml"):
+    path = folder / ".hydra" / "overrides.yaml"
+    for override in read_yaml(path, list, "restore it, or move the job's directory away"):
         key, _, value = str(override).partition("=")
         overrides[key.lstrip("+")] = value
     return overrides
@@ -120,13 +121,7 @@ def read_job(folder: Path) -> Job:
     """Read the result of a training job from its directory."""
     overrides = _read_overrides(folder)
     if (folder / ERROR).is_file():
-        return Job(
-            folder,
-            overrides,
-            FAILED,
-            _summary((folder / ERROR).read_text(encoding="utf-8")),
-            found_figures(folder),
-        )
+        return Job(folder, overrides, FAILED, _error(folder), found_figures(folder))
     return Job(
         folder,
         overrides,
@@ -139,13 +134,14 @@ def read_plan(folder: Path) -> Job:
     """Read the result of a planning job from its directory."""
     overrides = _read_overrides(folder)
     if (folder / ERROR).is_file():  # a plan.json in the directory is then from an earlier start
-        return Job(folder, overrides, FAILED, _summary((folder / ERROR).read_text(encoding="utf-8")))
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return Job(folder, overrides, FAILED, _error(folder))
+    plan = read_json(folder / PLAN, "remove it and plan again")
     return Job(folder, overrides, PLANNED, figures=plan_figures(plan))
 
 
-def _summary(text: str) -> str:
-    """Shorten an error to one line: a message as it is, a traceback to its last line."""
+def _error(folder: Path) -> str:
+    """What ended a job, in one line: a message as it is, of a traceback its last line."""
+    text = read_text(folder / ERROR, "remove it, or run the job again")
     lines = [line.strip() for line in text.strip().splitlines()] or ["unknown"]
     return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from capo.errors import InputError
 from capo.evaluation.reports.page import p_value
 from capo.evaluation.statistics import bootstrap_interval, paired_tests
 from capo.metrics import win_rate
+from capo.runtime.reading import read_json
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS, SETTINGS
 
 # settings of the evaluation that two runs must share to be compared head to head
@@ -47,14 +47,10 @@ def run_folders(runs: str | Sequence[str]) -> list[Path]:
 def _read(folder: Path, name: str) -> dict:
     path = folder / EVALUATION / name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+        return read_json(path, f"remove it and run evaluate.py run={folder}")
+    except FileNotFoundError as error:
         raise InputError(
             f"runs: {folder} has not been evaluated ({path} does not exist); run evaluate.py run={folder}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"runs: {path} cannot be read ({error}); remove it and run evaluate.py run={folder}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capo.data.generation import ImageGenerator, PoolSpec
 from capo.data.images import GeneratedImages, Scores, Side
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.gallery import exhibits
 from capo.evaluation.reports.page import Report, print_results, render_report
 from capo.evaluation.results import DIGITS, results
@@ -21,11 +21,13 @@ from capo.metrics import win_rate
 from capo.rewards import Reward
 from capo.rewards.lengths import cut_prompts
 from capo.runtime.files import write_table, write_whole
+from capo.runtime.reading import read_json
 from capo.runtime.run_folder import POOLS, RATES, REPORT, RESULTS, SETTINGS
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 2  # of settings.json; results written with another schema are computed again
+AGAIN = "the evaluation is made again"
 
 
 @dataclass(frozen=True)
@@ -171,13 +173,17 @@ def _results_of(tuned: Side, base: Side, zero_scores: Scores, settings: Mapping)
 
 
 def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
-    """Read the results in `folder` if they are complete and belong to `settings`, else return None."""
+    """Read the results in `folder` if they are complete and belong to `settings`, else return None.
+
+    A damaged file counts as none, which the log tells: the evaluation makes it again.
+    """
     try:
-        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        if found == settings and (folder / REPORT).is_file():
-            return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        if read_json(folder / SETTINGS, AGAIN) == settings and (folder / REPORT).is_file():
+            return read_json(folder / RESULTS, AGAIN)
+    except FileNotFoundError:
         pass
+    except DamagedFile as error:
+        log.warning("%s", error)
     return None
 
 

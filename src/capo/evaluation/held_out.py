@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import Tensor
 from capo.errors import InputError
 from capo.evaluation.statistics import bootstrap_interval
 from capo.rewards import Reward
+from capo.runtime.reading import cell, read_rows
+from capo.runtime.run_folder import CURVES_REMEDY
 
 GROUP = "val/held_out"  # prefix of the figures of held-out rewards
 # 1 if a held-out reward fell while the rewards used in training rose, else 0; `ALARM/NAME` for each reward
@@ -127,19 +128,20 @@ def _listed(rewards: Sequence[Reward]) -> str:
 def alarms(curves: str | Path) -> dict[str, list[int]]:
     """Read the alarms of a run from its metrics.csv: held-out reward -> steps at which its alarm is 1.
 
-    A reward without alarms is left out; the result is empty if the file does not exist.
+    A reward without alarms is left out; the result is empty if the file does not exist. Raises DamagedFile.
     """
+    path = Path(curves)
     try:
-        with Path(curves).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path, CURVES_REMEDY)
     except FileNotFoundError:
         return {}
     start = f"{ALARM}/"
     found: dict[str, list[int]] = {}
     for row in rows:
-        for column, value in row.items():
-            if column and column.startswith(start) and value and float(value) == 1:
-                found.setdefault(column.removeprefix(start), []).append(int(row["step"]))
+        for column in (name for name, value in row.items() if name.startswith(start) and value):
+            if cell(path, row, column, float, CURVES_REMEDY) == 1:
+                step = cell(path, row, "step", int, CURVES_REMEDY)
+                found.setdefault(column.removeprefix(start), []).append(step)
     return found
 
 

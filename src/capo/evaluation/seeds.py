@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from rich import box
 from rich.table import Column, Table
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.statistics import OverSeeds
+from capo.runtime.reading import read_rows
 from capo.runtime.run_folder import EVALUATION, RATES
 
 COLUMN = "win_rate/"  # begins the name of a reward's column in win_rates.csv
@@ -25,8 +25,7 @@ def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
     """
     path = folder / EVALUATION / RATES
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path, f"run evaluate.py run={folder}")
         rates = {
             name.removeprefix(COLUMN): torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
             for name in rows[0]
@@ -35,7 +34,9 @@ def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
         if not all(values.isfinite().all() for values in rates.values()):
             raise ValueError("a win-rate is not finite")
         return [row["prompt_id"] for row in rows], rates
-    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
+    except DamagedFile:
+        raise
+    except (FileNotFoundError, ValueError, LookupError) as error:
         raise InputError(
             f"runs: the win-rates by prompt of {folder} cannot be read ({path}: {error}); run evaluate.py "
             f"run={folder}"

@@ -60,19 +60,33 @@ def read_text(path: str | Path, remedy: str) -> str:
 
 def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
     """Read a JSON file that holds one object; errors as in `read_text`, and DamagedFile for anything else."""
+    return _parsed(path, remedy, parse_object)
+
+
+def read_any_json(path: str | Path, remedy: str) -> Any:
+    """Read a JSON file that holds any value; errors as in `read_json`."""
+    return _parsed(path, remedy, parse_json)
+
+
+def _parsed(path: str | Path, remedy: str, parse: Callable[[str], Value]) -> Value:
     text = read_text(path, remedy)
     try:
-        return parse_object(text)
+        return parse(text)
     except ValueError as error:
         raise DamagedFile(Path(path), str(error), remedy) from error
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Parse a JSON object; ValueError, which says what it is, for anything else."""
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError, which says what is wrong, for text that is not, or too deeply nested."""
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON: {error}") from error
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; ValueError as in `parse_json`, and for any other value."""
+    found = parse_json(text)
     if not isinstance(found, dict):
         raise ValueError("it holds no names with values")
     return found

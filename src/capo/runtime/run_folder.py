@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capo.errors import InputError
+from capo.errors import DamagedFile
 from capo.runtime.files import write_whole
+from capo.runtime.reading import read_json
 
 # resolved configuration; result of a finished run; error of a failed job
 CONFIG, OUTCOME, ERROR = "config.yaml", "outcome.json", "error.txt"
 METRICS, CHECKPOINTS, LAST = "metrics.csv", "checkpoints", "last.ckpt"
+CURVES_REMEDY = "restore it, or remove it: the curves then begin anew"  # of metrics.csv and pools.csv
 POOL_CURVES = "pools.csv"  # shares and rates of pools while they were filled, over seconds
 STRENGTH = "strength.json"  # win-rates on validation prompts by strength
 # folders: calibration report, image grids, exported policy
@@ -26,15 +28,12 @@ PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, 
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """Read `outcome.json` of a finished run; InputError if it cannot be read."""
-    path = folder / OUTCOME
+    """Read `outcome.json` of a finished run; InputError if there is none, or it cannot be read."""
+    path, remedy = folder / OUTCOME, "restore it, or train again"
     try:
-        outcome = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(outcome, dict):
-            raise ValueError("it holds no names with values")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it, or train again") from error
-    return outcome
+        return read_json(path, remedy)
+    except FileNotFoundError as error:
+        raise DamagedFile(path, "it is not there", remedy) from error
 
 
 def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:

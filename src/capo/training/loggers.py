@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import secrets
@@ -19,11 +18,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from capo.data.watching import SECONDS
-from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.locks import file_lock
-from capo.runtime.run_folder import METRICS, POOL_CURVES
+from capo.runtime.reading import cell, read_json, read_rows
+from capo.runtime.run_folder import CURVES_REMEDY, METRICS, POOL_CURVES
 
 FLUSH = 50  # rows collected in memory before the file is written
 
@@ -57,7 +56,7 @@ class CurvesFile(Logger):
 
     def drop_after(self, step: int) -> None:
         """Remove the rows of steps after `step`, and write the file."""
-        self.rows = [row for row in self.rows if int(row["step"]) <= step]
+        self.rows = [row for row in self.rows if cell(self.path, row, "step", int, CURVES_REMEDY) <= step]
         self._write()
 
     @rank_zero_only
@@ -94,11 +93,12 @@ class CurvesFile(Logger):
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file, without empty cells; none if there is no file."""
-    if not path.is_file():
+    """Rows of a CSV file, without empty cells; none if there is no file. Raises DamagedFile."""
+    try:
+        rows = read_rows(path, CURVES_REMEDY)
+    except FileNotFoundError:
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [{name: value for name, value in row.items() if value} for row in rows]
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -107,17 +107,15 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def logged_step(folder: Path) -> int:
     """The last step in `folder/metrics.csv`, 0 if there is none."""
-    return max((int(row["step"]) for row in _rows(folder / METRICS)), default=0)
+    path = folder / METRICS
+    return max((cell(path, row, "step", int, CURVES_REMEDY) for row in _rows(path)), default=0)
 
 
 def pool_seconds(folder: Path) -> float:
-    """Seconds of the last row of `folder/pools.csv`, 0 if there is none; InputError if it is no number."""
+    """Seconds of the last row of `folder/pools.csv`, 0 if there is none; DamagedFile if it is no number."""
     path = folder / POOL_CURVES
-    told = [row[SECONDS] for row in _rows(path) if SECONDS in row]
-    try:
-        return float(told[-1]) if told else 0.0
-    except ValueError as error:
-        raise InputError(f"{path}: {SECONDS} is {told[-1]!r}, not a number; remove the file") from error
+    told = [row for row in _rows(path) if SECONDS in row]
+    return cell(path, told[-1], SECONDS, float, CURVES_REMEDY) if told else 0.0
 
 
 def csv_logger(folder: str | Path) -> Logger:
@@ -183,9 +181,10 @@ class WandbRun(WandbLogger):
                 "W&B: offline (no API key found, or set by WANDB_MODE); "
                 f"`wandb sync {self.save_dir}/wandb/offline-*` uploads the run"
             )
-        before = (
-            json.loads(self.record_path.read_text(encoding="utf-8")) if self.record_path.is_file() else {}
-        )
+        try:
+            before = read_json(self.record_path, "restore it, or remove it: the run then gets another id")
+        except FileNotFoundError:
+            before = {}
         self._record = {
             "id": before.get("id") or secrets.token_hex(4),
             "group": identity.group,

@@ -15,6 +15,7 @@ from capo.backbones.lora import is_output_factor
 from capo.evaluation.held_out import Rate
 from capo.module import PreferenceModule
 from capo.runtime.files import write_whole
+from capo.runtime.reading import read_json
 from capo.runtime.run_folder import STRENGTH
 from capo.training.choice import Candidate, Choice
 from capo.training.validation import Place, WinRateValidation
@@ -120,8 +121,11 @@ def choose_strength(
 
 def read_strength(folder: Path) -> dict[str, Any] | None:
     """Read `strength.json` of a run directory; None if there is none."""
-    path = folder / STRENGTH
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    remedy = f"remove it, or choose again: evaluate.py run={folder} validation.strengths=[...]"
+    try:
+        return read_json(folder / STRENGTH, remedy)
+    except FileNotFoundError:
+        return None
 
 
 def _name(strength: float) -> str:

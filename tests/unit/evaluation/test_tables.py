@@ -141,7 +141,7 @@ def having(name, text):
     (having("outcome.json", "{"), "outcome.json cannot be read"),
     (without("policy"), "holds no results of an evaluation .*'policy'"),
     (without("score"), "holds no results of an evaluation .*'score'"),
-    (having("evaluation/results.json", "[]"), "holds no results of an evaluation"),
+    (having("evaluation/results.json", "[]"), r"results.json cannot be read \(it holds no names"),
     (having("evaluation/results.json", '{"win_rate": {}, "score": {"a": {"policy": "=1"}}}'),
      "figures must be numbers"),
     (having("evaluation/results.json", '{"win_rate": {}, "score": {}, "policy": 3, "base": ""}'),

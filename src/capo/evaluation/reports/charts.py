@@ -4,7 +4,6 @@ Colors are set by CSS classes (`series-0` ...) and variables of the page, so tha
 work.
 """
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
+
+from capo.runtime.reading import read_rows
+from capo.runtime.run_folder import CURVES_REMEDY
 
 POINTS = 160  # maximum number of points of a curve; curves with more are averaged
 SERIES = 10  # maximum number of curves in a chart, one per color
@@ -116,10 +118,10 @@ def read_curves(path: str | Path) -> list[Chart]:
 
     Columns `a/b` and `a/b/c` share the chart `a/b`. Columns in TOGETHER share the chart named there, columns
     that start with APART get one each. Rows without a step and cells without a finite number are ignored.
+    Raises DamagedFile.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path, CURVES_REMEDY)
     except FileNotFoundError:
         return []
     groups: dict[str, list[Curve]] = {}
@@ -142,8 +144,8 @@ def _rank(title: str) -> int:
     return next((place for place, start in enumerate(ORDER) if title.startswith(start)), len(ORDER))
 
 
-def _is_shown(name: str | None) -> bool:
-    return name not in (None, "", "step", "epoch") and not name.startswith(CLOCK)
+def _is_shown(name: str) -> bool:
+    return name not in ("step", "epoch") and not name.startswith(CLOCK)
 
 
 def _label(name: str, group: str) -> str:
