@@ -12,14 +12,17 @@ from torch import Tensor
 from capo.backbones.base import Backbone
 from capo.backbones.drawing import PLAIN, Drawing, prepared
 from capo.backbones.kohya import write_kohya
+from capo.backbones.loading import check_configs, loaded
 from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter, read_base
 from capo.backbones.model_card import README, ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import named_dtype
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX, write_checkpoint, write_pipeline
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
+
+AGAIN = "export it again"
 
 
 def export_policy(
@@ -73,25 +76,43 @@ def load_policy(backbone: Backbone, folder: str | Path, drawing: Drawing = PLAIN
     if (folder / LORA_FILE).is_file():
         _check_base(backbone, folder)
         policy = backbone.trainable_copy()
-        loader: Any = type(backbone.pipeline)  # the mixin for LoRA is each pipeline's own
-        state, *alphas, metadata = loader.lora_state_dict(  # only pipelines with a UNet return alphas
-            str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True
-        )
-        policy.load_lora_adapter(
-            state,
-            prefix=component,
-            network_alphas=alphas[0] if alphas else None,
-            metadata=metadata,
-            adapter_name=ADAPTER,
-        )
+        with loaded(f"the weights of policy '{folder / LORA_FILE}'", AGAIN):
+            _take_adapter(policy, type(backbone.pipeline), folder, component)
     else:
         policy = backbone.trainable_copy()
         _take_weights(policy, folder / component)
     return prepared(policy, drawing).eval().requires_grad_(False)
 
 
+def _take_adapter(policy: Denoiser, loader: Any, folder: Path, component: str) -> None:
+    """Add the adapter of a folder; `loader` is the pipeline's class, each of which has its own mixin for it.
+
+    Raises InputError unless each of its tensors for the component has found its place: the library itself
+    only warns, and the policy would be the base.
+    """
+    state, *alphas, metadata = loader.lora_state_dict(  # only pipelines with a UNet return alphas
+        str(folder), use_safetensors=True, local_files_only=True, return_lora_metadata=True
+    )
+    policy.load_lora_adapter(
+        state,
+        prefix=component,
+        network_alphas=alphas[0] if alphas else None,
+        metadata=metadata,
+        adapter_name=ADAPTER,
+    )
+    given = sum(name.startswith(f"{component}.") for name in state)
+    found = len(get_peft_model_state_dict(policy, adapter_name=ADAPTER)) if has_adapter(policy) else 0
+    if not given or given != found:
+        raise InputError(
+            f"policy '{folder / LORA_FILE}' has {given} tensors for the {component}, of which the model has "
+            f"{found}: choose the model that it was tuned from, or export it again"
+        )
+
+
 def _take_weights(policy: Denoiser, folder: Path) -> None:
-    stored = type(policy).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    check_configs(folder)
+    with loaded(f"the weights of policy '{folder.absolute()}'", AGAIN):
+        stored = type(policy).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     try:
         policy.load_state_dict(stored.state_dict())
     except RuntimeError as error:
@@ -165,9 +186,9 @@ def _check_base(backbone: Backbone, folder: Path) -> None:
         base = read_base(folder)
     except FileNotFoundError:
         return  # an adapter made elsewhere does not name its base; the loader checks the shapes
-    except (OSError, ValueError) as error:
+    except DamagedFile as error:
         raise InputError(
-            f"policy: {folder / BASE_FILE}, which names the base, cannot be read ({error}); restore it"
+            f"policy: {error.path}, which names the base, cannot be read ({error.reason}); restore it"
         ) from error
     if base["denoiser"] != backbone.fingerprints["denoiser"]:
         raise InputError(

@@ -1,7 +1,7 @@
 """Find, download and load a pipeline or VAE from a folder or hub id: safetensors only, which run no code."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,16 +10,16 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import nn
 
-from capo.errors import InputError, first_line
-from capo.runtime.fingerprints import weight_files
+from capo.errors import DamagedFile, InputError, first_line
+from capo.runtime.fingerprints import weight_files, weight_map
 from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
+from capo.runtime.reading import FOLDER_REMEDY, read_any_json, read_json
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VAE_FILES = ["config.json", "*.safetensors"]
+AGAIN = "get the folder again, or name the variant that it holds"
 Loaded = TypeVar("Loaded")
 
 
@@ -91,8 +91,8 @@ def lacking_parts(folder: Path, variant: str | None = None, unused: Mapping[str,
     Components in `unused` are not checked.
     """
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        index = read_json(folder / "model_index.json", FOLDER_REMEDY)
+    except (FileNotFoundError, DamagedFile):
         return ["model_index.json"]
     names = [
         name
@@ -116,8 +116,7 @@ def _is_component(name: str, entry: object) -> bool:
 def _has_weights(folder: Path, variant: str | None) -> bool:
     """Whether a model's weights are complete: all shards of an index, or a weight file of any kind."""
     for path in folder.glob(f"*.safetensors.index.{variant}.json" if variant else "*.safetensors.index.json"):
-        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((folder / shard).is_file() for shard in shards)
+        return all((folder / shard).is_file() for shard in set(weight_map(path).values()))
     return bool(weight_files(folder, variant)) or any(any(folder.glob(pattern)) for pattern in PICKLES)
 
 
@@ -141,8 +140,8 @@ def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:
     """Read model_index.json of a folder; raise InputError if missing or of a class not in `known`."""
     path = folder / "model_index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        index = read_json(path, FOLDER_REMEDY)
+    except (FileNotFoundError, DamagedFile) as error:
         raise InputError(
             f"weights '{folder}': '{path.name}' is missing or unreadable, so this is not the folder of a "
             "diffusers pipeline; write one with `pipeline.save_pretrained(folder)`"
@@ -190,12 +189,11 @@ def load_pipeline(
         if name not in empty and name.startswith(hollow) and (folder / name / "config.json").is_file()
     }
     refuse_pickles(folder, {name: entry for name, entry in index.items() if name not in empty}, variant)
-    try:
+    check_configs(*(folder / name for name in parts if name not in empty))
+    with loaded(f"weights '{folder}' (variant {variant or 'none'})"):
         pipeline = DiffusionPipeline.from_pretrained(
             folder, variant=variant, dtype=dtype, use_safetensors=True, **given
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(_not_loaded(folder, variant, error)) from error
     pipeline.watermark = None  # SDXL would watermark images wherever invisible-watermark is installed
     pipeline.set_progress_bar_config(disable=True)
     for module in pipeline.components.values():
@@ -214,19 +212,31 @@ def load_component(
     place = folder / component
     held = any(f".{variant}" in path.name for path in weight_files(place, variant).values())
     loader: Any = kind
-    try:
+    check_configs(place)
+    with loaded(f"weights '{place}' (variant {variant or 'none'})"):
         return loader.from_pretrained(
             place, variant=variant if held else None, dtype=dtype, use_safetensors=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(_not_loaded(place, variant, error)) from error
 
 
-def _not_loaded(place: Path, variant: str | None, error: Exception) -> str:
-    return (
-        f"weights '{place}' (variant {variant or 'none'}) do not load: {error}. Get the folder again, "
-        "or name the variant that it holds"
-    )
+def check_configs(*components: Path) -> None:
+    """Raise DamagedFile for a JSON file of a component that is not JSON: libraries do not name the file."""
+    for component in components:
+        for path in sorted(component.glob("*.json")):
+            read_any_json(path, FOLDER_REMEDY)
+
+
+@contextmanager
+def loaded(
+    what: str, remedy: str = "get the folder again, or name the variant that it holds"
+) -> Iterator[None]:
+    """Turn what goes wrong in a library that loads `what` into an InputError that names it."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of diffusers, transformers, tokenizers and safetensors, by the content
+        raise InputError(f"{what} do not load: {error}; {remedy}") from error
 
 
 def fresh_module(config: Mapping) -> nn.Module:
@@ -239,8 +249,9 @@ def fresh_module(config: Mapping) -> nn.Module:
 
 def hollow_module(folder: Path) -> nn.Module:
     """The module of a component's folder on the meta device, without weights."""
-    with torch.device("meta"):
-        return fresh_module(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = read_json(folder / "config.json", FOLDER_REMEDY)
+    with torch.device("meta"), loaded(f"weights '{folder}'"):
+        return fresh_module(config)
 
 
 def find_vae(weights: str, revision: str | None) -> None:
@@ -280,6 +291,8 @@ def load_vae(weights: str, revision: str | None, dtype: torch.dtype) -> tuple[Au
         if not folder.is_dir():
             folder = Path(snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES))
         vae = AutoencoderKL.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError, HfHubHTTPError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the hub and of diffusers, by what is in the files
         raise InputError(_no_vae(weights, revision, first_line(error))) from error
     return vae.eval().requires_grad_(False), folder

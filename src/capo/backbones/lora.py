@@ -1,6 +1,5 @@
 """Add, disable and merge LoRA adapters; with its adapter disabled, a denoiser is the frozen base."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from capo.backbones.models import Denoiser
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
+from capo.runtime.reading import read_json
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of diffusers' attention blocks
 # An MMDiT block has a second set of projections, for the text tokens.
@@ -22,12 +22,12 @@ ADAPTER = "default"
 
 
 def read_base(folder: Path) -> dict[str, Any]:
-    """Read what a policy says of its base; OSError or ValueError if it cannot be read."""
-    base = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-    if not isinstance(base, dict) or not all(
-        isinstance(base.get(key), str) for key in ("weights", "denoiser")
-    ):
-        raise ValueError("weights and denoiser must be text")
+    """Read what a policy says of its base. Raises FileNotFoundError, or DamagedFile if it cannot be read."""
+    path, remedy = folder / BASE_FILE, "restore it, or export the policy again"
+    base = read_json(path, remedy)
+    for key in ("weights", "denoiser"):
+        if not isinstance(base.get(key), str):
+            raise DamagedFile(path, f"{key} is {base.get(key)!r}, which is no text", remedy)
     return base
 
 

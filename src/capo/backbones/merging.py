@@ -18,7 +18,7 @@ from capo.backbones.lora import BASE_FILE, LORA_FILE, read_base
 from capo.backbones.merging_adapters import merge_adapters
 from capo.backbones.model_card import README, soup_readme
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint, weight_files
 from capo.runtime.tensor_files import DTYPES, read_rows, spans, tensor_entries, write_parts
@@ -43,10 +43,11 @@ class Exported:
         folder = Path(folder)
         try:
             base = read_base(folder)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, DamagedFile) as error:
+            reason = error.reason if isinstance(error, DamagedFile) else "it is not there"
             raise InputError(
                 f"policies: {folder.absolute() / BASE_FILE}, which names the policy's base, cannot be read "
-                f"({error}); give the `policy/` folders of finished runs (one of an earlier version is "
+                f"({reason}); give the `policy/` folders of finished runs (one of an earlier version is "
                 "exported again by evaluate.py run=DIR validation.strengths=[1])"
             ) from error
         return cls(folder, base)

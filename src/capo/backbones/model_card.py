@@ -14,6 +14,7 @@ from capo.backbones.sampling import POLICY
 from capo.backbones.saving import CHECKPOINT_FILE
 from capo.errors import InputError
 from capo.runtime.files import write_whole
+from capo.runtime.reading import read_text
 
 UNCONDITIONAL = "unconditional prediction under guidance"
 README = "README.md"
@@ -49,7 +50,7 @@ def write_card(backbone: Backbone, folder: str | Path, card: ModelCard) -> None:
 def write_win_rates(folder: str | Path, win_rates: Mapping[str, Mapping[str, float]]) -> None:
     """Put win-rates (`ModelCard.win_rates`) into the README of an exported policy, in place of its own."""
     file = Path(folder) / README
-    head, _, _ = file.read_text(encoding="utf-8").partition(RATES)
+    head, _, _ = read_text(file, "restore it, or export the policy again").partition(RATES)
     write_whole(file, head + "\n".join(_win_rate_lines(win_rates)))
 
 

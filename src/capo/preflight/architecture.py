@@ -21,7 +21,8 @@ import transformers
 from capo.backbones import FAMILIES, Family
 from capo.backbones.loading import fresh_module
 from capo.backbones.models import Autoencoder, Denoiser
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
+from capo.runtime.reading import FOLDER_REMEDY, read_json
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,10 @@ def from_folder(folder: Path, /, family: type[Family] | None = None, **options: 
     """
     configs = {}
     for path in sorted(folder.glob("*/config.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, FOLDER_REMEDY)
         kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
+        if not isinstance(kind, str):
+            raise DamagedFile(path, f"its class is {kind!r}, not a name", FOLDER_REMEDY)
         if hasattr(diffusers, kind) or hasattr(transformers, kind):
             # The folder's origin and its dtype are not part of the architecture.
             configs[path.parent.name] = {

@@ -6,7 +6,6 @@ Generation, 2024.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from capo.errors import InputError
 from capo.rewards.clip_scores import MODEL_FILES
 from capo.rewards.weights import read_config, read_state, refuse_other_names
+from capo.runtime.fingerprints import weight_map
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, T5Config
@@ -149,7 +149,7 @@ def _index(folder: Path) -> Mapping[str, str]:
     )
     if not (folder / name).is_file():
         return {}
-    return json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
+    return weight_map(folder / name)
 
 
 def _first_format(folder: Path) -> list[Path]:

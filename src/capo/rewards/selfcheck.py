@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.rewards import Reward
 from capo.runtime.files import write_whole
+from capo.runtime.reading import read_json
 
 SIDE = 512  # pixels to which the bundled images, of 64 pixels, are enlarged for a reward
 PROMPTS = {  # bundled image -> its prompt
@@ -240,13 +241,15 @@ def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
         if not path.is_file():
             continue
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, "remove it, or write it again with --record")
             if (
                 found["schema"] == SCHEMA
                 and found["fingerprint"] == fingerprint
                 and torch.tensor(found["scores"]).shape == (len(PROMPTS), 2)
             ):
                 return {key: found[key] for key in ("scores", "device", "versions")}
+        except DamagedFile:
+            raise
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"{path} holds no recorded scores ({error!r}); remove it, or write it again with --record"

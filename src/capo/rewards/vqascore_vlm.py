@@ -7,7 +7,6 @@ torchvision it prepares images differently.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from capo.errors import InputError
 from capo.rewards.clip_scores import BatchScorer, check_batch
 from capo.rewards.vqascore import PLACE, PRECISIONS, QUESTION, check_question
 from capo.rewards.weights import fetch, refuse_other_names, require_type
+from capo.runtime.reading import FOLDER_REMEDY, read_json
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, Qwen3VLForConditionalGeneration
@@ -141,7 +141,7 @@ class VQAScoreVLM(BatchScorer):
 
 def _template_beside(folder: Path) -> str | None:
     path = folder / "chat_template.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+    return read_json(path, FOLDER_REMEDY).get("chat_template") if path.is_file() else None
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:

@@ -3,20 +3,18 @@
 In every function `setting` is the configuration key that gave the source, for messages.
 """
 
-import json
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from capo.errors import InputError, first_line
+from capo.errors import DamagedFile, InputError, first_line
 from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
+from capo.runtime.reading import FOLDER_REMEDY, read_json
 
 # configs, vocabularies and chat templates, which are always downloaded
 SMALL = ("*.json", "*.txt", "*.jinja")
@@ -111,7 +109,9 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of safetensors, pickle and torch, by the bytes
         raise InputError(
             f"{setting}={path}: no safetensors file and no state dict ({first_line(error)}); a pickled "
             "module can run any code when loaded: convert it once, where you trust its source, with "
@@ -127,8 +127,8 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
 def read_config(folder: Path, setting: str) -> dict[str, Any]:
     """Read a folder's config.json; raise InputError if missing or not JSON, or if `folder` is a file."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(folder / "config.json", FOLDER_REMEDY)
+    except (FileNotFoundError, DamagedFile) as error:
         alone = "it is a file; give the folder that holds it and its config.json"
         fault = (
             alone if folder.is_file() else "its config.json is missing or unreadable; get the folder again"

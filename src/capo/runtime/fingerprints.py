@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
+from capo.runtime.reading import FOLDER_REMEDY, read_any_json, read_json
+from capo.runtime.tensor_files import readable_tensors
 
 # Keys in which libraries record themselves and a file's origin; they say nothing about the model.
 VOLATILE_KEYS = frozenset(
@@ -69,12 +70,21 @@ def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     return found.get(variant) or found.get(None, {})
 
 
+def weight_map(path: Path) -> dict[str, str]:
+    """Read {tensor: file} of an index of weights in several files. Raises DamagedFile."""
+    files = read_json(path, FOLDER_REMEDY).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise DamagedFile(path, "weight_map must map names of tensors to names of files", FOLDER_REMEDY)
+    return files
+
+
 def safetensors_fingerprint(path: str | Path) -> str:
     """Hash the tensors and metadata of a small safetensors file, 64 hex digits.
 
-    The raw bytes are not hashed, because the order of the metadata entries differs from save to save.
+    The raw bytes are not hashed, because the order of the metadata entries differs from save to save. Raises
+    InputError for a file that cannot be read.
     """
-    with safe_open(str(path), framework="pt") as file:
+    with readable_tensors(Path(path)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         entries = {
             name: [str(value.dtype), list(value.shape), _tensor_digest(value)]
@@ -125,7 +135,7 @@ def _component_entries(folder: Path, variant: str | None) -> dict[str, object]:
 
 
 def _stable_config(path: Path) -> object:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_any_json(path, FOLDER_REMEDY)
     if not isinstance(config, dict):
         return config
     volatile = VOLATILE_KEYS | (CALL_STATE if path.name == "tokenizer.json" else frozenset())

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 from capo.errors import DamagedFile
 
 Value = TypeVar("Value")
+FOLDER_REMEDY = "get the model's folder again"  # for a file in a folder of diffusers or transformers
 
 
 def open_ordinary(path: Path, fault: Callable[[Path, str], DamagedFile]) -> BinaryIO:

@@ -3,14 +3,18 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.runtime.files import whole_file
+from capo.runtime.reading import open_ordinary
 
 PART = 2**20  # elements of a tensor that are read at once, if its rows are no longer
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -21,10 +25,20 @@ def tensor_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     Raises InputError if the file cannot be read.
     """
+    with readable_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+@contextmanager
+def readable_tensors(path: Path) -> Iterator[Any]:
+    """Yield an opened safetensors file; InputError for one that cannot be opened or, in the block, read."""
     try:
+        open_ordinary(path, partial(DamagedFile, remedy="export it again")).close()
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            yield file
+    except InputError:
+        raise
     except Exception as error:  # safetensors' own error and those of the system
         raise InputError(f"{path} cannot be read as safetensors ({error}); export it again") from error
 

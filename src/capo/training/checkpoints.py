@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError, first_line
 from capo.module import PreferenceModule
 from capo.runtime.files import second_name, whole_file
+from capo.runtime.reading import open_ordinary
 from capo.training.averaging import AVERAGE
 from capo.training.validation import WinRateValidation
+
+PROGRESS = {"loops": dict, "callbacks": dict, "optimizer_states": list}  # in a checkpoint, beside its weights
 
 
 class ValidatedCheckpoint(ModelCheckpoint):
@@ -123,9 +127,9 @@ def load_best(module: PreferenceModule, path: Path) -> dict[str, Tensor]:
         The trained weights by their names in the module, mapped from the file.
 
     Raises:
-        InputError: the checkpoint holds the weights of another model.
+        InputError: the checkpoint cannot be read, or holds the weights of another model.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = read_checkpoint(path, "evaluate the policy as it was exported, or train again")
     weights = state["state_dict"] | state.get(AVERAGE, {})
     module.policy = module.fresh_policy()
     kept = module.load_state_dict(weights, strict=False)
@@ -137,6 +141,43 @@ def load_best(module: PreferenceModule, path: Path) -> dict[str, Tensor]:
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     module.policy.eval().requires_grad_(False)
     return {name: value for name, value in weights.items() if name in trained}
+
+
+def read_checkpoint(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint; its tensors are mapped from the file, whose checksums are compared.
+
+    Raises DamagedFile, with `remedy`, for a file that is missing, damaged, or no checkpoint of a run.
+    """
+    try:
+        with open_ordinary(path, partial(DamagedFile, remedy=remedy)) as file, zipfile.ZipFile(file) as parts:
+            if damaged := parts.testzip():  # loading does not compare them
+                raise DamagedFile(path, f"its part {damaged} was changed", remedy)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise DamagedFile(path, "it is not there", remedy) from error
+    except (DamagedFile, MemoryError):
+        raise
+    except Exception as error:  # what zipfile, pickle and torch raise for damaged bytes has no common class
+        raise DamagedFile(path, first_line(error), remedy) from error
+    if fault := _fault(checkpoint):
+        raise DamagedFile(path, fault, remedy)
+    return checkpoint
+
+
+def _fault(checkpoint: object) -> str | None:
+    """What a file lacks to be a checkpoint of a run, or None."""
+    if not isinstance(checkpoint, dict):
+        return "it holds no names with values"
+    for name in ("state_dict", AVERAGE):
+        weights = checkpoint.get(name, {})
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            return f"{name} holds no tensors by name"
+    if "state_dict" not in checkpoint:
+        return "it has no state_dict"
+    for name, kind in {"global_step": int, **PROGRESS}.items():
+        if type(checkpoint.get(name)) is not kind:
+            return f"{name} is {type(checkpoint.get(name)).__name__}, not {kind.__name__}"
+    return None if isinstance(checkpoint.get("base", ""), str) else "base is no text"
 
 
 def check_checkpoint(
@@ -157,13 +198,8 @@ def check_checkpoint(
     Raises:
         InputError: the checkpoint cannot be read, was tuned from another base, or has other tensors.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = checkpoint["state_dict"]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); remove it to start training again"
-        ) from error
+    checkpoint = read_checkpoint(path, "remove it to start training again")
+    stored = checkpoint["state_dict"]
     if base and checkpoint.get("base", base) != base:
         raise InputError(
             f"{path} was tuned from another base (fingerprint {checkpoint['base'][:8]}, configured is "

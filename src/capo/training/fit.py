@@ -148,7 +148,7 @@ def fit(
     """
     here = launch()
     last = folder / CHECKPOINTS / LAST
-    begun = last.is_file()
+    begun = os.path.lexists(last)
     step = _last_step(last, module) if begun else 0
     for logger in loggers:
         if here.first and isinstance(logger, CurvesFile) and logger.rows:

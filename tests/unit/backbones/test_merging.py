@@ -140,7 +140,7 @@ def test_what_does_not_belong_together_is_refused(tiny_backbones, tmp_path):
     refused([whole[0], other], "was tuned from 'sd15' .*choose its base as model")
     refused([whole[0], tmp_path / "nothing"], r"nothing/base\.json.* cannot be read")
     (whole[1] / "base.json").write_text('{"weights": 3, "denoiser": "x"}')
-    refused(whole, r"weights and denoiser must be text")
+    refused(whole, r"weights is 3, which is no text")
     with pytest.raises(ParameterError, match="must be above 0"):
         merge_policies(base, adapters * 2, tmp_path / "soup", "slerp", [1.0, -1.0])
 

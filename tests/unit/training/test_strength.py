@@ -1,7 +1,9 @@
 """Policies between base and tuned one, and what a run exports of them."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -111,6 +113,23 @@ def test_a_run_below_the_base_says_so_and_a_moved_one_remembers_its_best(tiny_ru
     scripted(monkeypatch, {}, (0.41,))
     assert train_script.run(tiny_run("moved", *RUN)) == 0.42
     assert [path.name for path in (tiny_run.folder / "moved/checkpoints").glob("0*")] == ["000001.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [os.rename, shutil.copytree], ids=["moved", "copied"])
+def test_a_moved_or_copied_run_exports_the_best_that_lies_where_it_is_now(tiny_run, monkeypatch, place):
+    """The best of three steps is the first; the run is interrupted after the second."""
+    scripted(monkeypatch, {}, (0.7, 0.6))
+    origin, folder = (tiny_run.folder / f"{place.__name__}-{end}" for end in ("from", "to"))
+    train_script.run(tiny_run(origin.name, *RUN, "trainer.max_steps=2"))
+    best = torch.load(origin / "checkpoints/000001.ckpt", weights_only=True)["state_dict"]
+    place(origin, folder)
+    if origin.is_dir():
+        (origin / "checkpoints/000001.ckpt").write_bytes(b"the run goes on without its origin")
+    scripted(monkeypatch, {}, (0.5,))
+    assert train_script.run(tiny_run(folder.name, *RUN)) == 0.7
+    policy = exported(folder)
+    assert all(torch.equal(policy[name.removeprefix("policy.")], value) for name, value in best.items())
 
 
 @pytest.mark.parametrize(

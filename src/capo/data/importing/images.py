@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# exceptions that Pillow raises for bytes that are not an image, or a truncated one
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+from capo.errors import first_line
 
 
 class BrokenImage(Exception):
@@ -31,9 +31,20 @@ def opened(cell: object, folder: Path) -> Image.Image:
         raise BrokenImage("there is none")
     if not isinstance(cell, bytes | str):
         raise BrokenImage(f"a {type(cell).__name__} where encoded bytes or a path should be")
-    try:
+    with decoding():
+        if isinstance(cell, str) and (folder / cell).exists() and not (folder / cell).is_file():
+            raise BrokenImage("it is no ordinary file")  # a pipe would be waited for
         return Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else folder / cell)
-    except UNREADABLE as error:
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turn what goes wrong in the block into BrokenImage; each of Pillow's decoders has errors of its own."""
+    try:
+        yield
+    except (BrokenImage, MemoryError):
+        raise
+    except Exception as error:
         raise BrokenImage(_reason(error)) from error
 
 
@@ -42,12 +53,9 @@ def check(cell: object, folder: Path) -> None:
 
     A JPEG is decoded at an eighth of its size, which also detects a truncated file.
     """
-    with opened(cell, folder) as image:
-        try:
-            image.draft("RGB", (1, 1))
-            _flat(image)
-        except UNREADABLE as error:
-            raise BrokenImage(_reason(error)) from error
+    with opened(cell, folder) as image, decoding():
+        image.draft("RGB", (1, 1))
+        _flat(image)
 
 
 def picture(cell: object, folder: Path, size: tuple[int, int]) -> Image.Image:
@@ -56,12 +64,9 @@ def picture(cell: object, folder: Path, size: tuple[int, int]) -> Image.Image:
     It is rotated by its EXIF orientation, composited on white, cropped to the largest centered box of that
     aspect ratio, and resized with Lanczos.
     """
-    with opened(cell, folder) as image:
-        try:
-            flat = _flat(ImageOps.exif_transpose(image))
-            return flat.crop(middle(flat.size, size)).resize(size, Image.Resampling.LANCZOS)
-        except UNREADABLE as error:
-            raise BrokenImage(_reason(error)) from error
+    with opened(cell, folder) as image, decoding():
+        flat = _flat(ImageOps.exif_transpose(image))
+        return flat.crop(middle(flat.size, size)).resize(size, Image.Resampling.LANCZOS)
 
 
 def middle(has: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -92,4 +97,4 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
 
 def _reason(error: Exception) -> str:
     # Pillow's message contains the address of the buffer, which differs between runs
-    return "it is no image that can be read" if "identify image" in str(error) else str(error)
+    return "it is no image that can be read" if "identify image" in str(error) else first_line(error)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from capo.data.prompts import normalize
 from capo.errors import InputError
 
 Place = tuple[int, int, int]  # place of an image in a source: table, row, number among the row's images
@@ -43,6 +44,18 @@ def unusable(caption: str, ranks: Sequence[int] | None) -> str | None:
     return TIE if len(set(ranks)) == 1 else None
 
 
+def caption_of(value: object, where: str) -> str:
+    """Normalized caption in a cell, empty if the cell is. Raises InputError if the cell is not text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{where} is {value!r}, which is not text; name the column of captions")
+    try:
+        return normalize(value).encode().decode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} is {value!a}, which holds half a character; correct it") from error
+
+
 def number_of(value: Any, where: str) -> float | None:
     """Number in a cell, None if it is empty or NaN; `where` names the cell.
 
@@ -50,7 +63,7 @@ def number_of(value: Any, where: str) -> float | None:
     """
     try:
         number = math.nan if value is None or value == "" else float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where} is {value!r}, which is not a number; correct it") from error
     return None if math.isnan(number) else number
 

@@ -14,6 +14,7 @@ from capo.data.importing.ordering import (
     TOO_FEW,
     UNEQUAL,
     Entry,
+    caption_of,
     choice_of,
     dense_ranks,
     number_of,
@@ -23,7 +24,6 @@ from capo.data.importing.ordering import (
 )
 from capo.data.importing.source import Source
 from capo.data.importing.tables import Table
-from capo.data.prompts import normalize
 from capo.errors import InputError
 
 FOLDER_TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
@@ -51,7 +51,7 @@ class _Pairs(Source):
             for row, values in table.rows([self.caption, self.label]):
                 if found == self.limit:
                     return
-                caption = normalize(values.get(self.caption) or "")
+                caption = caption_of(values.get(self.caption), f"{table.path} row {row}: {self.caption}")
                 ranks = choice_of(values.get(self.label), f"{table.path} row {row}: {self.label}")
                 if reason := unusable(caption, ranks):
                     dropped[reason] += 1
@@ -94,20 +94,23 @@ class _Lists(Source):
             ]
             for row, values in table.rows(columns):
                 where = f"{table.path} row {row}: {self.order}"
-                caption, numbers = (
-                    normalize(values.get(self.caption) or ""),
-                    numbers_of(values.get(self.order), where),
-                )
+                caption = caption_of(values.get(self.caption), f"{table.path} row {row}: {self.caption}")
+                numbers = numbers_of(values.get(self.order), where)
                 ranks = dense_ranks(numbers, self.better) if numbers else None
-                count = len(values.get(self.columns[0]) or ()) if len(columns) == 3 else len(numbers or ())
+                count = len(_images(values.get(self.columns[0]))) if len(columns) == 3 else len(numbers or ())
                 if reason := unusable(caption, ranks) or (UNEQUAL if count != len(ranks or ()) else None):
                     dropped[reason] += 1
                     continue
                 yield Entry(caption, tuple((number, row, item) for item in range(count)), ranks)
 
     def pick(self, row: dict, item: int) -> object:
-        cells = row.get(self.columns[0]) or ()
+        cells = _images(row.get(self.columns[0]))
         return cells[item] if item < len(cells) else None
+
+
+def _images(cell: object) -> list:
+    """Images in the cell of a list; none if there is something else."""
+    return cell if isinstance(cell, list) else []
 
 
 class _Files(Source):
@@ -149,7 +152,8 @@ class _Files(Source):
                 if self.score
                 else None
             )
-            groups.setdefault(normalize(values.get(self.caption) or ""), []).append((row, score))
+            caption = caption_of(values.get(self.caption), f"{self.tables[0].path} row {row}: {self.caption}")
+            groups.setdefault(caption, []).append((row, score))
         for caption, members in groups.items():
             scores = [score for _, score in members if score is not None]
             ranks = dense_ranks(scores, self.better) if self.score and len(scores) == len(members) else None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError, first_line
+from capo.runtime.reading import open_ordinary, parse_json
 
 BATCH = 32  # rows in memory at a time: 64 MB for two images of 1 MB per row
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
@@ -32,13 +33,22 @@ class Table:
             raise InputError(
                 f"{path}: unknown format of a table; its name must end in one of {', '.join(KINDS)}"
             )
-        try:
+        with self._readable():
             self.names, self.count = (
                 self._parquet_shape() if path.suffix == ".parquet" else self._text_shape()
             )
-        except (OSError, pa.ArrowException, UnicodeDecodeError, ValueError, csv.Error) as error:
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            open_ordinary(self.path, partial(DamagedFile, remedy="give another file")).close()
+            yield
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # what pyarrow raises for damaged bytes has no base class of its own
+            kind = self.path.suffix[1:]
             raise InputError(
-                f"{path} cannot be read as {path.suffix[1:]} ({error}); give another file"
+                f"{self.path} cannot be read as {kind} ({first_line(error)}); give another file"
             ) from error
 
     def _parquet_shape(self) -> tuple[list[str], int]:
@@ -55,15 +65,17 @@ class Table:
     def _rows(self) -> list[dict]:
         text = self.path.read_text(encoding="utf-8-sig")
         if self.path.suffix in (".csv", ".tsv"):
-            return list(
-                csv.DictReader(
-                    io.StringIO(text, newline=""), delimiter="\t" if self.path.suffix == ".tsv" else ","
-                )
+            read = csv.DictReader(
+                io.StringIO(text, newline=""), delimiter="\t" if self.path.suffix == ".tsv" else ","
             )
+            rows = list(read)
+            if any(None in row for row in rows):
+                raise ValueError("a row has more cells than there are columns")
+            return rows
         rows = (
-            json.loads(text)
+            parse_json(text)
             if self.path.suffix == ".json"
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
+            else [parse_json(line) for line in text.split("\n") if line.strip()]
         )
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it must be a list of objects, one per row")
@@ -92,7 +104,7 @@ class Table:
         if self.path.suffix != ".parquet":
             yield 0, self._rows
             return
-        with pq.ParquetFile(self.path) as file:
+        with self._readable(), pq.ParquetFile(self.path) as file:
             first = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows

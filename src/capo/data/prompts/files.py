@@ -5,17 +5,16 @@ All readers have the signature `(file, place, choose)`. `place` is the name of t
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capo.data.prompts.text import decoded_lines, readable
-from capo.errors import InputError
+from capo.errors import InputError, first_line
+from capo.runtime.reading import parse_json
 
 BATCH = 2**15  # rows held as Python objects at a time
 Batch = dict[str, list]  # column -> its values, all of one length
@@ -74,9 +73,11 @@ def read_parquet(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
             names = list(choose(table.schema_arrow.names))
             for batch in table.iter_batches(BATCH, columns=names):
                 yield batch.to_pydict()
-    except pa.ArrowException as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # what pyarrow raises for damaged bytes has no base class of its own
         raise InputError(
-            f"{place}: not a complete Parquet file ({str(error).splitlines()[0]}); get it again"
+            f"{place}: not a complete Parquet file ({first_line(error)}); get it again"
         ) from error
 
 
@@ -102,7 +103,7 @@ def row_count(file: Path, form: str) -> int | None:
     """Number of rows of a file if its metadata states it (Parquet), else None."""
     try:
         return pq.read_metadata(file).num_rows if form == "parquet" else None
-    except (OSError, pa.ArrowException):
+    except Exception:
         return None  # the reader of the file raises the error
 
 
@@ -136,9 +137,9 @@ def _cells(rows, header: list[str], names: Sequence[str], place: str) -> Iterato
 
 def _record(line: str, place: str) -> dict:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
-        raise InputError(f"{place} is not JSON ({error}); write one object per line") from error
+        raise InputError(f"{place} {str(error).removeprefix('it ')}; write one object per line") from error
     if not isinstance(record, dict):
         raise InputError(
             f'{place} is not a JSON object; write one per line, such as {{"prompt": "a red circle"}}'
