@@ -48,7 +48,7 @@ def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
     return [by_lower[name] for name in difflib.get_close_matches(word.lower(), list(by_lower), count, 0.6)]
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """First line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

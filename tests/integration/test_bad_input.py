@@ -432,6 +432,21 @@ def test_a_checkpoint_of_another_model(finished, tmp_path):
 # --- disks ---
 
 
+@pytest.mark.parametrize(("error", "said"), [
+    (MemoryError(), "this machine's memory .*has run out .MemoryError.: end what else is in it"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine's memory .*Cannot allocate memory"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "the device's memory has run out .CUDA out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "this machine.*lower sampling.batch"),
+])  # fmt: skip
+def test_memory_that_runs_out_ends_in_a_message(error, said, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended, plain_errors():
+        raise error
+    assert ended.value.code == 2 and re.search(f"error: {said}", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="another fault"), plain_errors():
+        raise RuntimeError("another fault")
+
+
 def test_a_pool_root_that_cannot_be_written(tiny_run, monkeypatch):
     opened = os.open
 

@@ -25,7 +25,7 @@ from capo.data.pool.import_table import HUMAN_LABELS
 from capo.data.prompts import Prompt, check_splits, missing_inputs
 from capo.errors import InputError
 from capo.evaluation.held_out import refuse_trained
-from capo.rewards import Reward, load_rewards, worker
+from capo.rewards import Reward, load_rewards, lookup
 from capo.runtime.launch import launch
 from capo.runtime.processes import own_device
 
@@ -67,7 +67,7 @@ def built(cfg: DictConfig, key: str, **given: object) -> Any:
     assert place, key
     try:
         node = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True, throw_on_missing=True)
-        return worker.build({**cast(dict, node), **given}, partial(looked_up, place, key))
+        return lookup.build({**cast(dict, node), **given}, partial(looked_up, place, key))
     except MissingMandatoryValue as error:
         missing = error.full_key or key
         raise InputError(f"{missing} is not given; give {missing}=VALUE") from error

@@ -20,7 +20,8 @@ from omegaconf import Container, DictConfig, OmegaConf
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from capo.errors import InputError, Unfinished, closest
+from capo.errors import InputError, Unfinished, closest, first_line
+from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.terminal import printable
 
 FAILED, REFUSED, INTERRUPTED, ENDED = 1, 2, 130, 143  # exit codes
@@ -55,15 +56,15 @@ def was_interrupted(error: BaseException) -> bool:
 def plain_errors(go_on: str | None = None) -> Iterator[None]:
     """End the process with one message instead of a traceback.
 
-    An InputError or a disk that cannot be written gives exit code 2, work of which a part failed 1, Ctrl-C
-    130, and SIGTERM in training 143.
+    An InputError, a disk that cannot be written and memory that runs out give exit code 2, work of which a
+    part failed 1, Ctrl-C 130, and SIGTERM in training 143.
     `go_on` names the command that resumes interrupted work; by default the same command in the same
     directory. HYDRA_FULL_ERROR=1 shows tracebacks.
     """
     try:
         yield
-    except (InputError, OSError, SafetensorError) as error:
-        message = str(error) if isinstance(error, InputError) else disk_fault(error)
+    except (InputError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        message = told_fault(error)
         if message is None or _wants_trace():
             raise
         _end(f"error: {message}", REFUSED)
@@ -112,6 +113,21 @@ def start(main: Callable[[], object]) -> None:
         _end("interrupted; finished work is kept", INTERRUPTED)
     finally:
         hydra_internals.run_and_report = report
+
+
+def told_fault(error: BaseException) -> str | None:
+    """Message for an error that a user can cause; None for any other error."""
+    return str(error) if isinstance(error, InputError) else disk_fault(error) or memory_fault(error)
+
+
+def memory_fault(error: BaseException) -> str | None:
+    """Message for an error that means that memory ran out; None for any other error."""
+    if not ran_out(error):
+        return None
+    return (
+        f"{memory_of(error)} has run out ({first_line(error)}): end what else is in it, lower sampling.batch "
+        "and trainer.micro_batch, or use a machine with more; plan=true tells what a run takes"
+    )
 
 
 def disk_fault(error: BaseException | None) -> str | None:

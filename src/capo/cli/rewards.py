@@ -40,7 +40,7 @@ from capo.rewards.selfcheck import (
     read_golden,
     write_golden,
 )
-from capo.runtime.terminal import Terminal
+from capo.runtime.terminal import Terminal, printable
 
 # overrides may be written `NAME.weights=...` or `rewards.NAME.weights=...`
 OVERRIDE = re.compile(r"^([+~]*)(?:rewards\.)?")
@@ -236,7 +236,7 @@ def main(command: Sequence[str] | None = None) -> int:
             check_known(rewards)
         options.pictures = pictures(options.published) if options.published else None
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     passed = [check(reward, options, console) for reward in rewards]
     return int(not all(passed))

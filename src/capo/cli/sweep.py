@@ -12,10 +12,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Column, Table
 
-from capo.cli.messages import disk_fault, was_interrupted
+from capo.cli.messages import told_fault, was_interrupted
 from capo.cli.run_labels import seed_groups
 from capo.cli.yaml_files import read_yaml
-from capo.errors import InputError
 from capo.evaluation.reports.sweep_page import (
     ORACLE,
     TEST,
@@ -33,7 +32,7 @@ from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.reading import read_json, read_text
 from capo.runtime.run_folder import CONFIG, ERROR, EVALUATION, OUTCOME, PLAN, RESULTS, read_outcome
-from capo.runtime.terminal import Terminal
+from capo.runtime.terminal import Terminal, printable
 
 FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
 TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
@@ -59,10 +58,9 @@ def run_job(task: Callable[[], float], folder: Path) -> float:
     except (Exception, SystemExit) as error:
         if was_interrupted(error):
             raise
-        message = str(error) if isinstance(error, InputError) else disk_fault(error)
-        text = message or "".join(traceback.format_exception(error))
-        write_whole(folder / ERROR, text.rstrip() + "\n")
-        print(f"error in {folder}: {text.rstrip()}", file=sys.stderr)
+        text = printable(told_fault(error) or "".join(traceback.format_exception(error))).rstrip()
+        write_whole(folder / ERROR, text + "\n")
+        print(f"error in {folder}: {text}", file=sys.stderr)
         return math.nan
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from capo.backbones import Family
 from capo.cli.rules import shown
 from capo.pairs import PairSets
-from capo.rewards.worker import is_scorer, locate
+from capo.rewards.lookup import is_scorer, locate
 
 TARGET = "_target_"
 MARKS = (TARGET, "_args_", "_partial_", "_recursive_", "_convert_")  # what Hydra reads in a node

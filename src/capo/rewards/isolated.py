@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 import weakref
@@ -25,6 +23,9 @@ from torch import Tensor
 from capo.errors import InputError
 from capo.rewards import worker
 from capo.rewards.environments import find_python, inherited_environment, not_importable
+from capo.rewards.guard import NoScores, numbers
+from capo.rewards.logs import log_file
+from capo.runtime.memory import means_memory
 
 ATTEMPTS = 2  # a worker that dies is restarted once and gets the same batch
 Answer = TypeVar("Answer")
@@ -63,7 +64,7 @@ class IsolatedScorer:
         WorkerOutOfMemory: the process's device runs out of memory.
     """
 
-    configurable = False  # no configuration may name it as its scorer: `capo.rewards.worker.is_scorer`
+    configurable = False  # no configuration may name it as its scorer: `capo.rewards.lookup.is_scorer`
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class IsolatedScorer:
         logs: Path | None = None,
     ):
         self.name, self.python, self.timeout = name, find_python(name, python), timeout
-        self.scorer, self.log_file = dict(scorer), (logs or _temporary_folder()) / f"{name}.log"
+        self.scorer, self.log_file = dict(scorer), log_file(name, logs)
         self._device: str | None = None
         self._takes: str | None = None  # what the scorer gets of an image; known once a worker has started
         self._worker: _Worker | None = None
@@ -97,17 +98,10 @@ class IsolatedScorer:
         header, blobs = _message(images, prompts, self._takes)  # outside the lock: while others are scored
         with self._lock:
             answer = self._persist(lambda: self._running().ask(header, blobs, self.timeout))
-        scores = self._checked(answer).get("scores")
-        if (
-            not isinstance(scores, list)
-            or len(scores) != len(images)
-            or not all(isinstance(score, float) for score in scores)
-        ):
-            count = f"{len(scores)} numbers" if isinstance(scores, list) else repr(scores)
-            raise self._fault(
-                f"returned {count} for {len(images)} images; it must return one number per image",
-                "its output is in",
-            )
+        try:  # again, since whatever runs there may have answered in the worker's place
+            scores = numbers(self._checked(answer).get("scores"), len(images))
+        except NoScores as error:
+            raise self._fault(str(error), "its output is in") from error
         return torch.tensor(scores, dtype=torch.float64)
 
     def leave(self) -> None:
@@ -180,13 +174,15 @@ class IsolatedScorer:
         """Return `answer`, or raise the error that it reports."""
         if "error" not in answer:
             return answer
-        if answer.get("kind") == "OutOfMemoryError":
+        if means_memory(str(answer.get("kind")), str(answer["error"])):
             raise WorkerOutOfMemory(str(self._fault(f"ran out of memory ({answer['error']})", "see")))
         if answer.get("kind") == "ModuleNotFoundError" and answer.get("module"):
             raise InputError(
                 not_importable(self.name, self.python, [answer["module"]])
                 + f"; the traceback is in {self.log_file}"
             )
+        if answer.get("kind") == NoScores.__name__:
+            raise self._fault(answer["error"].partition(": ")[2], "its output is in")
         raise self._fault(f"failed: {answer['error']}", "the traceback is in")
 
     def _fault(self, what: str, pointer: str) -> InputError:
@@ -281,8 +277,3 @@ def _png(image: Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)  # the pipe is faster than compression
     return file.getvalue()
-
-
-@functools.cache
-def _temporary_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="capo-workers-"))

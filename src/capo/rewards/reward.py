@@ -6,10 +6,10 @@ scorer's constructor, which runs when the first image is scored.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from capo.calibration import LINKS
 from capo.errors import InputError
-from capo.rewards import worker
-from capo.rewards.environments import check_environment
+from capo.rewards import guard, lookup
 from capo.rewards.isolated import IsolatedScorer
+from capo.rewards.logs import log_file, write_traceback
 from capo.rewards.sources import check_version, read_from, unpinned_commits
-from capo.runtime.batching import FittingBatch, device_memory
+from capo.runtime.batching import FittingBatch
 from capo.runtime.fingerprints import content_fingerprint, digested
+from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.names import check_name
 
-Scorer = Callable[[Sequence[Image], Sequence[str]], Tensor]
+Scorer = Callable[[Sequence[Image], Sequence[str]], Iterable[Any]]  # one number per image
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Reward:
     # whether the scorer needs a process of its own; with python null, one of this interpreter
     isolated: bool = False
     timeout: float = 300.0  # seconds after which a scorer in another process that does not answer is ended
-    logs: Path | None = None  # folder of the log of a scorer in another process; None: a temporary one
+    logs: Path | None = None  # folder of its scorer's log; None: a temporary one
 
     def __post_init__(self) -> None:
         check_name("reward", self.name)
@@ -137,34 +138,41 @@ class Reward:
     def setup(self, device: str | torch.device) -> None:
         """Build the scorer, and move it to `device` if it has a `to`.
 
-        Raises InputError if the scorer cannot be built, or if its weights do not fit into the device's
-        memory, which is then freed.
+        Raises InputError if the scorer cannot be built or moved, or if its weights do not fit into memory,
+        which is then freed.
         """
-        if not hasattr(self._callable, "to"):
-            return
         try:
-            self._callable.to(device)
+            if hasattr(self._callable, "to"):
+                with self._named(f"cannot be moved to {device} ({{}})"), guard.undisturbed():
+                    self._callable.to(device)
             return
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not ran_out(error):
+                raise
+            reason, memory = str(error), memory_of(error)
         # Outside the handler: its traceback keeps alive the tensors that were being moved.
         self.offload()
-        torch.cuda.empty_cache()  # so that the message reports free memory correctly
+        torch.cuda.empty_cache()  # so that free memory is what other work finds
         size = f" ({self.held / 1e9:.1f} GB)" if self.held else ""
         raise InputError(
-            f"reward '{self.name}': its weights{size} do not fit into {device_memory()}: {self._remedy} "
-            f"({reason})"
+            f"reward '{self.name}': its weights{size} do not fit into {memory}: {self._remedy} ({reason})"
         )
 
     def offload(self) -> None:
         """Move the scorer to the CPU until the next `setup`, to free the device's memory for training.
 
-        A scorer in another process on a GPU is ended instead.
+        A scorer in another process on a GPU is ended instead; one that was not built stays so.
         """
-        if isinstance(self._callable, IsolatedScorer):
-            self._callable.leave()
-        elif hasattr(self._callable, "to"):
-            self._callable.to("cpu")
+        if isinstance(scorer := self._built, IsolatedScorer):
+            scorer.leave()
+        elif hasattr(scorer, "to"):
+            with self._named("cannot be moved to cpu ({})"), guard.undisturbed():
+                scorer.to("cpu")
+
+    @property
+    def _built(self) -> Any:
+        """The scorer if it has been built, else None."""
+        return self.__dict__.get("_callable")
 
     @property
     def apart(self) -> bool:
@@ -173,8 +181,8 @@ class Reward:
 
     def give_up(self) -> None:
         """End a scorer in another process at once, from any thread; a request under way then fails."""
-        if isinstance(self._callable, IsolatedScorer):
-            self._callable.give_up()
+        if isinstance(scorer := self._built, IsolatedScorer):
+            scorer.give_up()
 
     @property
     def held(self) -> float | None:
@@ -193,107 +201,79 @@ class Reward:
         """Return raw scores (B,), float32 on the CPU; batches are halved if the device runs out of memory.
 
         `where` maps index i of the batch to its name in messages. Raises InputError for a score that is not
-        finite or, with link log, not a probability; for a scorer that does not return (B,); and if a single
-        image does not fit into the device's memory.
+        finite or, with link log, not a probability; for a scorer that raises or does not return one number
+        per image; and if a single image does not fit into memory. Whatever the scorer changes in this process
+        is put back (`capo.rewards.guard.undisturbed`).
         """
-        scores = torch.cat(self._batches(lambda part: self._raw(images[part], prompts[part]), len(images)))
+
+        def place(index: int) -> str:
+            return where(index) if where else f'image {index} ("{prompts[index]}")'
+
+        scorer = self._callable
+
+        def scored(part: slice) -> Tensor:
+            try:
+                with self._named("failed: {}"):
+                    found = guard.scores(scorer, list(images[part]), list(prompts[part]))
+            except InputError as error:
+                if ran_out(error) or not images[part]:
+                    raise
+                last = f" to {place(part.stop - 1)}" if part.stop > part.start + 1 else ""
+                raise InputError(f"{place(part.start)}{last}: {error}") from error
+            return torch.tensor(found, dtype=torch.float64).to(torch.float32)
+
+        scores = torch.cat(self._batches(scored, len(images)))
         if (bad := self._unusable(scores)).any():
             first = int(bad.nonzero()[0])
-            place = where(first) if where else f'image {first} ("{prompts[first]}")'
             fault = "is not a probability" if self.link == "log" else "cannot be compared"
             raise InputError(
-                f"{place}: reward '{self.name}' is {scores[first].item()}, which {fault}; check "
+                f"{place(first)}: reward '{self.name}' is {scores[first].item()}, which {fault}; check "
                 "its weights and precision, then run generate.py again (existing scores are kept)"
             )
         return scores
 
-    @torch.no_grad()
-    def _raw(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        raw = self._callable(list(images), list(prompts))
-        scores = torch.as_tensor(raw).detach().to("cpu", torch.float32)
-        if scores.shape != (len(images),):
-            raise InputError(
-                f"reward '{self.name}': its scorer returned shape {tuple(scores.shape)} for "
-                f"{len(images)} images; it must return one number per image, shape (B,)"
-            )
-        return scores
+    @contextmanager
+    def _named(self, fault: str) -> Iterator[None]:
+        """InputError with the reward, and the log that has the traceback, for what a scorer raises.
+
+        `fault` says what went wrong, with {} for the exception.
+        """
+        what = f"reward '{self.name}': its scorer {_target(self.scorer)}"
+        try:
+            yield
+        except guard.NoScores as error:
+            raise InputError(f"{what} {error}") from error
+        except (Exception, SystemExit) as error:
+            ends = isinstance(error, SystemExit) and type(error) is not SystemExit  # Lightning's, on SIGTERM
+            if isinstance(error, InputError) or ran_out(error) or ends:
+                raise
+            trace = write_traceback(log_file(self.name, self.logs), error)
+            raise InputError(f"{what} {fault.format(guard.told(error))}; {trace}") from error
 
     def _unusable(self, scores: Tensor) -> Tensor:
         bad = ~scores.isfinite()
         return bad | (scores < 0) | (scores > 1 + 1e-6) if self.link == "log" else bad
 
 
-def load_rewards(
-    config: Mapping[str, Mapping[str, Any]], place: str = "rewards", logs: Path | None = None
-) -> list[Reward]:
-    """Create rewards, in order, from `{name: {scorer: {_target_: ...}, link: ..., ...}}`; build no scorer.
-
-    Args:
-        config: the rewards.
-        place: their key in the configuration, for messages.
-        logs: folder of the logs of scorers in other processes; None: a temporary one.
-
-    Raises:
-        InputError: there is no reward; a reward has an unknown key or no scorer; a required module is not
-            installed (in its environment, for a reward with `python`); `python` is not an interpreter; or
-            weights given as an absolute path do not exist.
-    """
-    if not config:
-        raise InputError(f"{place}: no reward is configured; name at least one, as in rewards=shapes")
-    if not isinstance(config, Mapping) or not all(isinstance(entry, Mapping) for entry in config.values()):
-        raise InputError(f"{place}={config}: must be rewards by name, {{NAME: {{scorer: {{...}}}}}}")
-    if without := [name for name, entry in config.items() if "scorer" in entry and not entry["scorer"]]:
-        raise InputError(_no_scorer(without, place))
-    return [_load(name, entry, place, logs) for name, entry in config.items()]
+def _build(reward: Reward) -> Scorer:
+    assert isinstance(reward.scorer, Mapping)  # a callable is used as it is
+    scorer = {**reward.scorer, **reward.commits}  # what the fingerprint names, whatever the hub has by now
+    with reward._named("cannot be built ({}); compare its arguments with the class"):
+        check_version(reward.name, reward.scorer, reward.version)
+        if reward.apart:
+            python = reward.python or sys.executable
+            return IsolatedScorer(reward.name, python, scorer, reward.timeout, reward.logs)
+        try:
+            with guard.undisturbed():
+                return lookup.build(scorer)
+        except ModuleNotFoundError as error:
+            if error.name:
+                raise InputError(not_installed(reward, error.name)) from error
+            raise
 
 
-def _no_scorer(names: Sequence[str], place: str) -> str:
-    first = names[0]
-    group = "rewards" if place == "rewards" else f"rewards@{place}"
-    return (
-        f"{place}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} no scorer. Bring your own, a "
-        f"callable (images, prompts) -> (B,): `scorer: {{_target_: module.Class}}` in "
-        f"conf/rewards/{first}.yaml, or +{place}.{first}.scorer._target_=module.Class on the command line; "
-        f"or choose other rewards ({group}=shapes)"
-    )
-
-
-def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) -> Reward:
-    known = [field.name for field in fields(Reward) if field.name not in ("name", "logs")]
-    if unknown := sorted(set(entry) - set(known)):
-        raise InputError(f"{place}.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
-    if "scorer" not in entry:
-        raise InputError(f"{place}.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
-    _check_scorer(entry["scorer"], f"{place}.{name}.scorer")
-    _check_requires(entry.get("requires", ()), f"{place}.{name}.requires")
-    reward = Reward(name, **entry, logs=logs)
-    if reward.python:
-        root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there
-        check_environment(name, reward.python, [*reward.requires, *([] if root == "capo" else [root])])
-    elif missing := [module for module in reward.requires if find_spec(module) is None]:
-        raise InputError(_not_installed(reward, ", ".join(missing)))
-    if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
-        raise InputError(
-            f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to their location"
-        )
-    return reward
-
-
-def _check_scorer(scorer: object, key: str) -> None:
-    named = isinstance(scorer, Mapping) and isinstance(scorer.get("_target_"), str)
-    if not named and (isinstance(scorer, Mapping) or not callable(scorer)):
-        raise InputError(f"{key}={scorer}: must name what is called, {{_target_: module.Class, ...}}")
-
-
-def _check_requires(modules: object, key: str) -> None:
-    """InputError unless it is a list of names; looking for one of another form may import its package."""
-    if isinstance(modules, str):
-        raise InputError(f"{key}={modules}: must be a list, requires: [{modules}]")
-    if not isinstance(modules, (list, tuple)) or not all(name and isinstance(name, str) for name in modules):
-        raise InputError(f"{key}={modules}: must be a list of names of modules")
-
-
-def _not_installed(reward: Reward, modules: str) -> str:
+def not_installed(reward: Reward, modules: str) -> str:
+    """Message that this environment lacks modules of a reward, with the remedy."""
     remedy = f"pip install 'capo[{reward.extra}]'" if reward.extra else f"pip install {modules}"
     if reward.isolated:
         remedy += (
@@ -303,24 +283,8 @@ def _not_installed(reward: Reward, modules: str) -> str:
     return f"reward '{reward.name}' needs {modules}, which is not installed: {remedy}"
 
 
-def _build(reward: Reward) -> Scorer:
-    assert isinstance(reward.scorer, Mapping)  # a callable is used as it is
-    scorer = {**reward.scorer, **reward.commits}  # what the fingerprint names, whatever the hub has by now
-    try:
-        check_version(reward.name, reward.scorer, reward.version)
-        if reward.apart:
-            python = reward.python or sys.executable
-            return IsolatedScorer(reward.name, python, scorer, reward.timeout, reward.logs)
-        return worker.build(scorer)
-    except InputError:
-        raise
-    except Exception as error:  # a user's own class can raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            raise InputError(_not_installed(reward, error.name)) from error
-        raise InputError(
-            f"reward '{reward.name}': its scorer {scorer.get('_target_')} cannot be built "
-            f"({error}); compare its arguments with the class"
-        ) from error
+def _target(scorer: Mapping[str, Any] | Scorer) -> str:
+    return str(scorer.get("_target_")) if isinstance(scorer, Mapping) else _qualified_name(scorer)
 
 
 def _qualified_name(scorer: Scorer) -> str:

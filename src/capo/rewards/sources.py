@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from capo.errors import InputError
-from capo.rewards import worker
+from capo.rewards import lookup
 from capo.runtime.hub import is_commit, is_hub_id, resolved_commit
 
 
@@ -44,7 +44,7 @@ def check_version(name: str, scorer: Mapping[str, Any], version: int) -> None:
     Otherwise a configuration of an earlier version would store new scores under the fingerprint of old ones.
     """
     target = str(scorer["_target_"])
-    has = getattr(worker.scorer(target), "version", 1) if target.startswith("capo.rewards.") else version
+    has = getattr(lookup.scorer(target), "version", 1) if target.startswith("capo.rewards.") else version
     if has != version:
         raise InputError(
             f"reward '{name}': its configuration is of version {version} of {target}, this package has "

@@ -12,13 +12,10 @@ are sent over stdin and stdout: "CAPO", the length of a JSON header, the header,
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import faulthandler
-import functools
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import queue
@@ -27,18 +24,32 @@ import struct
 import sys
 import threading
 import traceback
-import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 MAGIC = b"CAPO"
 START = struct.Struct(">4sI")  # magic, size of the header in bytes
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
-# These import nothing of this package, which would load torch beside their tensorflow.
-STANDALONE = ("capo.rewards.vila",)
 LONGEST_HEADER = 1 << 26  # bytes
 # What is sent of an image: a file's bytes to a target whose attribute `takes` is PNG; to others, which get
 # PIL images, the bytes of its RGB pixels, since packing them would take longer than the pipe.
 PNG, RGB = "png", "rgb"
+
+
+def _beside(name):
+    """Import the module capo.rewards.`name` from its file, without the package around it."""
+    full = "capo.rewards." + name
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    spec = importlib.util.spec_from_file_location(full, file)
+    assert spec and spec.loader, file
+    found = sys.modules[full] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+if __name__ != "__main__" or TYPE_CHECKING:
+    from capo.rewards import guard, lookup
+else:
+    guard, lookup = _beside("guard"), _beside("lookup")
 
 
 def send(stream, header, blobs=()):
@@ -90,110 +101,6 @@ def missing(modules):
     return [name for name in modules if not found(name)]
 
 
-def build(node, find=None) -> Any:
-    """Return `node` with each `{_target_: module.name, ...}` in it replaced by its call, innermost first.
-
-    `_args_` are positional arguments; `_partial_: true` binds the arguments without calling. `find` looks a
-    target up by its name; by default it must be a scorer (`scorer`).
-    """
-    if isinstance(node, list):
-        return [build(inner, find) for inner in node]
-    if not isinstance(node, dict):
-        return node
-    given = {
-        key: build(value, find)
-        for key, value in node.items()
-        if key not in ("_target_", "_partial_", "_convert_", "_recursive_")
-    }
-    if "_target_" not in node:
-        return given
-    target, positional = (find or scorer)(node["_target_"]), given.pop("_args_", [])
-    return (
-        functools.partial(target, *positional, **given)
-        if node.get("_partial_")
-        else target(*positional, **given)
-    )
-
-
-def scorer(path) -> Any:
-    """Return the target of a scorer: `locate(path)`, which must be a scorer where it is of this package.
-
-    Raises ImportError otherwise.
-    """
-    found = locate(path)
-    if path.startswith("capo.") and not is_scorer(found, path.rpartition(".")[0]):
-        raise ImportError(
-            f"{path} is no scorer: what this package may call here is a class or function that its module "
-            "defines and that is called with (images, prompts)"
-        )
-    return found
-
-
-def is_scorer(found, module):
-    """Whether `found` is a class or function of `module` itself that is called with (images, prompts).
-
-    A class with `configurable = False` is none, since it would start programs that a configuration names.
-    """
-    if getattr(found, "__module__", None) != module or inspect.isabstract(found):
-        return False
-    call = found.__call__ if inspect.isclass(found) else found
-    if not inspect.isfunction(call) or not getattr(found, "configurable", True):
-        return False
-    names = list(inspect.signature(call).parameters)
-    return names[1 if inspect.isclass(found) else 0 :][:2] == ["images", "prompts"]
-
-
-def locate(path) -> Any:
-    """Return the object at the dotted path `module.name`, importing the longest part that is a module.
-
-    Raises ImportError for a path through what that module has imported, such as `module.os.system`.
-    """
-    module, names = path, []
-    while True:
-        module, _, name = module.rpartition(".")
-        names.insert(0, name)
-        if not module:
-            raise ImportError(f"{path} is not a dotted path module.name")
-        try:
-            found = load(module)
-        except ModuleNotFoundError as error:
-            if "." in module and error.name == module:  # it may be a class with a method
-                continue
-            raise
-        for name in names:
-            found = getattr(found, name)
-            if isinstance(found, types.ModuleType) or name.startswith("__"):
-                raise ImportError(
-                    f"{path} leads through {name} of {module}; give the name of a class or function and the "
-                    "module that defines it"
-                )
-        return found
-
-
-def load(module):
-    """Import `module`.
-
-    A module in STANDALONE, and any module of capo where capo is not installed, is loaded from its file,
-    without the package around it.
-    """
-    if module in sys.modules:
-        return sys.modules[module]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    file = os.path.join(root, *module.split(".")) + ".py"
-    if module not in STANDALONE:
-        try:
-            return importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != "capo" or not os.path.isfile(file):
-                raise
-    spec = importlib.util.spec_from_file_location(module, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no module", name=module)
-    found = sys.modules[module] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
 class Service:
     """Answers requests; the first one says which scorer to build."""
 
@@ -207,11 +114,14 @@ class Service:
             return self.make(**header) if "scorer" in header else {"scores": self.score(blobs, **header)}
         except BaseException as error:  # a target's sys.exit() too
             traceback.print_exc()
-            last = traceback.format_exception_only(type(error), error)[-1].strip()
-            return {"error": last, "kind": type(error).__name__, "module": getattr(error, "name", None)}
+            kind, module = type(error).__name__, getattr(error, "name", None)
+            return {"error": guard.told(error), "kind": kind, "module": module}
 
     def make(self, scorer, device):
-        self.scorer = build(scorer)
+        with guard.undisturbed():
+            self.scorer = lookup.build(scorer)
+            if device is not None and hasattr(self.scorer, "to"):
+                self.scorer.to(device)
         if not callable(self.scorer):
             made = f"{scorer['_target_']} makes {self.scorer!r}, which is not callable"
             raise TypeError(f"{made}; for a function of (images, prompts) add `_partial_: true`")
@@ -219,8 +129,6 @@ class Service:
         self.takes = PNG if getattr(target, "takes", RGB) == PNG else RGB
         if self.takes == RGB:
             import PIL.Image  # noqa: F401  # where it is missing, before any image
-        if device is not None and hasattr(self.scorer, "to"):
-            self.scorer.to(device)
         return {"ready": True, "takes": self.takes}
 
     def score(self, blobs, prompts, shapes=None):
@@ -229,18 +137,7 @@ class Service:
         if len(blobs) != len(prompts):
             raise ValueError(f"{len(blobs)} images for {len(prompts)} prompts")
         images = blobs if self.takes == PNG else list(map(_picture, blobs, shapes or []))
-        with _without_gradients():
-            result = self.scorer(images, prompts)
-        values = result.tolist() if hasattr(result, "tolist") else result
-        if not hasattr(values, "__iter__") or isinstance(values, (str, bytes)):
-            raise TypeError(f"the scorer returned {values!r}; it must return one number per image")
-        return [_number(value) for value in values]
-
-
-def _number(value):
-    if isinstance(value, (str, bytes, list, tuple)):
-        raise TypeError(f"the scorer returned {value!r} for an image; it must return one number per image")
-    return float(value)
+        return guard.scores(self.scorer, images, prompts)
 
 
 def _picture(pixels, shape):
@@ -255,11 +152,6 @@ def _picture(pixels, shape):
     if len(pixels) != 3 * width * height:
         raise ValueError(f"an image of {width} x {height} pixels in {len(pixels)} bytes")
     return Image.frombytes("RGB", (width, height), pixels)
-
-
-def _without_gradients():
-    torch = sys.modules.get("torch")
-    return torch.no_grad() if torch else contextlib.nullcontext()
 
 
 def _die_with(parent):

@@ -1,4 +1,4 @@
-"""Find the batch size that fits a device's memory, by halving it when the memory runs out."""
+"""Find the batch size that fits the memory, by halving it when the memory runs out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TypeVar
 import torch
 
 from capo.errors import InputError
+from capo.runtime.memory import memory_of, ran_out
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
 class FittingBatch:
-    """Process images in batches, halving a batch when the device runs out of memory, down to a single image.
+    """Process images in batches, halving a batch when memory runs out, down to a single image.
 
     The reduced size is the limit for all later calls on this object, and it is logged once. Use it only for
     work whose result depends on the batch size by rounding at most.
@@ -29,6 +30,7 @@ class FittingBatch:
         self.what, self.remedy = what, remedy
         self.largest: int | None = None  # None: memory has not run out yet
         self._refused = 0  # smallest batch that ran out of memory; 0 once a smaller one has fit
+        self._memory = ""  # which ran out, in words
 
     def __call__(
         self, function: Callable[[slice], Result], count: int, most: int | None = None
@@ -44,28 +46,30 @@ class FittingBatch:
             stop = min(start + min(self.largest or count, most or count), count)
             try:
                 results.append(function(slice(start, stop)))
-            except torch.OutOfMemoryError as error:
-                reason = str(error)
+            except (RuntimeError, MemoryError, OSError) as error:  # torch's own error is a RuntimeError
+                if not ran_out(error):
+                    raise
+                reason, memory = str(error), memory_of(error)
             else:
                 start = stop
                 self._fitted()
                 continue
             # Outside the handler: its traceback keeps alive the tensors that the batch allocated.
-            self._halve(stop - start, reason)
+            self._halve(stop - start, memory, reason)
         return results
 
     def at_most(self, batch: int) -> int:
         """Largest batch that is processed at once where `batch` is asked for."""
         return min(batch, self.largest or batch)
 
-    def _halve(self, size: int, reason: str) -> None:
+    def _halve(self, size: int, memory: str, reason: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if size <= 1:
             raise InputError(
-                f"{self.what}: a single image does not fit into {device_memory()}: {self.remedy} ({reason})"
+                f"{self.what}: a single image does not fit into {memory}: {self.remedy} ({reason})"
             )
-        self._refused, self.largest = size, size // 2
+        self._refused, self._memory, self.largest = size, memory, size // 2
 
     def _fitted(self) -> None:
         if self._refused:
@@ -73,15 +77,7 @@ class FittingBatch:
                 "%s: %d images at once do not fit into %s; from now on it gets %d",
                 self.what,
                 self._refused,
-                device_memory(),
+                self._memory,
                 self.largest,
             )
             self._refused = 0
-
-
-def device_memory() -> str:
-    """Describe the current GPU's memory, total and free, for messages."""
-    if not torch.cuda.is_available():
-        return "the device's memory"
-    free, total = torch.cuda.mem_get_info()
-    return f"the memory of {torch.cuda.get_device_name()} ({total / 1e9:.1f} GB, {free / 1e9:.1f} GB free)"

@@ -13,16 +13,15 @@ from signal import SIGUSR1
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from capo.backbones import Backbone
-from capo.errors import InputError
+from capo.errors import InputError, first_line
 from capo.module import PreferenceModule
-from capo.runtime.batching import device_memory
 from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
+from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
 from capo.training.loader import PreferenceData
@@ -89,17 +88,17 @@ def ending_on(number: int) -> Iterator[None]:
         signals.signal(number, before)
 
 
-def out_of_memory(module: PreferenceModule, micro_batch: int, reason: str) -> str:
-    """Message for a training step that does not fit into the device's memory, with what takes less."""
+def out_of_memory(module: PreferenceModule, micro_batch: int, error: Exception) -> str:
+    """Message for a training step that does not fit into memory, with what takes less."""
     less = [f"a smaller trainer.micro_batch (now {micro_batch})"] if micro_batch > 1 else []
     if not module.execution.gradient_checkpointing:
         less.append("trainer.gradient_checkpointing=true")
     if not module.lora:
         less.append("experiment=lora, or trainer=fsdp on several devices")
     return (
-        f"training ran out of memory with {micro_batch} pairs in a forward pass, on {device_memory()}: "
+        f"training with {micro_batch} pairs in a forward pass does not fit into {memory_of(error)}: "
         f"{'; '.join(less) or 'use a device with more memory'}. The same command then resumes from the last "
-        f"checkpoint ({reason.splitlines()[0]})"
+        f"checkpoint ({first_line(error)})"
     )
 
 
@@ -107,8 +106,10 @@ def _run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceData, che
     try:
         with ending_on(SIGUSR1):  # SLURM's warning before the time limit, with --signal=USR1@120
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except torch.OutOfMemoryError as error:
-        raise InputError(out_of_memory(module, data.batch, str(error))) from error
+    except (RuntimeError, MemoryError) as error:  # torch's own error is a RuntimeError
+        if isinstance(error, InputError) or not ran_out(error):
+            raise
+        raise InputError(out_of_memory(module, data.batch, error)) from error
 
 
 def fit(

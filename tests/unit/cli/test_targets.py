@@ -17,7 +17,7 @@ from capo.cli.run_config import run_config
 from capo.cli.targets import PLACES, calls, place_of
 from capo.cli.values import check_values
 from capo.errors import InputError
-from capo.rewards import load_rewards, worker
+from capo.rewards import load_rewards, lookup
 from capo.rewards.isolated import IsolatedScorer
 from fixtures.configuration import composed
 
@@ -105,13 +105,13 @@ WRITING = calling("capo.runtime.files.write_whole", _args_=["written.txt", "text
     # the package's own: writers of files, loaders of modules, the scorer that starts an interpreter
     {"prompts": WRITING},
     {"objective": calling("capo.runtime.files.write_whole", path="written.txt", _partial_=True)},
-    {"pairs": calling("capo.rewards.worker.load", module="antigravity")},
-    {"prompts": calling("capo.rewards.worker.build", node=calling("os.system", command="./program"))},
+    {"pairs": calling("capo.rewards.lookup.load", module="antigravity")},
+    {"prompts": calling("capo.rewards.lookup.build", node=calling("os.system", command="./program"))},
     {"objective": calling("capo.runtime.hub.push", folder="victim", name="stranger/collected")},
     {"objective": calling("capo.shapes.make.__main__.main")},
     scored_by(calling("capo.rewards.isolated.IsolatedScorer", _args_=["own", "./program", {"x": "y"}])),
     scored_by(calling("capo.rewards.isolated.IsolatedScorer", name="own", python="./program", scorer={})),
-    scored_by(calling("capo.rewards.worker.load", module="antigravity", _partial_=True)),
+    scored_by(calling("capo.rewards.lookup.load", module="antigravity", _partial_=True)),
     # what is registered, at another place
     {"objective": calling("capo.data.prompts.text_files", train="a", validation="b", test="c")},
     scored_by(calling("capo.objectives.capo", _partial_=True)),
@@ -258,10 +258,10 @@ def test_a_slip_on_the_command_line_is_refused_too(overrides, message):
     "capo.rewards.isolated.subprocess.run",
     "capo.rewards.isolated.os.system",
     "capo.rewards.isolated.IsolatedScorer",
-    "capo.rewards.worker.load",
-    "capo.rewards.worker.build",
+    "capo.rewards.lookup.load",
+    "capo.rewards.lookup.build",
     "capo.runtime.files.write_whole",
-    "capo.rewards.reward.worker.load",
+    "capo.rewards.reward.lookup.load",
     "capo.shapes.oracle.torch.load",
     "own_reward.os.system",
     "own_reward.Light.__init__",
@@ -276,8 +276,8 @@ def test_the_workers_own_look_up_refuses_what_is_no_scorer(target, tmp_path, mon
     monkeypatch.setattr("os.system", called.append)
     monkeypatch.setattr("subprocess.run", lambda *given, **more: called.append(given))
     with pytest.raises(ImportError, match=target):
-        worker.build({"_target_": target, "_partial_": False, "_args_": ["true"]})
-    assert not called and callable(worker.build({"_target_": "own_reward.Light"}))
+        lookup.build({"_target_": target, "_partial_": False, "_args_": ["true"]})
+    assert not called and callable(lookup.build({"_target_": "own_reward.Light"}))
     sys.modules.pop("own_reward")
 
 

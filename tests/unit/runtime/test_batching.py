@@ -38,7 +38,14 @@ def grays(count):
     return [Image.new("RGB", (2, 2), (10 * index,) * 3) for index in range(count)]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, WorkerOutOfMemory])
+def of_the_machine(message):
+    """What torch raises where the memory of the machine runs out: no process has addresses for 2^48 bytes."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**48, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, WorkerOutOfMemory, MemoryError, of_the_machine])
 def test_every_image_is_scored_and_the_large_batch_is_never_tried_again(error, caplog):
     scorer = Hungry(3, error)
     reward = Reward("hungry", scorer)
@@ -52,6 +59,8 @@ def test_every_image_is_scored_and_the_large_batch_is_never_tried_again(error, c
     assert scorer.asked == [2, 2, 1]
     assert [record.message.split(":")[0] for record in caplog.records] == ["reward 'hungry'"]
     assert "5 images at once do not fit" in caplog.text and "it gets 2" in caplog.text
+    machine = error in (MemoryError, of_the_machine)
+    assert ("fit into this machine's memory" in caplog.text) == machine
 
 
 def test_without_need_the_batch_stays_whole():
@@ -109,7 +118,7 @@ def test_half_precision_is_advised_where_the_scorer_has_it_and_it_is_not_used(pr
 
 def test_other_errors_are_not_tried_again():
     scorer = Hungry(0, ZeroDivisionError)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(InputError, match="failed: ZeroDivisionError"):
         Reward("hungry", scorer).score(grays(5), [""] * 5)
     assert scorer.asked == [5]
 

@@ -1,0 +1,188 @@
+"""Call a user's scorer: what it must return, and what it may not leave behind in its process.
+
+`capo.rewards.worker` does so in another Python environment: this needs only the standard library of Python
+3.7 or newer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+import threading
+import traceback
+
+MUST = "it must return one real number per image: a list, an array or a tensor of shape (B,)"
+# characters that a message shows of what a scorer returned, and of what it raised
+LONGEST_VALUE, LONGEST_ERROR = 200, 1000
+
+
+class NoScores(TypeError):
+    """A scorer returned something other than one real number per image."""
+
+
+def scores(scorer, images, prompts):
+    """Return the scores of B images as B floats, which need not be finite.
+
+    Whatever the scorer changed in this process is as before. Raises what the scorer raises, and NoScores for
+    results of another form.
+    """
+    with undisturbed(), without_gradients():
+        return numbers(scorer(images, prompts), len(images))
+
+
+def numbers(result, count):
+    """Return what a scorer returned for `count` images as that many floats; NoScores for anything else."""
+    shape, values = getattr(result, "shape", None), result
+    if hasattr(result, "tolist"):
+        if tuple(shape or ()) != (count,):
+            raise NoScores(f"returned shape {tuple(shape or ())} for {count} images; {MUST}")
+        try:
+            values = result.tolist()
+        except Exception as error:  # a tensor without data, as those on torch's device `meta`
+            what = f"{_short(repr(result))}, which holds no numbers ({told(error)})"
+            raise NoScores(f"returned {what}; {MUST}") from error
+    if not hasattr(values, "__iter__") or isinstance(values, (str, bytes, dict, set, frozenset)):
+        raise NoScores(f"returned {_short(repr(values))} for {count} images; {MUST}")
+    values = list(values)
+    if len(values) != count:
+        raise NoScores(f"returned {len(values)} values for {count} images; {MUST}")
+    return [_number(value, place) for place, value in enumerate(values)]
+
+
+def _number(value, place):
+    text = isinstance(value, (str, bytes))  # float() would read it
+    if not text and "complex" not in str(getattr(value, "dtype", "")):
+        with contextlib.suppress(Exception):  # whatever the value's own class raises
+            return float(value)
+    raise NoScores(f"returned {_short(repr(value))} for image {place} of the batch; {MUST}")
+
+
+def told(error):
+    """Name an exception and the first line of its message, as the last line of a traceback does."""
+    lines = traceback.format_exception_only(type(error), error)[-1].strip().splitlines()
+    return _short(lines[0], LONGEST_ERROR)
+
+
+def _short(text, most=LONGEST_VALUE):
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def without_gradients():
+    """Context manager in which torch, if the process has it, records no gradients."""
+    torch = sys.modules.get("torch")
+    return torch.no_grad() if torch else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Put back, after the block, what a scorer may have changed in its process.
+
+    These are the working directory, the streams and file descriptors 0 to 2, the states of the random
+    generators of Python, numpy and torch, and torch's default dtype, default device, gradient mode and number
+    of threads. Scorers may work in threads side by side: what all threads share is put back once none works.
+    """
+    torch = sys.modules.get("torch")
+    own = _Thread(torch) if torch else None
+    with _lock:
+        _working.append(_working[0] if _working else _Process(torch))
+    try:
+        yield
+    finally:
+        if own:
+            own.put_back()
+        with _lock:
+            process = _working.pop()
+            if not _working:
+                process.put_back()
+
+
+class _Thread:
+    """What each thread has of its own."""
+
+    def __init__(self, torch):
+        self.torch = torch
+        self.device = self._default()
+        self.gradients, self.threads = torch.is_grad_enabled(), torch.get_num_threads()
+
+    def _default(self):
+        # torch before 2.3 cannot say it
+        return self.torch.get_default_device() if hasattr(self.torch, "get_default_device") else None
+
+    def put_back(self):
+        if self.device is not None and self._default() != self.device:
+            self.torch.set_default_device(None if self.device.type == "cpu" else self.device)
+        if self.torch.is_grad_enabled() != self.gradients:
+            self.torch.set_grad_enabled(self.gradients)
+        if self.torch.get_num_threads() != self.threads:
+            self.torch.set_num_threads(self.threads)
+
+
+class _Process:
+    """What all threads share."""
+
+    def __init__(self, torch):
+        self.torch, self.numpy = torch, sys.modules.get("numpy")
+        self.folder = _folder()
+        self.streams = sys.stdin, sys.stdout, sys.stderr
+        self.copies = {number: _copied(number) for number in range(3)}
+        self.random = random.getstate()
+        if self.numpy:
+            self.array_random = self.numpy.random.get_state()
+        if torch:
+            self.dtype, self.tensor_random = torch.get_default_dtype(), torch.get_rng_state()
+            self.gpu_random = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put_back(self):
+        for number, copy in self.copies.items():
+            if copy is not None:
+                _put_back(number, copy)
+        names = ("stdin", "stdout", "stderr")
+        for number, (name, stream) in enumerate(zip(names, self.streams)):  # noqa: B905  # of Python 3.10
+            setattr(sys, name, _open(stream, number))
+        random.setstate(self.random)
+        if self.numpy:
+            self.numpy.random.set_state(self.array_random)
+        if self.torch:
+            self.torch.set_default_dtype(self.dtype)
+            self.torch.set_rng_state(self.tensor_random)
+            if self.gpu_random:
+                self.torch.cuda.set_rng_state_all(self.gpu_random)
+        if self.folder is not None and _folder() != self.folder:
+            os.chdir(self.folder)  # last, since it may have been removed
+
+
+_lock = threading.Lock()
+_working = []  # for each scorer that works, the state of the process before the first of them
+
+
+def _folder():
+    try:
+        return os.getcwd()
+    except OSError:  # it has been removed
+        return None
+
+
+def _copied(number):
+    try:
+        return os.dup(number)
+    except OSError:  # it is closed
+        return None
+
+
+def _put_back(number, copy):
+    try:
+        same = os.path.sameopenfile(number, copy)
+    except OSError:  # the scorer closed it
+        same = False
+    if not same:
+        os.dup2(copy, number)
+    os.close(copy)
+
+
+def _open(stream, number):
+    """Return the stream, or, if the scorer closed it, another one for its file descriptor."""
+    if stream is None or not getattr(stream, "closed", False):
+        return stream
+    return open(number, "w" if number else "r", errors="backslashreplace", closefd=False)
