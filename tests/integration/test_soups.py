@@ -1,16 +1,21 @@
 """merge.py on runs of the tiny pipeline, and the soups of a sweep."""
 
+import copy
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hydra._internal.callbacks import Callbacks
 from omegaconf import OmegaConf
 
 from capo.cli import evaluate as evaluate_script
 from capo.cli import merge as merge_script
+from capo.cli import sweep_soup
 from capo.cli import train as train_script
 from capo.cli.callbacks import SoupOfRewards, SweepReport
+from capo.cli.sweep_soup import _swept
 from capo.errors import InputError
 from fixtures.policies import run_readme
 
@@ -149,6 +154,82 @@ def test_a_soup_that_fails_is_reported_and_ends_the_sweep_with_1(tiny_run, capsy
     (sweep / "0" / "outcome.json").unlink()
     SoupOfRewards().on_multirun_end(config)
     assert "no soup of jobs 0, 1: not finished: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [
+    {"overrides": {"task": ["pool.root=/here,'/a, b'", "seed=1"]}},
+    {"overrides": {"task": []}, "sweeper": {"params": {"pool.root": "choice(/here,'/a, b')"}}},
+])  # fmt: skip
+def test_roots_of_pools_that_a_sweep_goes_over_are_the_commands_own(given):
+    assert _swept(OmegaConf.create({"hydra": given}), "pool.root") == ["/here", "/a, b"]
+    assert (
+        _swept(OmegaConf.create({"hydra": {"overrides": {"task": ["pool.root=/here"]}}}), "pool.root") == []
+    )
+
+
+def test_a_swept_root_gets_its_soup(tiny_run, monkeypatch):
+    sweep = tiny_run.folder / "roots"
+    roots = [sweep / "pools-a", sweep / "pools-b"]
+    monkeypatch.setattr(
+        sweep_soup, "soup_of", lambda cfg, policies, *_: made.append((cfg.pool.root, policies))
+    )
+    made, config = [], multirun(tiny_run, sweep)
+    for number, root in enumerate(roots):
+        for place, reward in enumerate("rg"):
+            folder = sweep / str(2 * number + place)
+            cfg = copy.deepcopy(config)
+            cfg.pool.root = str(root)
+            OmegaConf.update(cfg, "rewards", {reward: cfg.rewards[reward]}, merge=False)
+            (folder / ".hydra").mkdir(parents=True)
+            told = json.dumps([f"rewards=[{reward}]", f"pool.root={root}"])
+            (folder / ".hydra" / "overrides.yaml").write_text(told)
+            (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+            (folder / "outcome.json").write_text("{}")
+    OmegaConf.update(
+        config, "hydra.overrides", {"task": [f"pool.root={roots[0]},{roots[1]}"]}, force_add=True
+    )
+    SoupOfRewards().on_multirun_end(config)
+    assert not [*sweep.glob("soup*/error.txt")]
+    assert made == [
+        (str(root), [sweep / str(2 * number + place) / "policy" for place in range(2)])
+        for number, root in enumerate(roots)
+    ]
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    (InputError("no figures"), "the report of .* cannot be made, but .*: no figures"),
+    (KeyError("mean"), "Traceback (.|\n)*KeyError: 'mean'"),
+])  # fmt: skip
+def test_a_sweep_whose_report_fails_does_not_end_well(tmp_path, monkeypatch, capsys, fault, said):
+    """Called as Hydra calls it, which takes exceptions of callbacks for warnings."""
+
+    def failing(*_):
+        raise fault
+
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "plan": False})
+    callbacks = Callbacks()
+    callbacks.callbacks = [SweepReport()]
+    callbacks.on_multirun_end(config)
+    monkeypatch.setattr("capo.cli.sweep.report_sweep", failing)
+    with pytest.raises(SystemExit) as ended:
+        callbacks.on_multirun_end(config)
+    assert ended.value.code == 1 and re.search(said, capsys.readouterr().err)
+
+
+def test_soups_that_cannot_be_made_leave_the_report_and_end_the_sweep_with_1(tmp_path, monkeypatch, capsys):
+    def failing(*_):
+        raise OSError(28, "No space left on device", "/full")
+
+    reported = []
+    monkeypatch.setattr(sweep_soup, "add_soups", failing)
+    monkeypatch.setattr("capo.cli.sweep.report_sweep", lambda *given: reported.append(given) or True)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "plan": False})
+    SoupOfRewards().on_multirun_end(config)
+    assert "the soups of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        SweepReport().on_multirun_end(config)
+    SweepReport().on_multirun_end(config)  # another sweep of this process
+    assert len(reported) == 2
 
 
 def test_a_job_without_a_configuration_leaves_the_others_without_a_soup(tmp_path, capsys):

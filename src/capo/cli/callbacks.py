@@ -5,24 +5,53 @@ Every start imports this module, so each callback imports its libraries when it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 
+def _succeeds(task: Callable[[], object], what: str) -> bool:
+    """Whether `task` succeeds; what fails is told. Hydra would warn, and end with exit code 0."""
+    from capo.cli.messages import told_fault
+    from capo.runtime.terminal import printable
+
+    try:
+        task()
+    except Exception as error:
+        told = told_fault(error) or "".join(traceback.format_exception(error)).rstrip()
+        print(
+            printable(f"error: {what} cannot be made, but the jobs' own results are there: {told}"),
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
 class SweepReport(Callback):
     """Report on a multirun of train.py at its end (`capo.cli.sweep`).
 
-    Ends the process with exit code 1 where a job has failed or is unfinished.
+    Ends the process with exit code 1 where a job has failed or is unfinished, and where a report cannot be
+    made.
     """
+
+    lacking: ClassVar[list[str]] = []  # what callbacks before the report could not make
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Write the tables and pages of the sweep's directory."""
         from capo.cli.sweep import report_sweep
 
-        if not report_sweep(Path(config.hydra.sweep.dir), bool(config.plan)):
+        folder, done = Path(config.hydra.sweep.dir), []
+        made = _succeeds(
+            lambda: done.append(report_sweep(folder, bool(config.plan))), f"the report of {folder}"
+        )
+        lacking = bool(self.lacking)
+        self.lacking.clear()
+        if lacking or not (made and all(done)):
             raise SystemExit(1)
 
 
@@ -41,5 +70,9 @@ class SoupOfRewards(Callback):
         """Write and evaluate the soups, each in a directory beside the jobs'."""
         from capo.cli.sweep_soup import add_soups
 
-        if not config.plan:
-            add_soups(Path(config.hydra.sweep.dir), self.method, config, self.trust)
+        folder = Path(config.hydra.sweep.dir)
+        if config.plan:
+            return
+        what = f"the soups of {folder}"
+        if not _succeeds(lambda: add_soups(folder, self.method, config, self.trust), what):
+            SweepReport.lacking.append(what)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Transformer
 from omegaconf import DictConfig, OmegaConf
 
 from capo.cli.foreign import OUTSIDE, ROOT, check_foreign, leaves
@@ -35,7 +37,7 @@ def add_soups(sweep: Path, method: str, config: DictConfig, trust: Sequence[str]
     names that stand in the multirun's own `config`, and those of `trust`.
     """
     own = leaves(without(config, ["hydra"]))
-    allowed = [*trust, *(value for _, value in own if isinstance(value, str))]
+    allowed = [*trust, *(value for _, value in own if isinstance(value, str)), *_swept(config, ROOT)]
     made = []
     for jobs in single_reward_jobs(read_jobs(sweep)):
         if unfinished := [job.name for job in jobs if not job.done]:
@@ -58,6 +60,19 @@ def _add_soup(jobs: Sequence[Job], method: str, folder: Path, allowed: Sequence[
     soup_of(cfg, [job.folder / POLICY for job in jobs], method, None, folder)
     write_outcome(folder, {"soup": [job.name for job in jobs], "method": method})
     return math.nan  # no validation has seen it
+
+
+def _swept(config: DictConfig, key: str) -> list[str]:
+    """Values of `key` over which the multirun goes; its `config` has none of them at their key."""
+    given = list(OmegaConf.select(config, "hydra.overrides.task") or [])
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    given += [f"{name}={values}" for name, values in params.items()]
+    return [
+        str(getattr(value, "text", value))  # of a quoted one
+        for override in OverridesParser.create().parse_overrides(given)
+        if override.key_or_group == key and override.is_sweep_override()
+        for value in override.sweep_iterator(Transformer.identity)
+    ]
 
 
 def single_reward_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
