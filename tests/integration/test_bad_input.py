@@ -308,8 +308,18 @@ def test_best_worst_with_three_rewards_is_refused_before_anything_is_written(tin
 
 
 def test_a_device_that_is_not_here(plain, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "trainer.accelerator=gpu" in refusal(check_ready, spoilt(plain, trainer__accelerator="gpu"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("trainer.accelerator", "mps"), ("trainer.devices", [7])])
+def test_devices_are_looked_for_before_anything_is_written(plain, monkeypatch, key, value):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    cfg = copy.deepcopy(plain)
+    OmegaConf.update(cfg, key, value, merge=False)
+    assert f"{key}={value}: " in refusal(train_script.run, cfg)
+    assert not Path(cfg.run_dir).exists()
 
 
 class Same:

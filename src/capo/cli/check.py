@@ -67,7 +67,7 @@ def run_checks(
     check_values(cfg)
     check_weights(cfg)
     check_draw(cfg)
-    check_accelerator(cfg)
+    check_accelerator(cfg.trainer.accelerator)
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     folder = Path(cfg.run_dir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +22,7 @@ from capo.cli.engines import engaged
 from capo.cli.messages import plain_errors
 from capo.cli.pool_state import show_status, verify
 from capo.cli.process import prepare_process
-from capo.cli.readiness import check_ready, check_weights, refuse_plans
+from capo.cli.readiness import check_loggers, check_ready, check_weights, refuse_plans
 from capo.cli.report import check_scored, report_pool
 from capo.cli.values import RAY, check_values
 from capo.data.generation import COMMANDS, STAGES, fill_pool
@@ -128,17 +130,19 @@ def run(cfg: DictConfig) -> None:
     check_imported(cfg)
     if cfg.stage == "export":
         check_ordinary(Path(cfg.pair_export.file), "pair_export.file")
+    if cfg.stage in FILLING:
+        check_loggers(cfg)
     prepare_process(cfg.threads)
-    components = build_components(cfg, scoring=scoring, parts=parts_of(cfg))
+    build = partial(build_components, cfg, scoring=scoring, parts=parts_of(cfg))
     if cfg.stage == "export":
-        return export(cfg, components)
+        return export(cfg, build())
     if cfg.stage == "report":
-        return report(cfg, components)
+        return report(cfg, build())
     if cfg.stage == "status":
-        return show_status(cfg, components, console)
+        return show_status(cfg, build(), console)
     if cfg.stage == "verify":
-        return verify(cfg, engaged(cfg, components), console)
-    fill_pools(cfg, components)
+        return verify(cfg, engaged(cfg, build()), console)
+    fill_pools(cfg, build)
 
 
 def parts_of(cfg: DictConfig) -> tuple[str, ...] | None:
@@ -150,23 +154,23 @@ def parts_of(cfg: DictConfig) -> tuple[str, ...] | None:
     return PARTS.get(cfg.stage)
 
 
-def fill_pools(cfg: DictConfig, components: Components) -> None:
+def fill_pools(cfg: DictConfig, build: Callable[[], Components]) -> None:
     """Complete `cfg.stage` of the four pools, with their progress in the loggers."""
     from capo.cli.outlook import followed, outlook_line  # with Lightning, which other stages do without
     from capo.cli.tracking import GENERATE, trackers
 
     folder, stages = Path(cfg.run_dir), FILLING[cfg.stage]
-    components = engaged(cfg, components)
-    with (
-        trackers(cfg, None, folder, GENERATE) as loggers,
-        followed(cfg, components, folder, loggers, stages, trains=False) as outlook,
-    ):
-        console.print(outlook_line(outlook, cfg.trainer.accelerator), markup=False, soft_wrap=True)
-        for name, spec in components.pool_specs.items():
-            if name == "train" and cfg.pool.imported:
-                continue  # an imported pool already has its images
-            pool = fill_pool(spec, components.generator, components.judges[name], stages=stages)
-            console.print(f"{name}: {len(spec.prompts)} prompts x {spec.candidates} images in {pool.folder}")
+    with trackers(cfg, None, folder, GENERATE) as loggers:
+        # now: loading takes longer than to find that a tracker cannot begin
+        components = engaged(cfg, build())
+        with followed(cfg, components, folder, loggers, stages, trains=False) as outlook:
+            console.print(outlook_line(outlook, cfg.trainer.accelerator), soft_wrap=True)
+            for name, spec in components.pool_specs.items():
+                if name == "train" and cfg.pool.imported:
+                    continue  # an imported pool already has its images
+                pool = fill_pool(spec, components.generator, components.judges[name], stages=stages)
+                images = f"{len(spec.prompts)} prompts x {spec.candidates} images"
+                console.print(f"{name}: {images} in {pool.folder}")
 
 
 def main(cfg: DictConfig) -> None:

@@ -63,15 +63,15 @@ def plain_errors(go_on: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except Unfinished as error:
+        if _wants_trace():
+            raise
+        _end(f"error: {error}", FAILED)
     except (InputError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
         message = told_fault(error)
         if message is None or _wants_trace():
             raise
         _end(f"error: {message}", REFUSED)
-    except Unfinished as error:
-        if _wants_trace():
-            raise
-        _end(f"error: {error}", FAILED)
     except (KeyboardInterrupt, SystemExit) as error:
         ended = type(error).__name__ == "SIGTERMException"  # Lightning's, which is not imported here
         if not (ended or was_interrupted(error)) or _wants_trace():

@@ -26,7 +26,8 @@ from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import OF_POOLS, TRAINING, VALIDATION, Outlook, Work
 from capo.runtime.run_folder import CHECKPOINTS, EVALUATION, LAST, POOLS
-from capo.training.loggers import CurvesFile, WandbRun, logged_step, pool_seconds
+from capo.training.loggers import CurvesFile, logged_step, pool_seconds
+from capo.training.trackers import Tracker
 
 POLICY, VALIDATED = "policy in evaluation", "policy in validation"  # names of a plan's requests
 
@@ -140,7 +141,7 @@ def followed(
         outlook = outlook_of(request, specs, components, stages)
         if trains:
             _trained(cfg, request, outlook, folder)
-    sinks = [logger.log_pools for logger in loggers if isinstance(logger, CurvesFile | WandbRun)]
+    sinks = [logger.log_pools for logger in loggers if isinstance(logger, CurvesFile | Tracker)]
     places = _places(request, specs, components, folder)
     watch = PoolWatch(outlook, places, sinks, pool_seconds(folder)) if launch().first else None
     with watched(watch):

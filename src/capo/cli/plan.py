@@ -19,7 +19,7 @@ from capo.backbones.precision import DTYPES
 from capo.backbones.sampling import POLICY as ITSELF
 from capo.cli.build import all_rewards, built, family_of, held_out_rewards, prompt_splits
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
-from capo.cli.readiness import check_accelerator, check_draw, check_reward_weights, check_weights
+from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
 from capo.cli.values import check_values, plain
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
@@ -44,6 +44,7 @@ from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.optimizers import check_optimizer
 from capo.runtime.outlook import EVALUATION, VALIDATION
+from capo.runtime.processes import check_accelerator, check_devices
 from capo.runtime.run_folder import CHECKPOINTS, PLAN, POLICY
 
 
@@ -264,8 +265,10 @@ def find_missing(cfg: DictConfig) -> list[Shortage]:
         *(finding for place in REWARD_PLACES for finding in _reward_findings(cfg, place)),
         *_attempt("rewards", lambda: held_out_rewards(cfg, all_rewards(cfg)[0], [])),
         *_attempt("extras", lambda: check_optimizer(cfg.trainer.optimizer)),
+        *_attempt("extras", lambda: check_loggers(cfg)),
         *_attempt("configuration", lambda: check_draw(cfg)),
-        *_attempt("device", lambda: check_accelerator(cfg)),
+        *_attempt("device", lambda: check_accelerator(cfg.trainer.accelerator)),
+        *_attempt("device", lambda: check_devices(cfg.trainer.accelerator, cfg.trainer.devices)),
     ]
 
 

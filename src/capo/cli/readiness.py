@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import torch
 from omegaconf import DictConfig
@@ -37,6 +38,10 @@ from capo.rewards import Reward
 from capo.rewards.weights import look_for
 from capo.runtime.hub import check_access
 from capo.runtime.launch import FSDP
+from capo.runtime.processes import check_accelerator
+
+# function that makes a logger -> packages of which it needs one, the first with the name of the extra
+PACKAGES = {"tensorboard_logger": ("tensorboard", "tensorboardX")}
 
 
 def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, watching: bool = True) -> None:
@@ -70,7 +75,7 @@ def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, w
     check_export(cfg)
     if cfg.push_to_hub:
         check_access(cfg.push_to_hub)
-    check_accelerator(cfg)
+    check_accelerator(cfg.trainer.accelerator)
     check_engine(cfg)
 
 
@@ -112,13 +117,15 @@ def refuse_plans(cfg: DictConfig) -> None:
         )
 
 
-def check_accelerator(cfg: DictConfig) -> None:
-    """Raise InputError if the configured accelerator is not on this machine."""
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
-        raise InputError(
-            f"trainer.accelerator={cfg.trainer.accelerator}: torch finds no such device here; auto uses what "
-            "there is"
-        )
+def check_loggers(cfg: DictConfig) -> None:
+    """Raise InputError for a logger whose package is not installed."""
+    for name, node in (cfg.get("logger") or {}).items():
+        packages = PACKAGES.get(target_name(node), ())
+        if packages and not any(find_spec(package) for package in packages):
+            raise InputError(
+                f"logger.{name} needs {packages[0]}, which is not installed: pip install "
+                f"'capo[{packages[0]}]', or choose logger=csv or logger=wandb"
+            )
 
 
 def check_weights(cfg: DictConfig) -> None:

@@ -12,8 +12,11 @@ from omegaconf import DictConfig
 from capo.cli.build import built, target_name
 from capo.cli.sweep import found_figures
 from capo.cli.values import plain
+from capo.errors import InputError, first_line
 from capo.runtime.launch import launch
-from capo.training.loggers import RunIdentity, WandbRun
+from capo.training.loggers import CurvesFile
+from capo.training.trackers import Tracker
+from capo.training.wandb_run import RunIdentity
 
 TRAIN, GENERATE = "train", "generate"  # W&B's job types
 
@@ -42,10 +45,11 @@ def trackers(
     """Yield the loggers; only the first process has any.
 
     Experiment trackers among them get the run's identity at the start and its figures at the end, and are
-    closed.
+    closed. InputError for one that cannot begin; one that fails later costs nothing but its curves.
     """
-    loggers = [built(cfg, f"logger.{name}") for name in cfg.logger] if launch().first else []
-    tracking = [logger for logger in loggers if isinstance(logger, WandbRun)]
+    named = cfg.logger if launch().first else ()
+    loggers: list[Logger] = [_made(cfg, f"logger.{name}") for name in named]
+    tracking = [logger for logger in loggers if isinstance(logger, Tracker)]
     try:
         for logger in tracking:
             logger.begin(identity_of(cfg, group, job_type))
@@ -56,3 +60,18 @@ def trackers(
     finally:
         for logger in tracking:
             logger.close()
+
+
+def _made(cfg: DictConfig, key: str) -> CurvesFile | Tracker:
+    try:
+        logger = built(cfg, key)
+    except InputError:
+        raise
+    except Exception as error:  # of the user's own class, or of another program's
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{key} cannot be made ({told}): check its arguments") from error
+    if not isinstance(logger, Logger):
+        raise InputError(
+            f"{key} makes {logger!r}, which is no logger of Lightning (lightning.pytorch.loggers)"
+        )
+    return logger if isinstance(logger, CurvesFile) else Tracker(logger, key)

@@ -73,7 +73,8 @@ def refuse_early(cfg: DictConfig) -> None:
     """Raise InputError if `cfg` cannot run, before weights load; for a finished run only check values."""
     from capo.cli.build import check_imported
     from capo.cli.plan import require_room
-    from capo.cli.readiness import check_ready, check_sharded_guidance
+    from capo.cli.readiness import check_loggers, check_ready, check_sharded_guidance
+    from capo.runtime.processes import check_devices
 
     check_place(Path(cfg.run_dir))
     trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
@@ -83,6 +84,8 @@ def refuse_early(cfg: DictConfig) -> None:
     check_optimizer(trainer.optimizer)
     divide(trainer.batch, launch().world_size, trainer.micro_batch)
     if not finished:
+        check_loggers(cfg)
+        check_devices(trainer.accelerator, trainer.devices)
         check_sharded_guidance(cfg, launch().world_size)
         check_imported(cfg)
         require_room(cfg)

@@ -141,17 +141,15 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
         if progress is Progress.FINISHED:
             console.print(f"{folder} already holds this run, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
-            components = build_components(cfg, watching=progress is not Progress.FINISHED)
-            with (
-                trackers(cfg, group, folder) as loggers,
-                followed(cfg, components, folder, loggers) as outlook,
-            ):
-                if progress is not Progress.FINISHED:
-                    train(cfg, components, folder, loggers, outlook)
-                leave_group()  # from here on processes need no communication
-                outlook.only(EVALUATING)
-                if cfg.evaluate:
-                    evaluate_own(cfg, components, folder)
+            with trackers(cfg, group, folder) as loggers:  # first: they may refuse, and loading takes long
+                components = build_components(cfg, watching=progress is not Progress.FINISHED)
+                with followed(cfg, components, folder, loggers) as outlook:
+                    if progress is not Progress.FINISHED:
+                        train(cfg, components, folder, loggers, outlook)
+                    leave_group()  # from here on processes need no communication
+                    outlook.only(EVALUATING)
+                    if cfg.evaluate:
+                        evaluate_own(cfg, components, folder)
     if cfg.push_to_hub and launch().first:
         console.print(f"pushed: {push(folder / POLICY, cfg.push_to_hub)}")
     console.print(

@@ -124,9 +124,15 @@ def device_count(devices: int | str | Sequence[int]) -> int | None:
     """Return the number of devices that `trainer.devices` names, or None for auto and -1."""
     if devices in ("auto", -1):
         return None
+    numbers = device_numbers(devices)
+    return int(str(devices)) if numbers is None else len(numbers)
+
+
+def device_numbers(devices: int | str | Sequence[int]) -> list[int] | None:
+    """Return the numbers of the devices that `trainer.devices` names; None where it is a count or auto."""
     if isinstance(devices, str):
-        return len(devices.split(","))
-    return devices if isinstance(devices, int) else len(devices)
+        return [int(number) for number in devices.split(",")] if "," in devices else None
+    return None if isinstance(devices, int) else list(devices)
 
 
 def check_launch(here: Launch, strategy: str, devices: int | str | Sequence[int], num_nodes: int) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
 from torch import distributed
 
 from capo.errors import InputError
-from capo.runtime.launch import Launch, cluster, launch
+from capo.runtime.launch import Launch, cluster, device_numbers, launch
 
 # Long, because the others wait while the first process writes images and policies.
 PATIENCE = timedelta(hours=2)
@@ -37,6 +38,41 @@ def own_device(accelerator: str) -> torch.device:
     device = torch.device("cuda", here.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def check_accelerator(accelerator: str) -> None:
+    """Raise InputError if this machine has no accelerator of that name, one of Lightning's."""
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "tpu": find_spec("torch_xla") is not None,
+    }
+    found |= {"auto": True, "cpu": True, "gpu": found["cuda"] or found["mps"]}
+    if not found[accelerator]:
+        there = ", ".join(name for name in ("cuda", "mps", "tpu", "cpu") if found[name])
+        raise InputError(
+            f"trainer.accelerator={accelerator}: torch finds no such device here, but {there}; auto uses "
+            "what there is"
+        )
+
+
+def check_devices(accelerator: str, devices: int | str | Sequence[int]) -> None:
+    """Raise InputError if `devices` names a device by a number that this machine does not have."""
+    numbers = device_numbers(devices)
+    if numbers is None:
+        return
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = 0 if accelerator == "cpu" else torch.cuda.device_count() if cuda else int(mps)
+    if not there:
+        raise InputError(
+            f"trainer.devices={devices}: numbers name GPUs, but there is none to train on "
+            f"(trainer.accelerator={accelerator}); give the number of devices, trainer.devices=1"
+        )
+    if any(number >= there for number in numbers) or len(set(numbers)) < len(numbers):
+        raise InputError(
+            f"trainer.devices={devices}: the GPUs of this machine are 0 to {there - 1}; name each at most "
+            "once, or give the number of devices, trainer.devices=1"
+        )
 
 
 @contextmanager

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 
 from capo.data.watching import SECONDS
 from capo.module import PreferenceModule
-from capo.runtime.files import write_table, write_whole
+from capo.runtime.files import write_table
 from capo.runtime.locks import file_lock
-from capo.runtime.reading import cell, read_json, read_rows
+from capo.runtime.reading import cell, read_rows
 from capo.runtime.run_folder import CURVES_REMEDY, METRICS, POOL_CURVES
+from capo.training.wandb_run import WandbRun
 
 FLUSH = 50  # rows collected in memory before the file is written
 
@@ -126,125 +121,6 @@ def csv_logger(folder: str | Path) -> Logger:
 def tensorboard_logger(folder: str | Path) -> Logger:
     """Return a logger that writes to `folder/tensorboard/`; needs the extra `tensorboard`."""
     return TensorBoardLogger(folder, name="tensorboard", version="")
-
-
-def log_picture(loggers: Sequence[Logger], name: str, path: Path, step: int) -> None:
-    """Send the image at `path` to the W&B and TensorBoard loggers under the tag `name`."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(path)], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            with Image.open(path) as image:
-                logger.experiment.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """Facts by which experiment trackers find and group a run.
-
-    Attributes:
-        axes: settings that are often swept, as a flat mapping of objective, beta, bias, pairs, rewards,
-            model, lr, seed.
-        config: the whole configuration, as in `config.yaml`.
-        group: name of the sweep that the run is a job of, or None.
-        tags: names of the objective, pairs strategy, model and rewards.
-        job_type: W&B's job type.
-    """
-
-    axes: Mapping[str, Any]
-    config: Mapping[str, Any]
-    group: str | None = None
-    tags: Sequence[str] = ()
-    job_type: str = "train"
-
-
-class WandbRun(WandbLogger):
-    """W&B logger with one W&B run per run directory: a resumed run keeps its id, and `close` ends it.
-
-    `folder/wandb.json` repeats id, group, job_type, tags, config and summary, so that they can be read
-    without the W&B server.
-    """
-
-    def __init__(self, folder: str | Path, project: str, **options: Any):
-        super().__init__(project=project, save_dir=str(folder))
-        self.record_path, self._options = Path(folder) / "wandb.json", options
-        self._record: dict[str, Any] = {}
-        self._pool_figures: set[str] = set()  # whose axis W&B knows
-
-    def begin(self, identity: RunIdentity) -> None:
-        """Start a W&B run, or resume the one whose id `wandb.json` holds."""
-        import wandb
-
-        online = wandb_is_online()
-        if not online:
-            print(
-                "W&B: offline (no API key found, or set by WANDB_MODE); "
-                f"`wandb sync {self.save_dir}/wandb/offline-*` uploads the run"
-            )
-        try:
-            before = read_json(self.record_path, "restore it, or remove it: the run then gets another id")
-        except FileNotFoundError:
-            before = {}
-        self._record = {
-            "id": before.get("id") or secrets.token_hex(4),
-            "group": identity.group,
-            "job_type": identity.job_type,
-            "tags": list(identity.tags),
-            "config": {**identity.axes, "run": identity.config},
-            "summary": before.get("summary", {}),
-        }
-        # before the server is contacted: if this process ends early, the next one resumes under the same id
-        self._write()
-        given = {key: self._record[key] for key in ("id", "group", "job_type", "tags", "config")}
-        if not online:
-            given["settings"] = wandb.Settings(silent=True)  # the line printed above says it
-        self._experiment = wandb.init(
-            project=self.name,
-            dir=self.save_dir,
-            mode="online" if online else "offline",
-            resume="allow",
-            reinit="create_new",
-            **(given | self._options),
-        )
-        self._experiment.define_metric("trainer/global_step")
-        self._experiment.define_metric("*", step_metric="trainer/global_step")
-
-    def log_pools(self, figures: Mapping[str, float]) -> None:
-        """Log a row of figures of pools, drawn over seconds: they are from before the first step."""
-        for name in figures.keys() - self._pool_figures:
-            self._pool_figures.add(name)
-            self.experiment.define_metric(name, step_metric=None if name == SECONDS else SECONDS)
-        self.experiment.log(dict(figures))
-
-    def summarize(self, figures: Mapping[str, float]) -> None:
-        """Record the final figures: as W&B summary values, as a table `outcome`, and in `wandb.json`."""
-        self._record["summary"] = dict(figures)
-        self.log_table(
-            "outcome",
-            columns=["figure", "value"],
-            data=[[name, float(value)] for name, value in figures.items()],
-        )
-        self.experiment.summary.update(dict(figures))
-        self._write()
-
-    def close(self) -> None:
-        """Finish the W&B run, so that this process can start another one."""
-        if self._experiment is not None:
-            self._experiment.finish()
-
-    def _write(self) -> None:
-        write_whole(self.record_path, json.dumps(self._record, indent=2) + "\n")
-
-
-def wandb_is_online() -> bool:
-    """Whether runs go to the W&B server: WANDB_MODE decides if it is set, else the presence of an API key."""
-    mode = os.environ.get("WANDB_MODE", "").lower()
-    if mode:
-        return mode == "online"
-    os.environ.pop("WANDB_MODE", None)  # wandb would refuse the empty string as an unknown mode
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 
 def wandb_logger(folder: str | Path, project: str, **options: Any) -> Logger:

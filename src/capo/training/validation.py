@@ -31,7 +31,7 @@ from capo.runtime.run_folder import MONITOR
 from capo.runtime.threads import OPERATIONS
 from capo.training.averaging import WeightAverage
 from capo.training.choice import Choice, monitored
-from capo.training.loggers import log_picture
+from capo.training.trackers import log_picture
 from capo.training.unconditional import UnconditionalBranch
 
 
@@ -230,11 +230,11 @@ class WinRateValidation(L.Callback):
         rate, score, rates = WinRate(), MeanMetric(), {}
         if mine:
             reward.setup(device)  # one reward at a time: beside the policy there may be no room for all
-            scores, base = (
-                reward.score(images, prompts).view(len(mine), per_prompt),
-                self.base.base_scores[reward.name][mine],
-            )
-            reward.offload()
+            try:
+                scores = reward.score(images, prompts).view(len(mine), per_prompt)
+            finally:
+                reward.offload()
+            base = self.base.base_scores[reward.name][mine]
             rate.update(scores, base)
             score.update(scores)
             rates = dict(zip(mine, win_rate(scores, base).tolist(), strict=True))

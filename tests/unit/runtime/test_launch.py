@@ -39,11 +39,12 @@ def test_what_does_not_come_out_whole_is_refused(batch, devices, micro_batch, re
 
 
 def test_devices_are_counted():
-    assert [device_count(devices) for devices in (1, 4, [1, 3], "0,2", "auto", -1)] == [
+    assert [device_count(devices) for devices in (1, 4, [1, 3], "0,2", "3", "auto", -1)] == [
         1,
         4,
         2,
         2,
+        3,
         None,
         None,
     ]

@@ -6,7 +6,7 @@ import torch
 from capo.errors import InputError
 from capo.runtime import processes
 from capo.runtime.launch import Launch
-from capo.runtime.processes import own_device
+from capo.runtime.processes import check_accelerator, check_devices, own_device
 
 
 @pytest.fixture
@@ -42,3 +42,29 @@ def test_more_processes_than_gpus_are_refused(machine):
         InputError, match="2 processes were started on a machine with 1 GPU: start at most one"
     ):
         own_device("auto")
+
+
+def test_an_accelerator_that_is_not_here_is_refused(machine, monkeypatch):
+    for gpus, mps, there in ((0, False, set()), (2, False, {"cuda", "gpu"}), (0, True, {"mps", "gpu"})):
+        machine(gpus, Launch())
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        for accelerator in ("auto", "cpu", *there):
+            check_accelerator(accelerator)
+        for accelerator in {"cuda", "gpu", "mps", "tpu"} - there:
+            with pytest.raises(InputError, match=f"trainer.accelerator={accelerator}: .* but .*cpu; auto"):
+                check_accelerator(accelerator)
+
+
+def test_devices_that_are_not_here_are_refused(machine):
+    machine(2, Launch())
+    for devices in (1, -1, "auto", [0], [1, 0], "0,1", "1", 8):
+        check_devices("auto", devices)
+    for devices in ([7], [0, 2], "0,2", [1, 1]):
+        with pytest.raises(InputError, match=r"trainer.devices=.*: the GPUs of this machine are 0 to 1"):
+            check_devices("auto", devices)
+    with pytest.raises(InputError, match=r"trainer.devices=\[0\]: numbers name GPUs, but there is none"):
+        check_devices("cpu", [0])
+    machine(0, Launch())
+    check_devices("auto", 1)
+    with pytest.raises(InputError, match=r"trainer.devices=\[7\]: numbers name GPUs.*trainer.devices=1"):
+        check_devices("auto", [7])

@@ -12,7 +12,8 @@ import pytest
 
 from capo.errors import InputError
 from capo.training import loggers
-from capo.training.loggers import Curves, CurvesFile, pool_seconds, wandb_is_online
+from capo.training.loggers import Curves, CurvesFile, pool_seconds
+from capo.training.wandb_run import wandb_is_online
 
 # a .wandb file is a log in blocks: 7 bytes of file header, then records: checksum, length, kind, data
 BLOCK = 32768
