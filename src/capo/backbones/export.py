@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, snapshot_download
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from capo.backbones.model_card import README, ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import named_dtype
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX, write_checkpoint, write_pipeline
-from capo.errors import DamagedFile, InputError
+from capo.errors import DamagedFile, InputError, first_line
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
+from capo.runtime.hub import is_hub_id
 
 AGAIN = "export it again"
 
@@ -59,6 +61,31 @@ def holds_policy(folder: str | Path, component: str) -> bool:
     """Whether `folder` holds an exported policy whose denoiser is the pipeline's `component`."""
     folder = Path(folder)
     return (folder / LORA_FILE).is_file() or (folder / component / "config.json").is_file()
+
+
+def find_policy(source: str, component: str) -> Path:
+    """Return the folder of a policy: `source` itself, or what that hub id (`owner/name@revision`) has of one.
+
+    Of a hub id its denoiser, adapter and index are downloaded. Raises InputError if there is neither.
+    """
+    folder = Path(source).expanduser()
+    repository, _, revision = source.partition("@")
+    if folder.exists() or not is_hub_id(repository):
+        return folder
+    patterns = [INDEX, BASE_FILE, LORA_FILE, f"{component}/*.json", f"{component}/*.safetensors"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the hub client's errors share no base class
+        raise InputError(
+            f"policy={source}: no such folder (looked at '{folder.absolute()}'), and neither "
+            f"{constants.ENDPOINT} nor its cache {constants.HF_HUB_CACHE} has it ({first_line(error)}); give "
+            "a folder or the id of a public model, owner/name"
+        ) from error
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a policy's folder is a pipeline of others, with text encoders and VAE of its own."""
+    return (folder / INDEX).is_file() and not (folder / BASE_FILE).is_file()
 
 
 def load_policy(backbone: Backbone, folder: str | Path, drawing: Drawing = PLAIN) -> Denoiser:

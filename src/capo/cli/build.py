@@ -12,12 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from capo.backbones import Backbone, Family
+from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
+from capo.backbones.unconditional import unconditional_of
 from capo.cli.process import worker_logs
 from capo.cli.targets import Place, find, place_of
 from capo.cli.values import plain
 from capo.data.candidates import TrainingData
+from capo.data.engines import Engine, LocalEngine
 from capo.data.generation import STAGES, ImageGenerator, PoolSpec
 from capo.data.importing.chosen import Imported
 from capo.data.labels import HUMAN, LabelSource
@@ -143,6 +146,22 @@ def base_of(cfg: DictConfig, parts: Collection[str] | None = None) -> Backbone:
     only = {} if parts is None else {"parts": tuple(parts)}
     drawing = sampler_settings(cfg).drawing
     return built(cfg, "model.backbone", name=cfg.model.name, **only).prepare(drawing).to(device)
+
+
+def tuned_generator(base: ImageGenerator, policy: Path, engine: Engine | None = None) -> ImageGenerator:
+    """Generator that samples from an exported policy with the settings of its base's generator.
+
+    The engine is one for this policy, by default a local one.
+    """
+    backbone, settings = base.backbone, base.settings
+    return ImageGenerator(
+        backbone,
+        load_policy(backbone, policy, settings.drawing),
+        policy_fingerprint(backbone, policy),
+        settings,
+        unconditional_of(backbone, settings),
+        engine or LocalEngine(),
+    )
 
 
 def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, Any]]:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo.backbones import Backbone
-from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.parts import TEXT
-from capo.backbones.sampling import SamplerSettings
-from capo.backbones.unconditional import unconditional_of
-from capo.cli.build import Components, all_rewards, base_of, held_out_rewards, sampler_settings
+from capo.cli.build import (
+    Components,
+    all_rewards,
+    base_of,
+    held_out_rewards,
+    rewards_of,
+    sampler_settings,
+    tuned_generator,
+)
 from capo.cli.process import prepare_process, thread_count
 from capo.cli.values import LOCAL, RAY
 from capo.data.engines import Engine, LocalEngine
@@ -66,20 +70,6 @@ def engaged(cfg: DictConfig, components: Components) -> Components:
     return replace(components, generator=replace(components.generator, engine=engine_of(cfg)))
 
 
-def tuned_generator(
-    backbone: Backbone, settings: SamplerSettings, policy: Path, engine: Engine | None = None
-) -> ImageGenerator:
-    """Generator that samples from an exported policy with the settings of the base's generator."""
-    return ImageGenerator(
-        backbone,
-        load_policy(backbone, policy, settings.drawing),
-        policy_fingerprint(backbone, policy),
-        settings,
-        unconditional_of(backbone, settings),
-        engine or LocalEngine(),
-    )
-
-
 @dataclass(frozen=True)
 class StageBuilder:
     """Builds a stage of a pool in a worker, with no other parts of the pipeline than it computes with.
@@ -106,12 +96,15 @@ class StageBuilder:
         if order.stage == TextStage.name:
             stage = TextStage(*common)
         elif order.stage == ScoreStage.name:
-            trained, evaluated, oracle = all_rewards(cfg, Path(cfg.run_dir) / "workers")
+            logs = Path(cfg.run_dir) / "workers"
+            trained, evaluated, oracle = all_rewards(cfg, logs)
             known = [*trained, *evaluated, *oracle, *held_out_rewards(cfg, trained, evaluated)]
+            if OmegaConf.select(cfg, "benchmark.rewards"):
+                known += rewards_of(cfg, "benchmark.rewards", logs)
             by_key = {reward.key: reward for reward in known}
             stage = ScoreStage(*common, [by_key[key] for key in order.rewards], order.candidates)
         else:
-            drawn = tuned_generator(backbone, settings, Path(self.policy)) if self.policy else base
+            drawn = tuned_generator(base, Path(self.policy)) if self.policy else base
             check_same("generator", drawn.fingerprint, pool)
             guide = drawn.unconditional and drawn.unconditional.network
             stage = LatentStage(*common, order.candidates, drawn.denoiser, guide)

@@ -11,11 +11,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.model_card import ModelCard, write_card, write_win_rates
-from capo.cli.build import Components, build_components
-from capo.cli.engines import engaged, engine_of, tuned_generator
+from capo.cli.benchmark import run_benchmark
+from capo.cli.build import Components, build_components, tuned_generator
+from capo.cli.engines import engaged, engine_of
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
+from capo.cli.rules import shown
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.values import check_values, plain
@@ -71,8 +73,7 @@ def evaluate_policy(
         )
     put_back(policy)
     components = engaged(cfg, components)
-    settings = components.generator.settings
-    tuned = tuned_generator(components.backbone, settings, policy, engine_of(cfg, policy))
+    tuned = tuned_generator(components.generator, policy, engine_of(cfg, policy))
     if not launch().first:
         draw_for_evaluation(components, tuned, folder)
         return None
@@ -182,7 +183,10 @@ def check_place(folder: Path) -> None:
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
-    """Compare `runs`, evaluate `run`, or evaluate `policy`: the first that is configured, else InputError."""
+    """Compare `runs`, or evaluate by a `benchmark`, of a `run` or a `policy`: the first that is configured.
+
+    Raises InputError if there is none.
+    """
     check_values(cfg)
     refuse_plans(cfg)
     console.quiet = not launch().first
@@ -190,11 +194,15 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
         named = plain(cfg)["runs"]
         listed = list(map(str, named)) if isinstance(named, list) else str(named)
         return compare(run_folders(listed), overrides, folder)
+    if cfg.get("benchmark") is not None:
+        return run_benchmark(cfg, overrides, folder)
+    if cfg.results is not None:
+        raise InputError(f"results={shown(cfg.results)}: name the benchmark that they are of: benchmark=NAME")
     if cfg.run is not None:
         return evaluate_run(cfg, overrides)
     if cfg.policy is not None:
         return evaluate_folder(cfg, folder)
-    raise InputError("nothing to evaluate: give run=DIR, runs=[DIR,DIR] or policy=FOLDER")
+    raise InputError("nothing to evaluate: give run=DIR, runs=[DIR,DIR], policy=FOLDER or benchmark=NAME")
 
 
 def main(cfg: DictConfig) -> None:

@@ -72,11 +72,19 @@ FOLDER = Rule(
     "a folder, written with a / where its name reads as something else (run=./1e3)",
     lambda value: TEXT.holds(value) or type(value) is int,
 )
+
+
+def _one_or_more(value: Any) -> bool:
+    return all(map(FOLDER.holds, value)) and bool(value) if isinstance(value, list) else FOLDER.holds(value)
+
+
 FOLDERS = Rule(
     "a folder or a list of folders, written with a / where a name reads as something else (runs=[./1e3])",
-    lambda value: (
-        all(map(FOLDER.holds, value)) and bool(value) if isinstance(value, list) else FOLDER.holds(value)
-    ),
+    _one_or_more,
+)
+FILES = Rule(
+    "a file or a list of files, written with a / where a name reads as something else (results=./1)",
+    _one_or_more,
 )
 NAMES = Rule("a list of names", lambda value: isinstance(value, list) and all(map(TEXT.holds, value)))
 SEED = whole(0, 2**63 - 2)  # the zero line's seed is the next one

@@ -64,7 +64,8 @@ FREE_WITHIN = re.compile(
     r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
 )
 MISSING = "(not there)"
-ASKING = ("run", "runs", "policy", "base", "trust")  # keys of an evaluation, which a run does not have
+# keys of an evaluation, which a run does not have
+ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust")
 
 
 class Progress(Enum):
@@ -195,7 +196,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
     given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
-    keys = [key for key in given if key not in ASKING and not key.startswith("hydra")]
+    keys = [key for key in given if key.split(".")[0] not in ASKING and not key.startswith("hydra")]
     check_foreign(folder, without(own, [*OUTSIDE, *keys]), cfg.trust)
     without_outside(own, cfg, folder, given)
     for key, section in cfg.items():

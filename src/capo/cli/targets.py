@@ -19,6 +19,7 @@ from typing import Any
 
 from capo.backbones import Family
 from capo.cli.rules import shown
+from capo.evaluation.benchmarks import Benchmark
 from capo.pairs import PairSets
 from capo.rewards.lookup import is_scorer, locate
 
@@ -93,6 +94,14 @@ def _prompt_sets(found: Any, module: str) -> bool:
     )
 
 
+def _benchmark(found: Any, module: str) -> bool:
+    return (
+        inspect.isfunction(found)
+        and inspect.signature(found).return_annotation in (Benchmark, Benchmark.__name__)
+        and _of(found, module)
+    )
+
+
 def _family(found: Any, module: str) -> bool:
     return (
         inspect.isclass(found)
@@ -108,7 +117,7 @@ def _of(found: Any, module: str) -> bool:
 
 
 _FUNCTION: Mapping[str, Sequence[object]] = {"_partial_": (True,)}
-REWARDS = ("rewards", "evaluation.rewards", "evaluation.oracle", "validation.held_out")
+REWARDS = ("rewards", "evaluation.rewards", "evaluation.oracle", "validation.held_out", "benchmark.rewards")
 PLACES = (
     Place("objective", ("capo.objectives",), _objective, marks=_FUNCTION),
     Place("pairs", ("capo.pairs",), _strategy, marks=_FUNCTION),
@@ -116,6 +125,7 @@ PLACES = (
         "prompts", ("capo.data.prompts", "capo.shapes.prompts"), _prompt_sets, marks={"_convert_": ("all",)}
     ),
     Place("model.backbone", ("capo.backbones",), _family),
+    Place("benchmark.set", ("capo.evaluation.benchmarks", "capo.shapes.benchmark"), _benchmark),
     Place(
         "model.known_images",
         names=("capo.preflight.model_check.photograph", "capo.shapes.prompts.known_scenes"),

@@ -17,6 +17,7 @@ from capo.backbones import Family
 from capo.backbones.precision import AUTOCAST, DTYPES
 from capo.calibration import LINKS, METHODS
 from capo.cli.rules import (
+    FILES,
     FOLDER,
     FOLDERS,
     NAMES,
@@ -199,10 +200,13 @@ TABLE: dict[str, Rule] = {
     "runs": optional(FOLDERS),
     "policy": optional(FOLDER),
     "base": optional(FOLDER),
+    "results": optional(FILES),
+    "benchmark.seed": SEED,
+    "benchmark.base": SWITCH,
     "trust": NAMES,
 }
 # groups and keys with one `_target_`, whose arguments are checked against its signature
-CALLED = ("objective", "pairs", "prompts", "import", "model.backbone")
+CALLED = ("objective", "pairs", "prompts", "import", "model.backbone", "benchmark.set")
 
 
 def check_values(cfg: DictConfig) -> None:

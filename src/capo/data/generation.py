@@ -91,9 +91,10 @@ class ImageGenerator:
 class PoolSpec:
     """Specification of a pool: `candidates` images for each of `prompts`, in a folder under `root`.
 
-    `model` and `split` are parts of the folder's name; `seed` is the seed of the images. Raises InputError if
-    they cannot be (`check_name`), or if there are no prompts, fewer than two candidates (which cannot be
-    compared) or fewer than one prompt per shard.
+    `model` and `split` are parts of the folder's name; `seed` is the seed of the images. With `compared`, the
+    candidates of a prompt are compared with each other, which takes two. Raises InputError if the names
+    cannot be (`check_name`), or if there are no prompts, too few candidates or fewer than one prompt per
+    shard.
     """
 
     root: Path
@@ -103,14 +104,16 @@ class PoolSpec:
     prompts: Sequence[Prompt]
     candidates: int
     prompts_per_shard: int = 8
+    compared: bool = True
 
     def __post_init__(self) -> None:
         check_name("model", self.model)
         check_name("split", self.split)
-        if self.candidates < 2:
+        if self.candidates < (least := 2 if self.compared else 1):
+            why = f"fewer than {least} cannot be {'compared' if self.compared else 'drawn'}"
             raise InputError(
                 f"pool of split '{self.split}': {self.candidates} candidates per prompt; "
-                "fewer than 2 cannot be compared (pool.candidates, or images per prompt)"
+                f"{why} (pool.candidates, or images per prompt)"
             )
         if self.prompts_per_shard < 1:
             raise InputError(f"pool.prompts_per_shard={self.prompts_per_shard} must be at least 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,36 @@ def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def balanced_interval(groups: Sequence[Tensor], seed: int, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over groups of their means.
+
+    Prompts are resampled within their group, since a benchmark fixes how many each group has.
+
+    Args:
+        groups: (P_g,) numbers of the prompts of each group.
+        seed: seed of the random generator; the same seed gives the same interval.
+        resamples: number of resampled means.
+
+    Returns:
+        (low, high), the 2.5 % and 97.5 % percentiles.
+
+    Raises:
+        ValueError: there is no group, a group is empty, not one-dimensional or not finite, or `resamples` is
+            below 1.
+    """
+    if not groups or resamples < 1:
+        raise ValueError(f"an interval needs groups and resamples >= 1, got {len(groups)} and {resamples}")
+    rng, means = np.random.default_rng(seed), np.zeros(resamples)
+    for values in map(_finite, groups):
+        step = max(BLOCK // len(values), 1)
+        for start in range(0, resamples, step):
+            count = min(step, resamples - start)
+            drawn = values[rng.integers(len(values), size=(count, len(values)))]
+            means[start : start + count] += drawn.mean(1) / len(groups)
+    low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def sign_flip_p(differences: Tensor, seed: int) -> float:

@@ -105,16 +105,16 @@ class RunTable:
     def latex(self) -> str:
         """Return a table with booktabs' rules, for a document to input."""
         rewards, labels = self.rewards, self.labels
-        groups = " & ".join(rf"\multicolumn{{2}}{{c}}{{{_tex(name)}}}" for name in rewards)
+        groups = " & ".join(rf"\multicolumn{{2}}{{c}}{{{tex(name)}}}" for name in rewards)
         first = len(labels) + 1
         rules = "".join(
             rf"\cmidrule(lr){{{first + 2 * place}-{first + 2 * place + 1}}}" for place in range(len(rewards))
         )
-        heads = " & ".join([*map(_tex, labels), *["win-rate & score"] * len(rewards)])
+        heads = " & ".join([*map(tex, labels), *["win-rate & score"] * len(rewards)])
         lines = [
-            _remark(self.command),
-            _remark(_rule()),
-            *(_remark(f"{row.folder}: {_prints(row)}") for row in self.rows),
+            remark(self.command),
+            remark(_rule()),
+            *(remark(f"{row.folder}: {_prints(row)}") for row in self.rows),
             rf"\begin{{tabular}}{{{'l' * len(labels)}{'rr' * len(rewards)}}}",
             r"\toprule",
             " & ".join([*[""] * len(labels), groups]) + r" \\",
@@ -123,7 +123,7 @@ class RunTable:
             r"\midrule",
         ]
         for index, row in enumerate(self.rows):
-            cells = [_tex(row.labels.get(name, "")) for name in labels]
+            cells = [tex(row.labels.get(name, "")) for name in labels]
             for name in rewards:
                 rate, _, score, best = self.cells(index, name)
                 cells += [rf"\textbf{{{rate}}}" if best else rate, score]
@@ -169,10 +169,11 @@ def _rule() -> str:
     )
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
+    """Text of one line as LaTeX shows it."""
     return " ".join(text.split()).translate(SPECIAL)
 
 
-def _remark(text: str) -> str:
+def remark(text: str) -> str:
     """Comment of one line: what followed a line's end would be read as LaTeX."""
     return "% " + printable(" ".join(text.split()))

@@ -19,19 +19,21 @@ AT_CWD, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextmanager
-def whole_file(path: str | Path, remedy: str = REMEDY) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; sync and rename it to `path` when the block succeeds.
+def whole_file(path: str | Path, remedy: str = REMEDY, unfinished: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write to; sync and rename it to `path` when the block succeeds.
 
-    The temporary name is fixed, so a leftover of a killed process is overwritten; only one process may write
-    `path` at a time. The folder is created if it is missing. If the block raises, the previous file is kept.
+    It is `unfinished`, on the same file system, or a fixed name beside `path`, so a leftover of a killed
+    process is overwritten; only one process may write `path` at a time. The folder is created if it is
+    missing. If the block raises, the previous file is kept.
     Raises InputError, with `remedy`, if the folder cannot be written or the disk is full, and for a device, a
     pipe or a folder at `path`, which would be replaced.
     """
     path = Path(path)
     check_ordinary(path)
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = unfinished or path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent, unfinished.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)  # a link, in a folder from elsewhere, would be followed
         yield unfinished
         with unfinished.open("rb") as file:

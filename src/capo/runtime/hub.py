@@ -59,14 +59,14 @@ def push(folder: Path, repository: str) -> str:
         ) from error
 
 
-def hub_file(hub: str, file: str, revision: str | None, split: str) -> Path:
+def hub_file(hub: str, file: str, revision: str | None, key: str) -> Path:
     """Return the path, in the hub's cache, of `file` of the data set `hub`; download it if it is not cached.
 
     Args:
         hub: id of the data set, owner/name.
         file: path of the file in the repository.
         revision: a commit, branch or tag; None: the current state of main.
-        split: the split of `prompts` that reads the file, for messages.
+        key: the part of the configuration that reads the file, `prompts.train` say, for messages.
 
     Raises:
         InputError: the file is not available (no network, no such repository, revision or file, not logged
@@ -76,8 +76,8 @@ def hub_file(hub: str, file: str, revision: str | None, split: str) -> Path:
         return Path(hf_hub_download(hub, file, repo_type="dataset", revision=revision))
     except Exception as error:  # the hub client's errors share no base class
         raise InputError(
-            f"prompts.{split}: file '{file}' of the data set '{hub}' (revision {revision or 'main'}) is not "
-            f"available: {_reason(error, hub)}\n  or give a file of your own: prompts.{split}.path=FILE"
+            f"{key}: file '{file}' of the data set '{hub}' (revision {revision or 'main'}) is not "
+            f"available: {_reason(error, hub)}\n  or give a file of your own: {key}.path=FILE"
         ) from error
 
 

@@ -39,6 +39,7 @@ def test_the_groups_are_those_that_users_know():
         "logger",
         "experiment",
         "import",
+        "benchmark",
     }
     assert {"capo", "dpo", "ipo", "sft"} <= set(GROUPS["objective"])
     assert {"best_worst", "sum", "frs", "random"} <= set(GROUPS["pairs"])
@@ -47,7 +48,8 @@ def test_the_groups_are_those_that_users_know():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_target_is_registered_and_takes_its_arguments(choice):
     files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if choice == "prompts=text" else []
-    cfg = composed(choice, *files, name="generate" if choice.startswith("import=") else "train")
+    scripts = {"import": "generate", "benchmark": "evaluate"}
+    cfg = composed(choice, *files, name=scripts.get(choice.split("=")[0], "train"))
     check_values(cfg)
     found = list(calls(OmegaConf.to_container(cfg, resolve=True)))
     assert found

@@ -112,7 +112,7 @@ class Source:
         names = [self.file] if isinstance(self.file, str) else list(self.file or ())
         found = [
             (
-                hub_file(str(self.hub), name, self.revision, self.split),
+                hub_file(str(self.hub), name, self.revision, f"prompts.{self.split}"),
                 f"prompts.{self.split}: {self.hub}/{name}",
             )
             for name in names

@@ -1,0 +1,104 @@
+"""Read the official lists of benchmarks, and what official scorers wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capo.data.prompts.text import decoded_lines
+from capo.errors import InputError
+from capo.runtime.hub import hub_file
+
+KEY = "benchmark.set"
+
+
+def official_file(
+    path: str | None, what: str, hub: str | None = None, name: str = "", revision: str | None = None
+) -> tuple[Path, str]:
+    """Find the file or folder of an official list: the user's, or that of a hub data set.
+
+    Args:
+        path: the user's file or folder, or None.
+        what: what it is and where it is published, for messages.
+        hub: the data set that holds it, or None if it is on no hub.
+        name: its file in the data set.
+        revision: commit of the data set; None: main.
+
+    Returns:
+        Its path, and its name in messages.
+
+    Raises:
+        InputError: neither is given, or it is not there.
+    """
+    if path is not None:
+        place, found = f"{KEY}.path={path}", Path(path).expanduser()
+        if not found.exists():
+            raise InputError(f"{place}: no such file or folder; give the path of {what}")
+        return found, place
+    if hub is None:
+        raise InputError(f"{KEY}.path is not given; give the path of {what}")
+    return hub_file(hub, name, revision, KEY), f"{KEY}: {hub}/{name}"
+
+
+def read_json(path: Path, place: str) -> Any:
+    """Read a JSON file; InputError if it is none."""
+    try:
+        return json.loads("".join(decoded_lines(path, place)))
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON ({error}); get the file again") from error
+
+
+def read_records(path: Path, place: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read a JSON Lines file: (line, its object) of each line. InputError for a line without an object."""
+    found = []
+    for number, line in enumerate(decoded_lines(path, place), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{place}: line {number} is not JSON ({error}); get the file again") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: line {number} is no JSON object; get the file again")
+        found.append((line.strip(), record))
+    return found
+
+
+def text_of(record: object, key: str, place: str) -> str:
+    """Text at `key` of a record; InputError if there is none."""
+    value = record.get(key) if isinstance(record, Mapping) else None
+    if not isinstance(value, str):
+        raise InputError(f"{place}: '{key}' is {value!r}, not text; give the official file")
+    return value
+
+
+def means(values: Mapping[int, Sequence[float]], prompts: int, images: int, place: str) -> Tensor:
+    """Mean over its images of each prompt, (P,) float64.
+
+    Args:
+        values: number of a prompt -> its images' figures.
+        prompts: number of prompts, P.
+        images: number of images that each must have.
+        place: name of the results in messages.
+
+    Raises:
+        InputError: a prompt lacks figures or has more, a prompt is unknown, or a figure is not finite.
+    """
+    if unknown := sorted(set(values) - set(range(prompts))):
+        raise InputError(
+            f"{place}: it has prompt {unknown[0]}, but the list has {prompts}: it belongs to another list"
+        )
+    wrong = [number for number in range(prompts) if len(values.get(number, ())) != images]
+    if wrong:
+        raise InputError(
+            f"{place}: {len(wrong)} of {prompts} prompts do not have figures of {images} images (the first "
+            f"is prompt {wrong[0]}, with {len(values.get(wrong[0], ()))}); let the scorer read the whole tree"
+        )
+    if any(not math.isfinite(value) for found in values.values() for value in found):
+        raise InputError(f"{place}: a figure is not finite; run the scorer again")
+    rows = [values[number] for number in range(prompts)]
+    return torch.tensor(rows, dtype=torch.float64).mean(1)

@@ -1,0 +1,140 @@
+"""Figures of benchmarks by hand, what official scorers wrote, and the tables."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from capo.data.prompts import make_prompt
+from capo.errors import InputError
+from capo.evaluation.benchmarks import Benchmark, geneval
+from capo.evaluation.benchmarks.layout import groups_of, numbered
+from capo.evaluation.benchmarks.scores import Row, summary
+from capo.evaluation.benchmarks.table import BenchmarkTable
+from capo.evaluation.statistics import balanced_interval
+
+
+def of_categories(categories, **more) -> Benchmark:
+    prompts = [make_prompt(f"prompt {number}", name) for number, name in enumerate(categories)]
+    return Benchmark("made_up", prompts, 2, numbered(len(prompts), 2), groups=groups_of(categories), **more)
+
+
+def test_a_mean_over_groups_is_not_that_over_prompts():
+    values = {"m": torch.tensor([1.0, 0.0, 1.0, 0.0])}  # a: 2/3, b: 0
+    for overall, mean in (("groups", 1 / 3), ("prompts", 1 / 2)):
+        found = summary(of_categories("aaab", overall=overall), [Row("one", values)], 0)["measures"]["m"]
+        assert found["overall"]["rows"]["one"]["mean"] == round(mean, 6)
+        assert found["a"]["rows"]["one"]["mean"] == round(2 / 3, 6) and found["a"]["prompts"] == 3
+    assert list(summary(of_categories("aaab", overall=None), [Row("one", values)], 0)["measures"]["m"]) == [
+        "a",
+        "b",
+    ]
+    # of group a three values are drawn, b has one: sums of three of {1, 0, 1} / 6; 1/27 are all 0
+    low, high = balanced_interval([torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0])], 0)
+    assert (low, high) == (0.0, 0.5)
+    for groups, resamples in (([], 10), ([torch.ones(1)], 0), ([torch.ones(0)], 10)):
+        with pytest.raises(ValueError, match=r"this needs|an interval needs"):
+            balanced_interval(groups, 0, resamples)
+
+
+def test_a_model_against_itself_has_no_difference():
+    benchmark = of_categories("aabb" * 4)
+    scores = {"looks": torch.rand(16, 2, generator=torch.Generator().manual_seed(0))}
+    rows = [Row.of_scores(name, benchmark, scores) for name in ("policy", "base")]
+    for entry in summary(benchmark, rows, 0)["measures"]["looks"].values():
+        assert entry["differences"]["policy"] == {"mean": 0, "low": 0, "high": 0, "p": 1.0, "holm": 1.0}
+        assert entry["win_rates"]["policy"]["mean"] == 0.5 and entry["best"] is None
+
+
+def test_the_best_row_is_one_that_tests_separate():
+    benchmark = of_categories(["a"] * 20 + ["b"] * 20)
+    level = torch.rand(40, generator=torch.Generator().manual_seed(1)).double()
+    better = level + torch.cat([torch.full((20,), 0.2), torch.zeros(20)])
+    rows = [Row("first", {"m": better}), Row("second", {"m": level}), Row("third", {"m": level - 0.3})]
+    found = summary(benchmark, rows, 0)["measures"]["m"]
+    assert [found[part]["best"] for part in ("overall", "a", "b")] == ["first", "first", None]
+    apart = found["a"]["differences"]
+    assert apart["first"]["mean"] == 0.5 and apart["second"]["mean"] == 0.3  # from the third, the last
+    assert apart["first"]["p"] == 0.0002 and apart["first"]["holm"] == 0.0004  # two groups
+
+
+def test_official_factors_and_spread():
+    benchmark = of_categories("aaaabb", factors={"m": 100.0}, chunk=2)
+    row = Row.of_scores(
+        "one", benchmark, {"m": torch.tensor([[1.0, 3], [2, 2], [4, 4], [6, 6], [1, 1], [3, 3]])}
+    )
+    found = summary(benchmark, [row], 0)["measures"]["m"]
+    assert found["a"]["rows"]["one"]["mean"] == 350.0  # 2, 2, 4, 6
+    assert found["a"]["rows"]["one"]["spread"] == 150.0  # of 2 and 5 over two chunks
+    assert found["b"]["rows"]["one"]["spread"] == 0.0 and "spread" not in found["overall"]["rows"]["one"]
+
+
+def geneval_results(path, correct, prompts=("a cat", "a dog")) -> str:
+    """results.jsonl as the scorer writes it, in the order of os.listdir."""
+    rows = [
+        {
+            "filename": f"images/policy/{row:05d}/samples/{image:05d}.png",
+            "tag": "colors",
+            "prompt": prompts[row],
+            "correct": value,
+            "reason": "",
+            "metadata": "{}",
+            "details": "{}",
+        }
+        for (row, image), value in correct.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    return path
+
+
+def test_results_of_geneval(tmp_path):
+    listed = tmp_path / "list.jsonl"
+    listed.write_text('{"tag": "colors", "prompt": "a cat"}\n{"tag": "position", "prompt": "a dog"}\n')
+    benchmark = geneval(str(listed), images=2)
+    path = tmp_path / "results.jsonl"
+    correct = {(0, 0): True, (0, 1): False, (1, 0): True, (1, 1): True}
+    values = benchmark.read_official(geneval_results(path, correct))
+    assert values["geneval"].tolist() == [0.5, 1.0]
+    for wrong, says in (
+        ({**correct, (1, 1): None}, "line 1: no result of evaluate_images.py"),
+        (
+            {key: value for key, value in correct.items() if key != (1, 1)},
+            "1 of 2 prompts do not have figures of 2",
+        ),
+    ):
+        with pytest.raises(InputError, match=says):
+            benchmark.read_official(geneval_results(path, wrong))
+    with pytest.raises(InputError, match="folder 00001 has the prompt 'a bird', the list has 'a dog'"):
+        benchmark.read_official(geneval_results(path, correct, ("a cat", "a bird")))
+    with pytest.raises(InputError, match=r"results=.*nowhere: cannot be read"):
+        benchmark.read_official(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="benchmark made_up has no official scorer; leave results out"):
+        of_categories("a").read_official(path)
+
+
+def test_the_tables_say_the_same(tmp_path):
+    benchmark = of_categories(["a"] * 20 + ["b_%"] * 20)
+    scores = {"m": torch.rand(40, 2, generator=torch.Generator().manual_seed(1)).double()}
+    rows = [
+        Row.of_scores("policy", benchmark, {"m": scores["m"] + 1}),
+        Row.of_scores("base", benchmark, scores),
+    ]
+    found = summary(benchmark, rows, 0)
+    settings = {name: {"denoiser": name * 3, "seed": 7} for name in ("policy", "base")}
+    table = BenchmarkTable(found, "python evaluate.py\nbenchmark=made_up", settings, {"m": "not comparable"})
+    page, cells, latex = (path.read_text() for path in table.write(tmp_path))
+    mean = found["measures"]["m"]["overall"]["rows"]["policy"]["mean"]
+    lines = list(csv.DictReader(cells.splitlines()))
+    assert lines[0]["row"] == "policy" and float(lines[0]["mean"]) == mean and lines[1]["holm"] == ""
+    assert float(lines[0]["difference/mean"]) == 1.0 and float(lines[0]["win_rate/mean"]) == 1.0
+    assert rf"policy & \textbf{{{mean:.3f}}} &" in latex and r"b\_\%" in latex
+    assert "% python evaluate.py benchmark=made_up\n" in latex
+    assert f"<strong>{mean:.3f}</strong>" in page and "not comparable" in page and "policypolicypol" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert len(table.console()) == 1
+    alone = BenchmarkTable(summary(benchmark, rows[:1], 0), "", {}, {})
+    assert "difference" not in alone.html() and "policy" in alone.html()
+    nothing = BenchmarkTable(summary(benchmark, [Row("base", {})], 0), "", settings, {})
+    assert "Nothing was scored here" in nothing.html() and nothing.console() == []
+    assert nothing.write(tmp_path)[1].read_text() == "\n"
