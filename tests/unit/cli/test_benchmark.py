@@ -146,6 +146,18 @@ def test_results_become_a_table(geneval, listed, tmp_path):
         evaluate_script.run(composed("results=a.jsonl", name="evaluate"), [], tmp_path)
 
 
+def test_scorers_of_a_benchmark_are_chosen_by_name():
+    def named(*given):
+        return list(composed(*given, name="evaluate").benchmark.rewards or {})
+
+    assert named("benchmark=hpsv2") == ["hpsv2"] and named("benchmark=genai") == ["vqascore"]
+    assert named("benchmark=hpsv2", "rewards@benchmark.rewards=[]") == named("benchmark=dpg") == []
+    assert named("benchmark=t2i_compbench", "rewards@benchmark.rewards=clip_b32") == ["clip_b32"]
+    assert named("benchmark=parti") == ["alignment", "looks", "preference"]  # of the evaluation
+    assert named("benchmark=parti", "rewards@benchmark.rewards=[looks]") == ["looks"]
+    assert named("benchmark=shapes", "rewards@benchmark.rewards=looks") == ["looks"]
+
+
 def test_values_of_a_benchmark_are_checked(geneval, tmp_path):
     for given, says in (
         ("benchmark.seed=-1", "benchmark.seed=-1: must be a whole number"),

@@ -8,7 +8,7 @@ import torch
 
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.evaluation.benchmarks import Benchmark, geneval
+from capo.evaluation.benchmarks import Benchmark, dpg, genai, geneval, t2i_compbench
 from capo.evaluation.benchmarks.layout import groups_of, numbered
 from capo.evaluation.benchmarks.scores import Row, summary
 from capo.evaluation.benchmarks.table import BenchmarkTable
@@ -111,6 +111,76 @@ def test_results_of_geneval(tmp_path):
         benchmark.read_official(tmp_path / "nowhere")
     with pytest.raises(InputError, match="benchmark made_up has no official scorer; leave results out"):
         of_categories("a").read_official(path)
+
+
+def test_results_of_dpg(tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for name in ("0", "coco_7"):
+        (folder / f"{name}.txt").write_text(f"a cat {name}")
+    benchmark, path = dpg(str(folder)), tmp_path / "policy.txt"
+    lines = [
+        "/a, b/images/coco_7.png, 0.5, 1.0, 0.0, 0.5, 0.5",
+        "/a, b/images/0.png, 1.0, 1.0, 1.0, 0.2, 0.8",
+        "Model: policy",
+        "L1 category scores:",
+        "\tentity: 91.5",
+        "DPG-Bench score: 65.0",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    assert benchmark.read_official(path)["dpg"].tolist() == pytest.approx([0.8, 0.5])
+    for line, says in (
+        ("/images/x.png, 1.0, 1.0, 1.0, 1.0, 1.0", "it has a picture 'x', but no text file"),
+        ("/images/0.png, 1.0, a, 1.0, 1.0, 1.0", "of '0' it has no figures"),
+        ("/images/0.png, 1.0, nan, 1.0, 1.0, 1.0", "a figure is not finite"),
+    ):
+        path.write_text("\n".join([*lines, line]))
+        with pytest.raises(InputError, match=says):
+            benchmark.read_official(path)
+
+
+def test_results_of_t2i_compbench(tmp_path):
+    (tmp_path / "color_val.txt").write_text("a cat\na dog\n")
+    (tmp_path / "spatial_val.txt").write_text("a cat on a mat\n")
+    benchmark = t2i_compbench(str(tmp_path), ["color", "spatial"], images=2)
+    color, spatial = (
+        tmp_path / "color" / "annotation_blip",
+        tmp_path / "spatial/labels/annotation_obj_detection_2d",
+    )
+    for folder in (color, spatial):
+        folder.mkdir(parents=True)
+    answers = [{"question_id": number, "answer": f"{0.25 * number:.4f}"} for number in (3, 1, 0, 2)]
+    (color / "vqa_result.json").write_text(json.dumps(answers))
+    with pytest.raises(InputError, match=r"results=.*spatial/.*2d/vqa_result.json: cannot be read"):
+        benchmark.read_official(tmp_path)
+    (spatial / "vqa_result.json").write_text(
+        '[{"question_id": 0, "answer": 1}, {"question_id": 1, "answer": 0.5}]'
+    )
+    values = benchmark.read_official(tmp_path)
+    assert values["t2i_compbench"].tolist() == [0.125, 0.625, 0.75]
+    figures = summary(benchmark, [Row("one", values)], 0)["measures"]["t2i_compbench"]
+    assert list(figures) == ["color", "spatial"]  # no mean of different scorers
+    (spatial / "vqa_result.json").write_text('[{"question_id": 0}]')
+    with pytest.raises(InputError, match="no question_id with an answer"):
+        benchmark.read_official(tmp_path)
+
+
+def test_results_of_genai(tmp_path):
+    (tmp_path / "genai_image.json").write_text('{"00000": {"prompt": "a"}, "00001": {"prompt": "b"}}')
+    (tmp_path / "genai_skills.json").write_text('{"counting": [1]}')
+    benchmark, path = genai(str(tmp_path)), tmp_path / "clip-flant5-xxl_1600_prompts.pt"
+    torch.save(torch.tensor([[0.5], [0.25]]), path)
+    assert benchmark.read_official(path)["genai"].tolist() == [0.5, 0.25]
+    for wrong, says in (
+        (torch.ones(3, 1), r"holds \(3, 1\), not finite scores of 2"),
+        ({"a": 1}, "holds dict"),
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(InputError, match=says):
+            benchmark.read_official(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="holds more or less than tensors; give the scorer's"):
+        benchmark.read_official(path)
 
 
 def test_the_tables_say_the_same(tmp_path):
