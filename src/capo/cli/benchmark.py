@@ -93,7 +93,7 @@ def run_benchmark(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> di
             f"pool.root={cfg.pool.root}: the images of the policy go there; give another root, or another "
             "hydra.run.dir"
         )
-    rewards = rewards_of(cfg, "benchmark.rewards") if cfg.benchmark.rewards else []
+    rewards = benchmark_rewards(cfg)
     check_unconditional(cfg)
     check_reward_weights(rewards)
     check_accelerator(cfg.trainer.accelerator)
@@ -169,6 +169,20 @@ def _identity(cfg: DictConfig, benchmark: Benchmark, generator: ImageGenerator) 
         "text_encoders": prints["text_encoders"],
         "latent_space": prints["latent_space"],
     }
+
+
+def benchmark_rewards(cfg: DictConfig) -> list[Reward]:
+    """Rewards that score here: those of `benchmark.rewards`, or those at the key that it names."""
+    given = cfg.benchmark.rewards
+    if not given:
+        return []
+    place = given if isinstance(given, str) else "benchmark.rewards"
+    if not OmegaConf.select(cfg, place):
+        raise InputError(
+            f"benchmark.rewards={place}: model={cfg.model.name} has none there; name scorers: "
+            "rewards@benchmark.rewards=NAME"
+        )
+    return rewards_of(cfg, place)
 
 
 def _draw(drawing: Drawing, command: str) -> dict | None:

@@ -203,6 +203,10 @@ TABLE: dict[str, Rule] = {
     "results": optional(FILES),
     "benchmark.seed": SEED,
     "benchmark.base": SWITCH,
+    "benchmark.rewards": Rule(
+        "evaluation.rewards, evaluation.oracle, or rewards by name (rewards@benchmark.rewards=NAME)",
+        lambda value: value in ("evaluation.rewards", "evaluation.oracle") or isinstance(value, Mapping),
+    ),
     "trust": NAMES,
 }
 # groups and keys with one `_target_`, whose arguments are checked against its signature

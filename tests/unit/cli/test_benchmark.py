@@ -11,6 +11,8 @@ from PIL import Image
 from capo.backbones.export import export_policy
 from capo.backbones.model_card import ModelCard
 from capo.cli import evaluate as evaluate_script
+from capo.cli.benchmark import benchmark_rewards
+from capo.cli.values import check_values
 from capo.errors import InputError
 from capo.shapes.oracle import alignments
 from fixtures.configuration import composed
@@ -148,14 +150,19 @@ def test_results_become_a_table(geneval, listed, tmp_path):
 
 def test_scorers_of_a_benchmark_are_chosen_by_name():
     def named(*given):
-        return list(composed(*given, name="evaluate").benchmark.rewards or {})
+        cfg = composed(*given, name="evaluate")
+        check_values(cfg)
+        return [reward.name for reward in benchmark_rewards(cfg)]
 
     assert named("benchmark=hpsv2") == ["hpsv2"] and named("benchmark=genai") == ["vqascore"]
     assert named("benchmark=hpsv2", "rewards@benchmark.rewards=[]") == named("benchmark=dpg") == []
     assert named("benchmark=t2i_compbench", "rewards@benchmark.rewards=clip_b32") == ["clip_b32"]
     assert named("benchmark=parti") == ["alignment", "looks", "preference"]  # of the evaluation
     assert named("benchmark=parti", "rewards@benchmark.rewards=[looks]") == ["looks"]
+    assert named("benchmark=shapes") == ["alignment", "assertions", "looks"]
     assert named("benchmark=shapes", "rewards@benchmark.rewards=looks") == ["looks"]
+    with pytest.raises(InputError, match=r"benchmark.rewards=evaluation.oracle: model=sd15 has none there"):
+        named("benchmark=shapes", "model=sd15")
 
 
 def test_values_of_a_benchmark_are_checked(geneval, tmp_path):
@@ -165,6 +172,7 @@ def test_values_of_a_benchmark_are_checked(geneval, tmp_path):
         ("benchmark.set.images=x", "benchmark.set.images=x: must be a whole number"),
         ("+benchmark.set.image=2", "takes no such argument; did you mean benchmark.set.images"),
         ("benchmark.set._target_=capo.pairs.frs", "is nothing of this package that benchmark.set takes"),
+        ("benchmark.rewards=looks", "benchmark.rewards=looks: must be evaluation.rewards, "),
         ("results=[]", r"results=\[\]: must be a file or a list of files"),
     ):
         with pytest.raises(InputError, match=says):

@@ -1,5 +1,7 @@
 """evaluate.py among several processes."""
 
+import json
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -32,6 +34,31 @@ def test_another_process_than_the_first_draws_and_leaves_the_results_to_it(
     results = evaluate_script.run(finished, [], folder)
     assert (folder / "results.json").is_file() and 0 <= results["win_rate"]["r"]["mean"] <= 1
     assert drawn == sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+
+
+def test_a_run_is_drawn_for_a_benchmark_with_its_own_configuration(finished, tiny_run, tmp_path):
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(
+        '{"tag": "colors", "prompt": "a red cat"}\n{"tag": "position", "prompt": "a blue dog"}\n'
+    )
+    run = tiny_run.folder / "finished"
+    given = [
+        f"run={run}",
+        "benchmark=geneval",
+        f"benchmark.set.path={listed}",
+        "benchmark.set.images=1",
+        "benchmark.rewards=evaluation.rewards",
+        f"trust=[{BRIGHTNESS}]",
+    ]
+    found = evaluate_script.run(
+        tiny_run("asked", *given, "sampling.steps=7", config="evaluate"), given, tmp_path
+    )
+    folder = run / "benchmarks" / "geneval"
+    assert found["rows"] == ["policy", "base"] and list(found["measures"]) == ["r"]
+    assert len(list((folder / "images").rglob("*.png"))) == 4
+    mark = json.loads((folder / "benchmark.json").read_text())
+    assert mark["policy"]["steps"] == 2  # the run's
+    assert mark["policy"]["denoiser"] == json.loads((run / "outcome.json").read_text())["policy"]
 
 
 def test_processes_without_a_common_folder_are_refused():

@@ -1,61 +1,17 @@
 """The trees of benchmarks: as published, and as each official scorer reads them from a disk."""
 
-import csv
 import json
 import os
 import re
-from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from capo.backbones.sampling import SamplerSettings
-from capo.data.generation import ImageGenerator, PoolSpec
-from capo.data.images import GeneratedImages
-from capo.data.prompts import candidate_seed, make_prompt
+from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.evaluation.benchmarks import Picture, dpg, genai, geneval, hpsv2, parti, t2i_compbench
-from capo.evaluation.benchmarks.tree import claim, readme, write_seeds, write_tree
-from fixtures.fake_backbone import FakeBackbone
-
-LONG = ("a very long sentence about a cat " * 13)[:400]
-HARD = ["a red/blue cat", "one_two __ three", "the \"quoted\" 'cat'", "a cat\r\non a mat", LONG]
-
-
-def drawn(benchmark, root) -> GeneratedImages:
-    """The benchmark's images by a backbone without a network."""
-    spec = PoolSpec(root, "fake", benchmark.name, 7, benchmark.drawn, benchmark.images, compared=False)
-    generator = ImageGenerator.base(FakeBackbone(), SamplerSettings(steps=1, guidance=1.0, batch=64))
-    return GeneratedImages.fill(spec, generator, [], progress=False)
-
-
-def written(benchmark, folder):
-    """Write the tree to `folder`/tree; return it and the images by row of the list."""
-    images = drawn(benchmark, folder / "pool")
-    tree = folder / "tree"
-    write_tree(benchmark, images, tree, progress=False)
-    return tree, [images.images(place) for place in benchmark.places]
-
-
-def files(tree) -> set[str]:
-    return {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
-
-
-def metadata(prompts) -> list[dict]:
-    return [
-        {
-            "tag": ("colors", "position")[number % 2],
-            "include": [{"class": "cat", "count": 1}],
-            "prompt": prompt,
-        }
-        for number, prompt in enumerate(prompts)
-    ]
-
-
-def geneval_list(folder, prompts=HARD):
-    path = folder / "evaluation_metadata.jsonl"
-    path.write_text("".join(json.dumps(record) + "\r\n" for record in metadata(prompts)))
-    return path
+from capo.evaluation.benchmarks import dpg, genai, geneval, hpsv2, parti, t2i_compbench
+from capo.evaluation.benchmarks.tree import write_tree
+from fixtures.benchmarks import HARD, LONG, drawn, files, geneval_list, metadata, written
 
 
 def test_geneval_as_its_scorer_reads_it(tmp_path):
@@ -242,102 +198,3 @@ def test_lists_of_the_hub_are_named_by_their_key():
         InputError, match=r"benchmark.set: file 'PartiPrompts.tsv' .*\n.*benchmark.set.path=FILE"
     ):
         parti()
-
-
-def test_a_killed_export_goes_on_and_leaves_nothing_else(tmp_path, monkeypatch):
-    benchmark = geneval(str(geneval_list(tmp_path)), images=2)
-    images, tree = drawn(benchmark, tmp_path / "pool"), tmp_path / "tree"
-    save, saved = Image.Image.save, []
-
-    def dies(self, *arguments, **given):
-        save(self, *arguments, **given)
-        saved.append(arguments)
-        if len(saved) == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Image.Image, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        write_tree(benchmark, images, tree, progress=False)
-    monkeypatch.undo()
-    pictures = [path for path in tree.rglob("*.png")]
-    assert len(pictures) == 3 and len(files(tree)) == 3 + 5  # whole ones alone, and all metadata
-    before = {path: path.stat().st_mtime_ns for path in pictures}
-    write_tree(benchmark, images, tree, progress=False)
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert len(files(tree)) == 15
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation_metadata.jsonl", "pool", "tree"]
-
-
-def test_seeds_are_written_beside_the_trees(tmp_path):
-    benchmark = geneval(str(geneval_list(tmp_path)), images=2)
-    write_seeds(benchmark, 7, tmp_path)
-    with (tmp_path / "images.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 10
-    assert rows[3] == {
-        "file": "00001/samples/00001.png",
-        "image": "1",
-        "seed": str(candidate_seed(7, make_prompt(HARD[1]).id, 1)),
-        "prompt_id": make_prompt(HARD[1]).id,
-        "category": "position",
-        "prompt": HARD[1],
-    }
-    text = readme(benchmark, tmp_path / "a b", {"policy": {"seed": 7}}, (64, 64), ["benchmark=geneval"])
-    assert f"evaluate_images.py '{tmp_path}/a b/images/policy' --outfile" in text
-    assert "python evaluate.py benchmark=geneval 'results=[POLICY]'" in text
-
-
-def test_images_of_something_else_are_not_mixed(tmp_path):
-    claim(tmp_path, "policy", {"seed": 1, "denoiser": "a"})
-    claim(tmp_path, "base", {"seed": 1, "denoiser": "b"})
-    claim(tmp_path, "policy", {"seed": 1, "denoiser": "a"})
-    with pytest.raises(
-        InputError, match=r"images/policy holds other images:\s+denoiser: a -> c\s+choose anot"
-    ):
-        claim(tmp_path, "policy", {"seed": 1, "denoiser": "c"})
-    (tmp_path / "images" / "other").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"images/other is there, but benchmark.json does not name it"):
-        claim(tmp_path, "other", {"seed": 1})
-    (tmp_path / "benchmark.json").write_text("[")
-    with pytest.raises(InputError, match=r"benchmark.json cannot be read"):
-        claim(tmp_path, "base", {"seed": 1})
-
-
-def test_paths_that_cannot_be_written_are_refused(tmp_path):
-    benchmark = geneval(str(geneval_list(tmp_path)), images=1)
-    for path, says in (
-        ("../a.png", "outside its folder"),
-        ("/a.png", "outside its folder"),
-        ("a//b.png", "outside its folder"),
-        (f"{'ä' * 130}.png", "would take 264 bytes"),
-        ("00000/metadata.jsonl", "stands there twice"),
-    ):
-        with pytest.raises(InputError, match=says):
-            replace(benchmark, pictures=[Picture(path, 0)])
-
-
-def test_lists_that_cannot_be_used_are_named(tmp_path):
-    with pytest.raises(
-        InputError, match=r"benchmark.set.path is not given; give the path of GenEval's prompts/"
-    ):
-        geneval()
-    with pytest.raises(InputError, match=r"benchmark.set.path=/nowhere: no such file"):
-        geneval("/nowhere")
-    path = tmp_path / "list.jsonl"
-    for content, says in (
-        ("", "holds no prompt"),
-        ('{"tag": "colors", "prompt": "a"}\n{', "line 2 is not JSON"),
-        ("[1]", "line 1 is no JSON object"),
-        ('{"tag": "colors"}', "line 1: 'prompt' is None, not text"),
-        ('{"tag": "colors", "prompt": " "}', "prompt 0 has no text"),
-    ):
-        path.write_text(content)
-        with pytest.raises(InputError, match=says):
-            geneval(str(path))
-
-
-def test_equal_prompts_share_their_images(tmp_path):
-    benchmark = geneval(str(geneval_list(tmp_path, ["a cat", "a dog", "a  cat"])), images=2)
-    assert len(benchmark.drawn) == 2 and benchmark.places == [0, 1, 0]
-    _, images = written(benchmark, tmp_path)
-    assert images[0][1].tobytes() == images[2][1].tobytes()
