@@ -3,6 +3,7 @@
 python evaluate.py run=outputs/DATE/TIME
 python evaluate.py runs=[outputs/A,outputs/B]
 python evaluate.py policy=FOLDER base=FOLDER model=shapes_unet
+python evaluate.py benchmark=shapes policy=FOLDER
 """
 
 import hydra

@@ -114,8 +114,8 @@ def test_t2i_compbench_as_its_scorers_read_it(tmp_path):
 def test_prompts_that_no_name_can_hold_are_refused(tmp_path, text, says):
     with pytest.raises(InputError, match=says):
         t2i_compbench(t2i_lists(tmp_path / "lists", (text,)), ["color"])
-    with pytest.raises(InputError, match="colour is unknown; there are color, shape"):
-        t2i_compbench(str(tmp_path), ["colour"])
+    with pytest.raises(InputError, match="colr is unknown; there are color, shape"):
+        t2i_compbench(str(tmp_path), ["colr"])
 
 
 def genai_folder(folder, prompts=HARD):
