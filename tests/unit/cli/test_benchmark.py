@@ -156,6 +156,8 @@ def test_scorers_of_a_benchmark_are_chosen_by_name():
 
     assert named("benchmark=hpsv2") == ["hpsv2"] and named("benchmark=genai") == ["vqascore"]
     assert named("benchmark=hpsv2", "rewards@benchmark.rewards=[]") == named("benchmark=dpg") == []
+    metadata = "benchmark.rewards.geneval-hf.scorer.metadata=list.jsonl"
+    assert named("benchmark=geneval", "rewards@benchmark.rewards=geneval_hf", metadata) == ["geneval-hf"]
     assert named("benchmark=t2i_compbench", "rewards@benchmark.rewards=clip_b32") == ["clip_b32"]
     assert named("benchmark=parti") == ["alignment", "looks", "preference"]  # of the evaluation
     assert named("benchmark=parti", "rewards@benchmark.rewards=[looks]") == ["looks"]

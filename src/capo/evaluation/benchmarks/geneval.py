@@ -56,6 +56,7 @@ def geneval(path: str | None = None, images: int = 4) -> Benchmark:
             ),
             read_results,
         ),
+        notes={"geneval-hf": "GenEval's rules on another detector: not comparable with published figures."},
     )
 
 

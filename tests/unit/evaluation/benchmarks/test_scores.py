@@ -30,6 +30,8 @@ def test_a_mean_over_groups_is_not_that_over_prompts():
         "a",
         "b",
     ]
+    balanced = summary(of_categories("aaab", overall="groups"), [Row("one", values)], 0)["measures"]["m"]
+    assert [balanced["overall"]["rows"]["one"][side] for side in ("low", "high")] == [0.0, 0.5]
     # of group a three values are drawn, b has one: sums of three of {1, 0, 1} / 6; 1/27 are all 0
     low, high = balanced_interval([torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0])], 0)
     assert (low, high) == (0.0, 0.5)
@@ -50,7 +52,7 @@ def test_a_model_against_itself_has_no_difference():
 def test_the_best_row_is_one_that_tests_separate():
     benchmark = of_categories(["a"] * 20 + ["b"] * 20)
     level = torch.rand(40, generator=torch.Generator().manual_seed(1)).double()
-    better = level + torch.cat([torch.full((20,), 0.2), torch.zeros(20)])
+    better = level + torch.cat([torch.full((20,), 0.2), torch.tensor([0.02, -0.01] * 10)])
     rows = [Row("first", {"m": better}), Row("second", {"m": level}), Row("third", {"m": level - 0.3})]
     found = summary(benchmark, rows, 0)["measures"]["m"]
     assert [found[part]["best"] for part in ("overall", "a", "b")] == ["first", "first", None]
