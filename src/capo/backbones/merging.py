@@ -21,7 +21,15 @@ from capo.backbones.saving import CHECKPOINT_FILE, INDEX
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint, weight_files
-from capo.runtime.tensor_files import DTYPES, read_rows, spans, tensor_entries, write_parts
+from capo.runtime.tensor_files import (
+    DTYPES,
+    Home,
+    read_rows,
+    spans,
+    tensor_entries,
+    tensor_homes,
+    write_parts,
+)
 from capo.soup import check_weights, coefficients, combined, inner_products
 
 
@@ -168,8 +176,8 @@ def _merge_whole(
     """Write the soup of whole policies to the folder `fresh`."""
     part = base.component
     inside = [model.folder / part for model in models]
-    homes = [_homes(folder) for folder in inside]
-    origin = _homes(base.folder / part, base.variant)
+    homes = [tensor_homes(folder) for folder in inside]
+    origin = tensor_homes(base.folder / part, base.variant)
     for folder, home in zip(inside, homes, strict=True):
         if home.keys() != homes[0].keys() or home.keys() - origin.keys():
             odd = sorted((home.keys() ^ homes[0].keys()) | (home.keys() - origin.keys()))
@@ -205,19 +213,8 @@ def _left_out(component: str) -> Any:
     return chosen
 
 
-def _homes(folder: Path, variant: str | None = None) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Name of each tensor of a component -> its file, dtype and shape."""
-    files = weight_files(folder, variant).values()
-    return {
-        name: (file, dtype, shape) for file in files for name, (dtype, shape) in tensor_entries(file).items()
-    }
-
-
 def _merged_tensor(
-    name: str,
-    homes: Sequence[Mapping[str, tuple[Path, str, tuple[int, ...]]]],
-    method: str,
-    weights: Sequence[float],
+    name: str, homes: Sequence[Mapping[str, Home]], method: str, weights: Sequence[float]
 ) -> Iterator[Tensor]:
     """Yield the parts of one tensor of the soup; `homes` begin with the base's."""
     files, dtypes, shapes = zip(*(home[name] for home in homes), strict=True)

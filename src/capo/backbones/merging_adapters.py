@@ -73,8 +73,17 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(settings, dict):
             raise TypeError(f"its {METADATA} are no names with values")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"policies: '{file}' cannot be read ({error}); export it again") from error
+        raise InputError(f"'{file}' cannot be read ({error}); export it again") from error
     return factors, settings
+
+
+def adapter_factors(policy: Path, part: str) -> Factors:
+    """Layer -> (A, alpha / rank * B), float32, of the adapter in a policy's folder; `part` is the denoiser.
+
+    Raises InputError if the file cannot be read, or is no plain adapter of linear layers.
+    """
+    file = policy / LORA_FILE
+    return _scaled(file, *_read(file), part)
 
 
 def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, Any], part: str) -> Factors:
@@ -85,9 +94,9 @@ def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, An
     fits = all(name.startswith(f"{part}.") and _are_factors(factors, name) for name in names)
     if other or not rank or not alpha or not names or not fits or len(factors) != 2 * len(names):
         raise InputError(
-            f"policies: '{file}' is no plain LoRA adapter of linear layers"
+            f"'{file}' is no plain LoRA adapter of linear layers"
             + (f" ({', '.join(other)})" if other else "")
-            + "; merge adapters that train.py exported"
+            + "; only adapters that train.py exported are read"
         )
     return {
         name.removeprefix(f"{part}.").split(".lora_A.")[0]: (

@@ -27,6 +27,7 @@ from capo.data.labels import HUMAN, LabelSource
 from capo.data.pool.import_table import HUMAN_LABELS
 from capo.data.prompts import Prompt, check_splits, missing_inputs
 from capo.errors import InputError
+from capo.evaluation.diversity import AUTO, encoder_of
 from capo.evaluation.held_out import refuse_trained
 from capo.rewards import Reward, load_rewards, lookup
 from capo.runtime.launch import launch
@@ -44,6 +45,7 @@ class Components:
     oracle: list[Reward]  # measures reported in evaluations beside the rewards; empty if the model has none
     pool_specs: dict[str, PoolSpec]  # train, validation, test, zero
     held_out: list[Reward] = field(default_factory=list)  # score validation images beside `rewards`
+    encoder: Reward | None = None  # of `evaluation_rewards`, measures diversity in the process that evaluates
 
     @property
     def backbone(self) -> Backbone:
@@ -126,8 +128,11 @@ def build_components(
         # load a scorer when it scores.
         for reward in {reward.key: reward for reward in [*rewards, *evaluated, *oracle, *held_out]}.values():
             reward.setup("cpu")
+    # after the scorers, which it needs, and before the base, which takes longer
+    wanted = cfg.evaluation.get("diversity", AUTO)  # runs of earlier versions have no such key
+    encoder = encoder_of(wanted, evaluated) if scoring and launch().first else None
     generator = ImageGenerator.base(base_of(cfg, parts), settings)
-    return Components(generator, splits, rewards, evaluated, oracle, specs, held_out)
+    return Components(generator, splits, rewards, evaluated, oracle, specs, held_out, encoder)
 
 
 def sampler_settings(cfg: DictConfig) -> SamplerSettings:

@@ -25,6 +25,7 @@ from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.compare import compare_runs, run_folders
+from capo.evaluation.diversity import SAMPLE
 from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import seeds_table
 from capo.evaluation.tables import Row, RunTable
@@ -88,6 +89,9 @@ def evaluate_policy(
         config=OmegaConf.to_yaml(cfg, resolve=True),
         curves=run and run / METRICS,
         strength=run and read_strength(run),
+        encoder=components.encoder,
+        sample=cfg.evaluation.get("diversity_prompts", SAMPLE),  # runs of earlier versions have no such key
+        weights=policy,
     )
 
 

@@ -36,6 +36,8 @@ FREE = (
     "data.workers",
     "pool.root",
     "evaluate",
+    "evaluation.diversity",
+    "evaluation.diversity_prompts",
     "export",
     "export_dtype",
     "push_to_hub",

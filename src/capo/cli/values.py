@@ -119,6 +119,8 @@ TABLE: dict[str, Rule] = {
     "evaluation.seed": SEED,
     "evaluation.images": whole(2),
     "evaluation.zero_prompts": whole(1),
+    "evaluation.diversity": optional(TEXT),
+    "evaluation.diversity_prompts": whole(1),
     "trainer.max_steps": whole(1),
     "trainer.batch": whole(1),
     "trainer.micro_batch": optional(whole(1)),

@@ -1,6 +1,6 @@
-"""Generated images of policy or base, read back from their pool: scores, diversity, decoded images."""
+"""Generated images of policy or base, read back from their pool: scores, latents, decoded images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,14 @@ def latent_diversity(latents: Tensor) -> float:
     """
     flat = latents.flatten(1).double()
     return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
+
+
+def latent_drift(policy: Tensor, base: Tensor) -> float:
+    """Mean distance of policy's and base's latents (K, C, H, W) of one prompt, at equal seeds.
+
+    The distance is that of `latent_diversity`.
+    """
+    return (policy.double() - base.double()).flatten(1).square().mean(1).sqrt().mean().item()
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,10 @@ class GeneratedImages:
         """Side of a comparison, from stored scores of `rewards` and `oracle` (which may be empty)."""
         return Side(self, self.scores(rewards), self.scores(oracle) if oracle else {})
 
-    def diversity(self) -> float:
-        """Mean of `latent_diversity` over the prompts."""
+    def latents(self) -> Iterator[Tensor]:
+        """Yield the stored latents (K, C, H, W) of each prompt of the spec."""
         reader, candidates = PoolReader(self.pool), range(self.spec.candidates)
-        distances = [latent_diversity(reader.latents(place, candidates)) for place in self.positions]
-        return sum(distances) / len(distances)
+        return (reader.latents(place, candidates) for place in self.positions)
 
     def images(self, prompt: int) -> list[Image]:
         """Decoded images, K, of prompt number `prompt` of the spec."""

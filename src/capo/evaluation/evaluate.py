@@ -8,26 +8,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from PIL.Image import Image
 from torch import Tensor
 
+from capo.backbones import Backbone
+from capo.backbones.weight_drift import WeightDrift, weight_drift
 from capo.data.generation import ImageGenerator, PoolSpec
-from capo.data.images import GeneratedImages, Scores, Side
+from capo.data.images import GeneratedImages, Side
 from capo.errors import DamagedFile, InputError
-from capo.evaluation.reports.gallery import exhibits
+from capo.evaluation.diversity import (
+    SAMPLE,
+    Distances,
+    Pictures,
+    feature_distances,
+    latent_distances,
+    sampled_rows,
+)
+from capo.evaluation.reports.gallery import chosen_prompts, exhibits, ranking
 from capo.evaluation.reports.page import Report, print_results, render_report
 from capo.evaluation.results import DIGITS, results
-from capo.evaluation.seeds import COLUMN
+from capo.evaluation.seeds import COLUMN, DRIFT
 from capo.metrics import win_rate
 from capo.rewards import Reward
 from capo.rewards.lengths import cut_prompts
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.reading import read_json
 from capo.runtime.run_folder import POOLS, RATES, REPORT, RESULTS, SETTINGS
+from capo.runtime.threads import map_batches
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # of settings.json; results written with another schema are computed again
 AGAIN = "the evaluation is made again"
+SCHEMA = 3  # of settings.json; results written with another schema are computed again
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class _Comparison:
     rewards: Sequence[Reward]
     zero: PoolSpec | None
     oracle: Sequence[Reward]
+    encoder: Reward | None
+    sample: int
 
     @property
     def base(self) -> ImageGenerator:
@@ -71,6 +86,7 @@ class _Comparison:
             "oracle": {measure.name: measure.key for measure in self.oracle},
             **seen,
             "zero": unlike,
+            "features": self.encoder and {"of": self.encoder.key, "prompts": self.sample},
             "categories": hashlib.sha256(identity.encode()).hexdigest(),
             "prompts": [prompt.id for prompt in spec.prompts],
         }
@@ -101,6 +117,9 @@ def evaluate(
     config: str | None = None,
     curves: str | Path | None = None,
     strength: Mapping | None = None,
+    encoder: Reward | None = None,
+    sample: int = SAMPLE,
+    weights: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
     """Generate and score images of policy and base, then write their comparison to `folder`.
@@ -121,6 +140,11 @@ def evaluate(
         config: text of the run's config.yaml for the report, or None.
         curves: the run's metrics.csv for the report, or None; the file may be missing.
         strength: content of the run's strength.json for the report, or None.
+        encoder: the reward whose image encoder measures diversity and drift beside the latents, one that has
+            features (`encoder_of`); None: latents alone.
+        sample: number of prompts that it measures, evenly spaced over the set.
+        weights: folder of the policy, for the drift of its weights; None: not measured. What cannot be
+            compared is a warning.
         progress: whether to show progress bars.
 
     Returns:
@@ -132,14 +156,31 @@ def evaluate(
     """
     if zero is not None and list(zero.prompts) != list(spec.prompts[: len(zero.prompts)]):
         raise InputError("the zero line's prompts must be the first test prompts (evaluation.zero_prompts)")
-    folder, comparison = Path(folder), _Comparison(spec, policy, rewards, zero, oracle)
+    folder, comparison = Path(folder), _Comparison(spec, policy, rewards, zero, oracle, encoder, sample)
     settings = comparison.settings() | {"shown": shown}
     found = stored_results(folder, settings)
     if found is not None:
         log.info("%s already holds the results of these settings", folder)
     else:
         tuned, base, zero_scores = comparison.sides(folder / POOLS, progress)
-        found = _results_of(tuned, base, zero_scores, settings)
+        latents, chosen = latent_distances(tuned, base), _gallery(tuned, base, shown)
+        rows = sampled_rows(len(spec.prompts), sample) if encoder else []
+        pictures = _decoded(
+            tuned, base, sorted({*rows, *(row for order in chosen.values() for row in order)})
+        )
+        found = results(
+            tuned.scores,
+            base.scores,
+            zero_scores=zero_scores,
+            latents=latents,
+            fingerprints={side: str(settings[side]) for side in ("policy", "base")},
+            seed=spec.seed,
+            policy_measures=tuned.measures,
+            base_measures=base.measures,
+            categories=[prompt.category for prompt in spec.prompts],
+            features=_in_features(encoder, pictures, rows, policy.backbone.device),
+            weights=None if weights is None else _weight_drift(policy.backbone, Path(weights)),
+        )
         if cut := cut_prompts(rewards, [prompt.text for prompt in spec.prompts]):
             found["cut"] = cut
         report = Report(
@@ -147,29 +188,53 @@ def evaluate(
             found,
             settings,
             rewards,
-            exhibits(tuned, base, shown),
+            exhibits(tuned, base, chosen, pictures),
             config,
             curves,
             strength,
         )
-        _write(folder, settings, found, render_report(report), _rate_rows(tuned, base))
+        _write(folder, settings, found, render_report(report), _rate_rows(tuned, base, latents))
         _remove_other_pools(folder / POOLS, tuned.drawn.pool.folder)
     print_results(found)
     return found
 
 
-def _results_of(tuned: Side, base: Side, zero_scores: Scores, settings: Mapping) -> dict:
-    return results(
-        tuned.scores,
-        base.scores,
-        zero_scores=zero_scores,
-        diversity={"policy": tuned.drawn.diversity(), "base": base.drawn.diversity()},
-        fingerprints=settings,
-        seed=settings["seed"],
-        policy_measures=tuned.measures,
-        base_measures=base.measures,
-        categories=[prompt.category for prompt in tuned.drawn.spec.prompts],
-    )
+def _gallery(tuned: Side, base: Side, shown: int) -> dict[str, list[int]]:
+    """Rows of the prompts in each order of the gallery."""
+    return chosen_prompts(ranking(tuned.scores, base.scores), shown)
+
+
+def _decoded(tuned: Side, base: Side, rows: Sequence[int]) -> Pictures:
+    """Decode the images of some prompts once: row -> images of policy and base."""
+    settings, device = tuned.drawn.generator.settings, tuned.drawn.generator.backbone.device
+
+    def both(row: int) -> tuple[Sequence[Image], Sequence[Image]]:
+        return tuned.drawn.images(row), base.drawn.images(row)
+
+    return dict(zip(rows, map_batches(both, rows, settings.parallel, device), strict=True)).__getitem__
+
+
+def _in_features(
+    encoder: Reward | None, pictures: Pictures, rows: Sequence[int], device: torch.device
+) -> tuple[str, Distances] | None:
+    """Name of the encoder, and distances of its vectors; it is on the device for the time of it."""
+    if encoder is None:
+        return None
+    encoder.setup(device)
+    try:
+        return encoder.name, feature_distances(encoder, pictures, rows)
+    finally:
+        encoder.offload()
+
+
+def _weight_drift(backbone: Backbone, policy: Path) -> WeightDrift | None:
+    """Drift of the weights; None, with a warning, if they do not compare with the base's."""
+    base = backbone.folder / backbone.denoiser_component
+    try:
+        return weight_drift(base, backbone.variant, backbone.dtype, policy)
+    except InputError as error:
+        log.warning("the drift of the policy's weights is not measured: %s", error)
+        return None
 
 
 def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
@@ -187,15 +252,16 @@ def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
     return None
 
 
-def _rate_rows(tuned: Side, base: Side) -> list[dict[str, object]]:
-    """Rows of win_rates.csv: a prompt's id, text and category, and its win-rate for each reward."""
+def _rate_rows(tuned: Side, base: Side, latents: Distances) -> list[dict[str, object]]:
+    """Rows of win_rates.csv: a prompt's id, text and category, its win-rates, and distances of latents."""
+    distances = {"diversity/policy": latents.policy, "diversity/base": latents.base, DRIFT: latents.drift}
     rates = {name: win_rate(tuned.scores[name], scores).tolist() for name, scores in base.scores.items()}
     rows: list[dict[str, object]] = []
     for row, prompt in enumerate(tuned.drawn.spec.prompts):
         labels = {"prompt_id": prompt.id, "prompt": prompt.text, "category": prompt.category}
-        rows.append(
-            {**labels, **{f"{COLUMN}{name}": round(values[row], DIGITS) for name, values in rates.items()}}
-        )
+        figures = {f"{COLUMN}{name}": values[row] for name, values in rates.items()}
+        figures |= {name: values[row].item() for name, values in distances.items()}
+        rows.append({**labels, **{name: round(value, DIGITS) for name, value in figures.items()}})
     return rows
 
 

@@ -5,7 +5,9 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from capo.backbones.weight_drift import WeightDrift
 from capo.data.images import Scores
+from capo.evaluation.diversity import Distances
 from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
 from capo.metrics import win_rate
 
@@ -17,12 +19,14 @@ def results(
     base_scores: Scores,
     *,
     zero_scores: Scores,
-    diversity: Mapping[str, float],
+    latents: Distances,
     fingerprints: Mapping[str, str],
     seed: int,
     policy_measures: Scores = MappingProxyType({}),
     base_measures: Scores = MappingProxyType({}),
     categories: Sequence[str] = (),
+    features: tuple[str, Distances] | None = None,
+    weights: WeightDrift | None = None,
 ) -> dict:
     """Compute the content of results.json: win-rates in 0-1 with 95 % intervals over prompts (CaPO, B.2).
 
@@ -36,13 +40,15 @@ def results(
         base_scores: reward -> (P, K) raw scores of the base's images, for the same prompts and seeds.
         zero_scores: reward -> (Z, K) raw scores of the base's images with other seeds, for the first Z
             prompts; empty if there is no zero line.
-        diversity: "policy" and "base" -> `latent_diversity`, averaged over prompts.
+        latents: distances of the latents, of all P prompts.
         fingerprints: "policy" and "base" -> fingerprint of the denoiser.
         seed: seed of the bootstrap.
         policy_measures: oracle measure -> (P, K) for the policy's images; empty if there is no oracle.
         base_measures: oracle measure -> (P, K) for the base's images; empty if there is no oracle.
         categories: category of each of the P prompts; a prompt of category "" counts only in the overall
             values.
+        features: an encoder's name and the distances of its vectors, of some prompts; None: not measured.
+        weights: drift of the weights; None: not measured.
     """
     prompts, images = next(iter(policy_scores.values())).shape
     rates = {name: win_rate(policy_scores[name], base) for name, base in base_scores.items()}
@@ -61,7 +67,9 @@ def results(
             for name, base in base_scores.items()
         },
         **measured,
-        "diversity": {side: round(float(diversity[side]), DIGITS) for side in ("policy", "base")},
+        "diversity": _diversity(latents, seed),
+        "drift": {"latents": _with_interval(latents.drift, seed)} | _in_weights(weights),
+        **_in_features(features, seed),
         "prompts": prompts,
         "images_per_prompt": images,
         "policy": fingerprints["policy"],
@@ -77,6 +85,40 @@ def _tests(differences: Mapping[str, Tensor], seed: int) -> dict[str, dict[str, 
     """Round the p-values of `paired_tests`."""
     tests = paired_tests(differences, seed)
     return {name: {key: round(p, DIGITS) for key, p in test.items()} for name, test in tests.items()}
+
+
+def _diversity(distances: Distances, seed: int) -> dict[str, float]:
+    """Diversity of both sides, and interval and p-value of the paired change."""
+    test = _tests({"": distances.policy - distances.base}, seed)[""]
+    return _change(distances.policy[:, None], distances.base[:, None], seed) | {"p": test["p"]}
+
+
+def _in_features(features: tuple[str, Distances] | None, seed: int) -> dict[str, dict]:
+    """Entry "features" of the results, where they were measured."""
+    if features is None:
+        return {}
+    name, distances = features
+    return {
+        "features": {
+            "reward": name,
+            "prompts": len(distances.drift),
+            "diversity": _diversity(distances, seed),
+            "drift": _with_interval(distances.drift, seed),
+        }
+    }
+
+
+def _in_weights(weights: WeightDrift | None) -> dict[str, dict]:
+    """Entry "weights" of the drift, where it was measured."""
+    if weights is None:
+        return {}
+    blocks = {name: _significant(drift) for name, drift in weights.blocks.items()}
+    return {"weights": {"all": _significant(weights.total), "blocks": blocks}}
+
+
+def _significant(value: float | None) -> float | None:
+    """Round to DIGITS significant digits: relative changes of weights may be far below 1."""
+    return value and float(f"{value:.{DIGITS}g}")
 
 
 def _with_interval(per_prompt: Tensor, seed: int) -> dict[str, float]:

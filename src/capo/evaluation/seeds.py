@@ -16,6 +16,7 @@ from capo.runtime.reading import read_rows
 from capo.runtime.run_folder import EVALUATION, RATES
 
 COLUMN = "win_rate/"  # begins the name of a reward's column in win_rates.csv
+DRIFT = "drift"  # column of the distance of the policy's latents from the base's at equal seeds
 
 
 def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:

@@ -117,7 +117,34 @@ class ClipScorer(BatchScorer):
         """Return scores (B,) for pixels (B, 3, H, W); image i has prompt tokens[row[i]], tokens (P, 77)."""
 
 
-class PickScore(ClipScorer):
+class ImageTower(BatchScorer):
+    """BatchScorer whose image encoder can be used alone, for distances between images."""
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image]) -> Tensor:
+        """Return the image encoder's vectors (B, D), float32 on the CPU; no prompt is read."""
+        starts = range(0, len(images), self.batch)
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([self._seen(images[i : i + self.batch]).float().cpu() for i in starts])
+
+    @abstractmethod
+    def _seen(self, images: Sequence[Image]) -> Tensor:
+        """Return vectors (B, D) from one forward pass."""
+
+
+class ClipTower(ClipScorer, ImageTower):
+    """ClipScorer whose vectors of images are the embeddings of its CLIP."""
+
+    def _seen(self, images: Sequence[Image]) -> Tensor:
+        pixels = self.inputs.pixels(images).to(self.device)
+        return self._clip.get_image_features(pixel_values=pixels).pooler_output
+
+    @property
+    def _clip(self) -> Any:
+        return self.module
+
+
+class PickScore(ClipTower):
     """PickScore: exp(logit_scale) cos(image, text), from a CLIP-H that was tuned on human choices.
 
     Args:

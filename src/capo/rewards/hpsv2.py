@@ -23,7 +23,7 @@ from capo.rewards.clip_scores import (
     CLIP_H,
     PROCESSOR_FILES,
     ClipInputs,
-    ClipScorer,
+    ClipTower,
     check_batch,
     cosines,
     load_clip,
@@ -138,7 +138,7 @@ class WholeImages(ClipInputs):
         return torch.stack([fitted(image, self.side, self.antialias) for image in images])
 
 
-class HPSv2(ClipScorer):
+class HPSv2(ClipTower):
     """HPSv2: cos(image, text) of the whole, uncropped image.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.clip_scores import BATCH, MODEL_FILES, BatchScorer, check_batch, load_clip
+from capo.rewards.clip_scores import BATCH, MODEL_FILES, ImageTower, check_batch, load_clip
 from capo.rewards.cropping import cropped
 from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
 from capo.runtime.fingerprints import file_digest
@@ -36,7 +36,7 @@ def linear_stack(width: int) -> nn.Sequential:
     )
 
 
-class LaionAesthetics(BatchScorer):
+class LaionAesthetics(ImageTower):
     """LAION's aesthetic rating from the image's CLIP embedding, normalized to length 1; prompts are not read.
 
     Args:
@@ -76,9 +76,11 @@ class LaionAesthetics(BatchScorer):
         self.crop: int = vision.image_size
 
     def _batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        return self.module["layers"](F.normalize(self._seen(images), dim=-1))[:, 0]
+
+    def _seen(self, images: Sequence[Image]) -> Tensor:
         pixels = torch.stack([cropped(image, self.crop) for image in images]).to(self.device)
-        seen = self.module["image"](pixel_values=pixels).pooler_output
-        return self.module["layers"](F.normalize(self.module["projection"](seen), dim=-1))[:, 0]
+        return self.module["projection"](self.module["image"](pixel_values=pixels).pooler_output)
 
 
 def _check_digest(file: Path, wanted: str | None, setting: str) -> None:

@@ -6,6 +6,7 @@ The names of modules are those of the published checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from capo.rewards.clip_scores import (
     CLIP_H,
     PROCESSOR_FILES,
     ClipInputs,
-    ClipScorer,
+    ClipTower,
     check_batch,
     load_clip,
 )
@@ -167,7 +168,7 @@ class CrossModel(nn.Module):
             return cls(dim, layers, heads // head_dim, head_dim)
 
 
-class MPS(ClipScorer):
+class MPS(ClipTower):
     """MPS: exp(logit_scale) cos(text, image), where the image attends to the words near the condition.
 
     The image's embedding is its first token after that attention.
@@ -214,8 +215,12 @@ class MPS(ClipScorer):
         )
         self.threshold = threshold
 
+    @property
+    def _clip(self) -> Any:
+        return self.module["model"]
+
     def _score(self, pixels: Tensor, tokens: Tensor, row: Tensor) -> Tensor:
-        clip = self.module["model"]
+        clip = self._clip
         words, whole = self._read(tokens)
         condition, _ = self._read(self.inputs.tokens([CONDITION]).to(self.device))
         seen = attended_words(words, condition[0], self.threshold)
@@ -225,7 +230,7 @@ class MPS(ClipScorer):
 
     def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode tokens (P, L) to projected words (P, L, D) and prompt embeddings (P, D)."""
-        clip = self.module["model"]
+        clip = self._clip
         read = clip.get_text_features(input_ids=tokens)
         return clip.text_projection(read.last_hidden_state), read.pooler_output
 

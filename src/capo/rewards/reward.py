@@ -250,6 +250,16 @@ class Reward:
             trace = write_traceback(log_file(self.name, self.logs), error)
             raise InputError(f"{what} {fault.format(guard.told(error))}; {trace}") from error
 
+    @property
+    def has_features(self) -> bool:
+        """Whether its scorer, in this process, turns images into vectors by a method `features`."""
+        return not self.apart and hasattr(self._callable, "features")
+
+    def features(self, images: Sequence[Image]) -> Tensor:
+        """Return the scorer's vectors (B, D) of images, float32; batches are halved as for `score`."""
+        scorer: Any = self._callable
+        return torch.cat(self._batches(lambda part: scorer.features(images[part]), len(images)))
+
     def _unusable(self, scores: Tensor) -> Tensor:
         bad = ~scores.isfinite()
         return bad | (scores < 0) | (scores > 1 + 1e-6) if self.link == "log" else bad

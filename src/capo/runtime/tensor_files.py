@@ -14,9 +14,11 @@ from torch import Tensor
 
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import whole_file
+from capo.runtime.fingerprints import weight_files
 from capo.runtime.reading import open_ordinary
 
 PART = 2**20  # elements of a tensor that are read at once, if its rows are no longer
+Home = tuple[Path, str, tuple[int, ...]]  # of a tensor: its file, dtype by the format's name, and shape
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -41,6 +43,17 @@ def readable_tensors(path: Path) -> Iterator[Any]:
         raise
     except Exception as error:  # safetensors' own error and those of the system
         raise InputError(f"{path} cannot be read as safetensors ({error}); export it again") from error
+
+
+def tensor_homes(folder: Path, variant: str | None = None) -> dict[str, Home]:
+    """Find the tensors of a component's folder by name, in the files that loading reads.
+
+    Raises InputError if a file cannot be read.
+    """
+    files = weight_files(folder, variant).values()
+    return {
+        name: (file, dtype, shape) for file in files for name, (dtype, shape) in tensor_entries(file).items()
+    }
 
 
 def spans(shape: Sequence[int]) -> list[tuple[int, int]]:

@@ -270,13 +270,22 @@ class _Scorer:
         return self.module(pixels, words)
 
 
-class AlignmentScorer(_Scorer):
+class _Reading(_Scorer):
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image]) -> Tensor:
+        """Return vectors (B, 2 WIDTH): mean and maximum over the cells of the network's image encoder."""
+        eye = cast(Reader, self.module).eye
+        cells = eye(to_pixels(images).to(self.device))
+        return torch.cat([cells.mean(1), cells.amax(1)], dim=1).cpu()
+
+
+class AlignmentScorer(_Reading):
     """Probability that the picture shows what the prompt says, like VQAScore."""
 
     network = Verifier
 
 
-class PreferenceScorer(_Scorer):
+class PreferenceScorer(_Reading):
     """Preference of the simulated annotators, like MPS: unbounded; differences are log-odds."""
 
     network = Judge

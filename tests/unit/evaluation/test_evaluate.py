@@ -1,16 +1,21 @@
+import csv
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from capo.backbones.export import export_policy
+from capo.backbones.model_card import ModelCard
 from capo.backbones.sampling import SamplerSettings
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.pool import Pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
+from capo.evaluation.diversity import Distances
 from capo.evaluation.evaluate import evaluate
 from capo.evaluation.results import results
 from capo.evaluation.seeds import read_rates
@@ -21,7 +26,7 @@ BASE = {"looks": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
 POLICY = {"looks": torch.tensor([[2.0, 3.0], [3.0, 4.0], [0.0, 7.0]])}
 ZERO = {"looks": torch.tensor([[0.0, 0.0], [4.0, 5.0]])}
 NAMED = {
-    "diversity": {"policy": 0.5, "base": 1 / 3},
+    "latents": Distances.of([(0.5, 0.25, 0.0), (0.5, 0.25, 0.25), (0.5, 0.5, 0.5)]),
     "fingerprints": {"policy": "p" * 64, "base": "b" * 64},
     "seed": 0,
 }
@@ -39,7 +44,9 @@ def test_results_of_hand_worked_scores():
     # Of four resamples the extremes are 1/4 each
     assert found["zero"] == {"looks": {"mean": 0.4375, "low": 0.0, "high": 0.875}}
     assert found["score"] == {"looks": {"policy": round(19 / 6, 6), "base": 3.5}}
-    assert found["diversity"] == {"policy": 0.5, "base": 0.333333}
+    # changes 0.25, 0.25, 0: one prompt three times is 1/27; 4 of 8 choices of signs are as far from 0
+    assert found["diversity"] == {"policy": 0.5, "base": 0.333333, "low": 0.0, "high": 0.25, "p": 0.5}
+    assert found["drift"] == {"latents": {"mean": 0.25, "low": 0.0, "high": 0.5}}
     assert (found["prompts"], found["images_per_prompt"]) == (3, 2)
     assert (found["policy"], found["base"]) == ("p" * 64, "b" * 64)
     assert "oracle" not in found and "oracle_by_category" not in found
@@ -221,7 +228,69 @@ def test_policy_and_base_draw_the_same_seeds(evaluated, tiny_backbone, tmp_path)
     assert {rate["mean"] for rate in found["win_rate"].values()} == {0.5}  # image for image the base's scores
     assert {(score["policy"] - score["base"]) for score in found["score"].values()} == {0.0}
     assert found["diversity"]["policy"] == found["diversity"]["base"] > 0
+    nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert found["drift"] == {"latents": nothing} and found["diversity"]["p"] == 1.0
     assert found["zero"] == {}
+
+
+class Halves:
+    """Scorer whose vectors are the colors of an image's left and right half, gray being 0."""
+
+    def __call__(self, images, prompts):
+        return brightness(images, prompts)
+
+    def features(self, images):
+        pixels = torch.stack([torch.from_numpy(np.asarray(image, dtype=np.float32)) for image in images])
+        return torch.cat([half.mean((1, 2)) for half in (pixels - 128).chunk(2, dim=2)], dim=1)
+
+
+def test_features_and_weights_are_measured_where_they_are_given(
+    evaluated, tiny_backbone, tmp_path, monkeypatch, caplog
+):
+    _, pools, plain = evaluated
+    encoder = Reward("halves", Halves())
+    policy = tuned(tiny_backbone)
+    folder = export_policy(tiny_backbone, policy.denoiser, tmp_path / "policy", ModelCard("capo", "nothing"))
+    options = {"encoder": encoder, "sample": 3, "weights": folder}
+    found = run(tmp_path / "evaluation", pools, tiny_backbone, policy, **options)
+    assert found["features"]["reward"] == "halves" and found["features"]["prompts"] == 3
+    assert found["features"]["drift"]["mean"] > 0 and found["features"]["diversity"]["base"] > 0
+    # the bias alone has moved
+    bias = tiny_backbone.denoiser.conv_out.bias.double()
+    weights = found["drift"]["weights"]
+    assert {name for name, change in weights["blocks"].items() if change} == {"conv_out"}
+    weight = tiny_backbone.denoiser.conv_out.weight.double()
+    norm = (bias.square().sum() + weight.square().sum()).sqrt().item()
+    assert weights["blocks"]["conv_out"] == pytest.approx(0.05 * len(bias) ** 0.5 / norm, rel=1e-4)
+    assert {key: found[key] for key in ("win_rate", "diversity")} == {
+        key: plain[key] for key in ("win_rate", "diversity")
+    }
+    with (tmp_path / "evaluation" / "win_rates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for column, mean in {
+        "diversity/policy": found["diversity"]["policy"],
+        "drift": found["drift"]["latents"]["mean"],
+    }.items():
+        assert sum(float(row[column]) for row in rows) / len(rows) == pytest.approx(mean, abs=1e-6)
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    assert "'halves' (features) the cosine" in page.replace("&#39;", "'") and "<code>conv_out</code>" in page
+    monkeypatch.setattr("capo.evaluation.evaluate._Comparison.sides", lambda *_: pytest.fail("again"))
+    assert run(tmp_path / "evaluation", pools, tiny_backbone, policy, **options) == found
+    monkeypatch.undo()
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    found = run(tmp_path / "evaluation", pools, tiny_backbone, policy, **options | {"sample": 2})
+    assert "weights" not in found["drift"] and "weights is not measured" in caplog.text
+
+
+def test_the_base_itself_has_no_drift_and_the_same_diversity_in_features(evaluated, tiny_backbone, tmp_path):
+    same = ImageGenerator(tiny_backbone, tiny_backbone.trainable_copy().eval(), "e" * 64, SETTINGS)
+    encoder = Reward("halves", Halves())
+    found = run(
+        tmp_path / "evaluation", evaluated[1], tiny_backbone, policy=same, zero=None, encoder=encoder
+    )["features"]
+    assert found["drift"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and found["prompts"] == 5
+    change = found["diversity"]
+    assert change["policy"] == change["base"] > 0 and change["low"] == change["high"] == 0
 
 
 def test_files_of_an_evaluation(evaluated):
@@ -243,6 +312,7 @@ def test_files_of_an_evaluation(evaluated):
     assert sorted(found) == [
         "base",
         "diversity",
+        "drift",
         "images_per_prompt",
         "oracle",
         "oracle_by_category",

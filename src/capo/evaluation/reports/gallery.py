@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from capo.data.images import Scores, Side
+from capo.evaluation.diversity import Pictures, sampled_rows
 from capo.metrics import win_rate
 from capo.runtime.files import write_whole
 
@@ -75,23 +76,29 @@ def chosen_prompts(order: Sequence[int], count: int) -> dict[str, list[int]]:
     "gain" holds the first of `order`, "loss" the last, worst first, and "plain" prompts evenly spaced over
     the whole set, as an unselected sample.
     """
-    count = min(count, len(order))
-    plain = [place * len(order) // count for place in range(count)]
+    plain = sampled_rows(len(order), count)
     return {"gain": list(order[:count]), "loss": list(order[::-1][:count]), "plain": plain}
 
 
-def exhibits(policy: Side, base: Side, count: int) -> list[Exhibit]:
-    """Decode the images of `count` prompts for each order of the gallery; return them in the set's order."""
-    chosen = chosen_prompts(ranking(policy.scores, base.scores), count)
+def exhibits(
+    policy: Side, base: Side, chosen: Mapping[str, Sequence[int]], pictures: Pictures
+) -> list[Exhibit]:
+    """Return the prompts of the gallery, in the set's order.
+
+    Args:
+        policy: one side of the comparison.
+        base: the other one.
+        chosen: rows of the prompts in each order, by `chosen_prompts`.
+        pictures: row -> images of policy and base.
+    """
     margins = gains(policy.scores, base.scores)
 
     def exhibit(row: int) -> Exhibit:
         prompt = policy.drawn.spec.prompts[row]
         places = {order: rows.index(row) for order, rows in chosen.items() if row in rows}
-        images = base.drawn.images(row), policy.drawn.images(row)
-        return Exhibit(
-            prompt.text, prompt.category, margins[row].item(), changes(policy, base, row), *images, places
-        )
+        ours, theirs = pictures(row)
+        moved = changes(policy, base, row)
+        return Exhibit(prompt.text, prompt.category, margins[row].item(), moved, theirs, ours, places)
 
     return [exhibit(row) for row in sorted({row for rows in chosen.values() for row in rows})]
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from capo.evaluation.held_out import alarms, remark
 from capo.evaluation.reports.charts import half_width, interval_bar, line_chart, read_curves, strength_chart
+from capo.evaluation.reports.distances import block_rows, distance_rows, distance_table, fallen_diversity
 from capo.evaluation.reports.gallery import Exhibit, data_uri, image_grid
 from capo.rewards import Reward
 from capo.runtime.terminal import Terminal
@@ -73,6 +74,7 @@ def render_report(report: Report) -> str:
     }
     charts = [] if report.curves is None else read_curves(report.curves)
     scale, rows = headline(report.results)
+    distance_scale, distances = distance_rows(report.results)
     return environment.get_template("report.html.j2").render(
         report=report,
         results=report.results,
@@ -81,6 +83,9 @@ def render_report(report: Report) -> str:
         scale=scale,
         headline=rows,
         oracle=oracle_sections(report.results),
+        distance_scale=distance_scale,
+        distances=distances,
+        blocks=block_rows(report.results),
         remarks=remarks(report.results) + ([] if report.curves is None else remark(alarms(report.curves))),
         strength=line_chart(strength_chart(report.strength["curve"])) if report.strength else None,
         charts=[(chart.title, line_chart(chart)) for chart in charts],
@@ -198,7 +203,7 @@ def remarks(results: Mapping) -> list[str]:
             f"{name}: it reads {cut['tokens']} tokens of a prompt; at least {cut['prompts']} of "
             f"{results['prompts']} prompts are longer, and nothing after that counts in its scores."
         )
-    return found
+    return found + fallen_diversity(results)
 
 
 def print_results(results: Mapping, console: Console | None = None) -> None:
@@ -211,7 +216,7 @@ def print_results(results: Mapping, console: Console | None = None) -> None:
 
 
 def results_tables(results: Mapping) -> list[Table]:
-    """Tables of win-rates against the base in %, of the oracle's measures, and of these by category."""
+    """Tables of win-rates against the base in %, of the oracle's measures, and of diversity and drift."""
     title = f"policy against base: {results['prompts']} prompts x {results['images_per_prompt']} images"
     table = Table(
         "reward", "win-rate %", "95 % interval", "zero line %", "mean score", title=title, box=box.SIMPLE_HEAD
@@ -226,13 +231,14 @@ def results_tables(results: Mapping) -> list[Table]:
             f"{number(score['base'])} → {number(score['policy'])}",
             style=_style(verdict(rate, 0.5)),
         )
-    sections = oracle_sections(results)
+    sections, distances = oracle_sections(results), distance_table(results)
     if not sections:
-        return [table]
+        return [table, distances]
     return [
         table,
         _oracle_table(sections),
         *([_category_table(sections)] if results["oracle_by_category"] else []),
+        distances,
     ]
 
 

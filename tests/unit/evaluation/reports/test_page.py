@@ -39,7 +39,17 @@ RESULTS = {
         "single": {"looks": {"policy": 5.0, "base": 5.1, "low": -0.3, "high": 0.1, "p": 0.4, "holm": 0.4}},
         "two": {"looks": {"policy": 5.2, "base": 5.5, "low": -0.5, "high": -0.1, "p": 0.04, "holm": 0.08}},
     },
-    "diversity": {"policy": 0.9, "base": 1.0},
+    "diversity": {"policy": 0.96, "base": 1.0, "low": -0.1, "high": 0.02, "p": 0.2},
+    "drift": {
+        "latents": {"mean": 0.5, "low": 0.4, "high": 0.6},
+        "weights": {"all": 0.0123, "blocks": {"conv_in": 0.0, "mid_block": 0.02, "conv_out": 0.01}},
+    },
+    "features": {
+        "reward": "looks",
+        "prompts": 24,
+        "diversity": {"policy": 0.03, "base": 0.04, "low": -0.018, "high": 0.004, "p": 0.1},
+        "drift": {"mean": 0.01, "low": 0.008, "high": 0.012},
+    },
     "prompts": 256,
     "images_per_prompt": 4,
     "policy": "ab" * 32,
@@ -224,6 +234,42 @@ def test_remarks_name_reward_hacking_a_zero_line_off_its_place_and_prompts_that_
         "looks of 'two' falls from 5.500 to 5.200 (p 0.030 by Holm"
         in remarks(RESULTS | {"oracle_by_category": fallen})[1]
     )
+
+
+def test_diversity_and_drift_are_relative_to_the_base():
+    text = Page(page()).read()
+    # 0.96 / 1 - 1, and distances of the features: 0.03 / 0.04 - 1, -0.018 / 0.04, 0.004 / 0.04, 0.01 / 0.04
+    assert "latents -4.0 % [-10.0, +2.0] 0.200 1.000 → 0.960 0.500 (50 %)" in text
+    assert "features -25.0 % [-45.0, +10.0] 0.100 0.04 → 0.03 0.01 (25 %)" in text
+    assert (
+        "0.0123 for all of them, and by block: mid_block 0.02 conv_out 0.01" in text
+    )  # conv_in has not moved
+    assert 'class="amount" width="50.0%"' in page()  # 0.01 of 0.02
+    bare = {key: value for key, value in RESULTS.items() if key != "features"}
+    bare["drift"] = {"latents": RESULTS["drift"]["latents"]}
+    read = Page(page(results=bare)).read()
+    assert "which needs no model" in read and "by block" not in read and "cosine" not in read
+    alike = {
+        "policy": 0.0,
+        "base": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+        "p": 1.0,
+    }  # all images of a prompt are equal
+    assert "+0.0 % [+0.0, +0.0]" in Page(page(results=bare | {"diversity": alike})).read()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(-0.1, -0.002, ["latents"]), (-0.1, 0.0, []), (0.001, 0.1, [])]
+)
+def test_a_fall_of_diversity_beyond_its_interval_is_a_warning(low, high, said):
+    changed = {"policy": 1 + (low + high) / 2, "base": 1.0, "low": low, "high": high, "p": 0.01}
+    falls = [sentence for sentence in remarks(RESULTS | {"diversity": changed}) if "diversity" in sentence]
+    assert len(falls) == len(said) and all(name in falls[0] for name in said)
+    if said:
+        assert falls[0].startswith("diversity falls by 5.1 % (0.2 to 10.0 %; latents)")
+        both = RESULTS["features"] | {"diversity": changed}
+        assert "what 'looks' sees in images, 24 prompts" in remarks(RESULTS | {"features": both})[-1]
 
 
 @pytest.mark.parametrize(
