@@ -14,6 +14,7 @@ from capo.backbones.model_card import ModelCard, write_card, write_win_rates
 from capo.cli.benchmark import run_benchmark
 from capo.cli.build import Components, build_components, tuned_generator
 from capo.cli.engines import engaged, engine_of
+from capo.cli.frontiers import study_of
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
@@ -165,8 +166,12 @@ def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dic
     if groups := seed_groups(runs):
         console.print(seeds_table(groups))
     results = found["results"]
-    rows = [Row(run, labels, results[str(run)]) for run, labels in zip(runs, run_labels(runs), strict=True)]
-    files = RunTable.of(rows, 0, " ".join(["python evaluate.py", *overrides])).write(folder)
+    labeled = list(zip(runs, run_labels(runs), strict=True))
+    study = study_of(dict(labeled))
+    for table in study.tables() if study else ():
+        console.print(table)
+    rows = [Row(run, labels, results[str(run)]) for run, labels in labeled]
+    files = RunTable.of(rows, 0, " ".join(["python evaluate.py", *overrides]), study).write(folder)
     told = f"the table as a page, as CSV and for LaTeX: {', '.join(map(str, files))}"
     console.print(told, markup=False, highlight=False, soft_wrap=True)
     return found

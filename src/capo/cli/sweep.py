@@ -12,9 +12,12 @@ from pathlib import Path
 from rich import box
 from rich.table import Column, Table
 
+from capo.cli.figures import found_figures
+from capo.cli.frontiers import study_of
 from capo.cli.messages import told_fault, was_interrupted
 from capo.cli.run_labels import seed_groups
 from capo.cli.yaml_files import read_yaml
+from capo.evaluation.reports.frontiers import PICTURE as FRONTIER
 from capo.evaluation.reports.sweep_page import (
     ORACLE,
     TEST,
@@ -31,13 +34,12 @@ from capo.evaluation.seeds import seeds_table
 from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.reading import read_json, read_text
-from capo.runtime.run_folder import CONFIG, ERROR, EVALUATION, OUTCOME, PLAN, RESULTS, read_outcome
+from capo.runtime.run_folder import CONFIG, ERROR, OUTCOME, PLAN
 from capo.runtime.terminal import Terminal, printable
 
 FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
 TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
 PLANS = "plans.csv"  # table of a multirun with plan=true; sweep.csv of the runs may lie beside it
-SHARES = ("mean", "low", "high")
 
 
 def sweep_name(folder: Path) -> str:
@@ -62,27 +64,6 @@ def run_job(task: Callable[[], float], folder: Path) -> float:
         write_whole(folder / ERROR, text + "\n")
         print(f"error in {folder}: {text}", file=sys.stderr)
         return math.nan
-
-
-def found_figures(folder: Path) -> dict[str, float]:
-    """Figures of a run under the column names of `sweep.csv`; those that it lacks are left out.
-
-    The columns are `val/win_rate`, `test/win_rate/<reward>` with `/low` and `/high`, `zero/<reward>`, and
-    `oracle/<measure>` of the policy with `/base`.
-    """
-    figures: dict[str, float] = {}
-    if (folder / OUTCOME).is_file():
-        figures |= {name: value for name, value in read_outcome(folder).items() if name.startswith("val/")}
-    path = folder / EVALUATION / RESULTS
-    if path.is_file():
-        results = read_json(path, f"remove it and run evaluate.py run={folder}")
-        for name, rate in results["win_rate"].items():
-            column = f"test/win_rate/{name}"
-            figures |= {column if share == "mean" else f"{column}/{share}": rate[share] for share in SHARES}
-        figures |= {f"zero/{name}": rate["mean"] for name, rate in results["zero"].items()}
-        for name, measure in results.get("oracle", {}).items():
-            figures |= {f"oracle/{name}": measure["policy"], f"oracle/{name}/base": measure["base"]}
-    return figures
 
 
 @dataclass(frozen=True)
@@ -250,17 +231,24 @@ def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
     """Write sweep.csv, sweep.png and sweep.html, and print the tables."""
     columns, rows = sweep_rows(jobs)
     keys = varying_keys(jobs)
+    study = study_of({job.folder: job.overrides for job in jobs if job.done})
+    if study:
+        rows = [{**row, **study.columns(job.folder)} for row, job in zip(rows, jobs, strict=True)]
+        columns = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
     write_table(folder / TABLE, columns, rows)
-    picture = sweep_picture(rows, keys)
+    picture = sweep_picture(rows, keys) if len(keys) == 1 or not study else None
     if picture is not None:
         write_whole(folder / PICTURE, picture)
-    write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture))
+    drawn = study.write(folder, FRONTIER if picture else PICTURE) if study else []
+    write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture, study))
     groups = seed_groups([job.folder for job in jobs if job.done])
     seeds = [seeds_table(groups)] if groups else []
-    _show(jobs, [*console_tables(jobs, str(folder)), *seeds])
+    frontiers = study.tables() if study else []
+    _show(jobs, [*console_tables(jobs, str(folder)), *seeds, *frontiers])
+    pictures = [*([PICTURE] if picture else []), *(path.name for path in drawn)]
     print(
-        f"the sweep's table, picture and page: {folder / TABLE}, "
-        f"{PICTURE if picture else 'no picture'}, {PAGE}"
+        f"the sweep's table, pictures and page: {folder / TABLE}, "
+        f"{', '.join(pictures) or 'no picture'}, {PAGE}"
     )
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from capo.cli.build import built, target_name
-from capo.cli.sweep import found_figures
+from capo.cli.figures import found_figures
 from capo.cli.values import plain
 from capo.errors import InputError, first_line
 from capo.runtime.launch import launch

@@ -8,6 +8,7 @@ from torch import Tensor
 from capo.backbones.weight_drift import WeightDrift
 from capo.data.images import Scores
 from capo.evaluation.diversity import Distances
+from capo.evaluation.frontiers import Frontier, Point, hypervolumes
 from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
 from capo.metrics import win_rate
 
@@ -61,6 +62,7 @@ def results(
             name: _with_interval(rate, seed) | tests[name] | {"prompts_needed": prompts_needed(beyond[name])}
             for name, rate in rates.items()
         },
+        **_hypervolume(rates, seed),
         "zero": {name: _with_interval(rate, seed) for name, rate in zero.items()},
         "score": {
             name: {"policy": _mean(policy_scores[name]), "base": _mean(base)}
@@ -85,6 +87,15 @@ def _tests(differences: Mapping[str, Tensor], seed: int) -> dict[str, dict[str, 
     """Round the p-values of `paired_tests`."""
     tests = paired_tests(differences, seed)
     return {name: {key: round(p, DIGITS) for key, p in test.items()} for name, test in tests.items()}
+
+
+def _hypervolume(rates: Mapping[str, Tensor], seed: int) -> dict[str, dict]:
+    """Entry "hypervolume" of the results, of two rewards or more (`capo.evaluation.frontiers`)."""
+    if len(rates) < 2:
+        return {}
+    point = Point("", {name: rate[None] for name, rate in rates.items()})
+    [(volume, _)] = hypervolumes([Frontier("", [point])], list(rates), seed)
+    return {"hypervolume": {key: round(value, DIGITS) for key, value in vars(volume).items()}}
 
 
 def _diversity(distances: Distances, seed: int) -> dict[str, float]:

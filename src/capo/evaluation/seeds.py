@@ -24,17 +24,28 @@ def read_rates(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
 
     Raises InputError if the run has not been evaluated, or by an earlier version.
     """
+    prompts, found = read_by_prompt(folder)
+    return prompts, {
+        name.removeprefix(COLUMN): values for name, values in found.items() if name.startswith(COLUMN)
+    }
+
+
+def read_by_prompt(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
+    """Read the win-rates and, where an evaluation measured it, the drift: ids (P), and column -> (P,).
+
+    Raises InputError as `read_rates` does.
+    """
     path = folder / EVALUATION / RATES
     try:
         rows = read_rows(path, f"run evaluate.py run={folder}")
-        rates = {
-            name.removeprefix(COLUMN): torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
+        found = {
+            name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
             for name in rows[0]
-            if name.startswith(COLUMN)
+            if name.startswith(COLUMN) or name == DRIFT
         }
-        if not all(values.isfinite().all() for values in rates.values()):
-            raise ValueError("a win-rate is not finite")
-        return [row["prompt_id"] for row in rows], rates
+        if not all(values.isfinite().all() for values in found.values()):
+            raise ValueError("a number is not finite")
+        return [row["prompt_id"] for row in rows], found
     except DamagedFile:
         raise
     except (FileNotFoundError, ValueError, LookupError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from capo.errors import InputError
+from capo.evaluation.reports.frontiers import Study
 from capo.evaluation.reports.page import number, page_environment
 from capo.evaluation.seeds import read_rates
 from capo.evaluation.statistics import paired_tests
@@ -44,16 +45,18 @@ class RunTable:
         rows: the runs, in the order of the table.
         best: reward -> the row whose win-rate is above those of all others beyond chance, if there is one.
         command: the command that made the table.
+        study: the runs as frontiers, if they are.
     """
 
     rows: Sequence[Row]
     best: Mapping[str, int] = field(default_factory=dict)
     command: str = ""
+    study: Study | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Row], seed: int, command: str) -> RunTable:
+    def of(cls, rows: Sequence[Row], seed: int, command: str, study: Study | None = None) -> RunTable:
         """Find the best rows: `best_rows` of the runs' win-rates by prompt."""
-        return cls(rows, best_rows([row.folder for row in rows], seed), command)
+        return cls(rows, best_rows([row.folder for row in rows], seed), command, study)
 
     @property
     def rewards(self) -> list[str]:
@@ -66,11 +69,12 @@ class RunTable:
         return list(dict.fromkeys(name for row in self.rows for name in row.labels))
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the three files to `folder`, and return their paths."""
+        """Write the three files to `folder`, and those of the frontiers, and return their paths."""
         write_table(folder / CSV, *self._csv())
         write_whole(folder / HTML, self.html())
         write_whole(folder / LATEX, self.latex())
-        return [folder / name for name in (CSV, HTML, LATEX)]
+        frontiers = self.study.write(folder) if self.study else []
+        return [*(folder / name for name in (CSV, HTML, LATEX)), *frontiers]
 
     def _csv(self) -> tuple[list[str], list[dict[str, object]]]:
         rows = []
@@ -86,6 +90,7 @@ class RunTable:
                         f"score/{name}": score["policy"],
                         f"best/{name}": int(self.best.get(name) == index),
                     }
+            cells |= self.study.columns(row.folder) if self.study else {}
             rows.append(cells | {"policy": row.results["policy"], "base": row.results["base"]})
         return list(dict.fromkeys(name for row in rows for name in row)), rows
 

@@ -144,6 +144,7 @@ def row(**values) -> dict:
     ([{"beta": "10", "seed": "0"}, {"beta": "30", "seed": "1"}, {"beta": "100", "seed": "0"}], "beta"),
     ([{"pairs": "frs", "beta": "1"}, {"pairs": "sum", "beta": "1"}], "beta"),
     ([{"pairs": "frs"}, {"pairs": "sum"}], "pairs"),
+    ([{"objective": "sft", "beta": ""}, {"objective": "dpo", "beta": "1"}], "beta"),
 ])  # fmt: skip
 def test_the_axis_is_the_numeric_key_with_most_values(given, expected):
     assert swept_axis([row(**values) for values in given], list(given[0])) == expected
@@ -330,7 +331,16 @@ def test_a_multirun_with_a_failing_job_ends_with_its_table(typed, tmp_path, caps
         found["low"],
         found["high"],
     ]
-    assert (sweep / "sweep.png").is_file() and (sweep / "sweep.html").is_file()
+    assert (sweep / "sweep.png").is_file() and not (sweep / "frontier.png").exists()  # several keys vary
+    page = (sweep / "sweep.html").read_text()
+    assert "<h2>Frontiers</h2>" in page and page.count("data:image/png") == 1  # of two rewards
+    # the jobs that are done differ in beta alone: one method of two points
+    assert (
+        rows[0]["frontier/hypervolume"] == rows[2]["frontier/hypervolume"] != rows[1]["frontier/hypervolume"]
+    )
+    volumes = [float(row["test/hypervolume"]) for row in (rows[0], rows[2])]
+    assert float(rows[0]["frontier/hypervolume"]) >= max(volumes) - 1e-6
+    assert float(rows[0]["test/drift"]) > 0 and float(rows[0]["test/diversity/base"]) > 0
     assert "best_worst orders" in capsys.readouterr().out
 
 

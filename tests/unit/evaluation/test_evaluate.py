@@ -302,6 +302,9 @@ def test_files_of_an_evaluation(evaluated):
         "settings.json",
         "win_rates.csv",
     ]
+    # two rewards of one policy: the product of what each is above the base, of the largest possible
+    above = [max(rate["mean"] - 0.5, 0) / 0.5 for rate in found["win_rate"].values()]
+    assert found["hypervolume"]["mean"] == pytest.approx(above[0] * above[1], abs=1e-5)
     _, rates = read_rates(folder.parent)
     assert {name: round(rate.mean().item(), 5) for name, rate in rates.items()} == {
         name: round(rate["mean"], 5) for name, rate in found["win_rate"].items()
@@ -313,6 +316,7 @@ def test_files_of_an_evaluation(evaluated):
         "base",
         "diversity",
         "drift",
+        "hypervolume",
         "images_per_prompt",
         "oracle",
         "oracle_by_category",

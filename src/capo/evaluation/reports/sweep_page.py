@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,25 +11,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from capo.evaluation.reports.frontiers import COLORS, Study
 from capo.evaluation.reports.page import page_environment, verdict
 
 Row = Mapping[str, object]  # column -> value of a row of sweep.csv
 # a column of sweep.csv, and three prefixes of its columns
 VALIDATION, TEST, ZERO, ORACLE = "val/win_rate", "test/win_rate/", "zero/", "oracle/"
-PANELS = 3  # maximum number of pairs of rewards that are drawn
 WIDE = 5  # a positive axis is logarithmic if its ends differ by at least this factor
-COLORS = (
-    "#2563a8",
-    "#cf5f27",
-    "#2a8a5a",
-    "#8b5bb5",
-    "#a9842a",
-    "#c2477f",
-    "#3b8794",
-    "#7a5c48",
-    "#5a6170",
-    "#98a22e",
-)
 
 
 def named(rows: Sequence[Row], start: str) -> dict[str, str]:
@@ -53,34 +40,36 @@ def number_of(value: Any) -> float:
 
 def swept_axis(rows: Sequence[Row], keys: Sequence[str]) -> str | None:
     """Key for the x-axis: the numeric key with the most values, else the first key, else None."""
-    numeric = [key for key in keys if all(math.isfinite(number_of(row[key])) for row in rows)]
-    return max(numeric, key=lambda key: len({row[key] for row in rows}), default=next(iter(keys), None))
+    return strength_axis(rows, keys) or next(iter(keys), None)
+
+
+def strength_axis(rows: Sequence[Row], keys: Sequence[str]) -> str | None:
+    """The key with the most values among those that are numbers wherever they are given; None without one."""
+    numeric = {key: {row[key] for row in rows} - {"", "None", "null"} for key in keys}
+    numeric = {
+        key: values
+        for key, values in numeric.items()
+        if values and all(math.isfinite(number_of(value)) for value in values)
+    }
+    return max(numeric, key=lambda key: len(numeric[key]), default=None)
 
 
 def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, list[Row]]:
     """Group the rows by the values of the other keys, `key=value, ...` -> rows sorted along `axis`."""
     others = [key for key in keys if key != axis]
     groups: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: number_of(row[axis])):
+    for row in sorted(rows, key=lambda row: (math.isnan(place := number_of(row[axis])), place)):
         groups.setdefault(", ".join(f"{key}={row[key]}" for key in others), []).append(row)
     return groups
 
 
 def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
-    """Draw a sweep as PNG bytes; None if no key varies or no job has a win-rate.
-
-    If one key varies, win-rates are drawn over it; if several do, rewards are drawn against each other.
-    """
+    """Draw win-rates over what varies as PNG bytes; None if no key varies or no job has a win-rate."""
     done = [row for row in rows if math.isfinite(number_of(row.get(VALIDATION)))]
     axis = swept_axis(done, keys) if done else None
     if axis is None:
         return None
-    rewards = list(named(done, TEST))
-    pairs = list(itertools.combinations(rewards, 2))[:PANELS]
-    if len(keys) > 1 and pairs:
-        figure = _frontiers(done, keys, axis, pairs)
-    else:
-        figure = _over_axis(done, keys, axis, rewards)
+    figure = _over_axis(done, keys, axis, list(named(done, TEST)))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
@@ -148,42 +137,10 @@ def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
     ]
 
 
-def _frontiers(
-    rows: Sequence[Row], keys: Sequence[str], axis: str, pairs: Sequence[tuple[str, str]]
-) -> Figure:
-    """Draw one panel per pair of rewards, win-rate against win-rate, one line per setting of other keys."""
-    figure = Figure(figsize=(5 * len(pairs) + 0.5, 5.2), layout="constrained")
-    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
-    for axes, (first, second) in zip(panels, pairs, strict=True):
-        columns = [f"{TEST}{first}", f"{TEST}{second}"]
-        for number, (label, group) in enumerate(curves(rows, keys, axis).items()):
-            xs, ys = ([100 * number_of(row.get(column)) for row in group] for column in columns)
-            axes.errorbar(
-                xs,
-                ys,
-                xerr=_errors(group, columns[0]),
-                yerr=_errors(group, columns[1]),
-                fmt="-o",
-                markersize=4,
-                elinewidth=0.6,
-                color=COLORS[number % len(COLORS)],
-                label=label,
-            )
-            for x, y, row in zip(xs, ys, group, strict=True):
-                if math.isfinite(x) and math.isfinite(y):
-                    axes.annotate(
-                        str(row[axis]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8
-                    )
-        axes.axhline(50, color="#8d94a1", linewidth=1, linestyle="--")
-        axes.axvline(50, color="#8d94a1", linewidth=1, linestyle="--")
-        axes.set_xlabel(f"{first}: win-rate against the base, %")
-        axes.set_ylabel(f"{second}: win-rate, %")
-    panels[0].legend(frameon=False, title=f"points: {axis}", fontsize=8)
-    return figure
-
-
-def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: bytes | None) -> str:
-    """Render the offline page of a sweep: the picture, and one row per job with a link to its report."""
+def render_page(
+    title: str, rows: Sequence[Row], keys: Sequence[str], picture: bytes | None, study: Study | None = None
+) -> str:
+    """Render the offline page of a sweep: pictures, frontiers, and a row per job that links to its report."""
     rewards, measures = list(named(rows, TEST)), list(named(rows, ORACLE))
     jobs = [_job(row, keys, rewards, measures) for row in rows]
     return (
@@ -197,6 +154,7 @@ def render_page(title: str, rows: Sequence[Row], keys: Sequence[str], picture: b
             jobs=jobs,
             zero=bool(named(rows, ZERO)),
             finished=sum(job["status"] == "finished" for job in jobs),
+            study=study,
             picture=picture and base64.b64encode(picture).decode(),
         )
     )
