@@ -243,8 +243,9 @@ def matched(
     reached = [[point.mean(at) for point in frontier.points] for frontier in (first, second)]
     overlap = max(map(min, reached)), min(map(max, reached))
     match = Match(first.name, second.name, at, reward, overlap)
-    if overlap[0] > overlap[1] or not (first.ordered and second.ordered):
+    if not (first.ordered and second.ordered):
         return match
+    # without an overlap it lies between the two, where neither has a place
     level = overlap[0] if overlap[0] == overlap[1] else sum(overlap) / 2
     one, two = place_at(first, at, level, base), place_at(second, at, level, base)
     if one is None or two is None:

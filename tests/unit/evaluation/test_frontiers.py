@@ -119,8 +119,9 @@ def test_of_several_places_the_one_nearest_the_base_counts():
 
 @pytest.mark.parametrize("single", [False, True])
 def test_the_interval_of_a_comparison_is_that_of_interpolating_anew_in_every_resample(single):
-    one = line("a", (0.6, 0.58), (0.8, 0.5), noise=0.3)
-    two = line("b", (0.7, 0.6), noise=0.3) if single else line("b", (0.62, 0.6), (0.82, 0.54), noise=0.3)
+    # steep, so that the error of the level counts most
+    one = line("a", (0.6, 0.8), (0.8, 0.4), noise=0.3)
+    two = line("b", (0.7, 0.6), noise=0.3) if single else line("b", (0.62, 0.9), (0.82, 0.4), noise=0.3)
     found = matched(one, two, "looks", "alignment")
     rng, redone = np.random.default_rng(0), []
 
@@ -141,8 +142,8 @@ def test_the_interval_of_a_comparison_is_that_of_interpolating_anew_in_every_res
             level, theirs = found.level, at(two, rows, found.level)
         redone.append(theirs - at(one, rows, level))
     low, high = np.percentile(redone, [2.5, 97.5])
-    assert (found.difference.low, found.difference.high) == pytest.approx((low, high), abs=0.003)
-    assert high - low > 0.03
+    assert (found.difference.low, found.difference.high) == pytest.approx((low, high), abs=0.01)
+    assert high - low > 0.06
 
 
 def test_a_comparison_of_seeds_counts_them():
