@@ -1,4 +1,4 @@
-"""Resolve `${shipped:...}` and `${evaluation_folder:...}` in the configuration."""
+"""Resolve `${shipped:...}`, `${evaluation_folder:...}` and `${study_folder:...}` in the configuration."""
 
 from __future__ import annotations
 
@@ -16,16 +16,26 @@ def shipped(name: str) -> str:
     return str(importlib.resources.files("capo.shapes") / "weights" / name)
 
 
+def _folder_in(run: str | int | None, name: str, ending: str) -> str:
+    return (
+        f"{run}/{name}"
+        if run not in (None, "") and (Path(str(run)) / CONFIG).is_file()
+        else datetime.now().strftime(f"outputs/%Y-%m-%d/%H-%M-%S-{ending}")
+    )
+
+
 def _evaluation_folder(run: str | int | None) -> str:
     """Directory for Hydra's output of an evaluation: in the evaluated run, else a new one under outputs/."""
-    return (
-        f"{run}/evaluation"
-        if run not in (None, "") and (Path(str(run)) / CONFIG).is_file()
-        else datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-evaluate")
-    )
+    return _folder_in(run, "evaluation", "evaluate")
+
+
+def _study_folder(run: str | int | None) -> str:
+    """Directory of a study: in the run whose policy it is of, else a new one under outputs/."""
+    return _folder_in(run, "study", "study")
 
 
 def register() -> None:
     """Register the resolvers with OmegaConf; this must precede the composition of a configuration."""
     OmegaConf.register_new_resolver("shipped", shipped, replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("study_folder", _study_folder, replace=True, use_cache=True)

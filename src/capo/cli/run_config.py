@@ -67,7 +67,7 @@ FREE_WITHIN = re.compile(
 )
 MISSING = "(not there)"
 # keys of an evaluation, which a run does not have
-ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust")
+ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust", "study")
 
 
 class Progress(Enum):

@@ -210,6 +210,17 @@ TABLE: dict[str, Rule] = {
         lambda value: value in ("evaluation.rewards", "evaluation.oracle") or isinstance(value, Mapping),
     ),
     "trust": NAMES,
+    "study.against": optional(FOLDER),
+    "study.prompts": whole(1),
+    "study.seed": SEED,
+    "study.checks": whole(0),
+    "study.ties": SWITCH,
+    "study.names": Rule(
+        "two names, those of the policy and of what it is compared with, or null",
+        lambda value: value is None or (NAMES.holds(value) and len(value) == 2),
+    ),
+    "study.host": TEXT,
+    "study.port": whole(0, 65535),
 }
 # groups and keys with one `_target_`, whose arguments are checked against its signature
 CALLED = ("objective", "pairs", "prompts", "import", "model.backbone", "benchmark.set")

@@ -49,6 +49,43 @@ def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -
     return float(found.low), float(found.high)
 
 
+def crossed_interval(values: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean over raters and prompts, both of which are resampled.
+
+    It says how the mean would come out for other raters and other prompts, and errs on the wide side. (Owen,
+    "The pigeonhole bootstrap", 2007.) The mean is over prompts, of the mean over the raters of a prompt.
+
+    Args:
+        values: (R, P) numbers of R raters on P prompts, NaN where there is none; each prompt has one.
+        seed: seed of the random generator; the same seed gives the same interval.
+        resamples: number of resampled means; one that leaves a prompt without raters leaves it out.
+
+    Returns:
+        (low, high), the 2.5 % and 97.5 % percentiles.
+
+    Raises:
+        ValueError: a prompt has no number.
+    """
+    there = ~np.isnan(values)
+    if values.ndim != 2 or not there.size or not there.any(0).all():
+        raise ValueError(f"this needs (R, P) numbers, one or more for each prompt; got {values.shape}")
+    raters, prompts = values.shape
+    random, filled, means = np.random.default_rng(seed), np.where(there, values, 0.0), []
+    for start in range(0, resamples, step := max(BLOCK // (raters + prompts), 1)):
+        count = min(step, resamples - start)
+        # how often each rater and each prompt is drawn
+        drawn = random.multinomial(raters, np.full(raters, 1 / raters), count).astype(np.float64)
+        times = random.multinomial(prompts, np.full(prompts, 1 / prompts), count)
+        seen = drawn @ there
+        times = times * (seen > 0)
+        kept = times.any(1)
+        rates = drawn @ filled / np.maximum(seen, 1)
+        means.append((times * rates).sum(1)[kept] / times.sum(1)[kept])
+    tail = (100 - LEVEL) / 2
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
+    return float(low), float(high)
+
+
 def balanced_interval(groups: Sequence[Tensor], seed: int, resamples: int = 10_000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over groups of their means.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from capo.errors import InputError
 from capo.evaluation.reports.frontiers import Study
-from capo.evaluation.reports.page import number, page_environment
+from capo.evaluation.reports.page import number
+from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.seeds import read_rates
 from capo.evaluation.statistics import paired_tests
 from capo.runtime.files import write_table, write_whole
@@ -110,16 +111,16 @@ class RunTable:
     def latex(self) -> str:
         """Return a table with booktabs' rules, for a document to input."""
         rewards, labels = self.rewards, self.labels
-        groups = " & ".join(rf"\multicolumn{{2}}{{c}}{{{tex(name)}}}" for name in rewards)
+        groups = " & ".join(rf"\multicolumn{{2}}{{c}}{{{latex_text(name)}}}" for name in rewards)
         first = len(labels) + 1
         rules = "".join(
             rf"\cmidrule(lr){{{first + 2 * place}-{first + 2 * place + 1}}}" for place in range(len(rewards))
         )
-        heads = " & ".join([*map(tex, labels), *["win-rate & score"] * len(rewards)])
+        heads = " & ".join([*map(latex_text, labels), *["win-rate & score"] * len(rewards)])
         lines = [
-            remark(self.command),
-            remark(_rule()),
-            *(remark(f"{row.folder}: {_prints(row)}") for row in self.rows),
+            latex_comment(self.command),
+            latex_comment(_rule()),
+            *(latex_comment(f"{row.folder}: {_prints(row)}") for row in self.rows),
             rf"\begin{{tabular}}{{{'l' * len(labels)}{'rr' * len(rewards)}}}",
             r"\toprule",
             " & ".join([*[""] * len(labels), groups]) + r" \\",
@@ -128,7 +129,7 @@ class RunTable:
             r"\midrule",
         ]
         for index, row in enumerate(self.rows):
-            cells = [tex(row.labels.get(name, "")) for name in labels]
+            cells = [latex_text(row.labels.get(name, "")) for name in labels]
             for name in rewards:
                 rate, _, score, best = self.cells(index, name)
                 cells += [rf"\textbf{{{rate}}}" if best else rate, score]
@@ -174,11 +175,11 @@ def _rule() -> str:
     )
 
 
-def tex(text: str) -> str:
-    """Text of one line as LaTeX shows it."""
+def latex_text(text: str) -> str:
+    """Text on one line, with LaTeX's special characters escaped."""
     return " ".join(text.split()).translate(SPECIAL)
 
 
-def remark(text: str) -> str:
-    """Comment of one line: what followed a line's end would be read as LaTeX."""
+def latex_comment(text: str) -> str:
+    """Comment of LaTeX on one line: what followed a line's end would be read as LaTeX."""
     return "% " + printable(" ".join(text.split()))

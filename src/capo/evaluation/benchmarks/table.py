@@ -12,8 +12,9 @@ from rich.table import Table
 
 from capo.evaluation.reports.charts import half_width, interval_bar
 from capo.evaluation.reports.gallery import data_uri
-from capo.evaluation.reports.page import moved, number, p_value, page_environment, verdict
-from capo.evaluation.tables import CSV, LATEX, LEVEL, remark, tex
+from capo.evaluation.reports.page import moved, number, p_value, verdict
+from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.tables import CSV, LATEX, LEVEL, latex_comment, latex_text
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.run_folder import REPORT
 
@@ -82,21 +83,21 @@ class BenchmarkTable:
 
     def latex(self) -> str:
         """Return a table with booktabs' rules for each measure: models by row and parts by column."""
-        lines = [remark(self.command), remark(RULE)]
+        lines = [latex_comment(self.command), latex_comment(RULE)]
         for measure, parts in self.results["measures"].items():
             lines += [
-                remark(f"{measure}: {self.notes.get(measure, '')}"),
+                latex_comment(f"{measure}: {self.notes.get(measure, '')}"),
                 *(
-                    remark(f"{row}: denoiser {known['denoiser']}, seed {known['seed']}")
+                    latex_comment(f"{row}: denoiser {known['denoiser']}, seed {known['seed']}")
                     for row, known in self.settings.items()
                 ),
                 rf"\begin{{tabular}}{{l{'r' * len(parts)}}}",
                 r"\toprule",
-                " & ".join([tex(measure), *map(tex, parts)]) + r" \\",
+                " & ".join([latex_text(measure), *map(latex_text, parts)]) + r" \\",
                 r"\midrule",
             ]
             for name in self.results["rows"]:
-                cells = [tex(name)]
+                cells = [latex_text(name)]
                 for entry in parts.values():
                     found = entry["rows"].get(name)
                     figure = "-" if found is None else number(found["mean"])

@@ -21,7 +21,7 @@ from capo.errors import InputError
 from capo.evaluation.reports.calibration_advice import override, warnings_of
 from capo.evaluation.reports.calibration_figures import CalibrationReport, Histogram, RewardFigures
 from capo.evaluation.reports.calibration_report import TARGET
-from capo.evaluation.reports.page import page_environment
+from capo.evaluation.reports.templating import page_environment
 from capo.runtime.files import REMEDY, fresh_folder
 
 STEM = "calibration"  # file name of the three files, without extension

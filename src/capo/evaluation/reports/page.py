@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from capo.evaluation.held_out import alarms, remark
 from capo.evaluation.reports.charts import half_width, interval_bar, line_chart, read_curves, strength_chart
 from capo.evaluation.reports.distances import block_rows, distance_rows, distance_table, fallen_diversity
 from capo.evaluation.reports.gallery import Exhibit, data_uri, image_grid
+from capo.evaluation.reports.templating import page_environment
 from capo.rewards import Reward
 from capo.runtime.terminal import Terminal
 
@@ -53,17 +53,6 @@ class Report:
     config: str | None = None
     curves: str | Path | None = None
     strength: Mapping | None = None
-
-
-def page_environment() -> Environment:
-    """Jinja environment of this package's pages: values are escaped, and an undefined one is an error."""
-    return Environment(
-        loader=PackageLoader("capo.evaluation.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def render_report(report: Report) -> str:

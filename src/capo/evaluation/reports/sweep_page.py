@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from capo.evaluation.reports.frontiers import COLORS, Study
-from capo.evaluation.reports.page import page_environment, verdict
+from capo.evaluation.reports.page import verdict
+from capo.evaluation.reports.templating import page_environment
 
 Row = Mapping[str, object]  # column -> value of a row of sweep.csv
 # a column of sweep.csv, and three prefixes of its columns

@@ -1,0 +1,77 @@
+"""Draw the images of a study, or find them in the pools of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from capo.cli.build import build_components, prompt_splits
+from capo.cli.evaluate import tuned_generator
+from capo.cli.process import prepare_process
+from capo.cli.readiness import check_ready, refuse_plans
+from capo.cli.run_config import complete, run_config
+from capo.cli.values import check_values
+from capo.data.generation import ImageGenerator
+from capo.data.images import GeneratedImages
+from capo.errors import InputError
+from capo.evaluation.study.drawing import make_study, study_pairs
+from capo.evaluation.study.store import Study
+from capo.evaluation.study.turns import chosen_prompts
+from capo.runtime.files import put_back
+from capo.runtime.launch import launch
+from capo.runtime.run_folder import EVALUATION, POLICY, POOLS
+
+TUNED = "tuned"  # name of a policy beside its base
+IMAGES = 2  # of a prompt: the fewest that a pool holds; the first is shown
+
+
+def build_study(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Study:
+    """Make or open the study in `folder` that `cfg` describes.
+
+    The images of a run's evaluation are used where they are, and others are drawn as an evaluation draws
+    them, into pools that an evaluation can use. Raises InputError where nothing can be compared, and for
+    values that cannot be used.
+    """
+    check_values(cfg)
+    refuse_plans(cfg)
+    if launch().world_size > 1:
+        raise InputError("a study is served by one process: run it without the launcher")
+    if cfg.run is not None:
+        run = Path(str(cfg.run))
+        own, policy, images = run_config(run, cfg, overrides), run / POLICY, run / EVALUATION / POOLS
+        with complete(run):
+            return _study(own, cfg.study, policy, images, folder)
+    if cfg.policy is None:
+        raise InputError("nothing to compare: give run=DIR or policy=FOLDER")
+    if cfg.base is not None:
+        cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
+    return _study(cfg, cfg.study, Path(str(cfg.policy)), folder / POOLS, folder)
+
+
+def _study(cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, folder: Path) -> Study:
+    check_ready(cfg, scoring=False, watching=False)
+    chosen = chosen_prompts(prompt_splits(cfg)["test"], settings.prompts, settings.seed)
+    study_pairs(chosen, settings.checks, settings.seed)  # what it refuses, before images are drawn
+    prepare_process(cfg.threads)
+    components = build_components(cfg, scoring=False, watching=False)
+    spec = replace(components.pool_specs["test"], prompts=chosen, candidates=IMAGES)
+
+    def drawn(generator: ImageGenerator, root: Path) -> GeneratedImages:
+        return GeneratedImages.fill(replace(spec, root=root), generator, [], progress=True)
+
+    put_back(policy)
+    first = drawn(tuned_generator(components, policy), images)
+    if settings.against is None:
+        second, names = drawn(components.generator, spec.root), (TUNED, str(cfg.model.name))
+    else:
+        other = Path(str(settings.against))
+        put_back(other)
+        second, names = drawn(tuned_generator(components, other), folder / POOLS), (str(policy), str(other))
+    if settings.names is not None:
+        names = (str(settings.names[0]), str(settings.names[1]))
+    return make_study(
+        folder, first, second, names=names, seed=settings.seed, checks=settings.checks, ties=settings.ties
+    )

@@ -1,0 +1,219 @@
+"""Pairs and votes of a study in one SQLite file: each vote is committed before it is confirmed."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from capo.errors import InputError
+from capo.runtime.files import whole_file
+
+FILE, IMAGES = "study.sqlite", "images"
+SCHEMA = 1
+FIRST, SECOND, TIE = "first", "second", "tie"  # sides of a pair, and choices of a rater
+SIDES = (FIRST, SECOND)
+TABLES = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE pairs (
+    name TEXT PRIMARY KEY, prompt_id TEXT NOT NULL, prompt TEXT NOT NULL, category TEXT NOT NULL,
+    is_check INTEGER NOT NULL
+);
+CREATE TABLE votes (
+    rater TEXT NOT NULL, pair TEXT NOT NULL REFERENCES pairs (name),
+    choice TEXT NOT NULL CHECK (choice IN ('first', 'second', 'tie')),
+    left_side TEXT NOT NULL CHECK (left_side IN ('first', 'second')),
+    seconds REAL, source TEXT NOT NULL, voted_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ')),
+    PRIMARY KEY (rater, pair)
+);
+"""
+VOTE = """
+INSERT INTO votes (rater, pair, choice, left_side, seconds, source) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (rater, pair) DO UPDATE SET choice = excluded.choice, left_side = excluded.left_side,
+    seconds = excluded.seconds, source = excluded.source, voted_at = excluded.voted_at
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images of one prompt; of a check, the first one is intact and the second one damaged."""
+
+    name: str
+    prompt_id: str
+    prompt: str
+    category: str
+    check: bool
+
+
+@dataclass(frozen=True)
+class Vote:
+    """A rater's choice; `left` is the side that stood on the left, `seconds` how long the pair was looked at.
+
+    `source`: "page", or "mturk" of imported votes.
+    """
+
+    rater: str
+    pair: str
+    choice: str
+    left: str
+    seconds: float | None = None
+    source: str = "page"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the pairs of a study are.
+
+    Attributes:
+        names: names of the first and the second side in tables.
+        seed: seed of the drawn prompts, of orders and of sides.
+        ties: whether a rater may call a pair a tie.
+        first, second: fingerprints of the generators of the two sides' images.
+        image_seed: seed of the images.
+        pairs: names of the pairs, checks included.
+        schema: version of the file.
+    """
+
+    names: tuple[str, str]
+    seed: int
+    ties: bool
+    first: str
+    second: str
+    image_seed: int
+    pairs: tuple[str, ...]
+    schema: int = SCHEMA
+
+    def differences(self, other: Facts) -> list[str]:
+        """List `name: value -> value` of what differs; of the pairs, their number."""
+        found = []
+        for name, value in asdict(self).items():
+            new = getattr(other, name)
+            if value != new and name == "pairs":
+                found.append(f"pairs: {len(value)} -> {len(new)}, other prompts or checks")
+            elif value != new:
+                found.append(f"{name}: {value} -> {new}")
+        return found
+
+
+class Study:
+    """An open study; its methods may be called from any thread. Close it, or use it as a context."""
+
+    def __init__(self, folder: str | Path):
+        """Open the study in `folder`; InputError if there is none, or if it has another schema."""
+        self.folder = Path(folder)
+        self.path = self.folder / FILE
+        self._lock = threading.Lock()
+        if not self.path.is_file():
+            raise InputError(
+                f"{self.folder} holds no study (no {FILE}): python -m capo.cli.study run=DIR makes one"
+            )
+        try:
+            self._connection = _connected(self.path)
+            facts = dict(self._rows("SELECT name, value FROM facts"))
+            values = {name: json.loads(value) for name, value in facts.items()}
+            if values.get("schema") != SCHEMA:
+                raise InputError(
+                    f"{self.path} has schema {values.get('schema')}, but this version reads {SCHEMA}; use "
+                    "the version that made it"
+                )
+            self.facts = Facts(**{**values, "names": tuple(values["names"]), "pairs": tuple(values["pairs"])})
+        except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{self.path} cannot be read ({error}); restore it, or make the study in another "
+                "hydra.run.dir"
+            ) from error
+        columns = "name, prompt_id, prompt, category, is_check"
+        rows = {row[0]: row for row in self._rows(f"SELECT {columns} FROM pairs")}
+        self.pairs = {name: _pair(*rows[name]) for name in self.facts.pairs}
+
+    @classmethod
+    def create(cls, folder: str | Path, facts: Facts, pairs: Sequence[Pair]) -> Study:
+        """Write a study without votes, whose images are in place, and open it."""
+        path = Path(folder) / FILE
+        with whole_file(path) as unfinished:
+            connection = _connected(unfinished)
+            with connection:
+                connection.executescript(TABLES)
+                values = [(name, json.dumps(value)) for name, value in asdict(facts).items()]
+                connection.executemany("INSERT INTO facts VALUES (?, ?)", values)
+                rows = [(pair.name, pair.prompt_id, pair.prompt, pair.category, pair.check) for pair in pairs]
+                connection.executemany("INSERT INTO pairs VALUES (?, ?, ?, ?, ?)", rows)
+            connection.close()
+        return cls(folder)
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; votes are in it already."""
+        with self._lock:
+            self._connection.close()
+
+    def image(self, pair: str, side: str) -> Path:
+        """Path of an image."""
+        return image_path(self.folder, pair, side)
+
+    def vote(self, *votes: Vote) -> None:
+        """Record votes in one transaction, on disk when this returns.
+
+        A later vote of a rater on the same pair replaces the earlier one. Raises sqlite3.IntegrityError for a
+        pair or choice that does not exist.
+        """
+        rows = [(v.rater, v.pair, v.choice, v.left, v.seconds, v.source) for v in votes]
+        with self._lock, self._connection:
+            self._connection.executemany(VOTE, rows)
+
+    def votes(self) -> list[Vote]:
+        """All votes, by rater and pair."""
+        columns = "rater, pair, choice, left_side, seconds, source"
+        return [Vote(*row) for row in self._rows(f"SELECT {columns} FROM votes ORDER BY rater, pair")]
+
+    def voted(self, rater: str) -> set[str]:
+        """Names of the pairs on which a rater has voted."""
+        return {name for (name,) in self._rows("SELECT pair FROM votes WHERE rater = ?", rater)}
+
+    def counts(self) -> Mapping[str, int]:
+        """Number of votes by rater."""
+        return dict(self._rows("SELECT rater, COUNT(*) FROM votes GROUP BY rater ORDER BY rater"))
+
+    def _rows(self, query: str, *values: object) -> list[Any]:
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+
+def _pair(name: str, prompt_id: str, prompt: str, category: str, is_check: int) -> Pair:
+    return Pair(name, prompt_id, prompt, category, bool(is_check))
+
+
+def image_path(folder: Path, pair: str, side: str) -> Path:
+    """Where the image of one side of a pair stands in a study's folder."""
+    return folder / IMAGES / f"{pair}-{side}.png"
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    """Connect so that a commit waits for the disk: a vote outlives the process and the power."""
+    connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
+    connection.execute("PRAGMA synchronous = EXTRA")
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+@contextmanager
+def open_studies(folders: Sequence[str | Path]) -> Iterator[list[Study]]:
+    """Yield the opened studies; InputError if one cannot be opened."""
+    studies: list[Study] = []
+    try:
+        for folder in folders:
+            studies.append(Study(folder))
+        yield studies
+    finally:
+        for study in studies:
+            study.close()
