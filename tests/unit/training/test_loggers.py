@@ -2,7 +2,6 @@
 
 import csv
 import json
-import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,60 +13,7 @@ from capo.errors import InputError
 from capo.training import loggers
 from capo.training.loggers import Curves, CurvesFile, pool_seconds
 from capo.training.wandb_run import wandb_is_online
-
-# a .wandb file is a log in blocks: 7 bytes of file header, then records: checksum, length, kind, data
-BLOCK = 32768
-
-
-def wandb_records(path: Path):
-    """The records of an offline run."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, parts = path.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        if BLOCK - place % BLOCK < 7:  # too little for a header: the block's rest is empty
-            place += BLOCK - place % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def ended_records(path: Path) -> list:
-    """The records of a run that has ended: its writer is a process of its own and may be a moment behind."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        records = list(wandb_records(path))
-        if any(record.HasField("exit") for record in records):
-            return records
-        time.sleep(0.1)
-    raise AssertionError(f"{path} has no end")
-
-
-def collected(folder: Path) -> dict:
-    """Group, config, summary and history keys of the offline runs in a run directory."""
-    found = {"ids": [], "config": {}, "summary": {}, "history": set()}
-    for path in sorted(folder.glob("wandb/offline-*/*.wandb")):
-        for record in ended_records(path):
-            if record.HasField("run"):
-                found["ids"].append(record.run.run_id)
-                found |= {
-                    "group": record.run.run_group,
-                    "job_type": record.run.job_type,
-                    "tags": set(record.run.tags),
-                }
-                found["config"] |= {
-                    item.key: json.loads(item.value_json) for item in record.run.config.update
-                }
-            for item in record.summary.update:
-                found["summary"]["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
-            found["history"] |= {"/".join(item.nested_key) or item.key for item in record.history.item}
-    return found
+from fixtures.wandb_files import collected, ended_records
 
 
 @pytest.fixture

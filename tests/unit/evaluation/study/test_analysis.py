@@ -103,6 +103,8 @@ def test_an_interval_over_raters_too_is_wider_where_raters_differ():
     assert narrow < 0.08 and 0.4 < wide < 0.6
     narrow, wide = widths(alike)
     assert wide < 2.5 * narrow
+    narrow, wide = widths(alike[:1])  # of one rater only prompts can differ
+    assert wide == pytest.approx(narrow, rel=0.1)
     assert crossed_interval(np.array([[1.0], [1.0]]), 0) == (1.0, 1.0)
     with pytest.raises(ValueError, match="one or more for each prompt"):
         crossed_interval(np.array([[1.0, math.nan]]), 0)

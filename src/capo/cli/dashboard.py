@@ -1,0 +1,161 @@
+"""Make the W&B workspace and the report in which a sweep is read (docs/sweeps.md).
+
+    python -m capo.cli.dashboard multirun/DATE/TIME
+    python -m capo.cli.dashboard multirun/DATE/TIME --entity TEAM
+
+Without a key of W&B, only the specification is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from capo.cli.messages import REFUSED
+from capo.cli.sweep import Job, read_jobs, sweep_name, sweep_rows, varying_keys
+from capo.errors import InputError
+from capo.evaluation.reports.dashboard import Tracked, TrackedRun, markdown_table, specification
+from capo.runtime.files import write_whole
+from capo.runtime.run_folder import METRICS, VALIDATION
+from capo.runtime.terminal import printable
+from capo.training.loggers import wandb_is_online
+
+FILE, RECORD = "dashboard.json", "wandb.json"
+LOGGER = "wandb_logger"  # ends the name of the target that logs to W&B
+HIDDEN = ("error",)  # columns of sweep.csv that the report's table leaves out
+
+
+def tracked_sweep(folder: Path, jobs: Sequence[Job]) -> Tracked:
+    """Read what W&B holds of a sweep from its jobs' directories.
+
+    Raises InputError if no job was logged to W&B, a record cannot be read, or jobs do not share one group of
+    one project.
+    """
+    logged = [job for job in jobs if (job.folder / RECORD).is_file()]
+    if not logged:
+        raise InputError(
+            f"{folder}: none of its {len(jobs)} jobs was logged to W&B (no {RECORD}); run the sweep with "
+            "logger=wandb, which needs no key"
+        )
+    records = [_record(job.folder) for job in logged]
+    places = sorted({_place(record) for record in records}, key=str)
+    entity, project, group = places[0]
+    if len(places) > 1 or group is None:
+        told = "; ".join(f"{entity or 'own'}/{project}, group {group}" for entity, project, group in places)
+        raise InputError(
+            f"{folder}: its jobs went to {told} of W&B; a dashboard is of one group in one project, as a "
+            "multirun makes it"
+        )
+    runs = [
+        TrackedRun(
+            record["id"],
+            record["config"],
+            record["summary"],
+            _curves(job.folder / METRICS),
+            any((job.folder / VALIDATION).glob("*.png")),
+        )
+        for job, record in zip(logged, records, strict=True)
+    ]
+    return Tracked(sweep_name(folder), project, group, runs, entity, tuple(varying_keys(logged)))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["id"], str) or not all(
+            isinstance(record[name], dict) for name in ("config", "summary")
+        ):
+            raise TypeError("id, config or summary is of another kind")
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}); restore it, or move the job away") from error
+
+
+def _place(record: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
+    """Entity, project and group to which a run was logged: its logger's, else those of its record."""
+    loggers = (record["config"].get("run") or {}).get("logger") or {}
+    options = next(
+        (
+            logger
+            for logger in loggers.values()
+            if isinstance(logger, dict) and str(logger.get("_target_")).endswith(LOGGER)
+        ),
+        {},
+    )
+    group = options.get("group", record.get("group"))
+    return options.get("entity"), str(options.get("project")), None if group is None else str(group)
+
+
+def _curves(path: Path) -> frozenset[str]:
+    """Names of a run's curves: the columns of metrics.csv, which W&B is given too."""
+    if not path.is_file():
+        return frozenset()
+    with path.open(encoding="utf-8", newline="") as file:
+        return frozenset(next(csv.reader(file), [])) - {"step"}
+
+
+def apply(spec: Mapping[str, Any], entity: str | None) -> list[str]:
+    """Make the views and the report in W&B; return their addresses.
+
+    Raises InputError if the package wandb-workspaces is not installed.
+    """
+    try:
+        from capo.cli.dashboard_panels import report_of, workspaces_of
+    except ImportError as error:
+        raise InputError(
+            f"a workspace needs the package wandb-workspaces ({error}): pip install -e '.[dashboard]'; the "
+            "specification is written"
+        ) from error
+    if entity is None:
+        import wandb
+
+        entity = wandb.Api().default_entity
+    if entity is None:
+        raise InputError("the key of W&B has no default entity; give --entity NAME")
+    made = [workspace.save().url for workspace in workspaces_of(spec, entity)]
+    return [*made, report_of(spec, entity).save().url]
+
+
+def main(command: Sequence[str] | None = None) -> int:
+    """Write a sweep's specification, and apply it where a key is found; return the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m capo.cli.dashboard", description="Make the W&B workspace in which a sweep is read."
+    )
+    parser.add_argument("sweep", type=Path, help="directory of a sweep whose jobs had logger=wandb")
+    parser.add_argument("--entity", help="team or user of W&B; by default the runs' own")
+    parser.add_argument("--to", type=Path, help=f"file of the specification; by default SWEEP/{FILE}")
+    options = parser.parse_args(command)
+    try:
+        jobs = read_jobs(options.sweep)
+        tracked = tracked_sweep(options.sweep, jobs)
+        columns, rows = sweep_rows(jobs)
+        table = markdown_table([name for name in columns if name not in HIDDEN], rows)
+        spec = specification(tracked, table)
+        path = options.to or options.sweep / FILE
+        write_whole(path, json.dumps(spec, indent=2) + "\n")
+        print(printable(f"specification: {path}, {len(spec['views'])} views and a report"))
+        if not wandb_is_online():
+            print(
+                printable(
+                    "no key of W&B, or WANDB_MODE=offline: nothing was sent. `wandb login`, then "
+                    f"`wandb sync {options.sweep}/*/wandb/offline-*`, then this command again makes the "
+                    "workspace"
+                )
+            )
+            return 0
+        for address in apply(spec, options.entity or tracked.entity):
+            print(printable(address))
+    except InputError as error:
+        print(printable(f"error: {error}"), file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
