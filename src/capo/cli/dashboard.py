@@ -23,7 +23,7 @@ from capo.evaluation.reports.dashboard import Tracked, TrackedRun, markdown_tabl
 from capo.runtime.files import write_whole
 from capo.runtime.run_folder import METRICS, VALIDATION
 from capo.runtime.terminal import printable
-from capo.training.loggers import wandb_is_online
+from capo.training.wandb_run import wandb_is_online
 
 FILE, RECORD = "dashboard.json", "wandb.json"
 LOGGER = "wandb_logger"  # ends the name of the target that logs to W&B
