@@ -99,12 +99,12 @@ def results(run: Path) -> dict:
 
 def test_an_objective(recipe, capsys):
     run = recipe("An objective", "evaluate=false")
-    assert (run / "outcome.json").is_file() and re.search(r"objective +│ hinge", capsys.readouterr().out)
+    assert (run / "outcome.json").is_file() and re.search(r"objective +│ calibrated_hinge", capsys.readouterr().out)
 
 
 def test_an_objective_without_a_beta_ends_early(recipe, capsys):
     with pytest.raises(SystemExit):
-        recipe("An objective", "objective.beta=${oc.select:model.beta.hinge,null}")
+        recipe("An objective", "objective.beta=${oc.select:model.beta.calibrated_hinge,null}")
     assert "objective.beta=null: must be a finite number" in capsys.readouterr().err
     assert "objective.beta=null: must be a finite number" in GUIDE
 

@@ -20,7 +20,7 @@ CONTRACTS = {
     "capo.noise.flow_time": "u, draw='logsnr_uniform'",
     "capo.data.PreferenceBatch": "latents, noise, u, calibrated_rewards, text, prompt_ids, times=1",
     "capo.objectives.PairErrors": "policy_winner, reference_winner=None, policy_loser=None, "
-    "reference_loser=None, weight=None, gap=None, predictions=None",
+    "reference_loser=None, weight=None, gap=None, predictions=None, group=None, kl=None",
     "capo.objectives.dpo": "errors, *, beta",
     "capo.objectives.ipo": "errors, *, beta",
     "capo.objectives.capo": "errors, *, beta",

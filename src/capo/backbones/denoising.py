@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from capo.backbones.base import Backbone
 from capo.errors import ParameterError
 from capo.noise import constant_weight
-from capo.objectives import PairErrors, Predictions, Requirements
+from capo.objectives import Group, PairErrors, Predictions, Requirements
+from capo.runtime.processes import mean_over_processes
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def pair_errors(
 ) -> PairErrors:
     """Denoising errors of policy and reference on B pairs; one forward pass of 2B latents through each.
 
-    Only what the objective requires is computed; other fields are None.
+    Only what the objective requires is computed; other fields are None. Of an objective that reads each
+    candidate, the passes are of all k B latents.
 
     Args:
         backbone: the model family.
@@ -74,26 +76,58 @@ def pair_errors(
         weighting: weight of a pair by its time.
         draw: how times are drawn (`Backbone.timesteps`).
     """
-    kinds = 2 if needs.loser else 1
+    kinds = _candidates_read(batch, needs)
     t = backbone.timesteps(batch.u, draw)
     times = t.repeat_interleave(kinds)
     latents, noise = batch.latents[:, :kinds].flatten(0, 1), batch.noise[:, :kinds].flatten(0, 1)
     text = {name: value.repeat_interleave(kinds, dim=0) for name, value in batch.text.items()}
     noisy, target = backbone.add_noise(latents, noise, times), backbone.target(latents, noise, times)
     predictions = {"policy": backbone.predict(policy, noisy, times, text), "target": target}
-    own = denoising_error(predictions["policy"], target).unflatten(0, (-1, kinds)).unbind(1)
-    known = {"weight": weighting(backbone, t), "policy_winner": own[0]}
-    if needs.loser:
-        known |= {
-            "policy_loser": own[1],
-            "gap": batch.calibrated_rewards[:, 0] - batch.calibrated_rewards[:, 1],
-        }
     if needs.reference:
         with reference() as network:
             predictions["reference"] = backbone.predict(network, noisy, times, text)
-        frozen = denoising_error(predictions["reference"], target).unflatten(0, (-1, kinds)).unbind(1)
-        known |= dict(zip(("reference_winner", "reference_loser")[:kinds], frozen, strict=True))
+    parts = {name: value.unflatten(0, (-1, kinds)) for name, value in predictions.items()}
+    return _errors_of(parts, batch.calibrated_rewards, weighting(backbone, t), needs)
+
+
+def _candidates_read(batch: Pairs, needs: Requirements) -> int:
+    """Number of candidates of a prompt that the objective reads; ValueError for pairs in larger groups."""
+    held = batch.latents.shape[1]
+    if needs.group:
+        return held
+    if held > 2:
+        raise ValueError(f"an objective of pairs cannot read {held} candidates of a prompt; give it two")
+    return 2 if needs.loser else 1
+
+
+def _errors_of(
+    predictions: dict[str, Tensor], rewards: Tensor, weight: Tensor, needs: Requirements
+) -> PairErrors:
+    """Collect what the objective reads.
+
+    Args:
+        predictions: policy, target and, if it was asked, reference: (B, k, C, H, W) each.
+        rewards: calibrated rewards of the batch, (B, 2) or (B, k).
+        weight: (B,) weights of the times.
+        needs: what the objective reads.
+    """
+    target = predictions["target"].flatten(0, 1)
+    errors = {
+        name: denoising_error(value.flatten(0, 1), target).unflatten(0, value.shape[:2])
+        for name, value in predictions.items()
+        if name != "target"
+    }  # (B, k) each
+    known: dict[str, Any] = {"weight": weight}
+    for name, error in errors.items():
+        known[f"{name}_winner"] = error[:, 0]
+        known |= {f"{name}_loser": error[:, -1]} if needs.loser else {}
+    if needs.loser:
+        known["gap"] = rewards[:, 0] - rewards[:, -1]
+    if needs.group:
+        known["group"] = Group(rewards=rewards, **errors)
+    if needs.kl:
+        drift = (errors["reference"] - errors["policy"].detach()).mean()
+        known["kl"] = mean_over_processes(drift).expand(len(weight))
     if needs.predictions:
-        parts = {name: value.float().unflatten(0, (-1, kinds)) for name, value in predictions.items()}
-        known["predictions"] = Predictions(**parts)
+        known["predictions"] = Predictions(**{name: value.float() for name, value in predictions.items()})
     return PairErrors(**known)

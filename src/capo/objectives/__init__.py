@@ -8,6 +8,7 @@ add one.
 from capo.objectives.anchor import Anchor, anchor_penalty
 from capo.objectives.averaging import mean_over_times
 from capo.objectives.base import (
+    Group,
     Objective,
     PairErrors,
     Predictions,
@@ -19,11 +20,12 @@ from capo.objectives.base import (
     scaled_margin,
     try_objective,
 )
-from capo.objectives.pairwise import capo, dpo, ipo
+from capo.objectives.pairwise import capo, dpo, hinge, ipo
 from capo.objectives.reference_free import sft
 
 __all__ = [
     "Anchor",
+    "Group",
     "Objective",
     "PairErrors",
     "Predictions",
@@ -31,6 +33,7 @@ __all__ = [
     "anchor_penalty",
     "capo",
     "dpo",
+    "hinge",
     "implicit_rewards",
     "ipo",
     "margin",

@@ -17,11 +17,13 @@ def check_reduction(reduction: str, needs: Requirements) -> None:
     """Raise ParameterError if the reduction is unknown, or `inside` where the objective has no margin.
 
     Defined is `inside` for an objective of winner, loser, reference and weight. Without a reference or a
-    loser there is no margin, and predictions at different times have no mean.
+    loser there is no margin, predictions at different times have no mean, and objectives of each candidate
+    are no functions of a margin.
     """
     if reduction not in REDUCTIONS:
         raise ParameterError("reduction", reduction, f"must be one of {', '.join(REDUCTIONS)}")
-    if reduction == INSIDE and not (needs.reference and needs.loser and not needs.predictions):
+    margin_alone = needs.reference and needs.loser and not (needs.predictions or needs.group)
+    if reduction == INSIDE and not margin_alone:
         raise ParameterError(
             "reduction",
             reduction,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,21 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Errors and calibrated rewards of k candidates of each of B prompts, the winner first, the loser last.
+
+    Attributes:
+        policy: (B, k) errors of the policy, with gradients.
+        rewards: (B, k) calibrated rewards R_ca, averaged over the rewards.
+        reference: (B, k) errors of the frozen reference; None if the objective reads none.
+    """
+
+    policy: Tensor
+    rewards: Tensor
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PairErrors:
     """Denoising errors, weights and gaps of a batch of B pairs after the forward passes; each (B,) or None.
 
@@ -46,6 +61,9 @@ class PairErrors:
         weight: w, the weight at the pair's log-SNR (winner and loser share their time).
         gap: dR, the calibrated reward of the winner minus that of the loser.
         predictions: predictions and targets, for an objective that declares `predictions=True`; else None.
+        group: errors and rewards of each candidate, for an objective that declares `group=True`; else None.
+        kl: mean of r - m over all candidates of the batch and all processes, the same number for each pair,
+            without gradients, for an objective that declares `kl=True`; else None.
     """
 
     policy_winner: Tensor
@@ -55,6 +73,8 @@ class PairErrors:
     weight: Tensor | None = None
     gap: Tensor | None = None
     predictions: Predictions | None = None
+    group: Group | None = None
+    kl: Tensor | None = None
 
 
 Objective = Callable[..., Tensor]
@@ -62,25 +82,43 @@ Objective = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Requirements:
-    """Inputs of an objective: the reference's errors, the networks' predictions, the loser's errors."""
+    """Inputs of an objective, as `requires` declares them.
+
+    Attributes:
+        reference: the reference's errors.
+        predictions: the networks' predictions.
+        loser: the loser's errors.
+        group: errors and calibrated reward of each candidate.
+        kl: the mean of r - m over the batch.
+        shared_noise: the same noise for winner and loser.
+    """
 
     reference: bool
     predictions: bool
     loser: bool
+    group: bool = False
+    kl: bool = False
+    shared_noise: bool = False
 
 
 def requires(
-    *, reference: bool = True, predictions: bool = False, loser: bool = True
+    *,
+    reference: bool = True,
+    predictions: bool = False,
+    loser: bool = True,
+    group: bool = False,
+    kl: bool = False,
+    shared_noise: bool = False,
 ) -> Callable[[Objective], Objective]:
-    """Decorator that declares which inputs an objective reads.
+    """Decorator that declares which inputs an objective reads (`Requirements`).
 
-    It sets the function's attributes needs_reference, needs_predictions and needs_loser.
+    It sets an attribute of the function for each, from needs_reference to needs_shared_noise.
     """
+    needs = Requirements(reference, predictions, loser, group, kl, shared_noise)
 
     def declare(objective: Objective) -> Objective:
-        objective.needs_reference = reference
-        objective.needs_predictions = predictions
-        objective.needs_loser = loser
+        for name, needed in vars(needs).items():
+            setattr(objective, f"needs_{name}", needed)
         return objective
 
     return declare
@@ -94,7 +132,7 @@ def requirements(objective: Objective) -> Requirements:
     while isinstance(objective, functools.partial):
         objective = objective.func
     try:
-        return Requirements(objective.needs_reference, objective.needs_predictions, objective.needs_loser)
+        return Requirements(**{f.name: getattr(objective, f"needs_{f.name}") for f in fields(Requirements)})
     except AttributeError:
         raise InputError(
             f"{objective.__module__}.{objective.__qualname__} does not declare what it reads; "
@@ -103,13 +141,31 @@ def requirements(objective: Objective) -> Requirements:
 
 
 def joined(first: PairErrors, second: PairErrors) -> PairErrors:
-    """Errors of two batches one after the other, without gradients and without predictions."""
-    fields: dict[str, Any] = {
+    """Errors of two batches one after the other, without gradients, predictions and group."""
+    parts: dict[str, Any] = {
         name: torch.cat([value.detach(), getattr(second, name).detach()])
         for name, value in vars(first).items()
         if isinstance(value, Tensor)
     }
-    return PairErrors(**fields)
+    return PairErrors(**parts)
+
+
+def at_reference(errors: PairErrors) -> PairErrors:
+    """Errors as they would be if the policy were the reference; predictions are left as they are."""
+    group = errors.group and replace(errors.group, policy=errors.group.reference)
+    kl = None if errors.kl is None else torch.zeros_like(errors.kl)
+    own = {"policy_winner": errors.reference_winner, "policy_loser": errors.reference_loser}
+    return replace(errors, group=group, kl=kl, **own)
+
+
+def check_shared_noise(shared: bool, needs: Requirements) -> None:
+    """Raise ParameterError if winner and loser have noise of their own, but the objective compares them."""
+    if needs.shared_noise and not shared:
+        raise ParameterError(
+            "shared",
+            shared,
+            "must be true, since the objective compares the errors of winner and loser under the same noise",
+        )
 
 
 def beta_of(objective: Objective) -> float | None:
@@ -123,9 +179,13 @@ def try_objective(objective: Objective) -> None:
     Raises the errors of the objective, and InputError if it does not return losses of shape (B,).
     """
     needs = requirements(objective)
-    fields = {"policy_loser": needs.loser, "gap": needs.loser, "reference_winner": needs.reference}
-    fields |= {"reference_loser": needs.reference and needs.loser, "policy_winner": True, "weight": True}
-    errors: dict[str, Any] = {name: torch.full((3,), 0.2) for name, read in fields.items() if read}
+    read = {"policy_loser": needs.loser, "gap": needs.loser, "reference_winner": needs.reference}
+    read |= {"reference_loser": needs.reference and needs.loser, "policy_winner": True, "weight": True}
+    read |= {"kl": needs.kl}
+    errors: dict[str, Any] = {name: torch.full((3,), 0.2) for name, known in read.items() if known}
+    if needs.group:
+        each = torch.full((3, 2), 0.2)
+        errors["group"] = Group(each, each + torch.tensor([0.5, 0.0]), each if needs.reference else None)
     if needs.predictions:
         made_up = torch.zeros(3, 2 if needs.loser else 1, 1, 2, 2)
         errors["predictions"] = Predictions(made_up, made_up + 0.5, made_up if needs.reference else None)

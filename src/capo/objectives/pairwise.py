@@ -1,4 +1,4 @@
-"""Pairwise objectives, functions of the margin h against the reference: DPO, IPO, CaPO (eq. 8 and 22)."""
+"""Pairwise objectives, functions of the margin h against the reference: DPO, IPO, CaPO and others."""
 
 from __future__ import annotations
 
@@ -65,3 +65,23 @@ def capo(errors: PairErrors, *, beta: float) -> Tensor:
     """
     (gap,) = fields_of(errors, "gap")
     return (gap - scaled_margin(errors, beta)).square().to(errors.policy_winner.dtype)
+
+
+@requires()
+def hinge(errors: PairErrors, *, beta: float) -> Tensor:
+    """Hinge loss: `relu(1 - beta h)` per pair; 1 where policy = reference, 0 from beta h = 1 on.
+
+    It is the `hinge` of diffusers' example of Diffusion-DPO (there of a sum of squares, with -0.5 beta).
+
+    Args:
+        errors: all fields but gap are read.
+        beta: positive.
+
+    Returns:
+        (B,) losses in the dtype of the errors.
+
+    Raises:
+        InputError: if beta is not positive.
+        ValueError: if a field is None.
+    """
+    return (1 - scaled_margin(errors, beta)).relu().to(errors.policy_winner.dtype)

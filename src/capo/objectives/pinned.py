@@ -11,9 +11,9 @@ from torch import Tensor
 
 from capo.errors import ParameterError
 from capo.objectives.averaging import INSIDE, OUTSIDE
-from capo.objectives.base import PairErrors, Predictions, Requirements, fields_of
+from capo.objectives.base import Group, PairErrors, Predictions, Requirements, fields_of
 
-Parts = TypeVar("Parts", PairErrors, Predictions)
+Parts = TypeVar("Parts", PairErrors, Predictions, Group)
 DIGITS = 4096  # u is a multiple of 2^-24 in float32: u * 4096 is exact and leaves at least 12 binary digits
 
 
@@ -47,7 +47,7 @@ def pinned_rows(u: Tensor, share: float) -> Tensor:
 def pinned_loss(errors: PairErrors, beta: float | None) -> Tensor:
     """Loss of a pinned pair, `beta w mean((policy - reference)^2)`, (B,) float32.
 
-    The mean is over both latents of the pair, channels, height and width. Without a beta, it counts as 1.
+    The mean is over the latents of the pair (or group), channels, height and width. Without a beta, it counts as 1.
     Raises ValueError if the errors hold no predictions of policy and reference.
     """
     if errors.predictions is None or errors.predictions.reference is None:
@@ -60,8 +60,8 @@ def pinned_loss(errors: PairErrors, beta: float | None) -> Tensor:
 def select_rows(errors: PairErrors, rows: Tensor) -> PairErrors:
     """Keep the pairs of `errors` where the mask `rows` (B,) is true."""
 
-    def kept(value: Any) -> Any:  # a tensor, predictions, or None
-        if isinstance(value, Predictions):
+    def kept(value: Any) -> Any:  # a tensor, predictions, a group, or None
+        if isinstance(value, Predictions | Group):
             return _map(kept, value)
         return None if value is None else value[rows]
 

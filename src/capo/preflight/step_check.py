@@ -6,7 +6,6 @@ import gc
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -18,7 +17,7 @@ from capo.backbones import Backbone
 from capo.data import PreferenceBatch
 from capo.module import PreferenceModule
 from capo.objectives import margin
-from capo.objectives.base import fields_of
+from capo.objectives.base import at_reference, fields_of
 from capo.preflight.model_check import Check
 
 STEPS = 3  # the last one is timed
@@ -91,8 +90,8 @@ class Watch(L.Callback):
             return
         (gap,) = fields_of(errors, "gap")
         self.largest, self.gap = float(margin(errors).abs().max()), float(gap.mean())
-        same = replace(errors, policy_winner=errors.reference_winner, policy_loser=errors.reference_loser)
-        self.loss, self.expected = (float(module.objective(found).mean()) for found in (errors, same))
+        known = errors, at_reference(errors)
+        self.loss, self.expected = (float(module.objective(found).mean()) for found in known)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int

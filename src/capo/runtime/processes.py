@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from capo.errors import InputError
 from capo.runtime.launch import Launch, cluster, device_numbers, launch
@@ -110,6 +110,15 @@ def gathered(value: Value) -> list[Value]:
     values: list = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a tensor over all processes, each of which must call it; nothing leaves the device."""
+    if not distributed.is_initialized():
+        return value
+    total = value.detach().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
 
 
 def run_on_first_process(task: Callable[[], Value]) -> Value:

@@ -12,6 +12,7 @@ from capo.objectives import (
     Requirements,
     capo,
     dpo,
+    hinge,
     implicit_rewards,
     ipo,
     margin,
@@ -20,7 +21,7 @@ from capo.objectives import (
     sft,
 )
 
-PAIRWISE = [dpo, ipo, capo]
+PAIRWISE = [dpo, ipo, capo, hinge]
 
 
 def random_errors(seed: int = 0, count: int = 50, dtype: torch.dtype = torch.float64) -> PairErrors:
@@ -74,6 +75,7 @@ def test_hand_worked_losses():
     assert ipo(ONE, beta=20.0).item() == pytest.approx(4.0)
     assert capo(ONE, beta=20.0).item() == pytest.approx(7.5625)
     assert sft(ONE).item() == 0.2
+    assert hinge(ONE, beta=20.0).item() == 0.0 and hinge(ONE, beta=2.0).item() == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,7 @@ def test_hand_worked_losses():
         (dpo, lambda e: torch.full_like(e.gap, math.log(2))),
         (ipo, lambda e: torch.ones_like(e.gap)),
         (capo, lambda e: e.gap**2),
+        (hinge, lambda e: torch.ones_like(e.gap)),
         (sft, lambda e: e.policy_winner),
     ],
 )
@@ -117,6 +120,7 @@ def test_a_constant_weight_is_a_factor_of_beta(objective):
         (dpo, lambda e, beta: torch.full_like(e.gap, -beta / 2)),
         (ipo, lambda e, beta: torch.full_like(e.gap, -2 * beta)),
         (capo, lambda e, beta: -2 * beta * e.gap),
+        (hinge, lambda e, beta: torch.full_like(e.gap, -beta)),
     ],
 )
 def test_gradient_at_the_start(objective, slope):
@@ -203,11 +207,11 @@ def test_requirements_are_read_through_partials(objective):
     assert (objective.needs_reference, objective.needs_predictions) == (True, False)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "capo", "sft"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "capo", "hinge", "sft"])
 def test_objectives_bind_through_hydra(name):
     objective = instantiate({"_target_": f"capo.objectives.{name}", "_partial_": True, "beta": 20.0})
     assert requirements(objective).reference == (name != "sft")
-    direct = {"dpo": dpo, "ipo": ipo, "capo": capo, "sft": sft}[name]
+    direct = {"dpo": dpo, "ipo": ipo, "capo": capo, "hinge": hinge, "sft": sft}[name]
     assert torch.equal(objective(ONE), direct(ONE, beta=20.0))
 
 
