@@ -20,7 +20,7 @@ from capo.objectives.base import (
     scaled_margin,
     try_objective,
 )
-from capo.objectives.pairwise import capo, dpo, hinge, ipo
+from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo
 from capo.objectives.reference_free import sft
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Requirements",
     "anchor_penalty",
     "capo",
+    "dmpo",
     "dpo",
     "hinge",
     "implicit_rewards",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import functional
 
+from capo.errors import ParameterError
 from capo.objectives.base import PairErrors, fields_of, requires, scaled_margin
 
 
@@ -85,3 +88,32 @@ def hinge(errors: PairErrors, *, beta: float) -> Tensor:
         ValueError: if a field is None.
     """
     return (1 - scaled_margin(errors, beta)).relu().to(errors.policy_winner.dtype)
+
+
+@requires()
+def dmpo(errors: PairErrors, *, beta: float, flip: float = 0.01) -> Tensor:
+    """DMPO: `p (log p - log(1 - a)) + (1 - p) (log(1 - p) - log a)` with `p = sigmoid(beta h)`, per pair.
+
+    This is the divergence of p from a preference that is wrong with probability a: the reverse of the
+    divergence that DPO lowers. It is 0 where beta h = log((1 - a) / a), 1.61446 where policy = reference at
+    a = 0.01, and tends to -log a, with a vanishing gradient, as h falls. The formula is that of the code of
+    Diffusion-SDPO; the authors of DMPO have published none.
+
+    Args:
+        errors: all fields but gap are read.
+        beta: positive.
+        flip: a, above 0 and below 1/2.
+
+    Returns:
+        (B,) losses in the dtype of the errors.
+
+    Raises:
+        InputError: if beta is not positive, or the flip is out of its range.
+        ValueError: if a field is None.
+    """
+    if not 0 < flip < 0.5:
+        raise ParameterError("flip", flip, "must be a number above 0 and below 0.5")
+    x = scaled_margin(errors, beta)
+    right = x.sigmoid() * (functional.logsigmoid(x) - math.log1p(-flip))
+    wrong = (-x).sigmoid() * (functional.logsigmoid(-x) - math.log(flip))
+    return (right + wrong).to(errors.policy_winner.dtype)

@@ -86,9 +86,8 @@ def test_sdxl_brings_rewards_prompts_sampler_and_trainer():
         10000,
         1.5,
     )
-    for name, beta in cfg.model.beta.items():
-        low, high = cfg.model.beta_range[name]
-        assert low <= beta <= high
+    for name, (low, high) in cfg.model.beta_range.items():
+        assert low <= cfg.model.beta[name] <= high
     cfg = composed("model=sdxl", "rewards=looks", "prompts=shapes", "trainer.warm_up=7", "objective=dpo")
     assert list(cfg.rewards) == ["looks"] and cfg.trainer.warm_up == 7 and cfg.objective.beta == 3000
 
@@ -98,6 +97,16 @@ def test_each_objective_has_the_models_beta():
         cfg = composed(f"objective={name}")
         assert cfg.objective.beta == cfg.model.beta[name]
     assert composed("objective=sft").objective.beta is None
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+@pytest.mark.parametrize(
+    ("objective", "like", "published"),
+    [("hinge", "ipo", {}), ("dmpo", "dpo", {"sd15": 1000, "sdxl": 3000})],
+)
+def test_other_objectives_have_a_published_beta_or_that_of_their_relative(model, objective, like, published):
+    cfg = composed(f"model={model}", f"objective={objective}", "prompts=shapes")
+    assert cfg.objective.beta == published.get(model, cfg.model.beta[like])
 
 
 def test_environment_and_project_name_the_same_packages():

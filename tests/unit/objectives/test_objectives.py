@@ -11,6 +11,7 @@ from capo.objectives import (
     PairErrors,
     Requirements,
     capo,
+    dmpo,
     dpo,
     hinge,
     implicit_rewards,
@@ -21,7 +22,7 @@ from capo.objectives import (
     sft,
 )
 
-PAIRWISE = [dpo, ipo, capo, hinge]
+PAIRWISE = [dpo, ipo, capo, hinge, dmpo]
 
 
 def random_errors(seed: int = 0, count: int = 50, dtype: torch.dtype = torch.float64) -> PairErrors:
@@ -85,6 +86,8 @@ def test_hand_worked_losses():
         (ipo, lambda e: torch.ones_like(e.gap)),
         (capo, lambda e: e.gap**2),
         (hinge, lambda e: torch.ones_like(e.gap)),
+        # 0.5 (log 0.5 - log 0.99) + 0.5 (log 0.5 - log 0.01)
+        (dmpo, lambda e: torch.full_like(e.gap, -math.log(2) - 0.5 * math.log(0.99 * 0.01))),
         (sft, lambda e: e.policy_winner),
     ],
 )
@@ -121,6 +124,7 @@ def test_a_constant_weight_is_a_factor_of_beta(objective):
         (ipo, lambda e, beta: torch.full_like(e.gap, -2 * beta)),
         (capo, lambda e, beta: -2 * beta * e.gap),
         (hinge, lambda e, beta: torch.full_like(e.gap, -beta)),
+        (dmpo, lambda e, beta: torch.full_like(e.gap, -0.25 * math.log(99) * beta)),
     ],
 )
 def test_gradient_at_the_start(objective, slope):
@@ -156,6 +160,27 @@ def test_one_small_step_raises_the_margin(objective):
         for parameter in network.parameters():
             parameter -= 1e-4 * parameter.grad
     assert margin(errors_of(reference)).item() > 0
+
+
+def at_margin(h: float) -> PairErrors:
+    """One pair with w = 1 and this margin, all of it the loser's."""
+    return PairErrors(*torch.tensor([[0.2], [0.2], [0.3 + h], [0.3], [1.0], [0.5]], dtype=torch.float64))
+
+
+def test_dmpo_is_a_divergence_from_a_preference_that_is_wrong_in_one_of_a_hundred():
+    assert dmpo(at_margin(0.0), beta=7.0).item() == pytest.approx(1.61446, abs=5e-6)
+    assert dmpo(at_margin(math.log(99)), beta=1.0).item() == pytest.approx(0, abs=1e-14)  # the minimum
+    assert min(dmpo(at_margin(math.log(99) + apart), beta=1.0).item() for apart in (-0.1, 0.1)) > 1e-5
+    far = at_margin(-800.0)
+    far.policy_loser.requires_grad_()
+    loss = dmpo(far, beta=1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(100)) and far.policy_loser.grad.item() == 0
+    # at the start 2.2976 times dpo's slope of -beta / 2
+    assert 0.25 * math.log(99) == pytest.approx(1.14878, abs=5e-6) and 1.14878 / 0.5 == pytest.approx(2.29756)
+    for flip in (0.0, 0.5, math.nan):
+        with pytest.raises(InputError, match="flip must be a number above 0 and below 0.5"):
+            dmpo(at_margin(0.0), beta=1.0, flip=flip)
 
 
 def test_swapping_winner_and_loser():
@@ -207,11 +232,11 @@ def test_requirements_are_read_through_partials(objective):
     assert (objective.needs_reference, objective.needs_predictions) == (True, False)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "capo", "hinge", "sft"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "capo", "hinge", "dmpo", "sft"])
 def test_objectives_bind_through_hydra(name):
     objective = instantiate({"_target_": f"capo.objectives.{name}", "_partial_": True, "beta": 20.0})
     assert requirements(objective).reference == (name != "sft")
-    direct = {"dpo": dpo, "ipo": ipo, "capo": capo, "hinge": hinge, "sft": sft}[name]
+    direct = {"dpo": dpo, "ipo": ipo, "capo": capo, "hinge": hinge, "dmpo": dmpo, "sft": sft}[name]
     assert torch.equal(objective(ONE), direct(ONE, beta=20.0))
 
 
