@@ -99,15 +99,30 @@ def test_one_small_step_raises_the_margin(tiny_backbone):
     assert margin(module.pair_errors(batch)).mean() > 0
 
 
+def counted_passes(backbone, monkeypatch) -> list[int]:
+    """Latents in each forward pass from here on."""
+    sizes, predict = [], backbone.predict
+    monkeypatch.setattr(
+        backbone, "predict", lambda n, x, t, text: sizes.append(len(x)) or predict(n, x, t, text)
+    )
+    return sizes
+
+
 def test_sft_computes_neither_reference_nor_loser(tiny_backbone, monkeypatch):
     module = module_for(tiny_backbone, partial(objectives.sft, beta=None))
-    sizes = []
-    predict = tiny_backbone.predict
-    monkeypatch.setattr(
-        tiny_backbone, "predict", lambda n, x, t, text: sizes.append(len(x)) or predict(n, x, t, text)
-    )
+    sizes = counted_passes(tiny_backbone, monkeypatch)
     errors = module.pair_errors(batch_for(tiny_backbone))
     assert sizes == [3] and errors.reference_winner is None and errors.policy_loser is None
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_mapo_makes_no_pass_through_the_reference(tiny_backbone, monkeypatch, lora):
+    module = module_for(tiny_backbone, partial(objectives.mapo, beta=0.1), lora=lora)
+    sizes = counted_passes(tiny_backbone, monkeypatch)
+    monkeypatch.setattr(module, "reference", lambda: pytest.fail("there is no reference to read"))
+    loss = module.training_step(batch_for(tiny_backbone), 0)
+    assert sizes == [6] and loss.isfinite() and module.__dict__["_reference"] is None
+    assert set(module.take_figures()) >= {"train/loss", "train/error_winner"}
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

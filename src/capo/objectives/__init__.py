@@ -21,7 +21,7 @@ from capo.objectives.base import (
     try_objective,
 )
 from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo
-from capo.objectives.reference_free import sft
+from capo.objectives.reference_free import mapo, sft
 
 __all__ = [
     "Anchor",
@@ -37,6 +37,7 @@ __all__ = [
     "hinge",
     "implicit_rewards",
     "ipo",
+    "mapo",
     "margin",
     "mean_over_times",
     "requirements",
