@@ -99,7 +99,9 @@ def results(run: Path) -> dict:
 
 def test_an_objective(recipe, capsys):
     run = recipe("An objective", "evaluate=false")
-    assert (run / "outcome.json").is_file() and re.search(r"objective +│ calibrated_hinge", capsys.readouterr().out)
+    assert (run / "outcome.json").is_file() and re.search(
+        r"objective +│ calibrated_hinge", capsys.readouterr().out
+    )
 
 
 def test_an_objective_without_a_beta_ends_early(recipe, capsys):

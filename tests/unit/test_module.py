@@ -39,6 +39,14 @@ def module_for(backbone, objective=None, **options) -> PreferenceModule:
     )
 
 
+def moved(module: PreferenceModule) -> PreferenceModule:
+    """The module with a policy away from the reference."""
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.mul_(1.01)
+    return module
+
+
 def test_error_is_a_float32_mean():
     prediction = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16).view(1, 1, 2, 2)
     error = denoising_error(prediction, torch.zeros(1, 1, 2, 2))
@@ -123,6 +131,35 @@ def test_mapo_makes_no_pass_through_the_reference(tiny_backbone, monkeypatch, lo
     loss = module.training_step(batch_for(tiny_backbone), 0)
     assert sizes == [6] and loss.isfinite() and module.__dict__["_reference"] is None
     assert set(module.take_figures()) >= {"train/loss", "train/error_winner"}
+
+
+def test_kto_takes_both_candidates_of_each_prompt_as_samples(tiny_backbone, monkeypatch):
+    module = moved(module_for(tiny_backbone, partial(objectives.kto, beta=100.0)))
+    batch, sizes = batch_for(tiny_backbone), counted_passes(tiny_backbone, monkeypatch)
+    batch.calibrated_rewards[0] = torch.tensor([0.8, 0.6])  # both good
+    errors = module.pair_errors(batch)
+    group = errors.group
+    assert (
+        sizes == [6, 6]
+        and group.policy.shape == (3, 2)
+        and torch.equal(group.rewards, batch.calibrated_rewards)
+    )
+    assert torch.equal(group.policy[:, 0], errors.policy_winner)
+    assert torch.equal(group.reference[:, 1], errors.reference_loser)
+    gain = (group.reference - group.policy).detach()
+    assert not errors.kl.requires_grad and torch.allclose(errors.kl, gain.mean().expand(3))
+    y = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])  # 0.5 of the last is neither
+    expected = (1 - torch.sigmoid(100 * y * (gain - gain.mean().clamp(min=0)))).mean()  # over six samples
+    assert module.objective(errors).mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    plain = module_for(tiny_backbone).pair_errors(batch)
+    assert plain.group is None and plain.kl is None
+
+
+def test_a_pair_objective_refuses_larger_groups(tiny_backbone):
+    batch = batch_for(tiny_backbone)
+    wider = replace(batch, latents=batch.latents[:, [0, 1, 1]], noise=batch.noise[:, [0, 1, 1]])
+    with pytest.raises(ValueError, match="cannot read 3 candidates"):
+        module_for(tiny_backbone).pair_errors(wider)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

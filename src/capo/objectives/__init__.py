@@ -22,6 +22,7 @@ from capo.objectives.base import (
 )
 from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo
 from capo.objectives.reference_free import mapo, sft
+from capo.objectives.unpaired import kto
 
 __all__ = [
     "Anchor",
@@ -37,6 +38,7 @@ __all__ = [
     "hinge",
     "implicit_rewards",
     "ipo",
+    "kto",
     "mapo",
     "margin",
     "mean_over_times",

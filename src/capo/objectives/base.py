@@ -219,9 +219,14 @@ def margin(errors: PairErrors) -> Tensor:
 
 def scaled_margin(errors: PairErrors, beta: float) -> Tensor:
     """Scaled margin `beta h`, (B,). Raises InputError if beta is not positive, else as `margin`."""
-    if beta is None or not beta > 0:
-        raise ParameterError("beta", beta, "must be a positive number")
-    return beta * margin(errors)
+    return positive("beta", beta) * margin(errors)
+
+
+def positive(name: str, value: float | None) -> float:
+    """The value of the parameter `name`. Raises ParameterError (an InputError) unless it is positive."""
+    if value is None or not value > 0:
+        raise ParameterError(name, value, "must be a positive number")
+    return value
 
 
 def fields_of(errors: PairErrors, *names: str) -> list[Tensor]:
@@ -229,5 +234,9 @@ def fields_of(errors: PairErrors, *names: str) -> list[Tensor]:
     missing = [name for name in names if getattr(errors, name) is None]
     if missing:
         raise ValueError(f"PairErrors has no {', '.join(missing)}, which the objective reads")
-    values = [getattr(errors, name) for name in names]
-    return [value if value.dtype == torch.float64 else value.float() for value in values]
+    return [at_least_float32(getattr(errors, name)) for name in names]
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """The tensor in float64 if it is that, else in float32."""
+    return value if value.dtype == torch.float64 else value.float()

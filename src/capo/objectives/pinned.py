@@ -47,8 +47,8 @@ def pinned_rows(u: Tensor, share: float) -> Tensor:
 def pinned_loss(errors: PairErrors, beta: float | None) -> Tensor:
     """Loss of a pinned pair, `beta w mean((policy - reference)^2)`, (B,) float32.
 
-    The mean is over the latents of the pair (or group), channels, height and width. Without a beta, it counts as 1.
-    Raises ValueError if the errors hold no predictions of policy and reference.
+    The mean is over the latents of the pair (or group), channels, height and width. Without a beta, it counts
+    as 1. Raises ValueError if the errors hold no predictions of policy and reference.
     """
     if errors.predictions is None or errors.predictions.reference is None:
         raise ValueError("a pinned pair needs the predictions of policy and reference")

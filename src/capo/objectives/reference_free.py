@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from capo.errors import ParameterError
-from capo.objectives.base import PairErrors, fields_of, requires
+from capo.objectives.base import PairErrors, fields_of, positive, requires
 
 SMALL = 0.01  # below it the next term of the series, x^6 / 30240, is under 1e-16
 
@@ -40,8 +39,7 @@ def mapo(errors: PairErrors, *, beta: float, scale: float = 0.5, factor: float =
         ValueError: if a field is None.
     """
     for name, value in {"beta": beta, "scale": scale, "factor": factor}.items():
-        if value is None or not value > 0:
-            raise ParameterError(name, value, "must be a positive number")
+        positive(name, value)
     winner, loser = fields_of(errors, "policy_winner", "policy_loser")
     ahead = factor * (bernoulli(scale * winner) - bernoulli(scale * loser))
     return (winner - beta * functional.logsigmoid(ahead)).to(errors.policy_winner.dtype)

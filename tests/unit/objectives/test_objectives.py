@@ -177,9 +177,9 @@ def test_dmpo_is_a_divergence_from_a_preference_that_is_wrong_in_one_of_a_hundre
     loss.backward()
     assert loss.item() == pytest.approx(math.log(100)) and far.policy_loser.grad.item() == 0
     # at the start 2.2976 times dpo's slope of -beta / 2
-    assert 0.25 * math.log(99) == pytest.approx(1.14878, abs=5e-6) and 1.14878 / 0.5 == pytest.approx(2.29756)
+    assert 0.25 * math.log(99) / 0.5 == pytest.approx(2.2976, abs=5e-5)
     for flip in (0.0, 0.5, math.nan):
-        with pytest.raises(InputError, match="flip must be a number above 0 and below 0.5"):
+        with pytest.raises(InputError, match=r"flip must be a number above 0 and below 0\.5"):
             dmpo(at_margin(0.0), beta=1.0, flip=flip)
 
 

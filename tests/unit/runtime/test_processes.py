@@ -1,12 +1,15 @@
-"""Which device a process takes."""
+"""Which device a process takes, and what processes compute together."""
+
+import multiprocessing
 
 import pytest
 import torch
+from torch import distributed
 
 from capo.errors import InputError
 from capo.runtime import processes
 from capo.runtime.launch import Launch
-from capo.runtime.processes import check_accelerator, check_devices, own_device
+from capo.runtime.processes import check_accelerator, check_devices, mean_over_processes, own_device
 
 
 @pytest.fixture
@@ -68,3 +71,26 @@ def test_devices_that_are_not_here_are_refused(machine):
     check_devices("auto", 1)
     with pytest.raises(InputError, match=r"trainer.devices=\[7\]: numbers name GPUs.*trainer.devices=1"):
         check_devices("auto", [7])
+
+
+def _mean_of_own_rank(folder: str, rank: int, told) -> None:
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    value = torch.tensor([rank, 10.0], requires_grad=True)
+    mean = mean_over_processes(value)
+    told.put((mean.tolist(), mean.requires_grad, value.tolist()))
+    distributed.destroy_process_group()
+
+
+def test_a_mean_is_over_all_processes_and_over_one_alone(tmp_path):
+    context = multiprocessing.get_context("fork")  # which need not import torch again
+    told = context.Queue()
+    ranks = [context.Process(target=_mean_of_own_rank, args=(str(tmp_path), rank, told)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    found = sorted(told.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    assert found == [([0.5, 10.0], False, [0.0, 10.0]), ([0.5, 10.0], False, [1.0, 10.0])]
+    alone = torch.tensor([3.0])
+    assert mean_over_processes(alone) is alone
