@@ -131,6 +131,12 @@ def test_values_that_cannot_be_used(plain, key, value, message):
      "anchor.weight=0.5: must be 0, since the objective has no reference"),
     ({"objective": {"_target_": "capo.objectives.sft", "_partial_": True}, "noise.reduction": "inside"},
      "noise.reduction=inside: must be outside, since the objective is no function of a margin"),
+    ({"objective": {"_target_": "capo.objectives.sdpo", "_partial_": True, "beta": 1, "mu": 0.9},
+      "noise.shared": False},
+     "noise.shared=false: must be true, since the objective compares the errors of winner and loser"),
+    ({"objective": {"_target_": "capo.objectives.sdpo", "_partial_": True, "beta": 1, "mu": 1.5},
+      "noise.shared": True},
+     "objective.mu=1.5: must be a number from 0 to 1"),
     ({"objective": {"_target_": "fixtures.fake_objectives.mean_loss", "_partial_": True, "beta": 1}},
      "losses of shape () for 3 pairs"),
     ({"objective": {"_target_": "fixtures.fake_objectives.picky", "_partial_": True, "beta": 1}},
@@ -552,8 +558,8 @@ def test_what_was_probably_meant():
         (["objective.betta=3"], "error: there is no key 'objective.betta'; did you mean objective.beta?"),
         (
             ["objective=CAPO"],
-            "error: objective=CAPO: no such choice; there are capo, dmpo, dpo, hinge, ipo, kto, mapo, sft; "
-            "did you mean objective=capo?",
+            "error: objective=CAPO: no such choice; there are capo, dmpo, dpo, hinge, ipo, kto, mapo, sdpo, "
+            "sft; did you mean objective=capo?",
         ),
         (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
         (

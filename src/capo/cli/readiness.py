@@ -29,7 +29,7 @@ from capo.data.selection import select
 from capo.errors import InputError, closest
 from capo.objectives import Anchor, requirements, try_objective
 from capo.objectives.averaging import check_reduction
-from capo.objectives.base import beta_of
+from capo.objectives.base import beta_of, check_shared_noise
 from capo.objectives.pinned import check_pinned
 from capo.pairs import declaration
 from capo.preflight.architecture import published, published_names
@@ -89,6 +89,7 @@ def check_objective(cfg: DictConfig) -> None:
         Anchor(cfg.anchor.weight, cfg.anchor.slack).check(needs, beta_of(objective))
     with under("noise"):
         check_reduction(cfg.noise.reduction, needs)
+        check_shared_noise(cfg.noise.shared, needs)
     with under("trainer"):
         check_pinned(cfg.trainer.pinned, needs, cfg.noise.reduction)
 

@@ -20,6 +20,7 @@ from capo.objectives.base import (
     scaled_margin,
     try_objective,
 )
+from capo.objectives.guarded import guarded, sdpo
 from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo
 from capo.objectives.reference_free import mapo, sft
 from capo.objectives.unpaired import kto
@@ -35,6 +36,7 @@ __all__ = [
     "capo",
     "dmpo",
     "dpo",
+    "guarded",
     "hinge",
     "implicit_rewards",
     "ipo",
@@ -45,6 +47,7 @@ __all__ = [
     "requirements",
     "requires",
     "scaled_margin",
+    "sdpo",
     "sft",
     "try_objective",
 ]
