@@ -559,7 +559,7 @@ def test_what_was_probably_meant():
         (
             ["objective=CAPO"],
             "error: objective=CAPO: no such choice; there are capo, dmpo, dpo, hinge, ipo, kto, mapo, sdpo, "
-            "sft; did you mean objective=capo?",
+            "sft, smpo; did you mean objective=capo?",
         ),
         (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
         (

@@ -21,7 +21,7 @@ from capo.objectives.base import (
     try_objective,
 )
 from capo.objectives.guarded import guarded, sdpo
-from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo
+from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo, smpo
 from capo.objectives.reference_free import mapo, sft
 from capo.objectives.unpaired import kto
 
@@ -49,5 +49,6 @@ __all__ = [
     "scaled_margin",
     "sdpo",
     "sft",
+    "smpo",
     "try_objective",
 ]

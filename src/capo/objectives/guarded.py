@@ -57,7 +57,7 @@ def sdpo(errors: PairErrors, *, beta: float, mu: float) -> Tensor:
 
 
 def overlap(errors: PairErrors) -> Tensor:
-    """Overlap `c = mean(e+ e-)` of what the policy is off on winner and loser, `e = prediction - target`, (B,).
+    """Overlap `c = mean(e+ e-)` of the errors `e = prediction - target` on winner and loser, (B,).
 
     The mean is over channels, height and width, without gradients. Raises ValueError without predictions.
     """

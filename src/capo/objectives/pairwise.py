@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from capo.errors import ParameterError
-from capo.objectives.base import PairErrors, fields_of, requires, scaled_margin
+from capo.objectives.base import PairErrors, fields_of, positive, requires, scaled_margin
 
 
 @requires()
@@ -117,3 +117,28 @@ def dmpo(errors: PairErrors, *, beta: float, flip: float = 0.01) -> Tensor:
     right = x.sigmoid() * (functional.logsigmoid(x) - math.log1p(-flip))
     wrong = (-x).sigmoid() * (functional.logsigmoid(-x) - math.log(flip))
     return (right + wrong).to(errors.policy_winner.dtype)
+
+
+@requires()
+def smpo(errors: PairErrors, *, beta: float, gamma: float = 1.0) -> Tensor:
+    """SmPO: `softplus(-beta gamma dR h)` per pair, DPO with a beta that grows with the gap; log 2 at first.
+
+    The authors' `2p - 1`, of p the softmax of two PickScores, is dR of one reward at N = 2 (eq. 6). A pair
+    with dR = 0 gives no gradient, one with dR = 1 / gamma that of `dpo`. Their latents are inverted, which is
+    an option of the noise here (`noise.source`).
+
+    Args:
+        errors: all fields are read.
+        beta: positive.
+        gamma: positive; the published 10 belongs to scores that were scaled to [0, 1] over a whole data set.
+
+    Returns:
+        (B,) losses in the dtype of the errors.
+
+    Raises:
+        InputError: if beta or gamma is not positive.
+        ValueError: if a field is None.
+    """
+    (gap,) = fields_of(errors, "gap")
+    scaled = positive("gamma", gamma) * gap * scaled_margin(errors, beta)
+    return -functional.logsigmoid(scaled).to(errors.policy_winner.dtype)

@@ -20,9 +20,10 @@ from capo.objectives import (
     requirements,
     requires,
     sft,
+    smpo,
 )
 
-PAIRWISE = [dpo, ipo, capo, hinge, dmpo]
+PAIRWISE = [dpo, ipo, capo, hinge, dmpo, smpo]
 
 
 def random_errors(seed: int = 0, count: int = 50, dtype: torch.dtype = torch.float64) -> PairErrors:
@@ -86,6 +87,7 @@ def test_hand_worked_losses():
         (ipo, lambda e: torch.ones_like(e.gap)),
         (capo, lambda e: e.gap**2),
         (hinge, lambda e: torch.ones_like(e.gap)),
+        (smpo, lambda e: torch.full_like(e.gap, math.log(2))),
         # 0.5 (log 0.5 - log 0.99) + 0.5 (log 0.5 - log 0.01)
         (dmpo, lambda e: torch.full_like(e.gap, -math.log(2) - 0.5 * math.log(0.99 * 0.01))),
         (sft, lambda e: e.policy_winner),
@@ -124,6 +126,7 @@ def test_a_constant_weight_is_a_factor_of_beta(objective):
         (ipo, lambda e, beta: torch.full_like(e.gap, -2 * beta)),
         (capo, lambda e, beta: -2 * beta * e.gap),
         (hinge, lambda e, beta: torch.full_like(e.gap, -beta)),
+        (smpo, lambda e, beta: -beta * e.gap / 2),
         (dmpo, lambda e, beta: torch.full_like(e.gap, -0.25 * math.log(99) * beta)),
     ],
 )
@@ -183,6 +186,21 @@ def test_dmpo_is_a_divergence_from_a_preference_that_is_wrong_in_one_of_a_hundre
             dmpo(at_margin(0.0), beta=1.0, flip=flip)
 
 
+def test_smpo_is_dpo_with_a_beta_that_grows_with_the_gap():
+    errors = random_errors()
+    for gamma in (1.0, 4.0):
+        same = dataclasses.replace(errors, gap=torch.full_like(errors.gap, 1 / gamma))
+        assert torch.equal(smpo(same, beta=9.0, gamma=gamma), dpo(errors, beta=9.0))
+    # of the pair by hand, beta gamma dR h = 20 * 2 * 0.25 * 0.15 = 1.5
+    assert smpo(ONE, beta=20.0, gamma=2.0).item() == pytest.approx(math.log1p(math.exp(-1.5)))
+    level = dataclasses.replace(errors, gap=torch.zeros_like(errors.gap))
+    winner = level.policy_winner.requires_grad_()
+    assert torch.autograd.grad(smpo(level, beta=9.0).sum(), winner)[0].abs().max() == 0
+    for gamma in (0.0, None):
+        with pytest.raises(InputError, match="gamma must be a positive number"):
+            smpo(errors, beta=9.0, gamma=gamma)
+
+
 def test_swapping_winner_and_loser():
     errors = random_errors()
     swapped = swap(errors)
@@ -232,11 +250,13 @@ def test_requirements_are_read_through_partials(objective):
     assert (objective.needs_reference, objective.needs_predictions) == (True, False)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "capo", "hinge", "dmpo", "sft"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "capo", "hinge", "dmpo", "smpo", "sft"])
 def test_objectives_bind_through_hydra(name):
     objective = instantiate({"_target_": f"capo.objectives.{name}", "_partial_": True, "beta": 20.0})
     assert requirements(objective).reference == (name != "sft")
-    direct = {"dpo": dpo, "ipo": ipo, "capo": capo, "hinge": hinge, "dmpo": dmpo, "sft": sft}[name]
+    direct = {"dpo": dpo, "ipo": ipo, "capo": capo, "hinge": hinge, "dmpo": dmpo, "smpo": smpo, "sft": sft}[
+        name
+    ]
     assert torch.equal(objective(ONE), direct(ONE, beta=20.0))
 
 
