@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from capo.backbones import Backbone
 from capo.backbones.denoising import Weighting, denoising_error, pair_errors
 from capo.backbones.execution import PLAIN, Execution
+from capo.backbones.inversion import Inversion
 from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.models import Denoiser
 from capo.backbones.parallel import compile_blocks, shard
@@ -56,6 +57,8 @@ class PreferenceModule(L.LightningModule):
         pinned: share of the pairs whose loss pins the unconditional prediction to the reference's instead
             (`capo.objectives.pinned`).
         execution: settings of memory and speed.
+        inversion: how the policy inverts the latents of a batch (`capo.backbones.inversion`); None: the noise
+            of the batch is added to them.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class PreferenceModule(L.LightningModule):
         max_bad_steps: int = 10,
         pinned: float = 0.0,
         execution: Execution = PLAIN,
+        inversion: Inversion | None = None,
     ):
         super().__init__()
         self.strict_loading = False  # the reference is not in a checkpoint
@@ -89,6 +93,7 @@ class PreferenceModule(L.LightningModule):
         self.pinned, self.unconditional = pinned, UnconditionalText(backbone)
         self.reduction, self.anchor = reduction, anchor
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
+        self.inversion = inversion
         self.gradient_clip, self.max_bad_steps = gradient_clip, max_bad_steps
         # takes loss and share of the first half, set for a step whose batch goes backward in two halves
         self.hold_gradient: Callable[[Tensor, float], None] | None = None
@@ -168,7 +173,14 @@ class PreferenceModule(L.LightningModule):
             batch = replace(batch, text=self.unconditional.at(rows, batch.text))
             needs = replace(needs, predictions=True)
         return pair_errors(
-            self.backbone, self.policy, self.reference, batch, needs, self.weighting, self.draw
+            self.backbone,
+            self.policy,
+            self.reference,
+            batch,
+            needs,
+            self.weighting,
+            self.draw,
+            self.inversion,
         )
 
     def training_step(self, batch: PreferenceBatch, index: int) -> Tensor:

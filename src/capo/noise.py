@@ -22,6 +22,9 @@ LOG_SNR_RANGE = (10.0, -10.0)  # log-SNR at u = 0 and at u = 1 of the draw `logs
 # to be seen; the second the times at which a small model decides what an image shows (docs/shapes.md).
 LOG_SNR_NORMAL = {"logsnr_normal": (-0.5, 2.0), "logsnr_normal_late": (-3.5, 1.5)}
 VP_DRAWS = ("uniform", *LOG_SNR_NORMAL)
+# where the noise of a training sample comes from: a random draw, the noise that its image began with, or
+# an inversion of the image by the policy
+DRAWN, PRIOR, INVERTED = SOURCES = ("drawn", "prior", "inverted")
 
 
 def vp_log_snr(alphas_cumprod: Tensor) -> Tensor:
@@ -92,6 +95,42 @@ def vp_velocity(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """
     abar = _per_sample(alpha_bar, x)
     return (abar.sqrt() * eps - (1 - abar).sqrt() * x).to(x.dtype)
+
+
+def vp_noise_within(x: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Noise with which `vp_add_noise` makes `noisy` of x: `(x_t - sqrt(abar) x) / sqrt(1 - abar)`.
+
+    Shapes as in `vp_add_noise`; 0 / 0 where abar is 1.
+    """
+    abar = _per_sample(alpha_bar, x)
+    return ((noisy - abar.sqrt() * x) / (1 - abar).sqrt()).to(x.dtype)
+
+
+def vp_carried(noisy: Tensor, eps: Tensor, alpha_bar: Tensor, other: Tensor) -> Tensor:
+    """Noisy latent at another time, with the same noise and the clean latent that it implies (DDIM, eta 0).
+
+    Args:
+        noisy: (B, ..., C, H, W) latents x_t.
+        eps: the noise in them, shape of noisy.
+        alpha_bar: (B, ...) cumulative alpha at their time, above 0.
+        other: (B, ...) cumulative alpha at the other time.
+
+    Returns:
+        `sqrt(abar') (x_t - sqrt(1 - abar) eps) / sqrt(abar) + sqrt(1 - abar') eps`, dtype of noisy.
+    """
+    abar = _per_sample(alpha_bar, noisy)
+    clean = (noisy - (1 - abar).sqrt() * eps) / abar.sqrt()
+    return vp_add_noise(clean, eps, other).to(noisy.dtype)
+
+
+def vp_posterior_deviation(alpha_bar: Tensor, later: Tensor) -> Tensor:
+    """Standard deviation of x_t given x at a later time and the clean latent; cumulative alphas of any shape.
+
+    `sigma^2 = (1 - abar) / (1 - abar') (1 - abar' / abar)`, of which DDIM takes the share eta; 0 where the
+    times are equal.
+    """
+    variance = (1 - alpha_bar) / (1 - later) * (1 - later / alpha_bar)
+    return torch.where(alpha_bar > later, variance, 0).sqrt()
 
 
 def flow_log_snr(t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capo import objectives
+from capo.backbones.inversion import Inversion, invert
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.metrics import Figures, drift_by_time, training_figures
@@ -153,6 +154,40 @@ def test_kto_takes_both_candidates_of_each_prompt_as_samples(tiny_backbone, monk
     assert module.objective(errors).mean().item() == pytest.approx(expected.item(), rel=1e-5)
     plain = module_for(tiny_backbone).pair_errors(batch)
     assert plain.group is None and plain.kl is None
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_the_policy_inverts_its_own_latents(tiny_backbone, monkeypatch, lora, autocast):
+    module = module_for(tiny_backbone, lora=lora, inversion=Inversion(steps=2, renoise=1, eta=0.1))
+    batch = batch_for(tiny_backbone)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert margin(module.pair_errors(batch)).tolist() == [0.0, 0.0, 0.0]  # the same latents for both
+        with torch.no_grad():
+            for name, parameter in module.policy.named_parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05) if "lora_B" in name else parameter.mul_(1.01)
+        sizes = counted_passes(tiny_backbone, monkeypatch)
+        errors = module.pair_errors(batch)
+        loss = module.objective(errors).mean()
+    assert sizes == [6] * (2 * 2 + 2)  # of policy and reference as ever, after those of the inversion
+    loss.backward()
+    trained = [parameter for parameter in module.policy.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    assert sum(parameter.grad.abs().sum() for parameter in trained) > 0
+    if autocast:  # which rounds attention with gradients and without in different ways
+        return
+    # by hand: the target is what inversion finds
+    t = tiny_backbone.timesteps(batch.u, "uniform").repeat_interleave(2)
+    text = {name: value.repeat_interleave(2, dim=0) for name, value in batch.text.items()}
+    latents, noise = batch.latents.flatten(0, 1), batch.noise.flatten(0, 1)
+    with torch.no_grad():
+        options = {"steps": 2, "renoise": 1, "eta": 0.1, "noise": noise}
+        noisy, target = invert(tiny_backbone, module.policy, latents, t, text, **options)
+        told = tiny_backbone.predict(module.policy, noisy, t, text)
+    expected = denoising_error(told, target).view(3, 2)
+    assert torch.allclose(errors.policy_winner, expected[:, 0], rtol=1e-4)
+    assert torch.allclose(errors.policy_loser, expected[:, 1], rtol=1e-4)
 
 
 def test_a_pair_objective_refuses_larger_groups(tiny_backbone):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from capo.backbones.base import Backbone
+from capo.backbones.inversion import Inversion, invert
 from capo.errors import ParameterError
 from capo.noise import constant_weight
 from capo.objectives import Group, PairErrors, Predictions, Requirements
@@ -61,6 +62,7 @@ def pair_errors(
     needs: Requirements,
     weighting: Weighting,
     draw: str,
+    inversion: Inversion | None = None,
 ) -> PairErrors:
     """Denoising errors of policy and reference on B pairs; one forward pass of 2B latents through each.
 
@@ -75,13 +77,18 @@ def pair_errors(
         needs: what the objective reads.
         weighting: weight of a pair by its time.
         draw: how times are drawn (`Backbone.timesteps`).
+        inversion: how the policy inverts the latents to noisy ones; None: the noise of the batch is added.
     """
     kinds = _candidates_read(batch, needs)
     t = backbone.timesteps(batch.u, draw)
     times = t.repeat_interleave(kinds)
     latents, noise = batch.latents[:, :kinds].flatten(0, 1), batch.noise[:, :kinds].flatten(0, 1)
     text = {name: value.repeat_interleave(kinds, dim=0) for name, value in batch.text.items()}
-    noisy, target = backbone.add_noise(latents, noise, times), backbone.target(latents, noise, times)
+    if inversion is None:
+        noisy, target = backbone.add_noise(latents, noise, times), backbone.target(latents, noise, times)
+    else:
+        settings = asdict(inversion)
+        noisy, target = invert(backbone, policy, latents, times, text, **settings, noise=noise)
     predictions = {"policy": backbone.predict(policy, noisy, times, text), "target": target}
     if needs.reference:
         with reference() as network:

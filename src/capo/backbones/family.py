@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from capo.backbones.lora import ATTENTION
+from capo.noise import DRAWN, PRIOR
 
 # What `predict` needs beside latents and time, each tensor with a leading batch dimension.
 Text = Mapping[str, Tensor]
@@ -21,6 +22,7 @@ class Family(ABC):
         denoiser_class: the diffusers class that is tuned.
         denoiser_component: the pipeline's name for it.
         draws: ways to draw a time (`Backbone.timesteps`).
+        noise_sources: where the noise of a training sample may come from (`capo.noise.SOURCES`).
         projected_text: names of the text inputs that only linear layers of the denoiser read. Autocast rounds
             these to its own dtype, so a pool loses nothing by storing them in it.
         lora_targets: names of the modules that a low-rank adapter sits on.
@@ -34,6 +36,7 @@ class Family(ABC):
     denoiser_class: ClassVar[str]
     denoiser_component: ClassVar[str] = "transformer"
     draws: ClassVar[tuple[str, ...]] = ("uniform",)
+    noise_sources: ClassVar[tuple[str, ...]] = (DRAWN, PRIOR)
     projected_text: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     kohya_prefix: ClassVar[str] = "lora_transformer"

@@ -8,15 +8,17 @@ from torch import Tensor
 from capo import noise as schedules
 from capo.backbones.base import Backbone
 from capo.backbones.family import Configs, Text
+from capo.backbones.inversion import Invertible
 from capo.backbones.models import Scheduler
 from capo.backbones.schedulers import options_of
 from capo.errors import InputError
 
 NOISE, VELOCITY = "epsilon", "v_prediction"  # what a network predicts, in diffusers' words
+CLEAN = -1  # stands for the time before the first timestep, at which a latent holds no noise
 TIME_IDS = 6  # numbers of SDXL's size conditioning: original size, crop, target size
 
 
-class UNetBackbone(Backbone):
+class UNetBackbone(Backbone, Invertible):
     """UNet2DConditionModel of a StableDiffusionPipeline, or of an XL pipeline with text_time conditioning."""
 
     pipeline_classes = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
@@ -26,6 +28,7 @@ class UNetBackbone(Backbone):
     single_file = True
     lora_folders = "ComfyUI's `models/loras` or AUTOMATIC1111's `models/Lora`"
     draws = schedules.VP_DRAWS
+    noise_sources = schedules.SOURCES
     projected_text = ("prompt_embeds", "pooled_prompt_embeds")  # not the time_ids, whose sines are taken
 
     @classmethod
@@ -133,6 +136,34 @@ class UNetBackbone(Backbone):
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the noise itself or, for a network that predicts it, v; (B, C, H, W)."""
         return schedules.vp_velocity(latents, noise, self._alpha_bar(t)) if self._predicts_velocity else noise
+
+    def rising_times(self, t: Tensor, steps: int) -> Tensor:
+        """Return timesteps (steps + 1, B) int64 from CLEAN to t, rounded to the nearest."""
+        rows = torch.arange(steps + 1, device=t.device)[:, None]
+        return ((t - CLEAN) * rows + steps // 2) // steps + CLEAN
+
+    def seen_time(self, t: Tensor) -> Tensor:
+        return t.clamp(min=0)
+
+    def _share_of_image(self, t: Tensor) -> Tensor:
+        """Return `alphas_cumprod` (B,) at timesteps (B,), which is 1 for CLEAN."""
+        return torch.where(t == CLEAN, 1.0, self._alpha_bar(t.clamp(min=0)))
+
+    def told_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        if not self._predicts_velocity:
+            return prediction
+        # v = sqrt(abar) eps - sqrt(1 - abar) x, and x_t = sqrt(abar) x + sqrt(1 - abar) eps
+        abar = self._share_of_image(t)
+        return schedules.vp_add_noise(prediction, noisy, abar)
+
+    def carried(self, noisy: Tensor, noise: Tensor, t: Tensor, later: Tensor) -> Tensor:
+        return schedules.vp_carried(noisy, noise, self._share_of_image(t), self._share_of_image(later))
+
+    def deviation_between(self, t: Tensor, later: Tensor) -> Tensor:
+        return schedules.vp_posterior_deviation(self._share_of_image(t), self._share_of_image(later))
+
+    def noise_within(self, latents: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        return schedules.vp_noise_within(latents, noisy, self._alpha_bar(t))
 
     @staticmethod
     def denoiser_inputs(noisy: Tensor, t: Tensor, text: Text) -> dict[str, object]:

@@ -13,6 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from capo.backbones import Backbone, Family
 from capo.backbones.export import load_policy, policy_fingerprint
+from capo.backbones.inversion import Inversion
 from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import unconditional_of
@@ -29,6 +30,7 @@ from capo.data.prompts import Prompt, check_splits, missing_inputs
 from capo.errors import InputError
 from capo.evaluation.diversity import AUTO, encoder_of
 from capo.evaluation.held_out import refuse_trained
+from capo.noise import INVERTED
 from capo.rewards import Reward, load_rewards, lookup
 from capo.runtime.launch import launch
 from capo.runtime.processes import own_device
@@ -175,6 +177,12 @@ def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, Any]]:
     place = place_of(("model", "backbone"))
     assert place
     return looked_up(place, "model.backbone", options.pop("_target_")), options
+
+
+def inversion_of(cfg: DictConfig) -> Inversion | None:
+    """How the policy inverts the latents of a batch; None unless `noise.source` says that it does."""
+    # a stored configuration may lack the key
+    return Inversion(**plain(cfg.noise.inversion)) if cfg.noise.get("source") == INVERTED else None
 
 
 def label_sources(cfg: DictConfig, rewards: list[Reward]) -> Sequence[LabelSource]:

@@ -132,7 +132,8 @@ def check_training(
         module = build()
         module.execution = replace(module.execution, gradient_checkpointing=kind)
         if batch is None:
-            batch = step_batch(module.backbone, latents, captions, pairs * cfg.noise.times_per_pair)
+            rows = pairs * cfg.noise.times_per_pair
+            batch = step_batch(module.backbone, latents, captions, rows, cfg.selection.group)
             module.backbone.to("cpu")  # as in training; the step moves the parts that it needs to the device
         try:
             found[kind] = take_steps(module, batch, cfg.trainer.accelerator, cfg.trainer.precision)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from capo.cli.build import target_name
 from capo.module import PreferenceModule
+from capo.noise import DRAWN, PRIOR
 from capo.objectives.averaging import INSIDE, OUTSIDE
 from capo.runtime.launch import Division, divide, launch
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
@@ -19,6 +20,18 @@ OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
 def division_of(cfg: DictConfig) -> Division:
     """Division of a step's pairs over processes and micro-batches; InputError unless they divide evenly."""
     return divide(cfg.trainer.batch, launch().world_size, cfg.trainer.micro_batch)
+
+
+def noise_of(noise: DictConfig) -> str:
+    """Where the noise of a training sample comes from, in words."""
+    if noise.source == PRIOR:
+        return "that from which each candidate was sampled"
+    whose = "shared by winner and loser" if noise.shared else "independent for winner and loser"
+    if noise.source == DRAWN:
+        return whose
+    own = noise.inversion
+    fresh = f", fresh noise of eta {own.eta:g} {whose}" if own.eta else ""
+    return f"inverted by the policy in {own.steps} steps with {own.renoise} corrections each{fresh}"
 
 
 def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
@@ -35,10 +48,11 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         else f"{module.beta:g}, on mean errors, no further factor",
         **({"anchor": held} if anchor.weight else {}),
         "pairs": target_name(cfg.pairs),
+        **({"candidates of a prompt": cfg.selection.group} if cfg.selection.group > 2 else {}),
         "calibration": cfg.calibration,
         "weighting": weighting,
         "times": f"{noise.draw}, {noise.times}{times}",
-        "noise": "shared by winner and loser" if cfg.noise.shared else "independent for winner and loser",
+        "noise": noise_of(cfg.noise),
         "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, "
         f"linear warm-up over {trainer.warm_up} steps",
         "gradient clipping": "none"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import encode_unconditional
-from capo.cli.build import Components, built
+from capo.cli.build import Components, built, inversion_of
 from capo.cli.values import plain
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
@@ -85,4 +85,5 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
             trainer.channels_last,
             half_frozen=cfg.sampling.precision == trainer.precision,  # else validation could not sample
         ),
+        inversion=inversion_of(cfg),
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
 from capo.backbones.sampling import POLICY as ITSELF
-from capo.cli.build import all_rewards, built, family_of, held_out_rewards, prompt_splits
+from capo.cli.build import all_rewards, built, family_of, held_out_rewards, inversion_of, prompt_splits
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
 from capo.cli.values import check_values, plain
@@ -76,7 +76,7 @@ def training_request(cfg: DictConfig) -> TrainingRequest:
     return TrainingRequest(
         divide(trainer.batch, devices, trainer.micro_batch),
         trainer.max_steps,
-        (2 if needs.loser else 1) * cfg.noise.times_per_pair,
+        (cfg.selection.group if needs.loser else 1) * cfg.noise.times_per_pair,
         needs.reference,
         trainer.precision,
         trainer.optimizer,
@@ -86,6 +86,7 @@ def training_request(cfg: DictConfig) -> TrainingRequest:
         trainer.accelerator != "cpu",
         trainer.precision if cfg.sampling.precision == trainer.precision else "32-true",
         max(launch().local_world_size, device_count(trainer.devices) or 1),
+        inversion.passes if (inversion := inversion_of(cfg)) else 0,
     )
 
 

@@ -93,6 +93,8 @@ def measurements(cfg: DictConfig, blueprint: Blueprint, training: TrainingReques
     }
     step = {key: value for key, value in sampling.items() if key not in APART}
     pairs = {key: value for key, value in asdict(training).items() if key not in SHARED}
+    if not training.inverting:  # rates that were measured without the key still hold
+        del pairs["inverting"]
     kinds = {
         TEXT: {},
         LATENTS: {"sampling": step, "guided": sampling["guidance"] > 1},

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from capo.backbones.export import holds_policy
+from capo.backbones.inversion import NO_INVERSION
 from capo.backbones.loading import MissingWeights, find_pipeline, find_vae, pipeline_index
 from capo.backbones.lora import LORA_FILE
 from capo.backbones.sampling import BASE, POLICY
@@ -25,9 +26,12 @@ from capo.cli.build import (
 )
 from capo.cli.engines import check_engine
 from capo.cli.values import check_values, under
+from capo.data.candidates import NO_PRIOR
+from capo.data.dataset import check_group, check_shared_prior
 from capo.data.selection import select
-from capo.errors import InputError, closest
-from capo.objectives import Anchor, requirements, try_objective
+from capo.errors import InputError, ParameterError, closest
+from capo.noise import PRIOR
+from capo.objectives import Anchor, Requirements, requirements, try_objective
 from capo.objectives.averaging import check_reduction
 from capo.objectives.base import beta_of, check_shared_noise
 from capo.objectives.pinned import check_pinned
@@ -85,6 +89,7 @@ def check_objective(cfg: DictConfig) -> None:
     with under("objective"):
         try_objective(objective)
     needs = requirements(objective)
+    check_groups(cfg, needs)
     with under("anchor"):
         Anchor(cfg.anchor.weight, cfg.anchor.slack).check(needs, beta_of(objective))
     with under("noise"):
@@ -92,6 +97,19 @@ def check_objective(cfg: DictConfig) -> None:
         check_shared_noise(cfg.noise.shared, needs)
     with under("trainer"):
         check_pinned(cfg.trainer.pinned, needs, cfg.noise.reduction)
+
+
+def check_groups(cfg: DictConfig, needs: Requirements) -> None:
+    """InputError for groups that the objective does not read, or that a prompt has too few candidates for."""
+    group, name = cfg.selection.group, target_name(cfg.objective)
+    if group > 2 and not needs.group:
+        raise InputError(
+            f"selection.group={group}: objective={name} reads pairs; leave it at 2, or choose "
+            "objective=capo_group or objective=kto, which read each candidate"
+        )
+    if not cfg.pool.imported:  # the number of an imported pool's candidates is its own
+        with under("selection"):
+            check_group(group, cfg.pool.candidates)
 
 
 def check_pairs(cfg: DictConfig, sources: int) -> None:
@@ -191,12 +209,18 @@ def check_sharded_guidance(cfg: DictConfig, processes: int) -> None:
 
 
 def check_draw(cfg: DictConfig) -> None:
-    """Raise InputError if the model's noise schedule does not support the configured `noise.draw`."""
-    known = family_of(cfg)[0].draws
+    """InputError if `noise.draw` or `noise.source` is none that the model's noise schedule supports."""
+    known, source = family_of(cfg)[0].draws, cfg.noise.source
     if cfg.noise.draw not in known:
         raise InputError(
             f"noise.draw={cfg.noise.draw}: model={cfg.model.name} draws times by {' or '.join(known)} only"
         )
+    with under("noise"):
+        check_shared_prior(cfg.noise.shared, source == PRIOR)
+        if source == PRIOR and cfg.pool.imported:
+            raise ParameterError("source", source, NO_PRIOR)
+        if source not in family_of(cfg)[0].noise_sources:
+            raise ParameterError("source", source, f"model={cfg.model.name}: {NO_INVERSION}")
 
 
 def check_export(cfg: DictConfig) -> None:

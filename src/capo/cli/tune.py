@@ -66,7 +66,14 @@ def tune(
     announce(cfg, facts, module, outlook)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)
     data = training_data(cfg, engaged(cfg, components))
-    candidates = data.select(strategy, cfg.calibration, cfg.seed, cfg.noise.shared)
+    candidates = data.select(
+        strategy,
+        cfg.calibration,
+        cfg.seed,
+        cfg.noise.shared,
+        group=cfg.selection.group,
+        source=cfg.noise.source,
+    )
     print_selection(candidates, data.described, console)
     found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
     print_warnings(found, console)

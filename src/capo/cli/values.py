@@ -36,7 +36,7 @@ from capo.cli.targets import REWARDS, TARGET, find, misplaced, place_of
 from capo.data.dataset import ENCODE, POOL, TIMES
 from capo.data.pool.import_table import LABELS
 from capo.errors import InputError, ParameterError, closest
-from capo.noise import FLOW_DRAWS, VP_DRAWS
+from capo.noise import FLOW_DRAWS, SOURCES, VP_DRAWS
 from capo.objectives.averaging import REDUCTIONS
 from capo.runtime.launch import STRATEGIES
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
@@ -90,6 +90,11 @@ TABLE: dict[str, Rule] = {
     },
     "data.workers": optional(whole(0)),
     "data.text": one_of((POOL, ENCODE)),
+    "selection.group": whole(2),
+    "noise.source": one_of(SOURCES),
+    "noise.inversion.steps": whole(1),
+    "noise.inversion.renoise": whole(0),
+    "noise.inversion.eta": number(least=0),
     "noise.shared": SWITCH,
     "noise.weighting": one_of(("sigmoid", "constant")),
     "noise.bias": number(),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,11 +16,15 @@ from capo.data.generation import STAGES, ImageGenerator, PoolSpec, fill_pool
 from capo.data.importing.chosen import Imported
 from capo.data.labels import LabelSource, described
 from capo.data.pool import Pool, PoolReader
+from capo.data.pool.import_table import is_imported
 from capo.data.prompts import Prompt
 from capo.data.selection import Selection, select
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
+from capo.noise import DRAWN, PRIOR
 from capo.pairs import Strategy
 from capo.rewards import Reward
+
+NO_PRIOR = f"must be {DRAWN}, since nobody knows from which noise imported images were made"
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,20 @@ class TrainingData:
             [label.key for label in self.labels], self.candidates, self.pool.positions(self.prompts)
         )
 
-    def select(self, strategy: Strategy, calibration: str, seed: int, shared_noise: bool) -> Candidates:
+    def select(
+        self, strategy: Strategy, calibration: str, seed: int, shared_noise: bool, **options: Any
+    ) -> Candidates:
         """Calibrate the scores and select the pairs that can be drawn; see `select_candidates`."""
         return select_candidates(
-            self.pool, self.prompts, self.candidates, self.labels, strategy, calibration, seed, shared_noise
+            self.pool,
+            self.prompts,
+            self.candidates,
+            self.labels,
+            strategy,
+            calibration,
+            seed,
+            shared_noise,
+            **options,
         )
 
 
@@ -113,6 +128,8 @@ def select_candidates(
     calibration: str,
     seed: int,
     shared_noise: bool,
+    group: int = 2,
+    source: str = DRAWN,
 ) -> Candidates:
     """Calibrate the raw scores of a complete pool and select pairs.
 
@@ -125,11 +142,16 @@ def select_candidates(
         calibration: a key of `capo.calibration.METHODS`.
         seed: seed of the dataset's draws.
         shared_noise: whether winner and loser share their noise.
+        group: number of candidates of a prompt in a visit (`PairDataset`).
+        source: one of `capo.noise.SOURCES`; `prior` gives each candidate the noise that it was sampled from.
 
     Raises:
-        InputError: if the strategy does not fit the rewards, the calibration is unknown, a score is missing
-            or invalid, or no prompt has a pair with dR > 0.
+        InputError: if an imported pool is asked for prior noise, the strategy does not fit the rewards, the
+            calibration is unknown, a score is missing or invalid, no prompt has a pair with dR > 0, or the
+            prompts have fewer candidates than a group.
     """
+    if source == PRIOR and is_imported(pool.folder):
+        raise ParameterError("source", source, NO_PRIOR)
     positions, names = pool.positions(prompts), [label.name for label in labels]
     scores = pool.scores([label.key for label in labels], candidates, positions)
     calibrated = calibrate(scores, [s.link for s in labels], [s.scale for s in labels], calibration, names)
@@ -139,7 +161,10 @@ def select_candidates(
             f"none of {len(prompts)} prompts has a pair with dR > 0: use more candidates "
             f"(pool.candidates={candidates}), fewer rewards, or pairs=sum"
         )
-    dataset = PairDataset(PoolReader(pool), positions, prompts, selection, seed, shared_noise)
+    prior = pool.manifest.seed if source == PRIOR else None
+    dataset = PairDataset(
+        PoolReader(pool), positions, prompts, selection, seed, shared_noise, group=group, prior_seed=prior
+    )
     spreads = [
         found if label.graded else dataclasses.replace(found, flat=math.nan, saturated=math.nan)
         for label, found in zip(labels, spread(calibrated), strict=True)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from capo.backbones.sampling import candidate_noise
 from capo.data.batch import PreferenceBatch
-from capo.data.prompts import Prompt
+from capo.data.prompts import Prompt, candidate_seed
 from capo.data.selection import Selection
 from capo.errors import InputError, ParameterError
+from capo.noise import PRIOR
 
 INDEPENDENT, STRATIFIED = "independent", "stratified"
 TIMES = (INDEPENDENT, STRATIFIED)
@@ -75,6 +77,18 @@ class PairDataset(Dataset):
     the stream of `VisitSampler`, which only stratified times need. Pair, u and noise of a visit are functions
     of (seed, prompt_id, visit), stratified times of (seed, place). They depend neither on the order in which
     visits are asked for nor on the number of loader workers. Pair and noise do not depend on `times`.
+
+    Args:
+        reader: storage of latents and text.
+        positions: place of each row in that storage.
+        prompts: prompt of each row.
+        selection: pairs that can be drawn.
+        seed: seed of the draws.
+        shared_noise: whether winner and loser share their noise.
+        group: number of candidates k in a visit. With more than two, others of the same prompt, drawn without
+            replacement, stand between winner and loser.
+        prior_seed: seed of a pool that was sampled here: each candidate has the noise that it was sampled
+            from, at every visit and time. None: the noise of a visit is drawn. u does not depend on it.
     """
 
     def __init__(
@@ -85,12 +99,17 @@ class PairDataset(Dataset):
         selection: Selection,
         seed: int,
         shared_noise: bool = False,
+        group: int = 2,
+        prior_seed: int | None = None,
     ):
         if not len(positions) == len(prompts) == len(selection.pairs):
             raise ValueError(
                 f"{len(positions)} positions, {len(prompts)} prompts and {len(selection.pairs)} selected "
                 "rows must be equal in number"
             )
+        check_group(group, selection.rewards.shape[1])
+        check_shared_prior(shared_noise, prior_seed is not None)
+        self.group, self.prior_seed = group, prior_seed
         self.reader, self.positions, self.prompts = reader, list(positions), list(prompts)
         self.selection, self.seed, self.shared_noise = selection, seed, shared_noise
         self.stored_text = True  # whether to read the pool's text embeddings
@@ -103,14 +122,15 @@ class PairDataset(Dataset):
         """Draw and read the pair of a visit, as one element of a `PreferenceBatch` for `collate`."""
         row, visit, *place = key
         draw = visit_generator(self.seed, self.prompts[row].id, visit)
-        pair = list(self.selection.draw(row, draw.integers))
-        latents = self.reader.latents(self.positions[row], pair).float()
-        kinds = 1 if self.shared_noise else len(pair)
+        drawn = self._candidates(row, draw)
+        latents = self.reader.latents(self.positions[row], drawn).float()
+        kinds = 1 if self.shared_noise else len(drawn)
+        prior = self._prior(row, drawn, latents.shape[1:])
 
         def at_a_time() -> tuple[float, Tensor]:
             u = draw.random()
-            noise = draw.standard_normal((kinds, *latents.shape[1:]), dtype=np.float32)
-            return u, torch.from_numpy(noise).expand_as(latents)
+            noise = torch.from_numpy(draw.standard_normal((kinds, *latents.shape[1:]), dtype=np.float32))
+            return u, noise.expand_as(latents) if prior is None else prior
 
         u, noise = at_a_time()
         later = [at_a_time() for _ in range(self.times.per_pair - 1)]
@@ -122,11 +142,43 @@ class PairDataset(Dataset):
             "noise": noise,
             "u": u,
             "later": later,
-            "calibrated_rewards": self.selection.rewards[row, pair],
+            "calibrated_rewards": self.selection.rewards[row, drawn],
             "text": self.reader.text(self.positions[row]) if self.stored_text else {},
             "prompt": self.prompts[row].text,
             "prompt_id": self.prompts[row].id,
         }
+
+    def _candidates(self, row: int, draw: np.random.Generator) -> list[int]:
+        """Draw the candidates of a visit: the winner, the others of a larger group, and the loser."""
+        winner, loser = self.selection.draw(row, draw.integers)
+        if self.group == 2:  # asks for no further random number
+            return [winner, loser]
+        rest = [i for i in range(self.selection.rewards.shape[1]) if i not in (winner, loser)]
+        others = draw.choice(rest, self.group - 2, replace=False, shuffle=False)
+        return [winner, *map(int, others), loser]
+
+    def _prior(self, row: int, candidates: Sequence[int], shape: Sequence[int]) -> Tensor | None:
+        """Noise (k, C, H, W) that the sampler began these candidates with; None if noise is drawn."""
+        if self.prior_seed is None:
+            return None
+        prompt = self.prompts[row].id
+        return candidate_noise([candidate_seed(self.prior_seed, prompt, i) for i in candidates], shape)
+
+
+def check_group(group: int, candidates: int) -> None:
+    """Raise ParameterError unless a visit can have `group` of a prompt's candidates."""
+    if not 2 <= group <= candidates:
+        raise ParameterError(
+            "group", group, f"must be from 2 to {candidates}, the number of candidates of a prompt"
+        )
+
+
+def check_shared_prior(shared: bool, prior: bool) -> None:
+    """Raise ParameterError if winner and loser would share the noise that each was sampled from."""
+    if shared and prior:
+        raise ParameterError(
+            "shared", shared, f"must be false, since with source={PRIOR} each candidate has noise of its own"
+        )
 
 
 def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:

@@ -13,7 +13,7 @@ from capo.errors import ParameterError
 from capo.objectives.averaging import INSIDE, OUTSIDE
 from capo.objectives.base import Group, PairErrors, Predictions, Requirements, fields_of
 
-Parts = TypeVar("Parts", PairErrors, Predictions, Group)
+Parts = TypeVar("Parts", bound=PairErrors | Predictions | Group)
 DIGITS = 4096  # u is a multiple of 2^-24 in float32: u * 4096 is exact and leaves at least 12 binary digits
 
 

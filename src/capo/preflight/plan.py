@@ -142,16 +142,17 @@ def flops_of(request: Request) -> dict[str, float]:
     """Count the FLOPs of a forward pass, a pair, a denoising step of an image, its decoding, and all of it.
 
     A multiplication and an addition count as two operations. `pair_model` counts the necessary ones: a
-    forward pass of policy and reference, and the policy's backward pass, where each product with weights
-    costs two more products (with LoRA one, since frozen weights have no gradient) and each product of
-    activations two more. `pair` adds the forward pass that gradient checkpointing repeats.
+    forward pass of policy and reference, those of an inversion, and the policy's backward pass, where each
+    product with weights costs two more products (with LoRA one, since frozen weights have no gradient) and
+    each product of activations two more. `pair` adds the forward pass that gradient checkpointing repeats.
     """
     training, sampling = request.training, request.sampling
     once = denoiser_forward(request.blueprint, sampling.precision, training.gpu)
     forward, decode = once.flops, decoder_forward(request.blueprint).flops
     step = sampling.branches * forward
     backward = (1 if training.lora else 2) * once.weight_flops + 2 * once.attention_flops
-    model = training.kinds * (forward * (2 if training.reference else 1) + backward)
+    passes = (2 if training.reference else 1) + training.inverting
+    model = training.kinds * (forward * passes + backward)
     return {
         "forward": forward,
         "pair_model": model,

@@ -19,8 +19,8 @@ class TrainingRequest:
     Attributes:
         division: how a step's pairs are divided over devices and forward passes.
         steps: number of optimizer steps.
-        kinds: latents of a pair in a forward pass: 2, or 1 for an objective of the winner alone, at each of
-            its times.
+        kinds: latents of a pair or group in a forward pass: 2 for a pair, or 1 for an objective of the winner
+            alone, at each of its times.
         reference: whether the objective needs the reference's errors.
         precision: Lightning's name of the training precision.
         optimizer: name of the optimizer.
@@ -30,6 +30,7 @@ class TrainingRequest:
         gpu: whether autocast follows a GPU's rules; the plan assumes so unless the accelerator is the CPU.
         frozen_in: precision for which the weights that LoRA freezes are stored.
         local_processes: processes on each machine, one per device.
+        inverting: forward passes in which the policy inverts each latent; 0: noise is added.
     """
 
     division: Division
@@ -44,6 +45,7 @@ class TrainingRequest:
     gpu: bool
     frozen_in: str = "32-true"
     local_processes: int = 1
+    inverting: int = 0
 
     @property
     def shards(self) -> int:

@@ -27,26 +27,29 @@ LEAST_FREE = 0.1  # share of the device's memory that should stay free beside su
 NEAR = 0.2  # largest relative difference between measured and planned memory
 
 
-def step_batch(backbone: Backbone, latents: Tensor, captions: Sequence[str], pairs: int) -> PreferenceBatch:
-    """Build a batch of `pairs` pairs from known latents (B, C, h, w) and their captions.
+def step_batch(
+    backbone: Backbone, latents: Tensor, captions: Sequence[str], pairs: int, group: int = 2
+) -> PreferenceBatch:
+    """Build a batch of `pairs` pairs, or groups, from known latents (B, C, h, w) and their captions.
 
-    Winners are the latents, losers the same latents with added noise; the gaps dR range from 0.2 to 0.9.
+    Winners are the latents, the others of a group the same latents with added noise; the gaps dR of winner
+    and last loser range from 0.2 to 0.9, and rewards between them are evenly spaced.
     """
     draw = torch.Generator().manual_seed(0)
     rows = torch.arange(pairs) % len(latents)
     winners = latents[rows]
-    losers = winners + 0.3 * torch.randn(winners.shape, generator=draw)
+    losers = [winners + 0.3 * torch.randn(winners.shape, generator=draw) for _ in range(group - 1)]
     gaps = torch.linspace(0.2, 0.9, pairs)
     text = {
         key: value[rows.to(value.device)].cpu()
         for key, value in backbone.encode_prompts(list(captions)).items()
     }
-    both = torch.stack([winners, losers], dim=1)
+    every = torch.stack([winners, *losers], dim=1)
     u = (torch.arange(pairs) + 0.5) / pairs
-    rewards = torch.stack([0.5 + gaps / 2, 0.5 - gaps / 2], dim=1)
+    rewards = 0.5 + gaps[:, None] * torch.linspace(0.5, -0.5, group)
     return PreferenceBatch(
-        both,
-        torch.randn(both.shape, generator=draw),
+        every,
+        torch.randn(every.shape, generator=draw),
         u,
         rewards,
         text,

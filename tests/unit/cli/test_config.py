@@ -111,6 +111,15 @@ def test_other_objectives_have_a_published_beta_or_that_of_their_relative(model)
         assert cfg.objective.beta == published.get(model, cfg.model.beta[like])
 
 
+def test_recipes_of_noise_name_its_source_and_a_published_beta():
+    inpo, pnapo = (composed(f"experiment={name}", "model=sdxl").copy() for name in ("inpo", "pnapo"))
+    assert (inpo.noise.source, inpo.objective._target_) == ("inverted", "capo.objectives.dpo")
+    assert inpo.objective.beta == 2500 and inpo.noise.inversion == {"steps": 10, "renoise": 0, "eta": 0.1}
+    assert (pnapo.noise.source, pnapo.objective._target_) == ("prior", "capo.objectives.smpo")
+    assert pnapo.objective.beta == pnapo.model.beta.dpo
+    assert composed("experiment=pnapo", "model=sd3").objective.beta == 5000
+
+
 def test_environment_and_project_name_the_same_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     environment = yaml.safe_load((ROOT / "environment.yaml").read_text())

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from capo.backbones.sampling import candidate_noise
 from capo.data.dataset import PairDataset, Times, VisitSampler, collate, stratified_u, visit_generator
-from capo.data.prompts import make_prompt
+from capo.data.prompts import candidate_seed, make_prompt
 from capo.data.selection import select
 from capo.errors import InputError
 from capo.pairs import frs
@@ -22,12 +23,12 @@ class Shelf:
         return {"prompt_embeds": torch.full((3, 5), float(position))}
 
 
-def dataset(seed=0, shared_noise=False) -> PairDataset:
+def dataset(seed=0, shared_noise=False, **options) -> PairDataset:
     # prompt 0: candidate 0 best, 3 worst; prompt 1: all equal, so without a pair; prompt 2: 3 best, 0 worst
     scores = torch.tensor([[3.0, 2, 1, 0], [1, 1, 1, 1], [0, 1, 2, 3]])[..., None]
     selection = select(frs, scores, scores / 4)
     return PairDataset(
-        Shelf(), [5, 6, 7], [make_prompt(text) for text in "abc"], selection, seed, shared_noise
+        Shelf(), [5, 6, 7], [make_prompt(text) for text in "abc"], selection, seed, shared_noise, **options
     )
 
 
@@ -49,6 +50,37 @@ def test_noise_is_independent_or_shared():
     independent, shared = dataset()[0, 0]["noise"], dataset(shared_noise=True)[0, 0]["noise"]
     assert not torch.equal(independent[0], independent[1])
     assert torch.equal(shared[0], shared[1]) and shared.std() > 0
+
+
+def test_prior_noise_is_that_of_each_candidate_at_every_visit_and_time():
+    drawn, prior = dataset(), dataset(prior_seed=9)
+    drawn.times = prior.times = Times(per_pair=2)
+    expected = candidate_noise([candidate_seed(9, make_prompt("a").id, index) for index in (0, 3)], (4, 2, 2))
+    for visit in (0, 5):
+        item, plain = prior[0, visit], drawn[0, visit]
+        assert torch.equal(item["noise"], expected) and torch.equal(item["later"][0][1], expected)
+        assert (
+            item["u"] == plain["u"] and item["later"][0][0] == plain["later"][0][0]
+        )  # the noise alone differs
+    assert prior[0, 0]["u"] != prior[0, 5]["u"]
+    assert not torch.equal(dataset(prior_seed=8)[0, 0]["noise"], expected)
+    with pytest.raises(InputError, match="shared must be false, since with source=prior"):
+        dataset(shared_noise=True, prior_seed=9)
+
+
+def test_a_group_holds_its_pair_and_others_of_the_prompt():
+    pair, whole = dataset()[0, 0], dataset(group=4)[0, 0]
+    assert whole["latents"][[0, 3]].equal(pair["latents"])  # the winner first, the loser last
+    assert sorted(whole["latents"][:, 0, 0, 0].tolist()) == [50.0, 51.0, 52.0, 53.0]
+    rewards = {50.0: 0.75, 51.0: 0.5, 52.0: 0.25, 53.0: 0.0}
+    assert whole["calibrated_rewards"].tolist() == [rewards[x] for x in whole["latents"][:, 0, 0, 0].tolist()]
+    assert whole["noise"].shape == (4, 4, 2, 2) and len({part.sum().item() for part in whole["noise"]}) == 4
+    middles = [dataset(group=3)[0, visit]["latents"][1, 0, 0, 0].item() for visit in range(40)]
+    assert set(middles) == {51.0, 52.0} and 8 < middles.count(51.0) < 32  # either one, about equally often
+    assert collate([dataset(group=3)[0, 0], dataset(group=3)[2, 0]]).latents.shape == (2, 3, 4, 2, 2)
+    for wrong in (1, 5):
+        with pytest.raises(InputError, match="group must be from 2 to 4"):
+            dataset(group=wrong)
 
 
 def test_noise_and_times_have_the_right_distribution():

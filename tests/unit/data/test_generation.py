@@ -14,6 +14,7 @@ import torch
 from capo.backbones import UNetBackbone
 from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
 from capo.backbones.unconditional import Unconditional
+from capo.data.candidates import select_candidates
 from capo.data.engines import local
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, generator_fingerprint, open_pool
 from capo.data.pool import PoolReader
@@ -21,6 +22,7 @@ from capo.data.prompts import candidate_seed, make_prompt
 from capo.data.scoring import ScoreStage
 from capo.data.stages import LatentStage, TextStage
 from capo.errors import InputError
+from capo.pairs import random_pair
 from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import Launch
@@ -528,3 +530,23 @@ def test_progress_counts_images_within_a_batch(plan, generator):
     # after the steps of five batches of 3 (1.5 images each, floored in total) and one of 1
     assert reported[:6] == [1, 2, 1, 2, 1, 2]
     assert sum(reported) == 16
+
+
+def test_prior_noise_is_what_the_sampler_began_with(plan, generator, monkeypatch, tmp_path):
+    """A sampler without steps stores its noise, which is then the noise of the training samples."""
+    monkeypatch.setattr(
+        "capo.backbones.sampling.sample", lambda backbone, network, text, noise, *rest: noise.clone()
+    )
+    pool = fill(plan, generator)
+    options = {"group": 10, "source": "prior"}
+    rest = PROMPTS[:3], 10, [BRIGHTNESS], random_pair, "win_rate", 0, False
+    dataset = select_candidates(pool, *rest, **options).dataset
+    for row in range(3):
+        item = dataset[row, 0]
+        assert (
+            torch.equal(item["noise"].half().float(), item["latents"])
+            and item["noise"].dtype == torch.float32
+        )
+    (pool.folder / "imported.parquet").touch()
+    with pytest.raises(InputError, match="source must be drawn, since nobody knows"):
+        select_candidates(pool, *rest, **options)

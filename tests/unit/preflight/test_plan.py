@@ -353,6 +353,9 @@ def test_a_pair_is_two_images_through_policy_and_reference_and_back(unet):
         2 * (1 + 1 + 2 + 1) * forward
     )
     assert flops_of(request(unet, reference=False, kinds=1))["pair"] == pytest.approx((1 + 2) * forward)
+    # both latents are inverted in 10 further passes, those of a group of four twice as many
+    assert flops_of(request(unet, inverting=10))["pair"] == pytest.approx(plain["pair"] + 20 * forward)
+    assert flops_of(request(unet, kinds=4))["pair"] == pytest.approx(2 * plain["pair"])
     # frozen weights have no gradient: one product in place of two
     assert flops_of(request(unet, lora=ADAPTER))["pair"] == pytest.approx(
         2 * (2 * forward + once.weight_flops + 2 * once.attention_flops)
