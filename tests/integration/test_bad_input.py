@@ -566,8 +566,8 @@ def test_what_was_probably_meant():
         (["objective.betta=3"], "error: there is no key 'objective.betta'; did you mean objective.beta?"),
         (
             ["objective=CAPO"],
-            "error: objective=CAPO: no such choice; there are capo, dmpo, dpo, hinge, ipo, kto, mapo, sdpo, "
-            "sft, smpo; did you mean objective=capo?",
+            "error: objective=CAPO: no such choice; there are capo, capo_group, dmpo, dpo, hinge, ipo, kto, "
+            "mapo, sdpo, sft, smpo; did you mean objective=capo?",
         ),
         (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
         (

@@ -21,6 +21,7 @@ from capo.objectives.base import (
     try_objective,
 )
 from capo.objectives.guarded import guarded, sdpo
+from capo.objectives.listwise import capo_group
 from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo, smpo
 from capo.objectives.reference_free import mapo, sft
 from capo.objectives.unpaired import kto
@@ -34,6 +35,7 @@ __all__ = [
     "Requirements",
     "anchor_penalty",
     "capo",
+    "capo_group",
     "dmpo",
     "dpo",
     "guarded",

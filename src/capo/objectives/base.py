@@ -237,6 +237,18 @@ def fields_of(errors: PairErrors, *names: str) -> list[Tensor]:
     return [at_least_float32(getattr(errors, name)) for name in names]
 
 
+def group_of(errors: PairErrors) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors of the policy, those of the reference and rewards, (B, k) each, in float32 or float64.
+
+    Raises ValueError if the errors hold no group, or one without a reference.
+    """
+    group = errors.group
+    if group is None or group.reference is None:
+        raise ValueError("PairErrors has no group with a reference, which the objective reads")
+    policy, reference, rewards = map(at_least_float32, (group.policy, group.reference, group.rewards))
+    return policy, reference, rewards
+
+
 def at_least_float32(value: Tensor) -> Tensor:
     """The tensor in float64 if it is that, else in float32."""
     return value if value.dtype == torch.float64 else value.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from capo.objectives.base import PairErrors, at_least_float32, fields_of, positive, requires
+from capo.objectives.base import PairErrors, fields_of, group_of, positive, requires
 
 
 @requires(group=True, kl=True)
@@ -32,15 +32,3 @@ def kto(errors: PairErrors, *, beta: float) -> Tensor:
     gain = reference - policy - kl.detach().clamp(min=0)[:, None]
     aim = positive("beta", beta) * (rewards - 0.5).sign() * gain
     return (-aim).sigmoid().mean(1).to(errors.policy_winner.dtype)
-
-
-def group_of(errors: PairErrors) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors of the policy, those of the reference and rewards, (B, k) each, in float32 or float64.
-
-    Raises ValueError if the errors hold no group, or one without a reference.
-    """
-    group = errors.group
-    if group is None or group.reference is None:
-        raise ValueError("PairErrors has no group with a reference, which the objective reads")
-    policy, reference, rewards = map(at_least_float32, (group.policy, group.reference, group.rewards))
-    return policy, reference, rewards

@@ -112,7 +112,7 @@ def test_other_objectives_have_a_published_beta_or_that_of_their_relative(model)
 
 
 def test_recipes_of_noise_name_its_source_and_a_published_beta():
-    inpo, pnapo = (composed(f"experiment={name}", "model=sdxl").copy() for name in ("inpo", "pnapo"))
+    inpo, pnapo = (composed(f"experiment={name}", "model=sdxl") for name in ("inpo", "pnapo"))
     assert (inpo.noise.source, inpo.objective._target_) == ("inverted", "capo.objectives.dpo")
     assert inpo.objective.beta == 2500 and inpo.noise.inversion == {"steps": 10, "renoise": 0, "eta": 0.1}
     assert (pnapo.noise.source, pnapo.objective._target_) == ("prior", "capo.objectives.smpo")

@@ -296,7 +296,9 @@ def test_a_rewards_entry_names_no_folder_for_its_log():
 
 
 REGISTERED = {
-    "objective": {"capo", "dmpo", "dpo", "hinge", "ipo", "kto", "mapo", "sdpo", "sft", "smpo"},
+    "objective": {
+        "capo", "capo_group", "dmpo", "dpo", "hinge", "ipo", "kto", "mapo", "sdpo", "sft", "smpo",
+    },
     "pairs": {"best_worst", "frs", "random_pair", "reward_sum"},
     "prompts": {"split_sets", "text_files", "prompt_sets"},
     "model.backbone": {"MMDiTBackbone", "UNetBackbone"},
