@@ -120,6 +120,11 @@ def test_recipes_of_noise_name_its_source_and_a_published_beta():
     assert composed("experiment=pnapo", "model=sd3").objective.beta == 5000
 
 
+def test_the_budget_is_slack_of_the_anchor_and_keeps_the_objective():
+    cfg = composed("experiment=budget", "objective=ipo")
+    assert cfg.anchor == {"weight": 1, "slack": 0.1} and cfg.objective._target_ == "capo.objectives.ipo"
+
+
 def test_environment_and_project_name_the_same_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     environment = yaml.safe_load((ROOT / "environment.yaml").read_text())

@@ -35,6 +35,13 @@ def test_penalty_is_zero_at_the_start():
     assert anchor_penalty(errors(0.25, 0.25), beta=3000.0).tolist() == [0.0, 0.0]
 
 
+def test_a_budget_without_end_leaves_the_loss_alone():
+    given = errors(0.5, 0.9)
+    anchor_penalty(given, beta=3000.0, slack=float("inf")).sum().backward()
+    assert given.policy_winner.grad.tolist() == [0.0, 0.0]
+    assert anchor_penalty(given, beta=3000.0, slack=float("inf")).tolist() == [0.0, 0.0]
+
+
 def test_half_precision_is_computed_in_float32():
     half = PairErrors(*(torch.tensor([value], dtype=torch.bfloat16) for value in (0.5, 0.25, 1, 1, 0.5, 1)))
     found = anchor_penalty(half, beta=1000.3)  # 125.0375, which bf16 rounds to 125
