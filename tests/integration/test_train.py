@@ -34,6 +34,32 @@ def test_every_objective_runs_with_every_selection(tiny_run, objective, pairs):
     assert (tiny_run.folder / name / "policy" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        (["objective=hinge"], "independent for winner and loser"),
+        (["objective=kto"], "independent for winner and loser"),
+        (["objective=mapo", "noise.shared=true"], "shared by winner and loser"),
+        (["objective=sdpo", "noise.shared=true"], "shared by winner and loser"),
+        (["objective=capo_group", "selection.group=3", "trainer.pinned=0.2"], "independent"),
+        (["objective=capo_group", "selection.group=4", "noise.times_per_pair=2"], "independent"),
+        (["experiment=pnapo"], "that from which each candidate was sampled"),
+        (
+            ["experiment=inpo", "noise.inversion.steps=2"],
+            "inverted by the policy in 2 steps with 0 corrections",
+        ),
+    ],
+)
+def test_a_whole_run_with_each_way_to_read_candidates_and_noise(tiny_run, choice, told):
+    name = "-".join(choice).replace("=", "-").replace(".", "-")
+    train_script.run(tiny_run(name, "noise.shared=false", *choice, "evaluate=false"))
+    with (tiny_run.folder / name / "metrics.csv").open() as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(losses) == 2 and all(abs(loss) < 1e6 for loss in losses)
+    assert told in (tiny_run.folder / name / "policy" / "README.md").read_text()
+
+
 def test_best_worst_refuses_several_rewards(tiny_run):
     with pytest.raises(InputError, match="best_worst"):
         train_script.run(tiny_run("refused", "pairs=best_worst"))
