@@ -113,13 +113,14 @@ def test_a_step_by_hand_with_a_correction_and_fresh_noise(tiny_backbone, monkeyp
     latents, text = torch.full((1, *tiny_backbone.latent_shape), 2.0), tiny_backbone.encode_prompts(["a cat"])
     t = torch.tensor([99])
     alphas = tiny_backbone.scheduler().alphas_cumprod
-    # one step from the clean latent: predicts 1 for it, and for what that leads to 0.5
+    # one step from the clean latent 2, with a network that halves what it sees: it predicts 1, the step leads
+    # to 2 sqrt(a) + sqrt(1 - a), of which it predicts the half, and the step is made again with their mean
     a = alphas[99].item()
-    halves = iter([1.0, 0.5])
-    with predicting(tiny_backbone, monkeypatch, lambda noisy, t: torch.full_like(noisy, next(halves))):
+    mean = (1 + (2 * math.sqrt(a) + math.sqrt(1 - a)) / 2) / 2
+    with predicting(tiny_backbone, monkeypatch, lambda noisy, t: noisy / 2):
         noisy, target = invert(tiny_backbone, None, latents, t, text, steps=1, renoise=1)
-    assert torch.allclose(noisy, torch.full_like(noisy, 2 * math.sqrt(a) + 0.75 * math.sqrt(1 - a)))
-    assert torch.allclose(target, torch.full_like(target, 0.75), atol=1e-5)
+    assert torch.allclose(noisy, torch.full_like(noisy, 2 * math.sqrt(a) + mean * math.sqrt(1 - a)))
+    assert torch.allclose(target, torch.full_like(target, mean), atol=1e-5)
     # two steps, by way of timestep 49; fresh noise only where the earlier time has noise of its own
     b = alphas[49].item()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
