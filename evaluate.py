@@ -10,13 +10,14 @@ import hydra
 from omegaconf import DictConfig
 
 from capo.cli.messages import start
+from capo.runtime.imports import heavy_imports
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Run the configured evaluation or comparison."""
-    # imported after Hydra has composed, since it takes seconds
-    from capo.cli.evaluate import main as evaluate
+    with heavy_imports():  # after Hydra has composed, since it takes seconds
+        from capo.cli.evaluate import main as evaluate
 
     evaluate(cfg)
 

@@ -14,13 +14,14 @@ import hydra
 from omegaconf import DictConfig
 
 from capo.cli.messages import start
+from capo.runtime.imports import heavy_imports
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     """Run the configured stage."""
-    # imported after Hydra has composed, since it takes seconds
-    from capo.cli.generate import main as generate
+    with heavy_imports():  # after Hydra has composed, since it takes seconds
+        from capo.cli.generate import main as generate
 
     generate(cfg)
 

@@ -8,13 +8,14 @@ import hydra
 from omegaconf import DictConfig
 
 from capo.cli.messages import start
+from capo.runtime.imports import heavy_imports
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="merge")
 def main(cfg: DictConfig) -> None:
     """Merge the configured policies."""
-    # imported after Hydra has composed, since it takes seconds
-    from capo.cli.merge import main as merge
+    with heavy_imports():  # after Hydra has composed, since it takes seconds
+        from capo.cli.merge import main as merge
 
     merge(cfg)
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from capo.cli.messages import plain_errors
 from capo.cli.run_config import check_place, is_finished
 from capo.errors import InputError
+from capo.runtime.imports import heavy_imports
 from capo.runtime.launch import check_fsdp, check_launch, divide, launch
 from capo.runtime.optimizers import check_optimizer
 from capo.runtime.run_folder import MONITOR, read_outcome
@@ -41,7 +42,8 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
     in the configuration are found before the import.
     """
     if cfg.plan:
-        from capo.cli.plan import run_plan
+        with heavy_imports():
+            from capo.cli.plan import run_plan
 
         if launch().first:
             run_plan(cfg, Terminal())
@@ -49,7 +51,8 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
     if cfg.check:
         return check(cfg)
     refuse_early(cfg)
-    from capo.cli.tune import complete_run
+    with heavy_imports():
+        from capo.cli.tune import complete_run
 
     complete_run(cfg, group, Path(cfg.run_dir))
     return read_outcome(Path(cfg.run_dir))[MONITOR]
