@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from capo.backbones import Backbone
 from capo.backbones.denoising import Weighting, denoising_error, pair_errors
@@ -19,7 +19,7 @@ from capo.backbones.execution import PLAIN, Execution
 from capo.backbones.inversion import Inversion
 from capo.backbones.lora import adapter_off, add_lora
 from capo.backbones.models import Denoiser
-from capo.backbones.parallel import compile_blocks, shard
+from capo.backbones.parallel import place
 from capo.backbones.precision import half_stored, marked_as_trained
 from capo.backbones.unconditional import UnconditionalText
 from capo.data import PreferenceBatch
@@ -141,18 +141,7 @@ class PreferenceModule(L.LightningModule):
             self.__dict__["_reference"] = copy.deepcopy(self.backbone.denoiser)
         for network in (self.policy, self.__dict__["_reference"]):
             if network is not None:
-                self._place(network)
-
-    def _place(self, network: nn.Module) -> None:
-        if self.execution.channels_last:
-            # torch's overloads lack this form
-            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if self.execution.compile:
-            compile_blocks(network)
-        if self.device_mesh is None:
-            network.to(self.trainer.strategy.root_device)
-        else:  # sharding moves the network, block by block
-            shard(network, self.device_mesh["data_parallel"])
+                place(network, self.execution, self.trainer.strategy.root_device, self.device_mesh)
 
     @contextmanager
     def reference(self):
@@ -250,18 +239,7 @@ class PreferenceModule(L.LightningModule):
             f"({aim:.2g})"
         )
         self.print(told)
-        if largest <= self.execution.compile_tolerance * aim:
-            return
-        if self.execution.compile:
-            raise InputError(
-                f"trainer.compile=true: {told}, though policy and reference still have the same weights; set "
-                "trainer.compile=false, or raise "
-                f"trainer.compile_tolerance={self.execution.compile_tolerance:g}"
-            )
-        log.warning(
-            "policy and reference still have the same weights, so h should be 0: this device rounds them "
-            "differently"
-        )
+        self.execution.check_rounding(largest, aim, told)
 
     def take_figures(self, of_all: bool = False) -> dict[str, float]:
         """Mean of each figure over the batches since the last call (`of_all`: over all processes)."""

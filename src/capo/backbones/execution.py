@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+from capo.errors import InputError
 from capo.runtime.optimizers import ADAMW
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,29 @@ class Execution:
     compile_tolerance: float = 0.01
     channels_last: bool = False
     half_frozen: bool = False
+
+    def check_rounding(self, largest: float, aim: float, told: str) -> None:
+        """Warn if |h| of untrained pairs exceeds the tolerated share of the mean dR / beta.
+
+        Args:
+            largest: largest |h| of pairs whose policy equals the reference.
+            aim: mean dR / beta of these pairs.
+            told: both, in a sentence.
+
+        Raises:
+            InputError: the blocks are compiled, so that they may round differently by more.
+        """
+        if largest <= self.compile_tolerance * aim:
+            return
+        if self.compile:
+            raise InputError(
+                f"trainer.compile=true: {told}, though policy and reference still have the same weights; set "
+                f"trainer.compile=false, or raise trainer.compile_tolerance={self.compile_tolerance:g}"
+            )
+        log.warning(
+            "policy and reference still have the same weights, so h should be 0: this device rounds them "
+            "differently"
+        )
 
 
 PLAIN = Execution()

@@ -1,12 +1,15 @@
-"""Compile a denoiser's repeated blocks one by one, and shard a denoiser over devices (FSDP2)."""
+"""Place a denoiser for training: compile its repeated blocks, move it to a device, or shard it (FSDP2)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+
+from capo.backbones.execution import Execution
 
 
 def repeated_blocks(denoiser: nn.Module, kind: str = "_repeated_blocks") -> list[nn.Module]:
@@ -39,3 +42,16 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # The root is resharded too: after sampling, which has no backward pass, its weights would stay gathered.
     fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
+
+
+def place(network: nn.Module, execution: Execution, device: torch.device, mesh: DeviceMesh | None) -> None:
+    """Prepare a network for `execution`, in place, and move it to `device` or shard it over `mesh`."""
+    if execution.channels_last:
+        # torch's overloads lack this form
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if execution.compile:
+        compile_blocks(network)
+    if mesh is None:
+        network.to(device)
+    else:  # sharding moves the network, block by block
+        shard(network, mesh["data_parallel"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from capo.calibration import Spread, calibrate, spread
+from capo.calibration import calibrate
 from capo.data.dataset import PairDataset
 from capo.data.generation import STAGES, ImageGenerator, PoolSpec, fill_pool
 from capo.data.importing.chosen import Imported
@@ -19,6 +19,7 @@ from capo.data.pool import Pool, PoolReader
 from capo.data.pool.import_table import is_imported
 from capo.data.prompts import Prompt
 from capo.data.selection import Selection, select
+from capo.data.spread import Spread, spread
 from capo.errors import InputError, ParameterError
 from capo.noise import DRAWN, PRIOR
 from capo.pairs import Strategy

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -168,35 +169,47 @@ def evaluate(
         pictures = _decoded(
             tuned, base, sorted({*rows, *(row for order in chosen.values() for row in order)})
         )
-        found = results(
-            tuned.scores,
-            base.scores,
-            zero_scores=zero_scores,
+        found = _results_of(
+            tuned,
+            base,
+            zero_scores,
+            settings,
+            rewards,
             latents=latents,
-            fingerprints={side: str(settings[side]) for side in ("policy", "base")},
-            seed=spec.seed,
-            policy_measures=tuned.measures,
-            base_measures=base.measures,
-            categories=[prompt.category for prompt in spec.prompts],
             features=_in_features(encoder, pictures, rows, policy.backbone.device),
             weights=None if weights is None else _weight_drift(policy.backbone, Path(weights)),
         )
-        if cut := cut_prompts(rewards, [prompt.text for prompt in spec.prompts]):
-            found["cut"] = cut
-        report = Report(
-            title or spec.model,
-            found,
-            settings,
-            rewards,
-            exhibits(tuned, base, chosen, pictures),
-            config,
-            curves,
-            strength,
-        )
+        told = exhibits(tuned, base, chosen, pictures)
+        report = Report(title or spec.model, found, settings, rewards, told, config, curves, strength)
         _write(folder, settings, found, render_report(report), _rate_rows(tuned, base, latents))
         _remove_other_pools(folder / POOLS, tuned.drawn.pool.folder)
     print_results(found)
     return found
+
+
+def _results_of(
+    tuned: Side,
+    base: Side,
+    zero_scores: Scores,
+    settings: Mapping[str, Any],
+    rewards: Sequence[Reward],
+    **distances: Any,
+) -> dict:
+    """Results of both sides; `distances` are the last arguments of `results`."""
+    prompts = tuned.drawn.spec.prompts
+    found = results(
+        tuned.scores,
+        base.scores,
+        zero_scores=zero_scores,
+        fingerprints={side: str(settings[side]) for side in ("policy", "base")},
+        seed=tuned.drawn.spec.seed,
+        policy_measures=tuned.measures,
+        base_measures=base.measures,
+        categories=[prompt.category for prompt in prompts],
+        **distances,
+    )
+    cut = cut_prompts(rewards, [prompt.text for prompt in prompts])
+    return found | {"cut": cut} if cut else found
 
 
 def _gallery(tuned: Side, base: Side, shown: int) -> dict[str, list[int]]:

@@ -24,8 +24,9 @@ from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
+from capo.training.curves import Curves
 from capo.training.loader import PreferenceData
-from capo.training.loggers import Curves, CurvesFile
+from capo.training.loggers import CurvesFile
 from capo.training.progress import Pace, StepBar
 from capo.training.signal import GradientSignal
 from capo.training.strategies import make_strategy
@@ -112,6 +113,62 @@ def _run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceData, che
         raise InputError(out_of_memory(module, data.batch, error)) from error
 
 
+def _trainer(
+    here: Launch, devices: int | str | Sequence[int], strategy: str, precision: str, **options: Any
+) -> L.Trainer:
+    """Lightning's trainer for whole runs on this launch; `options` are its other arguments."""
+    named: Any = precision  # one of the names that Lightning spells out as literals
+    return L.Trainer(
+        devices=_own_devices(devices, here),
+        num_nodes=here.machines,
+        strategy=make_strategy(strategy, here.world_size),
+        precision=named,
+        max_epochs=-1,
+        plugins=_plugins(here),
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        **options,
+    )
+
+
+def _callbacks(
+    validation: WinRateValidation, checkpoints: ValidatedCheckpoint, log_every: int, pace: Pace | None
+) -> list[L.Callback]:
+    bar = StepBar(pace, lambda: validation.seconds)
+    return [
+        Curves(log_every, lambda: validation.seconds, bar.show),
+        validation.average,  # before the validation, which reads it
+        validation,
+        checkpoints,
+        SameBatches(),
+        bar,
+    ]
+
+
+def _check_validated(checkpoints: ModelCheckpoint, max_steps: int) -> None:
+    """Raise InputError if no validation took place, so that there is no best checkpoint."""
+    if checkpoints.best_model_score is None:
+        raise InputError(
+            f"no validation took place in {max_steps} steps; "
+            "set validation.every to at most trainer.max_steps"
+        )
+
+
+def _begun(last: Path, module: PreferenceModule, loggers: Sequence[Logger], first: bool) -> Path | None:
+    """The checkpoint that training resumes from, if there is one; later rows of the curves are dropped.
+
+    Only the `first` process writes the curves. Raises InputError if the checkpoint is of another model.
+    """
+    begun = os.path.lexists(last)
+    step = _last_step(last, module) if begun else 0
+    for logger in loggers:
+        if first and isinstance(logger, CurvesFile) and logger.rows:
+            logger.drop_after(step)
+    return last if begun else None
+
+
 def fit(
     module: PreferenceModule,
     data: PreferenceData,
@@ -148,51 +205,26 @@ def fit(
             or no validation took place.
     """
     here = launch()
-    last = folder / CHECKPOINTS / LAST
-    begun = os.path.lexists(last)
-    step = _last_step(last, module) if begun else 0
-    for logger in loggers:
-        if here.first and isinstance(logger, CurvesFile) and logger.rows:
-            logger.drop_after(step)
+    begun = _begun(folder / CHECKPOINTS / LAST, module, loggers, here.first)
     checkpoints = _best_and_last(validation, folder, checkpoint_every)
-    bar = StepBar(pace, lambda: validation.seconds)
-    named: Any = precision  # one of the names that Lightning spells out as literals
-    trainer = L.Trainer(
+    trainer = _trainer(
+        here,
+        devices,
+        strategy,
+        precision,
         accelerator=accelerator,
-        devices=_own_devices(devices, here),
-        num_nodes=here.machines,
-        strategy=make_strategy(strategy, here.world_size),
-        precision=named,
         max_steps=max_steps,
-        max_epochs=-1,
         accumulate_grad_batches=accumulate,
         logger=list(loggers),
         default_root_dir=folder,
-        callbacks=[
-            signal or GradientSignal(),
-            Curves(log_every, lambda: validation.seconds, bar.show),
-            validation.average,  # before the validation, which reads it
-            validation,
-            checkpoints,
-            SameBatches(),
-            bar,
-        ],
-        plugins=_plugins(here),
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
+        callbacks=[signal or GradientSignal(), *_callbacks(validation, checkpoints, log_every, pace)],
     )
     home = module.backbone.device
     module.backbone.to("cpu")
-    _run(trainer, module, data, last if begun else None)
+    _run(trainer, module, data, begun)
     module.trainer = None
     module.policy.zero_grad(set_to_none=True)
     gc.collect()  # cycles hold the trainer, and with it the optimizer and the reference
     module.backbone.to(home)
-    if checkpoints.best_model_score is None:
-        raise InputError(
-            f"no validation took place in {max_steps} steps; "
-            "set validation.every to at most trainer.max_steps"
-        )
+    _check_validated(checkpoints, max_steps)
     return checkpoints

@@ -106,6 +106,17 @@ class ChoiceStage(Stage):
         return 0  # negligible: a thousandth of the latents
 
 
+def _stages(
+    pool: Pool, backbone: Backbone, settings: SamplerSettings, source: Source, table: ImportTable
+) -> list[Stage]:
+    rows = pool.text_shards()
+    return [
+        TextStage(pool, rows, backbone, settings, True),
+        EncodeStage(pool, rows, backbone, settings, True, table.candidates, source, table),
+        ChoiceStage(pool, rows, backbone, settings, True, table),
+    ]
+
+
 def import_pool(
     source: Source,
     backbone: Backbone,
@@ -157,12 +168,7 @@ def import_pool(
     pool.append_prompts([Prompt(*pair) for pair in zip(table.ids, table.texts, strict=True)], SPLIT)
     check_entries(folder, table, [prompt for prompt, _ in pool.prompts])
     pool.check_latent_shape(backbone.latent_shape)
-    rows = pool.text_shards()
-    stages = [
-        TextStage(pool, rows, backbone, settings, True),
-        EncodeStage(pool, rows, backbone, settings, True, table.candidates, source, table),
-        ChoiceStage(pool, rows, backbone, settings, True, table),
-    ]
+    stages = _stages(pool, backbone, settings, source, table)
     check_space(pool, stages)
     for stage in stages:
         run_stage(stage, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from capo.calibration import Spread, spread_warnings
+from capo.data.spread import Spread, spread_warnings
 from capo.evaluation.reports.calibration_figures import CalibrationReport, Frontier, RewardFigures
 from capo.evaluation.reports.calibration_report import TARGET
 

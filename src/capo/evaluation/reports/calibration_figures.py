@@ -25,7 +25,7 @@ class RewardFigures:
         seen: lowest and highest score in the pool.
         outside: share of the scores outside `declared`.
         deviation: standard deviation of the raw scores within a prompt, root mean square over prompts.
-        spread: standard deviation of the calibrated rewards within a prompt, see `capo.calibration.Spread`.
+        spread: standard deviation of the calibrated rewards within a prompt, see `capo.data.spread.Spread`.
         flat: share of flat prompts, see `Spread`.
         saturated: share of saturated prompts, see `Spread`.
         median_gap: median of |link(a) - link(b)| over the pairs of candidates of a prompt.

@@ -14,9 +14,10 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from capo.calibration import LINKS, Spread, spread
+from capo.calibration import LINKS
 from capo.data.labels import LabelSource
 from capo.data.selection import Selection
+from capo.data.spread import Spread, spread
 from capo.evaluation.reports.calibration_figures import (
     CalibrationReport,
     Frontier,

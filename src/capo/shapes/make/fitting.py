@@ -88,13 +88,7 @@ def fit(
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * warm_cosine(step, steps)
         value, parts = loss(step)
-        module.zero_grad(set_to_none=True)
-        value.backward()
-        if processes > 1:
-            _average_gradients(module, processes)
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        _update(module, value, optimizers, processes)
         if mean:
             mean.update(module, step)
         if step % 200 == 0 and rank == 0:
@@ -106,6 +100,18 @@ def fit(
     if mean:
         module.load_state_dict({**module.state_dict(), **mean.shadow})
     return module.eval()
+
+
+def _update(
+    module: nn.Module, value: Tensor, optimizers: list[torch.optim.Optimizer], processes: int
+) -> None:
+    module.zero_grad(set_to_none=True)
+    value.backward()
+    if processes > 1:
+        _average_gradients(module, processes)
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def stratified(batch: int, draw: torch.Generator) -> Tensor:
