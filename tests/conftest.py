@@ -35,9 +35,15 @@ def pytest_cmdline_main(config):
         option.dist, option.loadscopereorder = "loadfile", False
 
 
+def pytest_collectstart():
+    """Importing the tests and what they test makes objects that stay, and no garbage worth looking for."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """What importing has made stays: no collection of garbage need look through it again."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
