@@ -61,7 +61,7 @@ def test_votes_of_raters_who_fail_checks_do_not_count(tmp_path):
         assert rows["careless"]["counts"] is False and rows["careless"]["failed"] == 2
         assert rows["careless"]["mean"] == 0.0 and rows["good"]["counts"] is True
         tie = next(pair.name for pair in study.pairs.values() if pair.check)
-        study.vote(Vote("good", tie, TIE, FIRST))  # his failure, or one more
+        study.vote(Vote("good", tie, TIE, FIRST))  # the failure that there was, or one more
         assert {row["rater"]: row["failed"] for row in study_results(study, 3)["raters"]}["good"] >= 1
         with pytest.raises(InputError, match=r"no vote counts \(26 votes, 2 of 2 raters failed more than 0"):
             study_results(study, failures=0)
