@@ -24,7 +24,7 @@ from capo.backbones.parallel import repeated_blocks
 from capo.data import PreferenceBatch
 from capo.module import Execution, PreferenceModule, Weighting, denoising_error
 from capo.objectives import PairErrors, capo
-from capo.training.loggers import Curves
+from capo.training.curves import Curves
 
 OURS, BARE, FOUR, PUBLISHED = "capo", "bare loop", "four passes", "published"
 PRECISION = "bf16-mixed"

@@ -13,9 +13,9 @@ from huggingface_hub import constants, snapshot_download
 from torch import nn
 
 from capo.errors import DamagedFile, InputError, first_line
-from capo.runtime.fingerprints import weight_files, weight_map
 from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
 from capo.runtime.reading import FOLDER_REMEDY, read_any_json, read_json
+from capo.runtime.weight_files import weight_files, weight_map
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 VAE_FILES = ["config.json", "*.safetensors"]

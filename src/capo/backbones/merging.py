@@ -20,7 +20,7 @@ from capo.backbones.model_card import README, soup_readme
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import fresh_folder
-from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint, weight_files
+from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint
 from capo.runtime.tensor_files import (
     DTYPES,
     Home,
@@ -30,6 +30,7 @@ from capo.runtime.tensor_files import (
     tensor_homes,
     write_parts,
 )
+from capo.runtime.weight_files import weight_files
 from capo.soup import check_weights, coefficients, combined, inner_products
 
 

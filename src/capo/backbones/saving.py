@@ -22,7 +22,7 @@ from capo.backbones.original_layout import (
 )
 from capo.backbones.precision import cpu_copy
 from capo.runtime.files import fresh_folder
-from capo.runtime.fingerprints import weight_files
+from capo.runtime.weight_files import weight_files
 
 INDEX = "model_index.json"  # of every pipeline folder
 CHECKPOINT_FILE = "checkpoint.safetensors"  # the whole model in one file, for other programs

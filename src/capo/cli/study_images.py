@@ -8,8 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from capo.cli.build import build_components, prompt_splits
-from capo.cli.evaluate import tuned_generator
+from capo.cli.build import build_components, prompt_splits, tuned_generator
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import complete, run_config
@@ -63,13 +62,14 @@ def _study(cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, fo
         return GeneratedImages.fill(replace(spec, root=root), generator, [], progress=True)
 
     put_back(policy)
-    first = drawn(tuned_generator(components, policy), images)
+    base = components.generator
+    first = drawn(tuned_generator(base, policy), images)
     if settings.against is None:
-        second, names = drawn(components.generator, spec.root), (TUNED, str(cfg.model.name))
+        second, names = drawn(base, spec.root), (TUNED, str(cfg.model.name))
     else:
         other = Path(str(settings.against))
         put_back(other)
-        second, names = drawn(tuned_generator(components, other), folder / POOLS), (str(policy), str(other))
+        second, names = drawn(tuned_generator(base, other), folder / POOLS), (str(policy), str(other))
     if settings.names is not None:
         names = (str(settings.names[0]), str(settings.names[1]))
     return make_study(

@@ -16,7 +16,7 @@ from torch import Tensor
 from capo.backbones import Backbone
 from capo.backbones.weight_drift import WeightDrift, weight_drift
 from capo.data.generation import ImageGenerator, PoolSpec
-from capo.data.images import GeneratedImages, Side
+from capo.data.images import GeneratedImages, Scores, Side
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.diversity import (
     SAMPLE,

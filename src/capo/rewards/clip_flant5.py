@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from capo.errors import InputError
 from capo.rewards.clip_scores import MODEL_FILES
 from capo.rewards.weights import read_config, read_state, refuse_other_names
-from capo.runtime.fingerprints import weight_map
+from capo.runtime.weight_files import weight_map
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, T5Config

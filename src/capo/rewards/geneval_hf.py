@@ -86,7 +86,7 @@ class GenEvalHF:
             raise InputError(f"{SETTING}={weights}: it has no class {', '.join(unknown)}; give {PUBLISHED}")
         beside = fetch(clip, clip_revision, CLIP_SETTING, *MODEL_FILES)
         fetch(clip, clip_revision, CLIP_SETTING, *PROCESSOR_FILES)
-        self.clip = load_clip(beside, CLIP_SETTING, "openai/clip-vit-large-patch14")
+        self.clip: Any = load_clip(beside, CLIP_SETTING, "openai/clip-vit-large-patch14")
         self.inputs = ClipInputs(beside, self.clip.config, CLIP_SETTING)
         self.device = torch.device("cpu")
         self._colors: dict[str, Tensor] = {}

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capo.errors import DamagedFile, InputError
-from capo.runtime.reading import FOLDER_REMEDY, read_any_json, read_json
+from capo.errors import InputError
+from capo.runtime.reading import FOLDER_REMEDY, read_any_json
 from capo.runtime.tensor_files import readable_tensors
+from capo.runtime.weight_files import weight_files
 
 # Keys in which libraries record themselves and a file's origin; they say nothing about the model.
 VOLATILE_KEYS = frozenset(
@@ -29,11 +30,6 @@ VOLATILE_KEYS = frozenset(
 # tokenizer.json also records how the tokenizer was last called before it was saved.
 CALL_STATE = frozenset({"truncation", "padding"})
 BLOB_NAME = re.compile(r"[0-9a-f]{64}")
-# Shards are called `NAME.fp16-00001-of-00002.safetensors`; the older form has the variant last.
-WEIGHT_NAME = re.compile(
-    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.-]+))?"
-    r"(?P<shard>-\d{5}-of-\d{5})?(\.(?P<old_variant>[^.]+))?\.safetensors"
-)
 
 # (path, size, mtime in ns) -> sha256: hashing gigabytes takes long
 _digests: dict[tuple[str, int, int], str] = {}
@@ -55,27 +51,6 @@ def file_digest(path: str | Path) -> str:
         with target.open("rb") as file:
             _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return _digests[key]
-
-
-def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
-    """List the safetensors of a component folder that loading reads: those of `variant`, else the plain ones.
-
-    Keys are file names without the variant, so that the same content has the same name in every variant.
-    """
-    found: dict[str | None, dict[str, Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if match := WEIGHT_NAME.fullmatch(path.name):
-            name = match["stem"] + (match["shard"] or "")
-            found.setdefault(match["variant"] or match["old_variant"], {})[name] = path
-    return found.get(variant) or found.get(None, {})
-
-
-def weight_map(path: Path) -> dict[str, str]:
-    """Read {tensor: file} of an index of weights in several files. Raises DamagedFile."""
-    files = read_json(path, FOLDER_REMEDY).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise DamagedFile(path, "weight_map must map names of tensors to names of files", FOLDER_REMEDY)
-    return files
 
 
 def safetensors_fingerprint(path: str | Path) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import whole_file
-from capo.runtime.fingerprints import weight_files
 from capo.runtime.reading import open_ordinary
+from capo.runtime.weight_files import weight_files
 
 PART = 2**20  # elements of a tensor that are read at once, if its rows are no longer
 Home = tuple[Path, str, tuple[int, ...]]  # of a tensor: its file, dtype by the format's name, and shape

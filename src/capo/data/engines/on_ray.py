@@ -197,7 +197,7 @@ def _caught(work: Callable[[], None]) -> tuple[str, bool]:
 
 
 def _actor(options: dict[str, Any]) -> Any:
-    import ray
+    import ray  # pyright: ignore[reportMissingImports] - an extra
 
     # a new actor replaces one that died: tasks sent to one that restarts fail at once, healthy as they are
     return ray.remote(max_restarts=0, max_task_retries=0, **options)(StageActor)
@@ -217,7 +217,7 @@ def connect(address: str, **options: Any) -> Any:
     require_package()
     if address == LOCAL:
         os.environ.setdefault(LOOPBACK, "0")
-    import ray
+    import ray  # pyright: ignore[reportMissingImports] - an extra
 
     if ray.is_initialized():
         return ray

@@ -159,7 +159,7 @@ class Schedule:
 
     def _assign(self) -> None:
         """Give ready tasks to idle workers, the last stage first, and start workers where there is room."""
-        for stage in reversed(self.tasks):
+        for stage in reversed(list(self.tasks)):
             for worker in self._idle(stage):
                 if (task := self._next(stage)) is None:
                     break
