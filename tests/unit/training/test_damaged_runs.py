@@ -200,6 +200,16 @@ def test_what_is_no_checkpoint_of_a_run_is_named(tmp_path, content, message):
     assert message in str(refused.value)
 
 
+def test_a_flipped_bit_of_a_weight_is_found_before_a_run_goes_on(tmp_path):
+    path, entries = tmp_path / "last.ckpt", checkpoint()
+    WholeCheckpoints().save_checkpoint(entries, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(entries["state_dict"]["policy.w"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"last\.ckpt cannot be read \(its part .* was changed\)"):
+        check_checkpoint(path, Module())
+
+
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DamagedFile, match=r"best\.ckpt cannot be read \(it is not there\); train again"):
         read_checkpoint(tmp_path / "best.ckpt", "train again")
