@@ -12,7 +12,7 @@ PROMPTS = 400
 
 def point(label, seeds=1, noise=0.0, **means):
     """A point whose quantities have these means over prompts, exactly."""
-    generator = torch.Generator().manual_seed(sum(map(ord, label)))
+    generator = torch.Generator().manual_seed(int.from_bytes(label.encode()))
     measured = {}
     for name, mean in means.items():
         values = noise * torch.randn(seeds, PROMPTS, generator=generator, dtype=torch.float64)
