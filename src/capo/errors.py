@@ -1,7 +1,7 @@
 """Errors caused by a value that the user gave, not by a fault of this package; parts of their messages."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class ParameterError(InputError):
-    """An argument of a pure function that cannot be used; `capo.cli.values.under` adds the key that set it.
+    """An argument of a pure function that cannot be used; `capo.cli` adds the key that set it.
 
     Attributes:
         parameter: name of the parameter.
@@ -46,6 +46,19 @@ def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
     """Up to `count` of `words` that are most similar to `word`, ignoring case; an empty list if none is."""
     by_lower = {name.lower(): name for name in words}
     return [by_lower[name] for name in difflib.get_close_matches(word.lower(), list(by_lower), count, 0.6)]
+
+
+def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
+    """Known keys that were probably meant by `key`: those with the same last part or a similar spelling."""
+    last = key.rpartition(".")[2]
+    likeness = {name: difflib.SequenceMatcher(a=key, b=name).ratio() for name in known}
+    chosen = [name for name, ratio in likeness.items() if ratio > 0.75 or name.rpartition(".")[2] == last]
+    chosen.sort(key=likeness.__getitem__, reverse=True)
+    return [
+        name
+        for place, name in enumerate(chosen)
+        if not any(better.startswith(f"{name}.") for better in chosen[:place])
+    ][:count]
 
 
 def first_line(error: BaseException) -> str:

@@ -50,7 +50,7 @@ def test_a_third_reward_leaves_the_latents_alone_and_training_takes_it(tiny_run,
 def test_the_stage_that_scores_has_one_documented_name(tiny_run):
     with pytest.raises(
         InputError,
-        match=r"stage=scor is unknown; choose all, text, latents, score, import, .*; did you mean score\?",
+        match=r"stage=scor: must be one of all, text, latents, score, import, .*; did you mean score\?",
     ):
         generate_script.run(tiny_run("slip", "stage=scor", config="generate"))
 

@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.export import find_policy, is_whole
 from capo.cli.build import base_of, built, family_of, rewards_of, sampler_settings, tuned_generator
+from capo.cli.compose import plain
 from capo.cli.engines import check_engine, engine_of
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_accelerator, check_reward_weights, check_unconditional, check_weights
-from capo.cli.run_config import complete, run_config
-from capo.cli.values import check_values, plain
+from capo.cli.run_config import run_config
 from capo.data.generation import ImageGenerator, PoolSpec
 from capo.data.images import GeneratedImages
 from capo.errors import InputError
@@ -77,7 +77,6 @@ def run_benchmark(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> di
         cfg = _of_run(cfg, overrides)
     if cfg.base is not None:
         cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
-    check_values(cfg)
     benchmark = built(cfg, "benchmark.set")
     if not isinstance(benchmark, Benchmark):
         target = cfg.benchmark.set._target_
@@ -111,8 +110,6 @@ def _of_run(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for key in ("run", "base", "benchmark", "results", "trust"):
         OmegaConf.update(own, key, asked[key], merge=False, force_add=True)
     OmegaConf.update(own, "policy", str(folder / POLICY), force_add=True)
-    with complete(folder):
-        check_values(own)
     return own
 
 

@@ -47,7 +47,7 @@ class SweepReport(Callback):
 
         folder, done = Path(config.hydra.sweep.dir), []
         made = _succeeds(
-            lambda: done.append(report_sweep(folder, bool(config.plan))), f"the report of {folder}"
+            lambda: done.append(report_sweep(folder, bool(config.get("plan")))), f"the report of {folder}"
         )
         lacking = bool(self.lacking)
         self.lacking.clear()
@@ -71,7 +71,7 @@ class SoupOfRewards(Callback):
         from capo.cli.sweep_soup import add_soups
 
         folder = Path(config.hydra.sweep.dir)
-        if config.plan:
+        if config.get("plan"):
             return
         what = f"the soups of {folder}"
         if not _succeeds(lambda: add_soups(folder, self.method, config, self.trust), what):

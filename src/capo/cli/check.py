@@ -18,7 +18,6 @@ from capo.cli.plan import request_of
 from capo.cli.process import prepare_process
 from capo.cli.rates import keep_rates, measure_base, measure_rewards
 from capo.cli.readiness import check_accelerator, check_draw, check_weights
-from capo.cli.values import check_values
 from capo.data import PreferenceBatch
 from capo.errors import InputError
 from capo.module import PreferenceModule
@@ -53,7 +52,7 @@ def run_checks(
     """Run all checks of the configured model on one device; no run is started.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration, with values that the schema allows.
         module_of: function that builds the module to train from the configuration and a backbone.
         console: where the table is printed.
 
@@ -61,10 +60,9 @@ def run_checks(
         The checks; they are also written to `check.json` in the run directory.
 
     Raises:
-        InputError: values or weights cannot be used, or a check failed; the latter after everything is
+        InputError: weights cannot be used, or a check failed; the latter after everything is
             written.
     """
-    check_values(cfg)
     check_weights(cfg)
     check_draw(cfg)
     check_accelerator(cfg.trainer.accelerator)

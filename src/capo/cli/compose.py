@@ -1,16 +1,18 @@
-"""Compose a configuration in programs that Hydra does not start."""
+"""Compose a configuration in programs that Hydra does not start, and read one as plain values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import capo
+from capo.cli.messages import value_fault
 from capo.errors import InputError
 
 REPOSITORY = Path(capo.__file__).parents[2]  # holds conf/ in an editable install
@@ -24,7 +26,25 @@ def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITO
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             return compose(name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if (fault := value_fault(error, overrides)) is not None:
+            raise InputError(fault) from error
+        if not isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise
         raise InputError(
             f"{' '.join(overrides)}: cannot be used ({str(error).splitlines()[0]}); write NAME.key=value"
         ) from error
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve the configuration to plain values; OmegaConf's error for a `${...}` that cannot be resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))  # a mapping gives nothing else
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve the configuration to plain values; InputError for a `${...}` that cannot be resolved."""
+    try:
+        return plain(cfg)
+    except OmegaConfBaseException as error:
+        reason, key = str(error).splitlines()[0], error.full_key or "the configuration"
+        raise InputError(f"{key} cannot be resolved ({reason}); give {key}=VALUE itself") from error

@@ -18,7 +18,6 @@ from capo.cli.build import (
     tuned_generator,
 )
 from capo.cli.process import prepare_process, thread_count
-from capo.cli.values import LOCAL, RAY
 from capo.data.engines import Engine, LocalEngine
 from capo.data.generation import ImageGenerator
 from capo.data.pool import Pool
@@ -27,6 +26,7 @@ from capo.data.stages import LatentStage, Order, Stage, TextStage
 from capo.errors import InputError
 from capo.runtime.launch import launch
 
+LOCAL, RAY = "local", "ray"  # kinds of engine
 STAGES = ("text", "latents", "scores")
 # stage of a pool -> parts of the base that a worker loads besides the VAE; None: all
 PARTS = {"text": (TEXT,), "latents": None, "scores": ()}

@@ -13,15 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from capo.backbones.model_card import ModelCard, write_card, write_win_rates
 from capo.cli.benchmark import run_benchmark
 from capo.cli.build import Components, build_components, tuned_generator
+from capo.cli.compose import plain
 from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import study_of
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
-from capo.cli.rules import shown
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
-from capo.cli.values import check_values, plain
+from capo.cli.schema import Evaluating, check_group_choices, check_values
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
 from capo.errors import DamagedFile, InputError
@@ -29,10 +29,10 @@ from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.diversity import SAMPLE
 from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import seeds_table
+from capo.evaluation.stored import Results
 from capo.evaluation.tables import Row, RunTable
 from capo.runtime.files import put_back
 from capo.runtime.launch import launch
-from capo.runtime.reading import read_json
 from capo.runtime.run_folder import (
     EVALUATION,
     METRICS,
@@ -44,6 +44,8 @@ from capo.runtime.run_folder import (
     SETTINGS,
     read_outcome,
 )
+from capo.runtime.schema import shown
+from capo.runtime.stored import read_record
 from capo.runtime.terminal import Terminal
 from capo.training.strength import read_strength
 
@@ -181,14 +183,13 @@ def check_place(folder: Path) -> None:
     """Raise InputError if `folder` holds files that an evaluation would replace, but no evaluation."""
     held = [name for name in (RESULTS, REPORT, SETTINGS) if os.path.lexists(folder / name)]
     try:
-        results = read_json(folder / RESULTS, "move it away")
-    except (FileNotFoundError, DamagedFile):
-        results = {}
-    if held and "win_rate" not in results:
+        if held:
+            read_record(folder / RESULTS, Results, "move it away")
+    except (FileNotFoundError, DamagedFile) as error:
         raise InputError(
             f"{folder} holds {', '.join(held)}, but no results of an evaluation: move "
             f"{'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
-        )
+        ) from error
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
@@ -196,7 +197,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
 
     Raises InputError if there is none.
     """
-    check_values(cfg)
+    check_values(cfg, Evaluating)
     refuse_plans(cfg)
     console.quiet = not launch().first
     if cfg.runs is not None:
@@ -217,7 +218,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
 def main(cfg: DictConfig) -> None:
     """Evaluate or compare what the configuration names; user errors end the process with a message."""
     hydra_config = HydraConfig.get()
-    with plain_errors(None if cfg.run is None else "the same command"):
-        if launch().world_size > 1 and cfg.run is None:
+    with plain_errors(None if cfg.get("run") is None else "the same command"):
+        check_group_choices(cfg, hydra_config)
+        if launch().world_size > 1 and cfg.get("run") is None:
             check_common_folder(launch().world_size, hydra_config.overrides.hydra)
         run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from capo.runtime.reading import read_json
+from capo.evaluation.stored import read_results
 from capo.runtime.run_folder import EVALUATION, OUTCOME, RESULTS, read_outcome
 
 SHARES = ("mean", "low", "high")
@@ -22,11 +22,11 @@ def found_figures(folder: Path) -> dict[str, float]:
         figures |= {name: value for name, value in read_outcome(folder).items() if name.startswith("val/")}
     path = folder / EVALUATION / RESULTS
     if path.is_file():
-        results = read_json(path, f"remove it and run evaluate.py run={folder}")
+        results = read_results(folder)
         for name, rate in results["win_rate"].items():
             column = f"test/win_rate/{name}"
             figures |= {column if share == "mean" else f"{column}/{share}": rate[share] for share in SHARES}
-        figures |= {f"zero/{name}": rate["mean"] for name, rate in results["zero"].items()}
+        figures |= {f"zero/{name}": rate["mean"] for name, rate in results.get("zero", {}).items()}
         for name, measure in results.get("oracle", {}).items():
             figures |= {f"oracle/{name}": measure["policy"], f"oracle/{name}/base": measure["base"]}
         if volume := results.get("hypervolume"):

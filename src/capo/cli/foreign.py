@@ -12,9 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo.cli.rules import shown
-from capo.cli.targets import MARKS, REWARDS, TARGET, calls, dotted, place_of
+from capo.cli.marks import MARKS, TARGET
+from capo.cli.targets import REWARDS, calls, place_of
 from capo.errors import InputError
+from capo.runtime.schema import dotted, shown
 
 # where results are sent, where a run is tracked, which machines work, and how it is started
 OUTSIDE = ("push_to_hub", "logger", "engine", "hydra")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.parts import TEXT
@@ -18,20 +19,20 @@ from capo.cli.build import (
     sampler_settings,
     training_data,
 )
-from capo.cli.engines import engaged
+from capo.cli.engines import RAY, engaged
 from capo.cli.messages import plain_errors
 from capo.cli.pool_state import show_status, verify
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_loggers, check_ready, check_weights, refuse_plans
 from capo.cli.report import check_scored, report_pool
-from capo.cli.values import RAY, check_values
+from capo.cli.schema import Generating, check_group_choices, check_values
 from capo.data.generation import COMMANDS, STAGES, fill_pool
 from capo.data.importing.filling import import_pool
 from capo.data.importing.source import Source
 from capo.data.importing.survey import described
 from capo.data.pair_export import export_pairs
 from capo.data.pool.import_table import read_import_table
-from capo.errors import InputError, closest
+from capo.errors import InputError
 from capo.runtime.files import check_ordinary
 from capo.runtime.launch import launch
 from capo.runtime.terminal import Terminal
@@ -46,7 +47,6 @@ PARTS = {"text": (TEXT,), "score": (), "import": (TEXT,), "export": (), "report"
 
 def import_source(cfg: DictConfig) -> Source:
     """Source of the images of `stage=import`; InputError if it is not configured or lacks a column."""
-    check_values(cfg)
     check_weights(cfg)
     if not cfg.get("import"):
         raise InputError(
@@ -112,14 +112,8 @@ def report(cfg: DictConfig, components: Components) -> None:
 
 def run(cfg: DictConfig) -> None:
     """Run `cfg.stage`: fill the four pools or one stage of them, import images, export pairs, or report."""
-    known = (*FILLING, *ALONE)
+    check_values(cfg, Generating)
     refuse_plans(cfg)
-    if cfg.stage not in known:
-        near = closest(str(cfg.stage), known)
-        raise InputError(
-            f"stage={cfg.stage} is unknown; choose {', '.join(known)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
     if cfg.stage in ALONE and launch().world_size > 1:
         raise InputError(f"stage={cfg.stage} is the work of one process: run it without the launcher")
     if cfg.stage == "import":
@@ -176,4 +170,5 @@ def fill_pools(cfg: DictConfig, build: Callable[[], Components]) -> None:
 def main(cfg: DictConfig) -> None:
     """Run the configured stage; user errors end the process with a message."""
     with plain_errors("the same command"):
+        check_group_choices(cfg, HydraConfig.get())
         run(cfg)

@@ -12,11 +12,12 @@ from capo.backbones.loading import pipeline_folder
 from capo.backbones.merging import Base, merge_policies
 from capo.backbones.model_card import write_win_rates
 from capo.cli.build import build_components, family_of
+from capo.cli.compose import plain
 from capo.cli.evaluate import evaluate_policy
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
-from capo.cli.values import check_values, plain
+from capo.cli.schema import Merging, check_group_choices, check_values
 from capo.errors import InputError
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import CONFIG, EVALUATION, POLICY
@@ -71,7 +72,7 @@ def check_place(folder: Path, policies: Sequence[str]) -> None:
 
 def run(cfg: DictConfig, folder: Path) -> Path:
     """Merge `cfg.policies` into `folder`/policy, and return that; InputError where nothing can be merged."""
-    check_values(cfg)
+    check_values(cfg, Merging)
     refuse_plans(cfg)
     named = None if OmegaConf.is_missing(cfg, "policies") else plain(cfg)["policies"]
     if not isinstance(named, list) or len(named) < 2:
@@ -89,4 +90,6 @@ def run(cfg: DictConfig, folder: Path) -> Path:
 def main(cfg: DictConfig) -> None:
     """Merge what the configuration names; user errors end the process with a message."""
     with plain_errors():
-        run(cfg, Path(HydraConfig.get().runtime.output_dir))
+        own = HydraConfig.get()
+        check_group_choices(cfg, own)
+        run(cfg, Path(own.runtime.output_dir))

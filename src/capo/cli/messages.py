@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from capo.errors import InputError, Unfinished, closest, first_line
+from capo.errors import InputError, Unfinished, alike, closest, first_line
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.terminal import printable
 
@@ -44,6 +43,11 @@ OTHER_PLACE = f"make room there, or {PLACES}"
 # null and a mapping are values; anything else names files of conf/rewards
 NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
+LONG_NUMBER = re.compile(r"\d{1000}")
+NO_CHOICE = re.compile(
+    r"\+?(objective|pairs|prompts|model|trainer|rewards|logger|import|experiment)(@[\w.]+)?="
+    r"(null|true|false|[-+.\deE]+)"
+)
 UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
 
@@ -154,6 +158,8 @@ def command_fault(error: BaseException) -> str | None:
         if options := error.options or _choices(str(error), group):
             near = [f"{group}={name}" for name in closest(choice, options)]
             return f"{group}={choice}: no such choice; there are {', '.join(options)}{_meant(near)}"
+    if (fault := value_fault(error, sys.argv[1:])) is not None:
+        return fault
     if not isinstance(error, ConfigCompositionException):
         return None
     cause, unknown = error.__cause__, UNKNOWN_KEY.search(str(error))
@@ -167,17 +173,18 @@ def command_fault(error: BaseException) -> str | None:
     return " ".join(f"{error} {cause or ''}".split())
 
 
-def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
-    """Known keys that were probably meant by `key`: those with the same last part or a similar spelling."""
-    last = key.rpartition(".")[2]
-    likeness = {name: difflib.SequenceMatcher(a=key, b=name).ratio() for name in known}
-    chosen = [name for name, ratio in likeness.items() if ratio > 0.75 or name.rpartition(".")[2] == last]
-    chosen.sort(key=likeness.__getitem__, reverse=True)
-    return [
-        name
-        for place, name in enumerate(chosen)
-        if not any(better.startswith(f"{name}.") for better in chosen[:place])
-    ][:count]
+def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
+    """Message for a value of the command line that Hydra cannot read at all; None for any other error."""
+    text = str(error)
+    if "for integer string conversion" in text:  # Python's limit
+        long = next((argument for argument in arguments if LONG_NUMBER.search(argument)), None)
+        place = f"{long.partition('=')[0]}={long.partition('=')[2][:20]}..." if long else "a file of conf/"
+        return f"{place}: a number has too many digits to be read; give a smaller one"
+    if "Config group override must be a string or a list" in text:
+        given = next((argument for argument in arguments if NO_CHOICE.fullmatch(argument)), "a group")
+        group = given.partition("=")[0].lstrip("+").partition("@")[0]
+        return f"{given}: it must name a file of conf/{group}/; give {given.partition('=')[0]}=NAME"
+    return None
 
 
 def _keys(cfg: Container) -> list[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from capo.backbones import Backbone
 from capo.backbones.sampling import encode_unconditional
 from capo.cli.build import Components, built, inversion_of
-from capo.cli.values import plain
+from capo.cli.compose import plain
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
 from capo.evaluation.reports.page import image_grid

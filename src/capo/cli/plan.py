@@ -18,9 +18,9 @@ from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
 from capo.backbones.sampling import POLICY as ITSELF
 from capo.cli.build import all_rewards, built, family_of, held_out_rewards, inversion_of, prompt_splits
+from capo.cli.compose import plain
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
-from capo.cli.values import check_values, plain
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.objectives import requirements
@@ -279,7 +279,6 @@ def run_plan(cfg: DictConfig, console: Console) -> dict[str, Any]:
     The directory is not marked as a run; training can start there later. Raises InputError for values that
     cannot be used.
     """
-    check_values(cfg)
     counts, missing = prompt_counts(cfg)
     request = request_of(cfg, counts)
     plan = {"model": cfg.model.name, **make_plan(request), "prompts": counts}

@@ -25,7 +25,7 @@ from capo.cli.build import (
     target_name,
 )
 from capo.cli.engines import check_engine
-from capo.cli.values import check_values, under
+from capo.cli.schema.calls import under
 from capo.data.candidates import NO_PRIOR
 from capo.data.dataset import check_group, check_shared_prior
 from capo.data.selection import select
@@ -48,24 +48,20 @@ from capo.runtime.processes import check_accelerator
 PACKAGES = {"tensorboard_logger": ("tensorboard", "tensorboardX")}
 
 
-def check_ready(cfg: DictConfig, finished: bool = False, scoring: bool = True, watching: bool = True) -> None:
+def check_ready(cfg: DictConfig, scoring: bool = True, watching: bool = True) -> None:
     """Check that `cfg` can run, before anything is loaded, downloaded or written.
 
-    Values, the model's weights, rewards, prompts, objective, pairs strategy, noise, hub access and
+    The model's weights, rewards, prompts, objective, pairs strategy, noise, hub access and
     accelerator are checked in this order.
 
     Args:
-        cfg: the configuration.
-        finished: whether the run has finished already; then only values are checked.
+        cfg: the configuration, with values that the schema allows.
         scoring: whether images will be scored; otherwise the weights of rewards are not looked for.
         watching: whether validation images will be scored; otherwise held-out rewards are left out.
 
     Raises:
         InputError: the first check that fails.
     """
-    check_values(cfg)
-    if finished:
-        return
     check_weights(cfg)
     check_unconditional(cfg)
     rewards, evaluated, _ = all_rewards(cfg)

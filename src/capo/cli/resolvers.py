@@ -8,8 +8,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from capo.runtime.run_folder import CONFIG
-
 
 def shipped(name: str) -> str:
     """Absolute path of `shapes/weights/<name>` in the installed package."""
@@ -17,6 +15,8 @@ def shipped(name: str) -> str:
 
 
 def _folder_in(run: str | int | None, name: str, ending: str) -> str:
+    from capo.runtime.run_folder import CONFIG  # with pydantic, which --help does without
+
     return (
         f"{run}/{name}"
         if run not in (None, "") and (Path(str(run)) / CONFIG).is_file()

@@ -22,6 +22,8 @@ from rich.text import Text
 
 from capo.cli.build import rewards_of
 from capo.cli.compose import REPOSITORY, composed
+from capo.cli.schema import check_values
+from capo.cli.schema.rewards import RewardsAlone
 from capo.errors import InputError, closest
 from capo.rewards import Reward
 from capo.rewards.published import check_known, compared, pictures
@@ -105,6 +107,7 @@ def configured(name: str, overrides: Sequence[str], conf: Path | None) -> list[R
     cfg = composed(
         None, [f"+rewards={name}", *(OVERRIDE.sub(r"\1rewards.", override) for override in overrides)], folder
     )
+    check_values(cfg, RewardsAlone)
     return rewards_of(cfg, "rewards")
 
 

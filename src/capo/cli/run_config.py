@@ -14,8 +14,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
+from capo.cli.compose import plain
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
-from capo.cli.values import plain
+from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import write_whole
@@ -199,13 +200,13 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
     given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
     keys = [key for key in given if key.split(".")[0] not in ASKING and not key.startswith("hydra")]
-    check_foreign(folder, without(own, [*OUTSIDE, *keys]), cfg.trust)
+    stored = without(own, [*OUTSIDE, *keys])
+    check_foreign(folder, stored, cfg.trust)
+    check_stored(stored, f"run={folder}: its config.yaml")
     without_outside(own, cfg, folder, given)
-    for key, section in cfg.items():
-        if isinstance(section, DictConfig) and key in own and not isinstance(own[key], DictConfig):
-            raise InputError(f"run={folder}: its config.yaml has {key}={own[key]}, where further keys belong")
     for key in keys:
         OmegaConf.update(own, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    check_calls(plain(own))
     return own
 
 

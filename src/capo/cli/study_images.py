@@ -12,7 +12,7 @@ from capo.cli.build import build_components, prompt_splits, tuned_generator
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import complete, run_config
-from capo.cli.values import check_values
+from capo.cli.schema import Studying, check_values
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
 from capo.errors import InputError
@@ -34,7 +34,7 @@ def build_study(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Stud
     them, into pools that an evaluation can use. Raises InputError where nothing can be compared, and for
     values that cannot be used.
     """
-    check_values(cfg)
+    check_values(cfg, Studying)
     refuse_plans(cfg)
     if launch().world_size > 1:
         raise InputError("a study is served by one process: run it without the launcher")

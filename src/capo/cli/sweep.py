@@ -17,6 +17,7 @@ from capo.cli.frontiers import study_of
 from capo.cli.messages import told_fault, was_interrupted
 from capo.cli.run_labels import seed_groups
 from capo.cli.yaml_files import read_yaml
+from capo.errors import InputError
 from capo.evaluation.reports.frontiers import PICTURE as FRONTIER
 from capo.evaluation.reports.sweep_page import (
     ORACLE,
@@ -99,14 +100,13 @@ def _read_overrides(folder: Path) -> dict[str, str]:
 def read_job(folder: Path) -> Job:
     """Read the result of a training job from its directory."""
     overrides = _read_overrides(folder)
+    try:
+        figures = found_figures(folder)
+    except InputError as error:  # damaged files cost one row, not the table
+        return Job(folder, overrides, FAILED, str(error))
     if (folder / ERROR).is_file():
-        return Job(folder, overrides, FAILED, _error(folder), found_figures(folder))
-    return Job(
-        folder,
-        overrides,
-        FINISHED if (folder / OUTCOME).is_file() else UNFINISHED,
-        figures=found_figures(folder),
-    )
+        return Job(folder, overrides, FAILED, _error(folder), figures)
+    return Job(folder, overrides, FINISHED if (folder / OUTCOME).is_file() else UNFINISHED, figures=figures)
 
 
 def read_plan(folder: Path) -> Job:

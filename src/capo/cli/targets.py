@@ -7,6 +7,9 @@ one needs no entry here, or a list of names where nobody adds any.
 The command line, with the conf/ folders that it composes, is the user's own: at an open place it may name
 other code too. The config.yaml of a run may come from anywhere. It may call registered names, and exactly
 those in `trust=[...]`; nothing below them, and in no other way than this package's own conf/ does.
+
+Libraries are imported where a target is looked up: whether it stands at the right place is known without
+them.
 """
 
 from __future__ import annotations
@@ -17,14 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from capo.backbones import Family
-from capo.cli.rules import shown
-from capo.evaluation.benchmarks import Benchmark
-from capo.pairs import PairSets
-from capo.rewards.lookup import is_scorer, locate
+from capo.cli.marks import MARKS
+from capo.runtime.schema import dotted, shown
 
-TARGET = "_target_"
-MARKS = (TARGET, "_args_", "_partial_", "_recursive_", "_convert_")  # what Hydra reads in a node
 DEEPEST = 20  # dots of a name; importing thousands of parts would end in a RecursionError
 Path = tuple[object, ...]  # keys and list indices from the root
 
@@ -78,6 +76,8 @@ def _objective(found: Any, module: str) -> bool:
 
 
 def _strategy(found: Any, module: str) -> bool:
+    from capo.pairs import PairSets
+
     return (
         inspect.isfunction(found)
         and inspect.signature(found).return_annotation in (PairSets, PairSets.__name__)
@@ -95,6 +95,8 @@ def _prompt_sets(found: Any, module: str) -> bool:
 
 
 def _benchmark(found: Any, module: str) -> bool:
+    from capo.evaluation.benchmarks import Benchmark
+
     return (
         inspect.isfunction(found)
         and inspect.signature(found).return_annotation in (Benchmark, Benchmark.__name__)
@@ -103,12 +105,20 @@ def _benchmark(found: Any, module: str) -> bool:
 
 
 def _family(found: Any, module: str) -> bool:
+    from capo.backbones import Family
+
     return (
         inspect.isclass(found)
         and issubclass(found, Family)
         and not inspect.isabstract(found)
         and _of(found, module)
     )
+
+
+def _scorer(found: Any, module: str) -> bool:
+    from capo.rewards.lookup import is_scorer
+
+    return is_scorer(found, module)
 
 
 def _of(found: Any, module: str) -> bool:
@@ -134,7 +144,7 @@ PLACES = (
         Place(
             f"{place}.*.scorer",
             ("capo.rewards", "capo.shapes.rewards", "capo.shapes.oracle"),
-            is_scorer,
+            _scorer,
             marks={"_partial_": (True, False)},
         )
         for place in REWARDS
@@ -167,6 +177,8 @@ def find(place: Place, name: object) -> Any:
     Raises ImportError if there is none, if it is not one that belongs here, and if its name leads through
     what a module has imported.
     """
+    from capo.rewards.lookup import locate
+
     if (found := place.registered(name)) is not None:
         return found
     if not place.open:
@@ -206,8 +218,3 @@ def misplaced(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             places = ", ".join(place.key for place in PLACES)
             value = shown(node[key.rpartition(".")[2]])
             yield key, f"{key}={value}: nothing is called there; a _target_ may stand at {places}"
-
-
-def dotted(path: Path) -> str:
-    """Write a path as on the command line."""
-    return ".".join(map(str, path))

@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 
 from capo.cli.messages import plain_errors
 from capo.cli.run_config import check_place, is_finished
+from capo.cli.schema import check_group_choices, check_values
 from capo.errors import InputError
 from capo.runtime.imports import heavy_imports
 from capo.runtime.launch import check_fsdp, check_launch, divide, launch
-from capo.runtime.optimizers import check_optimizer
-from capo.runtime.run_folder import MONITOR, read_outcome
+from capo.runtime.run_folder import best_win_rate
 from capo.runtime.terminal import Terminal
 
 
@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> float:
     """Run `cfg`, alone or as a job of a sweep; return the best validation win-rate, else NaN."""
     own: Any = HydraConfig.get()  # typed as the schema, but a DictConfig
     with plain_errors():
+        check_group_choices(cfg, own)
         if launch().world_size > 1:
             check_places(own)
         if own.mode is not RunMode.MULTIRUN:
@@ -41,6 +42,7 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
     is returned. Heavy libraries are imported where they are needed: a plan does without Lightning, and errors
     in the configuration are found before the import.
     """
+    check_values(cfg)
     if cfg.plan:
         with heavy_imports():
             from capo.cli.plan import run_plan
@@ -55,7 +57,7 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
         from capo.cli.tune import complete_run
 
     complete_run(cfg, group, Path(cfg.run_dir))
-    return read_outcome(Path(cfg.run_dir))[MONITOR]
+    return best_win_rate(Path(cfg.run_dir))
 
 
 def check(cfg: DictConfig) -> float:
@@ -73,15 +75,17 @@ def check(cfg: DictConfig) -> float:
 
 
 def refuse_early(cfg: DictConfig) -> None:
-    """Raise InputError if `cfg` cannot run, before weights load; for a finished run only check values."""
+    """Raise InputError if `cfg` cannot run, before weights load; of a finished run only its launch counts."""
     from capo.cli.build import check_imported
     from capo.cli.plan import require_room
     from capo.cli.readiness import check_loggers, check_ready, check_sharded_guidance
+    from capo.runtime.optimizers import check_optimizer
     from capo.runtime.processes import check_devices
 
     check_place(Path(cfg.run_dir))
     trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
-    check_ready(cfg, finished)
+    if not finished:
+        check_ready(cfg)
     check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)
     check_fsdp(trainer.strategy, trainer.precision, trainer.optimizer, trainer.channels_last)
     check_optimizer(trainer.optimizer)

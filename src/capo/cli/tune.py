@@ -30,15 +30,7 @@ from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import Outlook
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
-from capo.runtime.run_folder import (
-    CALIBRATION,
-    EVALUATION,
-    MONITOR,
-    POLICY,
-    RESULTS,
-    VALIDATION,
-    read_outcome,
-)
+from capo.runtime.run_folder import CALIBRATION, EVALUATION, POLICY, RESULTS, VALIDATION, best_win_rate
 from capo.runtime.terminal import Terminal
 from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData
@@ -160,5 +152,5 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     if cfg.push_to_hub and launch().first:
         console.print(f"pushed: {push(folder / POLICY, cfg.push_to_hub)}")
     console.print(
-        f"best validation win-rate {read_outcome(folder)[MONITOR]:.3f}; all files of this run are in {folder}"
+        f"best validation win-rate {best_win_rate(folder):.3f}; all files of this run are in {folder}"
     )

@@ -14,9 +14,9 @@ from capo.data.pool import Pool
 from capo.errors import InputError
 from capo.evaluation.reports.page import p_value
 from capo.evaluation.statistics import bootstrap_interval, paired_tests
+from capo.evaluation.stored import read_results, read_settings
 from capo.metrics import win_rate
-from capo.runtime.reading import read_json
-from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS, SETTINGS
+from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS
 
 # settings of the evaluation that two runs must share to be compared head to head
 SAME = ("prompts", "seed", "images_per_prompt", "rewards")
@@ -42,36 +42,6 @@ def run_folders(runs: str | Sequence[str]) -> list[Path]:
             f"runs={runs}: no run directory there (one holds config.yaml and {EVALUATION}/{RESULTS})"
         )
     return folders
-
-
-def _read(folder: Path, name: str) -> dict:
-    path = folder / EVALUATION / name
-    try:
-        return read_json(path, f"remove it and run evaluate.py run={folder}")
-    except FileNotFoundError as error:
-        raise InputError(
-            f"runs: {folder} has not been evaluated ({path} does not exist); run evaluate.py run={folder}"
-        ) from error
-
-
-def _read_results(folder: Path) -> dict:
-    """Read results.json, and raise InputError if what the tables show of it is not there."""
-    found = _read(folder, RESULTS)
-    try:
-        figures = [rate[key] for rate in found["win_rate"].values() for key in ("mean", "low", "high")]
-        figures += [score["policy"] for score in found["score"].values()]
-        moves = found.get("oracle", {}).values()
-        figures += [measure[side] for measure in moves for side in ("policy", "base")]
-        if not all(type(figure) in (int, float) for figure in figures):
-            raise TypeError("figures must be numbers")
-        if not all(isinstance(found[side], str) for side in ("policy", "base")):
-            raise TypeError("fingerprints must be text")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"runs: {folder / EVALUATION / RESULTS} holds no results of an evaluation ({error!r}); remove it "
-            f"and run evaluate.py run={folder}"
-        ) from error
-    return found
 
 
 def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
@@ -113,7 +83,7 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
     Raises:
         InputError: the two were evaluated with different prompts, seeds, numbers of images or rewards.
     """
-    settings = [_read(folder, SETTINGS) for folder in (first, second)]
+    settings = [read_settings(folder) for folder in (first, second)]
     if differing := [key for key in SAME if settings[0][key] != settings[1][key]]:
         raise InputError(
             f"{first} and {second} were evaluated with different {', '.join(differing)}; "
@@ -138,7 +108,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
     Raises:
         InputError: a run has not been evaluated, or two runs were evaluated with different settings.
     """
-    results = {str(folder): _read_results(folder) for folder in folders}
+    results = {str(folder): read_results(folder) for folder in folders}
     _print_rows(console, results, "win_rate", "win-rate against the base, %", _span)
     _print_rows(console, results, "oracle", "oracle, base → policy", _moved)
     versus = head_to_head(*folders) if len(folders) == 2 else None

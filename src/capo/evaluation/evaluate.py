@@ -30,12 +30,13 @@ from capo.evaluation.reports.gallery import chosen_prompts, exhibits, ranking
 from capo.evaluation.reports.page import Report, print_results, render_report
 from capo.evaluation.results import DIGITS, results
 from capo.evaluation.seeds import COLUMN, DRIFT
+from capo.evaluation.stored import Results, Settings
 from capo.metrics import win_rate
 from capo.rewards import Reward
 from capo.rewards.lengths import cut_prompts
 from capo.runtime.files import write_table, write_whole
-from capo.runtime.reading import read_json
 from capo.runtime.run_folder import POOLS, RATES, REPORT, RESULTS, SETTINGS
+from capo.runtime.stored import read_record
 from capo.runtime.threads import map_batches
 
 log = logging.getLogger(__name__)
@@ -256,8 +257,9 @@ def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
     A damaged file counts as none, which the log tells: the evaluation makes it again.
     """
     try:
-        if read_json(folder / SETTINGS, AGAIN) == settings and (folder / REPORT).is_file():
-            return read_json(folder / RESULTS, AGAIN)
+        found = read_record(folder / SETTINGS, Settings, AGAIN)
+        if found == settings and (folder / REPORT).is_file():
+            return read_record(folder / RESULTS, Results, AGAIN)
     except FileNotFoundError:
         pass
     except DamagedFile as error:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from capo.errors import InputError
-from capo.runtime.optimizers import ADAMW_8BIT
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments import ClusterEnvironment
@@ -159,6 +158,8 @@ def check_launch(here: Launch, strategy: str, devices: int | str | Sequence[int]
 
 def check_fsdp(strategy: str, precision: str, optimizer: str, channels_last: bool) -> None:
     """Raise InputError for settings that FSDP2 does not support."""
+    from capo.runtime.optimizers import ADAMW_8BIT  # with torch, which a slip is answered without
+
     refused = {
         "trainer.channels_last=true": channels_last,
         "trainer.optimizer=adamw_8bit": optimizer == ADAMW_8BIT,

@@ -12,7 +12,7 @@ from capo.backbones.export import export_policy
 from capo.backbones.model_card import ModelCard
 from capo.cli import evaluate as evaluate_script
 from capo.cli.benchmark import benchmark_rewards
-from capo.cli.values import check_values
+from capo.cli.schema import Evaluating, check_values
 from capo.errors import InputError
 from capo.shapes.oracle import alignments
 from fixtures.configuration import composed
@@ -151,7 +151,7 @@ def test_results_become_a_table(geneval, listed, tmp_path):
 def test_scorers_of_a_benchmark_are_chosen_by_name():
     def named(*given):
         cfg = composed(*given, name="evaluate")
-        check_values(cfg)
+        check_values(cfg, Evaluating)
         return [reward.name for reward in benchmark_rewards(cfg)]
 
     assert named("benchmark=hpsv2") == ["hpsv2"] and named("benchmark=genai") == ["vqascore"]

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from capo.cli.build import all_rewards
 from capo.cli.process import prepare_process
 from capo.cli.run_config import run_config
+from capo.cli.schema import Evaluating, Generating, Training, check_values
 from capo.cli.targets import calls, place_of
-from capo.cli.values import check_values
 from capo.errors import InputError
 from fixtures import ROOT
 from fixtures.configuration import composed
@@ -40,6 +40,7 @@ def test_the_groups_are_those_that_users_know():
         "experiment",
         "import",
         "benchmark",
+        "engine",
     }
     assert {"capo", "dpo", "ipo", "sft"} <= set(GROUPS["objective"])
     assert {"best_worst", "sum", "frs", "random"} <= set(GROUPS["pairs"])
@@ -48,9 +49,10 @@ def test_the_groups_are_those_that_users_know():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_target_is_registered_and_takes_its_arguments(choice):
     files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if choice == "prompts=text" else []
-    scripts = {"import": "generate", "benchmark": "evaluate"}
-    cfg = composed(choice, *files, name=scripts.get(choice.split("=")[0], "train"))
-    check_values(cfg)
+    scripts = {"import": ("generate", Generating), "benchmark": ("evaluate", Evaluating)}
+    name, schema = scripts.get(choice.split("=")[0], ("train", Training))
+    cfg = composed(choice, *files, name=name)
+    check_values(cfg, schema)
     found = list(calls(OmegaConf.to_container(cfg, resolve=True)))
     assert found
     for path, node in found:

@@ -176,7 +176,7 @@ def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
 
 def test_values_that_cannot_be_used_end_a_plan(tmp_path):
     with pytest.raises(InputError, match=r"planning.utilization=1.5: must be a number above 0 and at most 1"):
-        planned(tmp_path, "planning.utilization=1.5")
+        train_script.run(configured("planning.utilization=1.5", folder=tmp_path))
 
 
 def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
@@ -190,9 +190,9 @@ def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
     assert more == pytest.approx((3200 + 384) / 10 / 3600) and "scores" not in stated["hours"]["without"]
     assert "pickscore: stated (planning.scoring)" in told and "scoring by" not in told
     with pytest.raises(InputError, match=r"planning.scoring.pickscore=0: must be a finite number above 0"):
-        planned(tmp_path, *one, "planning.scoring={pickscore: 0}")
+        train_script.run(configured(*one, "planning.scoring={pickscore: 0}", folder=tmp_path))
     with pytest.raises(InputError, match=r"planning.scoring=7: must be images a second by reward"):
-        planned(tmp_path, *one, "planning.scoring=7")
+        train_script.run(configured(*one, "planning.scoring=7", folder=tmp_path))
 
 
 def test_the_peak_is_that_of_this_machines_gpu(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from capo.cli.values import check_values
+from capo.cli.schema import check_values
 from fixtures import ROOT
 
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

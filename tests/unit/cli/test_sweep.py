@@ -31,6 +31,9 @@ from capo.evaluation.reports.sweep_page import curves, render_page, sweep_pictur
 from capo.runtime.launch import Launch
 
 RESULTS = {
+    "score": {},
+    "policy": "p",
+    "base": "b",
     "win_rate": {
         "looks": {"mean": 0.7, "low": 0.6, "high": 0.8},
         "alignment": {"mean": 0.45, "low": 0.4, "high": 0.49},
@@ -356,3 +359,10 @@ def test_jobs_in_parallel_give_the_serial_table(typed, tmp_path):
             f"pool.root={tmp_path / name / 'pools'}",
         )
     assert read_table(tmp_path / "serial") == read_table(tmp_path / "parallel")
+
+
+def test_a_damaged_file_of_a_job_costs_its_row_alone(sweep):
+    (sweep / "2" / "outcome.json").write_text("{")
+    found = {job.name: job for job in read_jobs(sweep)}
+    assert found["0"].status == FINISHED and found["2"].status == FAILED
+    assert "outcome.json cannot be read" in found["2"].error

@@ -14,8 +14,8 @@ import capo.objectives
 from capo.cli import evaluate as evaluate_script
 from capo.cli import readiness
 from capo.cli.run_config import run_config
+from capo.cli.schema import check_values
 from capo.cli.targets import PLACES, calls, place_of
-from capo.cli.values import check_values
 from capo.errors import InputError
 from capo.rewards import load_rewards, lookup
 from capo.rewards.isolated import IsolatedScorer
@@ -151,13 +151,13 @@ def test_a_strangers_configuration_is_refused_and_does_nothing(stranger, values)
 @pytest.mark.parametrize(("values", "message"), [
     ({"pool.root": "${nothing}"}, r"has pool.root=\${nothing}, which is not resolved"),
     ({"trainer.max_steps": "${nothing}"}, r"config.yaml cannot be read \(Interpolation key 'nothing'"),
-    ({"evaluation": "text"}, "its config.yaml has evaluation=text, where further keys belong"),
+    ({"evaluation": "text"}, r"has evaluation=text: must be a section of keys \(seed, images"),
     ({"evaluation": {"seed": 0}}, "its config.yaml has no evaluation.oracle"),
     ({"model": {"backbone": {"weights": "w"}}}, "model.backbone|config.yaml has no model"),
     ({"evaluation.rewards": ["looks"]}, r"evaluation.rewards=\['looks'\]: must be rewards by name"),
-    ({"evaluation.rewards": {"own": "looks"}}, "evaluation.rewards=.*: must be rewards by name"),
-    (scored_by("text"), "evaluation.rewards.own.scorer=text: must name what is called"),
-    (scored_by({"weights": "w"}), "evaluation.rewards.own.scorer=.*: must name what is called"),
+    ({"evaluation.rewards": {"own": "looks"}}, r"rewards.own=looks: must be a section of keys \(scorer"),
+    (scored_by("text"), "evaluation.rewards.own.scorer=text: must be a mapping that names what is called"),
+    (scored_by({"weights": "w"}), "evaluation.rewards.own.scorer=.*: must be a mapping that names what"),
     (scored_by(calling(LOOKS, weights="w"), weights={"a": 1}), "own.weights=.*: must be text, or null"),
     (scored_by(calling(LOOKS, weights="w"), version="x"), "own.version=x: must be a whole number"),
 ])  # fmt: skip
@@ -167,7 +167,7 @@ def test_a_configuration_that_is_damaged_is_one_message(stranger, values, messag
 
 def test_a_log_in_a_folder_of_a_strangers_choice_is_refused(stranger):
     message = stranger(scored_by(calling(LOOKS, weights="w"), logs="victim", isolated=True))
-    assert "evaluation.rewards.own: unknown key logs" in message
+    assert "evaluation.rewards.own.logs=victim: there is no such key" in message
 
 
 def test_what_acts_outside_the_run_comes_from_the_command_line(honest, asked, tmp_path):

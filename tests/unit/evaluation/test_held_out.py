@@ -18,7 +18,7 @@ from capo.backbones.sampling import SamplerSettings
 from capo.cli import train as train_script
 from capo.cli.build import all_rewards, held_out_rewards
 from capo.cli.messages import grouped
-from capo.cli.values import check_values
+from capo.cli.schema import check_values
 from capo.data.prompts import Prompt
 from capo.errors import InputError
 from capo.evaluation.held_out import HeldOut, alarms, by_prompt, judge, remark

@@ -139,13 +139,14 @@ def having(name, text):
     (lambda folder: (folder / "config.yaml").write_bytes(b"\xff\xfe\x00"), "config.yaml cannot be read"),
     (having("outcome.json", "[]"), r"outcome.json cannot be read \(it holds no names"),
     (having("outcome.json", "{"), "outcome.json cannot be read"),
-    (without("policy"), "holds no results of an evaluation .*'policy'"),
-    (without("score"), "holds no results of an evaluation .*'score'"),
+    (without("policy"), "results.json cannot be read .policy is not given"),
+    (without("score"), "results.json cannot be read .score is not given"),
     (having("evaluation/results.json", "[]"), r"results.json cannot be read \(it holds no names"),
     (having("evaluation/results.json", '{"win_rate": {}, "score": {"a": {"policy": "=1"}}}'),
-     "figures must be numbers"),
+     "score.a.policy==1: must be a finite number"),
     (having("evaluation/results.json", '{"win_rate": {}, "score": {}, "policy": 3, "base": ""}'),
-     "must be text"),
+     "policy=3: must be text"),
+    (having("evaluation/results.json", "[" * 100_000), "results.json cannot be read"),
 ])  # fmt: skip
 def test_a_run_whose_files_are_damaged_is_one_message(tmp_path, damage, message):
     runs = [write_run(tmp_path / str(number), 0.6, number) for number in (1, 2)]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from capo.cli.values import check_values
+from capo.cli.schema import check_values
 from capo.data.dataset import PairDataset
 from capo.data.prompts import make_prompt
 from capo.data.selection import select

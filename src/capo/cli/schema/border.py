@@ -1,0 +1,76 @@
+"""The border: what Hydra composed, or a run stored, is compared with the schema before anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from capo.cli.compose import resolved
+from capo.cli.schema.calls import CALLED, call_faults
+from capo.cli.schema.scripts import Training
+from capo.cli.targets import misplaced
+from capo.errors import InputError
+from capo.runtime.schema import Section, faults
+
+# groups of which one choice counts; of others, such as rewards, several may be named
+SINGLE = ("objective", "pairs", "prompts", "model", "trainer", "import", "engine", "benchmark")
+
+
+def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
+    """Raise InputError with one line for each fault: key, value, and what it must be.
+
+    Mandatory values (`???`) that the code which needs them reports are ignored.
+    """
+    values = resolved(cfg)
+    wrong = dict(misplaced(values))
+    wrong |= {
+        key: fault
+        for key, fault in faults(schema, values).items()
+        if not any(place.startswith(f"{key}.") for place in wrong)
+    }
+    _refuse(wrong)
+    check_calls(values)
+
+
+def check_calls(values: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments that a user's own target does not take, from its signature.
+
+    This imports the module of each target, so it follows the check of the values.
+    """
+    wrong: dict[str, str] = {}
+    for place in CALLED:
+        for key, fault in call_faults(place, values):
+            wrong.setdefault(key, fault)
+    _refuse(wrong)
+
+
+def check_stored(values: Mapping[str, Any], place: str) -> None:
+    """Raise InputError where values of a run's config.yaml cannot be used; keys may be absent.
+
+    `place` names the file in the message. No target's module is imported.
+    """
+    wrong = faults(Training, values, partial=True)
+    _refuse({key: f"{place} has {fault}" for key, fault in wrong.items()}, "; restore it")
+
+
+def check_group_choices(cfg: DictConfig, own: Any) -> None:
+    """Raise InputError where several choices of a group are named of which one counts.
+
+    Of `objective=[capo,dpo]` Hydra merges both files, and does not record a choice. `own` is Hydra's
+    configuration.
+    """
+    for group in SINGLE:
+        if group in cfg and group not in own.runtime.choices:
+            given = next((text for text in own.overrides.task if text.startswith(f"{group}=")), group)
+            names = given.partition("=")[2].strip("[]")
+            sweep = f", or compare several in a sweep: -m {group}={names}" if names else ""
+            raise InputError(f"{given}: one choice of {group} counts; give {group}=NAME{sweep}")
+
+
+def _refuse(found: Mapping[str, str], remedy: str = "") -> None:
+    lines = list(found.values())
+    if lines:
+        told = lines[0] if len(lines) == 1 else "\n  ".join(["these values cannot be used:", *lines])
+        raise InputError(told + remedy)

@@ -1,0 +1,152 @@
+"""Compare values with a schema, and say in one message each what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+
+from capo.errors import alike, closest
+from capo.runtime.schema.tree import GROUP, LATER, Node, Section, adapter, every_key, is_section, names_of
+from capo.runtime.schema.words import choices, listed, words
+
+MISSING = "???"  # OmegaConf's mandatory value that is not given
+LONGEST = 400  # characters of a value in a message
+
+
+def faults(schema: type[Section], values: object, *, partial: bool = False) -> dict[str, str]:
+    """Compare plain values with a schema.
+
+    Args:
+        schema: the schema.
+        values: plain values; `???` counts as not given.
+        partial: whether keys may be absent, as in files that an earlier version wrote.
+
+    Returns:
+        Key -> message `key=value: must be ...`; empty if everything can be used.
+    """
+    given, open_keys = _given(values)
+    try:
+        schema.model_validate(given)
+    except ValidationError as error:
+        found: dict[str, str] = {}
+        for entry in error.errors(include_url=False, include_context=False, include_input=False):
+            place, message = _fault(schema, entry["type"], entry["loc"], given, open_keys, partial)
+            if message:
+                found.setdefault(place, message)
+        return found
+    except (OverflowError, ValueError, RecursionError) as error:  # numbers and nesting beyond pydantic's own
+        return {"": f"the values cannot be read ({error})"}
+    return {}
+
+
+def fault(kind: Any, name: str, value: object) -> str | None:
+    """Message where one value is not of a plain type, else None."""
+    try:
+        adapter(kind).validate_python(value, strict=True)
+    except (ValidationError, OverflowError):
+        return refused(name, value, kind)
+    return None
+
+
+def refused(name: str, value: object, kind: Any) -> str:
+    """Message `key=value: must be ...; did you mean ...?`."""
+    near = closest(value, choices(kind)) if isinstance(value, str) else []
+    told = f"{name}={shown(value)}: must be {words(kind)}"
+    if near:
+        return f"{told}; did you mean {near[0]}?"
+    return f"{told}; leave {name} out, or give {name}.KEY=VALUE" if is_section(kind) else told
+
+
+def _given(values: object) -> tuple[Any, set[tuple]]:
+    """Leave out what is not given; return the rest, and the paths of what was left out."""
+    left: set[tuple] = set()
+
+    def walk(node: object, path: tuple) -> Any:
+        if isinstance(node, Mapping):
+            left.update((*path, name) for name, value in node.items() if _is_missing(value))
+            return {n: walk(value, (*path, n)) for n, value in node.items() if not _is_missing(value)}
+        return node
+
+    return walk(values, ()), left
+
+
+def _is_missing(value: object) -> bool:
+    return isinstance(value, str) and value == MISSING
+
+
+def _fault(
+    schema: type[Section], kind: str, loc: Sequence[object], values: Any, left: set[tuple], partial: bool
+) -> tuple[str, str | None]:
+    """Key and message of one error of pydantic; no message for what is to be passed over."""
+    node, value, path = Node(schema), values, tuple[object, ...]()
+    for part in loc:
+        below = node.child(part, value)
+        if below is None or part == "[key]" or not (isinstance(value, Mapping) and part in value):
+            break
+        node, value, path = below, value[part], (*path, part)
+    else:
+        return dotted(path), refused(dotted(path), value, node.type)
+    name = dotted((*path, part))
+    if kind == "missing":
+        if partial or below is None or ((*path, part) in left and below.extra.get(LATER)):
+            return name, None
+        return name, _missing(name, below)
+    if part == "[key]":
+        told = f"{dotted(path[:-1])}={shown([*path][-1])}: must be {_name_words(schema, path, values)}"
+        return dotted(path), told
+    if kind in ("extra_forbidden", "invalid_key") and isinstance(value, Mapping) and part in value:
+        return name, _unknown(schema, node, path, part, value)
+    return dotted(path), refused(dotted(path), value, node.type)
+
+
+def _name_words(schema: type[Section], path: Sequence[object], values: Any) -> str:
+    node = Node(schema)
+    for part in path[:-1]:
+        node, values = node.child(part, values) or node, values[part]
+    return words(next(get_args(kind)[0] for kind in node.sections if get_origin(kind) is dict))
+
+
+def _missing(name: str, node: Node) -> str:
+    if node.extra.get(GROUP):
+        group = node.extra[GROUP]
+        choice = name if group == name else f"{group}@{name}"
+        return f"{name}: nothing is chosen; give {choice}=NAME, a file of conf/{group}/"
+    give = f"{name}.KEY=VALUE" if is_section(node.type) else f"{name}=VALUE"
+    return f"{name} is not given: it must be {words(node.type)}; give {give}"
+
+
+def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: object, above: Mapping) -> str:
+    name = dotted((*path, part))
+    known, target = node.names(above)
+    siblings = [dotted((*path, other)) for other in known]
+    near = alike(name, siblings, 1) or alike(name, [*siblings, *every_key(schema)])
+    what = f"{name}={shown(above[part])}: " + (
+        f"{target} takes no such argument" if target else "there is no such key"
+    )
+    inside = above[part]
+    if not path and isinstance(inside, Mapping) and inside and set(map(str, inside)) <= set(names_of(schema)):
+        return (
+            f"{name}.{next(iter(inside))}: there is no section {name}; if a file of conf/{name}/ gives it, "
+            "the file's first line must be `# @package _global_`"
+        )
+    if near:
+        return f"{what}; did you mean {' or '.join(near)}?"
+    return f"{what}; there are {listed(known) or 'none'} (python -m capo.cli.explain lists all keys)"
+
+
+def dotted(path: Sequence[object]) -> str:
+    """Write a path of keys as on the command line."""
+    return ".".join(map(str, path))
+
+
+def shown(value: object) -> str:
+    """Format a value as on the command line, shortened where it is long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than some thousand digits
+        text = f"({type(value).__name__} too long to be written)"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -1,0 +1,59 @@
+"""What `python -m capo.cli.explain` says of keys, and the page that it makes."""
+
+import pytest
+
+from capo.cli import explain
+from fixtures import ROOT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composed_once():
+    """The configurations without overrides, which every call composes."""
+    kept = explain.configurations([])
+    compose = explain.configurations
+    explain.configurations = lambda overrides: compose(overrides) if overrides else kept
+    yield
+    explain.configurations = compose
+
+
+def said(capsys, *command: str) -> str:
+    assert explain.main(command) == 0
+    return capsys.readouterr().out
+
+
+def test_a_key_has_meaning_range_and_default(capsys):
+    text = said(capsys, "trainer.micro_batch")
+    assert "pairs in one forward pass on a device" in text and "default: null" in text
+    assert "must be a whole number of at least 1, or null" in text
+
+
+def test_a_default_is_that_of_the_choices_of_a_command(capsys):
+    assert "default: 6\n" in said(capsys, "sampling.steps")
+    assert "default: 50\n" in said(capsys, "sampling.steps", "model=sdxl")
+
+
+def test_a_group_lists_its_files_and_a_section_its_keys(capsys):
+    text = said(capsys, "trainer")
+    assert "group: ddp, default, fsdp" in text and "  max_steps: optimizer steps" in text
+
+
+def test_keys_below_a_name_that_users_choose_are_explained(capsys):
+    assert "must be one of identity, log" in said(capsys, "rewards.anything.link")
+
+
+def test_a_key_of_another_script_names_it(capsys):
+    assert "in merge.py only" in said(capsys, "method")
+
+
+def test_a_near_miss_gets_what_was_meant(capsys):
+    assert explain.main(["trainer.micro_bach"]) == 2
+    assert "did you mean trainer.micro_batch" in capsys.readouterr().err
+
+
+def test_the_page_is_what_the_schema_says(capsys):
+    made = said(capsys, "--page")
+    assert made == (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), (
+        "run python -m capo.cli.explain --page > docs/configuration.md"
+    )
+    assert "| `trainer.max_steps` | a whole number of at least 1 | `250` | optimizer steps |" in made
+    assert str(ROOT) not in made  # nor any folder of the machine that made it
