@@ -23,6 +23,7 @@ from capo.cli.schema import (
     check_stored,
     check_values,
 )
+from capo.cli.schema.evaluating import BENCHMARKS
 from capo.cli.schema.groups import IMPORTS, LOGGERS, OBJECTIVES, PAIRS, PROMPTS, PromptFile
 from capo.cli.schema.kinds import Draw, DType, Precision
 from capo.cli.schema.rewards import Reward
@@ -138,7 +139,7 @@ def test_keys_of_one_script(name, override, message):
     assert message in told(override, name, *choices)
 
 
-REGISTERED = OBJECTIVES | PAIRS | PROMPTS | IMPORTS | BACKBONES | LOGGERS
+REGISTERED = OBJECTIVES | PAIRS | PROMPTS | IMPORTS | BACKBONES | LOGGERS | BENCHMARKS
 # the code gives these itself
 INNER = {"errors", "scores", "calibrated", "self", "name", "unused", "parts", "args", "others", "options"}
 

@@ -313,6 +313,9 @@ REGISTERED = {
 }  # fmt: skip
 
 
+EXTRAS = {"wandb_workspaces"}  # of modules that only a command of their own imports
+
+
 def test_the_registry_holds_what_it_is_meant_to_hold_and_nothing_else():
     """Every name of every module of the package, tried at every place."""
     found = {key: set() for key in REGISTERED}
@@ -322,7 +325,12 @@ def test_the_registry_holds_what_it_is_meant_to_hold_and_nothing_else():
     ]
     assert len(modules) > 100
     for name in modules:
-        for member in vars(importlib.import_module(name)):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            assert error.name in EXTRAS
+            continue
+        for member in vars(module):
             for place in places:
                 if place.registered(f"{name}.{member}") is not None:
                     found[place.key].add(member)

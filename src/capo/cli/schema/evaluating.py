@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -28,7 +28,9 @@ class GenEval(ListOnDisk):
 class Compbench(ListOnDisk):
     """Arguments of benchmark=t2i_compbench."""
 
-    categories: Annotated[list[Category], Field(min_length=1)] = key("categories that are drawn")
+    categories: Annotated[list[Category], Field(min_length=1)] = key(
+        "categories that are drawn", list(get_args(Category))
+    )
     images: Count = key("images of a prompt", 10)
 
 

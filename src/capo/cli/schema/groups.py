@@ -41,7 +41,7 @@ class Mapo(Section):
 class Sdpo(Beta):
     """Arguments of Diffusion-SDPO."""
 
-    mu: Annotated[float, Field(ge=0, le=1)] = key("share of the winner's progress that is kept", 0.9)
+    mu: Annotated[float, Field(ge=0, le=1)] = key("share of the winner's progress that is kept")
 
 
 class Smpo(Beta):

@@ -57,11 +57,6 @@ class Inversion(Section):
 class Noise(Section):
     """Times and noise at which the errors are computed."""
 
-    source: Literal["drawn", "prior", "inverted"] = key(
-        "drawn: fresh noise; prior: the noise that a candidate was sampled from; inverted: the policy's own "
-        "inversion of the image"
-    )
-    inversion: Inversion = key("how an image is inverted")
     draw: Draw = key(
         "distribution of times: uniform; UNets: logsnr_normal, logsnr_normal_late; flows: logsnr_uniform, "
         "logit_normal"
@@ -75,6 +70,11 @@ class Noise(Section):
     )
     shared: bool = key("true: winner and loser share their noise")
     weighting: Literal["sigmoid", "constant"] = key("weight of a time in the loss; constant: w = 1")
+    source: Literal["drawn", "prior", "inverted"] = key(
+        "drawn: fresh noise; prior: the noise that a candidate was sampled from; inverted: the policy's own "
+        "inversion of the image"
+    )
+    inversion: Inversion = key("how an image is inverted")
     bias: float = key("bias b of the weight")
 
 
