@@ -113,6 +113,8 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
         raise DamagedFile(path, "it is not there", REMEDY) from error
     except (OmegaConfBaseException, KeyError, TypeError) as error:
         raise DamagedFile(path, str(error), REMEDY) from error
+    if type(layout) is not int:
+        raise DamagedFile(path, f"{WRITER}.layout is {layout!r}, not a whole number", REMEDY)
     if layout != LAYOUT:
         raise InputError(
             f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout "

@@ -83,8 +83,8 @@ def test_damaged_bytes_are_a_message_or_read_as_what_they_are(run, name, number)
             put(path, content)
             try:
                 read(run)
-            except InputError as error:
-                assert path.name in str(error)
+            except InputError as error:  # of another layout: the whole directory is named
+                assert path.name in str(error) or f"{run} is a run of capo" in str(error)
 
     for read in READERS[name]:
         read(run)

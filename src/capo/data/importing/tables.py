@@ -17,6 +17,7 @@ from capo.runtime.reading import open_ordinary, parse_json
 
 BATCH = 32  # rows in memory at a time: 64 MB for two images of 1 MB per row
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+REMEDY = "give another file"
 
 
 class Table:
@@ -41,14 +42,14 @@ class Table:
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
-            open_ordinary(self.path, partial(DamagedFile, remedy="give another file")).close()
+            open_ordinary(self.path, partial(DamagedFile, remedy=REMEDY)).close()
             yield
         except (InputError, MemoryError):
             raise
         except Exception as error:  # what pyarrow raises for damaged bytes has no base class of its own
             kind = self.path.suffix[1:]
             raise InputError(
-                f"{self.path} cannot be read as {kind} ({first_line(error)}); give another file"
+                f"{self.path} cannot be read as {kind} ({first_line(error)}); {REMEDY}"
             ) from error
 
     def _parquet_shape(self) -> tuple[list[str], int]:
@@ -133,12 +134,14 @@ class RowCursor:
         self._batches: Iterator[tuple[int, list[dict]]] | None = None
 
     def row(self, number: int) -> dict:
-        """Row `number`. Raises IndexError beyond the last row."""
+        """Row `number`. Raises DamagedFile if these columns have no such row, though others may."""
         if self._batches is None or number < self._first:
             self._batches, self._first, self._rows = self.table.batches(self.columns, number), 0, []
         while number >= self._first + len(self._rows):
             try:
                 self._first, self._rows = next(self._batches)
             except StopIteration:
-                raise IndexError(f"{self.table.path} has no row {number}") from None
+                raise DamagedFile(
+                    self.table.path, f"it has no row {number} of {', '.join(self.columns)}", REMEDY
+                ) from None
         return self._rows[number - self._first]

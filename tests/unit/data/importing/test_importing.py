@@ -208,7 +208,7 @@ def test_rows_are_found_in_any_order(tmp_path, groups):
     cursor = RowCursor(Table(tmp_path / "n.parquet"), ["n"])
     for row in (0, 1, 50, 99, 40, 41, 0):
         assert cursor.row(row) == {"n": row}
-    with pytest.raises(IndexError):
+    with pytest.raises(InputError, match="has no row"):
         cursor.row(100)
 
 
