@@ -19,7 +19,7 @@ from capo.backbones.merging_adapters import merge_adapters
 from capo.backbones.model_card import README, soup_readme
 from capo.backbones.saving import CHECKPOINT_FILE, INDEX
 from capo.errors import DamagedFile, InputError
-from capo.runtime.files import fresh_folder
+from capo.runtime.files import check_links, fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerprint
 from capo.runtime.tensor_files import (
     DTYPES,
@@ -132,6 +132,7 @@ def merge_policies(
     check_weights(method, weights, len(policies))
     models = [Exported.read(policy) for policy in policies]
     _check_alike(base, models)
+    check_links(models[0].folder)  # the one of which files are copied
     folder = Path(folder)
     with fresh_folder(folder, INDEX, LORA_FILE) as fresh:
         if models[0].is_adapter:
@@ -225,7 +226,7 @@ def _merged_tensor(
             "only policies of one architecture can be merged"
         )
     if not all(dtype in DTYPES for dtype in dtypes):  # a count or an index: nothing that was tuned
-        yield from (read_rows(files[1], name, span) for span in spans(shapes[1]))
+        yield from _equal_parts(name, files, dtypes, shapes[1])
         return
     gram = torch.zeros(len(files) - 1, len(files) - 1, dtype=torch.float64)
     for span in spans(shapes[0]):
@@ -240,3 +241,22 @@ def _merged_tensor(
     for span in spans(shapes[0]):
         base, *tuned = (read_rows(file, name, span) for file in files)
         yield combined(base, tuned, numbers).to(DTYPES[dtypes[1]])
+
+
+def _equal_parts(
+    name: str, files: Sequence[Path], dtypes: Sequence[str], shape: tuple[int, ...]
+) -> Iterator[Tensor]:
+    """Yield the parts of a tensor that base and policies have in common; InputError where they differ."""
+    for span in spans(shape):
+        first, *others = (read_rows(file, name, span) for file in files)
+        if not all(o.dtype == first.dtype and torch.equal(_bytes(o), _bytes(first)) for o in others):
+            raise InputError(
+                f"policies: '{name}' differs, and is stored as {', '.join(sorted(set(dtypes)))} in base and "
+                f"policies, of which only {', '.join(DTYPES)} can be merged: export the policies in another "
+                "dtype (export_dtype=float32), and take a base in one of them"
+            )
+        yield first
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)

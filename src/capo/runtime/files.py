@@ -15,6 +15,7 @@ from capo.errors import InputError
 
 ELSEWHERE = "choose another output directory (hydra.run.dir)"
 REMEDY = f"make room there, or {ELSEWHERE}"
+FORMULA = ("=", "+", "-", "@")
 AT_CWD, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
@@ -81,12 +82,29 @@ def second_name(path: Path, other: Path) -> bool:
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Write `rows` to a CSV file atomically (`write_whole`); a missing value becomes an empty cell."""
+    """Write `rows` to a CSV file atomically (`write_whole`); a missing value becomes an empty cell.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it (`plain_cell`).
+    """
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({name: plain_cell(value) for name, value in row.items()} for row in rows)
     write_whole(path, text.getvalue())
+
+
+def plain_cell(value: object) -> object:
+    """Return a cell as it is, but text that begins a formula, and is no number, after an apostrophe.
+
+    Prompts and errors come from anywhere, and spreadsheets compute what begins with = + - or @.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 @contextmanager
@@ -134,6 +152,25 @@ def put_back(folder: str | Path) -> None:
 def kept(folder: Path) -> Path:
     """Where the previous folder stands while the new one takes its place, if that takes two steps."""
     return folder.with_name(f".{folder.name}.old")
+
+
+def check_links(folder: Path) -> None:
+    """Raise InputError for a link in `folder` that leads out of it, whose target a copy would take along.
+
+    Links into the cache of the hub, of which a snapshot consists, are its own files.
+    """
+    own = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        own.append(folder.resolve().parents[1] / "blobs")
+    for path in sorted(folder.rglob("*")):  # which follows no link to a folder
+        if not path.is_symlink():
+            continue
+        target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
+        if not path.is_file() or not any(target.is_relative_to(place) for place in own):
+            raise InputError(
+                f"{path} is a link to {target}, which is not copied along: put the file itself there, or "
+                "remove the link"
+            )
 
 
 def exchanged(one: Path, other: Path) -> bool:

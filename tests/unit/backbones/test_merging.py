@@ -1,6 +1,7 @@
 """Soups of exported policies: whole ones and adapters, against soups of the weights in memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,51 @@ def test_other_shapes_are_refused_and_leave_nothing(tiny_backbone, tmp_path):
     save_file(tensors, file)
     with pytest.raises(InputError, match=f"for instance '{name}'"):
         merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
+
+
+def test_numbers_that_cannot_be_merged_are_refused_where_they_differ(tiny_backbone, tmp_path):
+    """Float8 is no dtype of sums here; tensors that are alike in all models, such as counts, are copied."""
+    _, folders = exported(tiny_backbone, tmp_path, count=2)
+    copied = tmp_path / "base"
+    shutil.copytree(tiny_backbone.folder, copied)
+    files = [next((folder / "unet").glob("*.safetensors")) for folder in (copied, *folders)]
+    name = next(name for name, tensor in load_file(files[0]).items() if tensor.ndim == 2)
+
+    def store(*tensors):
+        for file, tensor in zip(files, tensors, strict=True):
+            save_file(load_file(file) | {name: tensor}, file)
+        base = Base(copied, type(tiny_backbone), "tiny")
+        for folder in folders:
+            facts = json.loads((folder / "base.json").read_text()) | {"denoiser": base.fingerprint}
+            (folder / "base.json").write_text(json.dumps(facts))
+        return base
+
+    def merged(base):
+        return merge_policies(base, folders, tmp_path / "soup", "slerp", [1.0, 1.0], progress=False)
+
+    eighth = torch.tensor([[0.5, 1.0]]).to(torch.float8_e4m3fn)
+    with pytest.raises(
+        InputError, match=f"'{name}' differs, and is stored as F8_E4M3 .*export_dtype=float32"
+    ):
+        merged(store(eighth, eighth, (-eighth.float()).to(eighth.dtype)))
+    with pytest.raises(InputError, match=f"'{name}' differs, and is stored as F32, F8_E4M3"):
+        merged(store(eighth.float(), eighth, eighth))
+    with pytest.raises(InputError, match=f"'{name}' differs, and is stored as I64"):
+        merged(store(torch.tensor([[1, 2]]), torch.tensor([[1, 2]]), torch.tensor([[1, 3]])))
+    counts = torch.tensor([[1, 2]])
+    found = load_file(next((merged(store(counts, counts, counts)) / "unet").glob("*.safetensors")))
+    assert torch.equal(found[name], counts)
+
+
+def test_a_link_that_leads_out_of_a_policy_is_not_copied(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2)
+    (tmp_path / "secret").write_text("key")
+    (folders[0] / "vae" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"vae/notes.txt is a link to .*secret, which is not copied along"):
+        merge_policies(
+            base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0], progress=False
+        )
+    assert not (tmp_path / "soup").exists()
 
 
 def test_adapters_of_other_kinds_are_refused(tiny_backbone, tmp_path):

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from capo.errors import InputError
-from capo.runtime.files import write_whole
+from capo.runtime.files import check_links, plain_cell, write_table, write_whole
 
 
 def test_writes_text_and_bytes_and_leaves_nothing_beside_them(tmp_path):
@@ -57,3 +57,29 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
     write_whole(tmp_path / "results.json", "{}")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert (tmp_path / "results.json").read_text() == "{}" and not (tmp_path / "results.json").is_symlink()
+
+
+def test_text_that_a_spreadsheet_would_compute_is_text(tmp_path):
+    values = {
+        "=1+1": "'=1+1", "+a": "'+a", " -b": "' -b", "@sum": "'@sum", "\t=x": "'\t=x", "-": "'-",
+        "-0.5": "-0.5", "+1e-3": "+1e-3", "-inf": "-inf", "a=b": "a=b", "": "",
+    }  # fmt: skip
+    assert {value: plain_cell(value) for value in values} == values
+    assert plain_cell(-0.5) == -0.5 and plain_cell(None) is None
+    write_table(tmp_path / "table.csv", ["prompt", "rate"], [{"prompt": "=cmd()", "rate": -1.5}])
+    assert (tmp_path / "table.csv").read_text() == "prompt,rate\n'=cmd(),-1.5\n"
+
+
+def test_links_within_a_folder_and_into_the_hubs_cache_are_its_own(tmp_path):
+    snapshot, blobs = tmp_path / "model" / "snapshots" / "abc", tmp_path / "model" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "hash").write_text("{}")
+    (snapshot / "config.json").symlink_to(blobs / "hash")
+    (snapshot / "same.json").symlink_to("config.json")
+    check_links(snapshot)
+    for name, target in (("out", tmp_path), ("circle", snapshot / "circle"), ("file", "/etc/hostname")):
+        (snapshot / name).symlink_to(target)
+        with pytest.raises(InputError, match=f"{name} is a link to .*put the file itself there"):
+            check_links(snapshot)
+        (snapshot / name).unlink()
