@@ -16,8 +16,17 @@ from rich.console import Console
 
 from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
+from capo.backbones.sampling import BASE
 from capo.backbones.sampling import POLICY as ITSELF
-from capo.cli.build import all_rewards, built, family_of, held_out_rewards, inversion_of, prompt_splits
+from capo.cli.build import (
+    all_rewards,
+    built,
+    family_of,
+    held_out_rewards,
+    inversion_of,
+    prompt_splits,
+    sampler_settings,
+)
 from capo.cli.compose import plain
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
@@ -187,6 +196,8 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
         sampling.precision,
         sampling.decode or sampling.batch,
         sampling.unconditional != ITSELF,
+        sampling.unconditional not in (ITSELF, BASE),
+        sampler_settings(cfg).drawing.plain_blocks,
     )
     itemsize = DTYPES[cfg.model.backbone.get("dtype", "float32")].itemsize
     training, peak = training_request(cfg), peak_of(cfg.planning.flops, gpu_name(cfg.trainer.accelerator))

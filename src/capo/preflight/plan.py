@@ -23,6 +23,7 @@ from capo.preflight.tracing import activation_bytes, decoder_forward, denoiser_f
 # parts of a phase that generates images, scores them, or does both
 SAMPLING, DECODING, BOTH = "sampling", "decoding", "sampling and decoding"
 REWARDS = "rewards"
+UNCONDITIONAL = "unconditional network"
 SCORED = "scoring by "
 
 
@@ -86,14 +87,15 @@ def device_memory(request: Request) -> dict[str, Any]:
         request.rewards,
     )
     policy = {"policy": drawing_bytes(blueprint, training.lora, sampling.precision)}
-    compared = {**(base if sampling.other else {}), **policy}
+    guide = unconditional_bytes(request)
+    compared = {**(guide if sampling.foreign else base if sampling.other else {}), **policy}
     return _phases(
         {
             "text": {"text encoders": encoders},
             "pool": {**base, SAMPLING: drawing},
             "pool scoring": {REWARDS: rewards.pool, DECODING: decoding},
             "training": {**kept, "activations": activations},
-            "validation": {**kept, BOTH: max(drawing + copies, decoding)},
+            "validation": {**kept, **guide, BOTH: max(drawing + copies, decoding)},
             "validation scoring": {**kept, REWARDS: rewards.validation},
             **(
                 {
@@ -105,6 +107,18 @@ def device_memory(request: Request) -> dict[str, Any]:
             ),
         }
     )
+
+
+def unconditional_bytes(request: Request) -> dict[str, int]:
+    """Bytes, by its name in a plan, of the network that makes the unconditional prediction in validation.
+
+    Empty where that is the policy, or the base, if training holds it: as the reference, or under an adapter.
+    """
+    sampling, training = request.sampling, request.training
+    held = not sampling.other or (not sampling.foreign and bool(training.reference or training.lora))
+    if held or sampling.branches == 1:
+        return {}
+    return {UNCONDITIONAL: drawing_bytes(request.blueprint, None, sampling.precision)}
 
 
 def host_memory(request: Request) -> dict[str, Any]:
@@ -121,17 +135,21 @@ def host_memory(request: Request) -> dict[str, Any]:
     )
     pipeline = each * sum(parts.values())
     rewards = each * request.rewards.everything
+    guide = unconditional_bytes(request) if request.sampling.foreign else {}
+    guides = {name: each * size for name, size in guide.items()}
     return _phases(
         {
             "loading": {
                 "pipeline": pipeline,
                 "rewards": rewards,
                 "policy": each * whole.weights,
-                "reference": each * whole.reference,
+                "reference": 0 if request.shares_reference else each * whole.reference,
+                **guides,
             },
             "training": {
                 "pipeline": pipeline,
                 "rewards": rewards,
+                **guides,
                 **({"checkpoint in flight": request.checkpoint} if request.training.shards > 1 else {}),
             },
         }

@@ -69,6 +69,8 @@ class SamplingRequest:
         precision: Lightning's name of the denoiser's precision.
         decode: images that the VAE decodes at once.
         other: whether a policy draws with the unconditional prediction of another network.
+        foreign: whether that network is a policy of a folder, which nothing else of the run holds.
+        plain: whether what draws is neither compiled nor laid out anew, so that it may be the reference too.
     """
 
     steps: int
@@ -77,6 +79,8 @@ class SamplingRequest:
     precision: str
     decode: int
     other: bool = False
+    foreign: bool = False
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,13 @@ class Request:
             shards,
             training.frozen_in,
         )
+
+    @property
+    def shares_reference(self) -> bool:
+        """Whether the reference is the base's denoiser as it draws (`Backbone.reference`), and no copy."""
+        training, sampling = self.training, self.sampling
+        stored = self.itemsize == 4 and sampling.precision == training.precision
+        return training.reference and not training.lora and sampling.plain and stored
 
     @property
     def text_item(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from capo.preflight.memory import ModelStates
-from capo.preflight.plan import BOTH, DECODING, REWARDS, SAMPLING
+from capo.preflight.plan import BOTH, DECODING, REWARDS, SAMPLING, UNCONDITIONAL
 from capo.runtime.launch import launch
 
 LESS_HELD = (
@@ -27,6 +27,7 @@ REMEDIES = {  # part of a phase -> what makes it smaller; any other part is a mo
     BOTH: "lower sampling.batch, and set sampling.decode=1",
     "denoiser": HALF_BASE,
     "text encoders": HALF_BASE,
+    UNCONDITIONAL: "let the policy predict without a prompt too (sampling.unconditional=policy)",
     "policy": (
         "evaluate elsewhere (evaluate=false here, then evaluate.py run=DIR), "
         "or tune an adapter (experiment=lora)"

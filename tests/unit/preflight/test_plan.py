@@ -408,6 +408,39 @@ def test_a_denoiser_that_draws_in_half_waits_in_half(unet):
         assert whole == sum(pipeline_bytes(unet, 4).values()) == less + saved > less
 
 
+def test_a_reference_that_is_the_denoiser_as_it_draws_is_counted_once(unet):
+    """As `Backbone.reference` says: stored for training's precision, and laid out as it was loaded."""
+    assert host_memory(request(unet))["loading"]["reference"] == 0
+    copied = [
+        replace(request(unet), sampling=SamplingRequest(6, 2, 4, "32-true", 4, plain=False)),
+        replace(request(unet), sampling=SamplingRequest(6, 2, 4, "bf16-mixed", 4)),
+        replace(request(unet), itemsize=2),
+    ]
+    for asked in copied:
+        assert host_memory(asked)["loading"]["reference"] == request(unet).model_states().reference > 0
+    backbone = UNetBackbone(str(SHAPES))
+    assert backbone.reference("32-true") is backbone.denoiser
+
+
+def test_validation_counts_the_network_of_the_unconditional_prediction(unet):
+    def asked(branches=2, reference=True, lora=None, **options):
+        sampling = SamplingRequest(6, branches, 4, "bf16-mixed", 4, **options)
+        return replace(request(unet, reference=reference, lora=lora), sampling=sampling)
+
+    network = drawing_bytes(unet, None, "bf16-mixed")
+    folder, base = {"other": True, "foreign": True}, {"other": True}
+    for options, held in ((folder, network), (base, 0), ({}, 0)):
+        for lora in (None, ADAPTER):
+            found = device_memory(asked(lora=lora, **options))
+            assert found["validation"].get("unconditional network", 0) == held
+    assert device_memory(asked(reference=False, **base))["validation"]["unconditional network"] == network
+    assert "unconditional network" not in device_memory(asked(branches=1, **folder))["validation"]
+    found, host = device_memory(asked(**folder)), host_memory(asked(**folder))
+    assert set(found["evaluation"]) == {"unconditional network", "policy", "sampling", "total"}
+    assert host["loading"]["unconditional network"] == host["training"]["unconditional network"] == network
+    assert "unconditional network" not in host_memory(asked(reference=False, **base))["training"]
+
+
 def test_images_are_drawn_first_and_decoded_when_they_are_scored(unet):
     device, drawing = (
         device_memory(request(unet)),
