@@ -16,12 +16,18 @@ from capo.backbones.drawing import PLAIN, Drawing, prepared
 from capo.backbones.loading import load_component
 from capo.backbones.models import Autoencoder, Denoiser
 from capo.backbones.precision import cpu_copy, half_stored, stored_for
+from capo.errors import InputError, first_line
+from capo.runtime.memory import memory_of, ran_out
 
 DENOISER, TEXT = "denoiser", "text_encoders"  # parts that a process may do without (`Backbone`'s `parts`)
 TEXT_ENCODER = "text_encoder"  # how the names of a pipeline's text encoders begin
 _lock = RLock()  # of `_held`, and of moves
 # id of a module that was moved -> its users, the device to go back to
 _held: dict[int, tuple[int, torch.device]] = {}
+
+
+class NoRoom(InputError, torch.OutOfMemoryError):
+    """A module of a pipeline does not fit onto the device; it may be caught as torch's own error too."""
 
 
 class Parts:
@@ -94,7 +100,8 @@ class Parts:
         """Hold modules, parts or others, on the device within the block, and move them back after it.
 
         Any number of threads may hold the same module; the last one moves it back. Modules that are there
-        already stay. Raises RuntimeError for a part that was not loaded.
+        already stay. Raises RuntimeError for a part that was not loaded, and NoRoom for one that does not fit
+        onto the device; it is then where it was.
         """
         device = self.device
         with ExitStack() as stack:
@@ -156,6 +163,15 @@ def _move(module: nn.Module, device: torch.device) -> None:
         module.to(device)
 
 
+def _no_room(module: nn.Module, error: BaseException) -> str:
+    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return (
+        f"{type(module).__name__} of the model ({size / 1e9:.1f} GB) does not fit into {memory_of(error)}: "
+        "end what else is on the device, set model.backbone.dtype=bfloat16, or use a device with more memory "
+        f"({first_line(error)})"
+    )
+
+
 def _same(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
 
@@ -178,8 +194,10 @@ def _take(module: nn.Module, device: torch.device) -> bool:
             users = 0
             try:
                 _move(module, device)
-            except BaseException:  # no room: half of it may be there, which would count as the whole
+            except BaseException as error:  # half of it may be there, which would count as the whole
                 _move(module, home)
+                if ran_out(error):
+                    raise NoRoom(_no_room(module, error)) from error
                 raise
         _held[id(module)] = users + 1, home
         return True

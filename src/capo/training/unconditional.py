@@ -32,7 +32,9 @@ class UnconditionalBranch:
 
     @contextmanager
     def network(self, policy: nn.Module, device: torch.device | str) -> Iterator[nn.Module | None]:
-        """Context manager that yields the network on `device`, or None for `policy` itself.
+        """Context manager that yields the network for work on `device`, or None for `policy` itself.
+
+        What is not there yet is placed by whatever samples with it (`Backbone.placed`), for as long.
 
         On a CPU the base is the backbone's own denoiser, which threads may use beside the policy. Elsewhere
         batches are sampled one after another, and the base is what training holds on the device anyway: the
@@ -41,17 +43,14 @@ class UnconditionalBranch:
         if self.settings.unconditional == POLICY or self.settings.guidance <= 1:
             yield None
         elif self.other is not None:
-            with _moved(self.other, device) as network:
-                yield network
+            yield self.other
         elif torch.device(device).type != "cpu" and has_adapter(policy):
             yield AdapterOff(policy)
         elif torch.device(device).type != "cpu" and self.module.needs.reference:
             with self.module.reference() as network:
                 yield network
         else:
-            base = base_network(self.module.backbone, self.settings.precision)
-            with _moved(base, device) as network:
-                yield network
+            yield base_network(self.module.backbone, self.settings.precision)
 
 
 def unconditional_branch(module: PreferenceModule, settings: SamplerSettings) -> UnconditionalBranch:
@@ -63,13 +62,3 @@ def unconditional_branch(module: PreferenceModule, settings: SamplerSettings) ->
         return UnconditionalBranch(module, settings)
     other = load_policy(module.backbone, settings.unconditional, settings.drawing)
     return UnconditionalBranch(module, settings, other)
-
-
-@contextmanager
-def _moved(network: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
-    """Move `network` to `device` for the block, then back."""
-    home = next(network.parameters()).device
-    try:
-        yield network.to(device)
-    finally:
-        network.to(home)

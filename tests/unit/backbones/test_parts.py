@@ -11,6 +11,7 @@ from capo.backbones.sampling import SamplerSettings
 from capo.cli.rates import measure_base
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt
+from capo.errors import InputError
 from capo.rewards import Reward
 
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, batch=3)
@@ -111,8 +112,14 @@ def test_a_part_that_finds_no_room_is_whole_again(tiny_backbone, monkeypatch):
                 raise torch.OutOfMemoryError
 
         full.setattr(parts, "_move", move)
-        with pytest.raises(torch.OutOfMemoryError), tiny_backbone.placed(vae):
-            raise AssertionError("it is not there")
+        refused = r"AutoencoderKL of the model \(0.0 GB\) does not fit into .*memory.*: end what else"
+        for work in (
+            lambda: tiny_backbone.decode(torch.zeros(1, *tiny_backbone.latent_shape)),
+            tiny_backbone.placed(vae).__enter__,
+        ):
+            with pytest.raises(InputError, match=refused) as caught:
+                work()
+            assert isinstance(caught.value, torch.OutOfMemoryError)
     assert places.here() == set()
     with tiny_backbone.placed(vae):
         assert places.here() == {"vae"}

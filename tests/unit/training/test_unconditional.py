@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from capo import objectives
+from capo.backbones import parts
 from capo.backbones.export import export_policy
 from capo.backbones.model_card import ModelCard
 from capo.backbones.sampling import SamplerSettings
@@ -59,22 +60,33 @@ def test_on_a_device_the_base_is_what_training_holds_there(tiny_backbone):
         assert isinstance(network, AdapterOff) and network.policy is other
 
 
-def test_where_training_holds_no_base_it_visits_the_device(tiny_backbone, monkeypatch):
-    module, moved = module_for(tiny_backbone, objectives.sft), []
-    base = tiny_backbone.denoiser
-    monkeypatch.setattr(base, "to", lambda device: moved.append(str(device)) or base)
-    with unconditional_branch(module, settings_of("base")).network(module.policy, CUDA) as network:
-        assert network is base and moved == ["cuda"]
-    assert moved == ["cuda", "cpu"]
+@pytest.fixture
+def moves(monkeypatch):
+    """The devices to which a network is moved; it stays where it is."""
+    found = []
+    monkeypatch.setattr(parts, "_move", lambda module, device: found.append((module, str(device))))
+    return found
 
 
-def test_another_policy_visits_the_device(tiny_backbone, tmp_path, monkeypatch):
-    module, moved = module_for(tiny_backbone), []
+def visited(backbone, branch, moves):
+    """The network on another device, where sampling places it, and the moves until it is back."""
+    with branch.network(branch.module.policy, CUDA) as network:
+        assert not moves
+        with backbone.visiting(CUDA), backbone.placed(branch.module.policy, network):
+            pass
+    return network, [(module, device) for module, device in moves if module is network]
+
+
+def test_where_training_holds_no_base_it_visits_the_device(tiny_backbone, moves):
+    module, base = module_for(tiny_backbone, objectives.sft), tiny_backbone.denoiser
+    found = visited(tiny_backbone, unconditional_branch(module, settings_of("base")), moves)
+    assert found == (base, [(base, "cuda"), (base, "cpu")])
+
+
+def test_another_policy_visits_the_device(tiny_backbone, tmp_path, moves):
+    module = module_for(tiny_backbone)
     folder = export_policy(tiny_backbone, module.policy, tmp_path / "policy", ModelCard("capo", "none"))
     branch = unconditional_branch(module, settings_of(str(folder)))
     other = branch.other
     assert isinstance(branch, UnconditionalBranch) and other is not module.policy
-    monkeypatch.setattr(other, "to", lambda device: moved.append(str(device)) or other)
-    with branch.network(module.policy, CUDA) as network:
-        assert network is other and moved == ["cuda"]
-    assert moved == ["cuda", "cpu"]
+    assert visited(tiny_backbone, branch, moves) == (other, [(other, "cuda"), (other, "cpu")])
