@@ -201,6 +201,12 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
     given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
+    for override in overrides:
+        if override.lstrip("+").startswith("experiment=") and not override.endswith("=null"):
+            raise InputError(
+                f"{override} beside run={folder}: a run is evaluated with its own configuration, of which no "
+                "recipe takes the place; give the single values that are to differ"
+            )
     keys = [key for key in given if key.split(".")[0] not in ASKING and not key.startswith("hydra")]
     stored = without(own, [*OUTSIDE, *keys])
     check_foreign(folder, stored, cfg.trust)

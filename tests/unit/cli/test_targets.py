@@ -170,6 +170,14 @@ def test_a_log_in_a_folder_of_a_strangers_choice_is_refused(stranger):
     assert "evaluation.rewards.own.logs=victim: there is no such key" in message
 
 
+def test_a_recipe_beside_a_run_is_refused(honest, asked, tmp_path):
+    OmegaConf.save(OmegaConf.create(honest), tmp_path / "config.yaml")
+    (tmp_path / "outcome.json").write_text("{}")
+    with pytest.raises(InputError, match=r"experiment=lora beside run=.*: a run is evaluated with its own"):
+        run_config(tmp_path, asked, ["experiment=lora"])
+    assert run_config(tmp_path, asked, ["experiment=null"])
+
+
 def test_what_acts_outside_the_run_comes_from_the_command_line(honest, asked, tmp_path):
     stored = copy.deepcopy(honest) | {
         "push_to_hub": "stranger/collected",
