@@ -54,6 +54,17 @@ def test_pickscore_is_the_scaled_cosine_and_clipscore_a_hundred_times_it(folder)
     torch.testing.assert_close(ClipScore(str(folder))(IMAGES, PROMPTS), 100 * expected, rtol=1e-4, atol=1e-3)
 
 
+def test_features_are_the_embeddings_of_the_images(folder):
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        pixels = torch.stack([by_hand(image) for image in IMAGES])
+        expected = clip.get_image_features(pixels).pooler_output
+    found = PickScore(str(folder), batch=2).features(IMAGES)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 32])
 def test_a_score_changes_neither_with_its_neighbors_nor_with_their_order(folder, batch):
     scorer, order = PickScore(str(folder), batch=batch), [3, 0, 4, 2, 1]

@@ -70,6 +70,15 @@ def test_the_score_is_the_published_formulas_one_image_at_a_time(file, clip, sta
     )
 
 
+def test_the_score_is_that_of_the_features(file, clip):
+    scorer, images = LaionAesthetics(str(file), clip=str(clip)), noise_images(2)
+    seen = scorer.features(images)
+    with torch.no_grad():
+        expected = scorer.module["layers"](seen / seen.norm(dim=1, keepdim=True))[:, 0]
+    assert seen.shape[0] == 2 and seen.std() > 0
+    torch.testing.assert_close(scorer(images, ["", ""]), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_layers_are_those_of_the_published_checkpoint():
     with torch.device("meta"):
         found = {name: tuple(value.shape) for name, value in linear_stack(768).state_dict().items()}

@@ -169,6 +169,14 @@ def test_the_score_is_the_published_formulas_one_image_at_a_time(written, clip_f
     torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-5, atol=1e-3)
 
 
+def test_features_are_the_embeddings_of_the_images(scorer):
+    image = noise_images(2)
+    clip = scorer.module["model"]
+    with torch.no_grad():
+        expected = clip.get_image_features(scorer.inputs.pixels(image)).pooler_output
+    torch.testing.assert_close(scorer.features(image), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_threshold_moves_scores(written, clip_folder):
     low, high = (
         MPS(written(), clip=str(clip_folder), threshold=threshold)(IMAGES, PROMPTS)

@@ -78,6 +78,15 @@ def test_preference_leans_to_what_is_true(scorers, pictures):
     assert (scorers["preference"](images, true) > scorers["preference"](images, false)).float().mean() >= 0.7
 
 
+@pytest.mark.parametrize("name", ["alignment", "preference"])
+def test_features_tell_pictures_apart_and_do_not_depend_on_what_stands_beside_them(scorers, pictures, name):
+    images = pictures[0][:5]
+    found = scorers[name].features(images)
+    assert found.shape[0] == 5 and torch.pdist(found).min() > 0.1
+    torch.testing.assert_close(scorers[name].features(images[::-1]).flip(0), found, rtol=1e-4, atol=1e-5)
+    assert not hasattr(scorers["looks"], "features")
+
+
 def test_looks_follows_the_rating_and_sees_no_prompt(scorers, pictures):
     images, true, false = pictures
     told = scorers["looks"](images, true)
