@@ -34,16 +34,21 @@ class Compbench(ListOnDisk):
     images: Count = key("images of a prompt", 10)
 
 
-class ListOnHub(ListOnDisk):
-    """Arguments of a benchmark whose prompts are on the hub, too."""
-
-    hub: Text | None = key("id of a data set, used where path is null", None)
-    revision: Text | None = key("commit of the data set; null: the newest", None)
+HUB, REVISION = "id of a data set, used where path is null", "commit of the data set; null: the newest"
 
 
-class Parti(ListOnHub):
+class Hpsv2(ListOnDisk):
+    """Arguments of benchmark=hpsv2."""
+
+    hub: Text | None = key(HUB, "zhwang/HPDv2")
+    revision: Text | None = key(REVISION, None)
+
+
+class Parti(ListOnDisk):
     """Arguments of benchmark=parti."""
 
+    hub: Text | None = key(HUB, "nateraw/parti-prompts")
+    revision: Text | None = key(REVISION, None)
     category: Literal["Category", "Challenge"] = key("column by which the table is divided", "Category")
     images: Count = key("images of a prompt", 4)
 
@@ -60,7 +65,7 @@ BENCHMARKS = {
     "capo.evaluation.benchmarks.dpg": ListOnDisk,
     "capo.evaluation.benchmarks.genai": ListOnDisk,
     "capo.evaluation.benchmarks.geneval": GenEval,
-    "capo.evaluation.benchmarks.hpsv2": ListOnHub,
+    "capo.evaluation.benchmarks.hpsv2": Hpsv2,
     "capo.evaluation.benchmarks.parti": Parti,
     "capo.evaluation.benchmarks.t2i_compbench": Compbench,
     "capo.shapes.benchmark.shapes": ShapesBenchmark,
