@@ -42,6 +42,47 @@ def test_the_encoders_begin_as_the_unets():
     assert shared and all(np.array_equal(own[name].numpy(), stored[name].float().numpy()) for name in shared)
 
 
+def test_a_refitted_map_makes_the_same_of_other_encodings():
+    draw = generator(0, 1)
+    layer, old = torch.nn.Linear(6, 3), torch.randn(50, 6, generator=draw)
+    told = layer(old).detach()
+    new = old @ torch.randn(6, 6, generator=draw) + 1
+    with torch.no_grad():
+        mmdit.refit(layer, old, new)
+    assert torch.allclose(layer(new), told, atol=1e-3)
+
+
+def test_a_learner_begins_as_a_pipeline_with_text_encoders_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    pipe = mmdit.pipeline(mmdit.Learner(Path(shipped("unet"))), flow_autoencoder.build())
+    for weights in pipe.text_encoder_2.parameters():
+        weights.mul_(1 + 0.1 * torch.randn(weights.shape))
+    pipe.save_pretrained(tmp_path)
+    learner = mmdit.Learner(Path(shipped("unet")))
+    captions = ["a red circle", "", "two blue stars on a white background", "a small green ring"]
+    mmdit.begin(learner, tmp_path, captions)
+    assert torch.equal(learner.first.text_projection.weight, pipe.text_encoder.text_projection.weight)
+    before, after = pipe.transformer.state_dict(), learner.transformer.state_dict()
+    refitted = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rsplit(".", 1)[0] for name in refitted} == {
+        "context_embedder",
+        "time_text_embed.text_embedder.linear_1",
+    }
+    ids = token_ids(learner.tokenizer, captions)
+    with torch.no_grad():
+        words, _ = mmdit.conditioning(ids, (pipe.text_encoder, pipe.text_encoder_2))
+        wanted = pipe.transformer.context_embedder(words)
+        found = learner.transformer.context_embedder(learner.conditioning(ids)[0])
+        kept = pipe.transformer.context_embedder(learner.conditioning(ids)[0])
+    assert (found - wanted).square().mean() < 0.05 * (kept - wanted).square().mean()
+
+
+def test_without_an_autoencoder_of_its_own_a_folder_has_the_shipped_one(tmp_path):
+    stored = load_file(f"{shipped('mmdit')}/vae/diffusion_pytorch_model.safetensors")
+    own = flow_autoencoder.load(tmp_path).state_dict()
+    assert all(np.array_equal(own[name].numpy(), stored[name].float().numpy()) for name in stored)
+
+
 def test_the_heads_that_look_at_a_neighbor_do_so_before_the_first_step():
     torch.manual_seed(0)
     transformer = mmdit.build_transformer()

@@ -115,9 +115,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
     parser.add_argument("--steps", type=int, help="training steps, where the stage trains")
     parser.add_argument("--lineups", type=int, default=LINEUPS, help="rewards only: number of line-ups")
-    start = (
-        "initial weights. base, mmdit: a checkpoint; base: or a pipeline's folder; rewards: folder of weights"
-    )
+    start = "initial weights. base, mmdit: a checkpoint or a pipeline's folder; rewards: folder of weights"
     parser.add_argument("--start", type=Path, help=start)
     parser.add_argument("--model", default="shapes_unet", help="card only: base model")
     parser.add_argument("--seed", type=int, default=0)

@@ -22,6 +22,7 @@ from capo.shapes.make.fitting import fit, generator
 
 CHANNELS = 8
 FOLDER = "flow_autoencoder"
+SHIPPED = Path(__file__).parents[1] / "weights" / "mmdit" / "vae"
 JITTER = 0.03  # noise on the latents, of variance 1, for training the decoder: sampled latents are not exact
 
 
@@ -83,8 +84,12 @@ def train(work: Path, steps: int, seed: int = 0) -> None:
 
 
 def load(work: Path) -> Autoencoder:
-    """Load the trained autoencoder from `work`, in eval mode, without its folder's path in the config."""
-    return autoencoder.from_folder(work / FOLDER)
+    """Load the autoencoder trained in `work`, or else the shipped one, in eval mode.
+
+    Its config has no trace of the folder.
+    """
+    own = work / FOLDER
+    return autoencoder.from_folder(own if own.exists() else SHIPPED)
 
 
 @torch.no_grad()

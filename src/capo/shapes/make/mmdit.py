@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from capo.backbones.models import Autoencoder
 from capo.noise import flow_add_noise
@@ -138,15 +138,52 @@ class Learner(nn.Module):
         self.seen = tokens[1]  # the picture's tokens (B, 64, width)
 
     def conditioning(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pipeline's conditioning for token ids (B, LENGTH).
+        """Return the pipeline's conditioning for token ids (B, LENGTH), as `conditioning` does."""
+        return conditioning(ids, (self.first, self.second))
 
-        Returns:
-            Text states (B, LENGTH + T5_TOKENS, CONTEXT) and pooled text (B, 128).
-        """
-        told = [encoder(ids, output_hidden_states=True) for encoder in (self.first, self.second)]
-        words = torch.cat([output.hidden_states[-2] for output in told], dim=-1)
-        words = F.pad(words, (0, CONTEXT - words.shape[-1], 0, T5_TOKENS))
-        return words, torch.cat([output.text_embeds for output in told], dim=-1)
+
+def conditioning(ids: Tensor, by: Sequence[CLIPTextModelWithProjection]) -> tuple[Tensor, Tensor]:
+    """Return what SD3's pipeline gives the denoiser for token ids (B, LENGTH), encoded by two encoders.
+
+    Returns:
+        Text states (B, LENGTH + T5_TOKENS, CONTEXT) and pooled text (B, 128).
+    """
+    told = [encoder(ids, output_hidden_states=True) for encoder in by]
+    words = torch.cat([output.hidden_states[-2] for output in told], dim=-1)
+    words = F.pad(words, (0, CONTEXT - words.shape[-1], 0, T5_TOKENS))
+    return words, torch.cat([output.text_embeds for output in told], dim=-1)
+
+
+@torch.no_grad()
+def begin(learner: Learner, folder: Path, captions: list[str]) -> None:
+    """Give the learner the transformer of a pipeline in `folder`, which may have other text encoders.
+
+    Its two maps of text are refitted by least squares, so that they make of the learner's encodings of
+    `captions` what they made of the pipeline's own. Each word must be one token of both.
+    """
+    transformer = learner.transformer
+    transformer.load_state_dict(SD3Transformer2DModel.from_pretrained(folder / "transformer").state_dict())
+    own = [
+        CLIPTextModelWithProjection.from_pretrained(folder / part, dtype=torch.float32)
+        for part in ("text_encoder", "text_encoder_2")
+    ]
+    # that of `shapes_unet` has none
+    learner.first.text_projection.load_state_dict(own[0].text_projection.state_dict())
+    before = token_ids(CLIPTokenizer.from_pretrained(folder / "tokenizer"), captions)
+    after = token_ids(learner.tokenizer, captions)
+    maps = transformer.context_embedder, cast(Any, transformer.time_text_embed).text_embedder.linear_1
+    for layer, old, new in zip(maps, conditioning(before, own), learner.conditioning(after), strict=True):
+        refit(layer, old.flatten(0, -2), new.flatten(0, -2))
+
+
+def refit(layer: nn.Linear, old: Tensor, new: Tensor) -> None:
+    """Change a linear layer, in place, so that rows `new` (N, C) give what rows `old` (N, C) gave."""
+    rows = F.pad(new.double(), (0, 1), value=1.0)
+    squares = rows.T @ rows
+    squares += 1e-6 * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
+    solved = torch.linalg.solve(squares, rows.T @ layer(old).double())
+    layer.weight.copy_(solved[:-1].T)
+    layer.bias.copy_(solved[-1])
 
 
 def train(
@@ -162,7 +199,8 @@ def train(
         steps: training steps.
         batch: scenes per step.
         seed: of weights, batches and noise.
-        start: checkpoint of another run (`mmdit.pt`), whose averaged weights initialize this one.
+        start: initial weights: a checkpoint of another run (`mmdit.pt`), whose averaged weights are taken,
+            or the folder of a pipeline of the same shape.
     """
     torch.manual_seed(seed)
     vae = flow_autoencoder.load(work)
@@ -170,9 +208,12 @@ def train(
     things = all_things(work, len(latents), seed, len(os.sched_getaffinity(0)))
     learner = Learner(unet)
     prepare(learner.transformer)
-    if start:
+    captions = json.loads((work / "captions.json").read_text())
+    if start and start.is_dir():
+        begin(learner, start, [*sorted(set(captions)), ""])
+    elif start:
         learner.load_state_dict(torch.load(start, weights_only=True)["average"], strict=False)
-    ids = token_ids(learner.tokenizer, json.loads((work / "captions.json").read_text()))
+    ids = token_ids(learner.tokenizer, captions)
     nothing = token_ids(learner.tokenizer, [""])
 
     def loss(step: int):
