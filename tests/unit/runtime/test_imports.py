@@ -1,4 +1,6 @@
 import gc
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -12,13 +14,25 @@ def unfrozen():
     gc.enable()
 
 
+def is_looked_at(kept: list) -> bool:
+    return any(found is kept for found in gc.get_objects())
+
+
 @pytest.mark.parametrize("on", [True, False])
-def test_what_is_imported_is_neither_collected_meanwhile_nor_looked_at_later(on):
+def test_what_is_imported_is_neither_collected_meanwhile_nor_looked_at_later(on, monkeypatch):
     gc.enable() if on else gc.disable()
     with heavy_imports():
-        inside, stays = gc.isenabled(), [[] for _ in range(10)]
+        monkeypatch.setitem(sys.modules, "heavy", ModuleType("heavy"))
+        inside, stays = gc.isenabled(), []
     assert not inside and gc.isenabled() == on
-    assert not any(found is stays[0] for found in gc.get_objects())
+    assert not is_looked_at(stays)
+
+
+def test_what_a_job_left_is_not_kept_by_the_next_which_imports_nothing_new():
+    left = []
+    with heavy_imports():
+        import gc as known
+    assert known is gc and is_looked_at(left)
 
 
 def test_a_failed_import_turns_the_collector_on_again():
