@@ -13,7 +13,8 @@ from importlib.util import find_spec
 import pytest
 
 from capo.data.engines import LocalEngine
-from capo.data.engines.on_ray import LOOPBACK, RayEngine, connect
+from capo.data.engines.on_ray import RayEngine
+from capo.data.engines.ray_cluster import LOOPBACK, connect
 from capo.data.engines.schedule import Room
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt

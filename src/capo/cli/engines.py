@@ -55,7 +55,7 @@ def check_engine(cfg: DictConfig) -> None:
     """Raise InputError for an engine that cannot start here: without its extra, or under a launcher."""
     if cfg.engine.kind != RAY:
         return
-    from capo.data.engines.on_ray import require_package
+    from capo.data.engines.ray_cluster import require_package
 
     require_package()
     if launch().world_size > 1:

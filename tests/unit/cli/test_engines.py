@@ -36,10 +36,10 @@ def test_the_engine_of_ray_has_the_configured_rooms():
 
 def test_ray_is_refused_under_a_launcher_and_without_its_package(monkeypatch):
     check_engine(composed())
-    monkeypatch.setattr("capo.data.engines.on_ray.find_spec", lambda name: None)
+    monkeypatch.setattr("capo.data.engines.ray_cluster.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"engine=ray needs the extra `ray`: pip install -e '\.\[ray\]'"):
         check_engine(composed("engine=ray"))
-    monkeypatch.setattr("capo.data.engines.on_ray.find_spec", lambda name: name)
+    monkeypatch.setattr("capo.data.engines.ray_cluster.find_spec", lambda name: name)
     check_engine(composed("engine=ray"))
     monkeypatch.setattr(engines, "launch", lambda: Launch(0, 2, 0, 2))
     with pytest.raises(InputError, match="engine=ray with 2 processes of a launcher"):
