@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from capo.backbones.sampling import SamplerSettings
+from capo.data import stages
 from capo.data.engines import LocalEngine
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, open_pool, stages_of
 from capo.data.prompts import make_prompt
@@ -94,10 +95,11 @@ def test_scores_are_the_same_with_and_without_overlap(tiny_backbone, tmp_path, e
 
 @pytest.mark.parametrize(("device", "ahead"), [("cpu", False), ("cuda", True)])
 def test_on_another_device_than_the_cpu_a_batch_is_decoded_while_the_one_before_is_scored(
-    tmp_path, device, ahead
+    tmp_path, device, ahead, monkeypatch
 ):
     """The first of two batches is scored until the second one begins to be decoded, if that is ever."""
     begun, seen = threading.Event(), []
+    monkeypatch.setattr(stages, "model_of", lambda device: "a GPU")
 
     class Watched(FakeBackbone):
         def decode(self, latents, batch=8):

@@ -33,9 +33,8 @@ def test_the_guides_table_agrees_with_the_yaml():
     assert len(rows) >= 13
     for name, _, _, link, scale, license, *_ in rows:
         name = name.strip("`")
-        entry = yaml.safe_load(
-            (GUIDE.parents[1] / "conf" / "rewards" / f"{name}.yaml").read_text(encoding="utf-8")
-        )[name]
+        file = GUIDE.parents[1] / "conf" / "rewards" / f"{name}.yaml"
+        (entry,) = yaml.safe_load(file.read_text(encoding="utf-8")).values()
         assert entry["scorer"], f"{name} is listed and has no scorer"
         assert (entry["link"], float(entry["scale"])) == (link, float(scale))
         assert license.split(" ")[0] == entry["license"].split(" ")[0]

@@ -31,14 +31,18 @@ from fixtures.damage import damaged, examples, put
 FAST, SLOW = 30, 1200
 BUDGETS = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]
 RATE = {"mean": 0.5, "low": 0.4, "high": 0.6}
+CARD = {"objective": "capo", "data": "d"}
+SETTINGS = {"prompts": ["x"], "seed": 0, "images_per_prompt": 2, "rewards": {}, "policy_generator": "g"}
 FILES = {
     "config.yaml": "trainer: {max_steps: 3}\nmodel: {name: tiny}\nwritten_by: {layout: 3, capo: '0.2'}\n",
-    "outcome.json": json.dumps({"val/win_rate": 0.5, "policy": "p", "card": {}}),
+    "outcome.json": json.dumps({"val/win_rate": 0.5, "policy": "p", "card": CARD}),
     "metrics.csv": "alarm/b,step,val/win_rate\n0.0,1,0.5\n1.0,2,\n",
     "pools.csv": "pool/train/latents,time/pool/seconds\n0.5,30.0\n1.0,62.5\n",
     "strength.json": json.dumps({"chosen": 1.0, "curve": []}),
-    "evaluation/results.json": json.dumps({"win_rate": {"a": RATE}, "zero": {"a": RATE}}),
-    "evaluation/settings.json": json.dumps({"seed": 0}),
+    "evaluation/results.json": json.dumps(
+        {"win_rate": {"a": RATE}, "zero": {"a": RATE}, "score": {}, "policy": "p", "base": "b"}
+    ),
+    "evaluation/settings.json": json.dumps(SETTINGS),
     "evaluation/win_rates.csv": "prompt_id,prompt,win_rate/a\nx,a cat,0.5\ny,\"a, b\",1.0\n",
     "evaluation/report.html": "<html>",
     ".hydra/overrides.yaml": "- seed=1\n- objective.beta=3\n",
@@ -64,8 +68,8 @@ READERS = {
     ],
     "pools.csv": [pool_seconds],
     "strength.json": [read_strength],
-    "evaluation/results.json": [lambda folder: stored_results(folder / "evaluation", {"seed": 0})],
-    "evaluation/settings.json": [lambda folder: stored_results(folder / "evaluation", {"seed": 0})],
+    "evaluation/results.json": [lambda folder: stored_results(folder / "evaluation", SETTINGS)],
+    "evaluation/settings.json": [lambda folder: stored_results(folder / "evaluation", SETTINGS)],
     "evaluation/win_rates.csv": [read_rates],
     ".hydra/overrides.yaml": [read_job],
 }
@@ -120,12 +124,12 @@ def test_curves_that_are_none_are_named(run, text, message):
 
 
 def test_a_damaged_evaluation_is_made_again_and_told(run, caplog):
-    assert stored_results(run / "evaluation", {"seed": 0})["win_rate"]
+    assert stored_results(run / "evaluation", SETTINGS)["win_rate"]
     for name in ("settings.json", "results.json"):
         path = run / "evaluation" / name
         whole = path.read_bytes()
         path.write_bytes(b"{\xff")
-        assert stored_results(run / "evaluation", {"seed": 0}) is None
+        assert stored_results(run / "evaluation", SETTINGS) is None
         assert f"{path} cannot be read" in caplog.text and "is made again" in caplog.text
         path.write_bytes(whole)
 

@@ -140,7 +140,7 @@ class Lora(Section):
 
     rank: Count = key("rank of the adapter")
     alpha: Positive = key("scale of the adapter, times the rank")
-    seed: Seed = key("seed of its first weights")
+    seed: Seed = key("seed of its first weights", 0)
 
 
 class Backbone(Section):
