@@ -45,6 +45,16 @@ class Pairs(Protocol):
     text: dict[str, Tensor]
 
 
+class KnownErrors(Protocol):
+    """Errors of the reference that are known without a pass, such as `capo.data.reference_errors`."""
+
+    def recall(self, batch: Any, candidates: int) -> Tensor | None:
+        """Return errors (B, k) float32 of the first k `candidates` of the batch; None if not known."""
+
+    def keep(self, batch: Any, errors: Tensor) -> None:
+        """Take errors (B, k) that were just computed."""
+
+
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Denoising error: mean over channels, height and width of the squared difference.
 
@@ -63,6 +73,7 @@ def pair_errors(
     weighting: Weighting,
     draw: str,
     inversion: Inversion | None = None,
+    known: KnownErrors | None = None,
 ) -> PairErrors:
     """Denoising errors of policy and reference on B pairs; one forward pass of 2B latents through each.
 
@@ -78,6 +89,7 @@ def pair_errors(
         weighting: weight of a pair by its time.
         draw: how times are drawn (`Backbone.timesteps`).
         inversion: how the policy inverts the latents to noisy ones; None: the noise of the batch is added.
+        known: errors of the reference that need no pass; what it lacks is computed and given to it.
     """
     kinds = _candidates_read(batch, needs)
     t = backbone.timesteps(batch.u, draw)
@@ -90,11 +102,17 @@ def pair_errors(
         settings = asdict(inversion)
         noisy, target = invert(backbone, policy, latents, times, text, **settings, noise=noise)
     predictions = {"policy": backbone.predict(policy, noisy, times, text), "target": target}
-    if needs.reference:
+    recalled = known.recall(batch, kinds) if known and needs.reference else None
+    if needs.reference and recalled is None:
         with reference() as network:
             predictions["reference"] = backbone.predict(network, noisy, times, text)
     parts = {name: value.unflatten(0, (-1, kinds)) for name, value in predictions.items()}
-    return _errors_of(parts, batch.calibrated_rewards, weighting(backbone, t), needs)
+    errors = _candidate_errors(parts)
+    if recalled is not None:
+        errors["reference"] = recalled
+    elif known and needs.reference:
+        known.keep(batch, errors["reference"])
+    return _errors_of(errors, parts, batch.calibrated_rewards, weighting(backbone, t), needs)
 
 
 def _candidates_read(batch: Pairs, needs: Requirements) -> int:
@@ -107,23 +125,32 @@ def _candidates_read(batch: Pairs, needs: Requirements) -> int:
     return 2 if needs.loser else 1
 
 
+def _candidate_errors(predictions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Errors (B, k) of each network from its predictions and the target, (B, k, C, H, W) each."""
+    target = predictions["target"].flatten(0, 1)
+    return {
+        name: denoising_error(value.flatten(0, 1), target).unflatten(0, value.shape[:2])
+        for name, value in predictions.items()
+        if name != "target"
+    }
+
+
 def _errors_of(
-    predictions: dict[str, Tensor], rewards: Tensor, weight: Tensor, needs: Requirements
+    errors: dict[str, Tensor],
+    predictions: dict[str, Tensor],
+    rewards: Tensor,
+    weight: Tensor,
+    needs: Requirements,
 ) -> PairErrors:
     """Collect what the objective reads.
 
     Args:
-        predictions: policy, target and, if it was asked, reference: (B, k, C, H, W) each.
+        errors: of the policy and, if it was asked, the reference: (B, k) each.
+        predictions: policy, target and, where a pass was made, reference: (B, k, C, H, W) each.
         rewards: calibrated rewards of the batch, (B, 2) or (B, k).
         weight: (B,) weights of the times.
         needs: what the objective reads.
     """
-    target = predictions["target"].flatten(0, 1)
-    errors = {
-        name: denoising_error(value.flatten(0, 1), target).unflatten(0, value.shape[:2])
-        for name, value in predictions.items()
-        if name != "target"
-    }  # (B, k) each
     known: dict[str, Any] = {"weight": weight}
     for name, error in errors.items():
         known[f"{name}_winner"] = error[:, 0]

@@ -28,6 +28,7 @@ from capo.cli.engines import check_engine
 from capo.cli.schema.calls import under
 from capo.data.candidates import NO_PRIOR
 from capo.data.dataset import check_group, check_shared_prior
+from capo.data.reference_errors import check_reuse
 from capo.data.selection import select
 from capo.errors import InputError, ParameterError, closest
 from capo.noise import PRIOR
@@ -93,6 +94,13 @@ def check_objective(cfg: DictConfig) -> None:
         check_shared_noise(cfg.noise.shared, needs)
     with under("trainer"):
         check_pinned(cfg.trainer.pinned, needs, cfg.noise.reduction)
+        if cfg.trainer.get("reuse_reference"):  # a stored configuration may lack the key
+            check_reuse(
+                needs,
+                source=cfg.noise.source,
+                pinned=cfg.trainer.pinned,
+                sharded=cfg.trainer.strategy == FSDP,
+            )
 
 
 def check_groups(cfg: DictConfig, needs: Requirements) -> None:

@@ -59,6 +59,7 @@ FREE = (
             "channels_last",
             "signal_every",
             "checkpoint_every",
+            "reuse_reference",
         )
     ),
 )

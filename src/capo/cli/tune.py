@@ -20,6 +20,7 @@ from capo.cli.outlook import followed, outlook_line
 from capo.cli.parts import module_of, validation_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
+from capo.cli.reuse import reused_reference
 from capo.cli.run_config import Progress, open_run
 from capo.cli.tracking import trackers
 from capo.data.dataset import ENCODE, Times
@@ -74,29 +75,32 @@ def tune(
     encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
     signal = GradientSignal(trainer.signal_every)
     pace = Pace(outlook, trainer.batch, cfg.validation.every, len(cfg.validation.strengths or ()))
-    best = fit(
-        module,
-        PreferenceData(
-            candidates.dataset,
-            division.micro_batch,
-            cfg.data.workers,
-            encode,
-            Times(cfg.noise.times, cfg.noise.times_per_pair),
-        ),
-        validation,
-        loggers,
-        folder,
-        max_steps=trainer.max_steps,
-        log_every=trainer.log_every,
-        strategy=trainer.strategy,
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        precision=trainer.precision,
-        accumulate=division.accumulate,
-        signal=signal,
-        checkpoint_every=trainer.checkpoint_every,
-        pace=pace,
+    batches = PreferenceData(
+        candidates.dataset,
+        division.micro_batch,
+        cfg.data.workers,
+        encode,
+        Times(cfg.noise.times, cfg.noise.times_per_pair),
+        digests=trainer.reuse_reference and module.needs.reference,
     )
+    with reused_reference(cfg, module, data.pool.folder, console):
+        best = fit(
+            module,
+            batches,
+            validation,
+            loggers,
+            folder,
+            max_steps=trainer.max_steps,
+            log_every=trainer.log_every,
+            strategy=trainer.strategy,
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            precision=trainer.precision,
+            accumulate=division.accumulate,
+            signal=signal,
+            checkpoint_every=trainer.checkpoint_every,
+            pace=pace,
+        )
     if advice := signal.advice(trainer.batch, candidates.selection.statistics().usable):
         tell([advice], console)
     tell(validation.choice.sentences(), console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ class PreferenceBatch:
         text: name -> tensor with leading dimension B, the text inputs of `Backbone.predict`.
         prompt_ids: B prompt ids.
         times: entries per visit of a pair, which follow one another and differ in u and noise.
+        digests: B digests of the samples (`capo.data.dataset.sample_digest`); empty if nobody asked for them.
     """
 
     latents: Tensor
@@ -28,6 +29,7 @@ class PreferenceBatch:
     text: dict[str, Tensor]
     prompt_ids: list[str]
     times: int = 1
+    digests: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +46,8 @@ class PreferenceBatch:
                 name: getattr(self, name)[rows] for name in ("latents", "noise", "u", "calibrated_rewards")
             }
             text = {name: value[rows] for name, value in self.text.items()}
-            return replace(self, text=text, prompt_ids=self.prompt_ids[rows], **tensors)
+            ids, digests = self.prompt_ids[rows], self.digests[rows]
+            return replace(self, text=text, prompt_ids=ids, digests=digests, **tensors)
 
         return part(slice(rows)), part(slice(rows, None))
 

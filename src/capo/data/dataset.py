@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -181,8 +181,19 @@ def check_shared_prior(shared: bool, prior: bool) -> None:
         )
 
 
-def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
+def sample_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the tensors of a sample, 32 hex digits: their bits, dtypes, shapes and names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def collate(items: list[dict], encode: Encode | None = None, digests: bool = False) -> PreferenceBatch:
     """Stack items of `PairDataset` to a batch; with `encode`, compute its text embeddings from the prompts.
+
+    With `digests`, the batch has a digest of each of its samples.
 
     With T times per pair the batch has T consecutive entries per item, which differ in u and noise.
     Rounding in the text encoders depends on the batch, so computed embeddings can differ from those stored in
@@ -190,7 +201,7 @@ def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
     """
     times = 1 + len(items[0]["later"])
     drawn = [part for item in items for part in ((item["u"], item["noise"]), *item["later"])]
-    stacked = {
+    stacked: dict[str, Any] = {
         name: torch.stack([item[name] for item in items]) for name in ("latents", "calibrated_rewards")
     }
     stacked["noise"] = torch.stack([noise for _, noise in drawn])
@@ -206,7 +217,13 @@ def collate(items: list[dict], encode: Encode | None = None) -> PreferenceBatch:
     # clamped, since float32 would round a u just below 1 to 1
     u = torch.tensor([u for u, _ in drawn], dtype=torch.float64).clamp(max=1 - 2**-24).float()
     ids = [item["prompt_id"] for item in items for _ in range(times)]
-    return PreferenceBatch(u=u, text=text, prompt_ids=ids, times=times, **stacked)
+    batch = PreferenceBatch(u=u, text=text, prompt_ids=ids, times=times, **stacked)
+    if digests:
+        for n in range(len(ids)):
+            own = {"latents": batch.latents[n], "noise": batch.noise[n], "u": u[n : n + 1]}
+            words = {f"text {name}": value[n] for name, value in text.items()}
+            batch.digests.append(sample_digest(own | words))
+    return batch
 
 
 class VisitSampler(Sampler):

@@ -30,7 +30,8 @@ RECORDED = ("torch", "diffusers", "transformers")
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose releases can round differently."""
     return {library: version(library) for library in RECORDED}
 
 
@@ -43,7 +44,7 @@ def sampling_record(backbone: Backbone, settings: SamplerSettings) -> dict[str, 
     """Settings that change results by rounding only; results are bitwise equal if these are equal."""
     threads = 1 if settings.parallel == BATCHES else torch.get_num_threads()
     batch = backbone.sampling_fits.at_most(settings.batch)
-    return {"batch": batch, "threads": threads, "device": model_of(backbone.device), **_versions()}
+    return {"batch": batch, "threads": threads, "device": model_of(backbone.device), **library_versions()}
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,10 @@ class PreferenceData(L.LightningDataModule):
         workers: int | None = 0,
         encode: Encode | None = None,
         times: Times | None = None,
+        digests: bool = False,
     ):
         super().__init__()
+        self.digests = digests
         self.dataset, self.batch, self.workers, self.encode = dataset, batch, workers, encode
         dataset.stored_text, dataset.times = encode is None, times or Times()
 
@@ -52,7 +54,7 @@ class PreferenceData(L.LightningDataModule):
         gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         rows = self.dataset.selection.usable.nonzero().flatten().tolist()
         sampler = VisitSampler(rows, self.dataset.seed, self.batch, rank, world, start=seen)
-        collated = partial(collate, encode=self.encode)
+        collated = partial(collate, encode=self.encode, digests=self.digests)
         workers = self.workers
         if workers is None:
             # text is encoded by all threads of this process, of which a worker has one

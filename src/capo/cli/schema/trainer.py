@@ -111,6 +111,9 @@ class Trainer(Section):
     ema: Annotated[float, Field(gt=0, lt=1), Said("a number above 0 and below 1")] | None = key(
         "decay of an exponential moving average of the weights, which validation and export use"
     )
+    reuse_reference: bool = key(
+        "true: keep the reference's errors in the pool, where later runs on the same batches find them"
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = key(
         "adamw_8bit: moments in 8 bits (pip install 'capo[bitsandbytes]', CUDA)"
     )

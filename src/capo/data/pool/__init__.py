@@ -11,6 +11,8 @@
     POOL/scores/<reward>-<fp8>/00000-00.parquet  prompt_id, candidate, score: raw, in the order of the latents
     POOL/imported.parquet                        in imported pools only: origin of the images and the choices
                                                  of people
+    POOL/reference/<fp16>.bin                    errors of the reference that runs keep for later ones
+                                                 (`capo.data.reference_errors`); may be removed at any time
     POOL/.verified/HOST                          files that were read whole on a machine, for their checksums
     POOL/.locks/                                 locks of processes that are writing, else empty
 

@@ -46,6 +46,11 @@ def scores_path(folder: Path, key: str, row: int, block: int) -> Path:
     return folder / "scores" / key / f"{row:05d}-{block:02d}.parquet"
 
 
+def reference_errors_path(folder: Path, fingerprint: str) -> Path:
+    """File with errors of the reference under the settings that have this fingerprint."""
+    return folder / "reference" / f"{fingerprint[:16]}.bin"
+
+
 def row_of(path: Path) -> int:
     """Row that a file of a pool belongs to."""
     return int(path.name.split(".")[0].split("-")[0])
