@@ -52,6 +52,15 @@ def test_train_step(printed):
     assert "weights of capo and bare loop after their last step: 0 apart" in told  # the same steps were timed
 
 
+def test_many_rewards(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["many_rewards", "--prompts", "50", "--candidates", "8"])
+    importlib.import_module("benchmarks.many_rewards").main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == 14 and all(len(row) == 6 for row in rows)
+    few, many = rows[0], rows[6]  # 2 and 12 independent rewards
+    assert few[1].startswith("100.0%") and float(many[1].split("%")[0]) < 50 < float(many[3].split("%")[0])
+
+
 def test_sampling(printed):
     told = printed("sampling", "--batch", "2", "--prompts", "1", "--runs", "1")
     found = rates(told, "images")

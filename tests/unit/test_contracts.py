@@ -10,7 +10,7 @@ CONTRACTS = {
     "capo.pairs.frontiers": "scores",
     "capo.pairs.best_worst": "scores, calibrated",
     "capo.pairs.reward_sum": "scores, calibrated, *, weights=None",
-    "capo.pairs.frs": "scores, calibrated, *, lower='frontier'",
+    "capo.pairs.frs": "scores, calibrated, *, lower='frontier', depth=None",
     "capo.pairs.random_pair": "scores, calibrated",
     "capo.pairs.PairSets": "winners, losers",
     "capo.noise.sigmoid_weight": "log_snr, bias",

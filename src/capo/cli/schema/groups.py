@@ -83,6 +83,11 @@ class Frs(Section):
     lower: Literal["frontier", "all_dominated"] = key(
         "all_dominated: every dominated candidate is a loser", "frontier"
     )
+    depth: Count | None = key(
+        "smallest number of winners, and of losers, of a prompt: further fronts fill them up; null: the "
+        "frontiers as they are",
+        None,
+    )
 
 
 PAIRS = {

@@ -75,10 +75,12 @@ def _degenerate(report: CalibrationReport, frontier: Frontier, independent: Fron
         "; pairs.lower=all_dominated draws losers from more candidates, "
         "but gives no pair to a prompt that has none"
     )
+    deeper = "; pairs.depth=4 takes winners and losers from the next fronts, too, at a smaller dR"
     return (
         f"the frontier of {len(report.rewards)} rewards has degenerated: {frontier.undominated:.0%} of the "
         f"candidates are dominated by no other (independent rewards: {independent.undominated:.0%}), and X- "
         f"is empty in {frontier.empty:.0%} of the prompts (independent rewards: {independent.empty:.0%}). "
         "Use fewer rewards, more candidates (pool.candidates) or pairs=sum"
+        + (deeper if report.selection.lower == "frontier" and report.selection.skipped else "")
         + (wider if report.selection.lower == "frontier" else "")
     )

@@ -203,7 +203,7 @@ def independent_frontier(candidates: int, rewards: int) -> Frontier:
 
 
 def strategy_name(strategy: Strategy) -> str:
-    """Name of a strategy with the arguments bound by `functools.partial`, e.g. `frs(lower=frontier)`."""
+    """Name of a strategy with the bound arguments that are not None, e.g. `frs(lower=frontier)`."""
     function, given = getattr(strategy, "func", strategy), getattr(strategy, "keywords", {})
-    arguments = ", ".join(f"{key}={value}" for key, value in given.items())
+    arguments = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
     return getattr(function, "__name__", type(function).__name__) + (f"({arguments})" if arguments else "")

@@ -160,6 +160,7 @@ def test_sizes_pairs_and_skipped_prompts_worked_by_hand():
 
 def test_strategies_by_their_names():
     assert figures.strategy_name(partial(frs, lower="all_dominated")) == "frs(lower=all_dominated)"
+    assert figures.strategy_name(partial(frs, lower="frontier", depth=None)) == "frs(lower=frontier)"
     strategies = frs, partial(frs, lower="all_dominated"), reward_sum
     lowers = [
         report_of(random_scores(4, 3, 2), [reward("a"), reward("b")], strategy).selection.lower
@@ -243,7 +244,9 @@ def test_a_degenerate_frontier_is_told_with_what_can_be_done():
     scores, rewards = random_scores(300, 8, 6), [reward(name) for name in "abcdef"]
     told = warnings_of(report_of(scores, rewards))[-1]
     assert "the frontier of 6 rewards has degenerated" in told and "Use fewer rewards" in told
-    assert "pairs=sum" in told and "pairs.lower=all_dominated" in told
+    assert "pairs=sum" in told and "pairs.lower=all_dominated" in told and "pairs.depth=4" in told
+    deep = warnings_of(report_of(scores, rewards, partial(frs, depth=4)))[-1]
+    assert "has degenerated" in deep and "pairs.depth" not in deep  # no prompt is skipped any more
     assert (
         "all_dominated"
         not in warnings_of(report_of(scores, rewards, partial(frs, lower="all_dominated")))[-1]

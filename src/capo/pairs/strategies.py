@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from capo.errors import InputError, ParameterError
-from capo.runtime.threads import over_rows
-
-BLOCK = 2**15  # candidates compared at a time, so that the comparisons fit in the L2 cache
+from capo.pairs.depth import deep_frontiers
+from capo.pairs.fronts import check_finite, fronts
 
 
 class PairSets(NamedTuple):
@@ -73,55 +71,6 @@ def argument(strategy: Strategy, name: str | None) -> Any:
     return None if name is None else inspect.signature(strategy).parameters[name].default
 
 
-def fronts(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """F+ and F-: the candidates that no other dominates, and the candidates that dominate no other.
-
-    `a` dominates `b` if `a` scores at least as high by every reward and higher by at least one. (This is
-    strict Pareto domination: with the paper's literal >=, duplicates would dominate each other and F+ would
-    be empty.)
-
-    Args:
-        scores: (P, N, L) raw scores. Win-rates would not do: rounding and the floor of the log link give them
-            ties that the scores do not have.
-
-    Returns:
-        F+ and F-, two bool masks (P, N).
-
-    Raises:
-        InputError: if a score is not finite.
-        ValueError: if the scores do not have three dimensions, or have no candidates or no rewards.
-    """
-    if scores.ndim != 3 or 0 in scores.shape[1:]:
-        raise ValueError(f"scores must be (P, N, L) with candidates and rewards; got {tuple(scores.shape)}")
-    _check_finite(scores)
-    prompts, candidates, _ = scores.shape
-    # NumPy is four times as fast here: PyTorch does not vectorize comparisons into bool tensors
-    values = (
-        scores.detach().to("cpu", torch.float32 if scores.dtype == torch.bfloat16 else scores.dtype).numpy()
-    )
-    dominated, dominating = np.zeros((2, prompts, candidates), dtype=bool)
-    count = max(BLOCK // candidates, 1)
-
-    def compare_rows(where: slice) -> None:
-        for start in range(where.start, where.stop, count):
-            rows = slice(start, min(start + count, where.stop))
-            below, above = _domination(np.ascontiguousarray(values[rows].transpose(2, 1, 0)))
-            dominated[rows], dominating[rows] = below.T, above.T
-
-    over_rows(compare_rows, prompts, 4 * count, torch.device("cpu"))
-    return torch.from_numpy(~dominated).to(scores.device), torch.from_numpy(~dominating).to(scores.device)
-
-
-def frontiers(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """X+ (F+ without F-) and X- (F- without F+): upper and lower frontier without their intersection.
-
-    (P, N, L) raw scores -> two bool masks (P, N). They do not change under a strictly increasing map of a
-    reward. Raises InputError and ValueError as `fronts` does.
-    """
-    upper, lower = fronts(scores)
-    return upper & ~lower, lower & ~upper
-
-
 @declares(rewards=1)
 def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
     """Best against worst: by a single reward, the best candidate wins and the worst loses.
@@ -143,7 +92,7 @@ def best_worst(scores: Tensor, calibrated: Tensor) -> PairSets:
             f"best_worst orders the candidates by one reward, "
             f"but scores {tuple(scores.shape)} have {scores.shape[-1]}"
         )
-    _check_finite(scores)
+    check_finite(scores)
     return _extremes(scores[..., 0])
 
 
@@ -169,7 +118,7 @@ def reward_sum(scores: Tensor, calibrated: Tensor, *, weights: Sequence[float] |
 
 
 @declares(lower_set="lower")
-def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairSets:
+def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier", depth: int | None = None) -> PairSets:
     """Frontier-based rejection sampling: winners from the upper frontier, losers from the lower one.
 
     Args:
@@ -179,18 +128,31 @@ def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier") -> PairS
             `all_dominated` is the paper's other reading ("set of dominated data"): X+ is F+, X- all other
             candidates. It gives dR <= 0 in 9 % of the pairs for independent rewards (4 % at a correlation of
             0.5), `frontier` in 0.7 % (0.06 %).
+        depth: smallest number of candidates in each set, for many rewards, where most candidates are on both
+            frontiers: smaller sets take candidates of the next fronts (`deep_frontiers`). None: no others
+            than those of the frontiers.
 
     Returns:
         Masks (P, N), not filtered by dR.
 
     Raises:
-        InputError: if `lower` is unknown, or a score is not finite.
+        InputError: if `lower` is unknown, `depth` is not from 1 to N - 1 or given with another `lower` than
+            `frontier`, or a score is not finite.
         ValueError: if the shapes do not match.
     """
     _check_shapes(scores, calibrated)
     if lower not in LOWER_SETS:
         raise ParameterError("lower", lower, f"must be one of {', '.join(LOWER_SETS)}")
-    return LOWER_SETS[lower](*fronts(scores))
+    if depth is None:
+        return LOWER_SETS[lower](*fronts(scores))
+    if lower != "frontier":
+        raise ParameterError("depth", depth, f"must be null with lower={lower}, whose losers are all others")
+    count = scores.shape[1]
+    if not 1 <= depth < count:
+        raise ParameterError(
+            "depth", depth, f"must be from 1 to {count - 1}: a prompt has {count} candidates"
+        )
+    return PairSets(*deep_frontiers(scores, depth))
 
 
 LOWER_SETS: dict[str, Callable[[Tensor, Tensor], PairSets]] = {
@@ -238,22 +200,6 @@ def combined_rewards(calibrated: Tensor, weights: Sequence[float] | None = None)
     return mean / total
 
 
-def _domination(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(L, N, C) scores, one prompt per column -> two bool (N, C): dominated by another, dominates another."""
-    dominated, dominating = np.zeros((2, *columns.shape[1:]), dtype=bool)
-    for offset in range(1, columns.shape[1]):  # each pair of candidates once: i and i + offset
-        first, second = columns[:, :-offset], columns[:, offset:]
-        first_is_as_good = np.logical_and.reduce(first >= second)
-        second_is_as_good = np.logical_and.reduce(second >= first)
-        first_dominates = first_is_as_good > second_is_as_good
-        second_dominates = second_is_as_good > first_is_as_good
-        dominating[:-offset] |= first_dominates
-        dominated[offset:] |= first_dominates
-        dominating[offset:] |= second_dominates
-        dominated[:-offset] |= second_dominates
-    return dominated, dominating
-
-
 def _extremes(rewards: Tensor) -> PairSets:
     """(P, N) rewards -> one-hot masks of the highest and the lowest; among ties, the lowest index."""
     places = torch.arange(rewards.shape[1], device=rewards.device)
@@ -265,13 +211,4 @@ def _check_shapes(scores: Tensor, calibrated: Tensor) -> None:
     if scores.ndim != 3 or scores.shape != calibrated.shape:
         raise ValueError(
             f"scores {tuple(scores.shape)} and calibrated {tuple(calibrated.shape)} must both be (P, N, L)"
-        )
-
-
-def _check_finite(scores: Tensor) -> None:
-    if scores.is_floating_point() and scores.numel() and not torch.stack(scores.aminmax()).isfinite().all():
-        prompt, candidate, reward = (~scores.isfinite()).nonzero()[0].tolist()
-        raise InputError(
-            f"prompt {prompt}, candidate {candidate}, reward {reward}: score "
-            f"{scores[prompt, candidate, reward].item()} is not finite; score the candidate again"
         )
