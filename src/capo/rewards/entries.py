@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from capo.errors import InputError
-from capo.rewards.environments import check_environment
-from capo.rewards.reward import Reward, not_installed
+from capo.rewards.environments import check_environment, not_installed
+from capo.rewards.reward import Reward
 
 
 def load_rewards(
@@ -61,7 +61,7 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
         root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there
         check_environment(name, reward.python, [*reward.requires, *([] if root == "capo" else [root])])
     elif missing := [module for module in reward.requires if find_spec(module) is None]:
-        raise InputError(not_installed(reward, ", ".join(missing)))
+        raise InputError(not_installed(name, ", ".join(missing), reward.extra, reward.isolated))
     if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
         raise InputError(
             f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to their location"

@@ -73,6 +73,21 @@ def not_importable(name: str, python: str, modules: Sequence[str]) -> str:
     )
 
 
+def not_installed(name: str, modules: str, extra: str | None, isolated: bool) -> str:
+    """Message that this environment lacks `modules` of the reward `name`, with the remedy.
+
+    `extra` is the pip extra of this package that installs them, if there is one; `isolated`, whether the
+    scorer runs in a process of its own, for which another environment can be named.
+    """
+    remedy = f"pip install 'capo[{extra}]'" if extra else f"pip install {modules}"
+    if isolated:
+        remedy += (
+            ", or give the interpreter of an environment that has it: "
+            f"++rewards.{name}.python=/path/to/env/bin/python"
+        )
+    return f"reward '{name}' needs {modules}, which is not installed: {remedy}"
+
+
 def inherited_environment() -> dict[str, str]:
     """Environment variables for a worker: those of this process, except NOT_INHERITED."""
     kept = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}

@@ -20,6 +20,7 @@ from torch import Tensor
 from capo.calibration import LINKS
 from capo.errors import InputError
 from capo.rewards import guard, lookup
+from capo.rewards.environments import not_installed
 from capo.rewards.isolated import IsolatedScorer
 from capo.rewards.logs import log_file, write_traceback
 from capo.rewards.sources import check_version, read_from, unpinned_commits
@@ -278,19 +279,9 @@ def _build(reward: Reward) -> Scorer:
                 return lookup.build(scorer)
         except ModuleNotFoundError as error:
             if error.name:
-                raise InputError(not_installed(reward, error.name)) from error
+                missing = not_installed(reward.name, error.name, reward.extra, reward.isolated)
+                raise InputError(missing) from error
             raise
-
-
-def not_installed(reward: Reward, modules: str) -> str:
-    """Message that this environment lacks modules of a reward, with the remedy."""
-    remedy = f"pip install 'capo[{reward.extra}]'" if reward.extra else f"pip install {modules}"
-    if reward.isolated:
-        remedy += (
-            ", or give the interpreter of an environment that has it: "
-            f"++rewards.{reward.name}.python=/path/to/env/bin/python"
-        )
-    return f"reward '{reward.name}' needs {modules}, which is not installed: {remedy}"
 
 
 def _target(scorer: Mapping[str, Any] | Scorer) -> str:
