@@ -6,8 +6,7 @@ The plan is printed as tables and written to `plan.json` in the run directory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,10 @@ from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
 from capo.backbones.sampling import BASE
 from capo.backbones.sampling import POLICY as ITSELF
-from capo.cli.build import (
-    all_rewards,
-    built,
-    family_of,
-    held_out_rewards,
-    inversion_of,
-    prompt_splits,
-    sampler_settings,
-)
+from capo.cli.build import built, family_of, inversion_of, prompt_splits, sampler_settings
 from capo.cli.compose import plain
+from capo.cli.missing import find_missing
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
-from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.objectives import requirements
@@ -47,13 +38,11 @@ from capo.preflight.requests import (
 )
 from capo.preflight.shortages import Shortage, certain_memory, disk_findings, folder_bytes, likely_memory
 from capo.preflight.tracing import adapter_of
-from capo.rewards import Reward, load_rewards
+from capo.rewards import Reward
 from capo.runtime.files import write_whole
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import device_count, divide, launch
-from capo.runtime.optimizers import check_optimizer
 from capo.runtime.outlook import EVALUATION, VALIDATION
-from capo.runtime.processes import check_accelerator, check_devices
 from capo.runtime.run_folder import CHECKPOINTS, PLAN, POLICY
 
 
@@ -250,38 +239,6 @@ def require_room(cfg: DictConfig) -> None:
     counts, _ = prompt_counts(cfg)
     if found := room_findings(cfg, request_of(cfg, counts)):
         raise InputError("\n".join(finding.message for finding in found))
-
-
-def _attempt(kind: str, check: Callable[[], object]) -> list[Shortage]:
-    try:
-        check()
-    except InputError as error:
-        return [Shortage(kind, str(error))]
-    return []
-
-
-def _reward_findings(cfg: DictConfig, place: str) -> list[Shortage]:
-    """Shortages of the rewards at the key `place`, each checked by itself."""
-    entries = plain(OmegaConf.select(cfg, place) or OmegaConf.create())
-
-    def check(name: str) -> None:
-        check_reward_weights(load_rewards({name: entries[name]}, place))
-
-    return [finding for name in sorted(entries) for finding in _attempt("rewards", partial(check, name))]
-
-
-def find_missing(cfg: DictConfig) -> list[Shortage]:
-    """All shortages of weights, rewards, extras and device, where `check_ready` would stop at the first."""
-    return [
-        *_attempt("weights", lambda: check_weights(cfg)),
-        *(finding for place in REWARD_PLACES for finding in _reward_findings(cfg, place)),
-        *_attempt("rewards", lambda: held_out_rewards(cfg, all_rewards(cfg)[0], [])),
-        *_attempt("extras", lambda: check_optimizer(cfg.trainer.optimizer)),
-        *_attempt("extras", lambda: check_loggers(cfg)),
-        *_attempt("configuration", lambda: check_draw(cfg)),
-        *_attempt("device", lambda: check_accelerator(cfg.trainer.accelerator)),
-        *_attempt("device", lambda: check_devices(cfg.trainer.accelerator, cfg.trainer.devices)),
-    ]
 
 
 def run_plan(cfg: DictConfig, console: Console) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""Find all that a run lacks on this machine, where `capo.cli.readiness` stops at the first fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from omegaconf import DictConfig, OmegaConf
+
+from capo.cli.build import all_rewards, held_out_rewards
+from capo.cli.compose import plain
+from capo.cli.rates import REWARD_PLACES
+from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
+from capo.errors import InputError
+from capo.preflight.shortages import Shortage
+from capo.rewards import load_rewards
+from capo.runtime.optimizers import check_optimizer
+from capo.runtime.processes import check_accelerator, check_devices
+
+
+def _attempt(kind: str, check: Callable[[], object]) -> list[Shortage]:
+    try:
+        check()
+    except InputError as error:
+        return [Shortage(kind, str(error))]
+    return []
+
+
+def _reward_findings(cfg: DictConfig, place: str) -> list[Shortage]:
+    """Shortages of the rewards at the key `place`, each checked by itself."""
+    entries = plain(OmegaConf.select(cfg, place) or OmegaConf.create())
+
+    def check(name: str) -> None:
+        check_reward_weights(load_rewards({name: entries[name]}, place))
+
+    return [finding for name in sorted(entries) for finding in _attempt("rewards", partial(check, name))]
+
+
+def find_missing(cfg: DictConfig) -> list[Shortage]:
+    """All shortages of weights, rewards, extras and device; each is checked by itself."""
+    return [
+        *_attempt("weights", lambda: check_weights(cfg)),
+        *(finding for place in REWARD_PLACES for finding in _reward_findings(cfg, place)),
+        *_attempt("rewards", lambda: held_out_rewards(cfg, all_rewards(cfg)[0], [])),
+        *_attempt("extras", lambda: check_optimizer(cfg.trainer.optimizer)),
+        *_attempt("extras", lambda: check_loggers(cfg)),
+        *_attempt("configuration", lambda: check_draw(cfg)),
+        *_attempt("device", lambda: check_accelerator(cfg.trainer.accelerator)),
+        *_attempt("device", lambda: check_devices(cfg.trainer.accelerator, cfg.trainer.devices)),
+    ]
