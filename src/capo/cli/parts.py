@@ -14,7 +14,7 @@ from capo.cli.build import Components, built, inversion_of
 from capo.cli.compose import plain
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
-from capo.evaluation.reports.page import image_grid
+from capo.evaluation.reports.gallery import image_grid
 from capo.module import Execution, PreferenceModule, Weighting
 from capo.objectives import Anchor
 from capo.runtime.launch import launch

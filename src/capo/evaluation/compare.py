@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capo.data.pool import Pool
 from capo.errors import InputError
-from capo.evaluation.reports.page import p_value
+from capo.evaluation.reports.formats import p_value, with_span
 from capo.evaluation.statistics import bootstrap_interval, paired_tests
 from capo.evaluation.stored import read_results, read_settings
 from capo.metrics import win_rate
@@ -109,14 +109,14 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
         InputError: a run has not been evaluated, or two runs were evaluated with different settings.
     """
     results = {str(folder): read_results(folder) for folder in folders}
-    _print_rows(console, results, "win_rate", "win-rate against the base, %", _span)
+    _print_rows(console, results, "win_rate", "win-rate against the base, %", with_span)
     _print_rows(console, results, "oracle", "oracle, base → policy", _moved)
     versus = head_to_head(*folders) if len(folders) == 2 else None
     if versus:
         title = f"{folders[0]} against {folders[1]}, %"
         table = Table("reward", "win-rate", "p (Holm)", title=title, box=box.SIMPLE_HEAD)
         for name, rate in versus.items():
-            table.add_row(name, _span(rate), p_value(rate["holm"]))
+            table.add_row(name, with_span(rate), p_value(rate["holm"]))
         console.print(table)
     return {"results": results, "head_to_head": versus}
 
@@ -133,10 +133,6 @@ def _print_rows(
         entries = found.get(key, {})
         table.add_row(run, *(cell(entries[name]) if name in entries else "-" for name in names))
     console.print(table)
-
-
-def _span(rate: Mapping[str, float]) -> str:
-    return f"{100 * rate['mean']:.1f} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})"
 
 
 def _moved(measure: Mapping[str, float]) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from capo.errors import InputError
+from capo.evaluation.reports.formats import number, span
 from capo.evaluation.reports.frontiers import Study
-from capo.evaluation.reports.page import number
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.seeds import read_rates
 from capo.evaluation.statistics import paired_tests
@@ -101,8 +101,12 @@ class RunTable:
         rate, score = results["win_rate"].get(reward), results["score"].get(reward)
         if not rate or not score:
             return "-", "", "-", False
-        span = f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}"
-        return f"{100 * rate['mean']:.1f}", span, number(score["policy"]), self.best.get(reward) == index
+        return (
+            f"{100 * rate['mean']:.1f}",
+            span(rate),
+            number(score["policy"]),
+            self.best.get(reward) == index,
+        )
 
     def html(self) -> str:
         """Return a page that loads nothing else."""

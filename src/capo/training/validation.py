@@ -22,7 +22,7 @@ from capo.backbones.sampling import SamplerSettings, sample_prompts
 from capo.data.images import GeneratedImages
 from capo.data.prompts import Prompt, candidate_seed
 from capo.evaluation.held_out import GROUP, HeldOut, by_prompt, judge
-from capo.evaluation.reports.page import image_grid
+from capo.evaluation.reports.gallery import image_grid
 from capo.metrics import WinRate, win_rate
 from capo.module import PreferenceModule
 from capo.rewards import Reward

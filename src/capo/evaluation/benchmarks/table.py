@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from capo.evaluation.reports.charts import half_width, interval_bar
+from capo.evaluation.reports.formats import moved, number, p_value, verdict
 from capo.evaluation.reports.gallery import data_uri
-from capo.evaluation.reports.page import moved, number, p_value, verdict
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.tables import CSV, LATEX, LEVEL, latex_comment, latex_text
 from capo.runtime.files import write_table, write_whole

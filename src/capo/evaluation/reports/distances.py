@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from capo.evaluation.reports.charts import half_width, interval_bar
+from capo.evaluation.reports.formats import verdict
 
 
 def distance_rows(results: Mapping) -> tuple[float, list[dict]]:
@@ -48,7 +49,7 @@ def _row(
         "low": low,
         "high": high,
         "p": diversity["p"],
-        "verdict": "below" if high < 0 else "above" if low > 0 else "unclear",
+        "verdict": verdict({"low": low, "high": high}, 0.0),
         "bar": interval_bar(low, change, high, 0.0, half),
         "drift": drift["mean"],
         "relative_drift": drift["mean"] / (diversity["base"] or 1.0),

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Column, Table
 
 from capo.evaluation.frontiers import Estimate, Frontier, Match, hypervolumes, matches
+from capo.evaluation.reports.formats import verdict
 from capo.runtime.files import write_table, write_whole
 
 PANELS = 3  # maximum number of pairs of rewards that are drawn
@@ -139,7 +140,7 @@ class Study:
                     "span": f"{100 * volume.low:.2f}–{100 * volume.high:.2f}",
                     "beyond": "" if beyond is None else f"{100 * beyond.mean:+.2f}",
                     "beyond_span": "" if beyond is None else _signed_span(beyond, 2),
-                    "verdict": "" if beyond is None else _verdict(beyond),
+                    "verdict": "" if beyond is None else verdict(vars(beyond), 0.0),
                 }
             )
         return rows
@@ -197,10 +198,6 @@ def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
     ]
 
 
-def _verdict(estimate: Estimate) -> str:
-    return "above" if estimate.low > 0 else "below" if estimate.high < 0 else "unclear"
-
-
 def _signed_span(estimate: Estimate, digits: int) -> str:
     return f"{100 * estimate.low:+.{digits}f} to {100 * estimate.high:+.{digits}f}"
 
@@ -217,7 +214,7 @@ def _match_row(match: Match) -> dict[str, str]:
         "second": f"{100 * match.values[1]:.1f}",
         "difference": f"{100 * match.difference.mean:+.1f}",
         "span": _signed_span(match.difference, 1),
-        "verdict": _verdict(match.difference),
+        "verdict": verdict(vars(match.difference), 0.0),
         "why": "",
     }
 

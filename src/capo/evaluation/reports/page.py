@@ -12,12 +12,13 @@ from rich.text import Text
 from capo.evaluation.held_out import alarms, remark
 from capo.evaluation.reports.charts import half_width, interval_bar, line_chart, read_curves, strength_chart
 from capo.evaluation.reports.distances import block_rows, distance_rows, distance_table, fallen_diversity
-from capo.evaluation.reports.gallery import Exhibit, data_uri, image_grid
+from capo.evaluation.reports.formats import fixed, moved, number, p_value, percent, span, verdict, with_span
+from capo.evaluation.reports.gallery import Exhibit, data_uri
 from capo.evaluation.reports.templating import page_environment
 from capo.rewards import Reward
 from capo.runtime.terminal import Terminal
 
-__all__ = ["Report", "image_grid", "print_results", "render_report", "results_tables"]
+__all__ = ["Report", "print_results", "render_report", "results_tables"]
 
 ORDERS = {"gain": "largest gains", "loss": "largest losses", "plain": "unselected"}
 FINGERPRINTS = {
@@ -81,31 +82,6 @@ def render_report(report: Report) -> str:
     )
 
 
-def percent(rate: float) -> str:
-    """Format a rate: 0.634 -> `63.4 %`."""
-    return f"{100 * rate:.1f} %"
-
-
-def number(value: float) -> str:
-    """Format a score with three decimals, or with three significant digits below 0.1."""
-    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
-
-
-def fixed(value: float) -> str:
-    """Format with three decimals, so that the numbers of a column align."""
-    return f"{value:.3f}"
-
-
-def moved(value: float) -> str:
-    """Format with a sign and three decimals; a value that rounds to zero gives `+0.000`."""
-    return f"{round(value, 3) + 0.0:+.3f}"
-
-
-def p_value(value: float) -> str:
-    """Format a p-value: 0.0312 -> `0.031`, 0.0001 -> `< 0.001`."""
-    return "< 0.001" if value < 0.001 else fixed(value)
-
-
 def headline(results: Mapping) -> tuple[float, list[dict]]:
     """Half the width of the win-rate axis, and one row per reward: rate, zero line, verdict and bar."""
     zero = results["zero"]
@@ -125,11 +101,6 @@ def headline(results: Mapping) -> tuple[float, list[dict]]:
             }
         )
     return half, rows
-
-
-def verdict(interval: Mapping[str, float], level: float) -> str:
-    """Whether an interval lies "above" `level`, "below" it, or contains it ("unclear")."""
-    return "above" if interval["low"] > level else "below" if interval["high"] < level else "unclear"
 
 
 def oracle_sections(results: Mapping) -> list[dict]:
@@ -215,8 +186,8 @@ def results_tables(results: Mapping) -> list[Table]:
         table.add_row(
             name,
             f"{100 * rate['mean']:.1f}",
-            _span(rate),
-            f"{100 * zero['mean']:.1f} ({_span(zero)})" if zero else "-",
+            span(rate),
+            with_span(zero) if zero else "-",
             f"{number(score['base'])} → {number(score['policy'])}",
             style=_style(verdict(rate, 0.5)),
         )
@@ -254,10 +225,6 @@ def _category_table(sections: Sequence[Mapping]) -> Table:
         ]
         table.add_row(rows[0]["name"], *cells)
     return table
-
-
-def _span(rate: Mapping[str, float]) -> str:
-    return f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}"
 
 
 def _style(outcome: str) -> str:

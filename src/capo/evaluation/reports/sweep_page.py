@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from capo.evaluation.reports.formats import verdict
 from capo.evaluation.reports.frontiers import COLORS, Study
-from capo.evaluation.reports.page import verdict
 from capo.evaluation.reports.templating import page_environment
 
 Row = Mapping[str, object]  # column -> value of a row of sweep.csv

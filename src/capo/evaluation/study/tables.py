@@ -9,7 +9,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from capo.evaluation.reports.page import p_value
+from capo.evaluation.reports.formats import p_value, span, with_span
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.statistics import holm
 from capo.evaluation.tables import latex_comment, latex_text
@@ -33,11 +33,6 @@ def shares(study: Mapping) -> tuple[str, str, str]:
     """Win-rates of both sides and their difference, in %: `54.5%`, `45.5%`, `+9.0%`, as rounded."""
     first = round(100 * study["win_rate"]["mean"], 1)
     return f"{first:.1f}%", f"{100 - first:.1f}%", f"{2 * first - 100:+.1f}%"
-
-
-def span(row: Mapping, low: str = "low", high: str = "high") -> str:
-    """Interval in %, `50.1–58.9`."""
-    return f"{100 * row[low]:.1f}–{100 * row[high]:.1f}"
 
 
 def write_study(folder: Path, study: Mapping) -> None:
@@ -108,7 +103,7 @@ def console_tables(studies: Sequence[Mapping]) -> list[Table]:
         rate, alpha = study["win_rate"], study["alpha"]
         table.add_row(
             " against ".join(study["names"]),
-            f"{100 * rate['mean']:.1f} ({span(rate)})",
+            with_span(rate),
             p_value(rate["holm"]),
             "-" if alpha is None else f"{alpha:.2f}",
             str(study["votes"]),
@@ -126,7 +121,7 @@ def _raters_table(study: Mapping) -> Table:
         table.add_row(
             rater["rater"],
             str(rater["votes"]),
-            "-" if rater["mean"] is None else f"{100 * rater['mean']:.1f} ({span(rater)})",
+            "-" if rater["mean"] is None else with_span(rater),
             f"{rater['failed']} of {rater['checks']}",
             "yes" if rater["counts"] else "no",
         )

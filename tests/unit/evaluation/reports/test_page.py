@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from capo.evaluation.reports.formats import number, verdict
 from capo.evaluation.reports.gallery import Change, Exhibit
-from capo.evaluation.reports.page import Report, number, print_results, remarks, render_report, verdict
+from capo.evaluation.reports.page import Report, print_results, remarks, render_report
 from capo.rewards import Reward
 
 RESULTS = {
