@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.export import find_policy, is_whole
-from capo.cli.build import base_of, built, family_of, rewards_of, sampler_settings, tuned_generator
+from capo.cli.build import base_of, built, family_of, rewards_of, sampler_settings, tuned_generator, use_base
 from capo.cli.compose import plain
 from capo.cli.engines import check_engine, engine_of
 from capo.cli.process import prepare_process
@@ -75,8 +75,7 @@ def run_benchmark(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> di
     command = " ".join(["python evaluate.py", *overrides])
     if cfg.run is not None:
         cfg = _of_run(cfg, overrides)
-    if cfg.base is not None:
-        cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
+    use_base(cfg)
     benchmark = built(cfg, "benchmark.set")
     if not isinstance(benchmark, Benchmark):
         target = cfg.benchmark.set._target_

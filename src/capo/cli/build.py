@@ -144,6 +144,12 @@ def sampler_settings(cfg: DictConfig) -> SamplerSettings:
     )
 
 
+def use_base(cfg: DictConfig) -> None:
+    """Let the key `base` of a configuration, where it is given, name the weights of its base."""
+    if cfg.base is not None:
+        cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
+
+
 def base_of(cfg: DictConfig, parts: Collection[str] | None = None) -> Backbone:
     """Load the base to work on this process's device (`own_device`), its denoiser stored as it draws.
 

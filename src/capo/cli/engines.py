@@ -25,11 +25,11 @@ from capo.data.scoring import ScoreStage
 from capo.data.stages import LatentStage, Order, Stage, TextStage
 from capo.errors import InputError
 from capo.runtime.launch import launch
+from capo.runtime.run_folder import WORKERS
 
 LOCAL, RAY = "local", "ray"  # kinds of engine
-STAGES = ("text", "latents", "scores")
 # stage of a pool -> parts of the base that a worker loads besides the VAE; None: all
-PARTS = {"text": (TEXT,), "latents": None, "scores": ()}
+PARTS = {TextStage.name: (TEXT,), LatentStage.name: None, ScoreStage.name: ()}
 
 
 def engine_of(cfg: DictConfig, policy: Path | None = None) -> Engine:
@@ -47,7 +47,7 @@ def engine_of(cfg: DictConfig, policy: Path | None = None) -> Engine:
         own.attempts,
         own.start_limit,
         threads,
-        {stage: Room(float(own[stage].devices), own[stage].workers) for stage in STAGES},
+        {stage: Room(float(own[stage].devices), own[stage].workers) for stage in PARTS},
     )
 
 
@@ -96,7 +96,7 @@ class StageBuilder:
         if order.stage == TextStage.name:
             stage = TextStage(*common)
         elif order.stage == ScoreStage.name:
-            logs = Path(cfg.run_dir) / "workers"
+            logs = Path(cfg.run_dir) / WORKERS
             trained, evaluated, oracle = all_rewards(cfg, logs)
             known = [*trained, *evaluated, *oracle, *held_out_rewards(cfg, trained, evaluated)]
             if OmegaConf.select(cfg, "benchmark.rewards"):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.model_card import ModelCard, write_card, write_win_rates
 from capo.cli.benchmark import run_benchmark
-from capo.cli.build import Components, build_components, tuned_generator
+from capo.cli.build import Components, build_components, tuned_generator, use_base
 from capo.cli.compose import plain
 from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import study_of
@@ -154,8 +154,7 @@ def choose_again(cfg: DictConfig, components: Components, folder: Path) -> None:
 
 def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
     """Evaluate the exported policy `cfg.policy` into `folder` with the composed configuration."""
-    if cfg.base is not None:
-        cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
+    use_base(cfg)
     check_place(folder)
     check_ready(cfg, watching=False)
     prepare_process(cfg.threads)

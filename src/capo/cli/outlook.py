@@ -15,7 +15,6 @@ from capo.cli.build import Components
 from capo.cli.plan import request_of
 from capo.cli.rates import gpu_name
 from capo.data.generation import PoolSpec, open_pool, stages_of
-from capo.data.pool import pool_name
 from capo.data.watching import Place, PoolWatch, watched
 from capo.errors import InputError
 from capo.preflight.devices import peak_of
@@ -46,7 +45,7 @@ def _request(cfg: DictConfig, components: Components) -> Request | None:
 def _missing(spec: PoolSpec, components: Components, name: str) -> dict[str, int] | None:
     """Units that a pool lacks, by stage, as the headers of its files tell; None: all of them."""
     generator = components.generator
-    folder = spec.root / pool_name(spec.model, generator.fingerprint, spec.seed, spec.split)
+    folder = spec.folder(generator.fingerprint)
     if not folder.is_dir():
         return None
     try:
@@ -89,7 +88,7 @@ def _places(
     fingerprint = components.generator.fingerprint
     found = {}
     for name, spec in specs.items():
-        pool = spec.root / pool_name(spec.model, fingerprint, spec.seed, spec.split)
+        pool = spec.folder(fingerprint)
         known = request is not None and name in request.pools
         found[pool] = Place(name, _by_stage(request, name) if request is not None and known else {})
     if request is not None and POLICY in request.pools:

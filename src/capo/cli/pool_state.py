@@ -12,7 +12,7 @@ from rich.table import Table
 
 from capo.cli.build import Components
 from capo.data.generation import open_pool, stages_of
-from capo.data.pool import Pool, pool_name
+from capo.data.pool import Pool, holds_pool
 from capo.data.pool_state import StageState, faults_of, repair, states_of, told_age
 from capo.data.stages import Stage
 from capo.errors import Unfinished
@@ -29,8 +29,8 @@ def pools_of(cfg: DictConfig, components: Components) -> Iterator[tuple[str, Poo
     for name, spec in components.pool_specs.items():
         if name == "train" and cfg.pool.imported:
             continue
-        folder = Path(spec.root) / pool_name(spec.model, generator.fingerprint, spec.seed, spec.split)
-        if (folder / "manifest.json").is_file():
+        folder = spec.folder(generator.fingerprint)
+        if holds_pool(folder):
             pool = open_pool(spec, generator)
             yield name, pool, stages_of(pool, spec, generator, components.judges[name], verify=False)
         else:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from capo.errors import InputError
 from capo.runtime.launch import launch
+from capo.runtime.run_folder import WORKERS
 
 
 def prepare_process(threads: int | None) -> int:
@@ -61,4 +62,4 @@ def check_common_folder(processes: int, overrides: Sequence[str]) -> None:
 
 def worker_logs() -> Path | None:
     """Folder for the logs of isolated rewards, in Hydra's output directory; None outside an entry script."""
-    return Path(HydraConfig.get().runtime.output_dir) / "workers" if HydraConfig.initialized() else None
+    return Path(HydraConfig.get().runtime.output_dir) / WORKERS if HydraConfig.initialized() else None

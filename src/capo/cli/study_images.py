@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from capo.cli.build import build_components, prompt_splits, tuned_generator
+from capo.cli.build import build_components, prompt_splits, tuned_generator, use_base
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import complete, run_config
@@ -45,8 +45,7 @@ def build_study(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Stud
             return _study(own, cfg.study, policy, images, folder)
     if cfg.policy is None:
         raise InputError("nothing to compare: give run=DIR or policy=FOLDER")
-    if cfg.base is not None:
-        cfg.model.backbone.weights = str(Path(str(cfg.base)).absolute())
+    use_base(cfg)
     return _study(cfg, cfg.study, Path(str(cfg.policy)), folder / POOLS, folder)
 
 

@@ -122,6 +122,10 @@ class PoolSpec:
                 f"pool of split '{self.split}': its prompt set is empty; give at least one prompt"
             )
 
+    def folder(self, generator: str) -> Path:
+        """Folder of the pool with the images of a generator, which is given by its fingerprint."""
+        return Path(self.root) / pool_name(self.model, generator, self.seed, self.split)
+
 
 def open_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool:
     """Open the spec's pool, or create it, and append missing prompts; nothing is sampled.
@@ -136,8 +140,7 @@ def open_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool:
         latent_space=fingerprints["latent_space"],
         text_encoders=fingerprints["text_encoders"],
     )
-    folder = Path(spec.root) / pool_name(spec.model, manifest.generator, spec.seed, spec.split)
-    pool = Pool.create(folder, manifest)
+    pool = Pool.create(spec.folder(manifest.generator), manifest)
     pool.append_prompts(spec.prompts, spec.split)
     pool.check_latent_shape(generator.backbone.latent_shape)
     return pool

@@ -17,6 +17,7 @@ from capo.backbones import Backbone
 from capo.backbones.weight_drift import WeightDrift, weight_drift
 from capo.data.generation import ImageGenerator, PoolSpec
 from capo.data.images import GeneratedImages, Scores, Side
+from capo.data.pool import holds_pool
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.diversity import (
     SAMPLE,
@@ -294,5 +295,5 @@ def _write(
 def _remove_other_pools(root: Path, kept: Path) -> None:
     """Remove the images of policies that were evaluated in this folder before."""
     for folder in root.iterdir():
-        if folder.name != kept.name and (folder / "manifest.json").is_file():
+        if folder.name != kept.name and holds_pool(folder):
             shutil.rmtree(folder)

@@ -26,6 +26,7 @@ EVALUATION = "evaluation"  # folder of the files in the next line
 RESULTS, SETTINGS, REPORT, POOLS = "results.json", "settings.json", "report.html", "pool"
 RATES = "win_rates.csv"  # of an evaluation, by prompt
 MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key of the outcome
+WORKERS = "workers"  # folder of the logs of rewards
 WRITTEN = (CALIBRATION, VALIDATION, POLICY, EVALUATION, CHECKPOINTS, METRICS, STRENGTH, OUTCOME)  # by a run
 PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run
 

@@ -30,8 +30,8 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
     """Run the shards of a stage one after another in this process, until none is missing.
 
     Shards locked by another process are skipped and checked again later, in case that process dies. Of the
-    processes of a launcher, the first shows the progress of all. Raises
-    RuntimeError if a shard is missing after it was written.
+    processes of a launcher, the first shows the progress of all. Raises RuntimeError if a shard is missing
+    after it was written.
     """
     todo = stage.todo()
     if not todo:

@@ -25,8 +25,18 @@ table of prompts is refused, since positions cannot be made again.
 
 from capo.data.pool.headers import DamagedShard
 from capo.data.pool.layout import BLOCK, Shard, pool_name
-from capo.data.pool.manifest import SCHEMA, Manifest
+from capo.data.pool.manifest import SCHEMA, Manifest, holds_pool
 from capo.data.pool.reader import PoolReader
 from capo.data.pool.store import Pool
 
-__all__ = ["BLOCK", "SCHEMA", "DamagedShard", "Manifest", "Pool", "PoolReader", "Shard", "pool_name"]
+__all__ = [
+    "BLOCK",
+    "SCHEMA",
+    "DamagedShard",
+    "Manifest",
+    "Pool",
+    "PoolReader",
+    "Shard",
+    "holds_pool",
+    "pool_name",
+]

@@ -61,6 +61,11 @@ class Manifest:
         write_file(folder / NAME, json.dumps(asdict(self), indent=2).encode() + b"\n")
 
 
+def holds_pool(folder: Path) -> bool:
+    """Whether a pool was begun in this folder: its manifest is the first file that is written."""
+    return (folder / NAME).is_file()
+
+
 def _fault(values: dict[str, Any]) -> str | None:
     """What is wrong with the fields of a manifest, or None."""
     kinds = Manifest.__annotations__
