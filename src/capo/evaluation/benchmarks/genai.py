@@ -11,7 +11,7 @@ from torch import Tensor
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
-from capo.evaluation.benchmarks.reading import official_file, read_json, text_of
+from capo.evaluation.benchmarks.reading import official_file, official_json, text_of
 
 WHAT = (
     "the folder with genai_image.json and genai_skills.json, GenAI-Image-1600 or -527, which the scorer "
@@ -33,8 +33,8 @@ def genai(path: str | None = None) -> Benchmark:
         InputError: the files are not given or cannot be read, or a skill has a prompt that is not listed.
     """
     folder, place = official_file(path, WHAT)
-    records = read_json(folder / "genai_image.json", f"{place}/genai_image.json")
-    skills = read_json(folder / "genai_skills.json", f"{place}/genai_skills.json")
+    records = official_json(folder / "genai_image.json", f"{place}/genai_image.json")
+    skills = official_json(folder / "genai_skills.json", f"{place}/genai_skills.json")
     if not isinstance(records, dict) or not isinstance(skills, dict):
         raise InputError(
             f"{place}: genai_image.json and genai_skills.json must hold entries by name; get them again"

@@ -7,7 +7,7 @@ from pathlib import Path
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture, groups_of
-from capo.evaluation.benchmarks.reading import official_file, read_json
+from capo.evaluation.benchmarks.reading import official_file, official_json
 
 WHAT = (
     "the folder with anime.json, concept-art.json, paintings.json and photo.json (zhwang/HPDv2, benchmark/)"
@@ -32,7 +32,7 @@ def hpsv2(
     lists = {}
     for style in STYLES:
         file, place = _list(path, style, hub, revision)
-        texts = read_json(file, place)
+        texts = official_json(file, place)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{place}: must be a list of texts; get the file again")
         lists[style] = texts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 from capo.runtime.hub import hub_file
+from capo.runtime.reading import parse_json, parse_object
 
 KEY = "benchmark.set"
 
@@ -46,12 +46,12 @@ def official_file(
     return hub_file(hub, name, revision, KEY), f"{KEY}: {hub}/{name}"
 
 
-def read_json(path: Path, place: str) -> Any:
+def official_json(path: Path, place: str) -> Any:
     """Read a JSON file; InputError if it is none."""
     try:
-        return json.loads("".join(decoded_lines(path, place)))
+        return parse_json("".join(decoded_lines(path, place)))
     except ValueError as error:
-        raise InputError(f"{place}: not JSON ({error}); get the file again") from error
+        raise InputError(f"{place}: {error}; get the file again") from error
 
 
 def read_records(path: Path, place: str) -> list[tuple[str, dict[str, Any]]]:
@@ -59,12 +59,9 @@ def read_records(path: Path, place: str) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for number, line in enumerate(decoded_lines(path, place), start=1):
         try:
-            record = json.loads(line)
+            found.append((line.strip(), parse_object(line)))
         except ValueError as error:
-            raise InputError(f"{place}: line {number} is not JSON ({error}); get the file again") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{place}: line {number} is no JSON object; get the file again")
-        found.append((line.strip(), record))
+            raise InputError(f"{place}: line {number}: {error}; get the file again") from error
     return found
 
 

@@ -12,7 +12,7 @@ from capo.data.prompts import make_prompt
 from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture, groups_of
-from capo.evaluation.benchmarks.reading import means, official_file, read_json
+from capo.evaluation.benchmarks.reading import means, official_file, official_json
 
 WHAT = "T2I-CompBench's lists, examples/dataset (https://github.com/Karine-Huang/T2I-CompBench)"
 # category -> where its scorer writes its figures, below the folder of the category
@@ -122,7 +122,7 @@ def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
     for name, numbers in benchmark.groups.items():
         file = place / name / RESULTS[name] / "vqa_result.json"
         key, found = f"results={file}", {}
-        for entry in read_json(file, key):
+        for entry in official_json(file, key):
             try:
                 row, figure = int(entry["question_id"]) // benchmark.images, float(entry["answer"])
             except (KeyError, TypeError, ValueError) as error:

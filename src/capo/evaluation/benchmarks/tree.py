@@ -16,6 +16,7 @@ from capo.data.prompts import candidate_seed
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Picture
 from capo.runtime.files import ELSEWHERE, whole_file, write_table, write_whole
+from capo.runtime.reading import read_json
 from capo.runtime.run_folder import REPORT
 
 IMAGES, SEEDS, README = "images", "images.csv", "README.md"
@@ -32,13 +33,9 @@ def claim(folder: Path, row: str, settings: Mapping[str, object]) -> None:
     """
     mark = folder / MARK
     try:
-        stored = json.loads(mark.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("it holds no names with values")
+        stored = read_json(mark, f"move the folder away, or {ELSEWHERE}")
     except FileNotFoundError:
         stored = {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{mark} cannot be read ({error}): move the folder away, or {ELSEWHERE}") from error
     if row not in stored:
         if os.path.lexists(folder / IMAGES / row):
             raise InputError(
