@@ -17,6 +17,7 @@ from capo.data.pool_state import StageState, faults_of, repair, states_of, told_
 from capo.data.stages import Stage
 from capo.errors import Unfinished
 from capo.runtime.files import write_whole
+from capo.runtime.outlook import HOUR, Hours, told_time
 from capo.runtime.terminal import Terminal
 
 STATUS = "status.json"
@@ -66,7 +67,7 @@ def _cells(state: StageState) -> list[str]:
         f"{state.done}/{state.total}",
         f"{state.done / state.total:.0%}" if state.total else "",
         f"{state.rate:.3g}" if state.rate else "",
-        "" if left is None else "none" if not left else f"{left / 3600:.1f} h",
+        "" if left is None else "none" if not left else told_time(Hours(left / HOUR)),
         f"{state.size / 2**20:,.1f}",
         "" if state.newest is None else told_age(state.newest),
     ]
