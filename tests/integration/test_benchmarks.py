@@ -59,6 +59,13 @@ def test_many_rewards(monkeypatch, capsys):
     assert len(rows) == 14 and all(len(row) == 6 for row in rows)
     few, many = rows[0], rows[6]  # 2 and 12 independent rewards
     assert few[1].startswith("100.0%") and float(many[1].split("%")[0]) < 50 < float(many[3].split("%")[0])
+@pytest.mark.slow
+def test_reference_reuse(printed):
+    told = printed("reference_reuse", "--batch", "2", "--prompts", "4", "--steps", "1", "--runs", "1")
+    found = rates(told, "pairs")
+    assert list(found) == ["reused", "computed"] and all(rate > 0 for rate, _ in found.values())
+    assert "on disk: 2 passes" in told and "(20.0 bytes a pair)" in told
+    assert "weights of reused and computed after their last step: 0 apart" in told
 
 
 def test_sampling(printed):
