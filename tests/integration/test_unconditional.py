@@ -6,16 +6,19 @@ import json
 import pytest
 import torch
 
+from capo.backbones.export import load_policy
+from capo.backbones.sampling import sample_prompts
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
-from capo.cli.build import base_of
+from capo.cli.build import base_of, rewards_of, sampler_settings
 from capo.cli.parts import module_of
 from capo.cli.readiness import check_sharded_guidance
+from capo.data.prompts import candidate_seed, make_prompt
 from capo.errors import InputError
 from fixtures.fake_rewards import BRIGHTNESS
 
 STRONG = ["trainer.lr=0.01", "trainer.warm_up=0", "sampling.guidance=4", "sampling.parallel=batches"]
-LORA = ["+model.lora.rank=2", "+model.lora.alpha=2"]
+LORA = ["+model.lora.rank=2", "+model.lora.alpha=2", "+model.lora.seed=0"]
 
 
 def scores(folder):
@@ -63,6 +66,21 @@ def test_validation_and_evaluation_sample_with_the_base(tiny_run, kind):
     assert evaluated(tiny_run, own, "policy") == first
 
 
+def mean_score(cfg, backbone, denoiser, unconditional):
+    """Mean score by the reward r of the validation images that these two networks draw."""
+    prompts = [make_prompt(text) for text in ("red cat", "blue dog")]
+    seeds = [
+        [candidate_seed(cfg.evaluation.seed, prompt.id, index) for index in range(2)] for prompt in prompts
+    ]
+    text = backbone.encode_prompts([prompt.text for prompt in prompts])
+    latents = sample_prompts(
+        backbone, denoiser, text, seeds, sampler_settings(cfg), unconditional=unconditional
+    )
+    images = backbone.decode(latents.half().float().flatten(0, 1), batch=4)
+    (reward,) = (reward for reward in rewards_of(cfg, "rewards") if reward.name == "r")
+    return reward.score(images, [prompt.text for prompt in prompts for _ in range(2)]).mean().item()
+
+
 def test_another_policy_is_a_negative_one(tiny_run):
     negative = tiny_run.folder / "negative"
     train_script.run(tiny_run(negative.name, *STRONG, *LORA, "seed=3", "evaluate=false"))
@@ -70,6 +88,57 @@ def test_another_policy_is_a_negative_one(tiny_run):
     train_script.run(tiny_run(folder.name, *STRONG, f"sampling.unconditional={negative / 'policy'}"))
     outcome = json.loads((negative / "outcome.json").read_text())
     assert settings(folder)["unconditional"] == outcome["policy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [LORA, []], ids=["lora", "full"])
+def test_a_swapped_run_is_a_negative_model_and_serves_another(tiny_run, more):
+    """It is validated and evaluated as the base's unconditional prediction, and another policy uses it."""
+    kind = len(more)
+    plain, negative, user = (tiny_run.folder / f"{name}-{kind}" for name in ("plain", "negative", "user"))
+    train_script.run(tiny_run(plain.name, *STRONG, *more, "evaluate=false"))
+    train_script.run(tiny_run(negative.name, *STRONG, *more, "selection.swap=true"))
+    weights = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (plain, negative)
+    ]
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    # evaluated: the base with the policy beside it
+    own, outcome = settings(negative), json.loads((negative / "outcome.json").read_text())
+    assert own["policy"] == own["base"] and own["unconditional"] == outcome["policy"]
+    assert own["policy_generator"] != own["base_generator"]
+    # validated likewise: the score is that of images drawn so, and not of the policy's own
+    cfg = tiny_run("unused", *STRONG, *more)
+    base, policy = base_of(cfg), load_policy(base_of(cfg), negative / "policy")
+    beside, itself = (mean_score(cfg, base, *pair) for pair in ((base.denoiser, policy), (policy, None)))
+    assert scores(negative)[-1] == pytest.approx(beside, abs=1e-4)
+    assert abs(beside - itself) > 1e-3
+    card = (negative / "policy" / "README.md").read_text()
+    assert "a negative model\n" in card and "| negative model | winner and loser are exchanged" in card
+    assert "won by the base with this unconditional prediction against the base" in card
+    assert "negative model" not in (plain / "policy" / "README.md").read_text()
+    # another policy takes its unconditional prediction from it
+    train_script.run(tiny_run(user.name, *STRONG, f"sampling.unconditional={negative / 'policy'}"))
+    assert settings(user)["unconditional"] == outcome["policy"]
+    assert settings(user)["policy"] != settings(user)["base"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "sampling.unconditional=base",
+            "sampling.unconditional=base: must be policy with selection.swap=true",
+        ),
+        ("sampling.guidance=1", "sampling.guidance=1: must be above 1 with selection.swap=true"),
+    ],
+)
+def test_a_swap_that_validation_could_not_use_is_refused_before_weights_load(
+    tiny_run, monkeypatch, override, told
+):
+    monkeypatch.setattr("capo.cli.tune.build_components", lambda *_, **__: pytest.fail("weights load"))
+    with pytest.raises(InputError, match=told):
+        train_script.run(tiny_run("refused", "sampling.guidance=4", "selection.swap=true", override))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +168,9 @@ def test_what_cannot_be_sharded_is_refused_with_several_processes(tiny_run):
     check_sharded_guidance(tiny_run("unused", folder, "trainer.strategy=ddp"), 2)
     with pytest.raises(InputError, match=r"unconditional=base: trainer.strategy=fsdp .* objective=sft"):
         check(base, "objective=sft")
+    check("selection.swap=true")
+    with pytest.raises(InputError, match=r"selection.swap=true: trainer.strategy=fsdp .* objective=sft"):
+        check("selection.swap=true", "objective=sft")
     with pytest.raises(InputError, match=r"unconditional=somewhere: .*evaluate.py run=DIR"):
         check(folder)
 

@@ -17,7 +17,14 @@ from capo.runtime.files import write_whole
 from capo.runtime.reading import read_text
 
 UNCONDITIONAL = "unconditional prediction under guidance"
+NEGATIVE = "negative model"  # name of the fact that a policy was trained for the opposite
 README = "README.md"
+NEGATIVE_LINES = [
+    "Sampled by itself, as these lines do, it draws what is disliked. It is meant to make the unconditional",
+    "prediction of another policy or of the base, which guidance then leads away from it:",
+    "`sampling.unconditional` is the key that takes this folder.",
+    "",
+]
 MADE, RATES = "## How it was made", "## Win-rates against the base"
 
 
@@ -113,7 +120,7 @@ def _elsewhere_lines(backbone: Backbone, folder: Path) -> list[str]:
     return ["## In other programs", "", *sentences, ""] if sentences else []
 
 
-def _win_rate_lines(win_rates: Mapping[str, Mapping[str, float]] | None) -> list[str]:
+def _win_rate_lines(win_rates: Mapping[str, Mapping[str, float]] | None, negative: bool = False) -> list[str]:
     title = [RATES, ""]
     if not win_rates:
         return [*title, "Not evaluated.", ""]
@@ -121,9 +128,11 @@ def _win_rate_lines(win_rates: Mapping[str, Mapping[str, float]] | None) -> list
         f"| {reward} | {100 * rate['mean']:.1f} | {100 * rate['low']:.1f} - {100 * rate['high']:.1f} |"
         for reward, rate in win_rates.items()
     ]
+    sampled = "by the base with this unconditional prediction " if negative else ""
     return [
         *title,
-        "Share of comparisons won against the base on held-out prompts, in %; 50 is the base itself.",
+        f"Share of comparisons won {sampled}against the base on held-out prompts, in %; "
+        "50 is the base itself.",
         "",
         "| reward | win-rate | 95 % interval |",
         "|---|---|---|",
@@ -134,7 +143,7 @@ def _win_rate_lines(win_rates: Mapping[str, Mapping[str, float]] | None) -> list
 
 def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
     """Return the README, in Markdown, of the policy in `folder`; `name` is the folder's final one."""
-    weights = base_weights(backbone)
+    weights, negative = base_weights(backbone), NEGATIVE in card.settings
     front = [
         "---",
         "library_name: diffusers",
@@ -155,7 +164,7 @@ def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
     head = [
         *front,
         "",
-        f"# {backbone.name}, tuned with {card.objective}",
+        f"# {backbone.name}, tuned with {card.objective}" + (f": a {NEGATIVE}" if negative else ""),
         "",
         "## Loading it",
         "",
@@ -165,9 +174,10 @@ def readme(backbone: Backbone, folder: Path, name: str, card: ModelCard) -> str:
         _load_lines(backbone, folder, name, card.unconditional),
         "```",
         "",
+        *(NEGATIVE_LINES if negative else ()),
         *_elsewhere_lines(backbone, folder),
     ]
-    return "\n".join([*head, *_made_lines(facts), *_win_rate_lines(card.win_rates)])
+    return "\n".join([*head, *_made_lines(facts), *_win_rate_lines(card.win_rates, negative)])
 
 
 def _made_lines(facts: Mapping[str, object]) -> list[str]:

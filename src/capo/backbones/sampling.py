@@ -29,7 +29,8 @@ class SamplerSettings:
 
     Attributes:
         steps: number of denoising steps.
-        guidance: scale of classifier-free guidance; up to 1, no unconditional pass is made.
+        guidance: scale of classifier-free guidance. From 0 to 1, as in pipelines, no unconditional pass is
+            made; below 0 images lead away from the prompt.
         batch: images in one forward pass, before guidance doubles them.
         parallel: what the threads of a CPU share: `operations`, or whole `batches` (`capo.runtime.threads`).
         precision: precision of the denoiser's forward passes, by Lightning's name; mixed ones use autocast.
@@ -81,6 +82,11 @@ class SamplerSettings:
             raise InputError(f"sampling.guidance {self.guidance} must be a finite number")
 
 
+def is_guided(guidance: float) -> bool:
+    """Whether a scale of guidance reads the unconditional prediction: one that is not from 0 to 1."""
+    return not 0 <= guidance <= 1
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return the context in which a denoiser stored for `precision` is called on `device`."""
     dtype = AUTOCAST[precision]
@@ -126,7 +132,7 @@ def sample(
         generators: one per candidate, those that drew `noise`; needed by schedulers that draw noise at each
             step (DDPM, ancestral ones).
         unconditional: the network of the unconditional prediction, on the backbone's device; None: `denoiser`
-            itself. Up to guidance 1 it is not read.
+            itself. Without guidance it is not read.
 
     Raises:
         InputError: `generators` are needed and missing, or the scheduler refuses that number of steps.
@@ -169,9 +175,9 @@ def _started(backbone: Backbone, steps: int) -> Scheduler:
 
 
 def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> Text:
-    """Move text to the backbone's device; above guidance 1, (2B, ...) with the negative branch first."""
+    """Move text to the backbone's device; with guidance, (2B, ...) with the negative branch first."""
     text = {key: value.to(backbone.device) for key, value in text.items()}
-    if guidance <= 1:
+    if not is_guided(guidance):
         return text
     negative = backbone.unconditional(count)
     return {key: torch.cat([negative[key].to(value.dtype), value]) for key, value in text.items()}
@@ -190,7 +196,7 @@ def _guided(
 
     Both branches run in one forward pass, unless eps_u comes from a network of its own.
     """
-    if guidance <= 1:
+    if not is_guided(guidance):
         return backbone.predict(denoiser, noisy, t, conditions).float()
     if unconditional is None:
         both = backbone.predict(denoiser, torch.cat([noisy, noisy]), t, conditions).float()
@@ -232,7 +238,7 @@ def encode_unconditional(backbone: Backbone, settings: SamplerSettings, images: 
 
     Called before a denoiser is on the device, it spares the memory for text encoders beside it.
     """
-    if settings.guidance <= 1:
+    if not is_guided(settings.guidance):
         return
     batch = settings.batch
     counts = {size for each in images for size in (min(batch, each), each % batch) if size}

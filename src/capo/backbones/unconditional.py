@@ -16,6 +16,7 @@ from capo.backbones.lora import adapter_off
 from capo.backbones.models import Denoiser
 from capo.backbones.precision import stored_for
 from capo.backbones.sampling import BASE, POLICY, SamplerSettings
+from capo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ class UnconditionalText:
             mask = rows.to(value.device).view(-1, *[1] * (value.ndim - 1))
             found[name] = torch.where(mask, self.text[name].to(value), value)
         return found
+
+
+def check_negative(settings: SamplerSettings) -> None:
+    """Raise InputError unless these settings read a negative model as the base's unconditional prediction."""
+    if settings.unconditional != POLICY:
+        raise InputError(
+            f"sampling.unconditional={settings.unconditional}: must be {POLICY} with selection.swap=true, "
+            "whose negative model itself makes the unconditional prediction, that of the base"
+        )
+    if settings.guidance <= 1:
+        raise InputError(
+            f"sampling.guidance={settings.guidance:g}: must be above 1 with selection.swap=true: a negative "
+            "model is validated as the unconditional prediction of the base, which only guidance reads"
+        )
 
 
 def unconditional_of(backbone: Backbone, settings: SamplerSettings) -> Unconditional | None:

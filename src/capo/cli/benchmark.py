@@ -11,7 +11,16 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.export import find_policy, is_whole
-from capo.cli.build import base_of, built, family_of, rewards_of, sampler_settings, tuned_generator, use_base
+from capo.cli.build import (
+    base_of,
+    built,
+    family_of,
+    is_negative,
+    rewards_of,
+    sampler_settings,
+    tuned_generator,
+    use_base,
+)
 from capo.cli.compose import plain
 from capo.cli.engines import check_engine, engine_of
 from capo.cli.process import prepare_process
@@ -134,7 +143,7 @@ def _generators(cfg: DictConfig) -> Iterator[tuple[str, ImageGenerator]]:
     if with_base or own is None:
         base = ImageGenerator.base(base_of(cfg), sampler_settings(cfg), engine_of(cfg))
         if policy is not None and own is None:
-            yield POLICY, tuned_generator(base, policy, engine_of(cfg, policy))
+            yield POLICY, tuned_generator(base, policy, engine_of(cfg, policy), is_negative(cfg))
         if with_base:
             yield BASE, base
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.inversion import Inversion
 from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
-from capo.backbones.unconditional import unconditional_of
+from capo.backbones.unconditional import Unconditional, check_negative, unconditional_of
 from capo.cli.compose import plain
 from capo.cli.process import worker_logs
 from capo.cli.targets import Place, find, place_of
@@ -161,12 +161,26 @@ def base_of(cfg: DictConfig, parts: Collection[str] | None = None) -> Backbone:
     return built(cfg, "model.backbone", name=cfg.model.name, **only).prepare(drawing).to(device)
 
 
-def tuned_generator(base: ImageGenerator, policy: Path, engine: Engine | None = None) -> ImageGenerator:
+def is_negative(cfg: DictConfig) -> bool:
+    """Whether the policy of this configuration is a negative model; a stored one may lack the key."""
+    return bool(OmegaConf.select(cfg, "selection.swap"))
+
+
+def tuned_generator(
+    base: ImageGenerator, policy: Path, engine: Engine | None = None, negative: bool = False
+) -> ImageGenerator:
     """Generator that samples from an exported policy with the settings of its base's generator.
 
-    The engine is one for this policy, by default a local one.
+    The engine is one for this policy, by default a local one. A `negative` model is not sampled itself: it
+    makes the unconditional prediction of the base. Raises InputError if the settings would not read it.
     """
     backbone, settings = base.backbone, base.settings
+    if negative:
+        check_negative(settings)
+        network = Unconditional(
+            load_policy(backbone, policy, settings.drawing), policy_fingerprint(backbone, policy)
+        )
+        return replace(base, unconditional=network, engine=engine or LocalEngine())
     return ImageGenerator(
         backbone,
         load_policy(backbone, policy, settings.drawing),

@@ -13,6 +13,7 @@ from capo.cli.build import (
     all_rewards,
     base_of,
     held_out_rewards,
+    is_negative,
     rewards_of,
     sampler_settings,
     tuned_generator,
@@ -104,7 +105,9 @@ class StageBuilder:
             by_key = {reward.key: reward for reward in known}
             stage = ScoreStage(*common, [by_key[key] for key in order.rewards], order.candidates)
         else:
-            drawn = tuned_generator(base, Path(self.policy)) if self.policy else base
+            drawn = (
+                tuned_generator(base, Path(self.policy), negative=is_negative(cfg)) if self.policy else base
+            )
             check_same("generator", drawn.fingerprint, pool)
             guide = drawn.unconditional and drawn.unconditional.network
             stage = LatentStage(*common, order.candidates, drawn.denoiser, guide)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.model_card import ModelCard, write_card, write_win_rates
 from capo.cli.benchmark import run_benchmark
-from capo.cli.build import Components, build_components, tuned_generator, use_base
+from capo.cli.build import Components, build_components, is_negative, tuned_generator, use_base
 from capo.cli.compose import plain
 from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import study_of
@@ -77,7 +77,8 @@ def evaluate_policy(
         )
     put_back(policy)
     components = engaged(cfg, components)
-    tuned = tuned_generator(components.generator, policy, engine_of(cfg, policy))
+    negative = is_negative(cfg)
+    tuned = tuned_generator(components.generator, policy, engine_of(cfg, policy), negative)
     if not launch().first:
         draw_for_evaluation(components, tuned, folder)
         return None
@@ -88,7 +89,7 @@ def evaluate_policy(
         components.evaluation_rewards,
         zero=components.pool_specs["zero"],
         oracle=components.oracle,
-        title=f"{cfg.model.name}: tuned against base",
+        title=f"{cfg.model.name}: {'base with a negative model' if negative else 'tuned'} against base",
         config=OmegaConf.to_yaml(cfg, resolve=True),
         curves=run and run / METRICS,
         strength=run and read_strength(run),

@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from capo.cli.build import target_name
+from capo.backbones.model_card import NEGATIVE
+from capo.cli.build import is_negative, target_name
 from capo.module import PreferenceModule
 from capo.noise import DRAWN, PRIOR
 from capo.objectives.averaging import INSIDE, OUTSIDE
@@ -14,6 +15,9 @@ from capo.runtime.launch import Division, divide, launch
 from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
 
 REDUCED = {OUTSIDE: "mean of their losses", INSIDE: "loss of their mean margin"}
+NEGATIVE_USE = (
+    "winner and loser are exchanged; validated and evaluated as the unconditional prediction of the base"
+)
 OPTIMIZERS = {ADAMW: "AdamW", ADAMW_8BIT: "AdamW with moments in 8 bits"}
 
 
@@ -49,6 +53,7 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         **({"anchor": held} if anchor.weight else {}),
         "pairs": target_name(cfg.pairs),
         **({"candidates of a prompt": cfg.selection.group} if cfg.selection.group > 2 else {}),
+        **({NEGATIVE: NEGATIVE_USE} if is_negative(cfg) else {}),
         "calibration": cfg.calibration,
         "weighting": weighting,
         "times": f"{noise.draw}, {noise.times}{times}",

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import encode_unconditional
-from capo.cli.build import Components, built, inversion_of
+from capo.cli.build import Components, built, inversion_of, is_negative
 from capo.cli.compose import plain
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
@@ -55,7 +55,7 @@ def validation_of(
         HeldOut(components.held_out, cfg.evaluation.seed),
         Choice(settings.monitor, cfg.evaluation.seed),
         WeightAverage(cfg.trainer.ema),
-        unconditional_branch(module, sampler),
+        unconditional_branch(module, sampler, is_negative(cfg)),
     )
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
-from capo.backbones.sampling import BASE
+from capo.backbones.sampling import BASE, is_guided
 from capo.backbones.sampling import POLICY as ITSELF
 from capo.cli.build import built, family_of, inversion_of, prompt_splits, sampler_settings
 from capo.cli.compose import plain
@@ -180,11 +180,11 @@ def request_of(cfg: DictConfig, counts: dict[str, int | None]) -> Request:
     blueprint, sampling = blueprint_of(cfg), cfg.sampling
     drawing = SamplingRequest(
         sampling.steps,
-        2 if sampling.guidance > 1 else 1,
+        2 if is_guided(sampling.guidance) else 1,
         sampling.batch,
         sampling.precision,
         sampling.decode or sampling.batch,
-        sampling.unconditional != ITSELF,
+        sampling.unconditional != ITSELF or cfg.selection.swap,
         sampling.unconditional not in (ITSELF, BASE),
         sampler_settings(cfg).drawing.plain_blocks,
     )

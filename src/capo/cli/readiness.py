@@ -14,14 +14,17 @@ from capo.backbones.inversion import NO_INVERSION
 from capo.backbones.loading import MissingWeights, find_pipeline, find_vae, pipeline_index
 from capo.backbones.lora import LORA_FILE
 from capo.backbones.sampling import BASE, POLICY
+from capo.backbones.unconditional import check_negative
 from capo.cli.build import (
     all_rewards,
     built,
     family_of,
     held_out_rewards,
+    is_negative,
     label_sources,
     pool_specs,
     prompt_splits,
+    sampler_settings,
     target_name,
 )
 from capo.cli.engines import check_engine
@@ -183,7 +186,9 @@ def check_reward_weights(rewards: Sequence[Reward]) -> None:
 
 
 def check_unconditional(cfg: DictConfig) -> None:
-    """InputError where `sampling.unconditional` is no word and no folder of an exported policy."""
+    """InputError where `sampling.unconditional` is no word and no policy's folder, or does not fit a swap."""
+    if is_negative(cfg):
+        check_negative(sampler_settings(cfg))
     source, component = cfg.sampling.get("unconditional", POLICY), family_of(cfg)[0].denoiser_component
     if source in (POLICY, BASE) or holds_policy(source, component):
         return
@@ -197,7 +202,8 @@ def check_unconditional(cfg: DictConfig) -> None:
 
 def check_sharded_guidance(cfg: DictConfig, processes: int) -> None:
     """InputError where training shards its networks, but the unconditional prediction's would be whole."""
-    source = cfg.sampling.get("unconditional", POLICY)
+    negative = is_negative(cfg)
+    source = BASE if negative else cfg.sampling.get("unconditional", POLICY)
     if cfg.trainer.strategy != FSDP or processes == 1 or source == POLICY:
         return
     whole = "that policy"
@@ -205,6 +211,11 @@ def check_sharded_guidance(cfg: DictConfig, processes: int) -> None:
         if cfg.model.lora or requirements(built(cfg, "objective")).reference:
             return
         whole = f"the base, which objective={target_name(cfg.objective)} does not read in training"
+    if negative:
+        raise InputError(
+            f"selection.swap=true: trainer.strategy={FSDP} does not shard {whole}, beside which a negative "
+            "model is validated; choose an objective that reads the reference, or trainer=ddp"
+        )
     raise InputError(
         f"sampling.unconditional={source}: trainer.strategy={FSDP} does not shard {whole}; train with "
         "sampling.unconditional=policy, and evaluate with it afterwards: "

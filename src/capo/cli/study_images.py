@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from capo.cli.build import build_components, prompt_splits, tuned_generator, use_base
+from capo.cli.build import build_components, is_negative, prompt_splits, tuned_generator, use_base
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
 from capo.cli.run_config import complete, run_config
@@ -62,13 +62,16 @@ def _study(cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, fo
 
     put_back(policy)
     base = components.generator
-    first = drawn(tuned_generator(base, policy), images)
+    first = drawn(tuned_generator(base, policy, negative=is_negative(cfg)), images)
     if settings.against is None:
         second, names = drawn(base, spec.root), (TUNED, str(cfg.model.name))
     else:
         other = Path(str(settings.against))
         put_back(other)
-        second, names = drawn(tuned_generator(base, other), folder / POOLS), (str(policy), str(other))
+        second, names = (
+            drawn(tuned_generator(base, other, negative=is_negative(cfg)), folder / POOLS),
+            (str(policy), str(other)),
+        )
     if settings.names is not None:
         names = (str(settings.names[0]), str(settings.names[1]))
     return make_study(

@@ -66,6 +66,7 @@ def tune(
         cfg.noise.shared,
         group=cfg.selection.group,
         source=cfg.noise.source,
+        swap=cfg.selection.swap,
     )
     print_selection(candidates, data.described, console)
     found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))

@@ -131,6 +131,7 @@ def select_candidates(
     shared_noise: bool,
     group: int = 2,
     source: str = DRAWN,
+    swap: bool = False,
 ) -> Candidates:
     """Calibrate the raw scores of a complete pool and select pairs.
 
@@ -145,6 +146,7 @@ def select_candidates(
         shared_noise: whether winner and loser share their noise.
         group: number of candidates of a prompt in a visit (`PairDataset`).
         source: one of `capo.noise.SOURCES`; `prior` gives each candidate the noise that it was sampled from.
+        swap: whether winner and loser are exchanged in each visit (`PairDataset`).
 
     Raises:
         InputError: if an imported pool is asked for prior noise, the strategy does not fit the rewards, the
@@ -164,7 +166,15 @@ def select_candidates(
         )
     prior = pool.manifest.seed if source == PRIOR else None
     dataset = PairDataset(
-        PoolReader(pool), positions, prompts, selection, seed, shared_noise, group=group, prior_seed=prior
+        PoolReader(pool),
+        positions,
+        prompts,
+        selection,
+        seed,
+        shared_noise,
+        group=group,
+        prior_seed=prior,
+        swap=swap,
     )
     spreads = [
         found if label.graded else dataclasses.replace(found, flat=math.nan, saturated=math.nan)

@@ -89,6 +89,8 @@ class PairDataset(Dataset):
             replacement, stand between winner and loser.
         prior_seed: seed of a pool that was sampled here: each candidate has the noise that it was sampled
             from, at every visit and time. None: the noise of a visit is drawn. u does not depend on it.
+        swap: whether winner and loser are exchanged, each with its noise, and every reward R_ca is 1 - R_ca,
+            what it would be for negated scores. The draws are the same, dR stays positive.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class PairDataset(Dataset):
         shared_noise: bool = False,
         group: int = 2,
         prior_seed: int | None = None,
+        swap: bool = False,
     ):
         if not len(positions) == len(prompts) == len(selection.pairs):
             raise ValueError(
@@ -109,7 +112,7 @@ class PairDataset(Dataset):
             )
         check_group(group, selection.rewards.shape[1])
         check_shared_prior(shared_noise, prior_seed is not None)
-        self.group, self.prior_seed = group, prior_seed
+        self.group, self.prior_seed, self.swap = group, prior_seed, swap
         self.reader, self.positions, self.prompts = reader, list(positions), list(prompts)
         self.selection, self.seed, self.shared_noise = selection, seed, shared_noise
         self.stored_text = True  # whether to read the pool's text embeddings
@@ -137,12 +140,17 @@ class PairDataset(Dataset):
         if self.times.kind == STRATIFIED:
             u = stratified_u(self.seed, *place)
             later = [((u + n / (1 + len(later))) % 1, other) for n, (_, other) in enumerate(later, 1)]
+        rewards = self.selection.rewards[row, drawn]
+        if self.swap:
+            order = [len(drawn) - 1, *range(1, len(drawn) - 1), 0]
+            latents, rewards, noise = latents[order], 1 - rewards[order], noise[order]
+            later = [(time, other[order]) for time, other in later]
         return {
             "latents": latents,
             "noise": noise,
             "u": u,
             "later": later,
-            "calibrated_rewards": self.selection.rewards[row, drawn],
+            "calibrated_rewards": rewards,
             "text": self.reader.text(self.positions[row]) if self.stored_text else {},
             "prompt": self.prompts[row].text,
             "prompt_id": self.prompts[row].id,

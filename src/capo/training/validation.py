@@ -110,7 +110,8 @@ class WinRateValidation(L.Callback):
 
     `val/win_rate` is the mean over the rewards used in training, or the worst one's win-rate
     (`choice.monitor`); `choice` decides by it which checkpoint is the best. With an `average`, the averaged
-    weights are validated; `unconditional` makes the unconditional prediction in place of the policy. Latents
+    weights are validated; `unconditional` makes the unconditional prediction in place of the policy, or knows
+    the policy as a negative model, which makes that of the base. Latents
     are rounded to float16 before they are decoded, as in a pool. Each process samples its share of the
     prompts; metrics are summed over processes, so that all choose the same checkpoint. VAE and text encoders
     are moved to the device for the duration of a validation.
@@ -197,9 +198,10 @@ class WinRateValidation(L.Callback):
             tqdm(
                 total=total, desc="validation", unit="image step", leave=False, disable=place.rank != 0
             ) as bar,
-            guide.network(policy, place.device) if guide else nullcontext() as network,
+            guide.sampled(policy, place.device) if guide else nullcontext((policy, None)) as networks,
         ):
-            latents = sample_prompts(self.backbone, policy, text, seeds, settings, bar.update, network)
+            sampled, unconditional = networks
+            latents = sample_prompts(self.backbone, sampled, text, seeds, settings, bar.update, unconditional)
         return latents.to(torch.float16).float()
 
     def _figures(

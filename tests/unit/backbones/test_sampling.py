@@ -55,6 +55,24 @@ def test_latents_are_the_pipelines_bitwise(tiny_folder, scheduler, guidance):
     assert torch.equal(latents.flatten(0, 1), plain_latents(tiny_folder, backbone, 4, guidance))
 
 
+def test_guidance_below_0_leads_away_from_the_prompt(tiny_backbone):
+    backbone, unconditional = tiny_backbone, tiny_backbone.unconditional(2)
+    text = backbone.encode_prompts(PROMPTS)
+
+    def drawn(conditions, guidance):
+        settings = SamplerSettings(3, guidance, 6)
+        return sample_prompts(backbone, backbone.denoiser, conditions, SEEDS, settings)
+
+    # towards 0 it is sampling without the prompt, and at 0 itself sampling with it, as pipelines do
+    without, prompted = drawn(unconditional, 1.0), drawn(text, 1.0)
+    torch.testing.assert_close(drawn(text, -1e-6), without, rtol=0, atol=1e-4)
+    assert torch.equal(drawn(text, 0.0), prompted)
+    assert (without - prompted).abs().max() > 1e-2
+    # to first order, images leave the prompt by as much as guidance above 1 approaches it
+    away, towards = drawn(text, -0.001) - without, drawn(text, 1.001) - prompted
+    assert torch.nn.functional.cosine_similarity(away.flatten(), -towards.flatten(), dim=0) > 0.9
+
+
 def test_encoded_empty_prompt_is_the_negative_branch_where_zeros_are_not_forced(build_tiny, tmp_path):
     build_tiny(force_zeros_for_empty_prompt=False).save_pretrained(tmp_path)
     backbone = UNetBackbone(str(tmp_path))

@@ -122,6 +122,17 @@ def test_recipes_of_noise_name_its_source_and_a_published_beta():
     assert composed("experiment=pnapo", "model=sd3").objective.beta == 5000
 
 
+def test_recipes_of_negative_models_swap_or_sample_away_from_the_prompt():
+    for model, beta in {"sd15": 500, "sdxl": 1000, "sd3": 200}.items():  # sd3: dpo's own
+        npo = composed("experiment=npo", f"model={model}")
+        assert npo.selection.swap and npo.objective.beta == beta
+        assert npo.objective._target_ == "capo.objectives.dpo"
+    own = composed("experiment=self_npo", "trainer.max_steps=70")
+    assert (own.objective._target_, own.pairs._target_) == ("capo.objectives.sft", "capo.pairs.random_pair")
+    assert own.sampling.guidance < 0 and own.validation.every == 70 and not own.evaluate
+    assert not own.selection.swap and not composed().selection.swap
+
+
 def test_the_budget_is_slack_of_the_anchor_and_keeps_the_objective():
     cfg = composed("experiment=budget", "objective=ipo")
     assert cfg.anchor == {"weight": 1, "slack": 0.1} and cfg.objective._target_ == "capo.objectives.ipo"

@@ -68,6 +68,23 @@ def test_prior_noise_is_that_of_each_candidate_at_every_visit_and_time():
         dataset(shared_noise=True, prior_seed=9)
 
 
+@pytest.mark.parametrize("options", [{}, {"group": 4}, {"shared_noise": True}, {"prior_seed": 9}])
+def test_a_swap_exchanges_winner_and_loser_and_nothing_else(options):
+    plain, swapped = dataset(**options), dataset(swap=True, **options)
+    plain.times = swapped.times = Times(per_pair=2)
+    for key in ((0, 0), (2, 3)):
+        item, other = plain[key], swapped[key]
+        order = [3, 1, 2, 0] if options.get("group") else [1, 0]
+        assert other["latents"].equal(item["latents"][order]) and other["noise"].equal(item["noise"][order])
+        assert other["later"][0][1].equal(item["later"][0][1][order])
+        assert (other["u"], other["later"][0][0]) == (item["u"], item["later"][0][0])
+        # R_ca of negated scores; the rewards here are quarters, so that 1 - R_ca is exact
+        assert other["calibrated_rewards"].equal(1 - item["calibrated_rewards"][order])
+        gaps = [found["calibrated_rewards"][0] - found["calibrated_rewards"][-1] for found in (item, other)]
+        assert gaps[0] == gaps[1] == 0.75
+        assert other["text"]["prompt_embeds"].equal(item["text"]["prompt_embeds"])
+
+
 def test_a_group_holds_its_pair_and_others_of_the_prompt():
     pair, whole = dataset()[0, 0], dataset(group=4)[0, 0]
     assert whole["latents"][[0, 3]].equal(pair["latents"])  # the winner first, the loser last

@@ -289,3 +289,14 @@ def test_missing_fields_are_named(objective):
 def test_beta_must_be_positive(objective, beta):
     with pytest.raises(InputError, match=r"^beta must be a positive number, got (None|0|-1|nan)"):
         objective(ONE, beta=beta)
+
+
+def test_a_negative_model_pulls_the_other_way_by_the_same_gap():
+    # selection.swap exchanges candidates and mirrors rewards, so that h changes its sign and dR does not
+    errors = random_errors()
+    swapped = dataclasses.replace(swap(errors), gap=errors.gap)
+    scaled = 3.0 * margin(errors)
+    torch.testing.assert_close(dpo(swapped, beta=3.0), torch.log1p(scaled.exp()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(capo(swapped, beta=3.0), (errors.gap + scaled) ** 2, rtol=1e-12, atol=0)
+    # without the mirrored rewards capo would aim at what it aims at unswapped
+    torch.testing.assert_close(capo(swap(errors), beta=3.0), capo(errors, beta=3.0), rtol=1e-9, atol=0)

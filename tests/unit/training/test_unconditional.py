@@ -11,6 +11,7 @@ from capo.backbones.export import export_policy
 from capo.backbones.model_card import ModelCard
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import AdapterOff
+from capo.errors import InputError
 from capo.module import PreferenceModule, Weighting
 from capo.training.unconditional import UnconditionalBranch, unconditional_branch
 
@@ -58,6 +59,34 @@ def test_on_a_device_the_base_is_what_training_holds_there(tiny_backbone):
     other = lora.fresh_policy()  # such as averaged weights: its own adapter is the one that is off
     with unconditional_branch(lora, settings_of("base")).network(other, CUDA) as network:
         assert isinstance(network, AdapterOff) and network.policy is other
+
+
+def test_a_negative_model_makes_the_bases_unconditional_prediction(tiny_backbone):
+    module = module_for(tiny_backbone)
+    with unconditional_branch(module, settings_of("policy"), negative=True).sampled(
+        module.policy, "cpu"
+    ) as networks:
+        assert networks == (tiny_backbone.denoiser, module.policy)
+    with unconditional_branch(module, settings_of("base")).sampled(module.policy, "cpu") as networks:
+        assert networks == (module.policy, tiny_backbone.denoiser)
+    lora = module_for(tiny_backbone, lora=LORA)
+    with unconditional_branch(lora, settings_of("policy"), negative=True).sampled(
+        lora.policy, CUDA
+    ) as networks:
+        assert isinstance(networks[0], AdapterOff) and networks[1] is lora.policy
+
+
+@pytest.mark.parametrize(
+    ("source", "guidance", "told"),
+    [
+        ("base", 3.0, "sampling.unconditional=base: must be policy with selection.swap=true"),
+        ("policy", 1.0, "sampling.guidance=1: must be above 1 with selection.swap=true"),
+        ("policy", -1.0, "sampling.guidance=-1: must be above 1"),
+    ],
+)
+def test_a_negative_model_that_nothing_reads_is_refused(tiny_backbone, source, guidance, told):
+    with pytest.raises(InputError, match=told):
+        unconditional_branch(module_for(tiny_backbone), settings_of(source, guidance), negative=True)
 
 
 @pytest.fixture

@@ -30,7 +30,10 @@ class Sampling(Section):
     """How images are drawn."""
 
     steps: Count = key("denoising steps")
-    guidance: float = key("scale of classifier-free guidance; up to 1, no unconditional pass is made")
+    guidance: float = key(
+        "scale of classifier-free guidance; from 0 to 1, no unconditional pass is made; below 0, images lead "
+        "away from the prompt"
+    )
     batch: Count = key("images in one forward pass, before guidance doubles them")
     decode: Count | None = key("images that the VAE decodes at once; null: as batch")
     unconditional: Text = key(

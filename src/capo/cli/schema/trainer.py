@@ -41,9 +41,13 @@ class Data(Section):
 
 
 class Selection(Section):
-    """How many candidates of a prompt a batch holds."""
+    """Which candidates of a prompt a batch holds, and which of them wins."""
 
     group: TwoOrMore = key("candidates of a prompt in a batch; above 2, for objectives that read groups")
+    swap: bool = key(
+        "true: winner and loser are exchanged, so that a negative model is trained, which is validated and "
+        "evaluated as the unconditional prediction of the base"
+    )
 
 
 class Inversion(Section):
