@@ -39,6 +39,7 @@ from benchmarks.full_steps import four_pass_loss
 from benchmarks.synthetic import synthetic_pool, synthetic_rewards
 from benchmarks.timing import print_rates
 from capo.backbones import Backbone
+from capo.backbones.averaging import WeightAverage
 from capo.backbones.sampling import SamplerSettings
 from capo.data import PreferenceBatch
 from capo.data.candidates import select_candidates
@@ -47,7 +48,6 @@ from capo.data.generation import ImageGenerator, PoolSpec
 from capo.module import PreferenceModule, Weighting
 from capo.pairs import frs
 from capo.runtime.run_folder import MONITOR
-from capo.training.averaging import WeightAverage
 from capo.training.fit import fit
 from capo.training.loader import PreferenceData
 from capo.training.loggers import csv_logger

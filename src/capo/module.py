@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from capo.backbones import Backbone
+from capo.backbones.averaging import MovingReference
 from capo.backbones.denoising import KnownErrors, Weighting, denoising_error, pair_errors
 from capo.backbones.execution import PLAIN, Execution
 from capo.backbones.inversion import Inversion
@@ -60,6 +61,7 @@ class PreferenceModule(L.LightningModule):
         execution: settings of memory and speed.
         inversion: how the policy inverts the latents of a batch (`capo.backbones.inversion`); None: the noise
             of the batch is added to them.
+        moving: reference that follows the policy; None: the base stays the reference.
     """
 
     def __init__(
@@ -79,13 +81,15 @@ class PreferenceModule(L.LightningModule):
         pinned: float = 0.0,
         execution: Execution = PLAIN,
         inversion: Inversion | None = None,
+        moving: MovingReference | None = None,
     ):
         super().__init__()
         self.strict_loading = False  # the reference is not in a checkpoint
         self.__dict__["_backbone"], self.lora, self.execution = backbone, lora, execution
         self.policy: Denoiser = self.fresh_policy()
         self.objective, self.needs = objective, requirements(objective)
-        separate = self.needs.reference and not lora
+        self.moving = moving
+        separate = self.needs.reference and not lora and moving is None
         self.__dict__["_reference"] = backbone.reference(execution.precision) if separate else None
         self._place_reference: Callable[[], None] | None = None  # set while it waits for its first pass
         self.known: KnownErrors | None = None  # errors of the reference that need no pass
@@ -93,6 +97,8 @@ class PreferenceModule(L.LightningModule):
         anchor.check(self.needs, self.beta)
         check_reduction(reduction, self.needs)
         check_pinned(pinned, self.needs, reduction)
+        if moving is not None:
+            moving.check(self.needs, pinned)
         self.pinned, self.unconditional = pinned, UnconditionalText(backbone)
         self.reduction, self.anchor = reduction, anchor
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
@@ -160,6 +166,9 @@ class PreferenceModule(L.LightningModule):
     @contextmanager
     def reference(self):
         """Context manager that yields the reference (LoRA: the policy, adapter off), gradients disabled."""
+        if self.moving is not None:
+            yield self.moving.network(self, "policy")
+            return
         separate = self._placed_reference()
         if separate is None:
             with torch.no_grad(), adapter_off(self.policy):
@@ -167,6 +176,10 @@ class PreferenceModule(L.LightningModule):
             return
         with torch.no_grad(), marked_as_trained(separate):
             yield separate
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The moving reference, which Lightning calls before checkpoints are saved."""
+        return [] if self.moving is None else [self.moving]
 
     def pair_errors(self, batch: PreferenceBatch) -> PairErrors:
         """Denoising errors of policy and reference on B pairs (`capo.backbones.denoising.pair_errors`)."""

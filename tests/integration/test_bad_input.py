@@ -544,7 +544,7 @@ def test_what_was_probably_meant():
         (
             ["objective=CAPO"],
             "error: objective=CAPO: no such choice; there are capo, capo_group, dmpo, dpo, hinge, ipo, kto, "
-            "mapo, sdpo, sft, smpo; did you mean objective=capo?",
+            "linear_dpo, mapo, sdpo, sft, smpo; did you mean objective=capo?",
         ),
         (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
         (

@@ -59,6 +59,8 @@ def test_many_rewards(monkeypatch, capsys):
     assert len(rows) == 14 and all(len(row) == 6 for row in rows)
     few, many = rows[0], rows[6]  # 2 and 12 independent rewards
     assert few[1].startswith("100.0%") and float(many[1].split("%")[0]) < 50 < float(many[3].split("%")[0])
+
+
 @pytest.mark.slow
 def test_reference_reuse(printed):
     told = printed("reference_reuse", "--batch", "2", "--prompts", "4", "--steps", "1", "--runs", "1")

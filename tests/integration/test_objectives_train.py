@@ -1,7 +1,10 @@
 """Every objective and every recipe of one trains on both shapes models, all weights and an adapter.
 
-A few steps on one batch lower its loss, from configurations as users compose them.
+A few steps on one batch lower its loss, from configurations as users compose them. The factor of `linear_dpo`
+changes with the margin and has no gradient: the steps lower what it multiplies.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +31,8 @@ CHOICES = {
     "inpo": ["experiment=inpo", "noise.inversion.steps=3"],
     "pnapo": ["experiment=pnapo"],
     "budget": ["experiment=budget"],
+    "ipo, ema reference": ["objective=ipo", "reference=ema"],
+    "linear_dpo, base as reference": ["objective=linear_dpo", "reference=frozen"],
 }  # fmt: skip
 PROMPTS = ["a red circle", "a large blue square", "two green stars", "a yellow cross"]
 
@@ -70,17 +75,28 @@ def test_a_few_steps_lower_the_loss_of_their_batch(model, choice, tuned):
     check_draw(cfg)
     module = module_of(cfg, backbone)
     module.log = lambda *args, **kwargs: None  # it needs a trainer
+    multiplied, pair_errors = [], module.pair_errors
+
+    def watched(batch):
+        errors = pair_errors(batch)
+        if errors.policy_loser is not None:
+            multiplied.append((errors.weight * (errors.policy_winner - errors.policy_loser)).mean().item())
+        return errors
+
+    module.pair_errors = watched
     batch = batch_of(backbone, cfg.selection.group, cfg.noise.shared)
     before = {key: value.clone() for key, value in module.policy.state_dict().items()}
     base = {key: value.clone() for key, value in backbone.denoiser.state_dict().items()}
     optimizer, losses = module.configure_optimizers()["optimizer"], []
-    for _ in range(4):
+    for step in range(1, 5):
         loss = module.training_step(batch, 0)
         loss.backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        for follower in module.configure_callbacks():
+            follower.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, 0)
+        losses.append(multiplied[-1] if choice.startswith("linear_dpo") else loss.item())
     assert module.bad_steps == 0 and losses[-1] < losses[0], losses
     changed = {key for key, value in module.policy.state_dict().items() if not value.equal(before[key])}
     assert changed and all(("lora_" in key) == bool(lora) for key in changed)

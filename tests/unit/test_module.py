@@ -1,13 +1,16 @@
 """The training step against hand-made errors, and the promises about the reference."""
 
+import copy
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capo import objectives
+from capo.backbones.averaging import MovingReference
 from capo.backbones.inversion import Inversion, invert
 from capo.data import PreferenceBatch
 from capo.errors import InputError
@@ -106,6 +109,44 @@ def test_one_small_step_raises_the_margin(tiny_backbone):
             if parameter.grad is not None:
                 parameter -= 1e-3 * parameter.grad
     assert margin(module.pair_errors(batch)).mean() > 0
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_a_reference_that_follows_computes_what_the_averaged_weights_do(tiny_backbone, lora, autocast):
+    module, batch = (
+        module_for(tiny_backbone, lora=lora, moving=MovingReference(0.75)),
+        batch_for(tiny_backbone),
+    )
+
+    def errors_of(trained):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return trained.pair_errors(batch)
+
+    module.moving.on_train_start(SimpleNamespace(global_step=0), module)
+    assert margin(errors_of(module)).tolist() == [0.0, 0.0, 0.0]  # it begins as the policy
+    trained = [parameter for parameter in module.policy.parameters() if parameter.requires_grad]
+    expected, moves = copy.deepcopy(module), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for own, other in zip(trained, (p for p in expected.parameters() if p.requires_grad), strict=True):
+            move = 0.05 * torch.randn(own.shape, generator=moves)
+            own.add_(move), other.lerp_(other + move, 0.25)
+    module.moving.on_train_batch_end(SimpleNamespace(global_step=1), module, None, None, 0)
+    before = [parameter.detach().clone() for parameter in trained]
+    errors, wanted = errors_of(module), errors_of(expected)
+    assert torch.equal(errors.reference_winner, wanted.policy_winner)
+    assert torch.equal(errors.reference_loser, wanted.policy_loser)
+    assert not errors.reference_winner.requires_grad and margin(errors).abs().min() > 0
+    module.objective(errors).mean().backward()  # through the policy, whose weights are back in place
+    assert all(map(torch.equal, trained, before)) and any(p.grad.abs().max() > 0 for p in trained)
+    assert module.__dict__["_reference"] is None and all(n.startswith("policy.") for n in module.state_dict())
+
+
+def test_a_reference_that_follows_needs_one_that_is_read(tiny_backbone):
+    with pytest.raises(InputError, match=r"decay must be null \(reference=frozen\), since this objective"):
+        module_for(tiny_backbone, partial(objectives.sft, beta=None), moving=MovingReference(0.9))
+    with pytest.raises(InputError, match=r"with trainer\.pinned=0\.2, which pins to the base"):
+        module_for(tiny_backbone, pinned=0.2, moving=MovingReference(0.9))
 
 
 def counted_passes(backbone, monkeypatch) -> list[int]:

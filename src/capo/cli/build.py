@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from capo.backbones import Backbone, Family
+from capo.backbones.averaging import MovingReference
 from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.inversion import Inversion
 from capo.backbones.precision import common_half
@@ -203,6 +204,13 @@ def inversion_of(cfg: DictConfig) -> Inversion | None:
     """How the policy inverts the latents of a batch; None unless `noise.source` says that it does."""
     # a stored configuration may lack the key
     return Inversion(**plain(cfg.noise.inversion)) if cfg.noise.get("source") == INVERTED else None
+
+
+def moving_reference(cfg: DictConfig) -> MovingReference | None:
+    """The reference that follows the policy; None where the base stays the reference."""
+    # a stored configuration may lack the key
+    moving = cfg.get("reference") and cfg.reference.decay is not None
+    return MovingReference(**plain(cfg.reference)) if moving else None
 
 
 def label_sources(cfg: DictConfig, rewards: list[Reward]) -> Sequence[LabelSource]:

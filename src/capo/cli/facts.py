@@ -6,8 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from capo.backbones.averaging import MovingReference
 from capo.backbones.model_card import NEGATIVE
-from capo.cli.build import is_negative, target_name
+from capo.cli.build import is_negative, moving_reference, target_name
 from capo.module import PreferenceModule
 from capo.noise import DRAWN, PRIOR
 from capo.objectives.averaging import INSIDE, OUTSIDE
@@ -38,6 +39,12 @@ def noise_of(noise: DictConfig) -> str:
     return f"inverted by the policy in {own.steps} steps with {own.renoise} corrections each{fresh}"
 
 
+def reference_of(moving: MovingReference) -> str:
+    """How the reference follows the policy, in words."""
+    often = "each step" if moving.interval == 1 else f"every {moving.interval} steps"
+    return f"moving average of the policy, decay {moving.decay:g}, updated {often}"
+
+
 def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
     """Facts about the optimization for the summary and the model card."""
     weighting = f"sigmoid, b = {cfg.noise.bias}" if cfg.noise.weighting == "sigmoid" else cfg.noise.weighting
@@ -51,6 +58,7 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         if module.beta is None
         else f"{module.beta:g}, on mean errors, no further factor",
         **({"anchor": held} if anchor.weight else {}),
+        **({"reference": reference_of(moving)} if (moving := moving_reference(cfg)) else {}),
         "pairs": target_name(cfg.pairs),
         **({"candidates of a prompt": cfg.selection.group} if cfg.selection.group > 2 else {}),
         **({NEGATIVE: NEGATIVE_USE} if is_negative(cfg) else {}),

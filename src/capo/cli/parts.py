@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from capo.backbones import Backbone
+from capo.backbones.averaging import WeightAverage
 from capo.backbones.sampling import encode_unconditional
-from capo.cli.build import Components, built, inversion_of, is_negative
+from capo.cli.build import Components, built, inversion_of, is_negative, moving_reference
 from capo.cli.compose import plain
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
@@ -18,7 +19,6 @@ from capo.evaluation.reports.gallery import image_grid
 from capo.module import Execution, PreferenceModule, Weighting
 from capo.objectives import Anchor
 from capo.runtime.launch import launch
-from capo.training.averaging import WeightAverage
 from capo.training.choice import Choice
 from capo.training.unconditional import unconditional_branch
 from capo.training.validation import WinRateValidation, validation_set
@@ -86,4 +86,5 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
             half_frozen=cfg.sampling.precision == trainer.precision,  # else validation could not sample
         ),
         inversion=inversion_of(cfg),
+        moving=moving_reference(cfg),
     )

@@ -17,7 +17,7 @@ from capo.backbones.loading import find_pipeline
 from capo.backbones.precision import DTYPES
 from capo.backbones.sampling import BASE, is_guided
 from capo.backbones.sampling import POLICY as ITSELF
-from capo.cli.build import built, family_of, inversion_of, prompt_splits, sampler_settings
+from capo.cli.build import built, family_of, inversion_of, moving_reference, prompt_splits, sampler_settings
 from capo.cli.compose import plain
 from capo.cli.missing import find_missing
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
@@ -85,6 +85,7 @@ def training_request(cfg: DictConfig) -> TrainingRequest:
         trainer.precision if cfg.sampling.precision == trainer.precision else "32-true",
         max(launch().local_world_size, device_count(trainer.devices) or 1),
         inversion.passes if (inversion := inversion_of(cfg)) else 0,
+        moving_reference(cfg) is not None,
     )
 
 

@@ -22,6 +22,7 @@ from capo.cli.build import (
     held_out_rewards,
     is_negative,
     label_sources,
+    moving_reference,
     pool_specs,
     prompt_splits,
     sampler_settings,
@@ -103,7 +104,11 @@ def check_objective(cfg: DictConfig) -> None:
                 source=cfg.noise.source,
                 pinned=cfg.trainer.pinned,
                 sharded=cfg.trainer.strategy == FSDP,
+                frozen=moving_reference(cfg) is None,
             )
+    with under("reference"):
+        if (moving := moving_reference(cfg)) is not None:
+            moving.check(needs, cfg.trainer.pinned)
 
 
 def check_groups(cfg: DictConfig, needs: Requirements) -> None:

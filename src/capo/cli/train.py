@@ -87,7 +87,8 @@ def refuse_early(cfg: DictConfig) -> None:
     if not finished:
         check_ready(cfg)
     check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)
-    check_fsdp(trainer.strategy, trainer.precision, trainer.optimizer, trainer.channels_last)
+    moving = cfg.reference.decay is not None
+    check_fsdp(trainer.strategy, trainer.precision, trainer.optimizer, trainer.channels_last, moving)
     check_optimizer(trainer.optimizer)
     divide(trainer.batch, launch().world_size, trainer.micro_batch)
     if not finished:

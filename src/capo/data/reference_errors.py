@@ -33,7 +33,9 @@ REMEDY = "make room there, or train with trainer.reuse_reference=false"
 log = logging.getLogger(__name__)
 
 
-def check_reuse(needs: Requirements, *, source: str, pinned: float, sharded: bool) -> None:
+def check_reuse(
+    needs: Requirements, *, source: str, pinned: float, sharded: bool, frozen: bool = True
+) -> None:
     """Raise ParameterError where the reference's errors do not follow from the batch, or are not enough.
 
     Args:
@@ -41,12 +43,14 @@ def check_reuse(needs: Requirements, *, source: str, pinned: float, sharded: boo
         source: where noise comes from, one of `capo.noise.SOURCES`.
         pinned: share of the pairs that are pinned to the reference's predictions.
         sharded: whether the networks are sharded over several processes.
+        frozen: whether the reference stays the base.
     """
     reasons = {
         f"with noise.source={INVERTED} the latents that the reference sees follow from the policy": source
         == INVERTED,
         "pinned pairs read the reference's predictions, and its errors alone are kept": pinned > 0,
         "this objective reads the reference's predictions, and its errors alone are kept": needs.predictions,
+        "with reference=ema the reference follows the policy": not frozen,
         "processes that share a reference in parts have to make every pass together": sharded,
     }
     for reason, holds in reasons.items():

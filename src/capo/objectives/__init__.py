@@ -22,7 +22,7 @@ from capo.objectives.base import (
 )
 from capo.objectives.guarded import guarded, sdpo
 from capo.objectives.listwise import capo_group
-from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo, smpo
+from capo.objectives.pairwise import capo, dmpo, dpo, hinge, ipo, linear_dpo, smpo
 from capo.objectives.reference_free import mapo, sft
 from capo.objectives.unpaired import kto
 
@@ -43,6 +43,7 @@ __all__ = [
     "implicit_rewards",
     "ipo",
     "kto",
+    "linear_dpo",
     "mapo",
     "margin",
     "mean_over_times",

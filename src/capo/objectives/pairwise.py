@@ -1,4 +1,4 @@
-"""Pairwise objectives, functions of the margin h against the reference: DPO, IPO, CaPO and others."""
+"""Pairwise objectives, which read the margin h against the reference: DPO, IPO, CaPO and others."""
 
 from __future__ import annotations
 
@@ -142,3 +142,31 @@ def smpo(errors: PairErrors, *, beta: float, gamma: float = 1.0) -> Tensor:
     (gap,) = fields_of(errors, "gap")
     scaled = positive("gamma", gamma) * gap * scaled_margin(errors, beta)
     return -functional.logsigmoid(scaled).to(errors.policy_winner.dtype)
+
+
+@requires()
+def linear_dpo(errors: PairErrors, *, beta: float, eta: float = 1e-3) -> Tensor:
+    """Linear-DPO: `c w (m+ - m-)` per pair, `c = clamp(0.5 - 0.2 beta h, eta, 1 - eta)` without gradients.
+
+    The factor takes the place of DPO's `sigmoid(-beta h)` (Linear-DPO, arXiv 2605.21123). Within its bounds
+    the gradient is that of `ipo` at 0.4 beta, divided by 1.6 beta. Where policy = reference the loss is
+    0.5 w (m+ - m-), with the gradient of `dpo` divided by beta. The authors' reference is a moving average of
+    the policy (`capo.backbones.averaging.MovingReference`).
+
+    Args:
+        errors: all fields but gap are read.
+        beta: positive.
+        eta: least factor, from 0 to less than 1/2; a pair at the bound 0 gives no gradient.
+
+    Returns:
+        (B,) losses in the dtype of the errors; negative where the policy's error on the loser is larger.
+
+    Raises:
+        InputError: if beta is not positive, or eta is out of its range.
+        ValueError: if a field is None.
+    """
+    if not 0 <= eta < 0.5:
+        raise ParameterError("eta", eta, "must be a number from 0 to less than 0.5")
+    factor = (0.5 - 0.2 * scaled_margin(errors, beta).detach()).clamp(eta, 1 - eta)
+    winner, loser, weight = fields_of(errors, "policy_winner", "policy_loser", "weight")
+    return (factor * weight * (winner - loser)).to(errors.policy_winner.dtype)

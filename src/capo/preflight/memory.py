@@ -42,8 +42,8 @@ def module_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def gradient_bytes(policy: nn.Module) -> int:
-    """Size in bytes of the gradients of the trained parameters, each in its parameter's dtype."""
+def trained_bytes(policy: nn.Module) -> int:
+    """Size in bytes of the trained parameters, and so of their gradients, which have the same dtype."""
     return sum(p.nbytes for p in policy.parameters() if p.requires_grad)
 
 
@@ -81,6 +81,7 @@ def model_states(
     reference: bool,
     shards: int = 1,
     frozen_in: str = "32-true",
+    moving: bool = False,
 ) -> ModelStates:
     """Compute the model states that training keeps on each device.
 
@@ -94,12 +95,13 @@ def model_states(
             adapter.
         shards: number of devices that share the states.
         frozen_in: precision for which the weights that LoRA freezes are stored.
+        moving: whether the reference follows the policy: averages of the trained weights, and no network.
     """
     policy = _policy(blueprint, lora, frozen_in)
-    kept = 0
-    if reference and not lora:
+    kept = trained_bytes(policy) if moving else 0
+    if reference and not lora and not moving:
         kept = module_bytes(half_stored(blueprint.module(blueprint.denoiser_name), precision))
-    whole = (module_bytes(policy), gradient_bytes(policy), optimizer_bytes(policy, optimizer), kept)
+    whole = (module_bytes(policy), trained_bytes(policy), optimizer_bytes(policy, optimizer), kept)
     return ModelStates(*(math.ceil(part / shards) for part in whole))
 
 
@@ -142,10 +144,12 @@ def pool_bytes(blueprint: Blueprint, prompts: int, candidates: int, rewards: int
 
 
 @cache
-def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str) -> int:
-    """Size of one checkpoint in bytes: the policy, without what LoRA freezes, and the optimizer's state."""
+def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str, moving: bool = False) -> int:
+    """Size of one checkpoint in bytes: the policy, without what LoRA freezes, and the optimizer's state.
+
+    With a reference that follows the policy (`moving`), its weights are there too.
+    """
     policy = _policy(blueprint, lora)
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
-    return sum(
-        tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen
-    ) + optimizer_bytes(policy, optimizer)
+    own = sum(tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen)
+    return own + optimizer_bytes(policy, optimizer) + (trained_bytes(policy) if moving else 0)

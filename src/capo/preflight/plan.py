@@ -115,7 +115,7 @@ def unconditional_bytes(request: Request) -> dict[str, int]:
     Empty where that is the policy, or the base, if training holds it: as the reference, or under an adapter.
     """
     sampling, training = request.sampling, request.training
-    held = not sampling.other or (not sampling.foreign and bool(training.reference or training.lora))
+    held = not sampling.other or (not sampling.foreign and training.holds_base)
     if held or sampling.branches == 1:
         return {}
     return {UNCONDITIONAL: drawing_bytes(request.blueprint, None, sampling.precision)}
@@ -137,13 +137,15 @@ def host_memory(request: Request) -> dict[str, Any]:
     rewards = each * request.rewards.everything
     guide = unconditional_bytes(request) if request.sampling.foreign else {}
     guides = {name: each * size for name, size in guide.items()}
+    # one that follows the policy begins on the device
+    own = request.shares_reference or request.training.moving
     return _phases(
         {
             "loading": {
                 "pipeline": pipeline,
                 "rewards": rewards,
                 "policy": each * whole.weights,
-                "reference": 0 if request.shares_reference else each * whole.reference,
+                "reference": 0 if own else each * whole.reference,
                 **guides,
             },
             "training": {

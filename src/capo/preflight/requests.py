@@ -31,6 +31,7 @@ class TrainingRequest:
         frozen_in: precision for which the weights that LoRA freezes are stored.
         local_processes: processes on each machine, one per device.
         inverting: forward passes in which the policy inverts each latent; 0: noise is added.
+        moving: whether the reference follows the policy.
     """
 
     division: Division
@@ -46,6 +47,12 @@ class TrainingRequest:
     frozen_in: str = "32-true"
     local_processes: int = 1
     inverting: int = 0
+    moving: bool = False
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether the base is on the device in training: as the reference, or under an adapter."""
+        return bool(self.lora) or (self.reference and not self.moving)
 
     @property
     def shards(self) -> int:
@@ -180,6 +187,7 @@ class Request:
             training.reference,
             shards,
             training.frozen_in,
+            training.moving,
         )
 
     @property
@@ -187,7 +195,7 @@ class Request:
         """Whether the reference is the base's denoiser as it draws (`Backbone.reference`), and no copy."""
         training, sampling = self.training, self.sampling
         stored = self.itemsize == 4 and sampling.precision == training.precision
-        return training.reference and not training.lora and sampling.plain and stored
+        return training.holds_base and not training.lora and sampling.plain and stored
 
     @property
     def text_item(self) -> int:
@@ -199,4 +207,4 @@ class Request:
     def checkpoint(self) -> int:
         """Size of one checkpoint in bytes."""
         training = self.training
-        return checkpoint_bytes(self.blueprint, training.lora, training.optimizer)
+        return checkpoint_bytes(self.blueprint, training.lora, training.optimizer, training.moving)

@@ -156,14 +156,18 @@ def check_launch(here: Launch, strategy: str, devices: int | str | Sequence[int]
         )
 
 
-def check_fsdp(strategy: str, precision: str, optimizer: str, channels_last: bool) -> None:
-    """Raise InputError for settings that FSDP2 does not support."""
+def check_fsdp(
+    strategy: str, precision: str, optimizer: str, channels_last: bool, moving: bool = False
+) -> None:
+    """Raise InputError for settings that FSDP2 does not support, such as a `moving` reference."""
     from capo.runtime.optimizers import ADAMW_8BIT  # with torch, which a slip is answered without
 
     refused = {
         "trainer.channels_last=true": channels_last,
         "trainer.optimizer=adamw_8bit": optimizer == ADAMW_8BIT,
         "trainer.precision=16-mixed": precision == "16-mixed",
+        # a pass gathers the policy's own shards, in whose place averaged weights cannot stand
+        "a reference that follows the policy (reference=ema)": moving,
     }
     if strategy == FSDP and (found := [name for name, given in refused.items() if given]):
         raise InputError(

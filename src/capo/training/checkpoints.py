@@ -14,11 +14,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from capo.backbones.averaging import AVERAGE, REFERENCE
 from capo.errors import DamagedFile, InputError, first_line
 from capo.module import PreferenceModule
 from capo.runtime.files import second_name, whole_file
 from capo.runtime.reading import open_ordinary
-from capo.training.averaging import AVERAGE
 from capo.training.validation import WinRateValidation
 
 PROGRESS = {"loops": dict, "callbacks": dict, "optimizer_states": list}  # in a checkpoint, beside its weights
@@ -168,7 +168,7 @@ def _fault(checkpoint: object) -> str | None:
     """What a file lacks to be a checkpoint of a run, or None."""
     if not isinstance(checkpoint, dict):
         return "it holds no names with values"
-    for name in ("state_dict", AVERAGE):
+    for name in ("state_dict", AVERAGE, REFERENCE):
         weights = checkpoint.get(name, {})
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             return f"{name} holds no tensors by name"

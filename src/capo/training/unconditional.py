@@ -52,7 +52,8 @@ class UnconditionalBranch:
 
         On a CPU the base is the backbone's own denoiser, which threads may use beside the policy. Elsewhere
         batches are sampled one after another, and the base is what training holds on the device anyway: the
-        reference, sharded like the policy, or the policy with its adapter off.
+        reference, sharded like the policy, or the policy with its adapter off. A reference that follows the
+        policy is not the base.
         """
         if self.settings.unconditional == POLICY or not is_guided(self.settings.guidance):
             yield None
@@ -60,7 +61,9 @@ class UnconditionalBranch:
             yield self.other
         elif torch.device(device).type != "cpu" and has_adapter(policy):
             yield AdapterOff(policy)
-        elif torch.device(device).type != "cpu" and self.module.needs.reference:
+        elif (
+            torch.device(device).type != "cpu" and self.module.needs.reference and self.module.moving is None
+        ):
             with self.module.reference() as network:
                 yield network
         else:

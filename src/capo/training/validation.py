@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from capo.backbones import Backbone
+from capo.backbones.averaging import WeightAverage
 from capo.backbones.sampling import SamplerSettings, sample_prompts
 from capo.data.images import GeneratedImages
 from capo.data.prompts import Prompt, candidate_seed
@@ -29,7 +30,6 @@ from capo.rewards import Reward
 from capo.runtime.processes import gathered
 from capo.runtime.run_folder import MONITOR
 from capo.runtime.threads import OPERATIONS
-from capo.training.averaging import WeightAverage
 from capo.training.choice import Choice, monitored
 from capo.training.trackers import log_picture
 from capo.training.unconditional import UnconditionalBranch

@@ -35,6 +35,7 @@ def test_the_groups_are_those_that_users_know():
         "pairs",
         "rewards",
         "prompts",
+        "reference",
         "trainer",
         "logger",
         "experiment",

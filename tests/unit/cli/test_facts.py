@@ -28,3 +28,12 @@ def test_times_are_told():
     assert facts()["times"] == "logsnr_normal_late, independent"
     several = ["noise.times=stratified", "noise.times_per_pair=4", "noise.reduction=inside"]
     assert facts(*several)["times"] == "logsnr_normal_late, stratified, 4 per pair, loss of their mean margin"
+
+
+def test_a_reference_that_follows_is_told_where_there_is_one():
+    assert "reference" not in facts()
+    assert (
+        facts("reference=ema")["reference"] == "moving average of the policy, decay 0.99, updated each step"
+    )
+    later = facts("reference=ema", "reference.decay=0", "reference.interval=50")
+    assert later["reference"] == "moving average of the policy, decay 0, updated every 50 steps"

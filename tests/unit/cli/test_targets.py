@@ -305,7 +305,8 @@ def test_a_rewards_entry_names_no_folder_for_its_log():
 
 REGISTERED = {
     "objective": {
-        "capo", "capo_group", "dmpo", "dpo", "hinge", "ipo", "kto", "mapo", "sdpo", "sft", "smpo",
+        "capo", "capo_group", "dmpo", "dpo", "hinge", "ipo", "kto", "linear_dpo", "mapo", "sdpo", "sft",
+        "smpo",
     },
     "pairs": {"best_worst", "frs", "random_pair", "reward_sum"},
     "prompts": {"split_sets", "text_files", "prompt_sets"},

@@ -2,11 +2,13 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
+from capo.backbones.averaging import REFERENCE, MovingReference
 from capo.backbones.drawing import Drawing
 from capo.data import PreferenceBatch
 from capo.errors import InputError
@@ -190,6 +192,15 @@ def compare_held(
     assert checkpoint_bytes(blueprint, adapter, "adamw") == sum(
         t.nbytes for t in written["state_dict"].values()
     ) + held(state)
+    follows = model_states(
+        blueprint, adapter, precision, "adamw", reference=True, frozen_in=frozen_in, moving=True
+    )
+    module.moving = MovingReference(0.9)
+    module.moving.on_train_start(SimpleNamespace(global_step=0), module)
+    module.moving.on_save_checkpoint(None, module, written)
+    assert follows.reference == held(written[REFERENCE].values()) == planned.gradients
+    more = checkpoint_bytes(blueprint, adapter, "adamw", True) - checkpoint_bytes(blueprint, adapter, "adamw")
+    assert more == planned.gradients
     assert planned.total == planned.weights + planned.gradients + planned.optimizer + planned.reference
 
 

@@ -72,7 +72,12 @@ def test_processes_that_fit_are_not():
 
 @pytest.mark.parametrize(
     "options",
-    [("bf16-mixed", "adamw", True), ("bf16-mixed", "adamw_8bit", False), ("16-mixed", "adamw", False)],
+    [
+        ("bf16-mixed", "adamw", True),
+        ("bf16-mixed", "adamw_8bit", False),
+        ("16-mixed", "adamw", False),
+        ("bf16-mixed", "adamw", False, True),  # a reference that follows the policy
+    ],
 )
 def test_what_fsdp_does_not_go_with_is_refused(options):
     with pytest.raises(InputError, match="trainer=ddp"):

@@ -15,7 +15,7 @@ from capo.errors import InputError
 from capo.runtime.schema import Section, faults
 
 # groups of which one choice counts; of others, such as rewards, several may be named
-SINGLE = ("objective", "pairs", "prompts", "model", "trainer", "import", "engine", "benchmark")
+SINGLE = ("objective", "reference", "pairs", "prompts", "model", "trainer", "import", "engine", "benchmark")
 
 
 def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:

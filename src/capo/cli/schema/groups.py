@@ -30,6 +30,14 @@ class Dmpo(Beta):
     )
 
 
+class LinearDpo(Beta):
+    """Arguments of Linear-DPO."""
+
+    eta: Annotated[float, Field(ge=0, lt=0.5), Said("a number from 0 to less than 0.5")] = key(
+        "bounds of the factor of a pair: from eta to 1 - eta", 0.001
+    )
+
+
 class Mapo(Section):
     """Arguments of MaPO, whose beta is a share of the loss."""
 
@@ -58,6 +66,7 @@ OBJECTIVES = {
     "capo.objectives.hinge": Beta,
     "capo.objectives.ipo": Beta,
     "capo.objectives.kto": Beta,
+    "capo.objectives.linear_dpo": LinearDpo,
     "capo.objectives.mapo": Mapo,
     "capo.objectives.sdpo": Sdpo,
     "capo.objectives.sft": Sft,

@@ -12,7 +12,7 @@ from capo.cli.schema.groups import Import, Loggers, Objective, Pairs, Prompts
 from capo.cli.schema.kinds import Count, DType, Files, Folder, Folders, Names, Seed, Text
 from capo.cli.schema.pools import Evaluation, PairExport, Planning, Pool, Sampling, Validation
 from capo.cli.schema.rewards import Rewards
-from capo.cli.schema.trainer import Anchor, Data, Model, Noise, Selection, Trainer
+from capo.cli.schema.trainer import Anchor, Data, Model, Noise, Reference, Selection, Trainer
 from capo.runtime.schema import Said, Section, key
 
 
@@ -28,6 +28,7 @@ class Training(Section):
         "how raw scores become rewards; raw and zscore are controls"
     )
     objective: Objective = key("the loss", group="objective")
+    reference: Reference = key("what the policy is compared with", group="reference")
     pairs: Pairs = key("which candidates may win and which may lose", group="pairs")
     pool: Pool = key("images of the base, shared by all runs")
     engine: Engine = key("which processes fill the pools", group="engine")

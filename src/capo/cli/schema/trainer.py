@@ -89,6 +89,15 @@ class Anchor(Section):
     slack: NotNegative = key("excess of the winner's error that is free")
 
 
+class Reference(Section):
+    """What the policy is compared with: the base, or a moving average of the policy."""
+
+    decay: Annotated[float, Field(ge=0, lt=1), Said("a number from 0 to less than 1")] | None = key(
+        "share of the reference that an update keeps, the rest is the policy's; null: it stays the base"
+    )
+    interval: Count = key("optimizer steps between updates of the reference")
+
+
 class Trainer(Section):
     """Optimizer, devices, precision and memory."""
 
