@@ -445,6 +445,12 @@ def test_validation_counts_the_network_of_the_unconditional_prediction(unet):
             found = device_memory(asked(lora=lora, **options))
             assert found["validation"].get("unconditional network", 0) == held
     assert device_memory(asked(reference=False, **base))["validation"]["unconditional network"] == network
+    for lora, held in ((None, network), (ADAPTER, 0)):  # a reference that follows is not the base
+        followed = asked(lora=lora, **base)
+        followed = replace(followed, training=replace(followed.training, moving=True))
+        assert device_memory(followed)["validation"].get("unconditional network", 0) == held
+        assert host_memory(followed)["loading"]["reference"] == 0 and not followed.shares_reference
+        assert device_memory(followed)["training"]["reference"] == followed.model_states().gradients
     assert "unconditional network" not in device_memory(asked(branches=1, **folder))["validation"]
     found, host = device_memory(asked(**folder)), host_memory(asked(**folder))
     assert set(found["evaluation"]) == {"unconditional network", "policy", "sampling", "total"}

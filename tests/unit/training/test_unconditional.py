@@ -7,6 +7,7 @@ import torch
 
 from capo import objectives
 from capo.backbones import parts
+from capo.backbones.averaging import MovingReference
 from capo.backbones.export import export_policy
 from capo.backbones.model_card import ModelCard
 from capo.backbones.sampling import SamplerSettings
@@ -19,9 +20,9 @@ LORA = {"rank": 2, "alpha": 2.0}
 CUDA = torch.device("cuda")  # a name: nothing is moved there
 
 
-def module_for(backbone, objective=objectives.capo, lora=None):
+def module_for(backbone, objective=objectives.capo, **options):
     return PreferenceModule(
-        backbone, partial(objective, beta=100.0), lr=1e-3, warm_up=2, weighting=Weighting(), lora=lora
+        backbone, partial(objective, beta=100.0), lr=1e-3, warm_up=2, weighting=Weighting(), **options
     )
 
 
@@ -87,6 +88,12 @@ def test_a_negative_model_makes_the_bases_unconditional_prediction(tiny_backbone
 def test_a_negative_model_that_nothing_reads_is_refused(tiny_backbone, source, guidance, told):
     with pytest.raises(InputError, match=told):
         unconditional_branch(module_for(tiny_backbone), settings_of(source, guidance), negative=True)
+
+
+def test_a_reference_that_follows_is_not_the_base(tiny_backbone):
+    module = module_for(tiny_backbone, moving=MovingReference(0.9))
+    with unconditional_branch(module, settings_of("base")).sampled(module.policy, CUDA) as networks:
+        assert networks[1] is tiny_backbone.denoiser
 
 
 @pytest.fixture
