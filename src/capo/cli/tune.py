@@ -54,8 +54,7 @@ def tune(
     """
     # before any image is generated, since it refuses a wrong objective or beta
     module = module_of(cfg, components.backbone)
-    strategy = built(cfg, "pairs")
-    facts = facts_of(cfg, module)
+    strategy, facts = built(cfg, "pairs"), facts_of(cfg, module)
     announce(cfg, facts, module, outlook)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)
     data = training_data(cfg, engaged(cfg, components))

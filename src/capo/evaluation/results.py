@@ -32,9 +32,7 @@ def results(
     """Compute the content of results.json: win-rates in 0-1 with 95 % intervals over prompts (CaPO, B.2).
 
     Each win-rate and measure also has the p-value `p` of a paired test (`sign_flip_p`), `holm` for the tests
-    that stand beside it, and win-rates have `prompts_needed`.
-
-    It holds no paths and no times, so equal inputs give equal results.
+    that stand beside it, and win-rates have `prompts_needed`. Equal inputs give equal results.
 
     Args:
         policy_scores: reward -> (P, K) raw scores of the policy's images.
@@ -45,7 +43,7 @@ def results(
         fingerprints: "policy" and "base" -> fingerprint of the denoiser.
         seed: seed of the bootstrap.
         policy_measures: oracle measure -> (P, K) for the policy's images; empty if there is no oracle.
-        base_measures: oracle measure -> (P, K) for the base's images; empty if there is no oracle.
+        base_measures: likewise for the base's images.
         categories: category of each of the P prompts; a prompt of category "" counts only in the overall
             values.
         features: an encoder's name and the distances of its vectors, of some prompts; None: not measured.

@@ -124,17 +124,7 @@ def study_results(study: Study, failures: int) -> dict:
         "left": round(left / len(decided), DIGITS) if decided else None,
         "failures": failures,
         "raters": _raters(study, votes, checks, kept),
-        "prompts": [
-            {
-                "pair": pair.name,
-                "prompt_id": pair.prompt_id,
-                "prompt": pair.prompt,
-                "category": pair.category,
-                "votes": int((~np.isnan(counted.worth[:, place])).sum()),
-                "win_rate": round(float(per_prompt[place]), DIGITS),
-            }
-            for place, pair in enumerate(counted.pairs)
-        ],
+        "prompts": _prompts(counted, per_prompt),
         "first": study.facts.first,
         "second": study.facts.second,
     }
@@ -164,6 +154,21 @@ def _raters(
             }
         )
     return rows
+
+
+def _prompts(counted: Ballot, per_prompt: torch.Tensor) -> list[dict]:
+    """One row for each pair that has votes: its prompt, the number of votes, and its win-rate."""
+    return [
+        {
+            "pair": pair.name,
+            "prompt_id": pair.prompt_id,
+            "prompt": pair.prompt,
+            "category": pair.category,
+            "votes": int((~np.isnan(counted.worth[:, place])).sum()),
+            "win_rate": round(float(per_prompt[place]), DIGITS),
+        }
+        for place, pair in enumerate(counted.pairs)
+    ]
 
 
 def _rate(values: torch.Tensor, seed: int) -> dict[str, float]:
