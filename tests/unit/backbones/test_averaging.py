@@ -141,3 +141,19 @@ def test_a_moving_reference_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setattr(averaging, "DTensor", nn.Parameter)  # as if the weights were sharded
     with pytest.raises(InputError, match="cannot stand in for sharded weights"):
         MovingReference(0.9).on_train_start(SimpleNamespace(global_step=0), module())
+
+
+class Noting(nn.Linear):
+    """Notes whether gradients are on, its weight asks for them, and autocast keeps its casts."""
+
+    def forward(self, inputs):
+        self.found = torch.is_grad_enabled(), self.weight.requires_grad, torch.is_autocast_cache_enabled()
+        return super().forward(inputs)
+
+
+def test_the_references_weights_are_marked_as_trained_and_leave_no_casts():
+    trained = nn.ModuleDict({"policy": Noting(2, 2)})
+    MovingReference(0.9).network(trained, "policy")(torch.eye(2))
+    assert trained["policy"].found == (False, True, False)
+    trained["policy"](torch.eye(2))
+    assert trained["policy"].found == (True, True, True)
