@@ -29,8 +29,7 @@ class SamplerSettings:
 
     Attributes:
         steps: number of denoising steps.
-        guidance: scale of classifier-free guidance. From 0 to 1, as in pipelines, no unconditional pass is
-            made; below 0 images lead away from the prompt.
+        guidance: scale of classifier-free guidance; from 0 to 1 no unconditional pass is made.
         batch: images in one forward pass, before guidance doubles them.
         parallel: what the threads of a CPU share: `operations`, or whole `batches` (`capo.runtime.threads`).
         precision: precision of the denoiser's forward passes, by Lightning's name; mixed ones use autocast.

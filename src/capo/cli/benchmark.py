@@ -125,14 +125,14 @@ def _generators(cfg: DictConfig) -> Iterator[tuple[str, ImageGenerator]]:
     """Yield (row, generator) of the policy and of the base, as configured; weights are looked for first.
 
     A policy that is a pipeline of others (`is_whole`) is drawn with its own text encoders and VAE, another
-    one with those of the base.
+    one with those of the base, and so is a negative model, which is drawn beside the base.
     """
     component = family_of(cfg)[0].denoiser_component
     policy, own = None, None
     if cfg.policy is not None:
         put_back(str(cfg.policy))
         policy = find_policy(str(cfg.policy), component)
-        if is_whole(policy):
+        if is_whole(policy) and not is_negative(cfg):
             own = _with_weights(cfg, str(policy) if Path(str(cfg.policy)).exists() else str(cfg.policy))
             check_weights(own)
     with_base = cfg.benchmark.base or policy is None

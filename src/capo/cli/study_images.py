@@ -68,10 +68,7 @@ def _study(cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, fo
     else:
         other = Path(str(settings.against))
         put_back(other)
-        second, names = (
-            drawn(tuned_generator(base, other, negative=is_negative(cfg)), folder / POOLS),
-            (str(policy), str(other)),
-        )
+        second, names = drawn(tuned_generator(base, other), folder / POOLS), (str(policy), str(other))
     if settings.names is not None:
         names = (str(settings.names[0]), str(settings.names[1]))
     return make_study(
