@@ -159,8 +159,9 @@ class ReferenceErrors:
             self._replace()
             return
         with self.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_ino != self._inode:
-                self._inode, self._read = os.fstat(file.fileno()).st_ino, 0
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._read:  # another process has mended it
+                self._inode, self._read = status.st_ino, 0
             if not self._read and file.read(len(self._line)) != self._line:
                 log.warning("%s is damaged: its first line is another; it is made again", self.path)
                 self._replace()

@@ -125,6 +125,21 @@ def test_runs_at_the_same_time_share_the_file(tmp_path, monkeypatch):
     assert last.path.stat().st_size == len(last._line) + 3 * 40
 
 
+def test_a_file_that_another_process_has_cut_is_read_anew(tmp_path, monkeypatch, caplog):
+    filled(tmp_path, *"abc")
+    one = ReferenceErrors(tmp_path, SETTINGS)
+    content = bytearray(one.path.read_bytes())
+    content[len(one._line)] ^= 1  # of the first record, so that all three are lost to the next process
+    one.path.write_bytes(content)
+    third = filled(tmp_path, "d")
+    assert not found(third, "a") and third.path.stat().st_size == len(one._line) + 40
+    caplog.clear()
+    monkeypatch.setattr(reference_errors, "EVERY", -1.0)
+    one.keep(batch_of("e", "E"), errors_of(ord("e")))
+    assert all(found(one, letter) for letter in "abcde") and not caplog.text
+    assert [found(ReferenceErrors(tmp_path, SETTINGS), letter) for letter in "ade"] == [False, True, True]
+
+
 def test_the_limit_holds_for_all_files_of_the_pool(tmp_path, caplog):
     first = filled(tmp_path, "a", "b")
     taken = first.path.stat().st_size
