@@ -106,7 +106,7 @@ def vp_noise_within(x: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
     return ((noisy - abar.sqrt() * x) / (1 - abar).sqrt()).to(x.dtype)
 
 
-def vp_carried(noisy: Tensor, eps: Tensor, alpha_bar: Tensor, other: Tensor) -> Tensor:
+def vp_ddim_step(noisy: Tensor, eps: Tensor, alpha_bar: Tensor, other: Tensor) -> Tensor:
     """Noisy latent at another time, with the same noise and the clean latent that it implies (DDIM, eta 0).
 
     Args:

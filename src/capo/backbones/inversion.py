@@ -56,12 +56,12 @@ class Invertible(ABC):
         """Return times (steps + 1, B) that rise evenly from the clean latent to t (B,), for each sample."""
 
     @abstractmethod
-    def told_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def predicted_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Return the noise (B, C, H, W) that a prediction for x_t implies."""
 
     @abstractmethod
-    def carried(self, noisy: Tensor, noise: Tensor, t: Tensor, later: Tensor) -> Tensor:
-        """Take x_t (B, C, H, W) to the times `later` (B,) along a noise."""
+    def ddim_step(self, noisy: Tensor, noise: Tensor, t: Tensor, later: Tensor) -> Tensor:
+        """Take x_t (B, C, H, W) to the times `later` (B,) by a step of DDIM with this noise."""
 
     @abstractmethod
     def deviation_between(self, t: Tensor, later: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ class Invertible(ABC):
         """Return the noise (B, C, H, W) with which `Backbone.add_noise` makes x_t of clean latents."""
 
     @abstractmethod
-    def seen_time(self, t: Tensor) -> Tensor:
-        """Return the time (B,) that the network is told for x_t; the clean latent has the first one."""
+    def network_time(self, t: Tensor) -> Tensor:
+        """Return the time (B,) that the network is given for x_t; the clean latent has the first one."""
 
 
 @torch.no_grad()
@@ -123,12 +123,12 @@ def invert(
     grid = backbone.rising_times(t, settings.steps)
     noisy = latents
     for now, later in pairwise(grid):
-        told = _predictor(backbone, backbone, denoiser, now, text)
-        mean = told(noisy)
+        predict = _predictor(backbone, backbone, denoiser, now, text)
+        mean = predict(noisy)
         for count in range(1, renoise + 1):
-            further = told(backbone.carried(noisy, mean, now, later))
+            further = predict(backbone.ddim_step(noisy, mean, now, later))
             mean = mean + (further - mean) / (count + 1)
-        noisy = backbone.carried(noisy, mean, now, later)
+        noisy = backbone.ddim_step(noisy, mean, now, later)
         if fresh is not None:
             noisy = noisy + eta * _column(backbone.deviation_between(now, later), noisy) * next(fresh)
     return noisy, backbone.target(latents, backbone.noise_within(latents, noisy, t), t)
@@ -139,11 +139,11 @@ def _predictor(
 ) -> Callable[[Tensor], Tensor]:
     """Function from noisy latents at the times `now` to the noise that the network sees in them, float32."""
 
-    def told(noisy: Tensor) -> Tensor:
-        prediction = backbone.predict(denoiser, noisy, family.seen_time(now), text).float()
-        return family.told_noise(prediction, noisy, now)
+    def predict(noisy: Tensor) -> Tensor:
+        prediction = backbone.predict(denoiser, noisy, family.network_time(now), text).float()
+        return family.predicted_noise(prediction, noisy, now)
 
-    return told
+    return predict
 
 
 def _column(values: Tensor, latents: Tensor) -> Tensor:

@@ -142,22 +142,22 @@ class UNetBackbone(Backbone, Invertible):
         rows = torch.arange(steps + 1, device=t.device)[:, None]
         return ((t - CLEAN) * rows + steps // 2) // steps + CLEAN
 
-    def seen_time(self, t: Tensor) -> Tensor:
+    def network_time(self, t: Tensor) -> Tensor:
         return t.clamp(min=0)
 
     def _share_of_image(self, t: Tensor) -> Tensor:
         """Return `alphas_cumprod` (B,) at timesteps (B,), which is 1 for CLEAN."""
         return torch.where(t == CLEAN, 1.0, self._alpha_bar(t.clamp(min=0)))
 
-    def told_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def predicted_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         if not self._predicts_velocity:
             return prediction
         # v = sqrt(abar) eps - sqrt(1 - abar) x, and x_t = sqrt(abar) x + sqrt(1 - abar) eps
         abar = self._share_of_image(t)
         return schedules.vp_add_noise(prediction, noisy, abar)
 
-    def carried(self, noisy: Tensor, noise: Tensor, t: Tensor, later: Tensor) -> Tensor:
-        return schedules.vp_carried(noisy, noise, self._share_of_image(t), self._share_of_image(later))
+    def ddim_step(self, noisy: Tensor, noise: Tensor, t: Tensor, later: Tensor) -> Tensor:
+        return schedules.vp_ddim_step(noisy, noise, self._share_of_image(t), self._share_of_image(later))
 
     def deviation_between(self, t: Tensor, later: Tensor) -> Tensor:
         return schedules.vp_posterior_deviation(self._share_of_image(t), self._share_of_image(later))
