@@ -15,7 +15,7 @@ from capo.cli.benchmark import run_benchmark
 from capo.cli.build import Components, build_components, is_negative, tuned_generator, use_base
 from capo.cli.compose import plain
 from capo.cli.engines import engaged, engine_of
-from capo.cli.frontiers import study_of
+from capo.cli.frontiers import compare_methods
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_plans
@@ -169,11 +169,11 @@ def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dic
         console.print(seeds_table(groups))
     results = found["results"]
     labeled = list(zip(runs, run_labels(runs), strict=True))
-    study = study_of(dict(labeled))
-    for table in study.tables() if study else ():
+    compared = compare_methods(dict(labeled))
+    for table in compared.tables() if compared else ():
         console.print(table)
     rows = [Row(run, labels, results[str(run)]) for run, labels in labeled]
-    files = RunTable.of(rows, 0, " ".join(["python evaluate.py", *overrides]), study).write(folder)
+    files = RunTable.of(rows, 0, " ".join(["python evaluate.py", *overrides]), compared).write(folder)
     told = f"the table as a page, as CSV and for LaTeX: {', '.join(map(str, files))}"
     console.print(told, markup=False, highlight=False, soft_wrap=True)
     return found

@@ -11,7 +11,7 @@ import torch
 from capo.cli.run_labels import seed_groups
 from capo.errors import InputError
 from capo.evaluation.frontiers import DRIFT_AT, Frontier, Point
-from capo.evaluation.reports.frontiers import Study
+from capo.evaluation.reports.frontiers import MethodComparison
 from capo.evaluation.reports.sweep_page import curves, number_of, strength_axis
 from capo.evaluation.seeds import COLUMN, DRIFT, read_by_prompt
 
@@ -20,7 +20,7 @@ RUNS = "runs"  # label of runs that differ in what no other label shows
 GROUP = "group"  # column of a row: place of its runs among the groups
 
 
-def study_of(runs: Mapping[Path, Mapping[str, str]]) -> Study | None:
+def compare_methods(runs: Mapping[Path, Mapping[str, str]]) -> MethodComparison | None:
     """Arrange evaluated runs by method and strength; None if they are fewer than two settings or two rewards.
 
     Runs that differ in their seed alone are one point (`seed_groups`). The strength is the numeric label with
@@ -49,7 +49,9 @@ def study_of(runs: Mapping[Path, Mapping[str, str]]) -> Study | None:
         ordered = len(line) == 1 or all(math.isfinite(number_of(label)) for label in labels)
         frontiers[min(places)] = Frontier(name, points, ordered)
         methods |= {run: name for place in places for run in groups[place]}
-    return Study.of(axis, [frontiers[place] for place in sorted(frontiers)], rewards, methods, notes)
+    return MethodComparison.of(
+        axis, [frontiers[place] for place in sorted(frontiers)], rewards, methods, notes
+    )
 
 
 def _groups(folders: list[Path]) -> list[list[Path]]:

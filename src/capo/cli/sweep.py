@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Column, Table
 
 from capo.cli.figures import found_figures
-from capo.cli.frontiers import study_of
+from capo.cli.frontiers import compare_methods
 from capo.cli.messages import told_fault, was_interrupted
 from capo.cli.run_labels import seed_groups
 from capo.cli.yaml_files import read_yaml
@@ -231,19 +231,19 @@ def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
     """Write sweep.csv, sweep.png and sweep.html, and print the tables."""
     columns, rows = sweep_rows(jobs)
     keys = varying_keys(jobs)
-    study = study_of({job.folder: job.overrides for job in jobs if job.done})
-    if study:
-        rows = [{**row, **study.columns(job.folder)} for row, job in zip(rows, jobs, strict=True)]
+    compared = compare_methods({job.folder: job.overrides for job in jobs if job.done})
+    if compared:
+        rows = [{**row, **compared.columns(job.folder)} for row, job in zip(rows, jobs, strict=True)]
         columns = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
     write_table(folder / TABLE, columns, rows)
-    picture = sweep_picture(rows, keys) if len(keys) == 1 or not study else None
+    picture = sweep_picture(rows, keys) if len(keys) == 1 or not compared else None
     if picture is not None:
         write_whole(folder / PICTURE, picture)
-    drawn = study.write(folder, FRONTIER if picture else PICTURE) if study else []
-    write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture, study))
+    drawn = compared.write(folder, FRONTIER if picture else PICTURE) if compared else []
+    write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture, compared))
     groups = seed_groups([job.folder for job in jobs if job.done])
     seeds = [seeds_table(groups)] if groups else []
-    frontiers = study.tables() if study else []
+    frontiers = compared.tables() if compared else []
     _show(jobs, [*console_tables(jobs, str(folder)), *seeds, *frontiers])
     pictures = [*([PICTURE] if picture else []), *(path.name for path in drawn)]
     print(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from capo.errors import InputError
 from capo.evaluation.reports.formats import number, span
-from capo.evaluation.reports.frontiers import Study
+from capo.evaluation.reports.frontiers import MethodComparison
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.seeds import read_rates
 from capo.evaluation.statistics import paired_tests
@@ -46,18 +46,20 @@ class RunTable:
         rows: the runs, in the order of the table.
         best: reward -> the row whose win-rate is above those of all others beyond chance, if there is one.
         command: the command that made the table.
-        study: the runs as frontiers, if they are.
+        compared: the runs as frontiers, if they are.
     """
 
     rows: Sequence[Row]
     best: Mapping[str, int] = field(default_factory=dict)
     command: str = ""
-    study: Study | None = None
+    compared: MethodComparison | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Row], seed: int, command: str, study: Study | None = None) -> RunTable:
+    def of(
+        cls, rows: Sequence[Row], seed: int, command: str, compared: MethodComparison | None = None
+    ) -> RunTable:
         """Find the best rows: `best_rows` of the runs' win-rates by prompt."""
-        return cls(rows, best_rows([row.folder for row in rows], seed), command, study)
+        return cls(rows, best_rows([row.folder for row in rows], seed), command, compared)
 
     @property
     def rewards(self) -> list[str]:
@@ -74,7 +76,7 @@ class RunTable:
         write_table(folder / CSV, *self._csv())
         write_whole(folder / HTML, self.html())
         write_whole(folder / LATEX, self.latex())
-        frontiers = self.study.write(folder) if self.study else []
+        frontiers = self.compared.write(folder) if self.compared else []
         return [*(folder / name for name in (CSV, HTML, LATEX)), *frontiers]
 
     def _csv(self) -> tuple[list[str], list[dict[str, object]]]:
@@ -91,7 +93,7 @@ class RunTable:
                         f"score/{name}": score["policy"],
                         f"best/{name}": int(self.best.get(name) == index),
                     }
-            cells |= self.study.columns(row.folder) if self.study else {}
+            cells |= self.compared.columns(row.folder) if self.compared else {}
             rows.append(cells | {"policy": row.results["policy"], "base": row.results["base"]})
         return list(dict.fromkeys(name for row in rows for name in row)), rows
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from capo.cli.frontiers import study_of
+from capo.cli.frontiers import compare_methods
 from capo.evaluation.frontiers import DRIFT_AT
 from capo.evaluation.reports.sweep_page import render_page
 
@@ -45,26 +45,26 @@ def sweep(folder, **options):
 
 
 def test_runs_are_arranged_by_method_strength_and_seed(tmp_path):
-    study = study_of(sweep(tmp_path))
-    assert study.axis == "objective.beta" and study.rewards == ["looks", "alignment"]
+    compared = compare_methods(sweep(tmp_path))
+    assert compared.axis == "objective.beta" and compared.rewards == ["looks", "alignment"]
     # the methods in the order of the runs, though capo has the smallest strength
-    assert [frontier.name for frontier in study.frontiers] == ["objective=dpo", "objective=capo"]
-    assert [[point.label for point in frontier.points] for frontier in study.frontiers] == [
+    assert [frontier.name for frontier in compared.frontiers] == ["objective=dpo", "objective=capo"]
+    assert [[point.label for point in frontier.points] for frontier in compared.frontiers] == [
         ["100", "1000"],
         ["10", "30"],
     ]
-    seeds = study.frontiers[0].points[1]
+    seeds = compared.frontiers[0].points[1]
     assert seeds.measured["alignment"].shape == (2, PROMPTS) and seeds.mean("alignment") == pytest.approx(
         0.58
     )
     # dpo: 0.3 x 0.02 and 0.1 x 0.08, of which 0.1 x 0.02 is common; capo: 0.4 x 0.05, 0.2 x 0.15, 0.2 x 0.05
-    assert [volume.mean for volume, _ in study.volumes] == pytest.approx(
+    assert [volume.mean for volume, _ in compared.volumes] == pytest.approx(
         [0.012 / 0.25, 0.04 / 0.25], abs=1e-6
     )
-    assert study.columns(tmp_path / "2")["frontier/hypervolume"] == pytest.approx(0.048)
-    assert study.columns(tmp_path / "5") == {}
+    assert compared.columns(tmp_path / "2")["frontier/hypervolume"] == pytest.approx(0.048)
+    assert compared.columns(tmp_path / "5") == {}
     # at equal drift 0.35: dpo between 0.58 and 0.52, capo between 0.65 and 0.55, a quarter of the way
-    at = {(match.at, match.reward): match for match in study.matches}
+    at = {(match.at, match.reward): match for match in compared.matches}
     assert at[DRIFT_AT, "alignment"].values == pytest.approx((0.535, 0.625))
     assert at["looks", "alignment"].level == pytest.approx(0.75) and len(at) == 3
 
@@ -72,42 +72,44 @@ def test_runs_are_arranged_by_method_strength_and_seed(tmp_path):
 def test_what_cannot_be_read_or_compared_is_left_out_and_said(tmp_path):
     runs = sweep(tmp_path, prompts=20)
     (tmp_path / "0" / "evaluation" / "win_rates.csv").unlink()
-    study = study_of(runs)
-    assert [len(frontier.points) for frontier in study.frontiers] == [1, 1]
-    assert "0 is left out: it has no win-rates by prompt" in study.notes[0]
-    assert "4 is left out: it was evaluated on other prompts" in study.notes[1] and study.matches == []
-    assert study_of({run: labels for run, labels in runs.items() if run.name in "12"}) is None  # one setting
-    assert study_of({}) is None
+    compared = compare_methods(runs)
+    assert [len(frontier.points) for frontier in compared.frontiers] == [1, 1]
+    assert "0 is left out: it has no win-rates by prompt" in compared.notes[0]
+    assert "4 is left out: it was evaluated on other prompts" in compared.notes[1] and compared.matches == []
+    assert (
+        compare_methods({run: labels for run, labels in runs.items() if run.name in "12"}) is None
+    )  # one setting
+    assert compare_methods({}) is None
 
 
 def test_without_a_number_that_varies_each_setting_is_a_method(tmp_path):
     runs = dict(
         [write_run(tmp_path / str(number), name, None) for number, name in enumerate(("sft", "dpo", "ipo"))]
     )
-    study = study_of(runs)
-    assert study.axis is None and [frontier.name for frontier in study.frontiers] == [
+    compared = compare_methods(runs)
+    assert compared.axis is None and [frontier.name for frontier in compared.frontiers] == [
         "objective=sft",
         "objective=dpo",
         "objective=ipo",
     ]
-    assert study.matches == [] and len(study.volumes) == 3
+    assert compared.matches == [] and len(compared.volumes) == 3
     # runs that no label tells apart are not taken for seeds
     alike = dict([write_run(tmp_path / str(number), "dpo", number) for number in (5, 6)])
-    study = study_of({run: labels | {"objective.beta": "?"} for run, labels in alike.items()})
-    assert [frontier.name for frontier in study.frontiers] == ["runs=5", "runs=6"]
+    compared = compare_methods({run: labels | {"objective.beta": "?"} for run, labels in alike.items()})
+    assert [frontier.name for frontier in compared.frontiers] == ["runs=5", "runs=6"]
 
 
 def test_a_method_without_a_strength_is_a_point_beside_the_others(tmp_path):
     runs = sweep(tmp_path) | dict([write_run(tmp_path / "5", "sft", None, looks=0.65, drift=None)])
-    study = study_of(runs)
-    assert [frontier.name for frontier in study.frontiers][-1] == "objective=sft"
-    assert {match.at for match in study.matches} == {"looks"}  # this run has no drift
-    assert study.matches[-1].level == pytest.approx(0.65)
+    compared = compare_methods(runs)
+    assert [frontier.name for frontier in compared.frontiers][-1] == "objective=sft"
+    assert {match.at for match in compared.matches} == {"looks"}  # this run has no drift
+    assert compared.matches[-1].level == pytest.approx(0.65)
 
 
 def test_files_and_page(tmp_path):
-    study = study_of(sweep(tmp_path))
-    assert [path.name for path in study.write(tmp_path)] == ["frontier.png", "matched.csv"]
+    compared = compare_methods(sweep(tmp_path))
+    assert [path.name for path in compared.write(tmp_path)] == ["frontier.png", "matched.csv"]
     with Image.open(tmp_path / "frontier.png") as image:
         assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 10
     with (tmp_path / "matched.csv").open() as file:
@@ -118,7 +120,7 @@ def test_files_and_page(tmp_path):
         ("looks", "alignment"),
     ]
     assert float(rows[1]["difference"]) == pytest.approx(0.09)
-    apart = study_of(
+    apart = compare_methods(
         dict(
             [
                 write_run(tmp_path / "a", "dpo", 1, looks=0.6, drift=0.1),
@@ -131,6 +133,6 @@ def test_files_and_page(tmp_path):
     job = {"job": "0", "status": "finished", "error": "", "val/win_rate": 0.6}
     page = render_page("s", [job], [], None, apart)
     assert page.count("the ranges do not overlap") == 3 and "50 % in each, the reference point" in page
-    shown = render_page("s", [job], [], None, study)
+    shown = render_page("s", [job], [], None, compared)
     assert '<td class="above"><span class="rate">+9.0</span>' in shown and "://" not in shown
     assert "<h2>Frontiers</h2>" not in render_page("s", [job], [], None)

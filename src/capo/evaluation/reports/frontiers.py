@@ -36,7 +36,7 @@ COLORS = (
 
 
 @dataclass(frozen=True)
-class Study:
+class MethodComparison:
     """Methods with their hypervolumes, and compared at equal strength.
 
     Attributes:
@@ -65,7 +65,7 @@ class Study:
         rewards: Sequence[str],
         methods: Mapping[Path, str],
         notes: Sequence[str] = (),
-    ) -> Study:
+    ) -> MethodComparison:
         """Compute the hypervolumes and comparisons."""
         volumes = hypervolumes(frontiers, rewards)
         return cls(

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from capo.evaluation.reports.formats import verdict
-from capo.evaluation.reports.frontiers import COLORS, Study
+from capo.evaluation.reports.frontiers import COLORS, MethodComparison
 from capo.evaluation.reports.templating import page_environment
 
 Row = Mapping[str, object]  # column -> value of a row of sweep.csv
@@ -139,7 +139,11 @@ def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
 
 
 def render_page(
-    title: str, rows: Sequence[Row], keys: Sequence[str], picture: bytes | None, study: Study | None = None
+    title: str,
+    rows: Sequence[Row],
+    keys: Sequence[str],
+    picture: bytes | None,
+    compared: MethodComparison | None = None,
 ) -> str:
     """Render the offline page of a sweep: pictures, frontiers, and a row per job that links to its report."""
     rewards, measures = list(named(rows, TEST)), list(named(rows, ORACLE))
@@ -155,7 +159,7 @@ def render_page(
             jobs=jobs,
             zero=bool(named(rows, ZERO)),
             finished=sum(job["status"] == "finished" for job in jobs),
-            study=study,
+            compared=compared,
             picture=picture and base64.b64encode(picture).decode(),
         )
     )
