@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from capo.backbones.family import Family
 from capo.backbones.loading import pipeline_index
 from capo.backbones.lora import LORA_FILE
 from capo.errors import InputError
+from capo.runtime.reading import parse_json
 from capo.soup import coefficients
 
 METADATA = "lora_adapter_metadata"  # diffusers' key for an adapter's settings, in the file's metadata
@@ -69,7 +69,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as found:
             factors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
-            settings = json.loads((found.metadata() or {}).get(METADATA, "{}"))
+            settings = parse_json((found.metadata() or {}).get(METADATA, "{}"))
         if not isinstance(settings, dict):
             raise TypeError(f"its {METADATA} are no names with values")
     except (OSError, ValueError, TypeError, SafetensorError) as error:

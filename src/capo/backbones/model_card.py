@@ -197,7 +197,7 @@ def soup_readme(policy: Path, name: str, facts: Mapping[str, object]) -> str:
         InputError: the policy has no README of this package.
     """
     try:
-        head, _, made = (policy / README).read_text(encoding="utf-8").partition(f"{MADE}\n")
+        head, _, made = read_text(policy / README, "export the policy again").partition(f"{MADE}\n")
     except (OSError, ValueError):  # ValueError: it is not text
         head = made = ""
     loaded = re.search(r'load_lora_weights\("(.+?)"\)', head) if made else None

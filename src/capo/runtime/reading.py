@@ -6,19 +6,21 @@ import io
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from capo.errors import DamagedFile
+from capo.errors import DamagedFile, InputError
 
 Value = TypeVar("Value")
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may be half a character, in JSON; two of them make one
 FOLDER_REMEDY = "get the model's folder again"  # for a file in a folder of diffusers or transformers
 
 
-def open_ordinary(path: Path, fault: Callable[[Path, str], DamagedFile]) -> BinaryIO:
+def open_ordinary(path: Path, fault: Callable[[Path, str], InputError]) -> BinaryIO:
     """Open an ordinary file to read its bytes.
 
     Raises `fault(path, reason)` for anything else (a folder, a pipe, which would be waited for, a circle of
@@ -66,7 +68,7 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
 
 def read_any_json(path: str | Path, remedy: str) -> Any:
     """Read a JSON file that holds any value; errors as in `read_json`."""
-    return _parsed(path, remedy, parse_json)
+    return _parsed(path, remedy, parse_writable)
 
 
 def _parsed(path: str | Path, remedy: str, parse: Callable[[str], Value]) -> Value:
@@ -85,9 +87,25 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"it is not JSON: {error}") from error
 
 
-def parse_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object; ValueError as in `parse_json`, and for any other value."""
+def parse_writable(text: str) -> Any:
+    """Parse JSON whose texts are to be written again.
+
+    Raises ValueError as `parse_json`, and for half a character (an escaped surrogate without its other half),
+    which no file can hold.
+    """
     found = parse_json(text)
+    if HALF.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise ValueError(f"it holds half a character, \\u{half:04x}") from error
+    return found
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; ValueError as in `parse_writable`, and for any other value."""
+    found = parse_writable(text)
     if not isinstance(found, dict):
         raise ValueError("it holds no names with values")
     return found

@@ -96,7 +96,7 @@ def test_damaged_bytes_are_a_message_or_read_as_what_they_are(run, name, number)
     holds()
 
 
-NOTHING_OF_IT = [b"\xff\xfe\x00", b"[" * 100_000, b"", b"3", b'"text"', b"\x00" * 50]
+NOTHING_OF_IT = [rb'{"a": "\ud800"}', b"\xff\xfe\x00", b"[" * 100_000, b"", b"3", b'"text"', b"\x00" * 50]
 
 
 @pytest.mark.parametrize("content", NOTHING_OF_IT)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from capo.data.prompts.identity import Prompt, check_splits, make_prompt
 from capo.errors import InputError
+from capo.runtime.reading import open_ordinary
 
 
 @contextmanager
@@ -25,10 +26,15 @@ def readable(place: str) -> Iterator[None]:
 def decoded_lines(file: Path, place: str) -> Iterator[str]:
     """Lines of a UTF-8 file with their line ends, without a byte order mark.
 
-    Raises InputError if the file cannot be read or is not UTF-8.
+    Raises InputError if the file cannot be read, is not UTF-8, or is no ordinary file: a pipe would be waited
+    for, and a device may have no end.
     """
     start = 0
-    with readable(place), file.open("rb") as lines:
+
+    def fault(path: Path, reason: str) -> InputError:
+        return InputError(f"{place}: cannot be read ({reason}); give the path of a file that exists")
+
+    with readable(place), open_ordinary(file, fault) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 text = line.decode()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ from capo.data.prompts import Prompt, check_splits, prompt_id, report_table, spl
 from capo.data.prompts.report import left_out, shortages
 from capo.data.prompts.rows import DUPLICATE, ELSEWHERE, EMPTY, FINE, KEPT, NSFW, OVER_LIMIT, TOO_LONG
 from capo.data.prompts.splits import choose
+from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 
 COUNTS = ("empty", "nsfw", "unwanted", "too_long", "duplicates", "elsewhere", "over_limit", "kept")
@@ -248,6 +251,13 @@ def test_choose_by_hand():
 def test_prompts_that_cannot_be_used(tmp_path, name, lines, message):
     with pytest.raises(InputError, match=message):
         sets(tmp_path, texts(tmp_path / name, *lines))
+
+
+def test_a_pipe_and_a_device_are_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for file in (tmp_path / "pipe.txt", Path("/dev/zero")):
+        with pytest.raises(InputError, match=rf"prompts.test={file}: cannot be read \(it is no ordinary"):
+            list(decoded_lines(file, f"prompts.test={file}"))
 
 
 def test_a_file_that_is_missing_is_found_before_another_is_read(tmp_path):
