@@ -6,7 +6,6 @@ scorer runs mmdet's Mask2Former, this one that of transformers; rules and thresh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from capo.errors import InputError
 from capo.rewards.clip_scores import MODEL_FILES, PROCESSOR_FILES, ClipInputs, load_clip
 from capo.rewards.weights import fetch, require_type
+from capo.runtime.reading import parse_json, read_text
 
 SETTING, CLIP_SETTING = "rewards.geneval_hf.weights", "rewards.geneval_hf.scorer.clip"
 METADATA = "rewards.geneval_hf.scorer.metadata"
@@ -161,8 +161,8 @@ def read_rules(metadata: str | None) -> dict[str, dict[str, Any]]:
     if metadata is None:
         raise InputError(f"{METADATA} is not given; give the path of GenEval's evaluation_metadata.jsonl")
     try:
-        lines = Path(metadata).expanduser().read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        lines = read_text(Path(metadata).expanduser(), "give the official file").splitlines()
+        records = [parse_json(line) for line in lines]
         return {" ".join(record["prompt"].split()): record for record in records}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 from capo.runtime.hub import hub_file
-from capo.runtime.reading import parse_json, parse_object
+from capo.runtime.reading import parse_writable
 
 KEY = "benchmark.set"
 
@@ -49,7 +49,9 @@ def official_file(
 def official_json(path: Path, place: str) -> Any:
     """Read a JSON file; InputError if it is none."""
     try:
-        return parse_json("".join(decoded_lines(path, place)))
+        return parse_writable("".join(decoded_lines(path, place)))
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{place}: {error}; get the file again") from error
 
@@ -59,9 +61,14 @@ def read_records(path: Path, place: str) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for number, line in enumerate(decoded_lines(path, place), start=1):
         try:
-            found.append((line.strip(), parse_object(line)))
+            record = parse_writable(line)
         except ValueError as error:
-            raise InputError(f"{place}: line {number}: {error}; get the file again") from error
+            raise InputError(
+                f"{place}: line {number} {str(error).removeprefix('it ')}; get the file again"
+            ) from error
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: line {number} is no JSON object; get the file again")
+        found.append((line.strip(), record))
     return found
 
 

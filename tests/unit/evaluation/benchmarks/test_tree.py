@@ -95,8 +95,10 @@ def test_lists_that_cannot_be_used_are_named(tmp_path):
     path = tmp_path / "list.jsonl"
     for content, says in (
         ("", "holds no prompt"),
-        ('{"tag": "colors", "prompt": "a"}\n{', "line 2: it is not JSON"),
-        ("[1]", "line 1: it holds no names with values"),
+        ('{"tag": "colors", "prompt": "a"}\n{', "line 2 is not JSON"),
+        ("[1]", "line 1 is no JSON object"),
+        ("[" * 10**5, "line 1 is not JSON: maximum recursion depth"),
+        (r'{"tag": "colors", "prompt": "a \ud83d"}', r"line 1 holds half a character, \\ud83d"),
         ('{"tag": "colors"}', "line 1: 'prompt' is None, not text"),
         ('{"tag": "colors", "prompt": " "}', "prompt 0 has no text"),
     ):
