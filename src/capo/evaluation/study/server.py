@@ -21,6 +21,7 @@ from capo.errors import InputError
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.study.store import Study, Vote
 from capo.evaluation.study.turns import choice_of, left_side, order
+from capo.runtime.reading import parse_json
 
 INSTRUCTION = (  # CaPO, appendix C, word for word
     "Given the text below, pick the left or the right image with better looking.",
@@ -182,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not length.isdecimal() or int(length) > LARGEST:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a vote has at most {LARGEST} bytes")
         try:
-            body = json.loads(self.rfile.read(int(length)))
+            body = parse_json(self.rfile.read(int(length)).decode())
         except ValueError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, "a vote is JSON") from error
         if not isinstance(body, dict):

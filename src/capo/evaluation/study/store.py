@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ CREATE TABLE votes (
     PRIMARY KEY (rater, pair)
 );
 """
+LAYOUT = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
+PAIR = re.compile(r"[0-9a-f]{12}", re.ASCII)  # a pair's name (`turns.pair_name`)
 VOTE = """
 INSERT INTO votes (rater, pair, choice, left_side, seconds, source) VALUES (?, ?, ?, ?, ?, ?)
 ON CONFLICT (rater, pair) DO UPDATE SET choice = excluded.choice, left_side = excluded.left_side,
@@ -104,7 +107,7 @@ class Study:
     """An open study; its methods may be called from any thread. Close it, or use it as a context."""
 
     def __init__(self, folder: str | Path):
-        """Open the study in `folder`; InputError if there is none, or if it has another schema."""
+        """Open the study in `folder`; InputError if there is none, or another schema, or a damaged file."""
         self.folder = Path(folder)
         self.path = self.folder / FILE
         self._lock = threading.Lock()
@@ -114,22 +117,49 @@ class Study:
             )
         try:
             self._connection = _connected(self.path)
-            facts = dict(self._rows("SELECT name, value FROM facts"))
-            values = {name: json.loads(value) for name, value in facts.items()}
-            if values.get("schema") != SCHEMA:
-                raise InputError(
-                    f"{self.path} has schema {values.get('schema')}, but this version reads {SCHEMA}; use "
-                    "the version that made it"
-                )
-            self.facts = Facts(**{**values, "names": tuple(values["names"]), "pairs": tuple(values["pairs"])})
-        except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
+            self.facts, self.pairs = self._read()
+        except (sqlite3.DatabaseError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(
                 f"{self.path} cannot be read ({error}); restore it, or make the study in another "
                 "hydra.run.dir"
             ) from error
-        columns = "name, prompt_id, prompt, category, is_check"
-        rows = {row[0]: row for row in self._rows(f"SELECT {columns} FROM pairs")}
-        self.pairs = {name: _pair(*rows[name]) for name in self.facts.pairs}
+
+    def _read(self) -> tuple[Facts, dict[str, Pair]]:
+        """Read what the study is; a file that comes from elsewhere has what `create` writes, or is refused.
+
+        Raises InputError for another schema, and ValueError, TypeError, KeyError or sqlite3.DatabaseError for
+        what is no study.
+        """
+        values = {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM facts")}
+        if values.get("schema") != SCHEMA:
+            raise InputError(
+                f"{self.path} has schema {values.get('schema')}, but this version reads {SCHEMA}; use "
+                "the version that made it"
+            )
+        with closing(sqlite3.connect(":memory:")) as fresh:
+            fresh.executescript(TABLES)
+            if self._rows(LAYOUT) != fresh.execute(LAYOUT).fetchall():
+                raise ValueError("its tables are not those of a study")
+        if (found := self._rows("PRAGMA quick_check(1)")) != [("ok",)]:
+            raise ValueError(found[0][0])
+        if self._rows("PRAGMA foreign_key_check"):
+            raise ValueError("a vote is of a pair that it does not have")
+        if self._rows(
+            "SELECT 1 FROM votes WHERE typeof(rater) != 'text' OR typeof(seconds) IN ('text', 'blob')"
+        ):
+            raise ValueError("a vote's rater is no text, or its seconds are no number")
+        facts = Facts(**{**values, "names": tuple(values["names"]), "pairs": tuple(values["pairs"])})
+        for name, kind in {"seed": int, "ties": bool, "first": str, "second": str, "image_seed": int}.items():
+            if type(getattr(facts, name)) is not kind:
+                raise ValueError(f"{name} is {getattr(facts, name)!r}")
+        if len(facts.names) != len(SIDES) or not all(isinstance(name, str) for name in facts.names):
+            raise ValueError(f"names is {list(facts.names)}, not two names")
+        rows = {
+            row[0]: row for row in self._rows("SELECT name, prompt_id, prompt, category, is_check FROM pairs")
+        }
+        if strange := [name for name in facts.pairs if not PAIR.fullmatch(str(name)) or name not in rows]:
+            raise ValueError(f"pair {strange[0]!r} is none of a study")  # images are called by it
+        return facts, {name: _pair(*rows[name]) for name in facts.pairs}
 
     @classmethod
     def create(cls, folder: str | Path, facts: Facts, pairs: Sequence[Pair]) -> Study:

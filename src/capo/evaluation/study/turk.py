@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import html
-import shutil
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.study.server import INSTRUCTION
 from capo.evaluation.study.store import IMAGES, SIDES, Study, Vote
 from capo.evaluation.study.turns import choice_of, left_side, pair_name
-from capo.runtime.files import write_table, write_whole
+from capo.runtime.files import whole_file, write_table, write_whole
+from capo.runtime.reading import read_bytes
 
+ADDRESS = re.compile(r"https://[^\s\"'<>]+")  # it stands in pages, within quotes
 CSV, TEMPLATE = "pairs.csv", "template.html"
 ALL = ""  # the rater for whom sides are drawn: on Mechanical Turk they are the same for all
 ANSWERS = ("left", "right", "tie")
@@ -48,24 +50,23 @@ def export(study: Study, folder: Path, images_at: str) -> list[Path]:
         images_at: address under which the content of images/ will stand, `https://...`.
 
     Raises:
-        InputError: `images_at` is no https address, which the workers' browsers require.
+        InputError: `images_at` is no https address, which the workers' browsers require, `folder` cannot be
+            written, or an image of the study cannot be read.
     """
-    if not images_at.startswith("https://"):
+    if not ADDRESS.fullmatch(images_at):
         raise InputError(
             f"--images-at {images_at}: workers' browsers load images from https:// alone; give the address "
             "of the folder to which you upload images/"
         )
     rows = []
-    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     for pair in study.pairs.values():
         left = left_side(study.facts.seed, ALL, pair.name)
         names = {
             answer: image_name(study, pair.name, choice_of(answer, left)) for answer in ("left", "right")
         }
         for side in SIDES:
-            shutil.copyfile(
-                study.image(pair.name, side), folder / IMAGES / image_name(study, pair.name, side)
-            )
+            with whole_file(folder / IMAGES / image_name(study, pair.name, side)) as unfinished:
+                unfinished.write_bytes(_image(study, pair.name, side))
         address = {answer: f"{images_at.rstrip('/')}/{name}" for answer, name in names.items()}
         rows.append({"pair": pair.name, "prompt": html.escape(pair.prompt), **address})
     rows.sort(key=lambda row: row["pair"])  # by name, which hides the checks among the others
@@ -73,6 +74,14 @@ def export(study: Study, folder: Path, images_at: str) -> list[Path]:
     page = page_environment().get_template("turk.html.j2")
     write_whole(folder / TEMPLATE, page.render(instruction=INSTRUCTION, ties=study.facts.ties))
     return [folder / CSV, folder / TEMPLATE, folder / IMAGES]
+
+
+def _image(study: Study, pair: str, side: str) -> bytes:
+    path, remedy = study.image(pair, side), "restore it, or make the study in another hydra.run.dir"
+    try:
+        return read_bytes(path, remedy)
+    except FileNotFoundError as error:
+        raise DamagedFile(path, "it is not there", remedy) from error
 
 
 def import_results(study: Study, path: Path) -> Imported:

@@ -1,6 +1,7 @@
 """Pairs, turns and votes: what is stored, in which order raters see it, and what is refused."""
 
 import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -47,6 +48,29 @@ def test_folders_without_a_readable_study_are_refused(tmp_path):
         connection.execute("UPDATE facts SET value = '9' WHERE name = 'schema'")
     connection.close()
     with pytest.raises(InputError, match="has schema 9"):
+        Study(tmp_path / "study")
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ("DELETE FROM pairs", "none of a study"),
+    ("DROP TABLE votes", "its tables are not those of a study"),
+    ("CREATE TRIGGER t AFTER INSERT ON votes BEGIN DELETE FROM votes; END", "its tables are not"),
+    ("ALTER TABLE pairs RENAME TO p; CREATE VIEW pairs AS SELECT * FROM p", "its tables are not"),
+    ("UPDATE facts SET value = '[\"../../x\"]' WHERE name = 'pairs'; "
+     "INSERT INTO pairs VALUES ('../../x', 'a', 'b', 'c', 0)", "pair '../../x' is none of a study"),
+    ("UPDATE facts SET value = '\"x\"' WHERE name = 'seed'", "seed is 'x'"),
+    ("UPDATE facts SET value = '[3, 4]' WHERE name = 'names'", "not two names"),
+    ("INSERT INTO facts VALUES ('evil', '1')", "unexpected keyword"),
+    ("INSERT INTO votes (rater, pair, choice, left_side, source) VALUES ('a', 'none', 'tie', 'first', '')",
+     "a vote is of a pair that it does not have"),
+    ("INSERT INTO votes (rater, pair, choice, left_side, source) "
+     "SELECT x'ff', name, 'tie', 'first', '' FROM pairs", "a vote's rater is no text"),
+])  # fmt: skip
+def test_a_study_from_elsewhere_is_what_this_package_writes_or_refused(tmp_path, change, reason):
+    make_fake_study(tmp_path / "study").close()
+    with closing(sqlite3.connect(tmp_path / "study" / "study.sqlite")) as connection:
+        connection.executescript(change)
+    with pytest.raises(InputError, match=rf"study.sqlite cannot be read \(.*{reason}.*\); restore it"):
         Study(tmp_path / "study")
 
 

@@ -47,6 +47,18 @@ def study(tmp_path):
         yield study
 
 
+def test_an_export_that_cannot_be_made_is_named(study, tmp_path):
+    for address in ("http://x", 'https://x/"><script>', "https://x y"):
+        with pytest.raises(InputError, match="workers' browsers load images from https:// alone"):
+            export(study, tmp_path / "mturk", address)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"file/images/.* cannot be written"):
+        export(study, tmp_path / "file", AT)
+    study.image(next(iter(study.pairs)), FIRST).unlink()
+    with pytest.raises(InputError, match=r"-first.png cannot be read \(it is not there\); restore it"):
+        export(study, tmp_path / "mturk", AT)
+
+
 def test_the_export_names_every_image_and_escapes_every_prompt(study, tmp_path):
     rows = exported(study, tmp_path)
     assert {row["pair"] for row in rows} == set(study.pairs) and len(rows) == 8
