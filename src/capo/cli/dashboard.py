@@ -18,15 +18,17 @@ from typing import Any
 
 from capo.cli.messages import REFUSED
 from capo.cli.sweep import Job, read_jobs, sweep_name, sweep_rows, varying_keys
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.dashboard import Tracked, TrackedRun, markdown_table, specification
 from capo.runtime.files import write_whole
+from capo.runtime.reading import read_json, read_text
 from capo.runtime.run_folder import METRICS, VALIDATION
 from capo.runtime.terminal import printable
 from capo.training.wandb_run import wandb_is_online
 
 FILE, RECORD = "dashboard.json", "wandb.json"
 LOGGER = "wandb_logger"  # ends the name of the target that logs to W&B
+REMEDY = "restore it, or move the job away"
 HIDDEN = ("error",)  # columns of sweep.csv that the report's table leaves out
 
 
@@ -66,38 +68,41 @@ def tracked_sweep(folder: Path, jobs: Sequence[Job]) -> Tracked:
 
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
+    record = read_json(path, REMEDY)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record["id"], str) or not all(
             isinstance(record[name], dict) for name in ("config", "summary")
         ):
             raise TypeError("id, config or summary is of another kind")
+        if not all(place is None or isinstance(place, str) for place in _place(record)):
+            raise TypeError("the logger's entity or project is no text")
         return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}); restore it, or move the job away") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(path, repr(error), REMEDY) from error
 
 
 def _place(record: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
     """Entity, project and group to which a run was logged: its logger's, else those of its record."""
-    loggers = (record["config"].get("run") or {}).get("logger") or {}
+    run = record["config"].get("run")
+    loggers = run.get("logger") if isinstance(run, Mapping) else None
     options = next(
         (
             logger
-            for logger in loggers.values()
+            for logger in (loggers.values() if isinstance(loggers, Mapping) else ())
             if isinstance(logger, dict) and str(logger.get("_target_")).endswith(LOGGER)
         ),
         {},
     )
     group = options.get("group", record.get("group"))
-    return options.get("entity"), str(options.get("project")), None if group is None else str(group)
+    return options.get("entity"), options.get("project", "None"), None if group is None else str(group)
 
 
 def _curves(path: Path) -> frozenset[str]:
     """Names of a run's curves: the columns of metrics.csv, which W&B is given too."""
     if not path.is_file():
         return frozenset()
-    with path.open(encoding="utf-8", newline="") as file:
-        return frozenset(next(csv.reader(file), [])) - {"step"}
+    first = read_text(path, REMEDY).splitlines()[:1]
+    return frozenset(next(csv.reader(first), [])) - {"step"}
 
 
 def apply(spec: Mapping[str, Any], entity: str | None) -> list[str]:
