@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import capo
-from capo.cli.messages import value_fault
+from capo.cli.messages import command_fault, value_fault
 from capo.errors import InputError
 
 REPOSITORY = Path(capo.__file__).parents[2]  # holds conf/ in an editable install
@@ -26,8 +27,12 @@ def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITO
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             return compose(name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if (fault := value_fault(error, overrides)) is not None:
+            raise InputError(fault) from error
+        if isinstance(error, (OverrideParseException, MissingConfigException)) and (
+            fault := command_fault(error)
+        ):
             raise InputError(fault) from error
         if not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise

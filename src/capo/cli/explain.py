@@ -20,6 +20,7 @@ from capo.cli.schema.scripts import SCRIPTS
 from capo.errors import InputError, alike
 from capo.runtime.schema import Node, shown, walked, words
 from capo.runtime.schema.tree import GROUP, is_section, picked
+from capo.runtime.terminal import printable
 
 ANY = "NAME"  # stands for a name that the user chooses
 HEAD = """# Configuration
@@ -167,7 +168,7 @@ def main(command: Sequence[str] | None = None) -> int:
             for key, (_, node) in all_keys().items():
                 print(f"{key}: {meaning(node)}")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

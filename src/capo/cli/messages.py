@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf
 from safetensors import SafetensorError
 from tqdm import tqdm
+from yaml import YAMLError
 
 from capo.errors import InputError, Unfinished, alike, closest, first_line
 from capo.runtime.memory import memory_of, ran_out
@@ -44,10 +45,9 @@ OTHER_PLACE = f"make room there, or {PLACES}"
 NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
 LONG_NUMBER = re.compile(r"\d{1000}")
-NO_CHOICE = re.compile(
-    r"\+?(objective|pairs|prompts|model|trainer|rewards|logger|import|experiment)(@[\w.]+)?="
-    r"(null|true|false|[-+.\deE]+)"
-)
+NO_CHOICE = re.compile(r"\+?(?P<group>[\w/]+)(@[\w.]+)?=(null|true|false|[-+.\deE]+)")
+LISTED = re.compile(r"Error merging override (.+)")
+CONF = Path(__file__).parents[3] / "conf"  # beside src/; not there in an installed package
 UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
 
@@ -176,14 +176,26 @@ def command_fault(error: BaseException) -> str | None:
 def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
     """Message for a value of the command line that Hydra cannot read at all; None for any other error."""
     text = str(error)
+    if isinstance(error, YAMLError):  # it names file and line
+        return f"a file of the configuration is not YAML: {' '.join(text.split())}; correct it"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file of the configuration is no UTF-8 text from byte {error.start} on; save it as UTF-8"
     if "for integer string conversion" in text:  # Python's limit
         long = next((argument for argument in arguments if LONG_NUMBER.search(argument)), None)
         place = f"{long.partition('=')[0]}={long.partition('=')[2][:20]}..." if long else "a file of conf/"
         return f"{place}: a number has too many digits to be read; give a smaller one"
     if "Config group override must be a string or a list" in text:
-        given = next((argument for argument in arguments if NO_CHOICE.fullmatch(argument)), "a group")
-        group = given.partition("=")[0].lstrip("+").partition("@")[0]
-        return f"{given}: it must name a file of conf/{group}/; give {given.partition('=')[0]}=NAME"
+        given = [found for argument in arguments if (found := NO_CHOICE.fullmatch(argument))]
+        of_groups = [found for found in given if (CONF / found["group"]).is_dir()]
+        if found := next(iter(of_groups or given), None):
+            key = found[0].partition("=")[0]
+            return f"{found[0]}: it must name a file of conf/{found['group']}/; give {key}=NAME"
+        return "a group takes the name of one of its files: GROUP=NAME"
+    if "Cannot merge DictConfig with ListConfig" in f"{text}{error.__cause__}" and (
+        listed := LISTED.match(text)
+    ):
+        key = listed[1].partition("=")[0].lstrip("+")
+        return f"{listed[1]}: {key} is a section of keys, not a list; give {key}.KEY=VALUE"
     return None
 
 

@@ -50,6 +50,16 @@ def test_a_near_miss_gets_what_was_meant(capsys):
     assert "did you mean trainer.micro_batch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "override", "message"), [
+    ("\x1b[2J", "", r"there is no key '\x1b[2J'"),
+    ("seed", "model=nope", "model=nope: no such choice; there are sd15"),
+    ("seed", "seed=[", "'seed=[' cannot be read"),
+])  # fmt: skip
+def test_slips_are_answered_as_the_scripts_answer_them(capsys, key, override, message):
+    assert explain.main([key, *filter(None, [override])]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_page_is_what_the_schema_says(capsys):
     made = said(capsys, "--page")
     assert made == (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), (

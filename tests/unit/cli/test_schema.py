@@ -113,6 +113,8 @@ def test_a_slip_gets_key_value_and_remedy(override, message):
 @pytest.mark.parametrize(("override", "message"), [
     ("objective=null", "objective=null: it must name a file of conf/objective/; give objective=NAME"),
     ("trainer=3", "trainer=3: it must name a file of conf/trainer/"),
+    ("engine=null", "engine=null: it must name a file of conf/engine/; give engine=NAME"),
+    ("noise.inversion=[1]", "noise.inversion=[1]: noise.inversion is a section of keys, not a list"),
     ("seed=" + "9" * 5000, "seed=99999999999999999999...: a number has too many digits to be read"),
 ])  # fmt: skip
 def test_what_hydra_cannot_read_gets_a_message_too(override, message):
