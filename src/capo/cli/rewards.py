@@ -10,6 +10,7 @@ The exit code is 0 if everything passed, 1 if a check failed or nothing could be
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ from capo.runtime.terminal import Terminal, printable
 
 # overrides may be written `NAME.weights=...` or `rewards.NAME.weights=...`
 OVERRIDE = re.compile(r"^([+~]*)(?:rewards\.)?")
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
 COLORS = {PASSED: "green", WARNING: "yellow", FAILED: "red"}
 
 
@@ -74,9 +76,7 @@ def arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="folder of 1.webp to 4.webp from zai-org/ImageReward, whose published scores are compared",
     )
-    parser.add_argument(
-        "--device", type=torch.device, help="cuda, cuda:1 or cpu; by default the GPU if there is one"
-    )
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu; by default the GPU if there is one")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -121,12 +121,15 @@ def _conf(given: Path | None) -> Path:
     )
 
 
-def chosen_device(given: torch.device | None) -> torch.device:
+def chosen_device(given: str | None) -> torch.device:
     """Return `given`, else the GPU if there is one; make a GPU the current device, so its memory is read.
 
-    Raises InputError for a device that torch does not find.
+    Raises InputError for a device that torch does not find, and for one of another kind.
     """
-    device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not DEVICE.fullmatch(name):
+        raise InputError(f"--device {name}: must be cuda, cuda:NUMBER or cpu")
+    device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(
@@ -229,6 +232,8 @@ def main(command: Sequence[str] | None = None) -> int:
     options, console = arguments(command), Terminal()
     try:
         options.device = chosen_device(options.device)
+        if not 0 <= options.tolerance < math.inf:
+            raise InputError(f"--tolerance {options.tolerance}: must be a finite number of at least 0")
         rewards = configured(options.name, options.overrides, options.conf)
         if options.golden and len(rewards) > 1:
             raise InputError(
@@ -238,10 +243,10 @@ def main(command: Sequence[str] | None = None) -> int:
         if options.published:
             check_known(rewards)
         options.pictures = pictures(options.published) if options.published else None
-    except InputError as error:
+        passed = [check(reward, options, console) for reward in rewards]
+    except InputError as error:  # of check: the file of recorded scores cannot be written
         print(printable(f"error: {error}"), file=sys.stderr)
         return 1
-    passed = [check(reward, options, console) for reward in rewards]
     return int(not all(passed))
 
 

@@ -136,13 +136,13 @@ def test_the_chosen_gpu_is_the_one_that_messages_tell_of(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert chosen_device(torch.device("cuda:1")) == torch.device("cuda:1") and chosen_device(CPU) == CPU
-    chosen_device(torch.device("cuda"))
+    assert chosen_device("cuda:1") == torch.device("cuda:1") and chosen_device("cpu") == CPU
+    chosen_device("cuda")
     assert current == [1, 0]
     with pytest.raises(
         InputError, match="--device cuda:2: torch finds 2 GPUs here; choose another one, or cpu"
     ):
-        chosen_device(torch.device("cuda:2"))
+        chosen_device("cuda:2")
 
 
 def test_recorded_scores_are_compared_by_name_and_size():
@@ -275,9 +275,16 @@ def test_random_weights_fail_by_order_and_are_not_recorded(here, clip, capsys):
     (["check", "pickscore", "pickscore.weights=nothing"], "no such file or folder"),
     (["check", "looks", "--golden", "broken.json"], "broken.json holds no recorded scores"),
     (["check", "shapes", "--golden", "x.json"], "a set of 3 rewards"),
+    (["check", "looks", "--device", "gpu"], "--device gpu: must be cuda, cuda:NUMBER or cpu"),
+    (["check", "looks", "--tolerance", "nan"], "--tolerance nan: must be a finite number of at least 0"),
+    (["check", "tag", "--conf", "conf"], "tag.yaml"),
+    (["check", "bytes", "--conf", "conf"], "is no UTF-8 text"),
 ])  # fmt: skip
 def test_what_cannot_be_checked_says_so(here, capsys, command, message):
     (here / "broken.json").write_text("{}")
+    (here / "conf" / "rewards").mkdir(parents=True)
+    (here / "conf" / "rewards" / "tag.yaml").write_text("r: !!python/object/apply:os.system [ls]")
+    (here / "conf" / "rewards" / "bytes.yaml").write_bytes(b"\xff\xfe")
     assert main(command) == 1
     told = capsys.readouterr()
     assert re.search(message, " ".join((told.out + told.err).replace("│", " ").split()))
