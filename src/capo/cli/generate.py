@@ -114,6 +114,8 @@ def run(cfg: DictConfig) -> None:
     """Run `cfg.stage`: fill the four pools or one stage of them, import images, export pairs, or report."""
     check_values(cfg, Generating)
     refuse_plans(cfg)
+    if cfg.repair and cfg.stage != "verify":
+        raise InputError(f"repair=true with stage={cfg.stage}: stage=verify alone repairs; leave repair out")
     if cfg.stage in ALONE and launch().world_size > 1:
         raise InputError(f"stage={cfg.stage} is the work of one process: run it without the launcher")
     if cfg.stage == "import":

@@ -61,12 +61,14 @@ def soup_of(
 
 
 def check_place(folder: Path, policies: Sequence[str]) -> None:
-    """Raise InputError if the soup would take the place of a run's policy, or of one that is merged."""
+    """Raise InputError if the soup would take the place of a run's policy, or be in one that is merged."""
     own = folder / POLICY
-    if (folder / CONFIG).exists() or any(Path(policy).resolve() == own.resolve() for policy in policies):
+    if (folder / CONFIG).exists() or any(
+        own.resolve().is_relative_to(Path(policy).resolve()) for policy in policies
+    ):
         raise InputError(
-            f"{own} would be replaced by the soup, but is the policy of a run or one of policies; choose "
-            "another hydra.run.dir"
+            f"{own} would be replaced by the soup, but is the policy of a run, or one of policies or in one; "
+            "choose another hydra.run.dir"
         )
 
 

@@ -1,0 +1,23 @@
+"""What generate.py and merge.py refuse before they load anything."""
+
+import pytest
+
+from capo.cli import generate, merge
+from capo.cli.compose import composed
+from capo.errors import InputError
+
+
+@pytest.mark.parametrize("inside", ["", "policy", "policy/policy", "policy/unet/soup"])
+def test_a_soup_is_not_written_into_a_policy_that_is_merged(tmp_path, inside):
+    (tmp_path / "policy" / "unet").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"would be replaced by the soup, but .*; choose another"):
+        merge.check_place(tmp_path / inside, [str(tmp_path / "policy"), str(tmp_path / "other")])
+    merge.check_place(tmp_path / "policy-2", [str(tmp_path / "policy"), str(tmp_path / "other")])
+
+
+def test_repair_without_verify_is_refused(tmp_path):
+    cfg = composed(
+        "generate", [f"run_dir={tmp_path}", f"pool.root={tmp_path}", "stage=status", "repair=true"]
+    )
+    with pytest.raises(InputError, match="repair=true with stage=status: stage=verify alone repairs"):
+        generate.run(cfg)
