@@ -29,7 +29,16 @@ def scores(scorer, images, prompts):
     results of another form.
     """
     with undisturbed(), without_gradients():
-        return numbers(scorer(images, prompts), len(images))
+        return numbers(_called(scorer, images, prompts), len(images))
+
+
+def _called(scorer, images, prompts):
+    try:
+        return scorer(images, prompts)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # GeneratorExit, or a class of its own: no order to end this process
+        raise RuntimeError(told(error)) from error
 
 
 def numbers(result, count):

@@ -37,6 +37,10 @@ def complexes(images, prompts):
     return [1j] * len(images)
 
 
+def leaves(images, prompts):
+    raise GeneratorExit
+
+
 def exits(images, prompts, code=0):
     sys.exit(code)
 
@@ -114,6 +118,7 @@ def odd(request, module, tmp_path_factory):
     ("says", {"value": 0.5}, "returned 0.5 for 2 images"),
     ("says", {"value": [1.0, None]}, "returned None for image 1 of the batch"),
     ("complexes", {}, "returned 1j for image 0 of the batch"),
+    ("leaves", {}, r"failed: RuntimeError: GeneratorExit; the traceback is in \S+odd\.log$"),
     ("exits", {}, r"failed: SystemExit: 0; the traceback is in \S+odd\.log$"),
     ("exits", {"code": "no weights"}, r"failed: SystemExit: no weights; the traceback is in \S+odd\.log$"),
     ("raises", {}, r"failed: KeyError: 'no such token\\nand more'; the traceback is in \S+odd\.log$"),
