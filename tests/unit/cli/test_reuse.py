@@ -52,7 +52,8 @@ def trained(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(module, "place", noted)
 
     def run(name: str, *overrides: str):
-        asked.clear(), placed.clear()
+        asked.clear()
+        placed.clear()
         train_script.run(tiny_run(name, *RUN, *overrides))
         return weights_of(tiny_run.folder / name), len(asked), len(placed), capsys.readouterr().out
 
