@@ -7,7 +7,6 @@ import threading
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,14 +26,11 @@ from capo.rewards import Reward
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import Launch
 from fixtures.fake_backbone import FakeBackbone
+from fixtures.fake_rewards import brightness
 
 TEXTS = ("a red circle", "a blue square", "the green triangle", "a circle left of a square", "red and blue")
 PROMPTS = [make_prompt(text) for text in TEXTS]
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, batch=3)
-
-
-def brightness(images, prompts):
-    return torch.tensor([float(np.asarray(image).mean()) for image in images])
 
 
 def length(images, prompts):

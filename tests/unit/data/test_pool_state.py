@@ -1,9 +1,7 @@
 import os
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
 
 from capo.backbones.sampling import SamplerSettings
 from capo.data.engines import LocalEngine
@@ -12,12 +10,9 @@ from capo.data.pool_state import faults_of, repair, states_of, told_age
 from capo.data.prompts import make_prompt
 from capo.rewards import Reward
 from fixtures.fake_backbone import FakeBackbone
+from fixtures.fake_rewards import brightness
 
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, batch=4)
-
-
-def brightness(images, prompts):
-    return torch.tensor([float(np.asarray(image).mean()) for image in images])
 
 
 REWARD = Reward("brightness", brightness)

@@ -4,7 +4,6 @@ import dataclasses
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
 from fixtures.fake_backbone import FakeBackbone
+from fixtures.fake_rewards import brightness
 
 PROMPTS = [make_prompt(text) for text in ("a red circle", "a blue square", "the green triangle")]
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, batch=3)
@@ -46,10 +46,6 @@ class Hangs(Sum):
         (self.folder / "there").touch()
         time.sleep(1000)
 """
-
-
-def brightness(images, prompts):
-    return torch.tensor([float(np.asarray(image, dtype=float).mean()) for image in images])
 
 
 def total(images, prompts):

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,14 +14,11 @@ from capo.errors import InputError
 from capo.rewards import Reward
 from fixtures.damage import damaged, examples, put
 from fixtures.fake_backbone import FakeBackbone
+from fixtures.fake_rewards import brightness
 
 FAST, SLOW = 150, 6000
 BUDGETS = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]
 PROMPTS = [make_prompt(text) for text in ("a red circle", "a blue square", "the green star")]
-
-
-def brightness(images, prompts):
-    return torch.tensor([float(np.asarray(image).mean()) for image in images])
 
 
 REWARD = Reward("brightness", brightness)
