@@ -19,10 +19,11 @@ from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
 from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
-from capo.runtime.files import write_whole
-from capo.runtime.run_folder import CONFIG, OUTCOME, WRITTEN
+from capo.runtime.files import check_inside, write_whole
+from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, POLICY, WRITTEN
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
+FILLED = (POLICY, EVALUATION, "benchmarks", "study")  # folders that are written to when a run has finished
 REMEDY = "restore it, or choose another directory"  # for a config.yaml
 WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
@@ -190,14 +191,15 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     """Configuration of a finished run, in which the keys of `overrides` have their values from `cfg`.
 
     What acts outside the run has its values from `cfg` too (`capo.cli.foreign`). Raises InputError for a
-    folder that is not a run directory, a run that has not finished, and a run whose config asks for what it
-    may not.
+    folder that is not a run directory, a run that has not finished, a run whose config asks for what it may
+    not, and one of which a folder that is written to leads elsewhere.
     """
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"run={folder} is not a run directory: it has no config.yaml; give the directory that train.py "
             "printed"
         )
+    check_inside(folder, FILLED)
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")

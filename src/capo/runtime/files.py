@@ -159,18 +159,40 @@ def check_links(folder: Path) -> None:
 
     Links into the cache of the hub, of which a snapshot consists, are its own files.
     """
-    own = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        own.append(folder.resolve().parents[1] / "blobs")
-    for path in sorted(folder.rglob("*")):  # which follows no link to a folder
-        if not path.is_symlink():
-            continue
-        target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
-        if not path.is_file() or not any(target.is_relative_to(place) for place in own):
+    for path, target, inside in _links(
+        folder, sorted(folder.rglob("*"))
+    ):  # which follows no link to a folder
+        if not inside or not path.is_file():
             raise InputError(
                 f"{path} is a link to {target}, which is not copied along: put the file itself there, or "
                 "remove the link"
             )
+
+
+def check_inside(folder: Path, names: Sequence[str]) -> None:
+    """Raise InputError if one of these folders in `folder` is or holds a link that leads out of `folder`.
+
+    What is written to them would stand where the link leads.
+    """
+    for name in names:
+        place = folder / name
+        for path, target, inside in _links(folder, [place, *sorted(place.rglob("*"))]):
+            if not inside:
+                raise InputError(
+                    f"{path} is a link to {target}, outside of {folder}, where files would be written: put "
+                    "what it leads to in its place, or remove it"
+                )
+
+
+def _links(folder: Path, paths: Sequence[Path]) -> Iterator[tuple[Path, Path, bool]]:
+    """Yield (path, target, whether that is in `folder`) of each of the paths in it that is a link."""
+    own = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        own.append(folder.resolve().parents[1] / "blobs")
+    for path in paths:
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
+            yield path, target, any(target.is_relative_to(place) for place in own)
 
 
 def exchanged(one: Path, other: Path) -> bool:

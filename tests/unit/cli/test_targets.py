@@ -170,6 +170,18 @@ def test_a_log_in_a_folder_of_a_strangers_choice_is_refused(stranger):
     assert "evaluation.rewards.own.logs=victim: there is no such key" in message
 
 
+@pytest.mark.parametrize("name", ["policy", "evaluation", "benchmarks", "study"])
+def test_a_run_of_which_a_folder_leads_elsewhere_is_refused(honest, asked, tmp_path, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    OmegaConf.save(OmegaConf.create(honest), run / "config.yaml")
+    (run / "outcome.json").write_text("{}")
+    assert run_config(run, asked, [])
+    (run / name).symlink_to(tmp_path)
+    with pytest.raises(InputError, match=rf"run/{name} is a link to {tmp_path}, outside of"):
+        run_config(run, asked, [])
+
+
 def test_a_recipe_beside_a_run_is_refused(honest, asked, tmp_path):
     OmegaConf.save(OmegaConf.create(honest), tmp_path / "config.yaml")
     (tmp_path / "outcome.json").write_text("{}")

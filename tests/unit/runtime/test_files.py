@@ -3,7 +3,7 @@ import os
 import pytest
 
 from capo.errors import InputError
-from capo.runtime.files import check_links, plain_cell, write_table, write_whole
+from capo.runtime.files import check_inside, check_links, plain_cell, write_table, write_whole
 
 
 def test_writes_text_and_bytes_and_leaves_nothing_beside_them(tmp_path):
@@ -68,6 +68,20 @@ def test_text_that_a_spreadsheet_would_compute_is_text(tmp_path):
     assert plain_cell(-0.5) == -0.5 and plain_cell(None) is None
     write_table(tmp_path / "table.csv", ["prompt", "rate"], [{"prompt": "=cmd()", "rate": -1.5}])
     assert (tmp_path / "table.csv").read_text() == "prompt,rate\n'=cmd(),-1.5\n"
+
+
+@pytest.mark.parametrize("place", ["pool", "pool/x", "pool/x/file"])
+def test_a_folder_that_leads_elsewhere_is_not_written_to(tmp_path, place):
+    run, link = tmp_path / "run", tmp_path / "run" / place
+    link.parent.mkdir(parents=True)
+    check_inside(run, ["pool", "none"])
+    link.symlink_to(tmp_path)
+    with pytest.raises(InputError, match=rf"{place} is a link to {tmp_path}, outside of .*/run, where"):
+        check_inside(run, ["pool"])
+    link.unlink()
+    (run / "there").mkdir()
+    link.symlink_to(run / "there")
+    check_inside(run, ["pool"])
 
 
 def test_links_within_a_folder_and_into_the_hubs_cache_are_its_own(tmp_path):

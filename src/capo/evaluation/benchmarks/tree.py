@@ -15,11 +15,12 @@ from capo.data.images import GeneratedImages
 from capo.data.prompts import candidate_seed
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Picture
-from capo.runtime.files import ELSEWHERE, whole_file, write_table, write_whole
+from capo.runtime.files import ELSEWHERE, check_inside, whole_file, write_table, write_whole
 from capo.runtime.reading import read_json
-from capo.runtime.run_folder import REPORT
+from capo.runtime.run_folder import REPORT, RESULTS
 
 IMAGES, SEEDS, README = "images", "images.csv", "README.md"
+FILES = (README, SEEDS, RESULTS, REPORT)  # that are written beside the images
 MARK = "benchmark.json"  # what the images of a folder belong to
 COLUMNS = 2  # of a picture that shows several images
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
@@ -28,14 +29,20 @@ JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 def claim(folder: Path, row: str, settings: Mapping[str, object]) -> None:
     """Note in `folder` what the images of `row` follow from, or compare it with what stands there.
 
-    Raises InputError, with the differences, for images of another benchmark, model or seed, and for a folder
-    of images that this package did not write.
+    Raises InputError, with the differences, for images of another benchmark, model or seed, and for files and
+    a folder of images that this package did not write, or that lie elsewhere.
     """
+    check_inside(folder, [IMAGES])
     mark = folder / MARK
     try:
         stored = read_json(mark, f"move the folder away, or {ELSEWHERE}")
     except FileNotFoundError:
         stored = {}
+        if held := [name for name in FILES if os.path.lexists(folder / name)]:
+            raise InputError(
+                f"{folder} holds {', '.join(held)}, but no {MARK} of a benchmark, which would replace "
+                f"{'it' if len(held) == 1 else 'them'}: move that away, or {ELSEWHERE}"
+            ) from None
     if row not in stored:
         if os.path.lexists(folder / IMAGES / row):
             raise InputError(

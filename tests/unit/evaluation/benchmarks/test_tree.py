@@ -85,6 +85,19 @@ def test_paths_that_cannot_be_written_are_refused(tmp_path):
             replace(benchmark, pictures=[Picture(path, 0)])
 
 
+def test_files_of_others_and_links_are_not_written_over(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"holds README\.md, but no benchmark\.json of a benchmark"):
+        claim(tmp_path, "policy", {"seed": 1})
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "images").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="images is a link to"):
+        claim(tmp_path / "new", "policy", {"seed": 1})
+    assert (tmp_path / "README.md").read_text() == "mine" and not (
+        tmp_path / "new" / "benchmark.json"
+    ).exists()
+
+
 def test_lists_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(
         InputError, match=r"benchmark.set.path is not given; give the path of GenEval's prompts/"
