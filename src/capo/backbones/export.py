@@ -139,7 +139,9 @@ def _take_adapter(policy: Denoiser, loader: Any, folder: Path, component: str) -
 def _take_weights(policy: Denoiser, folder: Path) -> None:
     check_configs(folder)
     with loaded(f"the weights of policy '{folder.absolute()}'", AGAIN):
-        stored = type(policy).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        stored = type(policy).from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
     try:
         policy.load_state_dict(stored.state_dict())
     except RuntimeError as error:

@@ -220,10 +220,13 @@ def load_component(
 
 
 def check_configs(*components: Path) -> None:
-    """Raise DamagedFile for a JSON file of a component that is not JSON: libraries do not name the file."""
+    """Raise DamagedFile for a JSON file of a component that is not JSON: libraries do not name the file.
+
+    A config.json holds an object: what a text there names, diffusers would get from the hub.
+    """
     for component in components:
         for path in sorted(component.glob("*.json")):
-            read_any_json(path, FOLDER_REMEDY)
+            (read_json if path.name == "config.json" else read_any_json)(path, FOLDER_REMEDY)
 
 
 @contextmanager

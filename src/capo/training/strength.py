@@ -15,12 +15,26 @@ from capo.backbones.lora import is_output_factor
 from capo.evaluation.held_out import Rate
 from capo.module import PreferenceModule
 from capo.runtime.files import write_whole
-from capo.runtime.reading import read_json
 from capo.runtime.run_folder import STRENGTH
+from capo.runtime.schema import key
+from capo.runtime.stored import Record, read_record
 from capo.training.choice import Candidate, Choice
 from capo.training.validation import Place, WinRateValidation
 
 FULL = 1.0  # strength of the policy as it was trained
+
+
+class Point(Record):
+    """Win-rates at one strength."""
+
+    strength: float = key("share of the way from the base to the trained policy")
+    rewards: dict[str, float] = key("win-rates by reward")
+
+
+class StoredStrength(Record):
+    """What is read of strength.json."""
+
+    curve: list[Point] = key("points by strength")
 
 
 @torch.no_grad()
@@ -123,7 +137,7 @@ def read_strength(folder: Path) -> dict[str, Any] | None:
     """Read `strength.json` of a run directory; None if there is none."""
     remedy = f"remove it, or choose again: evaluate.py run={folder} validation.strengths=[...]"
     try:
-        return read_json(folder / STRENGTH, remedy)
+        return read_record(folder / STRENGTH, StoredStrength, remedy)
     except FileNotFoundError:
         return None
 

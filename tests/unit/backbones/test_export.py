@@ -245,6 +245,14 @@ def test_adapter_of_another_base_is_refused(tiny_backbone, tmp_path):
         load_policy(UNetBackbone(str(tmp_path / "other")), folder)
 
 
+def test_a_config_that_names_a_repository_is_not_asked_of_the_hub(tiny_backbone, tmp_path, monkeypatch):
+    folder = export_policy(tiny_backbone, tiny_backbone.trainable_copy(), tmp_path / "policy", CARD)
+    (folder / "unet" / "config.json").write_text('"owner/name"')
+    monkeypatch.setattr(type(tiny_backbone.denoiser), "from_pretrained", None)  # is not called
+    with pytest.raises(InputError, match=r"unet/config\.json cannot be read \(it holds no names with values"):
+        load_policy(tiny_backbone, folder)
+
+
 def test_policy_of_another_architecture_is_refused(tiny_backbone, tmp_path):
     folder = export_policy(tiny_backbone, tiny_backbone.denoiser, tmp_path / "policy", CARD)
     config = dict(tiny_backbone.denoiser.config) | {"layers_per_block": 2}

@@ -108,6 +108,12 @@ def test_json_that_is_no_object_names_the_file(run, name, content):
         read(run)
 
 
+def test_strengths_of_another_form_are_named(run):
+    (run / "strength.json").write_text('{"curve": [{"strength": "a"}]}')
+    with pytest.raises(DamagedFile, match=r"strength.json cannot be read .*curve.*strength.*; remove it"):
+        read_strength(run)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("step,a\n1,2,3\n", "row 2 has 3 cells, but there are 2 columns"),
     ("step,step\n1,2\n", "its first line does not name the columns"),

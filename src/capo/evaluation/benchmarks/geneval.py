@@ -13,9 +13,8 @@ from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture, grou
 from capo.evaluation.benchmarks.reading import means, official_file, read_records, text_of
 
 WHAT = "GenEval's prompts/evaluation_metadata.jsonl (https://github.com/djghosh13/geneval)"
-FOLDER = re.compile(
-    r"\b(\d{1,9})[/\\]samples[/\\]\d+\.png$", re.ASCII
-)  # end of an image's path in the results
+# end of an image's path in the results
+FOLDER = re.compile(r"\b(\d{1,9})[/\\]samples[/\\]\d+\.png$", re.ASCII)
 
 
 def geneval(path: str | None = None, images: int = 4) -> Benchmark:

@@ -86,7 +86,7 @@ def interval_bar(
 
 def strength_chart(curve: Sequence[Mapping[str, Any]]) -> Chart:
     """Chart of the win-rates on validation prompts by strength, from `strength.json`; 0 is the base."""
-    lines = {name: [(0.0, 0.5)] for name in curve[0]["rewards"]}
+    lines = {name: [(0.0, 0.5)] for point in curve for name in point["rewards"]}
     for point in curve:
         for name, rate in point["rewards"].items():
             lines[name].append((point["strength"], rate))
