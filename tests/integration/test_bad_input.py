@@ -135,7 +135,7 @@ def test_values_that_cannot_be_used(plain, key, value, message):
      "noise.shared=false: must be true, since the objective compares the errors of winner and loser"),
     ({"objective": {"_target_": "capo.objectives.sdpo", "_partial_": True, "beta": 1, "mu": 1.5},
       "noise.shared": True},
-     "objective.mu=1.5: must be a number from 0 to 1"),
+     "objective.mu=1.5: must be a finite number from 0 to 1"),
     ({"noise.source": "prior", "noise.shared": True},
      "noise.shared=true: must be false, since with source=prior each candidate has noise of its own"),
     ({"noise.source": "prior", "noise.shared": False, "pool.imported": "FOLDER"},
@@ -462,7 +462,7 @@ def test_a_pool_root_that_cannot_be_written(tiny_run, monkeypatch):
     message = refusal(train_script.run, cfg)
     assert (
         str(root) in message
-        and "cannot be written (Read-only file system): set pool.root to a folder" in message
+        and "cannot be written (Read-only file system): make room, or set pool.root to a folder" in message
     )
 
 
