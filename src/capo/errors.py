@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+LONGEST = 200  # letters of a key that is compared with the known ones
+
 
 class InputError(ValueError):
     """A value that the user gave cannot be used; the message names the value, the place and the remedy."""
@@ -49,7 +51,12 @@ def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
 
 
 def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
-    """Known keys that were probably meant by `key`: those with the same last part or a similar spelling."""
+    """Known keys that were probably meant by `key`: those with the same last part or a similar spelling.
+
+    None for a key that is far longer than any: comparing it would take minutes.
+    """
+    if len(key) > LONGEST:
+        return []
     last = key.rpartition(".")[2]
     likeness = {name: difflib.SequenceMatcher(a=key, b=name).ratio() for name in known}
     chosen = [name for name, ratio in likeness.items() if ratio > 0.75 or name.rpartition(".")[2] == last]

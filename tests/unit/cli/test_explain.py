@@ -60,6 +60,11 @@ def test_slips_are_answered_as_the_scripts_answer_them(capsys, key, override, me
     assert message in capsys.readouterr().err
 
 
+def test_a_key_far_longer_than_any_is_compared_with_none(capsys):
+    assert explain.main(["x" * 300 + ".max_steps"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
 def test_the_page_is_what_the_schema_says(capsys):
     made = said(capsys, "--page")
     assert made == (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), (
