@@ -27,10 +27,12 @@ FILLED = (POLICY, EVALUATION, "benchmarks", "study")  # folders that are written
 REMEDY = "restore it, or choose another directory"  # for a config.yaml
 WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
-# settings that change a step by rounding only, and model.adapter_lr, which acts only through trainer.lr
-# (which is compared)
+# settings that change a step by rounding only, and model.adapter_lr, model.beta and its range, which act only
+# through trainer.lr and objective.beta (which are compared)
 FREE = (
     "model.adapter_lr",
+    "model.beta",
+    "model.beta_range",
     "run_dir",
     "logger",
     "engine",
@@ -69,6 +71,14 @@ FREE_WITHIN = re.compile(
     r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
 )
 MISSING = "(not there)"
+# keys that a run of an earlier version lacks, with the values that it had in effect
+ADDED = {
+    "selection": {"group": 2, "swap": False},
+    "noise.source": "drawn",
+    "noise.inversion": {"steps": 10, "renoise": 0, "eta": 0},
+    "reference": {"decay": None, "interval": 1},
+}
+DEPTH = "pairs.depth"  # likewise, of pairs=frs
 # keys of an evaluation, which a run does not have
 ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust", "study")
 
@@ -128,7 +138,18 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
             f"{path} is no run's, since it has no trainer.max_steps; restore it, or choose another "
             "hydra.run.dir"
         )
+    _complete(cfg)
     return cfg, capo
+
+
+def _complete(cfg: DictConfig) -> None:
+    """Add the keys that the version which wrote the configuration did not have."""
+    added = {**ADDED, DEPTH: None} if str(OmegaConf.select(cfg, "pairs._target_")).endswith(".frs") else ADDED
+    for key, value in added.items():
+        above, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, above) if above else cfg
+        if isinstance(node, DictConfig) and name not in node:
+            OmegaConf.update(cfg, key, value, force_add=True)
 
 
 def check_place(folder: Path) -> None:
