@@ -44,6 +44,7 @@ def rates(table: str, unit: str) -> dict[str, tuple[float, float]]:
     return {row[1]: (float(row[2]), float(row[3])) for row in found if row}
 
 
+@pytest.mark.slow
 def test_train_step(printed):
     told = printed("train_step", "--batch", "2", "--prompts", "4", "--steps", "1", "--runs", "1")
     found = rates(told, "pairs")
@@ -70,6 +71,7 @@ def test_reference_reuse(printed):
     assert "weights of reused and computed after their last step: 0 apart" in told
 
 
+@pytest.mark.slow
 def test_sampling(printed):
     told = printed("sampling", "--batch", "2", "--prompts", "1", "--runs", "1")
     found = rates(told, "images")
@@ -115,6 +117,7 @@ def test_ratios_are_of_each_round():
     assert median_ratio([1, 2, 4], [2, 2, 12]) == 2  # 2, 1 and 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "lora"), [pytest.param("sdxl", False, marks=pytest.mark.slow), ("sd3", True)]
 )
@@ -157,6 +160,7 @@ def test_full_size_steps_on_a_tiny_model(printed, tmp_path, monkeypatch, model, 
     assert planned[1] > planned[0] > 0 and planned[2] > planned[0]  # more images; nothing computed again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["sdxl", "sd3"])
 def test_full_size_sampling_on_a_tiny_model(printed, tmp_path, model):
     file = tmp_path / "figures.json"

@@ -18,7 +18,8 @@ CONTRACTS = {
     "capo.noise.vp_log_snr": "alphas_cumprod",
     "capo.noise.flow_log_snr": "t",
     "capo.noise.flow_time": "u, draw='logsnr_uniform'",
-    "capo.data.PreferenceBatch": "latents, noise, u, calibrated_rewards, text, prompt_ids, times=1",
+    "capo.data.PreferenceBatch": "latents, noise, u, calibrated_rewards, text, prompt_ids, times=1, "
+    "digests=<factory>",
     "capo.objectives.PairErrors": "policy_winner, reference_winner=None, policy_loser=None, "
     "reference_loser=None, weight=None, gap=None, predictions=None, group=None, kl=None",
     "capo.objectives.dpo": "errors, *, beta",

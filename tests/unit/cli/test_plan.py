@@ -58,6 +58,7 @@ def plan_of(cfg) -> tuple[dict, str]:
 # of the same models as others, or of the same size
 SLOW = {
     *(f"experiment={name}" for name in ("sdxl_10k", "sdxl_single", "sd3_single", "sd35_medium_quickstart")),
+    "experiment=sdxl_quickstart",  # which the test of a card of 24 GB plans too
     *(f"model={name}" for name in ("sd35_medium", "sd35_large", "sd15")),
 }
 

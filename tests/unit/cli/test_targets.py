@@ -360,18 +360,18 @@ def test_the_registry_holds_what_it_is_meant_to_hold_and_nothing_else():
 
 
 def test_what_stands_in_the_right_package_is_registered_without_an_entry(tmp_path, monkeypatch):
-    (tmp_path / "hinge.py").write_text(
+    (tmp_path / "own_hinge.py").write_text(
         "from capo.objectives import requires, dpo\n"
         "@requires()\ndef hinge(errors, *, beta: float):\n    return errors.gap\n"
         "def helper(errors):\n    return errors.gap\n"
     )
     monkeypatch.setattr(capo.objectives, "__path__", [*capo.objectives.__path__, str(tmp_path)])
     place = place_of(("objective",))
-    assert place.registered("capo.objectives.hinge.hinge").__name__ == "hinge"
-    assert [place.registered(f"capo.objectives.hinge.{name}") for name in ("helper", "dpo", "other")] == [
+    assert place.registered("capo.objectives.own_hinge.hinge").__name__ == "hinge"
+    assert [place.registered(f"capo.objectives.own_hinge.{name}") for name in ("helper", "dpo", "other")] == [
         None
     ] * 3
-    sys.modules.pop("capo.objectives.hinge")
+    sys.modules.pop("capo.objectives.own_hinge")
 
 
 def test_a_place_has_rules_for_every_target_of_the_repository(honest):

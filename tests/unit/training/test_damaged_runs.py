@@ -28,7 +28,7 @@ from capo.training.loggers import CurvesFile, logged_step, pool_seconds
 from capo.training.strength import read_strength
 from fixtures.damage import damaged, examples, put
 
-FAST, SLOW = 30, 1200
+FAST, SLOW = 30, 300
 BUDGETS = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]
 RATE = {"mean": 0.5, "low": 0.4, "high": 0.6}
 CARD = {"objective": "capo", "data": "d"}

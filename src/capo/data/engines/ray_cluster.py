@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ LOCAL = "local"  # address of a cluster of this machine alone
 # read by Ray when it is imported; 0: its servers listen on the loopback address alone, on Linux too
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 STARTS = 3  # tries to start a local cluster: Ray gives up after 30 s, which a busy machine may need
+REACHED = 10.0  # seconds within which a cluster's address must answer
 PULSE = 1.0  # seconds after which a wait returns, to look at the cluster's size and at late starts
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def connect(address: str, **options: Any) -> Any:
 
     if ray.is_initialized():
         return ray
+    _reach(address)
     where: dict[str, Any] = {"address": address}
     if address == LOCAL:
         where |= {"include_dashboard": False, **options}
@@ -51,6 +54,17 @@ def connect(address: str, **options: Any) -> Any:
                 continue
             raise InputError(_refused(address, error)) from error
     raise AssertionError
+
+
+def _reach(address: str) -> None:
+    """Raise InputError if nothing answers at HOST:PORT, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), REACHED).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(_refused(address, error)) from error
 
 
 def _refused(address: str, error: Exception) -> str:

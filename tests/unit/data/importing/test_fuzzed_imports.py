@@ -18,7 +18,7 @@ from capo.data.prompts import make_prompt, split_sets
 from capo.errors import InputError
 from fixtures.damage import damaged, examples, put
 
-FAST, SLOW = 20, 800
+FAST, SLOW = 20, 200
 BUDGETS = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]
 
 

@@ -16,7 +16,7 @@ from fixtures.damage import damaged, examples, put
 from fixtures.fake_backbone import FakeBackbone
 from fixtures.fake_rewards import brightness
 
-FAST, SLOW = 150, 6000
+FAST, SLOW = 150, 1500
 BUDGETS = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]
 PROMPTS = [make_prompt(text) for text in ("a red circle", "a blue square", "the green star")]
 
