@@ -1,14 +1,16 @@
 """Pools filled by workers on a Ray cluster of this machine: real processes, real faults."""
 
 import os
-import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -244,9 +246,18 @@ def test_a_machine_that_leaves_costs_what_it_had_begun(spec, tmp_path, expected)
 
 def test_a_wrong_token_is_named(spec, tmp_path):
     own = {"RAY_AUTH_MODE": "token", "PYTHONPATH": PATHS}
-    command = ["start", "--head", "--block", "--port=0", "--num-cpus=1", "--include-dashboard=false"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["start", "--head", "--block", f"--port={address.split(':')[1]}", "--num-cpus=1"]
+    short = tempfile.mkdtemp(prefix="ray")  # a socket's path may have 107 characters
     head = subprocess.Popen(
-        [shutil.which("ray") or "ray", *command, "--node-ip-address=127.0.0.1", f"--temp-dir={tmp_path}/r"],
+        [
+            str(Path(sys.executable).with_name("ray")),
+            *command,
+            "--include-dashboard=false",
+            "--node-ip-address=127.0.0.1",
+            f"--temp-dir={short}",
+        ],
         env={**os.environ, **own, "RAY_AUTH_TOKEN": "a" * 32, LOOPBACK: "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -254,11 +265,13 @@ def test_a_wrong_token_is_named(spec, tmp_path):
         start_new_session=True,
     )
     try:
-        address = next(found[1] for line in head.stdout if (found := re.search(r"(127\.0\.0\.1:\d+)", line)))
+        assert any("Ray runtime started" in line for line in head.stdout)
         process = driver(spec, tmp_path, address, **own, RAY_AUTH_TOKEN="b" * 32)
         process.wait(300)
-        assert f"engine.address={address}: the cluster does not take this process's token" in (
-            process.stderr.read()
-        )
+        told = process.stderr.read()
+        assert f"engine.address={address}: the cluster does not take this process's token" in told, told[
+            -3000:
+        ]
     finally:
         os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(short, ignore_errors=True)

@@ -67,8 +67,10 @@ def _reach(address: str) -> None:
         raise InputError(_refused(address, error)) from error
 
 
-def _refused(address: str, error: Exception) -> str:
-    text = str(error)
+def _refused(address: str, error: BaseException) -> str:
+    text, cause = "", error
+    while cause is not None:  # Ray says at the end of a chain what was wrong
+        text, cause = text + str(cause), cause.__cause__ or cause.__context__
     if "token" in text.lower():
         return (
             f"engine.address={address}: the cluster does not take this process's token "
