@@ -122,7 +122,7 @@ def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: ob
     known, target = node.names(above)
     siblings = [dotted((*path, other)) for other in known]
     near = alike(name, siblings, 1) or alike(name, [*siblings, *every_key(schema)])
-    what = f"{name}={shown(above[part])}: " + (
+    what = f"{shown(name)}={shown(above[part])}: " + (
         f"{target} takes no such argument" if target else "there is no such key"
     )
     inside = above[part]
