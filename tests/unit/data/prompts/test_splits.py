@@ -145,7 +145,7 @@ def test_categories_come_along(tmp_path):
 
 
 def by_hash(names, seed):
-    """The order of FORMULAS' kind: by the hash of seed and prompt id, worked out anew."""
+    """The order by the hash of seed and prompt id, worked out anew."""
     return sorted(
         names,
         key=lambda text: hashlib.blake2b(f"{seed}/{prompt_id(text)}".encode(), digest_size=8).hexdigest(),
