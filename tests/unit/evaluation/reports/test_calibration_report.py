@@ -190,9 +190,7 @@ def test_independent_rewards_are_simulated_near_the_exact_share(candidates, rewa
 
 
 def test_eight_independent_rewards_leave_half_of_the_prompts_without_a_pair():
-    assert figures.independent_frontier(16, 8).empty == pytest.approx(
-        0.51, abs=0.03
-    )  # at N = 16
+    assert figures.independent_frontier(16, 8).empty == pytest.approx(0.51, abs=0.03)  # at N = 16
 
 
 # --- warnings ---
