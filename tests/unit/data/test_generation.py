@@ -14,7 +14,7 @@ from capo.backbones import UNetBackbone
 from capo.backbones.sampling import SamplerSettings, candidate_noise, sample
 from capo.backbones.unconditional import Unconditional
 from capo.data.candidates import select_candidates
-from capo.data.engines import local
+from capo.data.engines import local, progress
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, generator_fingerprint, open_pool
 from capo.data.pool import PoolReader
 from capo.data.prompts import candidate_seed, make_prompt
@@ -329,7 +329,7 @@ def test_the_first_process_shows_what_all_have_made(plan, generator, monkeypatch
     The bar ends with the images of both, and another process than the first shows none.
     """
     attempt, bars = local._attempt, []
-    monkeypatch.setattr(local, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
 
     def helped(stage, shard, made, bar):
         if stage.name == "latents" and shard.row == 1 and shard in stage.missing(1):

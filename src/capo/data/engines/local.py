@@ -6,11 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
+from capo.data.engines.progress import stage_progress
 from capo.data.pool import Shard
 from capo.data.stages import Report, Stage
-from capo.data.watching import current_watch
 from capo.runtime.launch import launch
 
 WAIT = 0.5  # seconds between checks of shards that another process is working on
@@ -45,24 +43,8 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
 def _run_missing(stage: Stage, todo: list[Shard], progress: bool) -> None:
     stage.setup(todo)
     made: set[Shard] = set()
-    total, watch = sum(map(stage.amount, todo)), current_watch()
-    followed = watch.begin(stage.name, stage.pool.folder, total) if watch else None
-    with (
-        stage.backbone.placed(*stage.parts),
-        tqdm(
-            total=total,
-            desc=f"{stage.name} of {stage.pool.folder.name}",
-            unit=stage.unit,
-            disable=not progress or not launch().first,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-
-        def report(count: int) -> None:
-            if followed and (note := followed(count)):
-                bar.set_postfix_str(note, refresh=False)
-            bar.update(count)
-
+    shown = progress and launch().first
+    with stage.backbone.placed(*stage.parts), stage_progress(stage, todo, shown) as report:
         while todo:
             busy = [shard for shard in todo if not _attempt(stage, shard, made, report)]
             if busy:
@@ -73,8 +55,6 @@ def _run_missing(stage: Stage, todo: list[Shard], progress: bool) -> None:
                     f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} was written "
                     "but is missing: the disk does not keep written files; check it, or use another pool.root"
                 )
-    if followed:
-        followed.end()
 
 
 def _attempt(stage: Stage, shard: Shard, made: set[Shard], report: Report) -> bool:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from capo.data.engines.local import run_stage
+from capo.data.engines.progress import stage_progress
 from capo.data.engines.ray_actor import Build, actor_class
 from capo.data.engines.ray_cluster import LOCAL, RayCluster, connect
 from capo.data.engines.schedule import Room, Schedule, Task
 from capo.data.pool import Shard
 from capo.data.stages import Order, Stage
-from capo.data.watching import current_watch
 from capo.errors import Unfinished
 
 LISTED = 5  # failures named in the message; the log has all of them
@@ -86,8 +85,17 @@ class RayEngine:
 
         cluster = RayCluster(connect(self.address), start, rooms, self.threads, self.start_limit)
         cluster.check()
-        with _Progress(stages, todo, progress) as bars:
-            failures = Schedule(tasks, rooms, cluster, self.attempts, bars.done).run()
+        at_work = {stage.name: stage for stage in stages if todo[stage.name]}
+        with ExitStack() as bars:
+            reports = {
+                name: bars.enter_context(stage_progress(stage, todo[name], progress, place))
+                for place, (name, stage) in enumerate(at_work.items())
+            }
+
+            def done(task: Task) -> None:
+                reports[task.stage](at_work[task.stage].amount(task.shard))
+
+            failures = Schedule(tasks, rooms, cluster, self.attempts, done).run()
         if failures:
             raise Unfinished(_unfinished(stages[0].pool.folder.name, tasks, failures, self.attempts))
 
@@ -139,39 +147,3 @@ def _unfinished(
         "traces. The same command makes what is missing"
     ]
     return "\n  ".join(lines)
-
-
-class _Progress:
-    """One bar a stage, counted by shard, and the figures of the run's loggers."""
-
-    def __init__(self, stages: Sequence[Stage], todo: Mapping[str, Sequence[Shard]], shown: bool):
-        self._stages = {stage.name: stage for stage in stages if todo[stage.name]}
-        watch = current_watch()
-        self._bars, self._followed = {}, {}
-        for place, stage in enumerate(self._stages.values()):
-            total = sum(map(stage.amount, todo[stage.name]))
-            self._followed[stage.name] = watch and watch.begin(stage.name, stage.pool.folder, total)
-            self._bars[stage.name] = tqdm(
-                total=total,
-                desc=f"{stage.name} of {stage.pool.folder.name}",
-                unit=stage.unit,
-                position=place,
-                disable=not shown,
-                dynamic_ncols=True,
-            )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def done(self, task: Task) -> None:
-        """Count a shard that was made."""
-        amount, bar = self._stages[task.stage].amount(task.shard), self._bars[task.stage]
-        if (followed := self._followed[task.stage]) and (note := followed(amount)):
-            bar.set_postfix_str(note, refresh=False)
-        bar.update(amount)
-
-    def __exit__(self, *error: object) -> None:
-        for stage, bar in self._bars.items():
-            if followed := self._followed[stage]:
-                followed.end()
-            bar.close()
