@@ -12,19 +12,9 @@ from capo.data.selection import select
 from capo.errors import InputError
 from capo.pairs import frontiers, frs
 from capo.pairs.depth import crowding, deep_frontiers, ranks
+from fixtures.random_scores import random_scores
 
 KINDS = ["random", "tied", "duplicated"]
-
-
-def random_scores(kind: str, prompts: int, candidates: int, rewards: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(100 * candidates + rewards)
-    if kind == "tied":
-        return torch.randint(4, (prompts, candidates, rewards), generator=generator).float()
-    scores = torch.randn(prompts, candidates, rewards, generator=generator)
-    if kind == "duplicated":
-        source = torch.randint(candidates // 2, (prompts, candidates, 1), generator=generator)
-        scores = scores.gather(1, source.expand_as(scores))
-    return scores
 
 
 def dominates(a, b) -> bool:

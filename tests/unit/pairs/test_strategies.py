@@ -10,20 +10,9 @@ from hydra.utils import instantiate
 from capo.calibration import calibrate
 from capo.errors import InputError
 from capo.pairs import PairSets, best_worst, combined_rewards, frontiers, fronts, frs, random_pair, reward_sum
+from fixtures.random_scores import random_scores
 
 STRATEGIES = [reward_sum, frs, random_pair, functools.partial(frs, lower="all_dominated")]
-
-
-def random_scores(kind: str, prompts: int, candidates: int, rewards: int) -> torch.Tensor:
-    """(P, N, L): `random` has no ties, `tied` four values, `duplicated` copies of half as many."""
-    generator = torch.Generator().manual_seed(candidates * 10 + rewards)
-    if kind == "tied":
-        return torch.randint(4, (prompts, candidates, rewards), generator=generator).float()
-    scores = torch.randn(prompts, candidates, rewards, generator=generator)
-    if kind == "duplicated":
-        source = torch.randint(candidates // 2, (prompts, candidates, 1), generator=generator)
-        scores = scores.gather(1, source.expand_as(scores))
-    return scores
 
 
 def win_rates(scores: torch.Tensor) -> torch.Tensor:
