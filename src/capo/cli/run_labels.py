@@ -41,16 +41,24 @@ def seed_groups(folders: Sequence[Path]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for folder in folders:
         if (folder / CONFIG).is_file() and (folder / EVALUATION / RATES).is_file():
-            groups.setdefault(_setting(read_values(folder)), []).append(folder)
+            groups.setdefault(_setting(read_values(folder), _merged(folder)), []).append(folder)
     return {", ".join(folder.name for folder in group): group for group in groups.values() if len(group) > 1}
 
 
-def _setting(values: Mapping[str, Any]) -> str:
-    """What a run was configured with, as text, without its seed and place."""
+def _merged(folder: Path) -> Mapping[str, Any]:
+    """Names of the runs that a soup was merged from, and the method; empty for a run that was trained."""
+    outcome = read_outcome(folder) if (folder / OUTCOME).is_file() else {}
+    return outcome if isinstance(outcome.get("soup"), list) else {}
+
+
+def _setting(values: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
+    """What a run was configured with, as text, without its seed and place; a soup has its first run's config."""
     kept = {key: value for key, value in values.items() if key not in OWN}
     model = _part(kept, "model")
     if adapter := _part(model, "lora"):
         kept["model"] = {**model, "lora": {**adapter, "seed": None}}  # by default the run's own
+    if merged:
+        kept["soup"] = {"of": len(merged["soup"]), "method": merged.get("method")}
     return json.dumps(kept, sort_keys=True)
 
 
@@ -73,9 +81,8 @@ def _labels(folder: Path) -> dict[str, str]:
     values = read_values(folder)
     if not values:
         return {"objective": folder.name}
-    outcome = read_outcome(folder) if (folder / OUTCOME).is_file() else {}
-    if isinstance(merged := outcome.get("soup"), list):
-        return {"objective": f"soup of {', '.join(map(str, merged))}"}
+    if merged := _merged(folder):
+        return {"objective": f"soup of {', '.join(map(str, merged['soup']))}"}
     noise = _part(values, "noise")
     weighting = str(noise.get("weighting", ""))
     return {

@@ -1,6 +1,7 @@
 """Runs over seeds: from the files of evaluations to the table."""
 
 import io
+import json
 
 import pytest
 from omegaconf import OmegaConf
@@ -42,6 +43,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(tmp_path):
     console.print(seeds_table(groups))
     text = console.export_text()
     assert "0, 1" in text and "67.5 (" in text and "looks" in text
+
+
+def test_a_soup_is_no_seed_of_its_first_run(tmp_path):
+    """A soup's directory holds the configuration of the first run that it was merged from."""
+    runs = [write_run(tmp_path / name, seed) for name, seed in (("0", 0), ("1", 1), ("a", 0), ("b", 1))]
+    for run, merged in zip(runs[2:], (["0", "2"], ["1", "3"]), strict=True):
+        (run / "outcome.json").write_text(json.dumps({"soup": merged, "method": "slerp"}))
+    assert list(seed_groups(runs)) == ["0, 1", "a, b"]
+    (runs[3] / "outcome.json").write_text(json.dumps({"soup": ["1", "3"], "method": "linear"}))
+    assert list(seed_groups(runs)) == ["0, 1"]
 
 
 def test_runs_without_an_evaluation_form_no_group(tmp_path):
