@@ -52,7 +52,10 @@ def _merged(folder: Path) -> Mapping[str, Any]:
 
 
 def _setting(values: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
-    """What a run was configured with, as text, without its seed and place; a soup has its first run's config."""
+    """What a run was configured with, as text, without its seed and place.
+
+    A soup holds the configuration of the first run that it was `merged` from.
+    """
     kept = {key: value for key, value in values.items() if key not in OWN}
     model = _part(kept, "model")
     if adapter := _part(model, "lora"):

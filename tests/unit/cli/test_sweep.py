@@ -27,7 +27,7 @@ from capo.cli.sweep import (
     write_table,
 )
 from capo.errors import InputError
-from capo.evaluation.reports.sweep_page import curves, render_page, sweep_picture, swept_axis
+from capo.evaluation.reports.sweep_page import curves, drawn, render_page, sweep_picture, swept_axis
 from capo.runtime.launch import Launch
 
 RESULTS = {
@@ -169,6 +169,19 @@ def test_a_picture_of_whatever_varies(sweep, tmp_path, keys):
     (tmp_path / "picture.png").write_bytes(picture)
     with Image.open(tmp_path / "picture.png") as image:
         assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 10
+
+
+def test_names_are_drawn_without_lines_and_a_soup_without_its_validation():
+    """A soup of jobs has win-rates on test prompts alone."""
+    rates = {f"test/win_rate/looks{end}": 0.6 for end in ("", "/low", "/high")}
+    rows = [row(rewards=name, **rates) for name in ("[looks]", "shapes")]
+    rows.append({**row(rewards="soup of jobs 0, 1", **rates), "val/win_rate": ""})
+    axes = drawn(rows, ["rewards"]).axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["[looks]", "shapes", "soup of jobs 0, 1"]
+    assert [bar.lines[0].get_linestyle() for bar in axes.containers] == ["None"]
+    assert len(axes.containers[0].lines[0].get_xdata()) == 3
+    numbers = [{**entry, "rewards": str(place)} for place, entry in enumerate(rows)]
+    assert [bar.lines[0].get_linestyle() for bar in drawn(numbers, ["rewards"]).axes[0].containers] == ["-"]
 
 
 def test_no_picture_where_nothing_varies_or_nothing_finished():

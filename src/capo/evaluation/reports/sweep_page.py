@@ -65,35 +65,41 @@ def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, lis
 
 
 def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
-    """Draw win-rates over what varies as PNG bytes; None if no key varies or no job has a win-rate."""
-    done = [row for row in rows if math.isfinite(number_of(row.get(VALIDATION)))]
-    axis = swept_axis(done, keys) if done else None
-    if axis is None:
+    """The figure of `drawn` as PNG bytes, or None."""
+    figure = drawn(rows, keys)
+    if figure is None:
         return None
-    figure = _over_axis(done, keys, axis, list(named(done, TEST)))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
+
+
+def drawn(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:
+    """Draw win-rates over what varies; None if no key varies or no job has a win-rate."""
+    columns = [VALIDATION, *named(rows, TEST).values()]  # a soup has no validation
+    done = [row for row in rows if any(math.isfinite(number_of(row.get(column))) for column in columns)]
+    axis = swept_axis(done, keys) if done else None
+    return None if axis is None else _over_axis(done, keys, axis, list(named(done, TEST)))
 
 
 def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Sequence[str]) -> Figure:
     """Draw each reward's win-rate with its interval over `axis`, and the validation win-rate."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    place = _places(rows, axis, axes)
+    place, numbers = _places(rows, axis, axes)
+    solid, dashed = ("-o", "--o") if numbers else ("o", "o")  # names have no order that a line could follow
     names = {f"{TEST}{name}": name for name in rewards}
     for label, group in curves(rows, keys, axis).items():
         for number, (column, name) in enumerate(names.items()):
-            _line(axes, [place(row) for row in group], group, column, COLORS[number % len(COLORS)], name)
+            places, color = [place(row) for row in group], COLORS[number % len(COLORS)]
+            _line(axes, places, group, column, solid, color, name)
             zero = [100 * number_of(row.get(f"{ZERO}{name}")) for row in group]
-            axes.plot(
-                [place(row) for row in group], zero, ":", color=COLORS[number % len(COLORS)], linewidth=1
-            )
-        xs, ys = [place(row) for row in group], [100 * number_of(row[VALIDATION]) for row in group]
+            axes.plot(places, zero, ":", color=color, linewidth=1)
+        xs, ys = [place(row) for row in group], [100 * number_of(row.get(VALIDATION)) for row in group]
         axes.plot(
             xs,
             ys,
-            "--o",
+            dashed,
             markersize=3,
             linewidth=1,
             label=f"validation, mean {label}".strip(),
@@ -107,23 +113,25 @@ def _over_axis(rows: Sequence[Row], keys: Sequence[str], axis: str, rewards: Seq
 
 
 def _places(rows: Sequence[Row], axis: str, axes: Axes):
-    """Return a function row -> position on the axis, and set up its ticks and, if needed, its log scale."""
+    """Return a function row -> position on the axis, and whether that is a number; set up ticks and scale."""
     values = [number_of(row[axis]) for row in rows]
     if not all(map(math.isfinite, values)):
         names = list(dict.fromkeys(str(row[axis]) for row in rows))
         axes.set_xticks(range(len(names)), names)
-        return lambda row: names.index(str(row[axis]))
+        return lambda row: names.index(str(row[axis])), False
     if min(values) > 0 and max(values) / min(values) >= WIDE:
         axes.set_xscale("log")
     axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
     axes.minorticks_off()
-    return lambda row: number_of(row[axis])
+    return lambda row: number_of(row[axis]), True
 
 
-def _line(axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, color: str, label: str) -> None:
+def _line(
+    axes: Axes, xs: Sequence[float], rows: Sequence[Row], column: str, form: str, color: str, label: str
+) -> None:
     ys = [100 * number_of(row.get(column)) for row in rows]
     axes.errorbar(
-        xs, ys, yerr=_errors(rows, column), fmt="-o", markersize=5, capsize=3, color=color, label=label
+        xs, ys, yerr=_errors(rows, column), fmt=form, markersize=5, capsize=3, color=color, label=label
     )
 
 
