@@ -105,7 +105,7 @@ class TimedModule(PreferenceModule):
         self.zero_grad(set_to_none=True)
         self.take_figures()
         torch._dynamo.reset()
-        networks: list[Any] = [self.policy, self.__dict__["_reference"]]
+        networks: list[Any] = [self.policy, self._reference.network]
         for network in networks:
             if network is not None:
                 network.disable_gradient_checkpointing()

@@ -114,16 +114,14 @@ def test_one_small_step_raises_the_margin(tiny_backbone):
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 def test_a_reference_that_follows_computes_what_the_averaged_weights_do(tiny_backbone, lora, autocast):
-    module, batch = (
-        module_for(tiny_backbone, lora=lora, moving=MovingReference(0.75)),
-        batch_for(tiny_backbone),
-    )
+    moving, batch = MovingReference(0.75), batch_for(tiny_backbone)
+    module = module_for(tiny_backbone, lora=lora, moving=moving)
 
     def errors_of(trained):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return trained.pair_errors(batch)
 
-    module.moving.on_train_start(SimpleNamespace(global_step=0), module)
+    moving.on_train_start(SimpleNamespace(global_step=0), module)
     assert margin(errors_of(module)).tolist() == [0.0, 0.0, 0.0]  # it begins as the policy
     trained = [parameter for parameter in module.policy.parameters() if parameter.requires_grad]
     expected, moves = copy.deepcopy(module), torch.Generator().manual_seed(0)
@@ -131,7 +129,7 @@ def test_a_reference_that_follows_computes_what_the_averaged_weights_do(tiny_bac
         for own, other in zip(trained, (p for p in expected.parameters() if p.requires_grad), strict=True):
             move = 0.05 * torch.randn(own.shape, generator=moves)
             own.add_(move), other.lerp_(other + move, 0.25)
-    module.moving.on_train_batch_end(SimpleNamespace(global_step=1), module, None, None, 0)
+    moving.on_train_batch_end(SimpleNamespace(global_step=1), module, None, None, 0)
     before = [parameter.detach().clone() for parameter in trained]
     errors, wanted = errors_of(module), errors_of(expected)
     assert torch.equal(errors.reference_winner, wanted.policy_winner)
@@ -139,7 +137,7 @@ def test_a_reference_that_follows_computes_what_the_averaged_weights_do(tiny_bac
     assert not errors.reference_winner.requires_grad and margin(errors).abs().min() > 0
     module.objective(errors).mean().backward()  # through the policy, whose weights are back in place
     assert all(map(torch.equal, trained, before)) and any(p.grad.abs().max() > 0 for p in trained)
-    assert module.__dict__["_reference"] is None and all(n.startswith("policy.") for n in module.state_dict())
+    assert module._reference.network is None and all(n.startswith("policy.") for n in module.state_dict())
 
 
 def test_a_reference_that_follows_needs_one_that_is_read(tiny_backbone):
@@ -171,7 +169,7 @@ def test_mapo_makes_no_pass_through_the_reference(tiny_backbone, monkeypatch, lo
     sizes = counted_passes(tiny_backbone, monkeypatch)
     monkeypatch.setattr(module, "reference", lambda: pytest.fail("there is no reference to read"))
     loss = module.training_step(batch_for(tiny_backbone), 0)
-    assert sizes == [6] and loss.isfinite() and module.__dict__["_reference"] is None
+    assert sizes == [6] and loss.isfinite() and module._reference.network is None
     assert set(module.take_figures()) >= {"train/loss", "train/error_winner"}
 
 

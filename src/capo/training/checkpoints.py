@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from capo.backbones.averaging import AVERAGE, REFERENCE
+from capo.backbones.networks import fresh_policy
 from capo.errors import DamagedFile, InputError, first_line
 from capo.module import PreferenceModule
 from capo.runtime.files import second_name, whole_file
@@ -131,7 +132,7 @@ def load_best(module: PreferenceModule, path: Path) -> dict[str, Tensor]:
     """
     state = read_checkpoint(path, "evaluate the policy as it was exported, or train again")
     weights = state["state_dict"] | state.get(AVERAGE, {})
-    module.policy = module.fresh_policy()
+    module.policy = fresh_policy(module.backbone, module.lora, module.execution)
     kept = module.load_state_dict(weights, strict=False)
     if kept.unexpected_keys or module.trained_names().intersection(kept.missing_keys):
         raise InputError(

@@ -61,9 +61,7 @@ class UnconditionalBranch:
             yield self.other
         elif torch.device(device).type != "cpu" and has_adapter(policy):
             yield AdapterOff(policy)
-        elif (
-            torch.device(device).type != "cpu" and self.module.needs.reference and self.module.moving is None
-        ):
+        elif torch.device(device).type != "cpu" and self.module.reference_is_base:
             with self.module.reference() as network:
                 yield network
         else:

@@ -195,9 +195,9 @@ def compare_held(
     follows = model_states(
         blueprint, adapter, precision, "adamw", reference=True, frozen_in=frozen_in, moving=True
     )
-    module.moving = MovingReference(0.9)
-    module.moving.on_train_start(SimpleNamespace(global_step=0), module)
-    module.moving.on_save_checkpoint(None, module, written)
+    moving = MovingReference(0.9)
+    moving.on_train_start(SimpleNamespace(global_step=0), module)
+    moving.on_save_checkpoint(None, module, written)
     assert follows.reference == held(written[REFERENCE].values()) == planned.gradients
     more = checkpoint_bytes(blueprint, adapter, "adamw", True) - checkpoint_bytes(blueprint, adapter, "adamw")
     assert more == planned.gradients

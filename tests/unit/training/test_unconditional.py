@@ -10,6 +10,7 @@ from capo.backbones import parts
 from capo.backbones.averaging import MovingReference
 from capo.backbones.export import export_policy
 from capo.backbones.model_card import ModelCard
+from capo.backbones.networks import fresh_policy
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import AdapterOff
 from capo.errors import InputError
@@ -53,13 +54,13 @@ def test_on_a_cpu_the_base_is_the_backbones_own(tiny_backbone, lora):
 
 def test_on_a_device_the_base_is_what_training_holds_there(tiny_backbone):
     module = module_for(tiny_backbone)
-    module.__dict__["_reference"] = held = tiny_backbone.trainable_copy().requires_grad_(False)
+    module._reference.network = held = tiny_backbone.trainable_copy().requires_grad_(False)
     with unconditional_branch(module, settings_of("base")).network(module.policy, CUDA) as network:
         assert network is held
     lora = module_for(tiny_backbone, lora=LORA)
-    other = lora.fresh_policy()  # such as averaged weights: its own adapter is the one that is off
+    other = fresh_policy(tiny_backbone, LORA, lora.execution)  # such as averaged weights
     with unconditional_branch(lora, settings_of("base")).network(other, CUDA) as network:
-        assert isinstance(network, AdapterOff) and network.policy is other
+        assert isinstance(network, AdapterOff) and network.policy is other  # whose own adapter is off
 
 
 def test_a_negative_model_makes_the_bases_unconditional_prediction(tiny_backbone):
