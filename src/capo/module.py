@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,11 +28,10 @@ from capo.objectives.averaging import INSIDE, OUTSIDE, check_reduction
 from capo.objectives.base import beta_of, joined
 from capo.objectives.pinned import check_pinned, pinned_loss, pinned_rows, select_rows
 from capo.runtime.launch import launch
-from capo.runtime.optimizers import clip_gradients, make_optimizer
+from capo.runtime.optimizers import SkippedSteps, clip_gradients, make_optimizer
 
 __all__ = ["Execution", "PreferenceModule", "Weighting", "denoising_error"]
 NO_ANCHOR = Anchor()
-log = logging.getLogger(__name__)
 
 
 class PreferenceModule(L.LightningModule):
@@ -98,10 +96,9 @@ class PreferenceModule(L.LightningModule):
         self.reduction, self.anchor = reduction, anchor
         self.lr, self.warm_up, self.weighting, self.draw = lr, warm_up, weighting, draw
         self.inversion = inversion
-        self.gradient_clip, self.max_bad_steps = gradient_clip, max_bad_steps
+        self.gradient_clip, self.skipped = gradient_clip, SkippedSteps(max_bad_steps)
         # takes loss and share of the first half, set for a step whose batch goes backward in two halves
         self.hold_gradient: Callable[[Tensor, float], None] | None = None
-        self.bad_steps = self.bad_in_a_row = 0
         self.figures = Figures()
         self._untrained = True  # until the first batch, whose margin should be 0
 
@@ -234,7 +231,7 @@ class PreferenceModule(L.LightningModule):
 
     def take_figures(self, of_all: bool = False) -> dict[str, float]:
         """Mean of each figure over the batches since the last call (`of_all`: over all processes)."""
-        return self.figures.take(of_all) | {"train/skipped_steps": float(self.bad_steps)}
+        return self.figures.take(of_all) | {"train/skipped_steps": float(self.skipped.total)}
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -244,24 +241,16 @@ class PreferenceModule(L.LightningModule):
         Raises InputError after `max_bad_steps` such steps in a row.
         """
         norm = clip_gradients(list(self.policy.parameters()), self.gradient_clip or math.inf)
-        bad = not math.isfinite(norm)
-        self.bad_steps, self.bad_in_a_row = self.bad_steps + bad, bad * (self.bad_in_a_row + 1)
-        if not bad:
+        if not self.skipped.note(norm, self.global_step):
             self.figures.note({"train/gradient_norm": norm})
             if self.gradient_clip is not None:
                 self.figures.note({"train/clipped": (norm > self.gradient_clip).float()})
             return
         optimizer.zero_grad(set_to_none=True)
-        log.warning(
-            "step %d: the gradient norm is %s; the step is skipped (%d so far)",
-            self.global_step,
-            norm.item(),
-            self.bad_steps,
-        )
-        if self.bad_in_a_row >= self.max_bad_steps:
+        if self.skipped.too_many:
             raise InputError(
-                f"{self.bad_in_a_row} steps in a row had a gradient that is not finite; the last checkpoint "
-                f"is kept. Lower trainer.lr (now {self.lr}) or objective.beta (now {self.beta})"
+                f"{self.skipped.in_a_row} steps in a row had a gradient that is not finite; the last "
+                f"checkpoint is kept. Lower trainer.lr (now {self.lr}) or objective.beta (now {self.beta})"
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -273,13 +262,13 @@ class PreferenceModule(L.LightningModule):
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in trained
         }
-        checkpoint["bad_steps"] = self.bad_steps, self.bad_in_a_row
+        checkpoint["bad_steps"] = self.skipped.total, self.skipped.in_a_row
         checkpoint["figures"] = self.figures.totals(of_all=True)
         checkpoint["base"] = self.backbone.fingerprints["denoiser"]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore counts and figures; the policy is trained, so the first batch is not checked."""
-        self.bad_steps, self.bad_in_a_row = checkpoint["bad_steps"]
+        self.skipped.total, self.skipped.in_a_row = checkpoint["bad_steps"]
         # those of all processes, so that one of them continues with all
         self.figures.restore(checkpoint.get("figures", {}) if launch().first else {})
         self._untrained = False

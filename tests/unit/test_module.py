@@ -393,7 +393,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny_backbone):
     module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("nan"))
     module.configure_gradient_clipping(optimizer)
     optimizer.step()
-    assert module.bad_steps == 1 and all(
+    assert module.skipped.total == 1 and all(
         torch.equal(a, b) for a, b in zip(before, module.policy.parameters(), strict=True)
     )
     module.policy.conv_in.weight.grad = torch.full_like(module.policy.conv_in.weight, float("inf"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +16,7 @@ from capo.errors import InputError
 
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"
 FUSED_ON = ("cpu", "cuda")
+log = logging.getLogger(__name__)
 
 
 def check_optimizer(name: str) -> None:
@@ -59,3 +62,36 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(moved, limit, norm)
     return norm
+
+
+class SkippedSteps:
+    """Count of the steps that are skipped because their gradient is not finite.
+
+    Args:
+        limit: consecutive such steps after which training should stop.
+
+    Attributes:
+        total: all of them so far.
+        in_a_row: those since the last step with a finite gradient.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.total, self.in_a_row = limit, 0, 0
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the limit is reached."""
+        return self.in_a_row >= self.limit
+
+    def note(self, norm: Tensor, step: int) -> bool:
+        """Count the step whose gradient has this norm; return whether it is skipped, which is logged."""
+        skipped = not math.isfinite(norm)
+        self.total, self.in_a_row = self.total + skipped, skipped * (self.in_a_row + 1)
+        if skipped:
+            log.warning(
+                "step %d: the gradient norm is %s; the step is skipped (%d so far)",
+                step,
+                norm.item(),
+                self.total,
+            )
+        return skipped
