@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from capo.backbones.family import Family, Text
+from capo.backbones.finding import pipeline_folder
 from capo.backbones.latents import from_denoiser, to_denoiser
-from capo.backbones.loading import load_pipeline, load_vae, pipeline_folder
+from capo.backbones.loading import load_pipeline, load_vae
 from capo.backbones.models import Scheduler
 from capo.backbones.parts import DENOISER, TEXT, TEXT_ENCODER, Parts
 from capo.backbones.precision import named_dtype

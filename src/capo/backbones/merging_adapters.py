@@ -14,7 +14,7 @@ from torch import Tensor
 
 from capo.backbones.export import write_adapter
 from capo.backbones.family import Family
-from capo.backbones.loading import pipeline_index
+from capo.backbones.finding import pipeline_index
 from capo.backbones.lora import LORA_FILE
 from capo.errors import InputError
 from capo.runtime.reading import parse_json

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from capo.backbones.loading import pipeline_folder
+from capo.backbones.finding import pipeline_folder
 from capo.backbones.merging import Base, merge_policies
 from capo.backbones.model_card import write_win_rates
 from capo.cli.build import build_components, family_of

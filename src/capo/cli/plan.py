@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from capo.backbones.loading import find_pipeline
+from capo.backbones.finding import find_pipeline
 from capo.backbones.precision import DTYPES
 from capo.backbones.sampling import BASE, is_guided
 from capo.backbones.sampling import POLICY as ITSELF

@@ -10,8 +10,8 @@ import torch
 from omegaconf import DictConfig
 
 from capo.backbones.export import holds_policy
+from capo.backbones.finding import MissingWeights, find_pipeline, find_vae, pipeline_index
 from capo.backbones.inversion import NO_INVERSION
-from capo.backbones.loading import MissingWeights, find_pipeline, find_vae, pipeline_index
 from capo.backbones.lora import LORA_FILE
 from capo.backbones.sampling import BASE, POLICY
 from capo.backbones.unconditional import check_negative

@@ -6,12 +6,12 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors.torch import load_file
 
-from capo.backbones import UNetBackbone, loading
-from capo.backbones.loading import MissingWeights, find_pipeline, lacking_parts
+from capo.backbones import UNetBackbone, finding
+from capo.backbones.finding import MissingWeights, find_pipeline, lacking_parts
 from capo.errors import InputError
 
 
@@ -149,8 +149,8 @@ def test_a_download_that_ends_early_says_that_it_goes_on(monkeypatch):
     def cut_off(*args, **kwargs):
         raise ConnectionError("the line is dead")
 
-    monkeypatch.setattr(loading, "find_pipeline", lambda *args: None)
-    monkeypatch.setattr(loading.DiffusionPipeline, "download", cut_off)
+    monkeypatch.setattr(finding, "find_pipeline", lambda *args: None)
+    monkeypatch.setattr(DiffusionPipeline, "download", cut_off)
     with pytest.raises(
         InputError,
         match=r"download from https://huggingface.co failed \(the line is dead\); "
