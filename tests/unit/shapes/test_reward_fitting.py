@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from capo.shapes.make.rewards import begun, holds_loss, inventory_loss, ship, words_loss
-from capo.shapes.rewards import Judge, Rater, Verifier, fused, tokens
+from capo.shapes.reward_networks import Judge, Rater, Verifier
+from capo.shapes.rewards import fused, tokens
 
 WIDTH = 1 + 9 + 8 + 3 + 1  # presence, shape or none, color, texture, radius
 

@@ -26,7 +26,8 @@ from capo.shapes.make.scenery import allowed, wrong_request
 from capo.shapes.prompts import training_request
 from capo.shapes.rating import rating
 from capo.shapes.render import render
-from capo.shapes.rewards import LENGTH, tokens
+from capo.shapes.reward_networks import LENGTH
+from capo.shapes.rewards import tokens
 from capo.shapes.scenes import (
     BACKGROUNDS,
     COLORS,

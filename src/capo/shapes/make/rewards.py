@@ -23,7 +23,8 @@ from capo.shapes.make.annotators import majority, tastes, worths
 from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.fitting import fit, generator
 from capo.shapes.make.lineups import OWN, SIZE
-from capo.shapes.rewards import CELLS, Judge, Rater, Verifier, stored
+from capo.shapes.reward_networks import CELLS, Judge, Rater, Verifier
+from capo.shapes.rewards import stored
 from capo.shapes.scenes import COLORS, SHAPES, SIDE, TEXTURES
 
 HELD_OUT = 300  # last line-ups, not used in training
