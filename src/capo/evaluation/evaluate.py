@@ -1,22 +1,20 @@
 """Evaluate a policy against its base on unseen prompts: images, scores, results.json and report.html."""
 
-import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from capo.backbones import Backbone
 from capo.backbones.weight_drift import WeightDrift, weight_drift
 from capo.data.generation import ImageGenerator, PoolSpec
-from capo.data.images import GeneratedImages, Scores, Side
+from capo.data.images import Scores, Side
 from capo.data.pool import holds_pool
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.diversity import (
@@ -31,6 +29,7 @@ from capo.evaluation.reports.gallery import chosen_prompts, exhibits, ranking
 from capo.evaluation.reports.page import Report, print_results, render_report
 from capo.evaluation.results import DIGITS, results
 from capo.evaluation.seeds import COLUMN, DRIFT
+from capo.evaluation.sides import Comparison
 from capo.evaluation.stored import Results, Settings
 from capo.metrics import win_rate
 from capo.rewards import Reward
@@ -43,68 +42,6 @@ from capo.runtime.threads import map_batches
 log = logging.getLogger(__name__)
 
 AGAIN = "the evaluation is made again"
-SCHEMA = 3  # of settings.json; results written with another schema are computed again
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """Policy and base of one evaluation: their images, the rewards, the zero line and the oracle."""
-
-    spec: PoolSpec
-    policy: ImageGenerator
-    rewards: Sequence[Reward]
-    zero: PoolSpec | None
-    oracle: Sequence[Reward]
-    encoder: Reward | None
-    sample: int
-
-    @property
-    def base(self) -> ImageGenerator:
-        return ImageGenerator.base(self.policy.backbone, self.policy.settings)
-
-    def settings(self) -> dict:
-        """Everything that the results depend on, as JSON values (settings.json)."""
-        spec, zero, fingerprints = self.spec, self.zero, self.policy.backbone.fingerprints
-        identity = json.dumps([(prompt.id, prompt.category) for prompt in spec.prompts])
-        guide = self.policy.unconditional
-        seen = {"seed": spec.seed, "images_per_prompt": spec.candidates}
-        unlike = zero and {
-            "seed": zero.seed,
-            "images_per_prompt": zero.candidates,
-            "prompts": len(zero.prompts),
-        }
-        return {
-            "schema": SCHEMA,
-            "model": spec.model,
-            "policy": self.policy.denoiser_fingerprint,
-            "base": fingerprints["denoiser"],
-            "policy_generator": self.policy.fingerprint,
-            "base_generator": self.base.fingerprint,
-            "latent_space": fingerprints["latent_space"],
-            "text_encoders": fingerprints["text_encoders"],
-            "steps": self.policy.settings.steps,
-            "guidance": self.policy.settings.guidance,
-            **({"unconditional": guide.fingerprint} if guide else {}),
-            "rewards": {reward.name: reward.key for reward in self.rewards},
-            "oracle": {measure.name: measure.key for measure in self.oracle},
-            **seen,
-            "zero": unlike,
-            "features": self.encoder and {"of": self.encoder.key, "prompts": self.sample},
-            "categories": hashlib.sha256(identity.encode()).hexdigest(),
-            "prompts": [prompt.id for prompt in spec.prompts],
-        }
-
-    def sides(self, images: Path, progress: bool) -> tuple[Side, Side, dict[str, Tensor]]:
-        """Policy, base, and the zero line's scores; missing images and scores are generated first."""
-        judges = [*self.rewards, *self.oracle]
-        base = GeneratedImages.fill(self.spec, self.base, judges, progress)
-        other = self.zero and GeneratedImages.fill(self.zero, self.base, self.rewards, progress)
-        tuned = GeneratedImages.fill(replace(self.spec, root=images), self.policy, judges, progress)
-        return (
-            tuned.side(self.rewards, self.oracle),
-            base.side(self.rewards, self.oracle),
-            other.scores(self.rewards) if other else {},
-        )
 
 
 def evaluate(
@@ -151,41 +88,54 @@ def evaluate(
         progress: whether to show progress bars.
 
     Returns:
-        The content of results.json, see `results`; with "cut" (`cut_prompts`) if prompts are too long for a
-        reward.
+        The content of results.json (`results`), with "cut" (`cut_prompts`) if a reward cuts prompts.
 
     Raises:
         InputError: a pool cannot be filled, or the prompts of `zero` are not the first ones of `spec`.
     """
-    if zero is not None and list(zero.prompts) != list(spec.prompts[: len(zero.prompts)]):
-        raise InputError("the zero line's prompts must be the first test prompts (evaluation.zero_prompts)")
-    folder, comparison = Path(folder), _Comparison(spec, policy, rewards, zero, oracle, encoder, sample)
+    folder, comparison = Path(folder), Comparison(spec, policy, rewards, zero, oracle, encoder, sample)
     settings = comparison.settings() | {"shown": shown}
     found = stored_results(folder, settings)
     if found is not None:
         log.info("%s already holds the results of these settings", folder)
     else:
-        tuned, base, zero_scores = comparison.sides(folder / POOLS, progress)
-        latents, chosen = latent_distances(tuned, base), _gallery(tuned, base, shown)
-        rows = sampled_rows(len(spec.prompts), sample) if encoder else []
-        pictures = _decoded(
-            tuned, base, sorted({*rows, *(row for order in chosen.values() for row in order)})
-        )
-        found = _results_of(
-            tuned,
-            base,
-            zero_scores,
-            settings,
-            rewards,
-            latents=latents,
-            features=_in_features(encoder, pictures, rows, policy.backbone.device),
-            weights=None if weights is None else _weight_drift(policy.backbone, Path(weights)),
-        )
-        told = exhibits(tuned, base, chosen, pictures)
-        report = Report(title or spec.model, found, settings, rewards, told, config, curves, strength)
-        _write(folder, settings, found, render_report(report), _rate_rows(tuned, base, latents))
-        _remove_other_pools(folder / POOLS, tuned.drawn.pool.folder)
+        report = partial(Report, title or spec.model, config=config, curves=curves, strength=strength)
+        found = _compared(folder, comparison, settings, report, weights, progress)
     print_results(found)
+    return found
+
+
+def _compared(
+    folder: Path,
+    comparison: Comparison,
+    settings: dict[str, Any],
+    report: Callable[..., Report],
+    weights: str | Path | None,
+    progress: bool,
+) -> dict:
+    """Draw and score what is missing, write the comparison to `folder`, and return its results.
+
+    `report` builds the page's content from results, settings, rewards and exhibits.
+    """
+    tuned, base, zero_scores = comparison.sides(folder / POOLS, progress)
+    latents, encoder, rewards = latent_distances(tuned, base), comparison.encoder, comparison.rewards
+    chosen = chosen_prompts(ranking(tuned.scores, base.scores), settings["shown"])
+    rows = sampled_rows(len(comparison.spec.prompts), comparison.sample) if encoder else []
+    pictures = _decoded(tuned, base, sorted({*rows, *(row for order in chosen.values() for row in order)}))
+    backbone = comparison.policy.backbone
+    found = _results_of(
+        tuned,
+        base,
+        zero_scores,
+        settings,
+        rewards,
+        latents=latents,
+        features=_in_features(encoder, pictures, rows, backbone.device),
+        weights=None if weights is None else _weight_drift(backbone, Path(weights)),
+    )
+    page = render_report(report(found, settings, rewards, exhibits(tuned, base, chosen, pictures)))
+    _write(folder, settings, found, page, _rate_rows(tuned, base, latents))
+    _remove_other_pools(folder / POOLS, tuned.drawn.pool.folder)
     return found
 
 
@@ -212,11 +162,6 @@ def _results_of(
     )
     cut = cut_prompts(rewards, [prompt.text for prompt in prompts])
     return found | {"cut": cut} if cut else found
-
-
-def _gallery(tuned: Side, base: Side, shown: int) -> dict[str, list[int]]:
-    """Rows of the prompts in each order of the gallery."""
-    return chosen_prompts(ranking(tuned.scores, base.scores), shown)
 
 
 def _decoded(tuned: Side, base: Side, rows: Sequence[int]) -> Pictures:

@@ -274,7 +274,7 @@ def test_features_and_weights_are_measured_where_they_are_given(
         assert sum(float(row[column]) for row in rows) / len(rows) == pytest.approx(mean, abs=1e-6)
     page = (tmp_path / "evaluation" / "report.html").read_text()
     assert "'halves' (features) the cosine" in page.replace("&#39;", "'") and "<code>conv_out</code>" in page
-    monkeypatch.setattr("capo.evaluation.evaluate._Comparison.sides", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr("capo.evaluation.sides.Comparison.sides", lambda *_: pytest.fail("again"))
     assert run(tmp_path / "evaluation", pools, tiny_backbone, policy, **options) == found
     monkeypatch.undo()
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -345,7 +345,7 @@ def test_a_result_of_the_same_settings_is_kept_and_of_others_replaced(
 ):
     (folder, pools), first = copied, evaluated[2]
     monkeypatch.setattr(
-        "capo.evaluation.evaluate._Comparison.sides", lambda *_: pytest.fail("it was evaluated again")
+        "capo.evaluation.sides.Comparison.sides", lambda *_: pytest.fail("it was evaluated again")
     )
     assert run(folder, pools, tiny_backbone) == first
     monkeypatch.undo()
