@@ -176,8 +176,12 @@ def select_candidates(
         prior_seed=prior,
         swap=swap,
     )
-    spreads = [
+    return Candidates(dataset, _spreads(labels, calibrated), names, scores, calibrated)
+
+
+def _spreads(labels: Sequence[LabelSource], calibrated: Tensor) -> list[Spread]:
+    """Spread of each label source; those that are not graded have no shares of flat or saturated prompts."""
+    return [
         found if label.graded else dataclasses.replace(found, flat=math.nan, saturated=math.nan)
         for label, found in zip(labels, spread(calibrated), strict=True)
     ]
-    return Candidates(dataset, spreads, names, scores, calibrated)
