@@ -23,9 +23,11 @@ from capo.cli.report import report_run
 from capo.cli.reuse import reused_reference
 from capo.cli.run_config import Progress, open_run
 from capo.cli.tracking import trackers
+from capo.data.candidates import Candidates, TrainingData
 from capo.data.dataset import ENCODE, Times
 from capo.evaluation.reports.calibration_page import print_warnings
 from capo.module import PreferenceModule
+from capo.pairs import Strategy
 from capo.runtime.hub import push
 from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
@@ -57,20 +59,7 @@ def tune(
     strategy, facts = built(cfg, "pairs"), facts_of(cfg, module)
     announce(cfg, facts, module, outlook)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)
-    data = training_data(cfg, engaged(cfg, components))
-    candidates = data.select(
-        strategy,
-        cfg.calibration,
-        cfg.seed,
-        cfg.noise.shared,
-        group=cfg.selection.group,
-        source=cfg.noise.source,
-        swap=cfg.selection.swap,
-    )
-    print_selection(candidates, data.described, console)
-    found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
-    print_warnings(found, console)
-    console.print(f"calibration report: {folder / CALIBRATION}", soft_wrap=True)
+    data, candidates = chosen_pairs(cfg, components, strategy, folder)
     trainer, division = cfg.trainer, division_of(cfg)
     encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
     signal = GradientSignal(trainer.signal_every)
@@ -106,6 +95,27 @@ def tune(
     tell(validation.choice.sentences(), console)
     rate, told = best_strength(cfg, module, validation, Path(best.best_model_path), folder, console)
     return module, rate, facts | {"data": data.described} | told
+
+
+def chosen_pairs(
+    cfg: DictConfig, components: Components, strategy: Strategy, folder: Path
+) -> tuple[TrainingData, Candidates]:
+    """Fill the pools, select pairs by `strategy`, and write the calibration report; tell about both."""
+    data = training_data(cfg, engaged(cfg, components))
+    candidates = data.select(
+        strategy,
+        cfg.calibration,
+        cfg.seed,
+        cfg.noise.shared,
+        group=cfg.selection.group,
+        source=cfg.noise.source,
+        swap=cfg.selection.swap,
+    )
+    print_selection(candidates, data.described, console)
+    found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
+    print_warnings(found, console)
+    console.print(f"calibration report: {folder / CALIBRATION}", soft_wrap=True)
+    return data, candidates
 
 
 def announce(cfg: DictConfig, facts: dict[str, Any], module: PreferenceModule, outlook: Outlook) -> None:
