@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from capo.evaluation.benchmarks.scores import Row, summary
 from capo.evaluation.benchmarks.table import BenchmarkTable, Shown
 from capo.evaluation.benchmarks.tree import IMAGES, README, claim, readme, write_seeds, write_tree
 from capo.rewards import Reward
-from capo.runtime.files import put_back, write_whole
+from capo.runtime.files import put_back, write_json, write_whole
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import POLICY, POOLS, RESULTS
 from capo.runtime.terminal import Terminal
@@ -240,9 +239,7 @@ def _tell(
     found = summary(benchmark, rows, seed)
     table = BenchmarkTable(found, command, settings, benchmark.notes, shown)
     files = table.write(folder)
-    write_whole(
-        folder / RESULTS, json.dumps({**found, "settings": settings}, indent=2, allow_nan=False) + "\n"
-    )
+    write_json(folder / RESULTS, {**found, "settings": settings}, allow_nan=False)
     for printed in table.console():
         console.print(printed)
     if settings:

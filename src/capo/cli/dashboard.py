@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from capo.cli.messages import REFUSED
 from capo.cli.sweep import Job, read_jobs, sweep_name, sweep_rows, varying_keys
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.dashboard import Tracked, TrackedRun, markdown_table, specification
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.reading import read_json, read_text
 from capo.runtime.run_folder import METRICS, VALIDATION
 from capo.runtime.terminal import printable
@@ -143,7 +142,7 @@ def main(command: Sequence[str] | None = None) -> int:
         table = markdown_table([name for name in columns if name not in HIDDEN], rows)
         spec = specification(tracked, table)
         path = options.to or options.sweep / FILE
-        write_whole(path, json.dumps(spec, indent=2) + "\n")
+        write_json(path, spec)
         print(printable(f"specification: {path}, {len(spec['views'])} views and a report"))
         if not wandb_is_online():
             print(

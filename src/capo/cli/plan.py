@@ -5,7 +5,6 @@ The plan is printed as tables and written to `plan.json` in the run directory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from capo.preflight.requests import (
 from capo.preflight.shortages import Shortage, certain_memory, disk_findings, folder_bytes, likely_memory
 from capo.preflight.tracing import adapter_of
 from capo.rewards import Reward
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.outlook import EVALUATION, VALIDATION
@@ -260,6 +259,6 @@ def run_plan(cfg: DictConfig, console: Console) -> dict[str, Any]:
     plan["config"] = plain(cfg)
     print_plan(plan, console)
     path = Path(cfg.run_dir) / PLAN
-    write_whole(path, json.dumps(plan, indent=2, allow_nan=False) + "\n")
+    write_json(path, plan, allow_nan=False)
     console.print(f"plan: {path}")
     return plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from capo.data.pool import Pool, holds_pool
 from capo.data.pool_state import StageState, faults_of, repair, states_of, told_age
 from capo.data.stages import Stage
 from capo.errors import Unfinished
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.outlook import HOUR, Hours, told_time
 from capo.runtime.terminal import Terminal
 
@@ -56,7 +55,7 @@ def show_status(cfg: DictConfig, components: Components, console: Terminal) -> N
             table.add_row("" if number else name, *_cells(state))
     console.print(table)
     path = Path(cfg.run_dir) / STATUS
-    write_whole(path, json.dumps(written, indent=2) + "\n")
+    write_json(path, written)
     console.print(f"as JSON: {path}", soft_wrap=True)
 
 

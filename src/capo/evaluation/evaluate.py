@@ -1,6 +1,5 @@
 """Evaluate a policy against its base on unseen prompts: images, scores, results.json and report.html."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from capo.evaluation.stored import Results, Settings
 from capo.metrics import win_rate
 from capo.rewards import Reward
 from capo.rewards.lengths import cut_prompts
-from capo.runtime.files import write_table, write_whole
+from capo.runtime.files import write_json, write_table, write_whole
 from capo.runtime.run_folder import POOLS, RATES, REPORT, RESULTS, SETTINGS
 from capo.runtime.stored import read_record
 from capo.runtime.threads import map_batches
@@ -231,10 +230,10 @@ def _write(
 ) -> None:
     # settings.json is written last: it marks the other files as complete and says what they belong to
     (folder / SETTINGS).unlink(missing_ok=True)
-    write_whole(folder / RESULTS, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    write_json(folder / RESULTS, found, allow_nan=False)
     write_table(folder / RATES, list(rates[0]), rates)
     write_whole(folder / REPORT, page)
-    write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    write_json(folder / SETTINGS, settings)
 
 
 def _remove_other_pools(root: Path, kept: Path) -> None:

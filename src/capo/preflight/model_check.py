@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings, autocast, candidate_generators, sample
 from capo.data.importing.images import pixels
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 
 # Images like those that the model was trained on, with their captions.
 Known = Sequence[tuple[Image.Image, str]]
@@ -243,4 +242,4 @@ def check_table(checks: Sequence[Check]) -> Table:
 
 def write_checks(checks: Sequence[Check], path: Path) -> None:
     """Write the results of checks as JSON (`check.json`), which can be attached to a bug report."""
-    write_whole(path, json.dumps([asdict(check) for check in checks], indent=2) + "\n")
+    write_json(path, [asdict(check) for check in checks])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.fingerprints import content_fingerprint
 
 FOLDER = "rates"  # under the pool root
@@ -43,7 +43,7 @@ def write_rate(root: Path, measurement: Measurement, per_second: float) -> Path:
     path = measurement.path(root)
     content = {"schema": SCHEMA, **measurement.entries(), "per_second": per_second}
     remedy = "set pool.root to a folder that can be written"
-    write_whole(path, json.dumps(content, indent=2) + "\n", remedy=remedy)
+    write_json(path, content, remedy=remedy)
     return path
 
 

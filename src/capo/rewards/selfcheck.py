@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from capo.errors import DamagedFile, InputError
 from capo.rewards import Reward
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.reading import read_json
 
 SIDE = 512  # pixels to which the bundled images, of 64 pixels, are enlarged for a reward
@@ -268,7 +267,7 @@ def write_golden(path: Path, reward: Reward, scores: Tensor, device: torch.devic
         "prompts": PROMPTS,
         "scores": scores.tolist(),
     }
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    write_json(path, record)
 
 
 def device_name(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 import csv
 import ctypes
 import io
+import json
 import os
 import shutil
 import sys
@@ -61,6 +62,14 @@ def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str 
     with whole_file(path, remedy) as unfinished, unfinished.open("wb") as file:
         for part in parts:
             file.write(part.encode() if isinstance(part, str) else part)
+
+
+def write_json(path: str | Path, value: object, *, remedy: str = REMEDY, allow_nan: bool = True) -> None:
+    """Write `value` as indented JSON to `path` atomically (`write_whole`).
+
+    Raises ValueError for a number that is not finite, unless `allow_nan` is set.
+    """
+    write_whole(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n", remedy=remedy)
 
 
 def second_name(path: Path, other: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from capo.errors import DamagedFile
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.schema import Section, key
 from capo.runtime.stored import Record, read_record
 
@@ -74,4 +73,4 @@ def _outcome(folder: Path, schema: type[Outcome]) -> dict[str, Any]:
 
 def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Write `outcome.json`, whose presence marks a run as finished."""
-    write_whole(folder / OUTCOME, json.dumps(outcome, indent=2) + "\n")
+    write_json(folder / OUTCOME, outcome)

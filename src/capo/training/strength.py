@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from capo.backbones.lora import is_output_factor
 from capo.evaluation.held_out import Rate
 from capo.module import PreferenceModule
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.run_folder import STRENGTH
 from capo.runtime.schema import key
 from capo.runtime.stored import Record, read_record
@@ -85,7 +84,7 @@ class StrengthCurve:
     def write(self, folder: Path) -> None:
         """Write the curve to `strength.json` in a run directory."""
         points = [{"strength": strength, **point} for strength, point in self.points.items()]
-        write_whole(folder / STRENGTH, json.dumps({"chosen": self.chosen, "curve": points}, indent=2) + "\n")
+        write_json(folder / STRENGTH, {"chosen": self.chosen, "curve": points})
 
 
 def choose_strength(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from capo.data.watching import SECONDS
 from capo.errors import InputError, closest
-from capo.runtime.files import write_whole
+from capo.runtime.files import write_json
 from capo.runtime.reading import read_json
 
 # arguments of wandb.init that follow from the run directory, and from WANDB_MODE
@@ -116,7 +115,7 @@ class WandbRun(WandbLogger):
             self._experiment.finish()
 
     def _write(self) -> None:
-        write_whole(self.record_path, json.dumps(self._record, indent=2) + "\n")
+        write_json(self.record_path, self._record)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from capo.errors import InputError
-from capo.runtime.files import check_inside, check_links, plain_cell, write_table, write_whole
+from capo.runtime.files import check_inside, check_links, plain_cell, write_json, write_table, write_whole
 
 
 def test_writes_text_and_bytes_and_leaves_nothing_beside_them(tmp_path):
@@ -43,6 +43,17 @@ def test_what_a_process_that_died_has_left_is_overwritten(tmp_path):
     write_whole(tmp_path / "result.txt", "new ", b"and ", memoryview(b"whole"))
     assert (tmp_path / "result.txt").read_text() == "new and whole"
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.txt"]
+
+
+def test_json_is_indented_and_refuses_a_number_that_is_none(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"rate": 0.5})
+    assert path.read_bytes() == b'{\n  "rate": 0.5\n}\n'
+    with pytest.raises(ValueError):
+        write_json(path, {"rate": float("nan")}, allow_nan=False)
+    assert path.read_bytes() == b'{\n  "rate": 0.5\n}\n'
+    write_json(path, float("nan"))
+    assert path.read_text() == "NaN\n"
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from capo.data.images import GeneratedImages
 from capo.data.prompts import candidate_seed
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Picture
-from capo.runtime.files import ELSEWHERE, check_inside, whole_file, write_table, write_whole
+from capo.runtime.files import ELSEWHERE, check_inside, whole_file, write_json, write_table, write_whole
 from capo.runtime.reading import read_json
 from capo.runtime.run_folder import REPORT, RESULTS
 
@@ -49,7 +48,7 @@ def claim(folder: Path, row: str, settings: Mapping[str, object]) -> None:
                 f"{folder / IMAGES / row} is there, but {MARK} does not name it, so this package did not "
                 f"write it: move it away, or {ELSEWHERE}"
             )
-        write_whole(mark, json.dumps({**stored, row: settings}, indent=2) + "\n")
+        write_json(mark, {**stored, row: settings})
         return
     before = stored[row] if isinstance(stored[row], dict) else {}
     differing = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from capo.evaluation.reports.formats import p_value, span, with_span
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.statistics import holm
 from capo.evaluation.tables import latex_comment, latex_text
-from capo.runtime.files import write_table, write_whole
+from capo.runtime.files import write_json, write_table, write_whole
 
 CSV, HTML, LATEX = "study.csv", "study.html", "study.tex"
 RESULTS, RATERS, PROMPTS = "results.json", "raters.csv", "prompts.csv"  # of each study, in its folder
@@ -40,7 +39,7 @@ def write_study(folder: Path, study: Mapping) -> None:
     for name, key in ((RATERS, "raters"), (PROMPTS, "prompts")):
         rows = study[key]
         write_table(folder / name, list(rows[0]), rows)
-    write_whole(folder / RESULTS, json.dumps(study, indent=2, allow_nan=False) + "\n")
+    write_json(folder / RESULTS, study, allow_nan=False)
 
 
 def write_studies(folder: Path, studies: Sequence[Mapping], command: str) -> list[Path]:
