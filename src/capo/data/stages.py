@@ -103,6 +103,19 @@ class Stage(ABC):
     def run(self, shard: Shard, report: Report) -> None:
         """Make a shard. The caller holds the pool's lock of this stage and row."""
 
+    def make(self, shard: Shard, report: Report, wait: bool = False) -> bool | None:
+        """Run `shard` under its lock if it is missing, and return whether it was.
+
+        Returns None if another process holds the lock; with `wait` its end is waited for.
+        """
+        with self.pool.lock(self.name, shard.row, wait) as mine:
+            if not mine:
+                return None
+            missing = shard in self.missing(shard.row)
+            if missing:
+                self.run(shard, report)
+            return missing
+
     @abstractmethod
     def bytes_missing(self) -> int:
         """Estimated size in bytes of all missing shards."""

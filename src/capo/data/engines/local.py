@@ -59,12 +59,9 @@ def _run_missing(stage: Stage, todo: list[Shard], progress: bool) -> None:
 
 def _attempt(stage: Stage, shard: Shard, made: set[Shard], report: Report) -> bool:
     """Run `shard` if it is missing. Returns False if another process holds its lock: try again later."""
-    with stage.pool.lock(stage.name, shard.row) as mine:
-        if not mine:
-            return False
-        if shard in stage.missing(shard.row):
-            stage.run(shard, report)
-            made.add(shard)
-        else:  # made by another process: the bar shows what all make together
-            report(stage.amount(shard))
-    return True
+    was_missing = stage.make(shard, report)
+    if was_missing:
+        made.add(shard)
+    elif was_missing is False:  # made by another process: the bar shows what all make together
+        report(stage.amount(shard))
+    return was_missing is not None

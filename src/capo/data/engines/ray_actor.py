@@ -41,16 +41,10 @@ class StageActor:
         """Make a shard unless it is there; returns (error, whether an input is at fault)."""
         stage = self._stage
         assert stage is not None  # `load` comes first
-
-        def make() -> None:
-            with stage.pool.lock(stage.name, shard.row, wait=True):
-                if shard in stage.missing(shard.row):
-                    stage.run(shard, lambda count: None)
-
-        return _caught(make)
+        return _caught(lambda: stage.make(shard, lambda count: None, wait=True))
 
 
-def _caught(work: Callable[[], None]) -> tuple[str, bool]:
+def _caught(work: Callable[[], object]) -> tuple[str, bool]:
     """Errors as text, since their classes may not exist, or not be picklable, elsewhere."""
     try:
         work()
