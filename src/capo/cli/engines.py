@@ -29,7 +29,7 @@ from capo.runtime.launch import launch
 from capo.runtime.run_folder import WORKERS
 
 LOCAL, RAY = "local", "ray"  # kinds of engine
-# stage of a pool -> parts of the base that a worker loads besides the VAE; None: all
+# stage of a pool -> parts of the base that it computes with besides the VAE; None: all
 PARTS = {TextStage.name: (TEXT,), LatentStage.name: None, ScoreStage.name: ()}
 
 

@@ -19,6 +19,7 @@ from capo.cli.build import (
     sampler_settings,
     training_data,
 )
+from capo.cli.engines import PARTS as STAGE_PARTS
 from capo.cli.engines import RAY, engaged
 from capo.cli.messages import plain_errors
 from capo.cli.pool_state import show_status, verify
@@ -42,7 +43,12 @@ console = Terminal()
 ALONE = ("import", "export", "report", "status", "verify")  # stages that one process does
 FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
 # stage on the command line -> parts of the base that it computes with besides the VAE; others: all
-PARTS = {"text": (TEXT,), "score": (), "import": (TEXT,), "export": (), "report": (), "status": ()}
+PARTS = {COMMANDS[stage]: parts for stage, parts in STAGE_PARTS.items()} | {
+    "import": (TEXT,),
+    "export": (),
+    "report": (),
+    "status": (),
+}
 
 
 def import_source(cfg: DictConfig) -> Source:
