@@ -11,6 +11,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from capo.cli import study_files
 from capo.cli.build import all_rewards
 from capo.cli.process import prepare_process
 from capo.cli.run_config import run_config
@@ -158,6 +159,11 @@ def test_every_dependency_is_held_at_its_lower_bound():
             continue
         name, bound = line.split(",")[0].split(">=")  # each has one
         assert held[name.split("[")[0]] == bound
+
+
+def test_a_study_is_served_again_where_it_was_served_first():
+    study = composed(name="study").study
+    assert (study.host, study.port) == (study_files.HOST, study_files.PORT)
 
 
 def test_readme_holds_the_two_commands():
