@@ -6,13 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from capo.backbones import Backbone, Family
-from capo.backbones.averaging import MovingReference
 from capo.backbones.export import load_policy, policy_fingerprint
 from capo.backbones.inversion import Inversion
 from capo.backbones.precision import common_half
@@ -35,6 +34,9 @@ from capo.noise import INVERTED
 from capo.rewards import Reward, load_rewards, lookup
 from capo.runtime.launch import launch
 from capo.runtime.processes import own_device
+
+if TYPE_CHECKING:
+    from capo.backbones.averaging import MovingReference
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,11 @@ def inversion_of(cfg: DictConfig) -> Inversion | None:
 def moving_reference(cfg: DictConfig) -> MovingReference | None:
     """The reference that follows the policy; None where the base stays the reference."""
     # a stored configuration may lack the key
-    moving = cfg.get("reference") and cfg.reference.decay is not None
-    return MovingReference(**plain(cfg.reference)) if moving else None
+    if not cfg.get("reference") or cfg.reference.decay is None:
+        return None
+    from capo.backbones.averaging import MovingReference  # with Lightning, which a plan does without
+
+    return MovingReference(**plain(cfg.reference))
 
 
 def label_sources(cfg: DictConfig, rewards: list[Reward]) -> Sequence[LabelSource]:

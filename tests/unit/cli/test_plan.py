@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -401,3 +403,10 @@ def test_extras_and_rewards_that_are_not_here(tmp_path, monkeypatch):
     assert "pip install 'capo[bitsandbytes]'" in extra and extra in told
     wanted = f"no weights at {tmp_path / 'none'}; set rewards.mps.weights"
     assert any(kind == "rewards" and wanted in message for kind, message in found)
+
+
+@pytest.mark.slow
+def test_a_plan_does_without_lightning():
+    """Importing it takes seconds; the checks before a run, which come first, do without it too."""
+    program = "import sys, capo.cli.plan, capo.cli.readiness; sys.exit('lightning' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
