@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from capo import module
+from capo.backbones import networks
 from capo.backbones.parallel import place
 from capo.cli import train as train_script
 from capo.cli.build import build_components, training_data
@@ -49,7 +50,8 @@ def trained(tiny_run, monkeypatch, capsys):
         place(network, *where)
 
     monkeypatch.setattr(PreferenceModule, "reference", counted)
-    monkeypatch.setattr(module, "place", noted)
+    for home in (module, networks):  # of the policy, and of the reference
+        monkeypatch.setattr(home, "place", noted)
 
     def run(name: str, *overrides: str):
         asked.clear()
