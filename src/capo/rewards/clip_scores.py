@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.weights import fetch, refuse_other_names, require_type
+from capo.rewards.weights import fetch, refuse_other_names, require_type, taking_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
@@ -233,13 +232,9 @@ def load_clip(
         else {"pretrained_model_name_or_path": None, "state_dict": state}
     )
     kind: Any = CLIPModel  # whose types do not know that loading tells what it found
-    try:
+    with taking_weights(folder, setting, published):
         model, found = kind.from_pretrained(
             **place, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{setting}={folder}: its weights do not load ({error}); this reward reads those of {published}"
-        ) from error
     refuse_other_names(found["missing_keys"], found["unexpected_keys"], str(folder), setting, published)
     return model

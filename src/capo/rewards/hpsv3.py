@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import BatchScorer, check_batch
 from capo.rewards.vqascore import PRECISIONS, check_precision
-from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names, require_type
+from capo.rewards.weights import (
+    fetch,
+    fetch_file,
+    read_state,
+    refuse_other_names,
+    require_type,
+    taking_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig, Qwen2VLModel
@@ -210,13 +216,9 @@ def _loaded(
     )
     text: Any = config.text_config
     last = head(text.hidden_size)
-    try:
+    with taking_weights(source, SETTING, PUBLISHED):
         model, found = _filled(Qwen2VLModel, config, own, dtype)
         others = last.load_state_dict(top, strict=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # shapes that do not match
-        raise InputError(
-            f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
-        ) from error
     unknown = [name for name in state if not name.startswith(("model.", "head."))] + [
         f"head.{name}" for name in others.unexpected_keys
     ]

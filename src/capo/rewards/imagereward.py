@@ -21,7 +21,7 @@ from capo.errors import InputError
 from capo.rewards.clip_scores import BATCH, BatchScorer, check_batch
 from capo.rewards.cropping import cropped
 from capo.rewards.laion_aes import linear_stack
-from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names
+from capo.rewards.weights import fetch, fetch_file, read_state, refuse_other_names, taking_weights
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, BertTokenizer
@@ -181,15 +181,12 @@ class ImageReward(BatchScorer):
 
 def _loaded(state: Mapping[str, Tensor], source: str) -> nn.ModuleDict:
     try:
-        model = network(state)
-        found = model.load_state_dict(state, strict=False)
+        with taking_weights(source, SETTING, PUBLISHED):
+            model = network(state)
+            found = model.load_state_dict(state, strict=False)
     except KeyError as error:
         refuse_other_names([error.args[0]], [], source, SETTING, PUBLISHED)
         raise
-    except (RuntimeError, ValueError) as error:  # shapes that do not match
-        raise InputError(
-            f"{SETTING}={source}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
-        ) from error
     refuse_other_names(found.missing_keys, found.unexpected_keys, source, SETTING, PUBLISHED)
     return model
 

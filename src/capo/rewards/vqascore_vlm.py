@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import BatchScorer, check_batch
 from capo.rewards.vqascore import PLACE, PRECISIONS, QUESTION, check_question
-from capo.rewards.weights import fetch, refuse_other_names, require_type
+from capo.rewards.weights import fetch, refuse_other_names, require_type, taking_weights
 from capo.runtime.reading import FOLDER_REMEDY, read_json
 
 if TYPE_CHECKING:
@@ -148,13 +147,9 @@ def _load(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
     from transformers import AutoModelForImageTextToText
 
     kind: Any = AutoModelForImageTextToText  # whose types do not know that loading tells what it found
-    try:
+    with taking_weights(folder, SETTING, PUBLISHED):
         model, found = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{SETTING}={folder}: its weights do not load ({error}); this reward reads those of {PUBLISHED}"
-        ) from error
     refuse_other_names(found["missing_keys"], found["unexpected_keys"], str(folder), SETTING, PUBLISHED)
     return model

@@ -3,12 +3,14 @@
 In every function `setting` is the configuration key that gave the source, for messages.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -146,6 +148,20 @@ def require_type(folder: Path, setting: str, wanted: str, told: str) -> None:
         raise InputError(
             f"{setting}={folder}: it holds a model of type {found}, this reward reads {told} (type {wanted})"
         )
+
+
+@contextmanager
+def taking_weights(source: str | Path, setting: str, published: str) -> Iterator[None]:
+    """Turn what goes wrong where a model takes its weights, such as shapes that differ, into an InputError.
+
+    It names the checkpoint `source`, and `published`, one that fits.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{setting}={source}: its weights do not load ({error}); this reward reads those of {published}"
+        ) from error
 
 
 def refuse_other_names(
