@@ -18,12 +18,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from capo.errors import InputError
 from capo.rewards.clip_scores import BatchScorer, check_batch
 from capo.rewards.vqascore import PRECISIONS, check_precision
 from capo.rewards.weights import (
     fetch,
     fetch_file,
+    load_inputs,
     read_state,
     refuse_other_names,
     require_type,
@@ -109,15 +109,7 @@ class Asker:
     """Inputs of the model: an image of about 256 tokens, and the question up to the reward's token."""
 
     def __init__(self, folder: Path):
-        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except Exception as error:  # the tokenizers library's errors share no base class
-            raise InputError(
-                f"{BASE_SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again"
-            ) from error
+        self.tokenizer, self.processor = load_inputs(folder, BASE_SETTING)
         self.tokenizer.add_tokens([REWARD], special_tokens=True)
         self.image, self.reward = self.tokenizer.convert_tokens_to_ids([IMAGE, REWARD])
         pixels = TOKENS * (self.processor.patch_size * self.processor.merge_size) ** 2

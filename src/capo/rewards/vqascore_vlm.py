@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from capo.errors import InputError
 from capo.rewards.clip_scores import BatchScorer, check_batch
 from capo.rewards.vqascore import PLACE, PRECISIONS, QUESTION, check_question
-from capo.rewards.weights import fetch, refuse_other_names, require_type, taking_weights
+from capo.rewards.weights import fetch, load_inputs, refuse_other_names, require_type, taking_weights
 from capo.runtime.reading import FOLDER_REMEDY, read_json
 
 if TYPE_CHECKING:
@@ -37,15 +37,7 @@ class Chat:
     """Inputs of Qwen3-VL: a user's turn with one image and a question, and the start of the answer."""
 
     def __init__(self, folder: Path, question: str, answers: Sequence[str] = YES):
-        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except Exception as error:  # the tokenizers library's errors share no base class
-            raise InputError(
-                f"{SETTING}={folder}: no tokenizer and image processor ({error}); get the folder again"
-            ) from error
+        self.tokenizer, self.processor = load_inputs(folder, SETTING)
         self.question = question
         self.template = self.tokenizer.chat_template or _template_beside(folder)
         self.image = self.tokenizer.convert_tokens_to_ids(IMAGE)

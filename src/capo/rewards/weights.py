@@ -150,6 +150,18 @@ def require_type(folder: Path, setting: str, wanted: str, told: str) -> None:
         )
 
 
+def load_inputs(folder: Path, setting: str) -> tuple[Any, Any]:
+    """Load the tokenizer and the image processor of a Qwen-VL; raise InputError if the folder lacks them."""
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+    try:
+        return AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library's errors share no base class
+        raise InputError(
+            f"{setting}={folder}: no tokenizer and image processor ({error}); get the folder again"
+        ) from error
+
+
 @contextmanager
 def taking_weights(source: str | Path, setting: str, published: str) -> Iterator[None]:
     """Turn what goes wrong where a model takes its weights, such as shapes that differ, into an InputError.
