@@ -184,15 +184,14 @@ def frontiers(tracked: Tracked) -> list[dict[str, Any]]:
     """Win-rates of each two rewards against each other: further up and to the right is better."""
     rates = named([dict.fromkeys(tracked.summary)], TEST)
     return [
-        {
-            "kind": "scatter",
-            "title": f"{second} against {first}",
-            "x": {"summary": rates[first]},
-            "y": {"summary": rates[second]},
-            "log_x": False,
-        }
+        _against(f"{second} against {first}", rates[first], rates[second])
         for first, second in itertools.combinations(rates, 2)
     ]
+
+
+def _against(title: str, x: str, y: str) -> dict[str, Any]:
+    """Scatter plot of two figures of the summary."""
+    return {"kind": "scatter", "title": title, "x": {"summary": x}, "y": {"summary": y}, "log_x": False}
 
 
 def coordinates(tracked: Tracked) -> list[dict[str, Any]]:
@@ -211,13 +210,7 @@ def against_oracle(tracked: Tracked) -> list[dict[str, Any]]:
     held = [dict.fromkeys(tracked.summary)]
     rates, measures = named(held, TEST), named(held, ORACLE)
     return [
-        {
-            "kind": "scatter",
-            "title": f"{name} against its exact measure",
-            "x": {"summary": measures[name]},
-            "y": {"summary": rates[name]},
-            "log_x": False,
-        }
+        _against(f"{name} against its exact measure", measures[name], rates[name])
         for name in rates
         if name in measures
     ]
