@@ -78,11 +78,7 @@ def _objective(found: Any, module: str) -> bool:
 def _strategy(found: Any, module: str) -> bool:
     from capo.pairs import PairSets
 
-    return (
-        inspect.isfunction(found)
-        and inspect.signature(found).return_annotation in (PairSets, PairSets.__name__)
-        and _of(found, module)
-    )
+    return _returns(PairSets, found, module)
 
 
 def _prompt_sets(found: Any, module: str) -> bool:
@@ -97,11 +93,7 @@ def _prompt_sets(found: Any, module: str) -> bool:
 def _benchmark(found: Any, module: str) -> bool:
     from capo.evaluation.benchmarks import Benchmark
 
-    return (
-        inspect.isfunction(found)
-        and inspect.signature(found).return_annotation in (Benchmark, Benchmark.__name__)
-        and _of(found, module)
-    )
+    return _returns(Benchmark, found, module)
 
 
 def _family(found: Any, module: str) -> bool:
@@ -119,6 +111,15 @@ def _scorer(found: Any, module: str) -> bool:
     from capo.rewards.lookup import is_scorer
 
     return is_scorer(found, module)
+
+
+def _returns(kind: type, found: Any, module: str) -> bool:
+    """Whether `found` is a function of `module` that returns a `kind`, by its annotation."""
+    return (
+        inspect.isfunction(found)
+        and inspect.signature(found).return_annotation in (kind, kind.__name__)
+        and _of(found, module)
+    )
 
 
 def _of(found: Any, module: str) -> bool:
