@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from capo.cli import train as train_script
 from capo.cli.run_config import differences
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.module import PreferenceModule
 from fixtures import ROOT
 
@@ -112,6 +112,15 @@ def test_another_configuration_is_refused_with_the_differences(tiny_run, whole):
 def test_more_steps_go_on_from_a_finished_run(tiny_run, whole):
     steps = [value for value in STEPS if "max_steps" not in value]
     train_script.run(tiny_run("longer", *steps, "trainer.max_steps=4"))
+    folder = tiny_run.folder / "longer"
+    kept = {name: (folder / name).read_bytes() for name in ("outcome.json", "config.yaml")}
+    for name in ("metrics.csv", "checkpoints/last.ckpt"):  # refused, and the finished run stays one
+        whole_file = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole_file[:-30])
+        with pytest.raises(DamagedFile, match=f"{name} cannot be read"):
+            train_script.run(tiny_run("longer", *steps, "trainer.max_steps=7"))
+        assert kept == {name: (folder / name).read_bytes() for name in kept}
+        (folder / name).write_bytes(whole_file)
     train_script.run(tiny_run("longer", *steps, "trainer.max_steps=7"))
     assert_same_run(tiny_run.folder / "longer", whole[1])
 

@@ -164,15 +164,16 @@ def check_place(folder: Path) -> None:
 
 
 def open_run(folder: Path, cfg: DictConfig) -> Progress:
-    """Start, resume or recognize the run of `cfg` in `folder`; write `config.yaml` and return the progress.
+    """Start, resume or recognize the run of `cfg` in `folder`; return the progress.
 
-    A larger `trainer.max_steps` resumes a run, even a finished one. Raises InputError for a directory that
-    holds a run of another configuration, with the differences.
+    A larger `trainer.max_steps` resumes a run, even a finished one. Its files stay as they are until
+    `begin_training`, so that what fails before leaves the run that was finished; for any other run
+    `config.yaml` is written now. Raises InputError for a directory that holds a run of another configuration,
+    with the differences.
     """
-    path = folder / CONFIG
     new = plain(cfg)
-    progress = Progress.NEW
-    if path.is_file():
+    progress, longer = Progress.NEW, False
+    if (folder / CONFIG).is_file():
         stored, capo = _read(folder)
         old = plain(stored)
         before, after = old["trainer"]["max_steps"], new["trainer"]["max_steps"]
@@ -188,11 +189,20 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
                 + "\ngive the same values to resume it, or another hydra.run.dir"
             )
         progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
-        if longer:
-            (folder / OUTCOME).unlink(missing_ok=True)
-    written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo")}})
-    write_whole(path, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
+    if not longer:
+        _write(folder, cfg)
     return progress
+
+
+def begin_training(folder: Path, cfg: DictConfig) -> None:
+    """Let the run in `folder` be the unfinished one of `cfg`; what it resumes from has been checked."""
+    (folder / OUTCOME).unlink(missing_ok=True)  # first: beside the new config.yaml it would stand for it
+    _write(folder, cfg)
+
+
+def _write(folder: Path, cfg: DictConfig) -> None:
+    written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo")}})
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
 
 
 def is_finished(folder: Path, cfg: DictConfig) -> bool:

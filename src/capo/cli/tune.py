@@ -21,7 +21,7 @@ from capo.cli.parts import module_of, validation_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.reuse import reused_reference
-from capo.cli.run_config import Progress, open_run
+from capo.cli.run_config import Progress, begin_training, open_run
 from capo.cli.tracking import trackers
 from capo.data.candidates import Candidates, TrainingData
 from capo.data.dataset import ENCODE, Times
@@ -89,6 +89,7 @@ def tune(
             signal=signal,
             checkpoint_every=trainer.checkpoint_every,
             pace=pace,
+            begin=partial(begin_training, folder, cfg),
         )
     if advice := signal.advice(trainer.batch, candidates.selection.statistics().usable):
         tell([advice], console)

@@ -6,7 +6,7 @@ import gc
 import os
 import signal as signals
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGUSR1
@@ -22,6 +22,7 @@ from capo.errors import InputError, first_line
 from capo.module import PreferenceModule
 from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
 from capo.runtime.memory import memory_of, ran_out
+from capo.runtime.processes import run_on_first_process
 from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
 from capo.training.curves import Curves
@@ -104,6 +105,9 @@ def out_of_memory(module: PreferenceModule, micro_batch: int, error: Exception) 
 
 
 def _run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceData, checkpoint: Path | None) -> None:
+    """Train with the base on the CPU; then free what steps needed, and move the base back."""
+    home = module.backbone.device
+    module.backbone.to("cpu")
     try:
         with ending_on(SIGUSR1):  # SLURM's warning before the time limit, with --signal=USR1@120
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -111,6 +115,10 @@ def _run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceData, che
         if isinstance(error, InputError) or not ran_out(error):
             raise
         raise InputError(out_of_memory(module, data.batch, error)) from error
+    module.trainer = None
+    module.policy.zero_grad(set_to_none=True)
+    gc.collect()  # cycles hold the trainer, and with it the optimizer and the reference
+    module.backbone.to(home)
 
 
 def _trainer(
@@ -186,6 +194,7 @@ def fit(
     signal: GradientSignal | None = None,
     checkpoint_every: int | None = None,
     pace: Pace | None = None,
+    begin: Callable[[], object] = lambda: None,
 ) -> ModelCheckpoint:
     """Train for `max_steps` optimizer steps; keep the last checkpoint and the one with the best win-rate.
 
@@ -195,7 +204,7 @@ def fit(
     afterwards; validation moves the parts that it needs to the device. `signal` measures the signal in the
     gradient; by default nothing does. `pace` tells an outlook how training goes. The last checkpoint is saved
     after each validation, every `checkpoint_every` steps, and on SIGTERM or SIGUSR1, which end a single
-    process.
+    process. `begin` is called once, on the first process, when what training resumes from has been checked.
 
     Returns:
         The checkpoint callback, which knows the best checkpoint and its validation win-rate.
@@ -206,6 +215,7 @@ def fit(
     """
     here = launch()
     begun = _begun(folder / CHECKPOINTS / LAST, module, loggers, here.first)
+    run_on_first_process(begin)
     checkpoints = _best_and_last(validation, folder, checkpoint_every)
     trainer = _trainer(
         here,
@@ -219,12 +229,6 @@ def fit(
         default_root_dir=folder,
         callbacks=[signal or GradientSignal(), *_callbacks(validation, checkpoints, log_every, pace)],
     )
-    home = module.backbone.device
-    module.backbone.to("cpu")
     _run(trainer, module, data, begun)
-    module.trainer = None
-    module.policy.zero_grad(set_to_none=True)
-    gc.collect()  # cycles hold the trainer, and with it the optimizer and the reference
-    module.backbone.to(home)
     _check_validated(checkpoints, max_steps)
     return checkpoints

@@ -1,6 +1,6 @@
 from omegaconf import OmegaConf
 
-from capo.cli.run_config import ADDED, Progress, open_run, read_config
+from capo.cli.run_config import ADDED, Progress, begin_training, is_finished, open_run, read_config
 from fixtures.configuration import composed
 
 
@@ -30,3 +30,15 @@ def test_the_values_of_earlier_runs_are_those_of_the_shipped_configuration():
     cfg = composed()
     for key, value in ADDED.items():
         assert OmegaConf.to_container(OmegaConf.create({"at": OmegaConf.select(cfg, key)}))["at"] == value
+
+
+def test_a_finished_run_stays_one_until_training_goes_on(tmp_path):
+    first, longer = composed("trainer.max_steps=3"), composed("trainer.max_steps=5")
+    open_run(tmp_path, first)
+    (tmp_path / "outcome.json").write_text("{}")
+    config = (tmp_path / "config.yaml").read_bytes()
+    assert open_run(tmp_path, longer) is Progress.BEGUN
+    assert is_finished(tmp_path, first) and (tmp_path / "config.yaml").read_bytes() == config
+    begin_training(tmp_path, longer)
+    assert not is_finished(tmp_path, first) and read_config(tmp_path).trainer.max_steps == 5
+    assert open_run(tmp_path, longer) is Progress.BEGUN
