@@ -36,6 +36,7 @@ from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError
 from capo.runtime.files import check_ordinary
 from capo.runtime.launch import launch
+from capo.runtime.processes import check_devices
 from capo.runtime.terminal import Terminal
 
 console = Terminal()
@@ -134,6 +135,7 @@ def run(cfg: DictConfig) -> None:
         check_ordinary(Path(cfg.pair_export.file), "pair_export.file")
     if cfg.stage in FILLING:
         check_loggers(cfg)
+        check_devices(cfg.trainer.accelerator, cfg.trainer.devices)
     prepare_process(cfg.threads)
     build = partial(build_components, cfg, scoring=scoring, parts=parts_of(cfg))
     if cfg.stage == "export":

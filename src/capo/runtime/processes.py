@@ -57,7 +57,10 @@ def check_accelerator(accelerator: str) -> None:
 
 
 def check_devices(accelerator: str, devices: int | str | Sequence[int]) -> None:
-    """Raise InputError if `devices` names a device by a number that this machine does not have."""
+    """Raise InputError if `devices` names GPUs by numbers that this machine lacks, or not the first ones.
+
+    Images are drawn and scored on a process's own GPU (`own_device`), on which it must then train.
+    """
     numbers = device_numbers(devices)
     if numbers is None:
         return
@@ -72,6 +75,12 @@ def check_devices(accelerator: str, devices: int | str | Sequence[int]) -> None:
         raise InputError(
             f"trainer.devices={devices}: the GPUs of this machine are 0 to {there - 1}; name each at most "
             "once, or give the number of devices, trainer.devices=1"
+        )
+    if sorted(numbers) != list(range(len(numbers))):
+        seen = ",".join(map(str, numbers))
+        raise InputError(
+            f"trainer.devices={devices}: training would use other GPUs than drawing and scoring, which take "
+            f"the first ones: start with CUDA_VISIBLE_DEVICES={seen}, and give trainer.devices={len(numbers)}"
         )
 
 

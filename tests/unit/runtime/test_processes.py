@@ -65,6 +65,13 @@ def test_devices_that_are_not_here_are_refused(machine):
     for devices in ([7], [0, 2], "0,2", [1, 1]):
         with pytest.raises(InputError, match=r"trainer.devices=.*: the GPUs of this machine are 0 to 1"):
             check_devices("auto", devices)
+    for devices, seen, count in (([1], "1", 1), ("1,2", "1,2", 2), ([2, 1], "2,1", 2)):
+        machine(3, Launch())
+        with pytest.raises(InputError) as refused:
+            check_devices("auto", devices)
+        remedy = f"start with CUDA_VISIBLE_DEVICES={seen}, and give trainer.devices={count}"
+        assert f"trainer.devices={devices}: training would use other GPUs" in str(refused.value)
+        assert str(refused.value).endswith(remedy)
     with pytest.raises(InputError, match=r"trainer.devices=\[0\]: numbers name GPUs, but there is none"):
         check_devices("cpu", [0])
     machine(0, Launch())
