@@ -24,6 +24,9 @@ class ParameterError(InputError):
         super().__init__(f"{parameter} {must}, got {value!r}")
         self.parameter, self.value, self.must = parameter, value, must
 
+    def __reduce__(self):
+        return type(self), (self.parameter, self.value, self.must)
+
 
 class DamagedFile(InputError):
     """A file that cannot be read as what it should be: it was damaged, edited, or something else is there.

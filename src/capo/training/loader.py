@@ -7,20 +7,62 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from capo.data.batch import PreferenceBatch
 from capo.data.dataset import Encode, PairDataset, Times, VisitSampler, collate
+from capo.errors import InputError
 from capo.runtime.launch import launch
 
 WORKERS = 4  # beside a GPU, unless given
 PREFETCHED = 2  # batches that a worker keeps ready
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What kept a loader from reading a batch, in place of the batch."""
+
+    error: Exception
+
+
+class Batches(Dataset):
+    """Dataset whose batches are collated where they are read; one that cannot be read is a `Refusal`."""
+
+    def __init__(self, dataset: PairDataset, collated: Callable[[list[dict]], PreferenceBatch]):
+        self.dataset, self.collated = dataset, collated
+
+    def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> PreferenceBatch | Refusal:
+        """Read the batch of these keys of the dataset."""
+        try:
+            return self.collated([self.dataset[key] for key in keys])
+        except (InputError, OSError) as error:
+            return Refusal(error)
+
+
+class PairLoader(DataLoader):
+    """Loader of `Batches`, which raises in this process what one of its workers was refused.
+
+    torch itself would raise another error here, whose message is the worker's traceback.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, Refusal):
+                raise batch.error
+            yield batch
+
+
+def _collated_already(batch: PreferenceBatch | Refusal) -> PreferenceBatch | Refusal:
+    return batch
 
 
 class PreferenceData(L.LightningDataModule):
@@ -59,10 +101,10 @@ class PreferenceData(L.LightningDataModule):
         if workers is None:
             # text is encoded by all threads of this process, of which a worker has one
             workers = self._fitting(collated, sampler) if gpu and self.encode is None else 0
-        return DataLoader(
-            self.dataset,
+        return PairLoader(
+            Batches(self.dataset, collated),
             batch_sampler=sampler,
-            collate_fn=collated,
+            collate_fn=_collated_already,
             num_workers=workers,
             pin_memory=gpu,
             prefetch_factor=PREFETCHED if workers else None,

@@ -1,9 +1,11 @@
 """Loader processes: how many there are, and whom they obey."""
 
+import errno
 import logging
 import multiprocessing
 import signal
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 
 from capo.cli.schema import check_values
 from capo.data.dataset import PairDataset
+from capo.data.pool import DamagedShard
 from capo.data.prompts import make_prompt
 from capo.data.selection import select
-from capo.errors import InputError
+from capo.errors import InputError, ParameterError
 from capo.pairs import frs
 from capo.training import loader as loading
 from capo.training.loader import PreferenceData
@@ -101,3 +104,25 @@ def test_workers_end_when_the_training_process_says_so_and_at_no_other_signal():
         child.terminate()
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DamagedShard(Path("text/00003.safetensors"), "its checksum is not that of its data"),
+        ParameterError("times", "late", "must be early"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "latents/00003-00.safetensors"),
+    ],
+    ids=["damaged", "refused", "missing"],
+)
+def test_what_a_worker_is_refused_is_raised_as_it_was(monkeypatch, workers, error):
+    def unreadable(self, position):
+        raise error
+
+    monkeypatch.setattr(Shelf, "text", unreadable)
+    with pytest.raises(type(error)) as raised:
+        next(iter(data(workers, "cpu").train_dataloader()))
+    assert str(raised.value) == str(error) and vars(raised.value) == vars(error)
+    if isinstance(error, OSError):  # from which its message is made
+        assert (raised.value.errno, raised.value.filename) == (error.errno, error.filename)
