@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from capo.cli.build import Components
-from capo.data.generation import open_pool, stages_of
-from capo.data.pool import Pool, holds_pool
+from capo.data.generation import stages_of, view_pool
+from capo.data.pool import Pool, Shard
 from capo.data.pool_state import StageState, faults_of, repair, states_of, told_age
 from capo.data.stages import Stage
 from capo.errors import Unfinished
@@ -23,18 +23,27 @@ STATUS = "status.json"
 LISTED = 20  # files at fault that are named on the console; the log has all of them
 
 
-def pools_of(cfg: DictConfig, components: Components) -> Iterator[tuple[str, Pool | None, list[Stage]]]:
-    """Yield (name, pool, stages) of each pool of the configuration; no pool where none was begun."""
+def pools_of(
+    cfg: DictConfig, components: Components
+) -> Iterator[tuple[str, Pool | None, list[Stage], Shard | None]]:
+    """Yield (name, pool, stages, absent) of each pool of the configuration; no pool where none was begun.
+
+    The stages are those of the prompts that the pool has; `absent` stands for the others (`states_of`).
+    Nothing is written.
+    """
     generator = components.generator
     for name, spec in components.pool_specs.items():
         if name == "train" and cfg.pool.imported:
             continue
-        folder = spec.folder(generator.fingerprint)
-        if holds_pool(folder):
-            pool = open_pool(spec, generator)
-            yield name, pool, stages_of(pool, spec, generator, components.judges[name], verify=False)
-        else:
-            yield name, None, []
+        pool = view_pool(spec, generator)
+        if pool is None:
+            yield name, None, [], None
+            continue
+        there = pool.present(spec.prompts)
+        lacking = range(len(spec.prompts) - len(there))
+        absent = Shard(0, 0, lacking, range(spec.candidates)) if lacking else None
+        judges = components.judges[name]
+        yield name, pool, stages_of(pool, spec, generator, judges, verify=False, prompts=there), absent
 
 
 def show_status(cfg: DictConfig, components: Components, console: Terminal) -> None:
@@ -44,12 +53,12 @@ def show_status(cfg: DictConfig, components: Components, console: Terminal) -> N
     """
     table = Table("pool", "stage", "done", "", "per s", "left", "MiB", "newest", pad_edge=False)
     written = {}
-    for name, pool, stages in pools_of(cfg, components):
+    for name, pool, stages, absent in pools_of(cfg, components):
         if pool is None:
             table.add_row(name, "", "not begun")
             written[name] = None
             continue
-        states = states_of(pool, stages)
+        states = states_of(pool, stages, absent)
         written[name] = {"folder": str(pool.folder), "stages": [asdict(state) for state in states]}
         for number, state in enumerate(states):
             table.add_row("" if number else name, *_cells(state))
@@ -78,7 +87,7 @@ def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
     Raises Unfinished if a file is at fault and is not made again.
     """
     found = 0
-    for name, pool, stages in pools_of(cfg, components):
+    for name, pool, stages, _ in pools_of(cfg, components):
         if pool is None:
             console.print(f"{name}: not begun")
             continue

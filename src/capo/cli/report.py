@@ -11,7 +11,7 @@ from torch import Tensor
 from capo.calibration import calibrate
 from capo.data.candidates import Candidates, TrainingData
 from capo.data.generation import COMMANDS, ImageGenerator, PoolSpec, lacking, stages_of
-from capo.data.pool import Pool, holds_pool
+from capo.data.pool import Pool, is_begun
 from capo.data.selection import Selection, select
 from capo.errors import InputError
 from capo.evaluation.reports.calibration_figures import CalibrationReport
@@ -27,7 +27,7 @@ POOL_FOLDER = "report"  # folder of the report in a pool
 def check_scored(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward]) -> None:
     """Raise InputError that names the stage to run first if the pool lacks scores; creates nothing."""
     folder = spec.folder(generator.fingerprint)
-    if not holds_pool(folder):
+    if not is_begun(folder):
         raise InputError(
             f"stage=report: there is no pool {folder} yet: run generate.py with the same values and "
             "stage=all first"

@@ -12,7 +12,7 @@ from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import Unconditional
 from capo.data.engines import Engine, LocalEngine
-from capo.data.pool import Manifest, Pool, pool_name
+from capo.data.pool import Manifest, Pool, is_begun, pool_name
 from capo.data.prompts import Prompt
 from capo.data.scoring import ScoreStage
 from capo.data.stages import LatentStage, Stage, TextStage
@@ -132,18 +132,37 @@ def open_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool:
 
     Raises InputError if the folder holds a pool made with other settings, or if the root is not writable.
     """
+    manifest = _manifest(spec, generator)
+    pool = Pool.create(spec.folder(manifest.generator), manifest)
+    pool.append_prompts(spec.prompts, spec.split)
+    pool.check_latent_shape(generator.backbone.latent_shape)
+    return pool
+
+
+def view_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool | None:
+    """Open the spec's pool, which may lack some of its prompts, or return None where none was begun.
+
+    Nothing is written. Raises InputError as `open_pool` does.
+    """
+    manifest = _manifest(spec, generator)
+    folder = spec.folder(manifest.generator)
+    if not is_begun(folder):
+        return None
+    pool = Pool.open(folder)
+    pool.require(manifest)
+    pool.check_latent_shape(generator.backbone.latent_shape)
+    return pool
+
+
+def _manifest(spec: PoolSpec, generator: ImageGenerator) -> Manifest:
     fingerprints = generator.backbone.fingerprints
-    manifest = Manifest(
+    return Manifest(
         prompts_per_shard=spec.prompts_per_shard,
         seed=spec.seed,
         generator=generator.fingerprint,
         latent_space=fingerprints["latent_space"],
         text_encoders=fingerprints["text_encoders"],
     )
-    pool = Pool.create(spec.folder(manifest.generator), manifest)
-    pool.append_prompts(spec.prompts, spec.split)
-    pool.check_latent_shape(generator.backbone.latent_shape)
-    return pool
 
 
 def fill_pool(
@@ -198,10 +217,18 @@ def lacking(stage: Stage) -> str:
 
 
 def stages_of(
-    pool: Pool, spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward], verify: bool
+    pool: Pool,
+    spec: PoolSpec,
+    generator: ImageGenerator,
+    rewards: Sequence[Reward],
+    verify: bool,
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[Stage]:
-    """Stages that fill a pool, in their order; with `verify`, they compare checksums of existing shards."""
-    rows = pool.text_shards(pool.positions(spec.prompts))
+    """Stages that fill a pool, in their order; with `verify`, they compare checksums of existing shards.
+
+    They work on the rows of `prompts`, by default on those of all of the spec's prompts.
+    """
+    rows = pool.text_shards(pool.positions(spec.prompts if prompts is None else prompts))
     backbone, settings = generator.backbone, generator.settings
     guide = generator.unconditional and generator.unconditional.network
     return [

@@ -51,12 +51,16 @@ class StageState:
         return 0.0 if not left else left / self.rate if self.rate else None
 
 
-def states_of(pool: Pool, stages: Sequence[Stage]) -> list[StageState]:
-    """State of each stage of the pool; nothing is loaded, and no checksum is compared."""
+def states_of(pool: Pool, stages: Sequence[Stage], absent: Shard | None = None) -> list[StageState]:
+    """State of each stage of the pool; nothing is loaded, and no checksum is compared.
+
+    `absent` has as many positions as the pool lacks prompts, and the candidates of each: more to do.
+    """
     found = []
     for stage in stages:
-        total = sum(stage.amount(shard) for row in stage.rows for shard in stage.shards(row))
-        left = sum(map(stage.amount, _todo(stage)))
+        more = stage.amount(absent) if absent else 0
+        total = more + sum(stage.amount(shard) for row in stage.rows for shard in stage.shards(row))
+        left = more + sum(map(stage.amount, _todo(stage)))
         times, sizes = _files(pool.folder / stage.name)
         each = (total - left) / len(times) if times else 0.0
         newest = max(times, default=None)

@@ -5,9 +5,11 @@ import pytest
 
 from capo.backbones.sampling import SamplerSettings
 from capo.data.engines import LocalEngine
-from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, open_pool, stages_of
+from capo.data.generation import ImageGenerator, PoolSpec, fill_pool, open_pool, stages_of, view_pool
+from capo.data.pool import Shard
 from capo.data.pool_state import faults_of, repair, states_of, told_age
 from capo.data.prompts import make_prompt
+from capo.errors import InputError
 from capo.rewards import Reward
 from fixtures.fake_backbone import FakeBackbone
 from fixtures.fake_rewards import brightness
@@ -49,6 +51,45 @@ def test_what_is_done_is_counted_by_stage(spec, generator):
     assert latents.size == sum(path.stat().st_size for path in (pool.folder / "latents").glob("*.safe*"))
     assert (scores.done, scores.total, scores.files, scores.rate, scores.newest) == (0, 24, 0, None, None)
     assert scores.seconds_left is None
+
+
+def test_looking_at_a_pool_writes_nothing_and_counts_the_prompts_that_it_lacks(spec, generator):
+    assert view_pool(spec, generator) is None and not spec.root.exists()
+    fill_pool(replace(spec, prompts=spec.prompts[:4]), generator, stages=("text", "latents"), progress=False)
+    before = {path: path.is_file() and path.read_bytes() for path in spec.root.rglob("*")}
+    pool = view_pool(spec, generator)
+    there = pool.present(spec.prompts)
+    assert there == list(spec.prompts[:4])
+    work = stages_of(pool, spec, generator, [REWARD], False, prompts=there)
+    found = states_of(pool, work, absent=Shard(0, 0, range(2), range(4)))
+    assert [(state.done, state.total) for state in found] == [(4, 6), (16, 24), (0, 24)]
+    assert before == {path: path.is_file() and path.read_bytes() for path in spec.root.rglob("*")}
+    with pytest.raises(InputError, match="was made with other settings: prompts_per_shard is 2"):
+        view_pool(replace(spec, prompts_per_shard=3), generator)
+
+
+@pytest.mark.parametrize("use", [view_pool, lambda *given: fill_pool(*given, progress=False)])
+def test_what_is_no_pool_is_named(spec, generator, use):
+    folder = spec.folder(generator.fingerprint)
+    spec.root.write_text("a file")
+    with pytest.raises(InputError, match=r"pools is no folder, but pools should stand there: move it away"):
+        use(spec, generator)
+    spec.root.unlink()
+    spec.root.mkdir()
+    folder.symlink_to(folder)
+    with pytest.raises(InputError, match=f"{folder.name} is no folder, but a pool should stand there"):
+        use(spec, generator)
+
+
+def test_a_pool_without_its_manifest_is_not_taken_for_none(spec, generator):
+    pool = fill_pool(spec, generator, stages=("text",), progress=False)
+    (pool.folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"is not a pool \(no manifest.json\); generate.py makes one"):
+        view_pool(spec, generator)
+    for path in pool.folder.iterdir():
+        if not path.name.startswith("."):
+            path.rename(spec.root / path.name)
+    assert view_pool(spec, generator) is None  # locks alone are left of it
 
 
 def test_the_rate_is_that_of_the_last_ten_minutes_of_work(spec, generator):

@@ -25,7 +25,7 @@ table of prompts is refused, since positions cannot be made again.
 
 from capo.data.pool.headers import DamagedShard
 from capo.data.pool.layout import BLOCK, Shard, pool_name
-from capo.data.pool.manifest import SCHEMA, Manifest, holds_pool
+from capo.data.pool.manifest import SCHEMA, Manifest, holds_pool, is_begun
 from capo.data.pool.reader import PoolReader
 from capo.data.pool.store import Pool
 
@@ -38,5 +38,6 @@ __all__ = [
     "PoolReader",
     "Shard",
     "holds_pool",
+    "is_begun",
     "pool_name",
 ]

@@ -10,7 +10,7 @@ from capo.data.pool.files import REMEDY
 from capo.data.pool.headers import check_latents
 from capo.data.pool.inspection import Inspection
 from capo.data.pool.layout import BLOCK, Shard, latents_path, plan_blocks
-from capo.data.pool.manifest import NAME, Manifest
+from capo.data.pool.manifest import NAME, Manifest, check_folder
 from capo.data.pool.prompt_table import PromptTable
 from capo.data.prompts import Prompt
 from capo.errors import InputError
@@ -41,20 +41,26 @@ class PoolFolder:
     def create(cls, folder: str | Path, manifest: Manifest) -> Self:
         """Create a pool in `folder`, or open the one there.
 
-        Raises InputError, which lists the differences, if the existing pool has another manifest.
+        Raises InputError, which lists the differences, if the existing pool has another manifest, and if
+        something other than a folder stands there.
         """
         path = Path(folder) / NAME
+        check_folder(path.parent)
         if not os.path.lexists(path):
             with file_lock(path.parent / ".locks" / "manifest", wait=True, remedy=REMEDY):
                 if not os.path.lexists(path):  # another process may have been first
                     manifest.write(path.parent)
         pool = cls.open(folder)
-        if differences := pool.manifest.differences(manifest):
+        pool.require(manifest)
+        return pool
+
+    def require(self, manifest: Manifest) -> None:
+        """Raise InputError, which lists the differences, unless the pool has this manifest."""
+        if differences := self.manifest.differences(manifest):
             raise InputError(
-                f"pool {folder} was made with other settings: {'; '.join(differences)}. "
+                f"pool {self.folder} was made with other settings: {'; '.join(differences)}. "
                 "Restore these settings, or use another pool.root"
             )
-        return pool
 
     def lock(self, kind: str, row: int | None = None, wait: bool = False) -> AbstractContextManager[bool]:
         """Context manager that yields whether this process holds the lock of a stage (`kind`) and row.
@@ -87,6 +93,10 @@ class PoolFolder:
     def positions(self, prompts: Iterable[Prompt]) -> list[int]:
         """Position of each prompt. Raises InputError for a prompt that is not in the pool."""
         return self._table.positions(prompts)
+
+    def present(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """Those of the prompts that are in the pool."""
+        return [prompt for prompt in prompts if self._table.holds(prompt)]
 
     def text_shards(self, positions: Iterable[int] | None = None) -> list[int]:
         """Numbers of all rows, or of the rows that contain `positions`, ascending."""

@@ -1,6 +1,7 @@
 """The manifest of a pool: the settings that its files were made with."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,25 @@ class Manifest:
 def holds_pool(folder: Path) -> bool:
     """Whether a pool was begun in this folder: its manifest is the first file that is written."""
     return (folder / NAME).is_file()
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is anything of a pool in `folder`, with a manifest or without; locks alone are nothing.
+
+    Raises InputError for what is no folder.
+    """
+    check_folder(folder)
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError if something other than a folder stands at a pool's place, or at that of its root."""
+    for place in (folder.parent, folder):
+        if os.path.lexists(place) and not place.is_dir():
+            raise InputError(
+                f"{place} is no folder, but {'a pool' if place == folder else 'pools'} should stand there: "
+                "move it away, or use another pool.root"
+            )
 
 
 def _fault(values: dict[str, Any]) -> str | None:

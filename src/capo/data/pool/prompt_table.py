@@ -81,6 +81,10 @@ class PromptTable:
         columns = self._ids, self._texts.to_pylist(), self._positions.values()
         return [(Prompt(*pair), position) for *pair, position in zip(*columns, strict=True)]
 
+    def holds(self, prompt: Prompt) -> bool:
+        """Whether the table has the prompt."""
+        return prompt.id in self._positions
+
     def positions(self, prompts: Iterable[Prompt] | None = None) -> list[int]:
         """Positions of `prompts` (default: all). Raises InputError for a prompt that is not in the pool."""
         if prompts is None:
