@@ -15,10 +15,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo.cli.compose import REPOSITORY, composed
+from capo.cli.compose import REPOSITORY, composed, resolved
+from capo.cli.schema.border import refuse
 from capo.cli.schema.scripts import SCRIPTS
 from capo.errors import InputError, alike
-from capo.runtime.schema import Node, shown, walked, words
+from capo.runtime.schema import Node, faults, shown, walked, words
 from capo.runtime.schema.tree import GROUP, is_section, picked
 from capo.runtime.terminal import printable
 
@@ -124,7 +125,7 @@ def _select(cfg: DictConfig, key: str, otherwise: Any = None) -> Any:
 
 def page() -> str:
     """The content of docs/configuration.md."""
-    cfg = configurations([])
+    cfg = Configurations([])
     lines = [HEAD]
     for script in SCRIPTS:
         own = {k: n for k, n in keys_of(script).items() if script == "train" or k not in keys_of("train")}
@@ -149,9 +150,32 @@ def _tables(script: str, keys: Mapping[str, Node], cfg: DictConfig) -> Iterator[
 HIDDEN = ("run_dir", "logger.NAME.folder", "model.backbone.weights", "pair_export.file", "runs")
 
 
-def configurations(overrides: Sequence[str]) -> dict[str, DictConfig]:
-    """The composed configuration of each script."""
-    return {script: composed(script, ["run_dir=RUN", *overrides]) for script in SCRIPTS}
+class Configurations(dict[str, DictConfig]):
+    """The configuration of each script, composed with the choices of a command when it is asked for.
+
+    Raises InputError for choices that the script does not have.
+    """
+
+    def __init__(self, overrides: Sequence[str]):
+        super().__init__()
+        self.overrides = list(overrides)
+
+    def __missing__(self, script: str) -> DictConfig:
+        cfg = composed(script, ["run_dir=RUN", *self.overrides])
+        if self.overrides:
+            refuse(faults(SCRIPTS[script], resolved(cfg)))
+        self[script] = cfg
+        return cfg
+
+
+def check_asked(keys: Sequence[str], overrides: Sequence[str]) -> None:
+    """Raise InputError for a command of assignments alone, which asks for no key."""
+    if overrides and not keys:
+        name = overrides[0].partition("=")[0].lstrip("+~")
+        raise InputError(
+            f"{overrides[0]} sets a key, and no key is named that is to be explained; did you mean "
+            f"python -m capo.cli.explain {name}?"
+        )
 
 
 def main(command: Sequence[str] | None = None) -> int:
@@ -159,10 +183,11 @@ def main(command: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if command is None else command)
     keys, overrides = [a for a in given if "=" not in a], [a for a in given if "=" in a]
     try:
+        check_asked(keys, overrides)
         if "--page" in keys:
             print(page(), end="")
         elif keys:
-            cfg = configurations(overrides)
+            cfg = Configurations(overrides)
             print("\n".join(explained(key, cfg) for key in keys))
         else:
             for key, (_, node) in all_keys().items():

@@ -9,11 +9,11 @@ from fixtures import ROOT
 @pytest.fixture(scope="module", autouse=True)
 def composed_once():
     """The configurations without overrides, which every call composes."""
-    kept = explain.configurations([])
-    compose = explain.configurations
-    explain.configurations = lambda overrides: compose(overrides) if overrides else kept
+    kept = explain.Configurations([])
+    compose = explain.Configurations
+    explain.Configurations = lambda overrides: compose(overrides) if overrides else kept
     yield
-    explain.configurations = compose
+    explain.Configurations = compose
 
 
 def said(capsys, *command: str) -> str:
@@ -30,6 +30,7 @@ def test_a_key_has_meaning_range_and_default(capsys):
 def test_a_default_is_that_of_the_choices_of_a_command(capsys):
     assert "default: 6\n" in said(capsys, "sampling.steps")
     assert "default: 50\n" in said(capsys, "sampling.steps", "model=sdxl")
+    assert "default: verify\n" in said(capsys, "stage", "stage=verify")  # a key of one script
 
 
 def test_a_group_lists_its_files_and_a_section_its_keys(capsys):
@@ -54,10 +55,16 @@ def test_a_near_miss_gets_what_was_meant(capsys):
     ("\x1b[2J", "", r"there is no key '\x1b[2J'"),
     ("seed", "model=nope", "model=nope: no such choice; there are sd15"),
     ("seed", "seed=[", "'seed=[' cannot be read"),
+    ("seed", "seed=abc", "error: seed=abc: must be a whole number from 0 to"),
+    ("seed", "+a=1", "error: a=1: there is no such key"),
+    ("", "seed=abc", "seed=abc sets a key, and no key is named that is to be explained; did you mean "
+     "python -m capo.cli.explain seed?"),
+    ("", "+a=1", "did you mean python -m capo.cli.explain a?"),
 ])  # fmt: skip
 def test_slips_are_answered_as_the_scripts_answer_them(capsys, key, override, message):
-    assert explain.main([key, *filter(None, [override])]) == 2
-    assert message in capsys.readouterr().err
+    assert explain.main([*filter(None, [key, override])]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out
 
 
 def test_a_key_far_longer_than_any_is_compared_with_none(capsys):

@@ -30,7 +30,7 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
         for key, fault in faults(schema, values).items()
         if not any(place.startswith(f"{key}.") for place in wrong)
     }
-    _refuse(wrong)
+    refuse(wrong)
     check_calls(values)
 
 
@@ -43,7 +43,7 @@ def check_calls(values: Mapping[str, Any]) -> None:
     for place in CALLED:
         for key, fault in call_faults(place, values):
             wrong.setdefault(key, fault)
-    _refuse(wrong)
+    refuse(wrong)
 
 
 def check_stored(values: Mapping[str, Any], place: str) -> None:
@@ -52,7 +52,7 @@ def check_stored(values: Mapping[str, Any], place: str) -> None:
     `place` names the file in the message. No target's module is imported.
     """
     wrong = faults(Training, values, partial=True)
-    _refuse({key: f"{place} has {fault}" for key, fault in wrong.items()}, "; restore it")
+    refuse({key: f"{place} has {fault}" for key, fault in wrong.items()}, "; restore it")
 
 
 def check_group_choices(cfg: DictConfig, own: Any) -> None:
@@ -69,7 +69,8 @@ def check_group_choices(cfg: DictConfig, own: Any) -> None:
             raise InputError(f"{given}: one choice of {group} counts; give {group}=NAME{sweep}")
 
 
-def _refuse(found: Mapping[str, str], remedy: str = "") -> None:
+def refuse(found: Mapping[str, str], remedy: str = "") -> None:
+    """Raise InputError with one line for each fault, which `remedy` ends."""
     lines = list(found.values())
     if lines:
         told = lines[0] if len(lines) == 1 else "\n  ".join(["these values cannot be used:", *lines])
