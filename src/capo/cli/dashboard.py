@@ -19,12 +19,13 @@ from capo.cli.messages import REFUSED
 from capo.cli.sweep import Job, read_jobs, sweep_name, sweep_rows, varying_keys
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.dashboard import Tracked, TrackedRun, markdown_table, specification
-from capo.runtime.files import write_json
+from capo.runtime.files import check_ordinary, write_json
 from capo.runtime.reading import read_json, read_text
 from capo.runtime.run_folder import METRICS, VALIDATION
 from capo.runtime.terminal import printable
 from capo.training.wandb_run import wandb_is_online
 
+PROJECT = "capo"  # of conf/logger/wandb.yaml
 FILE, RECORD = "dashboard.json", "wandb.json"
 LOGGER = "wandb_logger"  # ends the name of the target that logs to W&B
 REMEDY = "restore it, or move the job away"
@@ -126,13 +127,42 @@ def apply(spec: Mapping[str, Any], entity: str | None) -> list[str]:
     return [*made, report_of(spec, entity).save().url]
 
 
+def check_place(tracked: Tracked, entity: str | None, project: str | None) -> None:
+    """Raise InputError unless the command line says where the report goes; records may come from elsewhere.
+
+    Without `entity` it goes to the key's own, and without `project` to the project of this package's file.
+    """
+    where = f"{tracked.entity or 'own'}/{tracked.project}"
+    if project not in (None, tracked.project):
+        raise InputError(
+            f"--project {project}: the jobs of this sweep went to {where} of W&B, where alone a dashboard "
+            f"finds them; give --project {tracked.project}"
+        )
+    asked = {"entity": entity or tracked.entity, "project": project or tracked.project}
+    given = {"entity": entity or None, "project": project or PROJECT}
+    if lacking := [f"--{name} {value}" for name, value in asked.items() if value != given[name]]:
+        raise InputError(
+            f"the records of this sweep name {where} of W&B, to which its table would be sent: if that is "
+            f"where it should go, add {' '.join(lacking)}"
+        )
+
+
+def check_target(path: Path) -> None:
+    """Raise InputError for a file at `path` that is no specification, and would be replaced."""
+    check_ordinary(path, "--to")
+    remedy = "no dashboard wrote it, so it is not replaced: move it away, or give another name (--to FILE)"
+    if path.exists() and "views" not in read_json(path, remedy):
+        raise DamagedFile(path, "it has no views", remedy)
+
+
 def main(command: Sequence[str] | None = None) -> int:
     """Write a sweep's specification, and apply it where a key is found; return the exit code."""
     parser = argparse.ArgumentParser(
         "python -m capo.cli.dashboard", description="Make the W&B workspace in which a sweep is read."
     )
     parser.add_argument("sweep", type=Path, help="directory of a sweep whose jobs had logger=wandb")
-    parser.add_argument("--entity", help="team or user of W&B; by default the runs' own")
+    parser.add_argument("--entity", help="team or user of W&B; by default the key's own")
+    parser.add_argument("--project", help=f"project of the runs; needed where it is not {PROJECT}")
     parser.add_argument("--to", type=Path, help=f"file of the specification; by default SWEEP/{FILE}")
     options = parser.parse_args(command)
     try:
@@ -142,6 +172,7 @@ def main(command: Sequence[str] | None = None) -> int:
         table = markdown_table([name for name in columns if name not in HIDDEN], rows)
         spec = specification(tracked, table)
         path = options.to or options.sweep / FILE
+        check_target(path)
         write_json(path, spec)
         print(printable(f"specification: {path}, {len(spec['views'])} views and a report"))
         if not wandb_is_online():
@@ -153,7 +184,8 @@ def main(command: Sequence[str] | None = None) -> int:
                 )
             )
             return 0
-        for address in apply(spec, options.entity or tracked.entity):
+        check_place(tracked, options.entity, options.project)
+        for address in apply(spec, options.entity):
             print(printable(address))
     except InputError as error:
         print(printable(f"error: {error}"), file=sys.stderr)

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 
 import pytest
+from omegaconf import OmegaConf
 
+from capo.cli import dashboard
 from capo.cli.dashboard import tracked_sweep
 from capo.cli.sweep import Job
 from capo.errors import InputError
+from fixtures import ROOT
 
 LOGGER = {"_target_": "capo.training.loggers.wandb_logger", "project": "p", "group": "g"}
 RECORD = {"id": "a", "config": {"run": {"logger": {"wandb": LOGGER}}}, "summary": {}}
@@ -22,6 +26,60 @@ def tracked(folder, record, metrics=b"step,train/h\n"):
 def test_a_record_says_where_its_run_went(tmp_path):
     found = tracked(tmp_path, RECORD)
     assert (found.project, found.group, found.curves) == ("p", "g", ["train/h"])
+
+
+@pytest.fixture
+def send(tmp_path, monkeypatch, capsys):
+    """Runs the command with a key on a sweep with this logger; its exit code, errors, and where it sent."""
+    sent = []
+    monkeypatch.setattr(dashboard, "wandb_is_online", lambda: True)
+    monkeypatch.setattr(dashboard, "apply", lambda spec, entity: sent.append((entity, spec["project"])) or [])
+    monkeypatch.setattr(dashboard, "sweep_rows", lambda jobs: (["job"], [{"job": 0}]))
+    monkeypatch.setattr(dashboard, "read_jobs", lambda folder: [Job(folder, {}, "finished")])
+
+    def run(logger, *options):
+        config = {"run": {"logger": {"wandb": LOGGER | logger}}}
+        (tmp_path / "wandb.json").write_text(json.dumps(RECORD | {"config": config}))
+        code = dashboard.main([str(tmp_path), *options])
+        return code, capsys.readouterr().err, sent
+
+    return run
+
+
+@pytest.mark.parametrize(("logger", "options", "place"), [
+    ({"project": "capo"}, [], (None, "capo")),
+    ({"project": "capo"}, ["--entity", "team"], ("team", "capo")),
+    ({"project": "p", "entity": "e"}, ["--entity", "e", "--project", "p"], ("e", "p")),
+    ({"project": "capo", "entity": "e"}, ["--entity", "mine"], ("mine", "capo")),
+])  # fmt: skip
+def test_a_report_goes_where_the_command_line_says(send, logger, options, place):
+    assert send(logger, *options) == (0, "", [place])
+
+
+@pytest.mark.parametrize(("logger", "options", "message"), [
+    ({"project": "p"}, [], "name own/p of W&B, to which .*: if that is where it should go, add --project p$"),
+    ({"project": "capo", "entity": "e"}, [], "name e/capo of W&B, .* add --entity e$"),
+    ({"project": "p", "entity": "e"}, [], "add --entity e --project p$"),
+    ({"project": "p"}, ["--project", "q"], "--project q: the jobs .* went to own/p .*--project p$"),
+])  # fmt: skip
+def test_records_do_not_decide_where_a_report_is_sent(send, logger, options, message):
+    code, told, sent = send(logger, *options)
+    assert code == 2 and re.search(message, told.strip()) and sent == []
+
+
+def test_the_project_that_needs_no_word_is_the_one_that_runs_have_by_default():
+    shipped = OmegaConf.load(ROOT / "conf" / "logger" / "wandb.yaml")
+    assert shipped.wandb.project == dashboard.PROJECT
+
+
+@pytest.mark.parametrize("content", ["notes", "{}", "[1]"])
+def test_a_file_that_is_no_specification_is_not_replaced(send, tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    code, told, sent = send({"project": "capo"}, "--to", str(tmp_path / "mine.json"))
+    assert code == 2 and "mine.json cannot be read" in told and "is not replaced: move it away" in told
+    assert (tmp_path / "mine.json").read_text() == content and sent == []
+    assert send({"project": "capo"}, "--to", str(tmp_path / "fresh.json"))[0] == 0
+    assert send({"project": "capo"}, "--to", str(tmp_path / "fresh.json"))[0] == 0  # its own is
 
 
 @pytest.mark.parametrize(("record", "metrics"), [
