@@ -91,17 +91,20 @@ def undisturbed():
     These are the working directory, the streams and file descriptors 0 to 2, the states of the random
     generators of Python, numpy and torch, and torch's default dtype, default device, gradient mode and number
     of threads. Scorers may work in threads side by side: what all threads share is put back once none works.
+    `os._exit` of the block is an error: it would end the process without a word, whatever it was at.
     """
     torch = sys.modules.get("torch")
     own = _Thread(torch) if torch else None
     with _lock:
         _working.append(_working[0] if _working else _Process(torch))
+        _threads.append(threading.get_ident())
     try:
         yield
     finally:
         if own:
             own.put_back()
         with _lock:
+            _threads.remove(threading.get_ident())
             process = _working.pop()
             if not _working:
                 process.put_back()
@@ -133,6 +136,8 @@ class _Process:
 
     def __init__(self, torch):
         self.torch, self.numpy = torch, sys.modules.get("numpy")
+        self.number, self.exit = os.getpid(), os._exit
+        os._exit = self.refuse_exit
         self.folder = _folder()
         self.streams = sys.stdin, sys.stdout, sys.stderr
         self.copies = {number: _copied(number) for number in range(3)}
@@ -143,7 +148,14 @@ class _Process:
             self.dtype, self.tensor_random = torch.get_default_dtype(), torch.get_rng_state()
             self.gpu_random = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
+    def refuse_exit(self, code):
+        """Stand in for `os._exit`, which threads without a scorer, and forked processes, may call."""
+        if os.getpid() == self.number and threading.get_ident() in _threads:
+            raise RuntimeError(f"it called os._exit({code}), which would end this process")
+        self.exit(code)
+
     def put_back(self):
+        os._exit = self.exit
         for number, copy in self.copies.items():
             if copy is not None:
                 _put_back(number, copy)
@@ -164,6 +176,7 @@ class _Process:
 
 _lock = threading.Lock()
 _working = []  # for each scorer that works, the state of the process before the first of them
+_threads = []  # and its thread
 
 
 def _folder():

@@ -27,7 +27,7 @@ from capo.rewards.guard import NoScores, numbers
 from capo.rewards.logs import log_file
 from capo.runtime.memory import means_memory
 
-ATTEMPTS = 2  # a worker that dies is restarted once and gets the same batch
+ATTEMPTS = 2  # a worker that is killed is restarted once and gets the same batch
 Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,11 @@ class WorkerOutOfMemory(InputError, torch.OutOfMemoryError):
 
 
 class _Died(Exception):
-    """The worker has ended, with this exit code."""
+    """The worker has ended, with this exit code; a negative one is the signal that killed it."""
+
+    def __init__(self, code: int):
+        super().__init__(str(code))
+        self.code = code
 
 
 class _Silent(Exception):
@@ -49,7 +53,7 @@ class IsolatedScorer:
 
     The process starts with `to` or with the first images, and ends with this object or with this process. Any
     number of threads may call the scorer. Its output and tracebacks are in `log_file`. A process that dies is
-    restarted once and gets the same batch again.
+    restarted once and gets the same batch again, unless it ended by itself.
 
     Args:
         name: name of the reward, for messages and the log.
@@ -59,8 +63,8 @@ class IsolatedScorer:
         logs: folder of the log; None: a temporary one.
 
     Raises:
-        InputError: there is no such interpreter; when scoring: the process dies again, does not answer in
-            time or gives an invalid answer, or the scorer raises.
+        InputError: there is no such interpreter; when scoring: the process ends by itself or dies again, does
+            not answer in time or gives an invalid answer, or the scorer raises.
         WorkerOutOfMemory: the process's device runs out of memory.
     """
 
@@ -130,7 +134,7 @@ class IsolatedScorer:
         return self._worker
 
     def _persist(self, ask: Callable[[], Answer]) -> Answer:
-        """Return ask(), retried once if the worker dies.
+        """Return ask(), retried once if the worker is killed; one that ended by itself would do so again.
 
         Any other failure ends the worker, because its next answer might belong to an earlier request.
         """
@@ -144,6 +148,9 @@ class IsolatedScorer:
                     self._end()
                     if self._given_up:
                         raise self._fault("was ended with the work it was for", "see") from None
+                    if death.code >= 0:
+                        what = f"ended its process (exit code {death})"
+                        raise self._fault(what, "the reason should be in") from None
                     if attempt == ATTEMPTS:
                         raise self._fault(
                             f"died {ATTEMPTS} times in a row (exit code {death})", "the reason should be in"

@@ -45,6 +45,18 @@ def exits(images, prompts, code=0):
     sys.exit(code)
 
 
+def ends(images, prompts, code=0):
+    os._exit(code)
+
+
+def forks(images, prompts):
+    """The exit code of a process that it starts."""
+    child = os.fork()
+    if not child:
+        os._exit(7)
+    return [float(os.WEXITSTATUS(os.waitpid(child, 0)[1]))] * len(images)
+
+
 def raises(images, prompts):
     raise KeyError("no such token\\nand more")
 
@@ -121,6 +133,7 @@ def odd(request, module, tmp_path_factory):
     ("leaves", {}, r"failed: RuntimeError: GeneratorExit; the traceback is in \S+odd\.log$"),
     ("exits", {}, r"failed: SystemExit: 0; the traceback is in \S+odd\.log$"),
     ("exits", {"code": "no weights"}, r"failed: SystemExit: no weights; the traceback is in \S+odd\.log$"),
+    ("ends", {}, r"failed: RuntimeError: it called os._exit\(0\), which would end this process; the trace"),
     ("raises", {}, r"failed: KeyError: 'no such token\\nand more'; the traceback is in \S+odd\.log$"),
 ])  # fmt: skip
 def test_what_is_no_score_is_named_with_reward_and_batch(odd, name, arguments, message):
@@ -135,6 +148,12 @@ def test_what_is_no_score_is_named_with_reward_and_batch(odd, name, arguments, m
 
 def test_a_generator_of_numbers_is_a_list_of_them(odd):
     assert odd("generates").score(TWO, ["a", "b"]).tolist() == [0.0, 0.5]
+
+
+def test_a_scorer_may_end_processes_that_it_starts(odd):
+    before = os._exit
+    assert odd("forks").score(TWO, ["a", "b"]).tolist() == [7.0, 7.0]
+    assert os._exit is before
 
 
 @pytest.mark.parametrize("when", ["make", "call"])

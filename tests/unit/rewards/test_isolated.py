@@ -33,7 +33,7 @@ from fixtures.fake_backbone import FakeBackbone
 
 RED, DARK = Image.new("RGB", (4, 3), (255, 0, 0)), Image.new("RGB", (5, 2), (51, 102, 153))
 TARGETS = '''
-import importlib.util, os, struct, sys, time
+import ctypes, importlib.util, os, signal, struct, sys, time
 from pathlib import Path
 
 
@@ -77,16 +77,18 @@ class Sees:
 class Dies(Redness):
     """Ends its process, as a crash in C would, at the first `times` calls: each leaves a mark in a folder."""
 
-    def __init__(self, folder, times, where="call"):
+    def __init__(self, folder, times, where="call", code=None):
         super().__init__()
-        self.folder, self.times, self.where = Path(folder), times, where
+        self.folder, self.times, self.where, self.code = Path(folder), times, where, code
         self.die("make")
 
     def die(self, where):
         marks = len(list(self.folder.iterdir()))
         if where == self.where and marks < self.times:
             (self.folder / str(marks)).touch()
-            os._exit(3)
+            if self.code is None:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            ctypes.CDLL(None)._exit(self.code)
 
     def __call__(self, images, prompts):
         self.die("call")
@@ -327,7 +329,7 @@ def test_a_worker_that_dies_once_is_started_again(where, isolated, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         assert scorer([RED, DARK], ["a", "abc"]).tolist() == [2, 3.2]
     assert [record.message.split(";")[0].split(" and ")[0] for record in caplog.records] == [
-        "reward 'theirs': its worker died (exit code 3)"
+        "reward 'theirs': its worker died (exit code -11)"
     ]
 
 
@@ -337,10 +339,19 @@ def test_one_that_dies_twice_is_an_error(where, isolated, tmp_path):
     scorer = isolated("Dies", folder=str(tmp_path / "marks"), times=2, where=where)
     with pytest.raises(
         InputError,
-        match=r"its scorer their_reward\.Dies in .* died 2 times in a row \(exit code 3\).*theirs\.log",
+        match=r"its scorer their_reward\.Dies in .* died 2 times in a row \(exit code -11\).*theirs\.log",
     ):
         scorer([RED], ["a"])
     assert scorer([RED], ["a"]).tolist() == [2]  # it has two lives again
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_one_that_ends_by_itself_is_not_started_again(code, isolated, tmp_path):
+    (tmp_path / "marks").mkdir()
+    scorer = isolated("Dies", folder=str(tmp_path / "marks"), times=9, code=code)
+    with pytest.raises(InputError, match=rf"ended its process \(exit code {code}\); .*theirs\.log"):
+        scorer([RED], ["a"])
+    assert len(list((tmp_path / "marks").iterdir())) == 1
 
 
 def test_one_that_hangs_is_ended(isolated):
