@@ -31,10 +31,9 @@ from capo.data.generation import COMMANDS, STAGES, fill_pool
 from capo.data.importing.filling import import_pool
 from capo.data.importing.source import Source
 from capo.data.importing.survey import described
-from capo.data.pair_export import export_pairs
+from capo.data.pair_export import check_target, export_pairs
 from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError
-from capo.runtime.files import check_ordinary
 from capo.runtime.launch import launch
 from capo.runtime.processes import check_devices
 from capo.runtime.terminal import Terminal
@@ -132,7 +131,7 @@ def run(cfg: DictConfig) -> None:
     check_ready(cfg, scoring=scoring)
     check_imported(cfg)
     if cfg.stage == "export":
-        check_ordinary(Path(cfg.pair_export.file), "pair_export.file")
+        check_target(Path(cfg.pair_export.file), "pair_export.file")
     if cfg.stage in FILLING:
         check_loggers(cfg)
         check_devices(cfg.trainer.accelerator, cfg.trainer.devices)

@@ -22,8 +22,9 @@ from capo.data.candidates import Candidates
 from capo.data.dataset import PairDataset, visit_generator
 from capo.data.selection import pair_matrix
 from capo.errors import InputError
-from capo.runtime.files import REMEDY, whole_file
+from capo.runtime.files import REMEDY, check_ordinary, whole_file
 
+MARK = b"capo"  # in the metadata of an export
 FORMATS = {"jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0}, "png": {"format": "PNG"}}
 
 
@@ -120,6 +121,23 @@ def export_pairs(
     return len(pairs)
 
 
+def check_target(path: Path, key: str) -> None:
+    """Raise InputError if something other than an export stands at `path`, the value of `key`."""
+    check_ordinary(path, key)
+    if path.exists() and path.stat().st_size and not _is_export(path):
+        raise InputError(
+            f"{key}={path} is a file that no export of pairs wrote, and is not replaced: move it away, or "
+            "give another name"
+        )
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        return MARK in (pq.read_schema(path).metadata or {})
+    except Exception:  # what pyarrow raises for other files has no base class of its own
+        return False
+
+
 def _schema(rewards: Sequence[str], settings: dict | None) -> pa.Schema:
     scores = pa.struct([(name, pa.float32()) for name in rewards])
     return pa.schema(
@@ -136,7 +154,7 @@ def _schema(rewards: Sequence[str], settings: dict | None) -> pa.Schema:
             "candidate_0": pa.int32(),
             "candidate_1": pa.int32(),
         },
-        metadata={"capo": json.dumps(settings or {}, sort_keys=True)},
+        metadata={MARK: json.dumps(settings or {}, sort_keys=True)},
     )
 
 

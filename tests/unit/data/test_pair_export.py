@@ -12,7 +12,7 @@ from PIL import Image
 from capo.cli import generate as generate_script
 from capo.cli.build import build_components, training_data
 from capo.data.importing import pickapic
-from capo.data.pair_export import encoded
+from capo.data.pair_export import check_target, encoded
 from capo.errors import InputError
 from capo.runtime.files import whole_file
 
@@ -50,6 +50,18 @@ def exported(tiny_run):
 @pytest.fixture(scope="module")
 def pairs(exported):
     return exported("pairs")
+
+
+def test_only_an_export_is_replaced(pairs, tmp_path):
+    check_target(pairs, "pair_export.file")
+    check_target(tmp_path / "none", "pair_export.file")
+    (tmp_path / "empty").touch()
+    check_target(tmp_path / "empty", "pair_export.file")
+    pq.write_table(pq.read_table(pairs).replace_schema_metadata({}), tmp_path / "other.parquet")
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("other.parquet", "notes.txt"):
+        with pytest.raises(InputError, match=rf"pair_export.file={tmp_path}/{name} is a file that no export"):
+            check_target(tmp_path / name, "pair_export.file")
 
 
 def test_other_trainers_can_load_it(pairs, tmp_path):
