@@ -36,6 +36,7 @@ class RayEngine(LocalEngine):
 class EngineKeys(Picked):
     """Mark of the engine, whose keys depend on its kind."""
 
+    of_choice = True
     said = "a choice of engine: engine=local or engine=ray"
     registered: Mapping[str, type[Section]] = {"local": LocalEngine, "ray": RayEngine}
 

@@ -8,7 +8,17 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from capo.errors import alike, closest
-from capo.runtime.schema.tree import GROUP, LATER, Node, Section, adapter, every_key, is_section, names_of
+from capo.runtime.schema.tree import (
+    GROUP,
+    LATER,
+    Node,
+    Section,
+    adapter,
+    every_key,
+    is_section,
+    names_of,
+    picked,
+)
 from capo.runtime.schema.words import choices, listed, words
 
 MISSING = "???"  # OmegaConf's mandatory value that is not given
@@ -131,6 +141,12 @@ def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: ob
             f"{name}.{next(iter(inside))}: there is no section {name}; if a file of conf/{name}/ gives it, "
             "the file's first line must be `# @package _global_`"
         )
+    for mark in filter(None, map(picked, node.sections)):
+        if owners := mark.owners(part):
+            if mark.of_choice:
+                choice = " or ".join(f"{dotted(path)}={owner}" for owner in owners)
+                return f"{what} here, but there is with {choice}; choose that, or leave {name} out"
+            return f"{what}, but {listed(owners)} does; choose that, or leave {name} out"
     if near:
         return f"{what}; did you mean {' or '.join(near)}?"
     return f"{what}; there are {listed(known) or 'none'} (python -m capo.cli.explain lists all keys)"

@@ -36,11 +36,18 @@ class Picked:
     """Mark of a value whose schema depends on the value itself: `Annotated[Any, Picked()]`."""
 
     said: str  # what must stand there
+    registered: Mapping[str, type[Section]]  # what may be picked -> its schema; a class may leave it out
+    of_choice = False  # whether that are the choices of a group, not targets
     text: Any = None  # the type of a value that is no mapping, if one may stand there
 
     def pick(self, value: Mapping[str, Any]) -> type[Section] | None:
         """Schema of a mapping; None: it is not known here, and its keys are free."""
         raise NotImplementedError
+
+    def owners(self, name: object) -> list[str]:
+        """Names of what could be picked and has a key of this name."""
+        known = getattr(self, "registered", {})
+        return [owner for owner, section in known.items() if field_of(section, name) is not None]
 
     def keys(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of the mapping that the schema describes."""
