@@ -230,7 +230,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
             f"run={folder} is not a run directory: it has no config.yaml; give the directory that train.py "
             "printed"
         )
-    check_inside(folder, FILLED)
+    check_inside(folder, FILLED, cfg.trust)
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
         raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")

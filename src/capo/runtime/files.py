@@ -178,30 +178,46 @@ def check_links(folder: Path) -> None:
             )
 
 
-def check_inside(folder: Path, names: Sequence[str]) -> None:
+def check_inside(folder: Path, names: Sequence[str], trusted: Sequence[str] | None = None) -> None:
     """Raise InputError if one of these folders in `folder` is or holds a link that leads out of `folder`.
 
-    What is written to them would stand where the link leads.
+    What is written to them would stand where the link leads, which whoever made the folder has chosen. A link
+    to the whole of `folder` is the caller's own, and targets in `trusted`, as they stand, are allowed.
     """
     for name in names:
         place = folder / name
         for path, target, inside in _links(folder, [place, *sorted(place.rglob("*"))]):
-            if not inside:
+            if not inside and str(target) not in (trusted or ()):
+                own = "" if trusted is None else f"; if the link is your own, add 'trust=[{target}]'"
                 raise InputError(
                     f"{path} is a link to {target}, outside of {folder}, where files would be written: put "
-                    "what it leads to in its place, or remove it"
+                    f"what it leads to in its place, or remove it{own}"
                 )
 
 
 def _links(folder: Path, paths: Sequence[Path]) -> Iterator[tuple[Path, Path, bool]]:
     """Yield (path, target, whether that is in `folder`) of each of the paths in it that is a link."""
-    own = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        own.append(folder.resolve().parents[1] / "blobs")
+    own = own_places(folder)
     for path in paths:
         if path.is_symlink():
-            target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
-            yield path, target, any(target.is_relative_to(place) for place in own)
+            target = led_to(path)
+            yield path, target, lies_in(target, own)
+
+
+def own_places(folder: Path) -> list[Path]:
+    """Where files of `folder` lie: in it, without links, and in the blobs of a hub's snapshot."""
+    real = led_to(folder)
+    return [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
+
+
+def led_to(path: Path) -> Path:
+    """Where a path leads, without links and `..`."""
+    return Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
+
+
+def lies_in(path: Path, places: Sequence[Path]) -> bool:
+    """Whether a path without links lies in one of these folders."""
+    return any(path.is_relative_to(place) for place in places)
 
 
 def exchanged(one: Path, other: Path) -> bool:

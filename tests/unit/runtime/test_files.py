@@ -89,10 +89,15 @@ def test_a_folder_that_leads_elsewhere_is_not_written_to(tmp_path, place):
     link.symlink_to(tmp_path)
     with pytest.raises(InputError, match=rf"{place} is a link to {tmp_path}, outside of .*/run, where"):
         check_inside(run, ["pool"])
+    with pytest.raises(InputError, match=rf"if the link is your own, add 'trust=\[{tmp_path}\]'"):
+        check_inside(run, ["pool"], [str(run)])
+    check_inside(run, ["pool"], [str(tmp_path)])
     link.unlink()
     (run / "there").mkdir()
     link.symlink_to(run / "there")
     check_inside(run, ["pool"])
+    (tmp_path / "linked").symlink_to(run)  # a run directory that lies on another disk
+    check_inside(tmp_path / "linked", ["pool"])
 
 
 def test_links_within_a_folder_and_into_the_hubs_cache_are_its_own(tmp_path):
