@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from capo.cli.schema.kinds import Argument, Called, Count, Positive, Text, TwoOrMore
+from capo.runtime import limits
 from capo.runtime.schema import Said, Section, key
 
 
@@ -135,7 +136,9 @@ class PromptFile(Section):
         "columns to filter by; null: all with nsfw or unsafe in their names", None
     )
     where: Annotated[dict[Text, Any], Said("column: value")] = key("only rows with these values count", {})
-    max_length: Count | None = key("characters of a prompt; null: any number", 2000)
+    max_length: Annotated[int, Field(ge=1, le=limits.LETTERS)] | None = key(
+        f"characters of a prompt; null: up to {limits.LETTERS:,}", 2000
+    )
     limit: Count | None = key("number of prompts to keep, drawn by the seed; null: all", None)
     published_size: Count | None = key(
         "number of prompts in the published set, for plans; null: unknown", None
@@ -195,6 +198,7 @@ class Pickapic(Section):
     image_1: Text = key("column of the second images", "jpg_1")
     label: Text = key("column; 1: the first image was chosen; 0: the second; 0.5: a tie", "label_0")
     limit: Count | None = key("number of comparisons, from the first on; null: all", None)
+    outside: bool = key("true: paths of images may lead out of their folder, by .., / or links", False)
 
 
 class Rankings(Section):
@@ -211,6 +215,7 @@ class Rankings(Section):
         "lower: the numbers are ranks, 1 the best; higher: they are scores", "lower"
     )
     candidates: TwoOrMore | None = key("images per caption; null: as many as the smallest ranking has", None)
+    outside: bool = key("true: paths of images may lead out of their folder, by .., / or links", False)
 
 
 class ImageFolder(Section):
@@ -225,6 +230,7 @@ class ImageFolder(Section):
     candidates: TwoOrMore | None = key(
         "images per caption; null: as many as the caption with the fewest has", None
     )
+    outside: bool = key("true: paths of images may lead out of their folder, by .., / or links", False)
 
 
 IMPORTS = {

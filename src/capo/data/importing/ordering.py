@@ -10,6 +10,7 @@ from typing import Any
 
 from capo.data.prompts import normalize
 from capo.errors import InputError
+from capo.runtime.limits import LETTERS
 
 Place = tuple[int, int, int]  # place of an image in a source: table, row, number among the row's images
 TIE, UNLABELED, NO_CAPTION, TOO_FEW, UNEQUAL = (
@@ -45,15 +46,21 @@ def unusable(caption: str, ranks: Sequence[int] | None) -> str | None:
 
 
 def caption_of(value: object, where: str) -> str:
-    """Normalized caption in a cell, empty if the cell is. Raises InputError if the cell is not text."""
+    """Normalized caption in a cell, empty if the cell is.
+
+    Raises InputError if the cell is not text, or longer than a prompt may be.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where} is {value!r}, which is not text; name the column of captions")
     try:
-        return normalize(value).encode().decode()
+        caption = normalize(value).encode().decode()
     except UnicodeEncodeError as error:
         raise InputError(f"{where} is {value!a}, which holds half a character; correct it") from error
+    if len(caption) > LETTERS:
+        raise InputError(f"{where} has {len(caption):,} letters, a prompt at most {LETTERS:,}: shorten it")
+    return caption
 
 
 def number_of(value: Any, where: str) -> float | None:

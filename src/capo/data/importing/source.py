@@ -10,6 +10,8 @@ from pathlib import Path
 
 from capo.data.importing.ordering import Entry, Place
 from capo.data.importing.tables import RowCursor, Table
+from capo.errors import InputError
+from capo.runtime.files import led_to, lies_in, own_places
 from capo.runtime.fingerprints import content_fingerprint, file_digest
 
 
@@ -21,7 +23,10 @@ class Source(ABC):
         images: folder that paths of images are relative to.
         columns: names of the columns with images.
         options: JSON values that determine the entries, part of the fingerprint.
+        outside: whether paths may lead out of `images`, which a table from elsewhere has no business to.
     """
+
+    outside = False
 
     def __init__(
         self, tables: Sequence[Table], images: Path, columns: Sequence[str], options: dict[str, object]
@@ -38,13 +43,32 @@ class Source(ABC):
         """Cell of image number `item` of a row."""
 
     def cell(self, place: Place) -> object:
-        """Cell of an image: bytes, `{bytes, path}` or a path. Requests in ascending order are fast."""
+        """Cell of an image: bytes, `{bytes, path}` or a path. Requests in ascending order are fast.
+
+        Raises InputError for a path that leads out of `images`, by `..`, from the root or by links.
+        """
         table, row, item = place
         if table not in self._cursors:
             self._cursors = {
                 table: RowCursor(self.tables[table], self.columns)
             }  # releases the rows of the previous table
-        return self.pick(self._cursors[table].row(row), item)
+        found = self.pick(self._cursors[table].row(row), item)
+        if isinstance(found, str) and not self.outside and not self._is_inside(found):
+            raise InputError(
+                f"{self.where(place)}: {found} leads out of {self.images}: put the image there, or, if you "
+                "trust the table, give import.outside=true"
+            )
+        return found
+
+    def _is_inside(self, path: str) -> bool:
+        try:
+            return lies_in(led_to(self.images / path), self._places)
+        except ValueError:  # a null byte: no path at all, which opening it tells
+            return True
+
+    @cached_property
+    def _places(self) -> list[Path]:
+        return own_places(self.images)
 
     def where(self, place: Place) -> str:
         """Name of an image in messages: file, row (counted from 0) and column or number of the image."""

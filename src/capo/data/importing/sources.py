@@ -173,6 +173,7 @@ def pickapic(
     image_1: str = "jpg_1",
     label: str = "label_0",
     limit: int | None = None,
+    outside: bool = False,
 ) -> Source:
     """Source of comparisons of two images, in the columns of Pick-a-Pic.
 
@@ -183,11 +184,12 @@ def pickapic(
         image_1: column of the second images.
         label: column of the choices: 1 if the first image was chosen, 0 for the second, 0.5 for a tie.
         limit: number of usable comparisons to read; None: all.
+        outside: whether paths of images may lead out of the folder of the first table.
 
     Raises:
         InputError: if a file or column is missing.
     """
-    return _Pairs(_tables(files), caption, image_0, image_1, label, limit)
+    return _reaching(_Pairs(_tables(files), caption, image_0, image_1, label, limit), outside)
 
 
 def rankings(
@@ -198,6 +200,7 @@ def rankings(
     order: str = "rank",
     better: str = "lower",
     candidates: int | None = None,
+    outside: bool = False,
 ) -> Source:
     """Source of rankings of several images, as in HPD: lists of images and of their ranks or scores.
 
@@ -209,20 +212,14 @@ def rankings(
         order: column of the lists of ranks or scores.
         better: `lower` for ranks (1 is the best), `higher` for scores.
         candidates: images per entry; see `same_size`.
+        outside: whether paths of images may lead out of that folder.
 
     Raises:
         InputError: if a file or column is missing, or `better` is invalid.
     """
     tables = _tables(files)
-    return _Lists(
-        tables,
-        Path(images or tables[0].path.parent).expanduser(),
-        caption,
-        image,
-        order,
-        _direction(better),
-        candidates,
-    )
+    root = Path(images or tables[0].path.parent).expanduser()
+    return _reaching(_Lists(tables, root, caption, image, order, _direction(better), candidates), outside)
 
 
 def folder(
@@ -233,6 +230,7 @@ def folder(
     score: str | None = None,
     better: str = "higher",
     candidates: int | None = None,
+    outside: bool = False,
 ) -> Source:
     """Source of images in a folder, with a table of one row per image: file, caption and perhaps a score.
 
@@ -245,6 +243,7 @@ def folder(
         score: column of the scores; None: the images have no order.
         better: `lower` or `higher`, whichever scores are better.
         candidates: images per entry; see `same_size`.
+        outside: whether paths of images may lead out of the folder.
 
     Raises:
         InputError: if the table or a column is missing, or `better` is invalid.
@@ -256,7 +255,13 @@ def folder(
         raise InputError(
             f"import.files={files}: no {' or '.join(names)} in it; name the table with import.table=FILE"
         )
-    return _Files(Table(found), root, caption, image, score, _direction(better), candidates)
+    source = _Files(Table(found), root, caption, image, score, _direction(better), candidates)
+    return _reaching(source, outside)
+
+
+def _reaching(source: Source, outside: bool) -> Source:
+    source.outside = outside
+    return source
 
 
 def _tables(files: str | Sequence[str]) -> list[Table]:

@@ -21,7 +21,7 @@ from capo.data.importing import folder, pickapic, rankings
 from capo.data.importing.chosen import Imported
 from capo.data.importing.filling import import_pool
 from capo.data.importing.images import BrokenImage, picture
-from capo.data.importing.ordering import dense_ranks
+from capo.data.importing.ordering import caption_of, dense_ranks
 from capo.data.importing.survey import entry_id, survey
 from capo.data.importing.tables import RowCursor, Table
 from capo.data.labels import HUMAN
@@ -282,6 +282,37 @@ def write_images(folder, count):
     return [f"{number}.png" for number in range(count)]
 
 
+@pytest.mark.parametrize("way", ["above", "absolute", "link", "linked folder"])
+def test_paths_that_lead_out_of_their_folder_are_refused_with_their_row(tmp_path, way):
+    own, away = tmp_path / "own", tmp_path / "away"
+    for made in (own, away):
+        made.mkdir()
+        write_images(made, 2)
+    (own / "2.png").symlink_to(away / "1.png")
+    (own / "there").symlink_to(away)
+    (own / "same.png").symlink_to("1.png")
+    path = {"above": "../away/0.png", "absolute": str(away / "0.png"), "link": "2.png"}.get(
+        way, "there/0.png"
+    )
+    (own / "metadata.csv").write_text(
+        f"file_name,caption\n{own / '0.png'},a\nsame.png,a\n0.png,b\n{path},b\n"
+    )
+    (tmp_path / "linked").symlink_to(own)  # of a folder that is itself a link, files lie in it
+    for name in (own, tmp_path / "linked"):
+        for read in (survey, lambda source, *_: source.fingerprint):
+            with pytest.raises(InputError) as refused:
+                read(folder(str(name)), False)
+            told = f"metadata.csv row 3, image 0: {path} leads out of {name}: put the image there, or, if"
+            assert str(refused.value).startswith(told) and "import.outside=true" in str(refused.value)
+    trusted = folder(str(own), outside=True)
+    assert len(survey(trusted, False).ids) == 2 and trusted.fingerprint
+    with pytest.raises(InputError, match=r"unread.json row 0, image 1: .* leads out of"):
+        (own / "unread.json").write_text(
+            json.dumps([{"prompt": "a", "image_path": ["0.png", path], "rank": [1, 2]}])
+        )
+        survey(rankings(str(own / "unread.json")), False)
+
+
 def test_rankings_are_thinned_to_the_smallest(tmp_path, tiny_backbone):
     names = write_images(tmp_path, 5)
     rows = [
@@ -478,3 +509,11 @@ def test_the_command_line_imports_every_kind(typed, tmp_path, source, capsys):
         with pytest.raises(InputError, match=r"pool.labels=human: .* has no human choices"):
             Imported.open(pool.folder, "human", [])
         assert len(Imported.open(pool.folder, "rewards", []).prompts) == 2
+
+
+def test_a_caption_that_no_text_encoder_reads_to_its_end_is_refused():
+    assert caption_of("a" * 100_000, "t.csv row 3: caption") == "a" * 100_000
+    with pytest.raises(
+        InputError, match=r"t.csv row 3: caption has 100,001 letters, a prompt at most 100,000"
+    ):
+        caption_of("a" * 100_001, "t.csv row 3: caption")
