@@ -102,7 +102,20 @@ def test_each_scripts_defaults_pass_and_every_key_of_the_schema_is_theirs(name):
     ("+objective._args_=[1]", "capo.objectives.capo takes no such argument"),
     ("trainer.lr={a: 1}", "trainer.lr={'a': 1}: must be a finite number above 0"),
     ("logger.csv=3", "logger.csv=3: must be a mapping that names what is called"),
-    ("+logger.csv.project=3", "capo.training.loggers.csv_logger takes no such argument"),
+    ("+logger.csv.project=3", "takes no such argument, but capo.training.loggers.wandb_logger does;"),
+    ("+objective.flip=0.1", "capo.objectives.capo takes no such argument, but capo.objectives.dmpo does;"),
+    ("+engine.text={devices: 1}", "engine.text={'devices': 1}: there is no such key here, but there is with "
+     "engine=ray; choose that, or leave engine.text out"),
+    ("noise.inversion.steps=1000000", "noise.inversion.steps=1000000: must be a whole number from 1 to 1000"),
+    ("noise.inversion.renoise=101", "noise.inversion.renoise=101: must be a whole number from 0 to 100"),
+    ("noise.times_per_pair=1001", "noise.times_per_pair=1001: must be a whole number from 1 to 1000"),
+    ("sampling.steps=1001", "sampling.steps=1001: must be a whole number from 1 to 1000"),
+    ("trainer.lr=15", "trainer.lr=15: must be a finite number above 0 and at most 1"),
+    ("data.workers=100000", "data.workers=100000: must be a whole number from 0 to 4096, or null"),
+    ("threads=100000", "threads=100000: must be a whole number from 1 to 4096, or null"),
+    ("pool.prompts_per_shard=" + "9" * 12, "pool.prompts_per_shard=999999999999: must be a whole number"),
+    ("+rewards.looks.timeout=10000000", "rewards.looks.timeout=10000000: must be a finite number above 0 and"),
+    ("+model.lora={rank: 5000, alpha: 1}", "model.lora.rank=5000: must be a whole number from 1 to 4096"),
 ])  # fmt: skip
 def test_a_slip_gets_key_value_and_remedy(override, message):
     wanted, given = message.split("|"), told(override)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from capo.cli.schema.kinds import Count, Positive, Text
+from capo.cli.schema.kinds import Count, Positive, Seconds, Text
 from capo.runtime.schema import Picked, Section, key
 
 
@@ -27,7 +27,7 @@ class RayEngine(LocalEngine):
 
     address: Text = key("local: a cluster of this machine alone; auto: that of RAY_ADDRESS; or HOST:PORT")
     attempts: Count = key("how often a shard is tried, unless its input is at fault")
-    start_limit: Positive = key("seconds in which a worker must have loaded its models")
+    start_limit: Seconds = key("seconds in which a worker must have loaded its models")
     text: Room = key("workers that encode prompts")
     latents: Room = key("workers that draw")
     scores: Room = key("workers that decode and score")

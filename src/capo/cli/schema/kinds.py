@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from capo.cli.marks import MARKS, TARGET
+from capo.runtime import limits
 from capo.runtime.names import MUST, is_name
 from capo.runtime.schema import Picked, Said, Section
 
@@ -16,6 +17,9 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 TwoOrMore = Annotated[int, Field(ge=2)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 2)]  # the zero line's seed is the next one
+Times = Annotated[int, Field(ge=1, le=limits.TIMES)]
+Rate = Annotated[float, Field(gt=0, le=limits.RATE)]
+Seconds = Annotated[float, Field(gt=0, le=limits.SECONDS)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]

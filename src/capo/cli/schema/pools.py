@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from capo.cli.schema.kinds import Count, Positive, Precision, Seed, Text, TwoOrMore
+from capo.cli.schema.kinds import Count, Positive, Precision, Seed, Text, Times, TwoOrMore
 from capo.cli.schema.rewards import HeldOut, Rewards
+from capo.runtime import limits
 from capo.runtime.schema import Said, Section, key
 
 
@@ -17,7 +18,7 @@ class Pool(Section):
     root: Text = key("folder of candidates and of the base's images, shared by all runs")
     seed: Seed = key("seed of the candidates")
     candidates: TwoOrMore = key("candidates per prompt")
-    prompts_per_shard: Count = key("prompts in a file of the pool")
+    prompts_per_shard: Annotated[int, Field(ge=1, le=limits.SHARD)] = key("prompts in a file of the pool")
     imported: Text | None = key(
         "folder of a pool made by generate.py stage=import, from which all pairs then come"
     )
@@ -29,7 +30,7 @@ class Pool(Section):
 class Sampling(Section):
     """How images are drawn."""
 
-    steps: Count = key("denoising steps")
+    steps: Times = key("denoising steps")
     guidance: float = key(
         "scale of classifier-free guidance; from 0 to 1, no unconditional pass is made; below 0, images lead "
         "away from the prompt"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from capo.cli.schema.kinds import Called, Count, Name, Positive, Text
+from capo.cli.schema.kinds import Called, Count, Name, Positive, Seconds, Text
 from capo.runtime.schema import Said, Section, key
 
 
@@ -32,7 +32,7 @@ class Reward(Section):
     extra: Text | None = key("the pip extra of this package that installs them", None)
     python: Text | None = key("interpreter of another environment, in which the scorer runs", None)
     isolated: bool = key("true: the scorer runs in a process of its own", False)
-    timeout: Positive = key("seconds after which a scorer in another process is ended", 300.0)
+    timeout: Seconds = key("seconds after which a scorer in another process is ended", 300.0)
 
 
 Rewards = Annotated[dict[Name, Reward], Said("rewards by name, {NAME: {scorer: {...}}}")]

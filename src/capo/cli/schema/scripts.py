@@ -9,10 +9,11 @@ from pydantic import Field
 from capo.cli.schema.engines import Engine
 from capo.cli.schema.evaluating import Benchmark, Study
 from capo.cli.schema.groups import Import, Loggers, Objective, Pairs, Prompts
-from capo.cli.schema.kinds import Count, DType, Files, Folder, Folders, Names, Seed, Text
+from capo.cli.schema.kinds import DType, Files, Folder, Folders, Names, Seed, Text
 from capo.cli.schema.pools import Evaluation, PairExport, Planning, Pool, Sampling, Validation
 from capo.cli.schema.rewards import Rewards
 from capo.cli.schema.trainer import Anchor, Data, Model, Noise, Reference, Selection, Trainer
+from capo.runtime import limits
 from capo.runtime.schema import Said, Section, key
 
 
@@ -20,7 +21,7 @@ class Training(Section):
     """Configuration of train.py; the other scripts have all of its keys."""
 
     seed: Seed = key("seed of training only: order of the prompts, pairs, times and noise")
-    threads: Count | None = key(
+    threads: Annotated[int, Field(ge=1, le=limits.CORES)] | None = key(
         "threads of this process; null: the cores, divided by the number of processes on this machine"
     )
     run_dir: Text = key("run directory; hydra.run.dir sets it")

@@ -16,10 +16,13 @@ from capo.cli.schema.kinds import (
     NotNegative,
     Positive,
     Precision,
+    Rate,
     Seed,
     Text,
+    Times,
     TwoOrMore,
 )
+from capo.runtime import limits
 from capo.runtime.schema import Said, Section, key
 
 Devices = Annotated[
@@ -34,7 +37,9 @@ Devices = Annotated[
 class Data(Section):
     """How batches are loaded."""
 
-    workers: Natural | None = key("loader processes of each device; null: 4 for a GPU, none for a CPU")
+    workers: Annotated[int, Field(ge=0, le=limits.CORES)] | None = key(
+        "loader processes of each device; null: 4 for a GPU, none for a CPU"
+    )
     text: Literal["pool", "encode"] = key(
         "pool: read the stored embeddings; encode: compute them for each batch, on the CPU"
     )
@@ -53,8 +58,8 @@ class Selection(Section):
 class Inversion(Section):
     """How an image is inverted (noise.source=inverted)."""
 
-    steps: Count = key("steps of the inversion up to each sample's time")
-    renoise: Natural = key("corrections of each step (ReNoise)")
+    steps: Times = key("steps of the inversion up to each sample's time")
+    renoise: Annotated[int, Field(ge=0, le=limits.CORRECTIONS)] = key("corrections of each step (ReNoise)")
     eta: NotNegative = key("share of fresh noise in a step")
 
 
@@ -68,7 +73,7 @@ class Noise(Section):
     times: Literal["independent", "stratified"] = key(
         "of consecutive pairs; stratified: evenly spread over them"
     )
-    times_per_pair: Count = key("times, each with its own noise, at which a visit of a pair is evaluated")
+    times_per_pair: Times = key("times, each with its own noise, at which a visit of a pair is evaluated")
     reduction: Literal["outside", "inside"] = key(
         "of several times: mean of their losses (outside), or loss of their mean margin (inside)"
     )
@@ -106,7 +111,7 @@ class Trainer(Section):
     micro_batch: Count | None = key(
         "pairs in one forward pass on a device, the rest is accumulated; null: batch / devices"
     )
-    lr: Positive = key("learning rate")
+    lr: Rate = key("learning rate")
     warm_up: Natural = key("steps of linear warm-up")
     gradient_clip: Positive | None = key("largest gradient norm; null: no limit")
     signal_every: Natural | None = key(
@@ -154,7 +159,7 @@ class Trainer(Section):
 class Lora(Section):
     """Low-rank adapter that is trained in place of all weights."""
 
-    rank: Count = key("rank of the adapter")
+    rank: Annotated[int, Field(ge=1, le=limits.RANK)] = key("rank of the adapter")
     alpha: Positive = key("scale of the adapter, times the rank")
     seed: Seed = key("seed of its first weights", 0)
 
@@ -213,8 +218,8 @@ class Model(Section):
     ) = key("lowest and highest beta that was measured, by objective; null: not measured", None)
     bias: float = key("bias b of the weight, which noise.bias takes")
     draw: Draw = key("distribution of times, which noise.draw takes")
-    lr: Positive = key("learning rate, which trainer.lr takes")
-    adapter_lr: Positive = key("learning rate of experiment=lora")
+    lr: Rate = key("learning rate, which trainer.lr takes")
+    adapter_lr: Rate = key("learning rate of experiment=lora")
     lora: Lora | None = key("adapter to train; null: all weights are trained")
     known_images: Annotated[Any, Called(IMAGES)] = key(
         "pictures with captions, which check=true encodes and denoises"

@@ -8,12 +8,12 @@ from typing import Any
 
 from capo.data.pool.files import write_file
 from capo.errors import DamagedFile, InputError
+from capo.runtime.limits import SHARD
 from capo.runtime.reading import read_json
 
 SCHEMA = 1
 NAME = "manifest.json"
 REMEDY = "restore it, or remove the pool, or use another pool.root"
-LARGEST = 2**31 - 1  # prompts per shard: positions are 64-bit numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,6 @@ def _fault(values: dict[str, Any]) -> str | None:
     for name, kind in kinds.items():
         if type(values[name]) is not kind:
             return f"{name} is {values[name]!r}, which is no {'text' if kind is str else 'whole number'}"
-    if not 1 <= values["prompts_per_shard"] <= LARGEST:
-        return f"prompts_per_shard is {values['prompts_per_shard']}, which must be from 1 to {LARGEST}"
+    if not 1 <= values["prompts_per_shard"] <= SHARD:
+        return f"prompts_per_shard is {values['prompts_per_shard']}, which must be from 1 to {SHARD}"
     return None

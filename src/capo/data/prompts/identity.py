@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from capo.errors import InputError
+from capo.runtime.limits import LETTERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def candidate_seed(pool_seed: int, prompt_id: str, index: int) -> int:
 
 
 def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:
-    """Raise InputError for a split without prompts, an empty prompt, or a duplicate within or across splits.
+    """Raise InputError for a split without prompts, an empty or endless one, and a duplicate in any split.
 
     Training on a validation or test prompt would silently invalidate its win-rate.
     """
@@ -69,6 +70,11 @@ def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:
         for number, prompt in enumerate(prompts, start=1):
             if not prompt.text:
                 raise InputError(f"{split} prompt {number} is empty: remove it")
+            if len(prompt.text) > LETTERS:
+                raise InputError(
+                    f'{split} prompt {number} ("{prompt.text[:40]}...") has {len(prompt.text):,} letters, '
+                    f"more than the {LETTERS:,} that a prompt may have: shorten it, or leave it out"
+                )
             if prompt.id in places:
                 other, there = places[prompt.id]
                 raise InputError(

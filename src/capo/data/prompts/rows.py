@@ -1,7 +1,6 @@
 """Rows of a source: filtering of each row by itself, and the prompts of the chosen rows."""
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ from capo.data.prompts.files import READERS, Batch, row_count
 from capo.data.prompts.identity import Prompt, digest, make_prompt, normalize
 from capo.data.prompts.sources import Columns, PromptFile, Source
 from capo.errors import InputError
+from capo.runtime.limits import LETTERS
 
 FINE, EMPTY, NSFW, UNWANTED, TOO_LONG, DUPLICATE, ELSEWHERE, OVER_LIMIT, KEPT = range(9)  # outcomes of a row
 YES, NO = ("true", "yes", "nsfw"), ("false", "no", "sfw", "safe")  # spellings of a boolean in text files
@@ -73,7 +73,7 @@ def _judge(
     batch: Batch, columns: Columns, source: Source, place: str, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and outcomes of a batch whose first row is row number `start` of its split."""
-    longest = sys.maxsize if source.max_length is None else source.max_length
+    longest = LETTERS if source.max_length is None else source.max_length
     ids, fates = [], []
     for row, text in enumerate(batch[columns.text], start + 1):
         clean = _clean(text, f"{place}: row {row}", source.split)

@@ -12,6 +12,7 @@ from typing import Any
 from capo.data.prompts.files import ENDINGS, READERS
 from capo.errors import InputError
 from capo.runtime.hub import hub_file
+from capo.runtime.limits import LETTERS
 
 NSFW_NAME = re.compile("nsfw|unsafe", re.IGNORECASE)
 PATTERN = re.compile(r"[*?\[]")
@@ -67,7 +68,7 @@ class Source:
         nsfw_columns: columns with NSFW scores or booleans; None: every column with nsfw or unsafe in its
             name.
         where: column -> value that a row must have.
-        max_length: largest number of characters of the normalized prompt; None: no limit.
+        max_length: largest number of characters of the normalized prompt; None: LETTERS.
         limit: largest number of prompts to keep; None: no limit.
         published_size: number of prompts in the published set, used by plans, which download no data set;
             None: not known.
@@ -237,7 +238,10 @@ RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "nsfw": ("a finite number above 0, or null", _optional(_is_positive)),
     "nsfw_columns": ("a list of columns, or null", _optional(_are_texts)),
     "where": ("column: value", lambda value: isinstance(value, Mapping)),
-    "max_length": ("a whole number of at least 1, or null", _optional(_is_count)),
+    "max_length": (
+        f"a whole number from 1 to {LETTERS}, or null",
+        _optional(lambda value: _is_count(value) and value <= LETTERS),
+    ),
     "limit": ("a whole number of at least 1, or null", _optional(_is_count)),
     "published_size": ("a whole number of at least 1, or null", _optional(_is_count)),
 }

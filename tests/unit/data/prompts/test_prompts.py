@@ -57,6 +57,10 @@ def test_candidate_seeds_depend_on_all_three():
             r'test prompt 2 \("a circle"\) is also train prompt 1: remove one',
         ),
         ({"train": ["a circle", " "]}, "train prompt 2 is empty"),
+        (
+            {"train": ["a circle", "ab" * 50_001]},
+            r'train prompt 2 \("(ab){20}\.\.\."\) has 100,002 letters, more than the 100,000 that a prompt',
+        ),
     ],
 )
 def test_check_splits_names_what_is_wrong(splits, message):

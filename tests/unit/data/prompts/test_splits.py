@@ -60,6 +60,7 @@ def test_every_filter_counts_its_rows(tmp_path):
         ("nan", 0.0, float("nan")),  # five NSFW
         ("x" * 21, 0.0, 0.0),
         ("x" * 20, 0.0, 0.0),  # one too long
+        ("y" * 100_001, 0.0, 0.0),  # and one for any limit
         ("a  circle", 0.2, 0.0),
         ("a\tcircle ", 0.0, 0.0),
         ("A circle", 0.0, 0.0),  # two duplicates
@@ -81,23 +82,27 @@ def test_every_filter_counts_its_rows(tmp_path):
     assert counts(report) == {
         "empty": 3,
         "nsfw": 8,
-        "too_long": 1,
+        "too_long": 2,
         "duplicates": 3,
         "elsewhere": 2,
         "kept": 3,
     }
     assert report.read == len(rows) == sum(counts(report).values())
-    assert left_out(report) == "3 empty, 8 NSFW, 1 too long, 3 duplicates, 2 also in another split"
+    assert left_out(report) == "3 empty, 8 NSFW, 2 too long, 3 duplicates, 2 also in another split"
     check_splits(found)
 
     loose = sets(tmp_path, {"path": str(tmp_path / "m.parquet"), "nsfw": None, "max_length": None}, seed=None)
-    assert counts(loose.report[0]) == {"empty": 3, "duplicates": 5, "elsewhere": 2, "kept": 10}
+    assert counts(loose.report[0]) == {
+        "empty": 3, "too_long": 1, "duplicates": 5, "elsewhere": 2, "kept": 10,
+    }  # fmt: skip
     strict = sets(
         tmp_path,
         {"path": str(tmp_path / "m.parquet"), "nsfw": 0.05, "nsfw_columns": ["prompt_nsfw"]},
         seed=None,
     )
-    assert counts(strict.report[0]) == {"empty": 3, "nsfw": 2, "duplicates": 5, "elsewhere": 2, "kept": 8}
+    assert counts(strict.report[0]) == {
+        "empty": 3, "nsfw": 2, "too_long": 1, "duplicates": 5, "elsewhere": 2, "kept": 8,
+    }  # fmt: skip
 
 
 def test_pick_a_pics_columns(tmp_path):
