@@ -152,7 +152,9 @@ def test_open_refuses(tmp_path, content, message):
 
 def test_a_root_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(InputError, match=r"file/pool.* cannot be written \(.*\): .*set pool\.root to"):
+    with pytest.raises(
+        InputError, match=r"file is no folder, but pools should stand there: .*another pool\.root"
+    ):
         Pool.create(tmp_path / "file" / "pool", manifest())
 
 
