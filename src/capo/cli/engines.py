@@ -21,6 +21,7 @@ from capo.cli.build import (
 from capo.cli.process import prepare_process, thread_count
 from capo.data.engines import Engine, LocalEngine
 from capo.data.generation import ImageGenerator
+from capo.data.importing.filling import EncodeOrder, ordered_stage
 from capo.data.pool import Pool
 from capo.data.scoring import ScoreStage
 from capo.data.stages import LatentStage, Order, Stage, TextStage
@@ -91,10 +92,13 @@ class StageBuilder:
         assert isinstance(cfg, DictConfig)
         prepare_process(self.threads)
         pool = shared_pool(order)
-        settings, backbone = sampler_settings(cfg), base_of(cfg, PARTS[order.stage])
+        parts = () if isinstance(order, EncodeOrder) else PARTS[order.stage]
+        settings, backbone = sampler_settings(cfg), base_of(cfg, parts)
         base = ImageGenerator.base(backbone, settings)
         common = (pool, (), backbone, settings, order.verify)
-        if order.stage == TextStage.name:
+        if isinstance(order, EncodeOrder):
+            stage = ordered_stage(order, pool, backbone, settings)
+        elif order.stage == TextStage.name:
             stage = TextStage(*common)
         elif order.stage == ScoreStage.name:
             logs = Path(cfg.run_dir) / WORKERS

@@ -20,7 +20,7 @@ from capo.cli.build import (
     training_data,
 )
 from capo.cli.engines import PARTS as STAGE_PARTS
-from capo.cli.engines import RAY, engaged
+from capo.cli.engines import RAY, check_engine, engaged, engine_of
 from capo.cli.messages import plain_errors
 from capo.cli.pool_state import show_status, verify
 from capo.cli.process import prepare_process
@@ -69,6 +69,7 @@ def import_source(cfg: DictConfig) -> Source:
 
 def import_images(cfg: DictConfig) -> None:
     """Make a pool from existing images and human choices, and print the command that trains on it."""
+    check_engine(cfg)
     source = import_source(cfg)
     prepare_process(cfg.threads)
     pool = import_pool(
@@ -78,6 +79,7 @@ def import_images(cfg: DictConfig) -> None:
         Path(cfg.pool.root),
         cfg.model.name,
         prompts_per_shard=cfg.pool.prompts_per_shard,
+        engine=engine_of(cfg),
     )
     console.print(described(read_import_table(pool.folder).report))
     console.print(f"python train.py pool.imported={pool.folder} objective=dpo", soft_wrap=True)

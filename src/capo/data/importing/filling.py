@@ -12,11 +12,13 @@ from torch import nn
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings
-from capo.data.engines import run_stage
+from capo.data.engines import Engine, LocalEngine
 from capo.data.generation import check_space
 from capo.data.importing.images import BrokenImage, picture, pixels
+from capo.data.importing.ordering import Place
 from capo.data.importing.source import Source
 from capo.data.importing.survey import survey
+from capo.data.importing.tables import SHARED
 from capo.data.labels import HUMAN
 from capo.data.pool import Manifest, Pool, Shard, pool_name
 from capo.data.pool.import_table import (
@@ -27,7 +29,7 @@ from capo.data.pool.import_table import (
     write_import_table,
 )
 from capo.data.prompts import Prompt
-from capo.data.stages import LatentFiles, Report, Stage, TextStage
+from capo.data.stages import LatentFiles, Order, Report, Stage, TextStage
 from capo.errors import InputError
 from capo.runtime.names import check_name
 
@@ -41,41 +43,72 @@ def image_size(backbone: Backbone) -> tuple[int, int]:
     return width * factor, height * factor
 
 
+@dataclass(frozen=True)
+class EncodeOrder(Order):
+    """Order of an `EncodeStage`, with the source of its images."""
+
+    source: Source
+
+
 @dataclass(eq=False)
 class EncodeStage(LatentFiles):
     """Encoding stage: images -> latents by the VAE, as the mode of the posterior, so without randomness.
 
-    Batches stay within a shard.
+    Batches stay within a shard. With `away`, it runs in another process than the one that looked through the
+    source, perhaps on a machine that does not see its files.
     """
 
     source: Source
     table: ImportTable
+    away: bool = False
 
     @property
     def parts(self) -> Sequence[nn.Module | None]:
         return (self.backbone.vae,)
 
-    def run(self, shard: Shard, report: Report) -> None:
-        """Read, crop and encode the images of a shard. Raises InputError for one that became unreadable."""
+    def order(self) -> EncodeOrder:
+        return EncodeOrder(**vars(Order.of(self, self.candidates)), source=self.source)
+
+    def setup(self, todo: Sequence[Shard]) -> None:
+        """Raise InputError if the stage is `away` and does not see the tables, or the images of `todo`."""
+        if self.away:
+            self.source.check_here(place for shard in todo for place in self._places(shard))
+
+    def _places(self, shard: Shard) -> list[Place]:
         places = self.table.places[
             shard.positions.start : shard.positions.stop, shard.candidates.start : shard.candidates.stop
         ]
-        flat = [tuple(place) for place in places.reshape(-1, 3).tolist()]
+        return [(table, row, item) for table, row, item in places.reshape(-1, 3).tolist()]
+
+    def run(self, shard: Shard, report: Report) -> None:
+        """Read, crop and encode the images of a shard. Raises InputError for one that became unreadable."""
+        flat = self._places(shard)
         parts = []
         for start in range(0, len(flat), self.settings.batch):
             images = [self._picture(place) for place in flat[start : start + self.settings.batch]]
             parts.append(self.backbone.encode_images(pixels(images)).cpu())
             report(len(images))
-        latents = torch.cat(parts).unflatten(0, places.shape[:2])
+        latents = torch.cat(parts).unflatten(0, (len(shard.positions), len(shard.candidates)))
         self.pool.write_latents(shard, latents, self.record() | {"pillow": version("pillow")})
 
-    def _picture(self, place: tuple[int, int, int]):
+    def _picture(self, place: Place):
         try:
             return picture(self.source.cell(place), self.source.images, image_size(self.backbone))
         except BrokenImage as error:
+            remedy = f"restore it, or {SHARED}" if self.away else "restore it"
             raise InputError(
-                f"{self.source.where(place)} could be read at first and now cannot ({error}); restore it"
+                f"{self.source.where(place)} could be read at first and now cannot ({error}); {remedy}"
             ) from error
+
+
+def ordered_stage(
+    order: EncodeOrder, pool: Pool, backbone: Backbone, settings: SamplerSettings
+) -> EncodeStage:
+    """Build the stage of an order in the process that runs it."""
+    table = read_import_table(pool.folder)
+    return EncodeStage(
+        pool, (), backbone, settings, order.verify, order.candidates, order.source, table, True
+    )
 
 
 @dataclass(eq=False)
@@ -126,6 +159,7 @@ def import_pool(
     *,
     prompts_per_shard: int = 8,
     progress: bool = True,
+    engine: Engine | None = None,
 ) -> Pool:
     """Import a source into a pool under `root`: create the pool, or complete an existing one.
 
@@ -140,6 +174,7 @@ def import_pool(
         model: name of the model, part of the folder's name.
         prompts_per_shard: prompts in a row of the pool.
         progress: whether to show progress bars.
+        engine: what encodes captions and images; None: this process.
 
     Returns:
         The complete pool.
@@ -170,6 +205,5 @@ def import_pool(
     pool.check_latent_shape(backbone.latent_shape)
     stages = _stages(pool, backbone, settings, source, table)
     check_space(pool, stages)
-    for stage in stages:
-        run_stage(stage, progress)
+    (engine or LocalEngine()).run(stages, progress)
     return pool

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from capo.data.importing.ordering import Entry, Place
-from capo.data.importing.tables import RowCursor, Table
+from capo.data.importing.tables import SHARED, RowCursor, Table
 from capo.errors import InputError
 from capo.runtime.files import led_to, lies_in, own_places
 from capo.runtime.fingerprints import content_fingerprint, file_digest
@@ -33,6 +33,22 @@ class Source(ABC):
     ):
         self.tables, self.images, self.columns, self.options = list(tables), images, list(columns), options
         self._cursors: dict[int, RowCursor] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """What another process needs: places of the files, not what was read of them."""
+        own = {name: value for name, value in self.__dict__.items() if name != "_read"}
+        return own | {"images": self.images.absolute(), "_cursors": {}}
+
+    def check_here(self, places: Iterable[Place]) -> None:
+        """Raise InputError if this machine does not see a table, or the file of an image at `places`."""
+        for table in self.tables:
+            table.check_here()
+        for place in places:
+            cell = self.cell(place)
+            if isinstance(cell, str) and not (self.images / cell).is_file():
+                raise InputError(
+                    f"this machine does not see {self.images / cell} ({self.where(place)}): {SHARED}"
+                )
 
     @abstractmethod
     def read(self, dropped: Counter[str]) -> Iterator[Entry]:

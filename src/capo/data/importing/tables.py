@@ -18,10 +18,11 @@ from capo.runtime.reading import open_ordinary, parse_json
 BATCH = 32  # rows in memory at a time: 64 MB for two images of 1 MB per row
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 REMEDY = "give another file"
+SHARED = "put tables and images in a folder that all machines see under one name, or import with engine=local"
 
 
 class Table:
-    """Table in one file, with the `names` of its columns and the `count` of its rows.
+    """Table in one file, with the `names` of its columns, the `count` of its rows and its `size` in bytes.
 
     Parquet is read in batches of rows within its row groups, whatever their size. The other formats hold no
     images and are read at once. Raises InputError for a file that cannot be read in the format of its
@@ -35,8 +36,27 @@ class Table:
                 f"{path}: unknown format of a table; its name must end in one of {', '.join(KINDS)}"
             )
         with self._readable():
+            self.size = path.stat().st_size
             self.names, self.count = (
                 self._parquet_shape() if path.suffix == ".parquet" else self._text_shape()
+            )
+
+    def __getstate__(self) -> dict[str, object]:
+        """What another process needs: not the rows, which it reads itself."""
+        own = {name: value for name, value in self.__dict__.items() if name != "_rows"}
+        return own | {"path": self.path.absolute()}
+
+    def check_here(self) -> None:
+        """Raise InputError unless this machine sees the file as the process did that made this object."""
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise InputError(
+                f"this machine does not see {self.path} ({first_line(error)}): {SHARED}"
+            ) from error
+        if size != self.size:
+            raise InputError(
+                f"{self.path} has {size} bytes on this machine, {self.size} where the import began: {SHARED}"
             )
 
     @contextmanager
