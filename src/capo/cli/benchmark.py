@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from capo.backbones.export import find_policy, is_whole
 from capo.cli.build import (
     base_of,
+    benchmark_place,
     built,
     family_of,
     is_negative,
@@ -177,10 +178,9 @@ def _identity(cfg: DictConfig, benchmark: Benchmark, generator: ImageGenerator) 
 
 def benchmark_rewards(cfg: DictConfig) -> list[Reward]:
     """Rewards that score here: those of `benchmark.rewards`, or those at the key that it names."""
-    given = cfg.benchmark.rewards
-    if not given:
+    place = benchmark_place(cfg)
+    if place is None:
         return []
-    place = given if isinstance(given, str) else "benchmark.rewards"
     if not OmegaConf.select(cfg, place):
         raise InputError(
             f"benchmark.rewards={place}: model={cfg.model.name} has none there; name scorers: "

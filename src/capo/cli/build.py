@@ -268,6 +268,14 @@ def held_out_rewards(cfg: DictConfig, trained: Sequence[Reward], evaluated: Sequ
     return _known(held_out, evaluated)
 
 
+def benchmark_place(cfg: DictConfig) -> str | None:
+    """Key of the rewards that score a benchmark's images: `benchmark.rewards`, or the key that it names."""
+    given = OmegaConf.select(cfg, "benchmark.rewards")
+    if not given:
+        return None
+    return given if isinstance(given, str) else "benchmark.rewards"
+
+
 def _known(rewards: Sequence[Reward], others: Sequence[Reward]) -> list[Reward]:
     return [next((own for own in others if own == reward), reward) for reward in rewards]
 

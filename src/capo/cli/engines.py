@@ -12,6 +12,7 @@ from capo.cli.build import (
     Components,
     all_rewards,
     base_of,
+    benchmark_place,
     held_out_rewards,
     is_negative,
     rewards_of,
@@ -104,8 +105,8 @@ class StageBuilder:
             logs = Path(cfg.run_dir) / WORKERS
             trained, evaluated, oracle = all_rewards(cfg, logs)
             known = [*trained, *evaluated, *oracle, *held_out_rewards(cfg, trained, evaluated)]
-            if OmegaConf.select(cfg, "benchmark.rewards"):
-                known += rewards_of(cfg, "benchmark.rewards", logs)
+            if place := benchmark_place(cfg):
+                known += rewards_of(cfg, place, logs)
             by_key = {reward.key: reward for reward in known}
             stage = ScoreStage(*common, [by_key[key] for key in order.rewards], order.candidates)
         else:
