@@ -18,6 +18,7 @@ from capo.backbones.sampling import BASE, is_guided
 from capo.backbones.sampling import POLICY as ITSELF
 from capo.cli.build import built, family_of, inversion_of, moving_reference, prompt_splits, sampler_settings
 from capo.cli.compose import plain
+from capo.cli.engines import RAY
 from capo.cli.missing import find_missing
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.data.prompts import expected_sizes
@@ -35,7 +36,14 @@ from capo.preflight.requests import (
     SamplingRequest,
     TrainingRequest,
 )
-from capo.preflight.shortages import Shortage, certain_memory, disk_findings, folder_bytes, likely_memory
+from capo.preflight.shortages import (
+    Shortage,
+    certain_memory,
+    disk_findings,
+    folder_bytes,
+    likely_memory,
+    shared_memory,
+)
 from capo.preflight.tracing import adapter_of
 from capo.rewards import Reward
 from capo.runtime.files import write_json
@@ -43,6 +51,9 @@ from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.outlook import EVALUATION, VALIDATION
 from capo.runtime.run_folder import CHECKPOINTS, PLAN, POLICY
+
+# stage of a pool -> phase of a plan
+PHASES = {"text": "text", "latents": "pool", "scores": "pool scoring"}
 
 
 def blueprint_of(cfg: DictConfig) -> Blueprint:
@@ -241,6 +252,14 @@ def require_room(cfg: DictConfig) -> None:
         raise InputError("\n".join(finding.message for finding in found))
 
 
+def shared_rooms(cfg: DictConfig) -> dict[str, tuple[str, float, int | None]]:
+    """Stage of engine=ray -> phase of a plan, devices of a worker, the most workers; none of engine=local."""
+    if cfg.engine.kind != RAY:
+        return {}
+    rooms = {stage: cfg.engine[stage] for stage in PHASES}
+    return {stage: (PHASES[stage], float(room.devices), room.workers) for stage, room in rooms.items()}
+
+
 def run_plan(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Make the plan, print it, and write it to `plan.json` in the run directory; return its content.
 
@@ -251,6 +270,7 @@ def run_plan(cfg: DictConfig, console: Console) -> dict[str, Any]:
     request = request_of(cfg, counts)
     plan = {"model": cfg.model.name, **make_plan(request), "prompts": counts}
     too_large = likely_memory(plan["device"], plan["host"], cfg.trainer.accelerator, float32_rewards(cfg))
+    too_large += shared_memory(plan["device"], shared_rooms(cfg), cfg.trainer.accelerator)
     missing = [*find_missing(cfg), *missing, *room_findings(cfg, request), *too_large]
     seen = dict.fromkeys((finding.kind, finding.message, finding.certain) for finding in missing)
     plan["missing here"] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,9 @@ REMEDIES = {  # part of a phase -> what makes it smaller; any other part is a mo
         "or tune an adapter (experiment=lora)"
     ),
 }
+
+
+WHOLE = 1e-9  # parts of a device are added up in floating point
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,51 @@ def likely_memory(
             )
         )
     return found
+
+
+def shared_memory(
+    device: Mapping, rooms: Mapping[str, tuple[str, float, int | None]], accelerator: str
+) -> list[Shortage]:
+    """Report a likely shortage if workers that may share one device need more memory than it has.
+
+    Args:
+        device: device memory by phase, as in a plan.
+        rooms: stage of `engine=ray` -> phase, devices of a worker, and the most workers (None: no limit).
+        accelerator: `trainer.accelerator`.
+    """
+    name, there = device_bytes(accelerator)
+    parts = [(share, most, device[phase]["total"]) for phase, share, most in rooms.values()]
+    needed, counts = _fullest(parts, 1.0)
+    if sum(counts) < 2 or needed <= there:
+        return []
+    sharing = {stage: count for stage, count in zip(rooms, counts, strict=True) if count}
+    told = " and ".join(f"{count} of {stage}" for stage, count in sharing.items())
+    keys = ", ".join(f"engine.{stage}.devices" for stage in sharing)
+    return [
+        Shortage(
+            "memory",
+            f"workers that may share a device ({told}) take about {readable(needed)}, and it has "
+            f"{readable(there)} ({name}): give each a larger part of it ({keys})",
+            certain=False,
+        )
+    ]
+
+
+def _fullest(parts: Sequence[tuple[float, int | None, float]], free: float) -> tuple[float, tuple[int, ...]]:
+    """Return the most bytes that workers hold in the part `free` of a device, and how many of each these are.
+
+    `parts` are share of a worker, the most workers and bytes of each; of the last as many as fit are taken.
+    """
+    if not parts:
+        return 0.0, ()
+    (share, most, size), others = parts[0], parts[1:]
+    fitting = math.floor(free / share + WHOLE)
+    fitting = fitting if most is None else min(fitting, most)
+    found = []
+    for count in range(fitting + 1) if others else (fitting,):
+        held, counts = _fullest(others, free - count * share)
+        found.append((count * size + held, (count, *counts)))
+    return max(found)
 
 
 def _largest(phases: Mapping) -> tuple[str, str, float]:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from capo.cli.plan import (
     prompt_counts,
     reward_request,
     run_plan,
+    shared_rooms,
     training_request,
 )
 from capo.cli.rates import measurements
@@ -312,6 +314,23 @@ def test_the_advice_is_for_the_largest_part_of_the_largest_phase(monkeypatch, ph
         and told in found.message
         and not found.certain
     )
+
+
+@pytest.mark.parametrize(("parts", "told"), [
+    (["latents.devices=0.5"], None),  # 2 x 30 GB fit
+    (["latents.devices=0.25"], r"\(4 of latents\) take about 120.0 GB.*\(engine.latents.devices\)"),
+    (["latents.devices=0.25", "latents.workers=2"], None),
+    (["latents.devices=0.3", "scores.devices=0.35"], r"\(1 of latents and 2 of scores\) take about 120.0 GB"),
+    (["latents.devices=1", "scores.devices=0.6"], None),  # one worker has it alone
+])  # fmt: skip
+def test_workers_that_share_a_device(monkeypatch, parts, told):
+    monkeypatch.setattr(lacking, "device_bytes", lambda accelerator: ("a card", 80e9))
+    totals = {"text": 1e9, "pool": 30e9, "pool scoring": 45e9}
+    device = {phase: {"total": size} for phase, size in totals.items()}
+    rooms = shared_rooms(composed("engine=ray", *(f"engine.{part}" for part in parts)))
+    found = lacking.shared_memory(device, rooms, "auto")
+    assert not found if told is None else re.search(told, found[0].message) and not found[0].certain
+    assert lacking.shared_memory(device, shared_rooms(composed()), "auto") == []
 
 
 def test_in_training_the_micro_batch_helps_whatever_is_largest(monkeypatch):
