@@ -18,6 +18,7 @@ LOCAL = "local"  # address of a cluster of this machine alone
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 STARTS = 3  # tries to start a local cluster: Ray gives up after 30 s, which a busy machine may need
 REACHED = 10.0  # seconds within which a cluster's address must answer
+MODEL = "accelerator_type:"  # how Ray's name for machines with a model of GPU begins
 PULSE = 1.0  # seconds after which a wait returns, to look at the cluster's size and at late starts
 log = logging.getLogger(__name__)
 
@@ -111,8 +112,18 @@ class RayCluster:
         self._looked, self._devices = -PULSE, 0.0
 
     def check(self) -> None:
-        """Raise InputError if a worker of some stage takes more devices than the cluster has."""
+        """Raise InputError if a worker of some stage takes more devices than the cluster has.
+
+        Warns of GPUs of several models: the bits of a file depend on the model that made it.
+        """
         has = self.devices()
+        models = [name for name in self._ray.cluster_resources() if name.startswith(MODEL)]
+        if len(models) > 1:
+            log.warning(
+                "the Ray cluster has GPUs of several models (%s): a shard depends, by rounding, on the model "
+                "that makes it, which its header names; for one model, give the pool a cluster of it alone",
+                ", ".join(sorted(name.removeprefix(MODEL) for name in models)),
+            )
         for stage, room in self._rooms.items():
             if room.devices > has:
                 kind = "GPUs" if self._gpus() else f"times {self._threads} cores"
