@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from capo.errors import InputError
 from capo.rewards.clip_scores import MODEL_FILES, PROCESSOR_FILES, ClipInputs, load_clip
-from capo.rewards.weights import fetch, require_type
+from capo.rewards.weights import fetch, refuse_other_names, require_type
 from capo.runtime.reading import parse_json, read_text
 
-SETTING, CLIP_SETTING = "rewards.geneval_hf.weights", "rewards.geneval_hf.scorer.clip"
-METADATA = "rewards.geneval_hf.scorer.metadata"
+SETTING, CLIP_SETTING = "rewards.geneval-hf.weights", "rewards.geneval-hf.scorer.clip"
+METADATA = "rewards.geneval-hf.scorer.metadata"
 PUBLISHED = "facebook/mask2former-swin-small-coco-instance"
 # GenEval's names of objects where COCO has others
 COCO = {"computer keyboard": "keyboard", "computer mouse": "mouse", "tv remote": "remote"}
@@ -78,7 +78,9 @@ class GenEvalHF:
         require_type(folder, SETTING, "mask2former", PUBLISHED)
         kind: Any = Mask2FormerForUniversalSegmentation
         self.processor = Mask2FormerImageProcessorPil.from_pretrained(folder)
-        self.detector = kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        detector, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        refuse_other_names(found["missing_keys"], [], weights, SETTING, PUBLISHED)
+        self.detector = detector.eval().requires_grad_(False)
         names = {name: number for number, name in self.detector.config.id2label.items()}
         classes = {rule["class"] for record in self.rules.values() for rule in _clauses(record)}
         self.classes = {name: names.get(COCO.get(name, name)) for name in sorted(classes)}

@@ -1,12 +1,14 @@
 """GenEval's rules by hand, detections of a made-up output, and the scorer on tiny networks of its classes."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -148,6 +150,16 @@ def test_colors_are_the_nearest_texts_on_the_object_alone(scorer):
         near[color] = torch.cosine_similarity(image_side, mean, dim=0).item()
     with torch.inference_mode():
         assert scorer.colors(image, "cat", found) == [max(near, key=near.__getitem__)]
+
+
+def test_a_detector_that_lacks_weights_is_refused(folders, tmp_path):
+    """By themselves transformers would draw them at random."""
+    shutil.copytree(folders / "detector", tmp_path / "detector")
+    state = load_file(tmp_path / "detector" / "model.safetensors")
+    state.pop("class_predictor.weight")
+    save_file(state, tmp_path / "detector" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"another model's weights: it lacks class_predictor\.weight;"):
+        GenEvalHF(str(tmp_path / "detector"), str(folders / "metadata.jsonl"), clip=str(folders / "clip"))
 
 
 def test_the_networks_run_and_what_is_missing_is_named(scorer, folders, tmp_path):
