@@ -12,7 +12,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from capo.cli.schema import check_values
+from capo.cli.schema import Merging, check_values
 from fixtures import ROOT
 
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -56,6 +56,16 @@ def test_each_job_composes_with_values_that_can_be_used(conf, line):
         )
         # what is trained is evaluated, as the same reward: neither its memory nor its scores are there twice
         assert all(reward == cfg.evaluation.rewards[name] for name, reward in cfg.rewards.items())
+
+
+def test_the_soups_of_table_2_merge_capos_jobs_of_table_1(conf):
+    lines = re.findall(r"^python merge\.py (.+)$", TEXT, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["model=sdxl", "model=sd3"]
+    for line in lines:
+        chosen = [jobs(SWEEPS[0])[int(number)] for number in re.findall(r"TIME/(\d+)/policy", line)]
+        rewards = ["rewards=mps", "rewards=vqascore_bfloat16", "rewards=vila"]
+        assert [[reward, "objective=capo"] for reward in rewards] == [job[1:] for job in chosen]
+        check_values(compose("merge", overrides=["run_dir=run", *shlex.split(line)]), Merging)
 
 
 def test_the_soup_of_shapes_has_a_job_for_each_reward_and_one_for_all(conf):
