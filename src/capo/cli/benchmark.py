@@ -101,6 +101,8 @@ def run_benchmark(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> di
             "hydra.run.dir"
         )
     rewards = benchmark_rewards(cfg)
+    for reward in rewards:
+        benchmark.parts_of(reward.name)  # refused before anything is drawn
     check_unconditional(cfg)
     check_reward_weights(rewards)
     check_accelerator(cfg.trainer.accelerator)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from capo.data.pool import Pool
 from capo.errors import InputError
-from capo.evaluation.reports.formats import p_value, with_span
-from capo.evaluation.statistics import bootstrap_interval, paired_tests
+from capo.evaluation.reports.formats import needed, p_value, with_span
+from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
 from capo.evaluation.stored import read_results, read_settings
 from capo.metrics import win_rate
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS
@@ -73,12 +73,13 @@ def _policy_pool(folder: Path, settings: Mapping) -> Pool:
     )
 
 
-def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
+def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float | None]]:
     """Win-rate of the first run's images against the second's.
 
     Returns:
-        Reward -> {"mean", "low", "high", "p", "holm"}: win-rate in 0-1, its 95 % interval over prompts, and
-        the p-values of a paired test (`paired_tests`), plain and by Holm over the rewards.
+        Reward -> {"mean", "low", "high", "p", "holm", "prompts_needed"}: win-rate in 0-1, its 95 % interval
+        over prompts, the p-values of a paired test (`paired_tests`), plain and by Holm over the rewards, and
+        the number of prompts that would show a difference of that size (`prompts_needed`).
 
     Raises:
         InputError: the two were evaluated with different prompts, seeds, numbers of images or rewards.
@@ -95,7 +96,13 @@ def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float]]:
     tests, found = paired_tests({name: rate - 0.5 for name, rate in rates.items()}, seed), {}
     for name, rate in rates.items():
         low, high = bootstrap_interval(rate, seed)
-        found[name] = {"mean": rate.mean().item(), "low": low, "high": high, **tests[name]}
+        found[name] = {
+            "mean": rate.mean().item(),
+            "low": low,
+            "high": high,
+            **tests[name],
+            "prompts_needed": prompts_needed(rate - 0.5),
+        }
     return found
 
 
@@ -114,9 +121,9 @@ def compare_runs(folders: Sequence[Path], console: Console) -> dict:
     versus = head_to_head(*folders) if len(folders) == 2 else None
     if versus:
         title = f"{folders[0]} against {folders[1]}, %"
-        table = Table("reward", "win-rate", "p (Holm)", title=title, box=box.SIMPLE_HEAD)
+        table = Table("reward", "win-rate", "p (Holm)", "", title=title, box=box.SIMPLE_HEAD)
         for name, rate in versus.items():
-            table.add_row(name, with_span(rate), p_value(rate["holm"]))
+            table.add_row(name, with_span(rate), p_value(rate["holm"]), needed(rate, 0.5))
         console.print(table)
     return {"results": results, "head_to_head": versus}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capo.errors import InputError
-from capo.rewards.weights import fetch, refuse_other_names, require_type, taking_weights
+from capo.rewards.weights import fetch, load_network, require_type
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
@@ -225,16 +225,4 @@ def load_clip(
     """
     from transformers import CLIPModel
 
-    config = clip_config(folder, setting)
-    place: dict[str, Any] = (
-        {"pretrained_model_name_or_path": folder}
-        if state is None
-        else {"pretrained_model_name_or_path": None, "state_dict": state}
-    )
-    kind: Any = CLIPModel  # whose types do not know that loading tells what it found
-    with taking_weights(folder, setting, published):
-        model, found = kind.from_pretrained(
-            **place, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    refuse_other_names(found["missing_keys"], found["unexpected_keys"], str(folder), setting, published)
-    return model
+    return load_network(CLIPModel, folder, clip_config(folder, setting), setting, published, state)

@@ -153,7 +153,7 @@ class ImageReward(BatchScorer):
         folder = fetch(bert, bert_revision, BERT_SETTING, *VOCABULARY)
         model = _loaded(from_published(read_state(file, SETTING)), weights)
         super().__init__(model, batch)
-        self.tokenizer = _tokenizer(folder, self.module["text"].config.vocab_size)
+        self.tokenizer = blip_tokenizer(folder, self.module["text"].config.vocab_size, BERT_SETTING, BERT)
 
     def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
         """Tokenize B prompts to `input_ids` and `attention_mask`, both (B, 35).
@@ -191,19 +191,21 @@ def _loaded(state: Mapping[str, Tensor], source: str) -> nn.ModuleDict:
     return model
 
 
-def _tokenizer(folder: Path, size: int) -> BertTokenizer:
+def blip_tokenizer(folder: Path, size: int, setting: str, published: str) -> BertTokenizer:
+    """Load the BERT tokenizer of a folder with BLIP's tokens behind its own, for a model of `size` tokens.
+
+    Raises InputError, which names `setting` and what is `published`, if there is none or of another size.
+    """
     from transformers import BertTokenizer
 
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library's errors share no base class
-        raise InputError(
-            f"{BERT_SETTING}={folder}: no BERT tokenizer ({error}); get the folder again"
-        ) from error
+        raise InputError(f"{setting}={folder}: no BERT tokenizer ({error}); get the folder again") from error
     tokenizer.add_tokens(ADDED, special_tokens=True)
     if len(tokenizer) != size:
         raise InputError(
-            f"{BERT_SETTING}={folder}: its tokenizer has {len(tokenizer)} tokens with {' and '.join(ADDED)}, "
-            f"the model {size}; give {BERT}"
+            f"{setting}={folder}: its tokenizer has {len(tokenizer)} tokens with {' and '.join(ADDED)}, "
+            f"the model {size}; give {published}"
         )
     return tokenizer

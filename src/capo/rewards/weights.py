@@ -176,6 +176,35 @@ def taking_weights(source: str | Path, setting: str, published: str) -> Iterator
         ) from error
 
 
+def load_network(
+    kind: Any, folder: Path, config: Any, setting: str, published: str, state: dict[str, Tensor] | None = None
+) -> Any:
+    """Load a network of transformers from a folder in float32; with `state`, load these weights instead.
+
+    Args:
+        kind: class of the network.
+        folder: holds the weights.
+        config: its architecture.
+        setting: configuration key that gave the folder.
+        published: a checkpoint that fits, for messages.
+        state: name -> tensor.
+
+    Raises:
+        InputError: the weights do not load, or are another model's.
+    """
+    place: dict[str, Any] = (
+        {"pretrained_model_name_or_path": folder}
+        if state is None
+        else {"pretrained_model_name_or_path": None, "state_dict": state}
+    )
+    with taking_weights(folder, setting, published):
+        model, found = kind.from_pretrained(
+            **place, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    refuse_other_names(found["missing_keys"], found["unexpected_keys"], str(folder), setting, published)
+    return model
+
+
 def refuse_other_names(
     missing: Collection[str], unexpected: Collection[str], source: str, setting: str, published: str
 ) -> None:

@@ -14,9 +14,11 @@ from capo.cli import evaluate as evaluate_script
 from capo.cli.benchmark import benchmark_rewards
 from capo.cli.schema import Evaluating, check_values
 from capo.errors import InputError
+from capo.rewards.blip_vqa_hf import BlipVQAHF
 from capo.shapes.oracle import alignments
 from fixtures.configuration import composed
 from fixtures.policies import tuned
+from fixtures.tiny_blip import build_blip
 
 
 def test_the_shapes_are_drawn_and_judged_without_a_network(tmp_path):
@@ -148,6 +150,43 @@ def test_results_become_a_table(geneval, listed, tmp_path):
         evaluate_script.run(composed("results=a.jsonl", name="evaluate"), [], tmp_path)
 
 
+def test_images_of_t2i_compbench_are_scored_by_blip_in_its_categories(tiny_run, policy, tmp_path):
+    prompts = ["a red cat and a blue dog", "the green bench."]
+    (tmp_path / "color_val.txt").write_text("\n".join(prompts))
+    (tmp_path / "spatial_val.txt").write_text("a cat on a dog\n")
+    build_blip(tmp_path / "blip")
+
+    def run(folder, categories):
+        given = [
+            "benchmark=t2i_compbench",
+            f"benchmark.set.path={tmp_path}",
+            f"benchmark.set.categories=[{categories}]",
+            "benchmark.set.images=2",
+            "rewards@benchmark.rewards=blip_vqa_hf",
+            f"benchmark.rewards.blip-vqa-hf.weights={tmp_path / 'blip'}",
+            f"policy={policy}",
+        ]
+        return evaluate_script.run(tiny_run("none", *given, config="evaluate"), given, folder)
+
+    found = run(tmp_path / "out", "color,spatial")["measures"]["blip-vqa-hf"]
+    assert list(found) == ["color"] and found["color"]["prompts"] == 2
+    scorer = BlipVQAHF(str(tmp_path / "blip"))
+    for row, figures in found["color"]["rows"].items():
+        tree = tmp_path / "out" / "images" / row / "color" / "samples"
+        names = [f"{prompts[number // 2]}_{number:06d}.png" for number in range(4)]
+        images = [Image.open(tree / name) for name in names]
+        scores = scorer(images, [prompts[number // 2] for number in range(4)])
+        assert figures["mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+        one, two = sorted(scores.view(2, 2).mean(1).tolist())
+        # of four resamples of two prompts one has the first alone, one the second
+        assert (figures["low"], figures["high"]) == pytest.approx((one, two), abs=1e-5)
+    assert found["color"]["win_rates"]["policy"]["mean"] >= 0
+    assert "not comparable with published figures" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(InputError, match=r"blip-vqa-hf is a figure of color, shape, texture alone, and what"):
+        run(tmp_path / "none", "spatial")
+    assert not (tmp_path / "none").exists()
+
+
 def test_scorers_of_a_benchmark_are_chosen_by_name():
     def named(*given):
         cfg = composed(*given, name="evaluate")
@@ -158,7 +197,9 @@ def test_scorers_of_a_benchmark_are_chosen_by_name():
     assert named("benchmark=hpsv2", "rewards@benchmark.rewards=[]") == named("benchmark=dpg") == []
     metadata = "benchmark.rewards.geneval-hf.scorer.metadata=list.jsonl"
     assert named("benchmark=geneval", "rewards@benchmark.rewards=geneval_hf", metadata) == ["geneval-hf"]
-    assert named("benchmark=t2i_compbench", "rewards@benchmark.rewards=clip_b32") == ["clip_b32"]
+    assert named("benchmark=t2i_compbench", "rewards@benchmark.rewards=[clip_b32,blip_vqa_hf]") == [
+        "blip-vqa-hf", "clip_b32",
+    ]  # fmt: skip
     assert named("benchmark=parti") == ["alignment", "looks", "preference"]  # of the evaluation
     assert named("benchmark=parti", "rewards@benchmark.rewards=[looks]") == ["looks"]
     assert named("benchmark=shapes") == ["alignment", "assertions", "looks"]

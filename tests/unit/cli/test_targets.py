@@ -326,8 +326,8 @@ REGISTERED = {
     "model.known_images": {"photograph", "known_scenes"},
     "rewards.*.scorer": {
         "AlignmentScorer", "LooksScorer", "PreferenceScorer", "alignments", "assertion_shares", "ratings",
-        "ClipScore", "GenEvalHF", "HPSv2", "HPSv3", "ImageReward", "LaionAesthetics", "MPS", "PickScore",
-        "VILA", "VQAScore", "VQAScoreVLM",
+        "BlipVQAHF", "ClipScore", "GenEvalHF", "HPSv2", "HPSv3", "ImageReward", "LaionAesthetics", "MPS",
+        "PickScore", "VILA", "VQAScore", "VQAScoreVLM",
     },
     "benchmark.set": {"dpg", "genai", "geneval", "hpsv2", "parti", "shapes", "t2i_compbench"},
     "logger.*": {"csv_logger", "tensorboard_logger", "wandb_logger"},

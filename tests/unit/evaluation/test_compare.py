@@ -84,7 +84,7 @@ def test_swapping_the_runs_gives_the_complement(runs):
     forward, backward = head_to_head(*runs), head_to_head(*reversed(runs))
     for name in KEYS:
         assert forward[name]["mean"] + backward[name]["mean"] == pytest.approx(1)
-    same = {"mean": 0.5, "low": 0.5, "high": 0.5, "p": 1.0, "holm": 1.0}
+    same = {"mean": 0.5, "low": 0.5, "high": 0.5, "p": 1.0, "holm": 1.0, "prompts_needed": None}
     assert head_to_head(runs[0], runs[0])["alignment"] == same
 
 
@@ -135,6 +135,8 @@ def test_two_runs_in_tables(runs):
     assert "60.0 (55.0–65.0)" in text and "45.0 (40.0–50.0)" in text
     assert "0.500 → 0.750" in text
     assert "37.5 (0.0–62.5)" in text  # 1.125 / 3; prompts 1 or 3 alone are 1/27 of the resamples each
+    # 0.125, 0 and -0.5 from one half: mean -0.125, s^2 = 0.109375; (2.8016 / 0.125)^2 0.109375 = 54.9
+    assert "about 55 prompts would show it" in text
 
 
 def test_more_runs_have_no_duel_and_may_have_other_rewards(tmp_path, runs):

@@ -71,6 +71,7 @@ class Benchmark:
         official: the official scorer; None if there is none.
         factors: measure -> what the official figure multiplies the reward's raw score by.
         notes: measure -> what its figures are, and with what they cannot be compared.
+        measured: measure -> the only groups of which it is a figure; the others are figures of all.
         chunk: number of prompts in a row over whose means the official figure states the spread; None: none.
 
     Raises:
@@ -88,6 +89,7 @@ class Benchmark:
     official: Official | None = None
     factors: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -127,6 +129,18 @@ class Benchmark:
             return dict(self.groups)
         held = sorted({number for numbers in self.groups.values() for number in numbers})
         return {OVERALL: held or range(len(self.prompts)), **self.groups}
+
+    def parts_of(self, measure: str) -> dict[str, Sequence[int]]:
+        """Those of `parts` of which a measure is a figure; InputError if none of them is drawn."""
+        names = self.measured.get(measure)
+        if names is None:
+            return self.parts
+        if found := {name: self.parts[name] for name in names if name in self.parts}:
+            return found
+        raise InputError(
+            f"benchmark {self.name}: {measure} is a figure of {', '.join(names)} alone, and what is drawn is "
+            f"{', '.join(self.parts)}; draw one of its groups, or leave {measure} out of benchmark.rewards"
+        )
 
     @property
     def identity(self) -> str:

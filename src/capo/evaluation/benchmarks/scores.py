@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capo.evaluation.benchmarks.layout import OVERALL, Benchmark
 from capo.evaluation.results import DIGITS
-from capo.evaluation.statistics import balanced_interval, bootstrap_interval, paired_tests
+from capo.evaluation.statistics import balanced_interval, bootstrap_interval, paired_tests, prompts_needed
 from capo.evaluation.tables import LEVEL
 from capo.metrics import win_rate
 
@@ -50,15 +50,18 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], seed: int) -> dict:
 
     Returns:
         {"benchmark", "prompts", "images_per_prompt", "overall", "rows", "measures"}. `measures` has for each
-        measure and part (`Benchmark.parts`): "prompts", their number; "rows", a mean with its interval "low"
-        to "high" for each row (and "spread" where the official figure has one); "differences" from the
+        measure and part (`Benchmark.parts_of`): "prompts", their number; "rows", a mean with its interval
+        "low" to "high" for each row (and "spread" where the official figure has one); "differences" from the
         reference for each other row, with interval, "p" and "holm", over the measures of the overall figure
-        or over the groups of one measure; for measures that were computed here "win_rates" against the
-        reference; and "best", the row whose mean is above all others beyond chance, or null.
+        or over the groups of one measure, and `prompts_needed`; for measures that were computed here
+        "win_rates" against the reference; and "best", the row whose mean is above all others beyond chance,
+        or null.
     """
     measures = list(dict.fromkeys(measure for row in rows for measure in row.values))
     found = {
-        measure: {name: _figures(benchmark, rows, measure, name, seed) for name in benchmark.parts}
+        measure: {
+            part: _figures(benchmark, rows, measure, part, seed) for part in benchmark.parts_of(measure)
+        }
         for measure in measures
     }
     for row in rows[:-1]:
@@ -99,20 +102,22 @@ def _test(benchmark: Benchmark, row: Row, reference: Row, found: dict, seed: int
         for measure, values in row.values.items()
         if measure in reference.values
     }
-    whole = (
-        paired_tests(
-            {measure: _weighted(benchmark, values, OVERALL) for measure, values in apart.items()}, seed
-        )
-        if OVERALL in benchmark.parts
-        else {}
-    )
+    overall = {
+        measure: _weighted(benchmark, values, OVERALL)
+        for measure, values in apart.items()
+        if OVERALL in found[measure]
+    }
+    whole = paired_tests(overall, seed)
     for measure, values in apart.items():
-        tests = paired_tests({name: _weighted(benchmark, values, name) for name in benchmark.groups}, seed)
-        if whole:
+        groups = [part for part in found[measure] if part != OVERALL]
+        tests = paired_tests({name: _weighted(benchmark, values, name) for name in groups}, seed)
+        if measure in whole:
             tests[OVERALL] = whole[measure]
         for part, test in tests.items():
-            found[measure][part]["differences"][row.name] = _mean(benchmark, values, part, seed) | {
-                key: round(p, DIGITS) for key, p in test.items()
+            found[measure][part]["differences"][row.name] = {
+                **_mean(benchmark, values, part, seed),
+                **{key: round(p, DIGITS) for key, p in test.items()},
+                "prompts_needed": prompts_needed(_weighted(benchmark, values, part)),
             }
 
 
@@ -122,8 +127,8 @@ def _mark_best(benchmark: Benchmark, rows: Sequence[Row], found: dict, seed: int
     Holm's p-values count the tests of the overall figures of all measures together, and those of the groups
     of each measure.
     """
-    families = [[(measure, OVERALL) for measure in found]] if OVERALL in benchmark.parts else []
-    families += [[(measure, group) for group in benchmark.groups] for measure in found]
+    families = [[(measure, OVERALL) for measure, parts in found.items() if OVERALL in parts]]
+    families += [[(measure, part) for part in parts if part != OVERALL] for measure, parts in found.items()]
     for family in families:
         leads: dict[tuple[str, str], str] = {}
         tests: dict[str, Tensor] = {}

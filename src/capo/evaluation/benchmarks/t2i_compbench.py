@@ -97,8 +97,10 @@ def t2i_compbench(
         factors={"clip_b32": 0.01},
         notes={
             "t2i_compbench": "Each category has a scorer of its own, so categories cannot be compared.",
-            "clip_b32": "The official measure of non_spatial alone, the cosine of CLIP B/32.",
+            "clip_b32": "The official measure of non_spatial, the cosine of CLIP B/32.",
+            "blip-vqa-hf": "BLIP-VQA on transformers' BLIP: not comparable with published figures.",
         },
+        measured={"clip_b32": ("non_spatial",), "blip-vqa-hf": ("color", "shape", "texture")},
     )
 
 

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from capo.evaluation.reports.charts import half_width, interval_bar
-from capo.evaluation.reports.formats import moved, number, p_value, verdict
+from capo.evaluation.reports.formats import moved, needed, number, p_value, verdict
 from capo.evaluation.reports.gallery import data_uri
 from capo.evaluation.reports.templating import page_environment
 from capo.evaluation.tables import CSV, LATEX, LEVEL, latex_comment, latex_text
@@ -110,7 +110,7 @@ class BenchmarkTable:
         """Return a page that loads nothing else."""
         environment = page_environment()
         environment.filters |= {
-            function.__name__: function for function in (number, moved, p_value, data_uri, verdict)
+            function.__name__: function for function in (number, moved, needed, p_value, data_uri, verdict)
         }
         template = environment.get_template("benchmark.html.j2")
         return template.render(table=self, results=self.results, bars=self._bars(), rule=RULE)
@@ -163,4 +163,5 @@ def _span(found: Mapping[str, float]) -> str:
 
 
 def _apart(found: Mapping[str, float]) -> str:
-    return f"{moved(found['mean'])}, p {p_value(found['holm'])}"
+    told = f"{moved(found['mean'])}, p {p_value(found['holm'])}"
+    return ", ".join(filter(None, (told, needed(found, 0.0))))

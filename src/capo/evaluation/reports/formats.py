@@ -33,6 +33,15 @@ def verdict(interval: Mapping[str, float], level: float) -> str:
     return "above" if interval["low"] > level else "below" if interval["high"] < level else "unclear"
 
 
+def needed(tested: Mapping, level: float) -> str:
+    """Say how many prompts a difference of the size seen needs, where its interval contains `level`; else "".
+
+    `tested` has "low", "high" and "prompts_needed".
+    """
+    count = tested["prompts_needed"]
+    return f"about {count} prompts would show it" if count and verdict(tested, level) == "unclear" else ""
+
+
 def span(entry: Mapping[str, float], low: str = "low", high: str = "high") -> str:
     """Format an interval of rates in %, without the sign: `50.1–58.9`."""
     return f"{100 * entry[low]:.1f}–{100 * entry[high]:.1f}"

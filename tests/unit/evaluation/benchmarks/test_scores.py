@@ -45,8 +45,38 @@ def test_a_model_against_itself_has_no_difference():
     scores = {"looks": torch.rand(16, 2, generator=torch.Generator().manual_seed(0))}
     rows = [Row.of_scores(name, benchmark, scores) for name in ("policy", "base")]
     for entry in summary(benchmark, rows, 0)["measures"]["looks"].values():
-        assert entry["differences"]["policy"] == {"mean": 0, "low": 0, "high": 0, "p": 1.0, "holm": 1.0}
+        same = {"mean": 0, "low": 0, "high": 0, "p": 1.0, "holm": 1.0, "prompts_needed": None}
+        assert entry["differences"]["policy"] == same
         assert entry["win_rates"]["policy"]["mean"] == 0.5 and entry["best"] is None
+
+
+def test_a_measure_of_some_groups_has_figures_of_those_alone():
+    """Two measures of a: their tests are corrected for one group each, whatever the other groups are."""
+    benchmark = of_categories(["a"] * 20 + ["b"] * 20, measured={"m": ("a", "c"), "n": ("c",)})
+    level = torch.rand(40, generator=torch.Generator().manual_seed(1)).double()
+    rows = [Row(name, {"m": level + more, "all": level + more}) for name, more in (("one", 0.1), ("two", 0))]
+    found = summary(benchmark, rows, 0)["measures"]
+    assert list(found["m"]) == ["a"] and list(found["all"]) == ["overall", "a", "b"]
+    tested = found["m"]["a"]["differences"]["one"]
+    assert tested["p"] == tested["holm"] == found["all"]["a"]["differences"]["one"]["p"]
+    assert found["all"]["a"]["differences"]["one"]["holm"] == 2 * tested["p"]
+    assert found["all"]["overall"]["differences"]["one"]["holm"] == tested["p"]  # m has no overall figure
+    assert found["m"]["a"]["best"] == found["all"]["overall"]["best"] == "one"
+    with pytest.raises(InputError, match=r"n is a figure of c alone, and what is drawn is overall, a, b;"):
+        benchmark.parts_of("n")
+
+
+def test_a_difference_that_may_be_chance_says_how_many_prompts_it_needs(tmp_path):
+    benchmark = of_categories(["a"] * 4)
+    rows = [Row("one", {"m": torch.tensor([0.5, 0.1, 0.4, 0.0])}), Row("two", {"m": torch.full((4,), 0.2)})]
+    found = summary(benchmark, rows, 0)
+    # differences 0.3, -0.1, 0.2, -0.2: mean 0.05, s^2 = 0.17 / 3; (2.8016 / 0.05)^2 0.05667 = 177.9
+    assert found["measures"]["m"]["a"]["differences"]["one"]["prompts_needed"] == 178
+    table = BenchmarkTable(found, "", {}, {})
+    assert table.html().count("about 178 prompts would show it") == 2  # overall and a
+    assert "178" in table.write(tmp_path)[1].read_text()
+    rows[0] = Row("one", {"m": torch.full((4,), 0.3)})
+    assert "would show it" not in BenchmarkTable(summary(benchmark, rows, 0), "", {}, {}).html()
 
 
 def test_the_best_row_is_one_that_tests_separate():
