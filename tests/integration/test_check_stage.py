@@ -35,9 +35,15 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def measured_at_once(monkeypatch):
+    """A rate is that of one call, and not of as many as a second takes."""
+    monkeypatch.setattr("capo.preflight.rates.LEAST", 0.0)
+
+
 @pytest.fixture
 def no_rates(monkeypatch):
-    """Rates are not measured, which takes half of a check's time."""
+    """Rates are not measured."""
     monkeypatch.setattr(check_stage, "measure_base", lambda *_: ({}, []))
     monkeypatch.setattr(check_stage, "measure_rewards", lambda *_: {})
     monkeypatch.setattr(check_stage, "keep_rates", lambda *_: None)
