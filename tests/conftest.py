@@ -269,19 +269,27 @@ def command_line(tiny_run, tiny_folder, tmp_path_factory):
     return [f"{key}={value}" for key, value in values.items()]
 
 
-@pytest.fixture
-def typed(command_line, monkeypatch):
+@pytest.fixture(scope="session")
+def helper(tmp_path_factory):
+    """Runs scripts in processes of their own, forked from one that has imported what they need."""
+    from fixtures.forked import Helper
+
+    helper = Helper(tmp_path_factory.mktemp("processes"))
+    yield helper
+    helper.close()
+
+
+@pytest.fixture(scope="module")
+def typed(command_line):
     """Calls an entry script's `main` as `python NAME.py *arguments` would, on the tiny pipeline."""
 
     def call(name: str, *arguments: str) -> None:
         script = importlib.import_module(name)
         flags = [argument for argument in arguments if argument.startswith("-")]
         values = [argument for argument in arguments if argument not in flags]
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [script.__file__, "--config-path", str(ROOT / "conf"), *flags, *command_line, *values],
-        )
-        script.main()
+        given = ["--config-path", str(ROOT / "conf"), *flags, *command_line, *values]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script.__file__, *given])
+            script.main()
 
     return call

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -39,7 +40,6 @@ from capo.training.checkpoints import check_checkpoint
 from fixtures import ROOT
 from fixtures.configuration import composed
 from fixtures.fake_rewards import BRIGHTNESS
-from fixtures.forked import Helper
 from fixtures.tiny_pipelines import tiny_unet
 
 
@@ -592,13 +592,6 @@ def test_interrupts_are_known_behind_what_lightning_makes_of_them(capsys):
 # --- real processes ---
 
 
-@pytest.fixture(scope="module")
-def helper(tmp_path_factory):
-    helper = Helper(tmp_path_factory.mktemp("processes"))
-    yield helper
-    helper.close()
-
-
 @pytest.mark.parametrize(("script", "arguments", "message"), [
     ("train.py", ["objective=capo", "model=sdxl", "pairs=frs"],
      "error: model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0'"),
@@ -645,8 +638,8 @@ def shards(root: Path) -> dict[str, int]:
     return found
 
 
-def assert_interrupted(process, code: int, goes_on: str) -> None:
-    assert code == 130
+def assert_interrupted(process, goes_on: str) -> None:
+    assert process.wait() == 130
     assert process.error.splitlines()[-1] == f"interrupted; finished work is kept, and {goes_on} resumes it"
     assert "Traceback" not in process.error and "Error" not in process.error
 
@@ -654,9 +647,8 @@ def assert_interrupted(process, code: int, goes_on: str) -> None:
 def test_ctrl_c_in_generation(helper, command_line, tmp_path):
     root = tmp_path / "pools"
     command = ["--config-path", ROOT / "conf", *command_line, f"pool.root={root}", "pool.candidates=64"]
-    process = helper.start("generate.py", *command)
-    code = process.interrupt_when(lambda: len(list(root.glob("*/latents/*.safetensors"))) >= 2)
-    assert_interrupted(process, code, "the same command")
+    process = helper.start("generate.py", *command, ends="after latents/* 2", by=signal.SIGINT)
+    assert_interrupted(process, "the same command")
     kept = shards(root)
     assert 2 <= len(kept) < 8 and not [path for path in root.rglob(".*") if path.is_file()]
     assert helper.run("generate.py", *command)[0] == 0
@@ -674,10 +666,9 @@ def test_ctrl_c_in_training(helper, command_line, tiny_run, tmp_path):
         "validation.every=4",
         "evaluate=false",
     ]
-    process = helper.start("train.py", *command)
+    process = helper.start("train.py", *command, ends="after last.ckpt 1", by=signal.SIGINT)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    code = process.interrupt_when(last.exists)
-    assert_interrupted(process, code, f"the same command with hydra.run.dir={tmp_path / 'run'}")
+    assert_interrupted(process, f"the same command with hydra.run.dir={tmp_path / 'run'}")
     step = torch.load(last, weights_only=True)["global_step"]
     assert 4 <= step < 16 and not (tmp_path / "run" / OUTCOME).exists()
     assert not [path for path in (tmp_path / "run").rglob(".*") if path.is_file()]
@@ -700,11 +691,9 @@ def test_ctrl_c_in_evaluation(helper, finished, tiny_run, tmp_path):
         f"trust=[{BRIGHTNESS}]",
         "evaluation.images=64",
     ]
-    process = helper.start("evaluate.py", *command)
-    code = process.interrupt_when(
-        lambda: len(list((run / "evaluation" / "pool").glob("*/latents/*.safetensors"))) >= 3
-    )
-    assert_interrupted(process, code, "the same command")
+    moment = "after evaluation/pool/*/latents/* 3"
+    process = helper.start("evaluate.py", *command, ends=moment, by=signal.SIGINT)
+    assert_interrupted(process, "the same command")
     assert (run / "evaluation" / "results.json").read_bytes() == results
     kept = shards(run / "evaluation" / "pool")
     code, error = helper.run("evaluate.py", *command)
@@ -725,9 +714,9 @@ def test_ctrl_c_ends_a_sweep(helper, command_line, tmp_path):
         "validation.every=4",
         "evaluate=false",
     ]
-    process = helper.start("train.py", *command)
-    code = process.interrupt_when((tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").exists)
-    assert_interrupted(process, code, f"the same command with hydra.sweep.dir={tmp_path / 'sweep'}")
+    moment = "after 0/checkpoints/last.ckpt 1"
+    process = helper.start("train.py", *command, ends=moment, by=signal.SIGINT)
+    assert_interrupted(process, f"the same command with hydra.sweep.dir={tmp_path / 'sweep'}")
     assert not (tmp_path / "sweep" / "0" / "error.txt").exists() and not (tmp_path / "sweep" / "1").exists()
 
 
