@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,12 +211,19 @@ def test_a_cpu_waits_while_this_process_does_not_compute(monkeypatch):
 
 def test_a_gpus_queue_is_looked_up(monkeypatch):
     """Half of the looks find it empty."""
-    looks = iter(range(10**6))
-    queue = SimpleNamespace(query=lambda: next(looks) % 2 == 0)
+    looks, enough = [], threading.Event()
+
+    def query() -> bool:
+        looks.append(len(looks) % 2 == 0)
+        if len(looks) == 20:
+            enough.set()
+        return looks[-1]
+
+    queue = SimpleNamespace(query=query)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: queue)
     with Waits(torch.device("cuda")) as watch:
-        time.sleep(0.3)
-    assert watch.share == pytest.approx(0.5, abs=0.1) and next(looks) > 10
+        assert enough.wait(120)
+    assert watch.share == sum(looks) / len(looks) == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("model", ["sdxl", "sd3"])

@@ -19,7 +19,7 @@ from fixtures.fake_rewards import brightness
 
 PROMPTS = [make_prompt(text) for text in ("a red circle", "a blue square", "the green triangle")]
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, batch=3)
-PATIENCE = 60  # seconds
+PATIENCE = 240  # seconds
 THEIRS = """
 import time
 from pathlib import Path

@@ -536,7 +536,7 @@ def test_the_end_of_stdin_ends_a_worker_at_work(isolated, pillow_only):
         worker.send(process.stdin, {"prompts": ["hang"], "shapes": [[1, 1]]}, [b"rgb"])
         assert process.poll() is None
         process.stdin.close()
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         process.wait()

@@ -53,7 +53,7 @@ class Signature:
         self.answer = answer
         self.structured_outputs = {"other" if answer == "other" else "predictions": None}
 
-    meeting = threading.Barrier(4, timeout=60)
+    meeting = threading.Barrier(4, timeout=240)
 
     def __call__(self, given):
         if self.answer == "together":

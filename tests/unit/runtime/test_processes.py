@@ -95,9 +95,9 @@ def test_a_mean_is_over_all_processes_and_over_one_alone(tmp_path):
     ranks = [context.Process(target=_mean_of_own_rank, args=(str(tmp_path), rank, told)) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    found = sorted(told.get(timeout=60) for _ in ranks)
+    found = sorted(told.get(timeout=600) for _ in ranks)
     for process in ranks:
-        process.join(60)
+        process.join(600)
     assert found == [([0.5, 10.0], False, [0.0, 10.0]), ([0.5, 10.0], False, [1.0, 10.0])]
     alone = torch.tensor([3.0])
     assert mean_over_processes(alone) is alone

@@ -23,7 +23,7 @@ def served(study: Study, host: str = "127.0.0.1"):
         thread.start()
 
         def ask(path: str, body: object = None, headers=(), method: str | None = None):
-            connection = http.client.HTTPConnection(host, server.server_address[1], timeout=30)
+            connection = http.client.HTTPConnection(host, server.server_address[1], timeout=120)
             text = body if body is None or isinstance(body, str | bytes) else json.dumps(body)
             kind = {} if body is None else {"Content-Type": "application/json"}
             connection.request(method or ("POST" if text else "GET"), path, text, {**kind, **dict(headers)})
