@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,6 @@ from capo.cli import train as train_script
 from capo.cli.run_config import differences
 from capo.errors import DamagedFile, InputError
 from capo.module import PreferenceModule
-from fixtures import ROOT
 
 STEPS = ["trainer.max_steps=7", "validation.every=2", "trainer.log_every=1", "evaluate=false"]
 
@@ -61,8 +56,17 @@ def whole(tiny_run):
     return folders
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("batches", [1, 5, 6])  # before the first checkpoint, between two, just after one
+@pytest.mark.parametrize(
+    ("accumulate", "batches"),
+    [
+        pytest.param(accumulate, batches, marks=[] if fast else [pytest.mark.slow])
+        for accumulate, batches, fast in (
+            (1, 1, True), (2, 1, False),  # before the first checkpoint
+            (2, 5, True), (1, 5, False),  # between two
+            (1, 6, True), (2, 6, False),  # just after one
+        )
+    ],
+)  # fmt: skip
 def test_a_run_that_was_cut_off_becomes_the_uninterrupted_one(
     tiny_run, whole, monkeypatch, accumulate, batches
 ):
@@ -140,64 +144,31 @@ def test_runs_begun_before_the_adapters_rate_was_a_key_go_on_where_the_rate_in_u
     assert differences(old, new | {"trainer": {"lr": 1e-4}}) == ["trainer.lr: 0.001 -> 0.0001"]
 
 
-def command(tiny_run, name: str) -> list[str]:
-    """The real script in a process of its own, with everything that `tiny_run` configures written out."""
-    cfg = tiny_run(name, *STEPS)
-    OmegaConf.update(cfg, "trainer.max_steps", 40)
-    OmegaConf.update(cfg, "validation.every", 10)
-    path = tiny_run.folder / f"{name}.yaml"
-    OmegaConf.save(cfg, path, resolve=True)
-    code = (
-        "import sys; from omegaconf import OmegaConf; from capo.cli import train; "
-        "sys.path.insert(0, 'tests'); train.run(OmegaConf.load(sys.argv[1]))"
-    )
-    return [sys.executable, "-c", code, str(path)]
+# everything that `tiny_run` configures, written out
+CODE = """
+import sys
+from omegaconf import OmegaConf
+from capo.cli import train
 
-
-def start(tiny_run, name: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(tiny_run, name),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-    )
-
-
-def kill_when(process: subprocess.Popen, happened) -> None:
-    deadline = time.monotonic() + 600
-    while not happened() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert process.poll() is None, process.stderr.read()[-2000:]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+train.run(OmegaConf.load(sys.argv[1]))
+"""
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_run_that_goes_on(tiny_run):
-    folder = tiny_run.folder
-    done = start(tiny_run, "unkilled")
-    assert done.wait(900) == 0, done.stderr.read()[-2000:]
-    last = folder / "killed" / "checkpoints" / "last.ckpt"
-    seen: list[float] = []
+def test_a_killed_process_leaves_a_run_that_goes_on(helper, tiny_run):
+    folder, script = tiny_run.folder, tiny_run.folder / "run.py"
+    script.write_text(CODE)
 
-    def written() -> bool:
-        """A checkpoint that was not there when the process began is there, or its unfinished file."""
-        if (last.parent / ".last.ckpt.tmp").exists():
-            return True
-        return last.exists() and last.stat().st_mtime not in seen
+    def code(name: str, death: str = "") -> int:
+        cfg = tiny_run(name, *STEPS, "trainer.max_steps=8")
+        OmegaConf.save(cfg, folder / f"{name}.yaml", resolve=True)
+        code, error = helper.run(script, folder / f"{name}.yaml", ends=death)
+        assert code in (0, -signal.SIGKILL), error[-2000:]
+        return code
 
-    pictures = folder / "killed" / "validation" / "step000010.png"
-    for happened in (
-        lambda: (folder / "killed" / "validation" / "step000000.png").exists(),
-        pictures.exists,
-        written,
-        written,
-    ):
-        if last.exists():
-            seen.append(last.stat().st_mtime)
-        kill_when(start(tiny_run, "killed"), happened)
-    done = start(tiny_run, "killed")
-    assert done.wait(900) == 0, done.stderr.read()[-2000:]
+    assert code("unkilled") == 0
+    # before any step, in the middle of writing the second checkpoint, and just after the next one
+    deaths = ["after step000000.png 1", "before last.ckpt 2", "after last.ckpt 1", "after step000008.png 1"]
+    assert [code("killed", death) for death in deaths] == [-signal.SIGKILL] * len(deaths)
+    assert code("killed") == 0
     assert_same_run(folder / "killed", folder / "unkilled")
