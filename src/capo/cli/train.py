@@ -67,8 +67,9 @@ def check(cfg: DictConfig) -> float:
             f"check=true measures one device, but {launch().world_size} processes were started: run it "
             "without the launcher"
         )
-    from capo.cli.check import run_checks
-    from capo.cli.parts import module_of
+    with heavy_imports():
+        from capo.cli.check import run_checks
+        from capo.cli.parts import module_of
 
     run_checks(cfg, module_of, Terminal())
     return math.nan
@@ -76,11 +77,12 @@ def check(cfg: DictConfig) -> float:
 
 def refuse_early(cfg: DictConfig) -> None:
     """Raise InputError if `cfg` cannot run, before weights load; of a finished run only its launch counts."""
-    from capo.cli.build import check_imported
-    from capo.cli.plan import require_room
-    from capo.cli.readiness import check_loggers, check_ready, check_sharded_guidance
-    from capo.runtime.optimizers import check_optimizer
-    from capo.runtime.processes import check_devices
+    with heavy_imports():
+        from capo.cli.build import check_imported
+        from capo.cli.plan import require_room
+        from capo.cli.readiness import check_loggers, check_ready, check_sharded_guidance
+        from capo.runtime.optimizers import check_optimizer
+        from capo.runtime.processes import check_devices
 
     check_place(Path(cfg.run_dir))
     trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
