@@ -17,6 +17,7 @@ from capo.runtime.optimizers import ADAMW_8BIT
 
 # bitsandbytes: elements from which a tensor has 8-bit moments, and elements of a moment that share a scale
 EIGHT_BIT_FROM, BLOCK = 4096, 256
+FLOAT32 = "32-true"  # Lightning's name of the precision
 LATENT_ITEM = 2  # bytes of a latent's element in a pool: float16
 CHECKPOINT_ITEM = 2  # likewise of a weight in a single file
 CHECKPOINTS = 3  # on disk at once: the best, the last, and the one being written
@@ -61,13 +62,16 @@ def optimizer_bytes(policy: nn.Module, name: str) -> int:
     )
 
 
-_policy = cache(policy_module)  # shared, so callers must not change it
+@cache
+def _policy(blueprint: Blueprint, lora: Adapter | None, frozen_in: str) -> nn.Module:
+    """Policy that callers share, and so must not change (`policy_module`)."""
+    return policy_module(blueprint, lora, frozen_in)
 
 
 @cache
 def parameters(blueprint: Blueprint, lora: Adapter | None) -> tuple[int, int]:
     """Count the parameters of the base's denoiser, and the parameters that are trained."""
-    policy = _policy(blueprint, lora)
+    policy = _policy(blueprint, lora, FLOAT32)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     return sum(p.numel() for p in policy.parameters()) - (trained if lora else 0), trained
 
@@ -80,7 +84,7 @@ def model_states(
     optimizer: str,
     reference: bool,
     shards: int = 1,
-    frozen_in: str = "32-true",
+    frozen_in: str = FLOAT32,
     moving: bool = False,
 ) -> ModelStates:
     """Compute the model states that training keeps on each device.
@@ -125,7 +129,7 @@ def _numbers(blueprint: Blueprint) -> dict[str, int]:
 @cache
 def autocast_copies(blueprint: Blueprint, lora: Adapter | None, precision: str) -> int:
     """Size in bytes of the half-precision copies of trained weights that autocast keeps in a forward pass."""
-    return cast_bytes(_policy(blueprint, lora), precision)
+    return cast_bytes(_policy(blueprint, lora, FLOAT32), precision)
 
 
 def pipeline_bytes(blueprint: Blueprint, itemsize: int) -> dict[str, int]:
@@ -149,7 +153,7 @@ def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str,
 
     With a reference that follows the policy (`moving`), its weights are there too.
     """
-    policy = _policy(blueprint, lora)
+    policy = _policy(blueprint, lora, FLOAT32)
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     own = sum(tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen)
     return own + optimizer_bytes(policy, optimizer) + (trained_bytes(policy) if moving else 0)
