@@ -1,12 +1,10 @@
-"""Two processes on the CPU, started as torchrun starts them.
-
-The same run as one process, whatever the strategy.
-"""
+"""Two processes on the CPU, as torchrun starts them: the same run as one process, whatever the strategy."""
 
 import csv
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,23 +17,37 @@ from omegaconf import OmegaConf
 from capo.cli.resolvers import shipped
 from fixtures import ROOT
 
+pytestmark = pytest.mark.slow
+# torchrun's own agent, which forks its processes, so that they need not import torch
 CODE = """
 import os, signal, sys
 from omegaconf import OmegaConf
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 from capo.cli import train
 from capo.cli.messages import plain_errors
 from capo.module import PreferenceModule
 
-step, kill_at = PreferenceModule.training_step, int(sys.argv[2])
+step = PreferenceModule.training_step
+path, kill_at, processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
 def training_step(self, batch, index):
     if self.global_step == kill_at and os.environ.get("RANK") == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, index)
 
-PreferenceModule.training_step = training_step
-with plain_errors():
-    train.run(OmegaConf.load(sys.argv[1]))
+def trained():
+    PreferenceModule.training_step = training_step
+    with plain_errors():
+        train.run(OmegaConf.load(path))
+
+if processes == 1:
+    trained()
+else:
+    given = ["--nproc-per-node", sys.argv[3], "--master-port", sys.argv[4], __file__]
+    config, *_ = config_from_args(parse_args(given))
+    config.start_method = "fork"
+    elastic_launch(config, trained)()
 """
 SHAPES = f"model.backbone.weights={shipped('unet')}"
 STEPS = [
@@ -56,28 +68,18 @@ STRATEGY = {
 }
 
 
-def start(tiny_run, name: str, *overrides: str, processes: int = 1, kill_at: int = -1) -> subprocess.Popen:
-    """A training run in `processes` processes, the second killed when it begins step `kill_at`."""
-    path, script = tiny_run.folder / f"{name}.yaml", tiny_run.folder / "run.py"
-    OmegaConf.save(tiny_run(name, *STEPS, *overrides), path, resolve=True)
+@pytest.fixture(scope="module")
+def start(helper, tiny_run):
+    """Starts a training run in one or two processes, the second killed when it begins step `kill_at`."""
+    script = tiny_run.folder / "run.py"
     script.write_text(CODE)
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(free_port()),
-    ]
-    paths = f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}"
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), str(script), str(path), str(kill_at)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )
+
+    def begin(name: str, *overrides: str, processes: int = 1, kill_at: int = -1):
+        path = tiny_run.folder / f"{name}.yaml"
+        OmegaConf.save(tiny_run(name, *STEPS, *overrides), path, resolve=True)
+        return helper.start(script, path, kill_at, processes, free_port())
+
+    return begin
 
 
 def free_port() -> int:
@@ -86,10 +88,10 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def finish(process: subprocess.Popen) -> str:
-    told, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, told[-4000:]
-    return told
+def finish(process) -> str:
+    """Return what a run told, once it has ended well."""
+    assert process.wait() == 0, (process.output + process.error)[-4000:]
+    return process.output
 
 
 def curves(folder: Path) -> list[dict[str, float]]:
@@ -116,15 +118,14 @@ def moments(folder: Path) -> list[tuple[int, float, tuple[int, ...]]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_run):
+def runs(start):
     """Strategy -> what the run told; one process with one and with two batches a step, and two processes."""
     return {
-        name: finish(start(tiny_run, name, *STRATEGY[name], processes=2 if name in ("ddp", "fsdp") else 1))
+        name: finish(start(name, *STRATEGY[name], processes=2 if name in ("ddp", "fsdp") else 1))
         for name in ("one", "micro", "ddp", "fsdp")
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["micro", "ddp", "fsdp"])
 def test_the_losses_are_those_of_one_process(tiny_run, runs, name):
     first, other = losses(tiny_run.folder / "one"), losses(tiny_run.folder / name)
@@ -132,14 +133,12 @@ def test_the_losses_are_those_of_one_process(tiny_run, runs, name):
     assert first[0] != first[4]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "micro", "ddp", "fsdp"])
 def test_the_first_margin_is_zero_everywhere(runs, name):
     # the largest over all processes, so that 0 is 0 in each
     assert re.search(r"largest \|h\| of the first batch: (\S+),", runs[name])[1] == "0"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_validation_is_that_of_all_processes_together(tiny_run, runs, name):
     alone, shared = (
@@ -153,109 +152,117 @@ def test_validation_is_that_of_all_processes_together(tiny_run, runs, name):
     assert (tiny_run.folder / name / "policy" / "model_index.json").is_file()
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_one_strategy_goes_on_in_another(tiny_run, runs):
+def test_a_checkpoint_of_one_strategy_goes_on_in_another(tiny_run, runs, start):
     """DDP's in FSDP, FSDP's in one process, and a single process's in itself, which the others must equal."""
     for name, strategy in (("ddp", "fsdp"), ("fsdp", "one"), ("one", "micro")):
-        finish(
-            start(
-                tiny_run,
-                name,
-                *STRATEGY[strategy],
-                "trainer.max_steps=8",
-                processes=2 if strategy == "fsdp" else 1,
-            )
-        )
-    first = losses(tiny_run.folder / "one")
+        shutil.copytree(tiny_run.folder / name, tiny_run.folder / f"{name}-on")
+        processes = 2 if strategy == "fsdp" else 1
+        finish(start(f"{name}-on", *STRATEGY[strategy], "trainer.max_steps=8", processes=processes))
+    first = losses(tiny_run.folder / "one-on")
     assert len(first) == 8
-    for name in ("ddp", "fsdp"):
+    for name in ("ddp-on", "fsdp-on"):
         assert losses(tiny_run.folder / name) == pytest.approx(first, rel=1e-3)
-        assert moments(tiny_run.folder / name) == moments(tiny_run.folder / "one")
+        assert moments(tiny_run.folder / name) == moments(tiny_run.folder / "one-on")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny_run, strategy):
+def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny_run, runs, start, strategy):
     """Rank 1 is killed in step 5; the same command then ends as a run that nothing has cut off."""
-    killed, unkilled = f"killed-{strategy}", f"unkilled-{strategy}"
-    process = start(tiny_run, killed, *STRATEGY[strategy], processes=2, kill_at=4)
-    told, _ = process.communicate(timeout=900)
-    assert process.returncode != 0 and "SIGKILL" in told
+    killed = f"killed-{strategy}"
+    process = start(killed, *STRATEGY[strategy], processes=2, kill_at=4)
+    assert process.wait() != 0 and "SIGKILL" in process.error
     assert not (tiny_run.folder / killed / "outcome.json").exists()
-    finish(start(tiny_run, killed, *STRATEGY[strategy], processes=2))
-    finish(start(tiny_run, unkilled, *STRATEGY[strategy], processes=2))
-    assert curves(tiny_run.folder / killed) == curves(tiny_run.folder / unkilled)
+    finish(start(killed, *STRATEGY[strategy], processes=2))
+    assert curves(tiny_run.folder / killed) == curves(tiny_run.folder / strategy)
 
 
-@pytest.mark.slow
-def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run):
+def test_a_sharded_adapter_trains_like_a_whole_one(tiny_run, start):
     lora = ["+model.lora.rank=2", "+model.lora.alpha=2", "trainer.lr=0.01"]
-    finish(start(tiny_run, "lora", *lora))
-    told = finish(start(tiny_run, "lora-fsdp", *lora, *STRATEGY["fsdp"], processes=2))
+    finish(start("lora", *lora))
+    told = finish(start("lora-fsdp", *lora, *STRATEGY["fsdp"], processes=2))
     assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
     assert losses(tiny_run.folder / "lora-fsdp") == pytest.approx(losses(tiny_run.folder / "lora"), rel=1e-4)
-    finish(
-        start(tiny_run, "lora-fsdp", *lora, "trainer.max_steps=7")
-    )  # and its checkpoint goes on in one process
+    finish(start("lora-fsdp", *lora, "trainer.max_steps=7"))  # and its checkpoint goes on in one process
     assert (tiny_run.folder / "lora-fsdp" / "policy" / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [[], ["+model.lora.rank=2", "+model.lora.alpha=2"]], ids=["full", "lora"])
-def test_a_sharded_policy_is_validated_with_the_base_like_a_whole_one(tiny_run, lora):
+def test_a_sharded_policy_is_validated_with_the_base_like_a_whole_one(tiny_run, start, lora):
     guided = ["sampling.unconditional=base", "trainer.lr=0.001", "trainer.max_steps=3", *lora]
     alone, shared = f"guided-{len(lora)}", f"guided-{len(lora)}-fsdp"
-    finish(start(tiny_run, alone, *guided))
-    finish(start(tiny_run, shared, *guided, *STRATEGY["fsdp"], processes=2))
+    finish(start(alone, *guided))
+    finish(start(shared, *guided, *STRATEGY["fsdp"], processes=2))
     for one, other in zip(curves(tiny_run.folder / alone), curves(tiny_run.folder / shared), strict=True):
         assert other.get("val/score/r") == pytest.approx(one.get("val/score/r"), abs=2e-3)
 
 
-@pytest.mark.slow
-def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run):
+def test_a_sharded_mmdit_trains_like_a_whole_one(tiny_run, start):
     """The rectified flow's own classes, split over two processes.
 
     Losses, first margin, and a pipeline in the end.
     """
     flow = ["model=shapes_mmdit", f"model.backbone.weights={shipped('mmdit')}", "trainer.max_steps=3"]
-    finish(start(tiny_run, "flow", *flow))
-    told = finish(start(tiny_run, "flow-fsdp", *flow, *STRATEGY["fsdp"], processes=2))
+    finish(start("flow", *flow))
+    told = finish(start("flow-fsdp", *flow, *STRATEGY["fsdp"], processes=2))
     assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
     first, other = losses(tiny_run.folder / "flow"), losses(tiny_run.folder / "flow-fsdp")
     assert len(first) == 3 and first[0] != first[2] and other == pytest.approx(first, rel=1e-4)
     assert (tiny_run.folder / "flow-fsdp" / "policy" / "transformer" / "config.json").is_file()
 
 
-@pytest.mark.slow
 def test_the_evaluation_after_two_processes_is_made_once(tiny_run):
-    told = finish(
-        start(tiny_run, "evaluated", *STRATEGY["ddp"], "trainer.max_steps=3", "evaluate=true", processes=2)
+    """On torchrun's command line."""
+    path, script = tiny_run.folder / "evaluated.yaml", tiny_run.folder / "evaluated.py"
+    OmegaConf.save(
+        tiny_run("evaluated", *STEPS, *STRATEGY["ddp"], "trainer.max_steps=3", "evaluate=true"),
+        path,
+        resolve=True,
     )
+    script.write_text(
+        "import sys\nfrom omegaconf import OmegaConf\nfrom capo.cli import train\n"
+        "train.run(OmegaConf.load(sys.argv[1]))\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
     folder = tiny_run.folder / "evaluated"
     results = json.loads((folder / "evaluation" / "results.json").read_text())
     assert set(results["win_rate"]) == {"r"} and (folder / "evaluation" / "report.html").is_file()
-    assert told.count("win-rate %") == 1
+    assert done.stdout.count("win-rate %") == 1
 
 
-@pytest.mark.slow
+TOGETHER = [
+    "+model.lora.rank=2",
+    "+model.lora.alpha=2",
+    "trainer.lr=0.01",
+    "trainer.precision=bf16-mixed",
+    "trainer.micro_batch=1",
+    "trainer.gradient_checkpointing=true",
+    "trainer.max_steps=3",
+]
+
+
+@pytest.fixture(scope="module")
+def half(tiny_run, start):
+    """Losses of one process: bf16 over float32 masters, two micro-batches, activations made again."""
+    finish(start("half", *TOGETHER))
+    return losses(tiny_run.folder / "half")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_half_precision_accumulation_checkpointing_and_an_adapter_go_together(tiny_run, strategy):
-    """bf16 over float32 masters, two micro-batches a device, activations made again.
-
-    As one process with the same settings.
-    """
-    together = [
-        "+model.lora.rank=2",
-        "+model.lora.alpha=2",
-        "trainer.lr=0.01",
-        "trainer.precision=bf16-mixed",
-        "trainer.micro_batch=1",
-        "trainer.gradient_checkpointing=true",
-        "trainer.max_steps=3",
-    ]
-    alone, shared = f"half-{strategy}-alone", f"half-{strategy}"
-    finish(start(tiny_run, alone, *together))
-    told = finish(start(tiny_run, shared, *together, *STRATEGY[strategy], processes=2))
+def test_half_precision_accumulation_checkpointing_and_an_adapter_go_together(
+    tiny_run, start, half, strategy
+):
+    """As one process with the same settings."""
+    shared = f"half-{strategy}"
+    told = finish(start(shared, *TOGETHER, *STRATEGY[strategy], processes=2))
     assert re.search(r"largest \|h\| of the first batch: (\S+),", told)[1] == "0"
-    assert losses(tiny_run.folder / shared) == pytest.approx(losses(tiny_run.folder / alone), rel=2e-2)
+    assert losses(tiny_run.folder / shared) == pytest.approx(half, rel=2e-2)
     assert (tiny_run.folder / shared / "policy" / "pytorch_lora_weights.safetensors").is_file()
