@@ -1,6 +1,7 @@
 """The dashboard of a real small sweep, logged offline: it names what the runs hold, and becomes W&B's own."""
 
 import json
+import shutil
 
 import pytest
 
@@ -12,14 +13,22 @@ from fixtures.wandb_files import collected
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def sweep(typed, tmp_path, monkeypatch):
-    """The directory of a sweep over beta of two jobs, logged to W&B offline."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    folder = tmp_path / "ablation"
+@pytest.fixture(scope="module")
+def swept(typed, tmp_path_factory):
+    """The directory of a sweep over beta of two jobs, logged to W&B offline. Read only."""
+    folder = tmp_path_factory.mktemp("swept") / "ablation"
     steps = ["trainer.max_steps=2", "trainer.signal_every=1", "trainer.batch=4"]
-    typed("train", "-m", "objective.beta=10,30", *steps, "logger=wandb", f"hydra.sweep.dir={folder}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        typed("train", "-m", "objective.beta=10,30", *steps, "logger=wandb", f"hydra.sweep.dir={folder}")
     return folder
+
+
+@pytest.fixture
+def sweep(swept, tmp_path, monkeypatch):
+    """A copy of the sweep."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return shutil.copytree(swept, tmp_path / "ablation", symlinks=True)
 
 
 def named(node, kind):
