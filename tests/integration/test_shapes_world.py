@@ -2,8 +2,7 @@
 
 import csv
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from diffusers import DiffusionPipeline
 
 from capo.data.pool import Pool
 from capo.data.prompts import candidate_seed
-from fixtures import ROOT
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -25,17 +23,20 @@ SMALL = [
 ]
 
 
-def run(script: str, *overrides: str) -> str:
-    command = [sys.executable, str(ROOT / script), *overrides]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=overrides[-1].split("=", 1)[1]
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(helper):
+    """Runs a script in the directory of its last override; returns what it printed."""
+
+    def finish(script: str, *overrides: str) -> str:
+        process = helper.start(script, *overrides, cwd=Path(overrides[-1].split("=", 1)[1]))
+        assert process.wait() == 0, process.error[-3000:]
+        return process.output
+
+    return finish
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(run, tmp_path_factory):
     """Two runs of one seed with different loader workers, in one pool root; the folder that holds both."""
     folder = tmp_path_factory.mktemp("shapes")
     for name, workers in (("first", 0), ("second", 2)):
@@ -51,7 +52,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flow(tmp_path_factory):
+def flow(run, tmp_path_factory):
     """The folder of the same run on the rectified flow."""
     folder = tmp_path_factory.mktemp("flow")
     run("train.py", *SMALL, "model=shapes_mmdit", f"pool.root={folder / 'pools'}", f"hydra.run.dir={folder}")
@@ -119,12 +120,12 @@ def test_the_plain_pipeline_draws_the_images_of_the_evaluation(request, model):
     assert apart.max() <= 1 and (apart > 0).mean() <= 0.03
 
 
-def test_two_runs_compare_head_to_head(runs):
+def test_two_runs_compare_head_to_head(run, runs):
     told = run("evaluate.py", f"runs=[{runs / 'first'},{runs / 'second'}]", f"hydra.run.dir={runs}")
     assert "against" in told and "50.0" in told  # the same policy twice
 
 
-def test_the_papers_betas_give_a_curve_and_a_warning(tmp_path):
+def test_the_papers_betas_give_a_curve_and_a_warning(run, runs, tmp_path):
     """`python train.py -m objective.beta=300,500,1000` as it is typed, with fewer images and steps.
 
     These betas have been measured on the model; a further one has not.
@@ -136,7 +137,7 @@ def test_the_papers_betas_give_a_curve_and_a_warning(tmp_path):
         "-m",
         "objective.beta=300,500,1000,2000",
         *small,
-        f"pool.root={tmp_path / 'pools'}",
+        f"pool.root={runs / 'pools'}",
         f"hydra.sweep.dir={sweep}",
         f"hydra.run.dir={tmp_path}",
     )

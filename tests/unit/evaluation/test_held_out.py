@@ -4,8 +4,6 @@ The alarm's arithmetic, its way through configuration and runs, and a real case 
 """
 
 import json
-import subprocess
-import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -26,7 +24,6 @@ from capo.evaluation.reports.charts import read_curves
 from capo.rewards import Reward
 from capo.training.validation import ValidationSet, WinRateValidation
 from conftest import brightness
-from fixtures import ROOT
 from fixtures.configuration import composed
 from fixtures.fake_backbone import FakeBackbone
 from fixtures.fake_rewards import Brightness
@@ -249,10 +246,9 @@ def test_a_fall_while_training_rises_is_told_at_that_step(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_looks_alone_costs_alignment_on_shapes_and_the_alarm_rings(tmp_path):
+def test_looks_alone_costs_alignment_on_shapes_and_the_alarm_rings(helper, tmp_path):
     """The real world, on the command line: `looks` is blind to the prompt, and nothing else is trained."""
     command = [
-        "train.py",
         "experiment=quick",
         "rewards=[looks]",
         "validation.held_out=[alignment]",
@@ -268,10 +264,10 @@ def test_looks_alone_costs_alignment_on_shapes_and_the_alarm_rings(tmp_path):
         f"pool.root={tmp_path / 'pools'}",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = helper.start("train.py", *command)
+    assert process.wait() == 0, process.error[-2000:]
     (row,) = [row for row in read(tmp_path / "run") if row["val/win_rate"]]
     assert float(row["val/win_rate/looks"]) > 0.6 and float(row["val/held_out/win_rate/alignment"]) < 0.46
     assert row["val/held_out/alarm"] == row["val/held_out/alarm/alignment"] == "1.0"
-    assert "step 120: reward hacking?" in done.stdout
+    assert "step 120: reward hacking?" in process.output
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["alarms"] == {"alignment": [120]}
