@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -73,7 +74,7 @@ def _policy_pool(folder: Path, settings: Mapping) -> Pool:
     )
 
 
-def head_to_head(first: Path, second: Path) -> dict[str, dict[str, float | None]]:
+def head_to_head(first: Path, second: Path) -> dict[str, dict[str, Any]]:
     """Win-rate of the first run's images against the second's.
 
     Returns:

@@ -75,8 +75,10 @@ class BlipVQAHF(BatchScorer):
         config = BlipConfig.from_pretrained(folder)
         text: Any = config.text_config  # typed as what it may be given as, too
         self.tokenizer = blip_tokenizer(folder, text.vocab_size, SETTING, PUBLISHED)
-        self.start, self.read = self.tokenizer.convert_tokens_to_ids(ADDED)
-        self.yes, self.no = self.tokenizer.convert_tokens_to_ids(["yes", "no"])
+        words: Any = self.tokenizer.convert_tokens_to_ids([*ADDED, "yes", "no"])
+        if self.tokenizer.unk_token_id in words:
+            raise InputError(f"{SETTING}={folder}: its tokenizer lacks 'yes' or 'no'; give {PUBLISHED}")
+        self.start, self.read, self.yes, self.no = words
         self.processor = BlipImageProcessorPil.from_pretrained(folder)
         super().__init__(load_network(BlipForQuestionAnswering, folder, config, SETTING, PUBLISHED), batch)
 

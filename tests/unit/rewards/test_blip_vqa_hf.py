@@ -112,6 +112,11 @@ def test_weights_that_are_another_models(built, tmp_path):
         BlipVQAHF("me/none")
     folder = tmp_path / "blip"
     shutil.copytree(built[0], folder)
+    words = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(words.replace('"yes"', '"yea"'))
+    with pytest.raises(InputError, match=r"its tokenizer lacks 'yes' or 'no'; give Salesforce/blip-vqa-base"):
+        BlipVQAHF(str(folder))
+    (folder / "tokenizer.json").write_text(words)
     state = load_file(folder / "model.safetensors")
     del state["text_decoder.cls.predictions.transform.dense.bias"]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
