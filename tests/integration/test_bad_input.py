@@ -34,7 +34,7 @@ from capo.cli.messages import alike, disk_fault, plain_errors, start, was_interr
 from capo.cli.readiness import check_export, check_ready, check_weights, refuse_plans
 from capo.cli.schema import check_values
 from capo.data.pool.files import TensorFile
-from capo.errors import InputError
+from capo.errors import InputError, Unfinished
 from capo.runtime.run_folder import CONFIG, OUTCOME
 from capo.training.checkpoints import check_checkpoint
 from fixtures import ROOT
@@ -587,6 +587,12 @@ def test_interrupts_are_known_behind_what_lightning_makes_of_them(capsys):
         sys.exit(1)
     assert end.value.code == 1 and not was_interrupted(end.value)
     assert not HydraConfig.initialized()
+
+
+def test_work_of_which_a_part_failed_ends_with_code_1(capsys):
+    with pytest.raises(SystemExit) as end, plain_errors():
+        raise Unfinished("93 of 96 files are made")
+    assert end.value.code == 1 and capsys.readouterr().err == "error: 93 of 96 files are made\n"
 
 
 # --- real processes ---
