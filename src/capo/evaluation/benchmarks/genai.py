@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from capo.data.prompts import make_prompt
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
-from capo.evaluation.benchmarks.reading import official_file, official_json, text_of
+from capo.evaluation.benchmarks.reading import entries_of, index_of, official_file, official_json, text_of
+from capo.runtime.reading import open_ordinary
+from capo.runtime.schema import shown
 
 WHAT = (
     "the folder with genai_image.json and genai_skills.json, GenAI-Image-1600 or -527, which the scorer "
     "downloads to its --root_dir (https://github.com/linzhiqiu/t2v_metrics, version 3.0)"
 )
 PUBLISHED = (527, 1600)  # prompts
+NUMBER = re.compile(r"[0-9]{1,15}")
+REMEDY = "give the scorer's .pt"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def genai(path: str | None = None) -> Benchmark:
@@ -39,17 +46,18 @@ def genai(path: str | None = None) -> Benchmark:
         raise InputError(
             f"{place}: genai_image.json and genai_skills.json must hold entries by name; get them again"
         )
-    if odd := [key for key in records if not key.isdigit()]:
-        raise InputError(f"{place}/genai_image.json: '{odd[0]}' is no number of a prompt; get the file again")
-    numbers = {int(key): number for number, key in enumerate(records)}
+    numbers: dict[int, int] = {}
+    for number, key in enumerate(records):
+        if not NUMBER.fullmatch(key):
+            told = f"'{shown(key)}' is no number of a prompt"
+            raise InputError(f"{place}/genai_image.json: {told}; get the file again")
+        if numbers.setdefault(int(key), number) != number:
+            raise InputError(f"{place}/genai_image.json: two entries are of prompt {key}; get the file again")
     texts = [text_of(record, "prompt", f"{place}/genai_image.json: {key}") for key, record in records.items()]
-    try:
-        groups = {str(skill): [numbers[int(key)] for key in keys] for skill, keys in skills.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{place}/genai_skills.json: a skill has the prompt {error}, which genai_image.json lacks; get "
-            "both from one set"
-        ) from error
+    groups = {
+        str(skill): _listed(keys, numbers, f"{place}/genai_skills.json: {skill}")
+        for skill, keys in skills.items()
+    }
     remarks = ["Its environment needs t2v-metrics 3.0: later versions no longer have clip-flant5."]
     if len(texts) not in PUBLISHED:
         remarks.append(
@@ -77,24 +85,43 @@ def genai(path: str | None = None) -> Benchmark:
 def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
     """Read the scorer's .pt: scores (P, 1) in the order of genai_image.json."""
     try:
-        scores = torch.load(place, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(
-            f"results={place}: cannot be read ({error.strerror}); give the scorer's .pt"
-        ) from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"results={place}: holds more or less than tensors; give the scorer's .pt"
-        ) from error
+        with open_ordinary(place, partial(DamagedFile, remedy=REMEDY)) as file:
+            scores = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"results={place}: there is no such file; {REMEDY}") from error
+    except (DamagedFile, MemoryError):
+        raise
+    except Exception as error:  # what pickle and torch raise for other bytes has no common class
+        raise InputError(f"results={place}: holds more or less than tensors; {REMEDY}") from error
     count = len(benchmark.prompts)
-    if (
-        not isinstance(scores, Tensor)
-        or scores.ndim < 1
-        or len(scores) != count
-        or not scores.isfinite().all()
-    ):
-        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if not _is_scores(scores, count):
+        kind = type(scores).__name__
+        told = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, Tensor) else kind
         raise InputError(
-            f"results={place}: holds {shape}, not finite scores of {count} prompts; run the scorer again"
+            f"results={place}: holds {told}, not finite scores of {count} prompts; run the scorer again"
         )
     return {"genai": scores.double().reshape(count, -1).mean(1)}
+
+
+def _is_scores(scores: object, count: int) -> bool:
+    return (
+        isinstance(scores, Tensor)
+        and scores.layout is torch.strided
+        and scores.dtype in DTYPES
+        and scores.device.type == "cpu"
+        and scores.ndim >= 1
+        and len(scores) == count
+        and scores.numel() >= count
+        and bool(scores.isfinite().all())
+    )
+
+
+def _listed(keys: object, numbers: Mapping[int, int], place: str) -> list[int]:
+    """Numbers of the prompts that a skill lists."""
+    listed = [index_of(key, f"{place}: an entry") for key in entries_of(keys, place)]
+    if lacking := [key for key in listed if key not in numbers]:
+        raise InputError(
+            f"{place}: a skill has the prompt {lacking[0]}, which genai_image.json lacks; get both from one "
+            "set"
+        )
+    return [numbers[key] for key in listed]

@@ -157,7 +157,17 @@ class Benchmark:
         return self.official.read(place, self)
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8; a file system may hold others."""
+    try:
+        return bool(name.encode()) or not name
+    except UnicodeEncodeError:
+        return False
+
+
 def _check_path(benchmark: str, path: str, place: str) -> None:
+    if not is_text(path):
+        raise InputError(f"benchmark {benchmark}: the name of file {path!a}{place} is no UTF-8; rename it")
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or ".." in parts or path.startswith("/"):
         raise InputError(f"benchmark {benchmark}: file '{path}'{place} would stand outside its folder")

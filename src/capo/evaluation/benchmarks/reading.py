@@ -14,6 +14,7 @@ from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 from capo.runtime.hub import hub_file
 from capo.runtime.reading import parse_writable
+from capo.runtime.schema import shown
 
 KEY = "benchmark.set"
 
@@ -78,6 +79,34 @@ def text_of(record: object, key: str, place: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{place}: '{key}' is {value!r}, not text; give the official file")
     return value
+
+
+def entries_of(value: object, place: str) -> list[Any]:
+    """Entries of a JSON list; InputError for any other value."""
+    if not isinstance(value, list):
+        raise InputError(f"{place}: it holds {shown(value)}, not a list; give the official file")
+    return value
+
+
+def number_of(value: object, place: str) -> float:
+    """Finite number that a JSON value is, or that its text says; InputError, which names `place`, if none."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{place} is {shown(value)}, not a finite number; give the official file") from error
+    return number
+
+
+def index_of(value: object, place: str) -> int:
+    """Whole number from 0 on that a JSON value is, or that its digits say; InputError if it is none."""
+    number = number_of(value, place)
+    if number < 0 or number != int(number) or number >= 2**53:
+        raise InputError(f"{place} is {shown(value)}, not a whole number from 0 on; give the official file")
+    return int(number)
 
 
 def means(values: Mapping[int, Sequence[float]], prompts: int, images: int, place: str) -> Tensor:

@@ -12,7 +12,14 @@ from capo.data.prompts import make_prompt
 from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture, groups_of
-from capo.evaluation.benchmarks.reading import means, official_file, official_json
+from capo.evaluation.benchmarks.reading import (
+    entries_of,
+    index_of,
+    means,
+    number_of,
+    official_file,
+    official_json,
+)
 
 WHAT = "T2I-CompBench's lists, examples/dataset (https://github.com/Karine-Huang/T2I-CompBench)"
 # category -> where its scorer writes its figures, below the folder of the category
@@ -124,13 +131,11 @@ def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
     for name, numbers in benchmark.groups.items():
         file = place / name / RESULTS[name] / "vqa_result.json"
         key, found = f"results={file}", {}
-        for entry in official_json(file, key):
-            try:
-                row, figure = int(entry["question_id"]) // benchmark.images, float(entry["answer"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"{key}: no question_id with an answer ({error!r}); run the scorer again"
-                ) from error
-            found.setdefault(row, []).append(figure)
+        for number, entry in enumerate(entries_of(official_json(file, key), key)):
+            here = f"{key}: entry {number}"
+            if not isinstance(entry, dict) or not {"question_id", "answer"} <= entry.keys():
+                raise InputError(f"{here} has no question_id with an answer; run the scorer again")
+            row = index_of(entry["question_id"], f"{here}: question_id") // benchmark.images
+            found.setdefault(row, []).append(number_of(entry["answer"], f"{here}: answer"))
         values[list(numbers)] = means(found, len(numbers), benchmark.images, key)
     return {"t2i_compbench": values}

@@ -198,3 +198,11 @@ def test_lists_of_the_hub_are_named_by_their_key():
         InputError, match=r"benchmark.set: file 'PartiPrompts.tsv' .*\n.*benchmark.set.path=FILE"
     ):
         parti()
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("a cat")
+    with pytest.raises(
+        InputError, match=r"benchmark dpg: the name of file '\\udcff.png' of prompt 0 .* is no UTF-8"
+    ):
+        dpg(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -192,9 +193,22 @@ def test_results_of_t2i_compbench(tmp_path):
     assert values["t2i_compbench"].tolist() == [0.125, 0.625, 0.75]
     figures = summary(benchmark, [Row("one", values)], 0)["measures"]["t2i_compbench"]
     assert list(figures) == ["color", "spatial"]  # no mean of different scorers
-    (spatial / "vqa_result.json").write_text('[{"question_id": 0}]')
-    with pytest.raises(InputError, match="no question_id with an answer"):
-        benchmark.read_official(tmp_path)
+    for text, says in (
+        ('[{"question_id": 0}]', "entry 0 has no question_id with an answer"),
+        ("[3]", "entry 0 has no question_id with an answer"),
+        ("5", "it holds 5, not a list"),
+        ("null", "it holds null, not a list"),
+        ('[{"question_id": 1e999, "answer": 1}]', "entry 0: question_id is inf, not a finite number"),
+        ('[{"question_id": 0.5, "answer": 1}]', r"entry 0: question_id is 0.5, not a whole number from 0 on"),
+        (
+            '[{"question_id": 0, "answer": ' + "9" * 400 + "}]",
+            "entry 0: answer is 9+[.]*, not a finite number",
+        ),
+        ('[{"question_id": 0, "answer": true}]', "entry 0: answer is true, not a finite number"),
+    ):
+        (spatial / "vqa_result.json").write_text(text)
+        with pytest.raises(InputError, match=f"vqa_result.json: {says}"):
+            benchmark.read_official(tmp_path)
 
 
 def test_results_of_genai(tmp_path):
@@ -204,15 +218,41 @@ def test_results_of_genai(tmp_path):
     torch.save(torch.tensor([[0.5], [0.25]]), path)
     assert benchmark.read_official(path)["genai"].tolist() == [0.5, 0.25]
     for wrong, says in (
-        (torch.ones(3, 1), r"holds \(3, 1\), not finite scores of 2"),
+        (torch.ones(3, 1), r"holds \(3, 1\) torch.float32, not finite scores of 2"),
+        (torch.ones(2, 0), r"holds \(2, 0\) torch.float32, not finite scores of 2"),
+        (torch.ones(2, 1) * 1j, r"holds \(2, 1\) torch.complex64, not finite scores of 2"),
+        (torch.ones(2, 1).to_sparse(), "not finite scores of 2"),
+        (torch.ones(2, 1, device="meta"), "not finite scores of 2"),
+        (torch.ones(2, 1).to(torch.float8_e4m3fn), "float8_e4m3fn, not finite scores of 2"),
+        (torch.tensor([[0.5], [float("nan")]]), "not finite scores of 2"),
         ({"a": 1}, "holds dict"),
     ):
         torch.save(wrong, path)
         with pytest.raises(InputError, match=says):
             benchmark.read_official(path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="holds more or less than tensors; give the scorer's"):
+    for content in (b"nothing", b"hello world", b"\x80\x02h\xff."):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="holds more or less than tensors; give the scorer's"):
+            benchmark.read_official(path)
+    path.unlink()
+    os.mkfifo(path)  # would be waited for
+    with pytest.raises(InputError, match=r"cannot be read \(it is no ordinary file\); give the scorer's .pt"):
         benchmark.read_official(path)
+
+
+@pytest.mark.parametrize(("images", "skills", "says"), [
+    ('{"\u00b2": {"prompt": "a"}}', "{}", "genai_image.json: '\u00b2' is no number of a prompt"),
+    ('{"' + "9" * 5000 + '": {"prompt": "a"}}', "{}", "is no number of a prompt"),
+    ('{"1": {"prompt": "a"}, "01": {"prompt": "b"}}', "{}", "two entries are of prompt 01"),
+    ('{"1": {"prompt": "a"}}', '{"basic": [1e999]}', "basic: an entry is inf, not a finite number"),
+    ('{"1": {"prompt": "a"}}', '{"basic": 1}', "basic: it holds 1, not a list"),
+    ('{"1": {"prompt": "a"}}', '{"basic": ["1", "2"]}', "a skill has the prompt 2, which genai_image"),
+])  # fmt: skip
+def test_lists_of_genai_that_cannot_be_used_are_named(tmp_path, images, skills, says):
+    (tmp_path / "genai_image.json").write_text(images)
+    (tmp_path / "genai_skills.json").write_text(skills)
+    with pytest.raises(InputError, match=says):
+        genai(str(tmp_path))
 
 
 def test_the_tables_say_the_same(tmp_path):
