@@ -129,4 +129,7 @@ class Source(ABC):
 
 def _digest(folder: Path, cell: object) -> str | None:
     path = folder / cell if isinstance(cell, str) and cell else None
-    return file_digest(path) if path and path.is_file() else None
+    try:
+        return file_digest(path) if path and path.is_file() else None
+    except OSError:  # of a name that is too long, say: no image, which the survey tells
+        return None

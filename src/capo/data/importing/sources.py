@@ -33,6 +33,11 @@ class _Pairs(Source):
     """Source in which a row is a comparison of two images."""
 
     def __init__(self, tables, caption: str, image_0: str, image_1: str, label: str, limit: int | None):
+        if image_0 == image_1:
+            raise InputError(
+                f"import.image_1={image_1}: it is import.image_0 too, so that each image would be compared "
+                "with itself; name the other column"
+            )
         for table in tables:
             table.require({"caption": caption, "image_0": image_0, "image_1": image_1, "label": label})
         options = {

@@ -74,7 +74,7 @@ class Table:
 
     def _parquet_shape(self) -> tuple[list[str], int]:
         with pq.ParquetFile(self.path) as file:
-            return list(file.schema_arrow.names), file.metadata.num_rows
+            return _single(file.schema_arrow.names), file.metadata.num_rows
 
     def _text_shape(self) -> tuple[list[str], int]:
         names: dict[str, None] = {}
@@ -86,9 +86,9 @@ class Table:
     def _rows(self) -> list[dict]:
         text = self.path.read_text(encoding="utf-8-sig")
         if self.path.suffix in (".csv", ".tsv"):
-            read = csv.DictReader(
-                io.StringIO(text, newline=""), delimiter="\t" if self.path.suffix == ".tsv" else ","
-            )
+            delimiter = "\t" if self.path.suffix == ".tsv" else ","
+            read = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            _single(read.fieldnames or ())
             rows = list(read)
             if any(None in row for row in rows):
                 raise ValueError("a row has more cells than there are columns")
@@ -143,6 +143,13 @@ class Table:
         """Pairs (number, row) of all rows."""
         for first, rows in self.batches(columns):
             yield from enumerate(rows, start=first)
+
+
+def _single(names: Sequence[str]) -> list[str]:
+    """Names of columns; ValueError for one that several have."""
+    if twice := [name for name in names if list(names).count(name) > 1]:
+        raise ValueError(f"several columns are called {twice[0]}")
+    return list(names)
 
 
 class RowCursor:

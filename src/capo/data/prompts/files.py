@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from capo.data.prompts.text import decoded_lines, readable
+from capo.data.prompts.text import decoded_lines, readable, unreadable
 from capo.errors import InputError, first_line
-from capo.runtime.reading import parse_json
+from capo.runtime.reading import open_ordinary, parse_json
 
 BATCH = 2**15  # rows held as Python objects at a time
 Batch = dict[str, list]  # column -> its values, all of one length
@@ -69,8 +69,8 @@ def read_jsonl(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
 def read_parquet(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
     """Parquet file, of which only the chosen columns are read, one batch at a time."""
     try:
-        with readable(place), pq.ParquetFile(file) as table:
-            names = list(choose(table.schema_arrow.names))
+        with readable(place), open_ordinary(file, unreadable(place)) as whole, pq.ParquetFile(whole) as table:
+            names = single(choose(table.schema_arrow.names), table.schema_arrow.names, place)
             for batch in table.iter_batches(BATCH, columns=names):
                 yield batch.to_pydict()
     except (InputError, MemoryError):
@@ -99,21 +99,31 @@ ENDINGS = {
 }
 
 
+def single(chosen: Sequence[str], columns: Sequence[str], place: str) -> list[str]:
+    """Columns to read; InputError for one whose name several columns have."""
+    if twice := [name for name in chosen if list(columns).count(name) > 1]:
+        raise InputError(f"{place}: several columns are called '{twice[0]}'; rename all but one of them")
+    return list(chosen)
+
+
 def row_count(file: Path, form: str) -> int | None:
     """Number of rows of a file if its metadata states it (Parquet), else None."""
     try:
-        return pq.read_metadata(file).num_rows if form == "parquet" else None
+        if form != "parquet":
+            return None
+        with open_ordinary(file, unreadable(str(file))) as whole:
+            return pq.read_metadata(whole).num_rows
     except Exception:
         return None  # the reader of the file raises the error
 
 
 def _table(file: Path, place: str, choose: Choose, **dialect: Any) -> Iterator[Batch]:
-    rows = csv.reader(decoded_lines(file, place), **dialect)
+    rows = csv.reader(decoded_lines(file, place), strict=True, **dialect)
     try:
         header = next(rows, [])
         if not header:
             raise InputError(f"{place}: the first line is empty; it must name the columns")
-        names = choose(header)
+        names = single(choose(header), header, place)
         yield from _columns(names, _cells(rows, header, names, place))
     except csv.Error as error:
         raise InputError(

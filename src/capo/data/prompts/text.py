@@ -1,6 +1,6 @@
 """UTF-8 text files: reading their lines, and prompt sets with one prompt per line."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,13 @@ def readable(place: str) -> Iterator[None]:
         ) from error
 
 
+def unreadable(place: str) -> Callable[[Path, str], InputError]:
+    """Fault of `open_ordinary` for the file that `place` names."""
+    return lambda path, reason: InputError(
+        f"{place}: cannot be read ({reason}); give the path of a file that exists"
+    )
+
+
 def decoded_lines(file: Path, place: str) -> Iterator[str]:
     """Lines of a UTF-8 file with their line ends, without a byte order mark.
 
@@ -30,11 +37,7 @@ def decoded_lines(file: Path, place: str) -> Iterator[str]:
     for, and a device may have no end.
     """
     start = 0
-
-    def fault(path: Path, reason: str) -> InputError:
-        return InputError(f"{place}: cannot be read ({reason}); give the path of a file that exists")
-
-    with readable(place), open_ordinary(file, fault) as lines:
+    with readable(place), open_ordinary(file, unreadable(place)) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 text = line.decode()

@@ -517,3 +517,37 @@ def test_a_caption_that_no_text_encoder_reads_to_its_end_is_refused():
         InputError, match=r"t.csv row 3: caption has 100,001 letters, a prompt at most 100,000"
     ):
         caption_of("a" * 100_001, "t.csv row 3: caption")
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("t.csv", 'caption,score\n"a,1\nb,2\n', r"t.csv cannot be read as csv \(unexpected end of data\)"),
+    ("t.csv", "rating,rating\n1,2\n", r"t.csv cannot be read as csv \(several columns are called rating\)"),
+    ("t.tsv", "rating\trating\n1\t2\n", "several columns are called rating"),
+])  # fmt: skip
+def test_tables_that_would_lose_something_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        Table(tmp_path / name)
+
+
+def test_a_parquet_table_with_two_columns_of_one_name_is_refused(tmp_path):
+    pq.write_table(pa.table([["a"], ["b"]], names=["caption", "caption"]), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"as parquet \(several columns are called caption\)"):
+        Table(tmp_path / "t.parquet")
+
+
+def test_an_image_compared_with_itself_is_refused(parquet):
+    with pytest.raises(
+        InputError, match=r"import.image_1=jpg_0: it is import.image_0 too, so that each image"
+    ):
+        pickapic(str(parquet), image_1="jpg_0")
+
+
+def test_a_name_that_no_file_system_takes_is_one_broken_image(tmp_path):
+    names = [*write_images(tmp_path, 2), "a" * 400]
+    rows = [f"{name},{'b' if len(name) > 9 else 'a'}" for name in (*names, "0.png")]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows, "1.png,b"]) + "\n")
+    source = folder(str(tmp_path), candidates=2)
+    assert source.fingerprint
+    found = survey(source, False)
+    assert found.texts == ["a"] and "File name too long" in found.report["broken"][0]

@@ -1,6 +1,7 @@
 """Every format of prompt files, written by the test: which columns come, and what is refused."""
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,6 +110,9 @@ def test_batches_of_lines_hold_every_row(tmp_path, monkeypatch, form):
     ("a.txt", b"a circle\n\xff\xfe", r"^here=a.txt: not UTF-8 text \(byte 9\) in line 2; save"),
     ("a.csv", b"prompt\na circle\n\xe9", r"^here=a.csv: not UTF-8 text \(byte 16\) in line 3"),
     ("a.csv", "", "here=a.csv: the first line is empty"),
+    ("a.csv", 'prompt\n"a\nb\nc\n', r"here=a.csv: line 4 cannot be read \(unexpected end of data\)"),
+    ("a.csv", "prompt,prompt\na,b\n", "here=a.csv: several columns are called 'prompt'; rename all but one"),
+    ("a.tsv", "prompt\tprompt\na\tb\n", "here=a.tsv: several columns are called 'prompt'"),
     ("a.csv", "prompt,tag\nred, blue,x\n",
      r"here=a.csv: line 2 has 3 cells, but there are 2 columns \(prompt, tag\)"),
     ("a.tsv", "prompt\ttag\na\tx\nb\n", "here=a.tsv: line 3 has 1 cells"),
@@ -125,4 +129,18 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.parquet"])
 def test_files_that_are_not_there(tmp_path, name):
     with pytest.raises(InputError, match=rf"here={name}: cannot be read \(.*No such file"):
+        read(tmp_path / name, "prompt")
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    pq.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"here=a.parquet: several columns are called 'prompt'"):
+        read(tmp_path / "a.parquet", "prompt")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.parquet"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert row_count(tmp_path / name, "parquet") is None
+    with pytest.raises(InputError, match=rf"here={name}: cannot be read \(it is no ordinary file\)"):
         read(tmp_path / name, "prompt")
