@@ -7,6 +7,7 @@ markup; scripts and styles come from this server alone, which the page's policy 
 
 from __future__ import annotations
 
+import errno
 import importlib.resources
 import ipaddress
 import json
@@ -67,10 +68,13 @@ class StudyServer(ThreadingHTTPServer):
         )
         try:
             super().__init__((host, port), _Handler)
-        except OSError as error:
+        except (OSError, UnicodeError, TypeError) as error:  # TypeError: of a name with an empty part
+            reason = getattr(error, "strerror", None) or error
+            taken = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+            remedy = "port, or 0 for any free one" if taken else "host, 127.0.0.1 for this machine alone"
             raise InputError(
-                f"study.host={host}, study.port={port}: cannot be served ({error.strerror or error}); give "
-                "another study.port, or 0 for any free one"
+                f"host {host}, port {port}: the page cannot be served ({reason}); give another {remedy} "
+                "(study.host, study.port; of `serve` --host, --port)"
             ) from error
 
     @property

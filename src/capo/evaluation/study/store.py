@@ -33,6 +33,7 @@ CREATE TABLE votes (
     PRIMARY KEY (rater, pair)
 );
 """
+LONGEST = 10**9  # seconds of a vote: thirty years
 LAYOUT = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
 PAIR = re.compile(r"[0-9a-f]{12}", re.ASCII)  # a pair's name (`turns.pair_name`)
 VOTE = """
@@ -145,20 +146,31 @@ class Study:
         if self._rows("PRAGMA foreign_key_check"):
             raise ValueError("a vote is of a pair that it does not have")
         if self._rows(
-            "SELECT 1 FROM votes WHERE typeof(rater) != 'text' OR typeof(seconds) IN ('text', 'blob')"
+            "SELECT 1 FROM votes WHERE typeof(rater) != 'text' OR typeof(seconds) IN ('text', 'blob') "
+            f"OR NOT coalesce(seconds, 0) BETWEEN 0 AND {LONGEST}"
         ):
-            raise ValueError("a vote's rater is no text, or its seconds are no number")
+            raise ValueError("a vote's rater is no text, or its seconds are no number of seconds")
+        if self._rows(
+            "SELECT 1 FROM pairs WHERE typeof(name) != 'text' OR typeof(prompt_id) != 'text' "
+            "OR typeof(prompt) != 'text' OR typeof(category) != 'text' OR is_check NOT IN (0, 1)"
+        ):
+            raise ValueError("a pair's name, prompt or category is no text")
         facts = Facts(**{**values, "names": tuple(values["names"]), "pairs": tuple(values["pairs"])})
         for name, kind in {"seed": int, "ties": bool, "first": str, "second": str, "image_seed": int}.items():
             if type(getattr(facts, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(facts, name)!r}")
         if len(facts.names) != len(SIDES) or not all(isinstance(name, str) for name in facts.names):
             raise ValueError(f"names is {list(facts.names)}, not two names")
+        for name in ("seed", "image_seed"):
+            if not 0 <= getattr(facts, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(facts, name)}, not from 0 to 2^63 - 1")
         rows = {
             row[0]: row for row in self._rows("SELECT name, prompt_id, prompt, category, is_check FROM pairs")
         }
         if strange := [name for name in facts.pairs if not PAIR.fullmatch(str(name)) or name not in rows]:
             raise ValueError(f"pair {strange[0]!r} is none of a study")  # images are called by it
+        if others := sorted(rows.keys() - set(facts.pairs)):
+            raise ValueError(f"pair {others[0]!r} is not among the pairs that its facts name")
         return facts, {name: _pair(*rows[name]) for name in facts.pairs}
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,12 +96,13 @@ def import_results(study: Study, path: Path) -> Imported:
         InputError: the file cannot be read, has other columns, is of another study, has an answer that is
             none, or two answers of one worker to one pair.
     """
+    remedy = "give the CSV of a batch's results"
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}); give the CSV of a batch's results") from error
+        text = read_bytes(path, remedy).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns, rows = list(reader.fieldnames or ()), list(reader)
+    except (FileNotFoundError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({error}); {remedy}") from error
     if missing := [name for name in NEEDED if name not in columns]:
         raise InputError(
             f"{path} has no column {', '.join(missing)}; give the CSV that 'Download CSV' of the batch writes"
@@ -137,7 +139,12 @@ def _vote(study: Study, row: Mapping[str, str], place: str) -> Vote:
         )
     seconds = row.get("WorkTimeInSeconds") or ""
     return Vote(
-        rater, pair, choice_of(answer, left), left, float(seconds) if seconds.isdecimal() else None, "mturk"
+        rater,
+        pair,
+        choice_of(answer, left),
+        left,
+        float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None,
+        "mturk",
     )
 
 

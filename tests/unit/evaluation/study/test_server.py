@@ -145,8 +145,11 @@ def test_a_forced_choice_knows_no_ties(tmp_path):
 def test_a_port_in_use_is_said(study):
     with (
         StudyServer(study, "127.0.0.1", 0) as server,
-        pytest.raises(InputError, match=r"study\.port=\d+: cannot"),
+        pytest.raises(
+            InputError, match=r"port \d+: the page cannot be served .*another port, or 0 for any free one"
+        ),
     ):
         StudyServer(study, "127.0.0.1", server.server_address[1])
-    with pytest.raises(InputError, match=r"study\.host=no\.such\.host\.invalid"):
-        StudyServer(study, "no.such.host.invalid", 0)
+    for host in ("no.such.host.invalid", "a..b", "256.1.1.1"):
+        with pytest.raises(InputError, match=rf"host {host}, port 0: .*give another host, 127.0.0.1 for"):
+            StudyServer(study, host, 0)

@@ -65,6 +65,11 @@ def test_folders_without_a_readable_study_are_refused(tmp_path):
      "a vote is of a pair that it does not have"),
     ("INSERT INTO votes (rater, pair, choice, left_side, source) "
      "SELECT x'ff', name, 'tie', 'first', '' FROM pairs", "a vote's rater is no text"),
+    ("INSERT INTO votes (rater, pair, choice, left_side, source, seconds) "
+     "SELECT 'a', name, 'tie', 'first', '', 9e999 FROM pairs", "its seconds are no number of seconds"),
+    ("UPDATE pairs SET prompt = x'ff00'", "prompt or category is no text"),
+    ("UPDATE facts SET value = '-5' WHERE name = 'seed'", r"seed is -5, not from 0"),
+    ("UPDATE facts SET value = '[]' WHERE name = 'pairs'", "is not among the pairs that its facts name"),
 ])  # fmt: skip
 def test_a_study_from_elsewhere_is_what_this_package_writes_or_refused(tmp_path, change, reason):
     make_fake_study(tmp_path / "study").close()

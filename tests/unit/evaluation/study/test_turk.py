@@ -2,6 +2,7 @@
 
 import csv
 import html
+import os
 import re
 
 import pytest
@@ -145,3 +146,7 @@ def test_results_that_cannot_be_are_refused_whole(study, tmp_path):
     refused("has no column WorkerId, AssignmentStatus, Input.pair, Input.left")
     path.write_bytes(b"\xff\xfe")
     refused("cannot be read")
+    path.unlink()
+    refused("cannot be read")
+    os.mkfifo(path)
+    refused(r"cannot be read \(it is no ordinary file\)")
