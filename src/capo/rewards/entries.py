@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from capo.errors import InputError
+from capo.rewards import worker
 from capo.rewards.environments import check_environment, not_installed
 from capo.rewards.reward import Reward
 
@@ -60,7 +60,7 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
     if reward.python:
         root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there
         check_environment(name, reward.python, [*reward.requires, *([] if root == "capo" else [root])])
-    elif missing := [module for module in reward.requires if find_spec(module) is None]:
+    elif missing := worker.missing(reward.requires):
         raise InputError(not_installed(name, ", ".join(missing), reward.extra, reward.isolated))
     if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
         raise InputError(

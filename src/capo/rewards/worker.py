@@ -95,7 +95,7 @@ def missing(modules):
     def found(name):
         try:
             return importlib.util.find_spec(name) is not None
-        except ImportError:
+        except (ImportError, ValueError):  # of a parent package, of a name that is none
             return False
 
     return [name for name in modules if not found(name)]

@@ -152,6 +152,10 @@ def test_one_number_an_image():
             "'red': no weights at /nowhere/w; set",
         ),
         (
+            {"red": {"scorer": {"_target_": "x"}, "requires": ["no_such_module.part", "a."]}},
+            r"reward 'red' needs no_such_module.part, a., which is not installed",
+        ),
+        (
             {"red": {"scorer": {"_target_": "x"}, "requires": ["torch", "no_such_module"], "extra": "hps"}},
             r"'red' needs no_such_module, which is not installed: pip install 'capo\[hps\]'",
         ),
