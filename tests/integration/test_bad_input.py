@@ -78,7 +78,7 @@ def refusal(run, *arguments) -> str:
     ("objective._target_", "capo.objectives.cap", "objective._target_=capo.objectives.cap: cannot be used"),
     ("seed", "one", "seed=one: must be a whole number from 0 to"),
     ("seed", -1, "seed=-1: must be a whole number from 0 to"),
-    ("pool.candidates", 1, "pool.candidates=1: must be a whole number of at least 2"),
+    ("pool.candidates", 1, "pool.candidates=1: must be a whole number from 2 to 1000000"),
     ("pool.candidates", "16", "pool.candidates=16: must be a whole number"),
     ("sampling.steps", True, "sampling.steps=true: must be a whole number from 1 to 1000"),
     ("sampling.parallel", "batch",
@@ -601,7 +601,7 @@ def test_work_of_which_a_part_failed_ends_with_code_1(capsys):
 @pytest.mark.parametrize(("script", "arguments", "message"), [
     ("train.py", ["objective=capo", "model=sdxl", "pairs=frs"],
      "error: model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0'"),
-    ("generate.py", ["pool.candidates=1"], "error: pool.candidates=1: must be a whole number of at least 2"),
+    ("generate.py", ["pool.candidates=1"], "error: pool.candidates=1: must be a whole number from 2"),
     ("evaluate.py", ["run=nothing"],
      "error: run=nothing is not a run directory: it has no config.yaml; "
      "give the directory that train.py printed"),

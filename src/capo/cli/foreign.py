@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from capo.cli.marks import MARKS, TARGET
 from capo.cli.targets import REWARDS, calls, place_of
 from capo.errors import InputError
-from capo.runtime.schema import dotted, shown
+from capo.runtime.schema import dotted, leaves, shown
 
 # where results are sent, where a run is tracked, which machines work, and how it is started
 OUTSIDE = ("push_to_hub", "logger", "engine", "hydra")
@@ -80,18 +80,6 @@ def _untrusted(stored: Mapping[str, Any], trust: Sequence[str]) -> Iterator[tupl
                 # a dotted name is looked for in its package, which is imported for that
                 if "." in str(module) and module not in trust:
                     yield f"{place}.{reward}.requires", str(module)
-
-
-def leaves(node: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
-    """Yield (path, value) of each value of a configuration that holds no others."""
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            yield from leaves(value, (*path, name))
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            yield from leaves(value, (*path, number))
-    else:
-        yield path, node
 
 
 def _at(stored: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from os.path import expanduser
 from typing import Any
 
 from omegaconf import DictConfig
@@ -12,9 +14,10 @@ from capo.cli.schema.calls import CALLED, call_faults
 from capo.cli.schema.scripts import Training
 from capo.cli.targets import misplaced
 from capo.errors import InputError
-from capo.runtime.schema import Section, faults
+from capo.runtime.schema import Section, dotted, faults, leaves, shown
 
 # groups of which one choice counts; of others, such as rewards, several may be named
+HOME = re.compile(r"~[^/\s]*(/|$)")  # a path in a user's home
 SINGLE = ("objective", "reference", "pairs", "prompts", "model", "trainer", "import", "engine", "benchmark")
 
 
@@ -24,7 +27,7 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
     Mandatory values (`???`) that the code which needs them reports are ignored.
     """
     values = resolved(cfg)
-    wrong = dict(misplaced(values))
+    wrong = dict(misplaced(values)) | dict(text_faults(values))
     wrong |= {
         key: fault
         for key, fault in faults(schema, values).items()
@@ -51,8 +54,18 @@ def check_stored(values: Mapping[str, Any], place: str) -> None:
 
     `place` names the file in the message. No target's module is imported.
     """
-    wrong = faults(Training, values, partial=True)
+    wrong = faults(Training, values, partial=True) | dict(text_faults(values))
     refuse({key: f"{place} has {fault}" for key, fault in wrong.items()}, "; restore it")
+
+
+def text_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, fault) of each text that no path, name or message can hold."""
+    for path, value in leaves(values):
+        key = dotted(path)
+        if isinstance(value, str) and "\0" in value:
+            yield key, f"{key}={shown(value)!r}: must be text without a null character, which ends a path"
+        elif isinstance(value, str) and HOME.match(value) and expanduser(value) == value:
+            yield key, f"{key}={shown(value)}: there is no user of this name, so write the path out"
 
 
 def check_group_choices(cfg: DictConfig, own: Any) -> None:

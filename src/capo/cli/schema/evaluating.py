@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from capo.cli.schema.kinds import Called, Count, Folder, Natural, Seed, Text
+from capo.cli.schema.kinds import Called, Count, Folder, Images, Natural, Scenes, Seed, Text
 from capo.cli.schema.rewards import Rewards
 from capo.runtime.schema import Said, Section, key
 
@@ -22,7 +22,7 @@ class ListOnDisk(Section):
 class GenEval(ListOnDisk):
     """Arguments of benchmark=geneval."""
 
-    images: Count = key("images of a prompt", 4)
+    images: Images = key("images of a prompt", 4)
 
 
 class Compbench(ListOnDisk):
@@ -31,7 +31,7 @@ class Compbench(ListOnDisk):
     categories: Annotated[list[Category], Field(min_length=1)] = key(
         "categories that are drawn", list(get_args(Category))
     )
-    images: Count = key("images of a prompt", 10)
+    images: Images = key("images of a prompt", 10)
 
 
 HUB, REVISION = "id of a data set, used where path is null", "commit of the data set; null: the newest"
@@ -50,15 +50,15 @@ class Parti(ListOnDisk):
     hub: Text | None = key(HUB, "nateraw/parti-prompts")
     revision: Text | None = key(REVISION, None)
     category: Literal["Category", "Challenge"] = key("column by which the table is divided", "Category")
-    images: Count = key("images of a prompt", 4)
+    images: Images = key("images of a prompt", 4)
 
 
 class ShapesBenchmark(Section):
     """Arguments of benchmark=shapes."""
 
-    prompts: Count = key("number of prompts", 256)
+    prompts: Scenes = key("number of prompts", 256)
     seed: Seed = key("seed of the prompts", 0)
-    images: Count = key("images of a prompt", 4)
+    images: Images = key("images of a prompt", 4)
 
 
 BENCHMARKS = {

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from capo.cli.schema.kinds import Argument, Called, Count, Positive, Text, TwoOrMore
+from capo.cli.schema.kinds import Argument, Called, Count, Positive, Scenes, Seed, Text, TwoOrMore
 from capo.runtime import limits
 from capo.runtime.schema import Said, Section, key
 
@@ -172,10 +172,10 @@ class TextPrompts(Section):
 class ShapesPrompts(Section):
     """Arguments of the prompts of the shapes world."""
 
-    train: Count = key("number of prompts of training")
-    validation: Count = key("number of prompts on which checkpoints are chosen")
-    test: Count = key("number of prompts of the evaluation")
-    seed: int = key("seed of the prompts", 0)
+    train: Scenes = key("number of prompts of training")
+    validation: Scenes = key("number of prompts on which checkpoints are chosen")
+    test: Scenes = key("number of prompts of the evaluation")
+    seed: Seed = key("seed of the prompts", 0)
 
 
 PROMPTS = {

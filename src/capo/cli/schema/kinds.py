@@ -13,10 +13,20 @@ from capo.runtime import limits
 from capo.runtime.names import MUST, is_name
 from capo.runtime.schema import Picked, Said, Section
 
+
+def _rising(ends: list[float]) -> list[float]:
+    if ends[0] > ends[1]:
+        raise ValueError("the first is above the second")
+    return ends
+
+
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 TwoOrMore = Annotated[int, Field(ge=2)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 2)]  # the zero line's seed is the next one
+Images = Annotated[int, Field(ge=1, le=limits.IMAGES)]  # of a prompt
+SeveralImages = Annotated[int, Field(ge=2, le=limits.IMAGES)]  # likewise, where they are compared
+Scenes = Annotated[int, Field(ge=1, le=limits.SCENES)]
 Times = Annotated[int, Field(ge=1, le=limits.TIMES)]
 Rate = Annotated[float, Field(gt=0, le=limits.RATE)]
 Seconds = Annotated[float, Field(gt=0, le=limits.SECONDS)]
@@ -38,6 +48,12 @@ Files = Annotated[
     Said("a file or a list of files, written with a / where a name reads as something else (results=./1)"),
 ]
 Names = Annotated[list[Text], Said("a list of names")]
+Range = Annotated[
+    list[float],
+    Field(min_length=2, max_length=2),
+    AfterValidator(_rising),
+    Said("[lowest, highest], of which the first is not the larger one"),
+]
 Numbers = Annotated[list[float], Said("a list of finite numbers, or null")]
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from capo.cli.schema.kinds import Count, Positive, Precision, Seed, Text, Times, TwoOrMore
+from capo.cli.schema.kinds import Count, Positive, Precision, Seed, SeveralImages, Text, Times
 from capo.cli.schema.rewards import HeldOut, Rewards
 from capo.runtime import limits
 from capo.runtime.schema import Said, Section, key
@@ -17,7 +17,7 @@ class Pool(Section):
 
     root: Text = key("folder of candidates and of the base's images, shared by all runs")
     seed: Seed = key("seed of the candidates")
-    candidates: TwoOrMore = key("candidates per prompt")
+    candidates: SeveralImages = key("candidates per prompt")
     prompts_per_shard: Annotated[int, Field(ge=1, le=limits.SHARD)] = key("prompts in a file of the pool")
     imported: Text | None = key(
         "folder of a pool made by generate.py stage=import, from which all pairs then come"
@@ -54,7 +54,7 @@ class Validation(Section):
     """Images of the policy in training, by which the checkpoint is chosen."""
 
     every: Count = key("optimizer steps between validations")
-    images: TwoOrMore = key("images per prompt")
+    images: SeveralImages = key("images per prompt")
     monitor: Literal["mean", "worst"] = key(
         "win-rate that chooses the checkpoint: the mean over the rewards, or that of the worst one"
     )
@@ -72,7 +72,7 @@ class Evaluation(Section):
     """Test images of policy and base."""
 
     seed: Seed = key("seed of validation and test images, and of the bootstrap")
-    images: TwoOrMore = key("images per prompt")
+    images: SeveralImages = key("images per prompt")
     zero_prompts: Count = key("test prompts on which the base is compared with itself at other seeds")
     diversity: Text | None = key(
         "reward whose image encoder measures diversity; auto: the first that has one; null: latents alone"
@@ -85,10 +85,10 @@ class Evaluation(Section):
 class Planning(Section):
     """What plan=true assumes."""
 
-    flops: Positive | None = key(
+    flops: Annotated[float, Field(ge=10**6, le=10**20)] | None = key(
         "peak of one device per second; null: this machine's GPU by its name, else an H100 SXM"
     )
-    utilization: Annotated[float, Field(gt=0, le=1), Said("a number above 0 and at most 1")] = key(
+    utilization: Annotated[float, Field(ge=10**-4, le=1), Said("a number from 0.0001 to 1")] = key(
         "share of that peak that training and sampling reach; an assumption, not measured"
     )
     scoring: (

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
-from capo.cli.schema.kinds import Called, Count, Name, Positive, Seconds, Text
+from capo.cli.schema.kinds import Called, Count, Name, Positive, Range, Seconds, Text
 from capo.runtime.schema import Said, Section, key
 
 
@@ -16,9 +14,7 @@ class Reward(Section):
     scorer: Annotated[Any, Called()] | None = key("what computes the scores: `_target_` and its arguments")
     link: Literal["identity", "log"] = key("log: the score is a probability", "identity")
     scale: Positive = key("factor of a difference of two linked scores in a win-rate", 1.0)
-    range: Annotated[list[float], Field(min_length=2, max_length=2), Said("[lowest, highest]")] | None = key(
-        "usual lowest and highest score, for reports", None
-    )
+    range: Range | None = key("usual lowest and highest score, for reports", None)
     memory: Positive | None = key("bytes of its weights in float32, for plans", None)
     weights: Text | None = key("a file, a folder or a hub id", None)
     revision: Text | None = key("commit of the hub id; null: the one in the cache, else the latest", None)

@@ -103,9 +103,13 @@ class Merging(Training):
     method: Literal["slerp", "linear"] = key(
         "slerp: along the arc between task vectors, tensor by tensor; linear: base + their weighted sum"
     )
-    weights: Annotated[list[float], Said("a list of finite numbers, one for each policy")] | None = key(
-        "one for each policy; null: equal ones, which sum to 1"
-    )
+    weights: (
+        Annotated[
+            list[Annotated[float, Field(ge=-limits.SHARES, le=limits.SHARES)]],
+            Said(f"a list of numbers from {-limits.SHARES} to {limits.SHARES}, one for each policy"),
+        ]
+        | None
+    ) = key("one for each policy; null: equal ones, which sum to 1")
 
 
 SCRIPTS = {

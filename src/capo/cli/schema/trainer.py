@@ -16,6 +16,7 @@ from capo.cli.schema.kinds import (
     NotNegative,
     Positive,
     Precision,
+    Range,
     Rate,
     Seed,
     Text,
@@ -106,8 +107,8 @@ class Reference(Section):
 class Trainer(Section):
     """Optimizer, devices, precision and memory."""
 
-    max_steps: Count = key("optimizer steps")
-    batch: Count = key("pairs in an optimizer step, over all devices")
+    max_steps: Annotated[int, Field(ge=1, le=limits.STEPS)] = key("optimizer steps")
+    batch: Annotated[int, Field(ge=1, le=limits.PAIRS)] = key("pairs in an optimizer step, over all devices")
     micro_batch: Count | None = key(
         "pairs in one forward pass on a device, the rest is accumulated; null: batch / devices"
     )
@@ -209,13 +210,9 @@ class Model(Section):
     beta: Annotated[dict[Text, Positive | None], Said("beta by objective, {capo: 500}, say")] = key(
         "beta by objective, which the files of conf/objective/ take", {}
     )
-    beta_range: (
-        Annotated[
-            dict[Text, Annotated[list[float], Field(min_length=2, max_length=2)] | None],
-            Said("[lowest, highest] beta by objective"),
-        ]
-        | None
-    ) = key("lowest and highest beta that was measured, by objective; null: not measured", None)
+    beta_range: Annotated[dict[Text, Range | None], Said("[lowest, highest] beta by objective")] | None = key(
+        "lowest and highest beta that was measured, by objective; null: not measured", None
+    )
     bias: float = key("bias b of the weight, which noise.bias takes")
     draw: Draw = key("distribution of times, which noise.draw takes")
     lr: Rate = key("learning rate, which trainer.lr takes")

@@ -5,7 +5,7 @@ made here from the field's own type, so that each names key, value, what is allo
 """
 
 from capo.runtime.schema.faults import MISSING, dotted, fault, faults, shown
-from capo.runtime.schema.tree import Node, Picked, Section, hints, key, walked
+from capo.runtime.schema.tree import Node, Picked, Section, hints, key, leaves, walked
 from capo.runtime.schema.words import Said, words
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "faults",
     "hints",
     "key",
+    "leaves",
     "shown",
     "walked",
     "words",

@@ -200,3 +200,15 @@ def _below(node: Node, above: str) -> Iterator[tuple[str, Node]]:
 def every_key(schema: type[Section]) -> tuple[str, ...]:
     """All keys of a schema, as `walked` writes them."""
     return tuple(name for name, _ in walked(schema))
+
+
+def leaves(node: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
+    """Yield (path, value) of each value of a configuration that holds no others."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from leaves(value, (*path, name))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from leaves(value, (*path, number))
+    else:
+        yield path, node
