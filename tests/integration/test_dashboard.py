@@ -103,7 +103,7 @@ def applied(spec, sweep, monkeypatch, capsys):
 
 def test_sweeps_that_have_no_dashboard_are_refused(sweep, capsys, tmp_path):
     assert dashboard.main([str(tmp_path / "none")]) == 2
-    assert "none of its 0 jobs was logged to W&B (no wandb.json)" in capsys.readouterr().err
+    assert "none: no such folder; give the directory of a sweep" in capsys.readouterr().err
     path = sweep / "1" / "wandb.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "group": "other"}))

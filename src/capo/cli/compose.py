@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -27,12 +27,10 @@ def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITO
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             return compose(name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         if (fault := value_fault(error, overrides)) is not None:
             raise InputError(fault) from error
-        if isinstance(error, (OverrideParseException, MissingConfigException)) and (
-            fault := command_fault(error)
-        ):
+        if (fault := command_fault(error)) is not None:
             raise InputError(fault) from error
         if not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capo.cli.messages import REFUSED
+from capo.cli.messages import refused
 from capo.cli.sweep import Job, read_jobs, sweep_name, sweep_rows, varying_keys
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.dashboard import Tracked, TrackedRun, markdown_table, specification
@@ -166,6 +166,8 @@ def main(command: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, help=f"file of the specification; by default SWEEP/{FILE}")
     options = parser.parse_args(command)
     try:
+        if not options.sweep.is_dir():
+            raise InputError(f"{options.sweep}: no such folder; give the directory of a sweep")
         jobs = read_jobs(options.sweep)
         tracked = tracked_sweep(options.sweep, jobs)
         columns, rows = sweep_rows(jobs)
@@ -187,9 +189,8 @@ def main(command: Sequence[str] | None = None) -> int:
         check_place(tracked, options.entity, options.project)
         for address in apply(spec, options.entity):
             print(printable(address))
-    except InputError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return REFUSED
+    except Exception as error:
+        return refused(error)
     return 0
 
 

@@ -16,12 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from capo.cli.compose import REPOSITORY, composed, resolved
+from capo.cli.messages import refused
 from capo.cli.schema.border import refuse
 from capo.cli.schema.scripts import SCRIPTS
 from capo.errors import InputError, alike
 from capo.runtime.schema import Node, faults, shown, walked, words
 from capo.runtime.schema.tree import GROUP, is_section, picked
-from capo.runtime.terminal import printable
 
 ANY = "NAME"  # stands for a name that the user chooses
 HEAD = """# Configuration
@@ -183,6 +183,9 @@ def main(command: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if command is None else command)
     keys, overrides = [a for a in given if "=" not in a], [a for a in given if "=" in a]
     try:
+        if {"-h", "--help"} & set(keys):
+            print(__doc__)
+            return 0
         check_asked(keys, overrides)
         if "--page" in keys:
             print(page(), end="")
@@ -192,9 +195,8 @@ def main(command: Sequence[str] | None = None) -> int:
         else:
             for key, (_, node) in all_keys().items():
                 print(f"{key}: {meaning(node)}")
-    except InputError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 2
+    except Exception as error:
+        return refused(error)
     return 0
 
 

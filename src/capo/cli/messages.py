@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,9 @@ PLACE_ERRORS = {
     errno.ENOENT,
     errno.EISDIR,
 }
+WRITTEN = ("hydra.run.dir", "hydra.sweep.dir", "pool.root")  # keys of places that are written to
+LONGEST_PATH = 400  # letters of a path in a message
+GROUP_CHOICE = re.compile(r"\+?[\w/]+(@[\w.]+)?=[A-Za-z_\[]")
 PLACES = "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
 OTHER_PLACE = f"make room there, or {PLACES}"
 # null and a mapping are values; anything else names files of conf/rewards
@@ -119,6 +123,15 @@ def start(main: Callable[[], object]) -> None:
         hydra_internals.run_and_report = report
 
 
+def refused(error: Exception, code: int = REFUSED) -> int:
+    """Print the message of an error that a user can cause, and return the exit code; raise any other."""
+    message = told_fault(error)
+    if message is None or _wants_trace():
+        raise error
+    print(printable(f"error: {message}"), file=sys.stderr)
+    return code
+
+
 def told_fault(error: BaseException) -> str | None:
     """Message for an error that a user can cause; None for any other error."""
     return str(error) if isinstance(error, InputError) else disk_fault(error) or memory_fault(error)
@@ -142,7 +155,31 @@ def disk_fault(error: BaseException | None) -> str | None:
     if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
         return None
     remedy = f"restore it, or {PLACES}" if error.errno == errno.ENOENT else OTHER_PLACE
-    return f"{error.filename or 'a file'} cannot be used ({error.strerror}): {remedy}"
+    if (key := _key_of(error.filename)) is not None:
+        remedy = f"give another path{f': {key}=PATH' if key else ''}"
+    return f"{_short_path(error.filename)} cannot be used ({error.strerror}): {remedy}"
+
+
+def _key_of(path: object) -> str | None:
+    """Key of the command line whose value is the largest part of this path; None for what is written.
+
+    It is empty for an argument without a key.
+    """
+    found = {}
+    for argument in sys.argv[1:] if isinstance(path, str) else ():
+        key, given, value = argument.partition("=")
+        key, value = (key, value) if given else ("", argument)  # of a program without keys
+        value = value.strip("'\"").rstrip("/")
+        # a name that is too long stands in a folder of another key; a short one may be any word
+        if value and (f"{path}/".startswith(f"{value}/") or (len(value) > 200 and path.endswith(value))):
+            found[len(value)] = key.lstrip("+")
+    key = found[max(found)] if found else None
+    return None if key in WRITTEN else key
+
+
+def _short_path(path: object) -> str:
+    text = str(path or "a file")
+    return text if len(text) <= LONGEST_PATH else f"{text[:LONGEST_PATH]}..."
 
 
 def command_fault(error: BaseException) -> str | None:
@@ -166,10 +203,8 @@ def command_fault(error: BaseException) -> str | None:
     parent = getattr(cause, "parent_node", None)
     if unknown and isinstance(parent, DictConfig):
         key = unknown[1]
-        return (
-            f"there is no key '{key}'{_meant(alike(key, _keys(parent._get_root())))} "
-            "`--cfg job` lists all keys"
-        )
+        near = alike(key, _keys(parent._get_root()))
+        return f"there is no key '{key}'{_meant(near)}" + ("" if near else " `--cfg job` lists all keys")
     return " ".join(f"{error} {cause or ''}".split())
 
 
@@ -179,7 +214,14 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
     if isinstance(error, YAMLError):  # it names file and line
         return f"a file of the configuration is not YAML: {' '.join(text.split())}; correct it"
     if isinstance(error, UnicodeDecodeError):
-        return f"a file of the configuration is no UTF-8 text from byte {error.start} on; save it as UTF-8"
+        return f"{_file_read(error)} is no UTF-8 text from byte {error.start} on; save it as UTF-8"
+    if isinstance(error, RecursionError):
+        chosen = [argument for argument in arguments if GROUP_CHOICE.match(argument)]
+        return (
+            "the files of the configuration are nested too deeply: a defaults list names its own file, two "
+            "files name each other, or hundreds of sections stand in each other; look at what the command "
+            f"chooses ({' '.join(chosen) or 'the main file'})"
+        )
     if "for integer string conversion" in text:  # Python's limit
         long = next((argument for argument in arguments if LONG_NUMBER.search(argument)), None)
         place = f"{long.partition('=')[0]}={long.partition('=')[2][:20]}..." if long else "a file of conf/"
@@ -197,6 +239,12 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
         key = listed[1].partition("=")[0].lstrip("+")
         return f"{listed[1]}: {key} is a section of keys, not a list; give {key}.KEY=VALUE"
     return None
+
+
+def _file_read(error: BaseException) -> str:
+    """Name the file that Hydra was reading when this was raised."""
+    names = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((name for name in reversed(names) if isinstance(name, str)), "a file of the configuration")
 
 
 def _keys(cfg: Container) -> list[str]:

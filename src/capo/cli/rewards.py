@@ -23,6 +23,7 @@ from rich.text import Text
 
 from capo.cli.build import rewards_of
 from capo.cli.compose import REPOSITORY, composed
+from capo.cli.messages import refused
 from capo.cli.schema import check_values
 from capo.cli.schema.rewards import RewardsAlone
 from capo.errors import InputError, closest
@@ -43,7 +44,7 @@ from capo.rewards.selfcheck import (
     read_golden,
     write_golden,
 )
-from capo.runtime.terminal import Terminal, printable
+from capo.runtime.terminal import Terminal
 
 # overrides may be written `NAME.weights=...` or `rewards.NAME.weights=...`
 OVERRIDE = re.compile(r"^([+~]*)(?:rewards\.)?")
@@ -244,9 +245,8 @@ def main(command: Sequence[str] | None = None) -> int:
             check_known(rewards)
         options.pictures = pictures(options.published) if options.published else None
         passed = [check(reward, options, console) for reward in rewards]
-    except InputError as error:  # of check: the file of recorded scores cannot be written
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 1
+    except Exception as error:  # of check, too: the file of recorded scores cannot be written
+        return refused(error, 1)
     return int(not all(passed))
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from capo.cli.messages import REFUSED
+from capo.cli.messages import refused
 from capo.errors import InputError
 from capo.runtime.terminal import Terminal, printable
 
@@ -51,9 +50,8 @@ def main(command: Sequence[str]) -> int:
     options = arguments(command)
     try:
         {"serve": _serve, "results": _results, "export": _export, "import": _import}[options.command](options)
-    except InputError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return REFUSED
+    except Exception as error:
+        return refused(error)
     return 0
 
 

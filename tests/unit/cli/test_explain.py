@@ -59,12 +59,18 @@ def test_a_near_miss_gets_what_was_meant(capsys):
     ("seed", "+a=1", "error: a=1: there is no such key"),
     ("", "seed=abc", "seed=abc sets a key, and no key is named that is to be explained; did you mean "
      "python -m capo.cli.explain seed?"),
+    ("seed", "model.lr=${trainer.lr}", "error: trainer.lr cannot be resolved (Recursive"),
+    ("seed", "seed=${oc.env:NO_SUCH_VARIABLE}", "error: seed cannot be resolved"),
     ("", "+a=1", "did you mean python -m capo.cli.explain a?"),
 ])  # fmt: skip
 def test_slips_are_answered_as_the_scripts_answer_them(capsys, key, override, message):
     assert explain.main([*filter(None, [key, override])]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and not printed.out
+
+
+def test_help_is_what_the_module_says(capsys):
+    assert "python -m capo.cli.explain trainer.micro_batch" in said(capsys, "--help")
 
 
 def test_a_key_far_longer_than_any_is_compared_with_none(capsys):

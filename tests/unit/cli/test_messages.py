@@ -1,0 +1,71 @@
+"""Messages for what Hydra or the system raises: they name the file, or the key that gave it."""
+
+import errno
+import os
+import sys
+
+import pytest
+
+from capo.cli import dashboard, study_files
+from capo.cli.compose import composed
+from capo.cli.messages import command_fault, disk_fault
+from capo.cli.schema.border import text_faults
+from capo.errors import InputError
+
+
+def test_a_file_of_the_configuration_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "main.yaml").write_text("defaults: [own: x]\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "x.yaml").write_bytes(b"# \xe9\nseed: 1\n")
+    with pytest.raises(InputError, match=f"{tmp_path}/own/x.yaml is no UTF-8 text from byte 2 on; save it"):
+        composed("main", [], tmp_path)
+
+
+def test_texts_that_no_path_can_hold_are_refused():
+    values = {
+        "pool": {"root": "a\0b"},
+        "rewards": {"x": {"weights": "~nosuchuser/x"}},
+        "list": ["~", "~/x", "a~b"],
+    }
+    found = dict(text_faults(values))
+    assert list(found) == ["pool.root", "rewards.x.weights"]
+    assert "null character" in found["pool.root"] and "no user of this name" in found["rewards.x.weights"]
+
+
+@pytest.mark.parametrize("program", [dashboard.main, lambda given: study_files.main(["results", *given])])
+def test_programs_of_their_own_answer_as_the_scripts_do(capsys, monkeypatch, program):
+    long = "a" * 500
+    monkeypatch.setattr(sys, "argv", ["program", long])
+    assert program([long]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: aaa") and told.endswith("(File name too long): give another path\n")
+
+
+def test_a_sweep_that_is_not_there_is_said(capsys, tmp_path):
+    assert dashboard.main([str(tmp_path / "none")]) == 2
+    assert "none: no such folder; give the directory of a sweep" in capsys.readouterr().err
+
+
+def test_files_that_name_each_other_are_a_message(monkeypatch):
+    """Hydra itself takes half a minute until Python's stack is full."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", "c", "experiment=x", "seed=3"])
+    told = command_fault(RecursionError("maximum recursion depth exceeded"))
+    assert "a defaults list names its own file" in told and told.endswith("(experiment=x)")
+
+
+@pytest.mark.parametrize(("argument", "path", "told"), [
+    ("prompts.train.path=LONG", "LONG", "give another path: prompts.train.path=PATH"),
+    ("+own.folder=there/", "there/LONG", "give another path: own.folder=PATH"),
+    ("import.table=LONG", "there/LONG", "give another path: import.table=PATH"),
+    ("LONG", "LONG/results", "(File name too long): give another path"),
+    ("pool.root=LONG", "LONG", "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"),
+    ("seed=3", "LONG", "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"),
+])  # fmt: skip
+def test_a_path_that_cannot_be_used_names_the_key_that_gave_it(monkeypatch, argument, path, told):
+    long = "a" * 500
+    monkeypatch.setattr(sys, "argv", ["train.py", argument.replace("LONG", long)])
+    given = path.replace("LONG", long)
+    fault = disk_fault(OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), given))
+    assert fault.startswith(f"{given[:400]}... cannot be used (File name too long): ") and fault.endswith(
+        told
+    )
