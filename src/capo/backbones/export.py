@@ -23,6 +23,7 @@ from capo.errors import DamagedFile, InputError, first_line
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
 from capo.runtime.hub import is_hub_id
+from capo.runtime.tensor_files import DTYPES, tensor_homes
 
 AGAIN = "export it again"
 
@@ -138,6 +139,11 @@ def _take_adapter(policy: Denoiser, loader: Any, folder: Path, component: str) -
 
 def _take_weights(policy: Denoiser, folder: Path) -> None:
     check_configs(folder)
+    own = policy.state_dict().keys()
+    for name, (file, dtype, _) in tensor_homes(folder).items():
+        if name not in own or dtype not in DTYPES:
+            told = f"is stored as {dtype}, not as floating point" if name in own else "is none of the model's"
+            raise InputError(f"policy '{file}' does not fit the model: its tensor {name} {told}; {AGAIN}")
     with loaded(f"the weights of policy '{folder.absolute()}'", AGAIN):
         stored = type(policy).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True

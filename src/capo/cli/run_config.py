@@ -21,6 +21,7 @@ from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
 from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, POLICY, WRITTEN
+from capo.runtime.schema import shown
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
 FILLED = (POLICY, EVALUATION, "benchmarks", "study")  # folders that are written to when a run has finished
@@ -78,6 +79,7 @@ ADDED = {
     "noise.inversion": {"steps": 10, "renoise": 0, "eta": 0},
     "reference": {"decay": None, "interval": 1},
 }
+VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,50}")  # it becomes a part of a command in a message
 DEPTH = "pairs.depth"  # likewise, of pairs=frs
 # keys of an evaluation, which a run does not have
 ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust", "study")
@@ -127,6 +129,8 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
         raise DamagedFile(path, str(error), REMEDY) from error
     if type(layout) is not int:
         raise DamagedFile(path, f"{WRITER}.layout is {layout!r}, not a whole number", REMEDY)
+    if not (isinstance(capo, str) and VERSION.fullmatch(capo)):
+        raise DamagedFile(path, f"{WRITER}.capo is {shown(capo)}, not a version", REMEDY)
     if layout != LAYOUT:
         raise InputError(
             f"{folder} is a run of capo {capo} (layout {layout}); this is capo {here}, which reads layout "

@@ -58,7 +58,11 @@ def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
             f"and run evaluate.py run={folder}"
         )
     keys, positions = list(settings["rewards"].values()), [places[prompt] for prompt in settings["prompts"]]
-    scores = pool.scores(keys, settings["images_per_prompt"], positions)
+    try:
+        scores = pool.scores(keys, settings["images_per_prompt"], positions)
+    except InputError as error:  # whose remedy is that of a pool that generate.py fills
+        told = str(error).partition(";")[0]
+        raise InputError(f"{told}; remove {folder / EVALUATION} and run evaluate.py run={folder}") from error
     return {name: scores[..., number] for number, name in enumerate(settings["rewards"])}
 
 

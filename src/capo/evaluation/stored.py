@@ -5,12 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from capo.errors import InputError
+from capo.runtime.limits import IMAGES
+from capo.runtime.names import MUST, is_name
 from capo.runtime.run_folder import EVALUATION, RESULTS, SETTINGS
-from capo.runtime.schema import Section, key
+from capo.runtime.schema import Said, Section, key
 from capo.runtime.stored import Record, read_record
+
+
+def _single(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("one of them stands there twice")
+    return names
+
+
+def _named(name: str) -> str:
+    if not is_name(name):
+        raise ValueError(MUST)
+    return name
 
 
 class Interval(Record):
@@ -48,10 +62,14 @@ class Results(Record):
 class Settings(Record):
     """What is read of settings.json."""
 
-    prompts: list[str] = key("ids of the prompts")
-    seed: int = key("seed of the images")
-    images_per_prompt: Annotated[int, Field(ge=1)] = key("images per prompt")
-    rewards: dict[str, str] = key("keys of scores by reward")
+    prompts: Annotated[
+        list[str], Field(min_length=1), AfterValidator(_single), Said("a list of ids, each of them once")
+    ] = key("ids of the prompts")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = key("seed of the images")
+    images_per_prompt: Annotated[int, Field(ge=1, le=IMAGES)] = key("images per prompt")
+    rewards: dict[str, Annotated[str, AfterValidator(_named), Said(MUST.removeprefix("must be "))]] = key(
+        "keys of scores by reward"
+    )
     policy_generator: str = key("fingerprint of what drew the policy's images")
 
 

@@ -164,13 +164,16 @@ def kept(folder: Path) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Raise InputError for a link in `folder` that leads out of it, whose target a copy would take along.
+    """Raise InputError for a link in `folder` that leads out of it, and for what is no file, as a pipe.
+
+    Of such a link a copy would take the target along; a pipe would be waited for.
 
     Links into the cache of the hub, of which a snapshot consists, are its own files.
     """
-    for path, target, inside in _links(
-        folder, sorted(folder.rglob("*"))
-    ):  # which follows no link to a folder
+    held = sorted(folder.rglob("*"))  # which follows no link to a folder
+    if odd := [path for path in held if not path.is_symlink() and not path.is_file() and not path.is_dir()]:
+        raise InputError(f"{odd[0]} is no ordinary file, and is not copied along: remove it")
+    for path, target, inside in _links(folder, held):
         if not inside or not path.is_file():
             raise InputError(
                 f"{path} is a link to {target}, which is not copied along: put the file itself there, or "
@@ -186,7 +189,9 @@ def check_inside(folder: Path, names: Sequence[str], trusted: Sequence[str] | No
     """
     for name in names:
         place = folder / name
-        for path, target, inside in _links(folder, [place, *sorted(place.rglob("*"))]):
+        # what is in a folder that is a link, which may be any folder, does not matter
+        held = [] if place.is_symlink() else sorted(place.rglob("*"))
+        for path, target, inside in _links(folder, [place, *held]):
             if not inside and str(target) not in (trusted or ()):
                 own = "" if trusted is None else f"; if the link is your own, add 'trust=[{target}]'"
                 raise InputError(

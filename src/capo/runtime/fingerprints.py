@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from capo.errors import InputError
-from capo.runtime.reading import FOLDER_REMEDY, read_any_json
+from capo.errors import DamagedFile, InputError
+from capo.runtime.files import led_to
+from capo.runtime.reading import FOLDER_REMEDY, open_ordinary, read_any_json
 from capo.runtime.tensor_files import readable_tensors
 from capo.runtime.weight_files import weight_files
 
@@ -40,16 +43,19 @@ def file_digest(path: str | Path) -> str:
 
     In the hub's cache a large file is a link to a blob named by its sha256, and that name is used without
     reading the file. Any other digest is cached for the life of the process, by path, size and modification
-    time.
+    time. Raises DamagedFile for anything but an ordinary file, and FileNotFoundError.
     """
-    target = Path(path).resolve()
+    target = led_to(Path(path))
     if target.parent.name == "blobs" and BLOB_NAME.fullmatch(target.name):
         return target.name
-    status = target.stat()
-    key = (str(target), status.st_size, status.st_mtime_ns)
-    if key not in _digests:
-        with target.open("rb") as file:
-            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    with open_ordinary(target, partial(DamagedFile, remedy="put the file itself there")) as file:
+        status = os.fstat(file.fileno())
+        key = (str(target), status.st_size, status.st_mtime_ns)
+        if key not in _digests:
+            try:
+                _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:  # of the disk, which does not say the name
+                raise DamagedFile(target, error.strerror or str(error), "get the file again") from error
     return _digests[key]
 
 

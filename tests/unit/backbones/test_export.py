@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from capo.backbones import UNetBackbone
 from capo.backbones.export import export_policy, load_policy, policy_fingerprint
@@ -250,6 +250,23 @@ def test_a_config_that_names_a_repository_is_not_asked_of_the_hub(tiny_backbone,
     (folder / "unet" / "config.json").write_text('"owner/name"')
     monkeypatch.setattr(type(tiny_backbone.denoiser), "from_pretrained", None)  # is not called
     with pytest.raises(InputError, match=r"unet/config\.json cannot be read \(it holds no names with values"):
+        load_policy(tiny_backbone, folder)
+
+
+@pytest.mark.parametrize("change", ["whole numbers", "further"])
+def test_a_policy_whose_tensors_are_not_the_models_is_refused(tiny_backbone, tmp_path, change):
+    folder = export_policy(tiny_backbone, tiny_backbone.trainable_copy(), tmp_path / "policy", CARD)
+    path = next((folder / "unet").glob("*.safetensors"))
+    weights = load_file(path)
+    first = sorted(weights)[0]
+    weights |= {first: weights[first].int()} if change == "whole numbers" else {"x": torch.ones(1)}
+    save_file(weights, path)
+    told = (
+        f"{first} is stored as I32, not as floating"
+        if change == "whole numbers"
+        else "x is none of the model's"
+    )
+    with pytest.raises(InputError, match=f"does not fit the model: its tensor {told}"):
         load_policy(tiny_backbone, folder)
 
 

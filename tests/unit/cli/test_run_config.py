@@ -1,6 +1,8 @@
+import pytest
 from omegaconf import OmegaConf
 
 from capo.cli.run_config import ADDED, Progress, begin_training, is_finished, open_run, read_config
+from capo.errors import DamagedFile
 from fixtures.configuration import composed
 
 
@@ -30,6 +32,13 @@ def test_the_values_of_earlier_runs_are_those_of_the_shipped_configuration():
     cfg = composed()
     for key, value in ADDED.items():
         assert OmegaConf.to_container(OmegaConf.create({"at": OmegaConf.select(cfg, key)}))["at"] == value
+
+
+def test_a_version_that_is_none_does_not_reach_a_message_as_a_command(tmp_path):
+    written = {"layout": 99, "capo": "0.1 --index-url http://evil"}
+    OmegaConf.save({"trainer": {"max_steps": 3}, "written_by": written}, tmp_path / "config.yaml")
+    with pytest.raises(DamagedFile, match=r"written_by.capo is 0.1 --index-url http://evil, not a version"):
+        read_config(tmp_path)
 
 
 def test_a_finished_run_stays_one_until_training_goes_on(tmp_path):

@@ -109,6 +109,37 @@ def test_images_that_are_gone(runs):
         head_to_head(*runs)
 
 
+def test_scores_that_are_gone(runs):
+    for path in (runs[0] / "evaluation" / "pool").glob("*/scores"):
+        path.rename(path.with_name("away"))
+    with pytest.raises(
+        InputError, match=r"has not scored .* prompts; remove .*/0/evaluation and run evaluate.py run="
+    ):
+        head_to_head(*runs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("prompts", [], "must be a list of ids, each of them once"),
+        ("prompts", [PROMPTS[0].id] * 2, "must be a list of ids, each of them once"),
+        ("rewards", {"alignment": "../../x"}, "rewards.alignment=../../x: must be a name"),
+        ("rewards", {"alignment": "/etc"}, "rewards.alignment=/etc: must be a name"),
+        (
+            "images_per_prompt",
+            10**12,
+            "images_per_prompt=1000000000000: must be a whole number from 1 to 1000000",
+        ),
+        ("seed", -1, "seed=-1: must be a whole number"),
+    ],
+)
+def test_settings_from_elsewhere_that_cannot_be_used_are_named(tmp_path, runs, key, value, fault):
+    path = runs[0] / "evaluation" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=rf"settings.json cannot be read \(.*{fault}"):
+        head_to_head(*runs)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

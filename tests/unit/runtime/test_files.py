@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,14 @@ def test_a_folder_that_leads_elsewhere_is_not_written_to(tmp_path, place):
     check_inside(tmp_path / "linked", ["pool"])
 
 
+def test_a_folder_that_a_link_leads_to_is_not_walked(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pool").symlink_to(tmp_path)
+    monkeypatch.setattr(Path, "rglob", lambda *given: pytest.fail("it may be any folder, and a large one"))
+    with pytest.raises(InputError, match="pool is a link to"):
+        check_inside(tmp_path / "run", ["pool"])
+
+
 def test_links_within_a_folder_and_into_the_hubs_cache_are_its_own(tmp_path):
     snapshot, blobs = tmp_path / "model" / "snapshots" / "abc", tmp_path / "model" / "blobs"
     for folder in (snapshot, blobs):
@@ -108,6 +117,10 @@ def test_links_within_a_folder_and_into_the_hubs_cache_are_its_own(tmp_path):
     (snapshot / "config.json").symlink_to(blobs / "hash")
     (snapshot / "same.json").symlink_to("config.json")
     check_links(snapshot)
+    os.mkfifo(snapshot / "pipe")
+    with pytest.raises(InputError, match="pipe is no ordinary file, and is not copied along: remove it"):
+        check_links(snapshot)
+    (snapshot / "pipe").unlink()
     for name, target in (("out", tmp_path), ("circle", snapshot / "circle"), ("file", "/etc/hostname")):
         (snapshot / name).symlink_to(target)
         with pytest.raises(InputError, match=f"{name} is a link to .*put the file itself there"):

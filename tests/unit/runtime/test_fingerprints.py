@@ -1,12 +1,13 @@
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.runtime.fingerprints import (
     component_fingerprint,
     file_digest,
@@ -140,3 +141,12 @@ def test_variant_and_shard_names(tmp_path):
 def test_missing_component_is_named(tiny_folder):
     with pytest.raises(InputError, match=r"text_encoder_9.*complete diffusers pipeline"):
         component_fingerprint(tiny_folder, ["unet", "text_encoder_9"])
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    os.mkfifo(tmp_path / "pipe")  # would be waited for
+    for name in ("folder", "circle", "pipe"):
+        with pytest.raises(DamagedFile, match=f"{name} cannot be read .*; put the file itself there"):
+            file_digest(tmp_path / name)
