@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from capo.cli.messages import plain_errors
 from capo.cli.run_config import check_place, is_finished
@@ -30,6 +30,7 @@ def main(cfg: DictConfig) -> float:
             check_places(own)
         if own.mode is not RunMode.MULTIRUN:
             return run(cfg)
+        check_sweep(own)
         from capo.cli.sweep import run_job, sweep_name
 
         return run_job(partial(run, cfg, sweep_name(Path(own.sweep.dir))), Path(cfg.run_dir))
@@ -99,6 +100,21 @@ def refuse_early(cfg: DictConfig) -> None:
         check_sharded_guidance(cfg, launch().world_size)
         check_imported(cfg)
         require_room(cfg)
+
+
+def check_sweep(own: DictConfig) -> None:
+    """Raise InputError for places of a sweep's jobs at which its table would not find each of them."""
+    subdir = str(OmegaConf.to_container(own.sweep, resolve=False)["subdir"])  # type: ignore[index]
+    if own.output_subdir != ".hydra":
+        raise InputError(
+            f"hydra.output_subdir={own.output_subdir} with -m: the table of a sweep reads each job's .hydra; "
+            "leave it out"
+        )
+    if "/" in str(own.sweep.subdir) or "${" not in subdir:
+        raise InputError(
+            f"hydra.sweep.subdir={subdir} with -m: each job needs a folder of its own there; leave it "
+            "out, or give one name with ${hydra.job.num}"
+        )
 
 
 def check_places(own: DictConfig) -> None:

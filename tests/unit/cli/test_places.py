@@ -1,8 +1,9 @@
-"""What generate.py and merge.py refuse before they load anything."""
+"""What train.py, generate.py and merge.py refuse before they load anything."""
 
 import pytest
+from omegaconf import OmegaConf
 
-from capo.cli import generate, merge
+from capo.cli import generate, merge, train
 from capo.cli.compose import composed
 from capo.errors import InputError
 
@@ -21,3 +22,24 @@ def test_repair_without_verify_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match="repair=true with stage=status: stage=verify alone repairs"):
         generate.run(cfg)
+
+
+NUMBERED = "${job.num}"
+
+
+@pytest.mark.parametrize(("output", "subdir", "message"), [
+    (".hydra", NUMBERED, None),
+    (".hydra", f"job-{NUMBERED}", None),
+    (None, NUMBERED, "hydra.output_subdir=None with -m"),
+    (".hydra", f"a/{NUMBERED}", r"hydra.sweep.subdir=a/.* with -m: each job needs a folder of its own"),
+    (".hydra", "x", r"hydra.sweep.subdir=x with -m: each job needs a folder of its own"),
+])  # fmt: skip
+def test_a_sweep_whose_table_would_miss_jobs_is_refused(output, subdir, message):
+    own = OmegaConf.create(
+        {"job": {"num": 3}, "output_subdir": output, "sweep": {"dir": "s", "subdir": subdir}}
+    )
+    if message is None:
+        train.check_sweep(own)
+        return
+    with pytest.raises(InputError, match=message):
+        train.check_sweep(own)
