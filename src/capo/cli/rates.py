@@ -18,7 +18,7 @@ from capo.backbones.sampling import SamplerSettings, encode_unconditional, sampl
 from capo.cli.compose import plain
 from capo.cli.process import thread_count, worker_logs
 from capo.data.stages import TEXT_BATCH
-from capo.errors import InputError, first_line
+from capo.errors import InputError, closest, first_line
 from capo.preflight.architecture import Blueprint
 from capo.preflight.devices import cpu_name
 from capo.preflight.rates import FOLDER, Measurement, measured_rate, read_rate, write_rate
@@ -141,9 +141,11 @@ def rates_of(cfg: DictConfig, blueprint: Blueprint, training: TrainingRequest) -
 
     base = {kind: measured(kind, of) for kind, of in measurements(cfg, blueprint, training).items()}
     stated, seen = plain(cfg.planning).get("scoring") or {}, set()
+    names: set[str] = set()
     scoring: dict[str, float] = {}
     for place in (*REWARD_PLACES, ORACLE):
         for reward, judge in zip(found := known_rewards(cfg, place), judges_of(found), strict=True):
+            names.add(reward.name)
             if judge.key in seen:
                 continue
             seen.add(judge.key)
@@ -151,6 +153,12 @@ def rates_of(cfg: DictConfig, blueprint: Blueprint, training: TrainingRequest) -
                 scoring[judge.key], origins[reward.name] = float(stated[reward.name]), STATED
             elif rate := measured(reward.name, scoring_measurement(cfg, blueprint, reward)):
                 scoring[judge.key] = rate
+    if unknown := [name for name in stated if name not in names]:
+        near = closest(unknown[0], sorted(names))
+        raise InputError(
+            f"planning.scoring.{unknown[0]}: no reward of this run is called so; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names)) or 'none'}")
+        )
     return Rates(base[TEXT], base[LATENTS], base[DECODING], base[TRAINING], scoring, origins, faults)
 
 

@@ -197,6 +197,8 @@ def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
     assert "pickscore: stated (planning.scoring)" in told and "scoring by" not in told
     with pytest.raises(InputError, match=r"planning.scoring.pickscore=0: must be a finite number above 0"):
         train_script.run(configured(*one, "planning.scoring={pickscore: 0}", folder=tmp_path))
+    with pytest.raises(InputError, match=r"planning.scoring.pickscor: no reward of .*mean pickscore\?"):
+        train_script.run(configured(*one, "planning.scoring={pickscor: 3}", folder=tmp_path))
     with pytest.raises(InputError, match=r"planning.scoring=7: must be images a second by reward"):
         train_script.run(configured(*one, "planning.scoring=7", folder=tmp_path))
 
