@@ -83,8 +83,8 @@ def refusal(run, *arguments) -> str:
     ("sampling.steps", True, "sampling.steps=true: must be a whole number from 1 to 1000"),
     ("sampling.parallel", "batch",
      "sampling.parallel=batch: must be one of operations, batches; did you mean batches?"),
-    ("trainer.batch", 0, "trainer.batch=0: must be a whole number of at least 1"),
-    ("trainer.max_steps", 2.5, "trainer.max_steps=2.5: must be a whole number of at least 1"),
+    ("trainer.batch", 0, "trainer.batch=0: must be a whole number from 1 to 1000000"),
+    ("trainer.max_steps", 2.5, "trainer.max_steps=2.5: must be a whole number from 1 to"),
     ("trainer.lr", 0.0, "trainer.lr=0.0: must be a finite number above 0"),
     ("trainer.gradient_clip", 0, "trainer.gradient_clip=0: must be a finite number above 0, or null"),
     ("trainer.precision", "BF16-Mixed", "did you mean bf16-mixed?"),
@@ -505,7 +505,7 @@ def test_a_full_disk_under_another_library_is_one_message(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EISDIR])
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EISDIR, errno.EIO])
 def test_a_place_that_no_file_system_takes_is_one_message(number):
     fault = disk_fault(OSError(number, os.strerror(number), "/there/file"))
     assert fault.startswith(f"/there/file cannot be used ({os.strerror(number)}): ")

@@ -61,6 +61,15 @@ def draw_for_evaluation(components: Components, tuned: ImageGenerator, folder: P
     GeneratedImages.fill(replace(test, root=folder / POOLS), tuned, judges, progress=False)
 
 
+def check_root(cfg: DictConfig, folder: Path) -> None:
+    """Raise InputError where the base's pools would stand among those of an evaluation in `folder`."""
+    if (folder / POOLS).resolve() == Path(cfg.pool.root).resolve():
+        raise InputError(
+            f"pool.root={cfg.pool.root}: the images of the policy go there, and other pools would be removed "
+            "from it; give another root, or another hydra.run.dir"
+        )
+
+
 def evaluate_policy(
     cfg: DictConfig, components: Components, policy: Path, folder: Path, run: Path | None = None
 ) -> dict | None:
@@ -70,11 +79,7 @@ def evaluate_policy(
     others return None. With the directory of its `run`, the report also shows the training curves and the
     curve of strengths.
     """
-    if (folder / POOLS).resolve() == Path(cfg.pool.root).resolve():
-        raise InputError(
-            f"pool.root={cfg.pool.root}: the images of the policy go there, and other pools would be removed "
-            "from it; give another root, or another hydra.run.dir"
-        )
+    check_root(cfg, folder)
     put_back(policy)
     components = engaged(cfg, components)
     negative = is_negative(cfg)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
@@ -21,30 +20,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from yaml import YAMLError
 
+from capo.cli.place_faults import disk_fault
 from capo.errors import InputError, Unfinished, alike, closest, first_line
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.terminal import printable
 
 FAILED, REFUSED, INTERRUPTED, ENDED = 1, 2, 130, 143  # exit codes
-PLACE_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOENT,
-    errno.EISDIR,
-}
-WRITTEN = ("hydra.run.dir", "hydra.sweep.dir", "pool.root")  # keys of places that are written to
-LONGEST_PATH = 400  # letters of a path in a message
 GROUP_CHOICE = re.compile(r"\+?[\w/]+(@[\w.]+)?=[A-Za-z_\[]")
-PLACES = "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
-OTHER_PLACE = f"make room there, or {PLACES}"
 # null and a mapping are values; anything else names files of conf/rewards
 NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
@@ -104,6 +86,12 @@ def start(main: Callable[[], object]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = grouped(sys.argv[1:])
+    try:
+        os.getcwd()
+    except OSError as error:
+        _end(
+            f"error: the working directory cannot be used ({error.strerror}): change to another one", REFUSED
+        )
 
     def explained(call: Callable[[], object]) -> object:
         try:
@@ -125,6 +113,9 @@ def start(main: Callable[[], object]) -> None:
 
 def refused(error: Exception, code: int = REFUSED) -> int:
     """Print the message of an error that a user can cause, and return the exit code; raise any other."""
+    if isinstance(error, BrokenPipeError):  # whoever read the output has stopped; nor may the end flush it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
     message = told_fault(error)
     if message is None or _wants_trace():
         raise error
@@ -145,41 +136,6 @@ def memory_fault(error: BaseException) -> str | None:
         f"{memory_of(error)} has run out ({first_line(error)}): end what else is in it, lower sampling.batch "
         "and trainer.micro_batch, or use a machine with more; plan=true tells what a run takes"
     )
-
-
-def disk_fault(error: BaseException | None) -> str | None:
-    """Message for an error that means that a file or folder cannot be written; None for any other error."""
-    if isinstance(error, SafetensorError):  # it has the errno only in its text
-        known = any(f"(os error {number})" in str(error) for number in PLACE_ERRORS)
-        return f"weights cannot be written ({error}): {OTHER_PLACE}" if known else None
-    if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
-        return None
-    remedy = f"restore it, or {PLACES}" if error.errno == errno.ENOENT else OTHER_PLACE
-    if (key := _key_of(error.filename)) is not None:
-        remedy = f"give another path{f': {key}=PATH' if key else ''}"
-    return f"{_short_path(error.filename)} cannot be used ({error.strerror}): {remedy}"
-
-
-def _key_of(path: object) -> str | None:
-    """Key of the command line whose value is the largest part of this path; None for what is written.
-
-    It is empty for an argument without a key.
-    """
-    found = {}
-    for argument in sys.argv[1:] if isinstance(path, str) else ():
-        key, given, value = argument.partition("=")
-        key, value = (key, value) if given else ("", argument)  # of a program without keys
-        value = value.strip("'\"").rstrip("/")
-        # a name that is too long stands in a folder of another key; a short one may be any word
-        if value and (f"{path}/".startswith(f"{value}/") or (len(value) > 200 and path.endswith(value))):
-            found[len(value)] = key.lstrip("+")
-    key = found[max(found)] if found else None
-    return None if key in WRITTEN else key
-
-
-def _short_path(path: object) -> str:
-    text = str(path or "a file")
-    return text if len(text) <= LONGEST_PATH else f"{text[:LONGEST_PATH]}..."
 
 
 def command_fault(error: BaseException) -> str | None:

@@ -277,8 +277,8 @@ def run_plan(cfg: DictConfig, console: Console) -> dict[str, Any]:
         {"kind": kind, "message": message, "certain": certain} for kind, message, certain in seen
     ]
     plan["config"] = plain(cfg)
-    print_plan(plan, console)
     path = Path(cfg.run_dir) / PLAN
     write_json(path, plan, allow_nan=False)
+    print_plan(plan, console)  # last: whoever reads it may stop
     console.print(f"plan: {path}")
     return plan

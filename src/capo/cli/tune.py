@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from capo.cli.build import Components, build_components, built, training_data
 from capo.cli.engines import engaged
-from capo.cli.evaluate import evaluate_own
+from capo.cli.evaluate import check_root, evaluate_own
 from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
 from capo.cli.outlook import followed, outlook_line
@@ -21,7 +21,7 @@ from capo.cli.parts import module_of, validation_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.reuse import reused_reference
-from capo.cli.run_config import Progress, begin_training, open_run
+from capo.cli.run_config import Progress, alone, begin_training, open_run
 from capo.cli.tracking import trackers
 from capo.data.candidates import Candidates, TrainingData
 from capo.data.dataset import ENCODE, Times
@@ -148,7 +148,9 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     console.quiet = not launch().first
-    with process_group(cuda=own_device(cfg.trainer.accelerator).type == "cuda"):
+    if cfg.evaluate:
+        check_root(cfg, folder / EVALUATION)
+    with alone(folder), process_group(cuda=own_device(cfg.trainer.accelerator).type == "cuda"):
         progress, evaluated = run_on_first_process(
             lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file())
         )

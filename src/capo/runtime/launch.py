@@ -42,13 +42,26 @@ class Launch:
         return self.rank == 0
 
 
+ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")  # set by torchrun
+SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+
+
 @functools.cache
 def cluster() -> ClusterEnvironment | None:
     """Return the environment of torchrun or SLURM, or None for a process that was started without a launcher.
 
     SLURM's automatic requeue is off: the job's own script runs the same command again, which resumes the run.
+    Raises InputError for a variable of a launcher that is no number.
     """
-    if not ("TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1):
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    names = ELASTIC if elastic else SLURM
+    for name in names:
+        if not re.fullmatch(r"[0-9]{1,9}", os.environ.get(name, "0").strip()):
+            raise InputError(
+                f"the variable {name}={os.environ[name]}, which a launcher sets, is no whole number: unset "
+                "it, or start with torchrun or srun"
+            )
+    if not (elastic or int(os.environ.get("SLURM_NTASKS", 1)) > 1):
         return None  # before Lightning is imported, which takes seconds
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 

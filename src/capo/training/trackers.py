@@ -14,6 +14,7 @@ from PIL import Image
 from capo.errors import InputError, first_line
 from capo.training.wandb_run import RunIdentity, WandbRun
 
+LONGEST = 300  # letters of what another program raised
 REMEDIES: dict[type[Logger], str] = {
     WandbRun: "check WANDB_API_KEY, {key}.project and its other options, or set WANDB_MODE=offline",
     TensorBoardLogger: "check {key}.folder, and the package: pip install 'capo[tensorboard]'",
@@ -49,7 +50,7 @@ class Tracker(Logger):
             remedy = told[0].format(key=self.key) if told else "check its arguments"
             raise InputError(
                 f"{self.key}: {type(self.logger).__name__} cannot begin ({type(error).__name__}: "
-                f"{first_line(error)}): {remedy}, or choose logger=csv"
+                f"{' '.join(str(error).split())[:LONGEST] or 'no message'}): {remedy}, or choose logger=csv"
             ) from error
 
     def _send(self, send: Callable[[], object]) -> None:

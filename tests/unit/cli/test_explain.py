@@ -1,5 +1,8 @@
 """What `python -m capo.cli.explain` says of keys, and the page that it makes."""
 
+import subprocess
+import sys
+
 import pytest
 
 from capo.cli import explain
@@ -69,6 +72,12 @@ def test_slips_are_answered_as_the_scripts_answer_them(capsys, key, override, me
     assert message in printed.err and not printed.out
 
 
+def test_a_reader_that_stops_is_no_fault_of_the_command():
+    command = f"{sys.executable} -m capo.cli.explain | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("seed: ") and done.stderr == ""
+
+
 def test_help_is_what_the_module_says(capsys):
     assert "python -m capo.cli.explain trainer.micro_batch" in said(capsys, "--help")
 
@@ -83,5 +92,5 @@ def test_the_page_is_what_the_schema_says(capsys):
     assert made == (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), (
         "run python -m capo.cli.explain --page > docs/configuration.md"
     )
-    assert "| `trainer.max_steps` | a whole number of at least 1 | `250` | optimizer steps |" in made
+    assert "| `trainer.max_steps` | a whole number from 1 to 1000000000 | `250` | optimizer steps |" in made
     assert str(ROOT) not in made  # nor any folder of the machine that made it

@@ -8,7 +8,7 @@ import pytest
 
 from capo.cli import dashboard, study_files
 from capo.cli.compose import composed
-from capo.cli.messages import command_fault, disk_fault
+from capo.cli.messages import command_fault, disk_fault, start
 from capo.cli.schema.border import text_faults
 from capo.errors import InputError
 
@@ -39,6 +39,17 @@ def test_programs_of_their_own_answer_as_the_scripts_do(capsys, monkeypatch, pro
     assert program([long]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: aaa") and told.endswith("(File name too long): give another path\n")
+
+
+def test_a_working_directory_that_was_removed_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as end:
+        start(lambda: pytest.fail("nothing can be done"))
+    assert end.value.code == 2
+    assert "error: the working directory cannot be used (No such file" in capsys.readouterr().err
 
 
 def test_a_sweep_that_is_not_there_is_said(capsys, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from capo.cli import generate, merge, train
+from capo.cli import generate, merge, train, tune
 from capo.cli.compose import composed
 from capo.errors import InputError
 
@@ -22,6 +22,15 @@ def test_repair_without_verify_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match="repair=true with stage=status: stage=verify alone repairs"):
         generate.run(cfg)
+
+
+def test_pools_among_those_of_the_evaluation_are_refused_before_anything_is_drawn(tmp_path):
+    cfg = composed("train", [f"run_dir={tmp_path}", f"pool.root={tmp_path}/evaluation/pool", "evaluate=true"])
+    with pytest.raises(
+        InputError, match="the images of the policy go there, and other pools would be removed"
+    ):
+        tune.complete_run(cfg, None, tmp_path)
+    assert [*tmp_path.iterdir()] == []
 
 
 NUMBERED = "${job.num}"

@@ -127,6 +127,23 @@ def test_a_process_knows_its_place(monkeypatch, variables, expected):
         cluster.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_NTASKS": "abc"}, {"TORCHELASTIC_RUN_ID": "x", "RANK": "a", "WORLD_SIZE": "2"}]
+)
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    cluster.cache_clear()
+    name = "SLURM_NTASKS=abc" if "SLURM_NTASKS" in variables else "RANK=a"
+    try:
+        with pytest.raises(
+            InputError, match=f"the variable {name}, which a launcher sets, is no whole number"
+        ):
+            launch()
+    finally:
+        cluster.cache_clear()
+
+
 def test_blocks_are_those_that_the_denoiser_names(tiny_backbone):
     blocks = repeated_blocks(tiny_backbone.denoiser)
     assert blocks and {type(block).__name__ for block in blocks} == {"BasicTransformerBlock"}

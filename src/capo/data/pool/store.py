@@ -189,7 +189,11 @@ class Pool(PoolFolder):
             raise ValueError(f"scores {tuple(scores.shape)} do not fit shard {shard.name}")
         latents = self._latents_checksum(shard)
         if latents is None:
-            raise ValueError(f"scores for shard {shard.name}, which has no latents")
+            path = latents_path(self.folder, shard.row, shard.block)
+            raise InputError(
+                f"{path} is gone, or was changed, while its images were scored: run the same command "
+                "again, which makes what is missing"
+            )
         metadata = self._scores_identity(key, shard, latents) | _described(settings)
         path, numbers = scores_path(self.folder, key, shard.row, shard.block), scores.cpu().float().numpy()
         write_score_file(path, self._table.row_ids(shard.row), shard.candidates, numbers, metadata)

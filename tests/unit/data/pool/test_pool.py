@@ -415,6 +415,15 @@ def test_scores_that_are_missing_are_named(pool):
         pool.scores(["a-0"], 10)
 
 
+def test_latents_that_vanish_while_they_are_scored_are_named(pool):
+    shard = pool.shards(1)[0]
+    (pool.folder / "latents" / f"{shard.name}.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=rf"{shard.name}.safetensors is gone, or was changed, while its images"
+    ):
+        pool.write_scores("a-0", shard, torch.zeros(len(shard.positions), len(shard.candidates)), SETTINGS)
+
+
 def test_scores_belong_to_the_latents_that_lie_there(pool, caplog):
     write_scores(pool, "a-0", 1.0)
     first, *others = pool.shards(10)
