@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -21,8 +20,6 @@ from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
-from capo.runtime.launch import launch
-from capo.runtime.locks import file_lock
 from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, POLICY, WRITTEN
 from capo.runtime.schema import shown
 
@@ -82,8 +79,6 @@ ADDED = {
     "noise.inversion": {"steps": 10, "renoise": 0, "eta": 0},
     "reference": {"decay": None, "interval": 1},
 }
-LOCK = ".lock"  # in a run directory, while a command trains there
-PATIENCE = 10.0  # seconds for what a killed command had started to end, since it holds the lock too
 VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,50}")  # it becomes a part of a command in a message
 DEPTH = "pairs.depth"  # likewise, of pairs=frs
 # keys of an evaluation, which a run does not have
@@ -201,29 +196,6 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
     if not longer:
         _write(folder, cfg)
     return progress
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the run in `folder` for this command; InputError while another one is at work there.
-
-    Of several processes of a command the first one holds it.
-    """
-    if not launch().first:
-        yield
-        return
-    until = time.monotonic() + PATIENCE
-    while True:
-        with file_lock(folder / LOCK) as held:
-            if held:
-                yield
-                return
-        if time.monotonic() >= until:
-            raise InputError(
-                f"{folder}: another command is at work on this run: wait for its end, or choose another "
-                "hydra.run.dir"
-            )
-        time.sleep(0.2)
 
 
 def begin_training(folder: Path, cfg: DictConfig) -> None:

@@ -21,7 +21,7 @@ from capo.cli.parts import module_of, validation_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.reuse import reused_reference
-from capo.cli.run_config import Progress, alone, begin_training, open_run
+from capo.cli.run_config import Progress, begin_training, open_run
 from capo.cli.tracking import trackers
 from capo.data.candidates import Candidates, TrainingData
 from capo.data.dataset import ENCODE, Times
@@ -33,7 +33,7 @@ from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import Outlook
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
-from capo.runtime.run_folder import CALIBRATION, EVALUATION, POLICY, RESULTS, VALIDATION, best_win_rate
+from capo.runtime.run_folder import CALIBRATION, EVALUATION, POLICY, RESULTS, VALIDATION, alone, best_win_rate
 from capo.runtime.terminal import Terminal
 from capo.training.fit import encode_aside, fit
 from capo.training.loader import PreferenceData

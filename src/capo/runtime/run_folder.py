@@ -1,15 +1,19 @@
-"""Names of the files in a run directory, and the outcome that marks a run as finished."""
+"""Names of the files in a run directory, the outcome of a finished run, and who is at work there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from capo.errors import DamagedFile
+from capo.errors import DamagedFile, InputError
 from capo.runtime.files import write_json
+from capo.runtime.launch import launch
+from capo.runtime.locks import file_lock
 from capo.runtime.schema import Section, key
 from capo.runtime.stored import Record, read_record
 
@@ -27,6 +31,8 @@ RATES = "win_rates.csv"  # of an evaluation, by prompt
 MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key of the outcome
 WORKERS = "workers"  # folder of the logs of rewards
 WRITTEN = (CALIBRATION, VALIDATION, POLICY, EVALUATION, CHECKPOINTS, METRICS, STRENGTH, OUTCOME)  # by a run
+LOCK = ".lock"  # while a command trains there
+PATIENCE = 10.0  # seconds for what a killed command had started to end, since it holds the lock too
 PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run
 
 
@@ -74,3 +80,26 @@ def _outcome(folder: Path, schema: type[Outcome]) -> dict[str, Any]:
 def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Write `outcome.json`, whose presence marks a run as finished."""
     write_json(folder / OUTCOME, outcome)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the run in `folder` for this command; InputError while another one is at work there.
+
+    Of several processes of a command the first one holds it.
+    """
+    if not launch().first:
+        yield
+        return
+    until = time.monotonic() + PATIENCE
+    while True:
+        with file_lock(folder / LOCK) as held:
+            if held:
+                yield
+                return
+        if time.monotonic() >= until:
+            raise InputError(
+                f"{folder}: another command is at work on this run: wait for its end, or choose another "
+                "hydra.run.dir"
+            )
+        time.sleep(0.2)

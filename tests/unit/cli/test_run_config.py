@@ -1,10 +1,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from capo.cli import run_config
-from capo.cli.run_config import ADDED, Progress, alone, begin_training, is_finished, open_run, read_config
-from capo.errors import DamagedFile, InputError
-from capo.runtime.launch import Launch
+from capo.cli.run_config import ADDED, Progress, begin_training, is_finished, open_run, read_config
+from capo.errors import DamagedFile
 from fixtures.configuration import composed
 
 
@@ -41,20 +39,6 @@ def test_a_version_that_is_none_does_not_reach_a_message_as_a_command(tmp_path):
     OmegaConf.save({"trainer": {"max_steps": 3}, "written_by": written}, tmp_path / "config.yaml")
     with pytest.raises(DamagedFile, match=r"written_by.capo is 0.1 --index-url http://evil, not a version"):
         read_config(tmp_path)
-
-
-def test_a_run_is_the_work_of_one_command_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_config, "PATIENCE", 0.0)
-    with alone(tmp_path):
-        with pytest.raises(InputError, match="another command is at work on this run: wait"), alone(tmp_path):
-            pass
-        monkeypatch.setattr(run_config, "launch", lambda: Launch(1, 2, 1, 2))
-        with alone(tmp_path):  # another process of the same command
-            pass
-        monkeypatch.setattr(run_config, "launch", Launch)
-    with alone(tmp_path):
-        pass
-    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_finished_run_stays_one_until_training_goes_on(tmp_path):
