@@ -178,7 +178,14 @@ def test_gradient_checkpointing_is_recommended_or_not(now, on, off, memory, meas
 
 
 @pytest.mark.parametrize(
-    ("now", "fits"), [(True, [True, False]), (False, [True]), (True, []), (True, [False]), (False, [False])]
+    ("now", "fits"),
+    [
+        (True, [True, False]),
+        (True, []),
+        (False, [True]),
+        pytest.param(True, [False], marks=pytest.mark.slow),
+        pytest.param(False, [False], marks=pytest.mark.slow),
+    ],
 )
 def test_steps_with_and_without_checkpointing_are_both_measured(tiny_run, monkeypatch, no_rates, now, fits):
     """Also where one of them, or both, run out of memory."""

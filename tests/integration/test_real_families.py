@@ -21,7 +21,7 @@ SMALL = (
     "prompts=text",
     "sampling.batch=4",
 )
-FAST = (("sdxl", "lora"), ("sd3", "full"), ("sd15", "full"), ("sd3_bare", "lora"))
+FAST = (("sdxl", "lora"), ("sd3", "full"))
 
 
 @pytest.mark.parametrize(

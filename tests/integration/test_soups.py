@@ -22,7 +22,7 @@ from fixtures.policies import run_readme
 LORA = ["+model.lora.rank=2", "+model.lora.alpha=2"]
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=["full", pytest.param("lora", marks=pytest.mark.slow)])
 def policies(request, tiny_run):
     """Two tuned policies."""
     more = LORA if request.param == "lora" else []
@@ -107,6 +107,7 @@ def rows(sweep):
         return {row["job"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_a_sweep_of_single_rewards_gets_the_row_of_their_soup(tiny_run):
     sweep = tiny_run.folder / "sweep"
     for name, channels in enumerate(["r", "g", "rg"]):

@@ -1,6 +1,7 @@
 """The whole path on a tiny pipeline of the real classes, in process."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -15,9 +16,16 @@ from capo.cli import train as train_script
 from capo.errors import InputError
 from fixtures.fake_rewards import BRIGHTNESS
 
+FAST = {("capo", "frs"), ("dpo", "random"), ("ipo", "sum"), ("sft", "best_worst")}
 
-@pytest.mark.parametrize("objective", ["dpo", "ipo", "capo", "sft"])
-@pytest.mark.parametrize("pairs", ["best_worst", "sum", "frs", "random"])
+
+@pytest.mark.parametrize(
+    ("objective", "pairs"),
+    [
+        pytest.param(*choice, marks=[] if choice in FAST else [pytest.mark.slow])
+        for choice in itertools.product(("dpo", "ipo", "capo", "sft"), ("best_worst", "sum", "frs", "random"))
+    ],
+)
 def test_every_objective_runs_with_every_selection(tiny_run, objective, pairs):
     name = f"{objective}-{pairs}"
     cfg = tiny_run(
@@ -176,7 +184,11 @@ def test_a_run_exports_what_its_keys_say(tiny_run):
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("lora", [[], ["+model.lora.rank=2", "+model.lora.alpha=2"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [[], pytest.param(["+model.lora.rank=2", "+model.lora.alpha=2"], marks=pytest.mark.slow)],
+    ids=["full", "lora"],
+)
 def test_an_objective_on_predictions_trains_as_its_twin_on_errors(tiny_run, lora):
     def losses(name: str, target: str) -> list[float]:
         cfg = tiny_run(

@@ -50,8 +50,15 @@ def to_all_processes(number):
     subprocess.run(["kill", f"-{int(number)}", *map(str, pids)], check=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGUSR1, 2),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_told_to_end_keeps_its_last_step_and_resumes(tiny_run, act_at, capsys, number, workers):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     name = f"ended{number}-{workers}"

@@ -123,11 +123,14 @@ def test_measuring_changes_no_step_and_does_not_depend_on_the_micro_batch(tiny_r
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["+model.lora.rank=2", "+model.lora.alpha=2"],
-        ["trainer.precision=bf16-mixed", "trainer.gradient_checkpointing=true"],
-        ["noise.times_per_pair=2", "noise.reduction=inside", "anchor.weight=1"],
+        pytest.param(["+model.lora.rank=2", "+model.lora.alpha=2"], id="lora", marks=pytest.mark.slow),
+        pytest.param(["trainer.precision=bf16-mixed", "trainer.gradient_checkpointing=true"], id="half"),
+        pytest.param(
+            ["noise.times_per_pair=2", "noise.reduction=inside", "anchor.weight=1"],
+            id="times",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["lora", "half", "times"],
 )
 def test_measuring_goes_with_other_settings(tiny_run, overrides):
     name = overrides[0].split("=")[0]

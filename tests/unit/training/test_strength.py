@@ -90,7 +90,10 @@ def exported(folder):
     return load_file(folder / "policy/unet/diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize("script, best", [((0.6, 0.7, 0.4), 2), ((0.7, 0.6, 0.4), 1), ((0.6, 0.7, 0.8), 3)])
+@pytest.mark.parametrize(
+    "script, best",
+    [((0.6, 0.7, 0.4), 2), ((0.7, 0.6, 0.4), 1), pytest.param((0.6, 0.7, 0.8), 3, marks=pytest.mark.slow)],
+)
 def test_the_checkpoint_with_the_highest_win_rate_is_exported(tiny_run, monkeypatch, script, best):
     scripted(monkeypatch, {}, script)
     cfg = tiny_run(f"best{best}", *RUN)
@@ -133,9 +136,14 @@ def test_a_moved_or_copied_run_exports_the_best_that_lies_where_it_is_now(tiny_r
 
 
 @pytest.mark.parametrize(
-    "half, exported_strength", [(0.75, 0.5), (0.55, 1.0)], ids=["a lower one is better", "none is"]
+    ("half", "exported_strength", "lora"),
+    [
+        pytest.param(0.75, 0.5, [], id="full-a lower one is better"),
+        pytest.param(0.55, 1.0, LORA, id="lora-none is"),
+        pytest.param(0.55, 1.0, [], id="full-none is", marks=pytest.mark.slow),
+        pytest.param(0.75, 0.5, LORA, id="lora-a lower one is better", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
 def test_the_best_strength_is_exported(
     tiny_run, tiny_folder, monkeypatch, capsys, half, exported_strength, lora
 ):
