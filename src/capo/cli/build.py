@@ -211,7 +211,7 @@ def inversion_of(cfg: DictConfig) -> Inversion | None:
 def moving_reference(cfg: DictConfig) -> MovingReference | None:
     """The reference that follows the policy; None where the base stays the reference."""
     # a stored configuration may lack the key
-    if not cfg.get("reference") or cfg.reference.decay is None:
+    if not cfg.get("reference") or None in (cfg.reference.decay, cfg.reference.interval):
         return None
     from capo.backbones.averaging import MovingReference  # with Lightning, which a plan does without
 

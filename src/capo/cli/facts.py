@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from capo.backbones.averaging import MovingReference
 from capo.backbones.model_card import NEGATIVE
 from capo.cli.build import is_negative, moving_reference, target_name
+from capo.cli.online import is_generator, rounds_of
 from capo.module import PreferenceModule
 from capo.noise import DRAWN, PRIOR
 from capo.objectives.averaging import INSIDE, OUTSIDE
@@ -39,8 +40,10 @@ def noise_of(noise: DictConfig) -> str:
     return f"inverted by the policy in {own.steps} steps with {own.renoise} corrections each{fresh}"
 
 
-def reference_of(moving: MovingReference) -> str:
+def reference_of(cfg: DictConfig, moving: MovingReference) -> str:
     """How the reference follows the policy, in words."""
+    if is_generator(cfg):
+        return "generator: the model that drew the candidates of the round"
     often = "each step" if moving.interval == 1 else f"every {moving.interval} steps"
     return f"moving average of the policy, decay {moving.decay:g}, updated {often}"
 
@@ -58,10 +61,11 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         if module.beta is None
         else f"{module.beta:g}, on mean errors, no further factor",
         **({"anchor": held} if anchor.weight else {}),
-        **({"reference": reference_of(moving)} if (moving := moving_reference(cfg)) else {}),
+        **({"reference": reference_of(cfg, moving)} if (moving := moving_reference(cfg)) else {}),
         "pairs": target_name(cfg.pairs),
         **({"candidates of a prompt": cfg.selection.group} if cfg.selection.group > 2 else {}),
         **({NEGATIVE: NEGATIVE_USE} if is_negative(cfg) else {}),
+        **({"rounds": rounds_of(cfg)} if cfg.online.every else {}),
         "calibration": cfg.calibration,
         "weighting": weighting,
         "times": f"{noise.draw}, {noise.times}{times}",

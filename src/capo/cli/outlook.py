@@ -15,16 +15,17 @@ from capo.cli.build import Components
 from capo.cli.plan import request_of
 from capo.cli.rates import gpu_name
 from capo.data.generation import PoolSpec, open_pool, stages_of
+from capo.data.rounds import refreshes, rounds_left, validations
 from capo.data.watching import Place, PoolWatch, watched
 from capo.errors import InputError
 from capo.preflight.devices import peak_of
 from capo.preflight.hours import costs_of, pool_work, work_of
 from capo.preflight.plan import flops_of
-from capo.preflight.requests import Request
+from capo.preflight.requests import OF_ROUNDS, PoolRequest, Request
 from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import OF_POOLS, TRAINING, VALIDATION, Outlook, Work
-from capo.runtime.run_folder import CHECKPOINTS, EVALUATION, LAST, POOLS
+from capo.runtime.run_folder import CHECKPOINTS, EVALUATION, LAST, ONLINE, POOLS
 from capo.training.loggers import CurvesFile, logged_step, pool_seconds
 from capo.training.trackers import Tracker
 
@@ -71,28 +72,36 @@ def outlook_of(
         if name not in request.pools:
             continue
         missing = _missing(spec, components, name)
-        for kind, work in _by_stage(request, name).items():
+        for kind, work in _by_stage(request.pools[name]).items():
             if missing is not None and work.units:
                 outlook.done(work.stage, work.kind, max(0, work.units - missing[kind]))
     return outlook
 
 
-def _by_stage(request: Request, name: str) -> dict[str, Work]:
-    """Work of a pool of the request, by stage of the pool."""
-    return dict(zip(OF_POOLS, pool_work(request.pools[name]), strict=False))
+def _by_stage(pool: PoolRequest) -> dict[str, Work]:
+    """Work of a pool, by its stages."""
+    return dict(zip(OF_POOLS, pool_work(pool), strict=False))
 
 
 def _places(
-    request: Request | None, specs: Mapping[str, PoolSpec], components: Components, folder: Path
+    cfg: DictConfig,
+    request: Request | None,
+    specs: Mapping[str, PoolSpec],
+    components: Components,
+    folder: Path,
 ) -> dict[Path, Place]:
     fingerprint = components.generator.fingerprint
     found = {}
     for name, spec in specs.items():
         pool = spec.folder(fingerprint)
         known = request is not None and name in request.pools
-        found[pool] = Place(name, _by_stage(request, name) if request is not None and known else {})
+        found[pool] = Place(name, _by_stage(request.pools[name]) if request is not None and known else {})
     if request is not None and POLICY in request.pools:
-        found[folder / EVALUATION / POOLS] = Place("policy", _by_stage(request, POLICY))
+        found[folder / EVALUATION / POOLS] = Place("policy", _by_stage(request.pools[POLICY]))
+    if request is not None and (later := request.pools.get(OF_ROUNDS)):
+        one = Place(OF_ROUNDS, _by_stage(replace(later, times=1)))
+        parts = rounds_left(0, cfg.online.every, cfg.trainer.max_steps)
+        found |= {folder / ONLINE / part.name: one for part in parts if part.number}
     return found
 
 
@@ -100,10 +109,17 @@ def _trained(cfg: DictConfig, request: Request, outlook: Outlook, folder: Path) 
     """Take from the outlook what a run that is resumed has behind it, as its curves tell."""
     step = logged_step(folder) if (folder / CHECKPOINTS / LAST).is_file() else 0
     outlook.done(TRAINING, TRAINING, step * cfg.trainer.batch)
-    validations = request.pools[VALIDATED].times
+    steps, every, rounds = cfg.trainer.max_steps, cfg.validation.every, cfg.online.every
+    behind = validations(0, steps, every, rounds) - validations(step, steps, every, rounds)
     for work in pool_work(request.pools[VALIDATED]):
         if work.units:
-            outlook.done(VALIDATION, work.kind, work.units * (step // cfg.validation.every) / validations)
+            outlook.done(VALIDATION, work.kind, work.units * behind / request.pools[VALIDATED].times)
+    if later := request.pools.get(OF_ROUNDS):
+        for work in pool_work(later):
+            if work.units:
+                outlook.done(
+                    work.stage, work.kind, work.units * refreshes(rounds, max(step, 1)) / later.times
+                )
 
 
 @contextmanager
@@ -134,14 +150,16 @@ def followed(
     else:
         if not trains:
             filled = {
-                name: replace(pool, times=1, stage="") for name, pool in request.pools.items() if pool.stored
+                name: replace(pool, times=1, stage="")
+                for name, pool in request.pools.items()
+                if pool.stored and not pool.in_run
             }
             request = replace(request, pools=filled, training=replace(request.training, steps=0))
         outlook = outlook_of(request, specs, components, stages)
         if trains:
             _trained(cfg, request, outlook, folder)
     sinks = [logger.log_pools for logger in loggers if isinstance(logger, CurvesFile | Tracker)]
-    places = _places(request, specs, components, folder)
+    places = _places(cfg, request, specs, components, folder)
     watch = PoolWatch(outlook, places, sinks, pool_seconds(folder)) if launch().first else None
     with watched(watch):
         yield outlook

@@ -6,6 +6,7 @@ The plan is printed as tables and written to `plan.json` in the run directory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from capo.cli.engines import RAY
 from capo.cli.missing import find_missing
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.data.prompts import expected_sizes
+from capo.data.rounds import refreshes, validations
 from capo.errors import InputError
 from capo.objectives import requirements
 from capo.preflight.architecture import Blueprint, from_folder, published, published_names
@@ -29,6 +31,7 @@ from capo.preflight.devices import peak_of
 from capo.preflight.plan import disk_space, make_plan
 from capo.preflight.plan_tables import print_plan
 from capo.preflight.requests import (
+    OF_ROUNDS,
     Judge,
     PoolRequest,
     Request,
@@ -50,7 +53,7 @@ from capo.runtime.files import write_json
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.launch import device_count, divide, launch
 from capo.runtime.outlook import EVALUATION, VALIDATION
-from capo.runtime.run_folder import CHECKPOINTS, PLAN, POLICY
+from capo.runtime.run_folder import CHECKPOINTS, ONLINE, PLAN, POLICY
 
 # stage of a pool -> phase of a plan
 PHASES = {"text": "text", "latents": "pool", "scores": "pool scoring"}
@@ -121,7 +124,8 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
     """Pools of the base, and the policy's images, which each validation generates anew and does not store."""
     evaluation, test = cfg.evaluation, counts["test"]
     zero = None if test is None else min(test, evaluation.zero_prompts)
-    validations = -(-cfg.trainer.max_steps // cfg.validation.every) + len(cfg.validation.strengths or ())
+    steps, rounds = cfg.trainer.max_steps, cfg.online.every
+    validated_at = validations(0, steps, cfg.validation.every, rounds) + len(cfg.validation.strengths or ())
     trained, evaluated, watching, oracle = (
         judges_of(known_rewards(cfg, place)) for place in (*REWARD_PLACES, ORACLE)
     )
@@ -139,13 +143,21 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
         )
 
     drawn = PoolRequest(counts["train"], cfg.pool.candidates, len(trained), judges=trained)
+    again = refreshes(rounds, steps)
+    later = replace(
+        drawn,
+        prompts=cfg.online.prompts or drawn.prompts,
+        times=again,
+        in_run=again if cfg.online.keep else 1,
+    )
     return {
         **({} if cfg.pool.imported else {"train": drawn}),
+        **({OF_ROUNDS: later} if again else {}),
         "validation": validated(len(watched)),
         "test": tested(test, measured),
         "zero": tested(zero, evaluated),
         "policy in validation": validated(
-            0, times=validations, stored=False, stage=VALIDATION, encoded=False
+            0, times=validated_at, stored=False, stage=VALIDATION, encoded=False
         ),
         "policy in evaluation": tested(test, measured, stored=False),
     }
@@ -234,8 +246,9 @@ def room_findings(cfg: DictConfig, request: Request) -> list[Shortage]:
     for name, (seed, split) in seeds.items():
         need = space["pools"].get(name) or 0
         pools += max(0, need - folder_bytes(*root.glob(f"{cfg.model.name}-*-{seed}-{split}")))
-    written = folder_bytes(run / CHECKPOINTS, run / POLICY)
-    found = disk_findings({root: pools, run: max(0, space["run"]["total"] - written)})
+    written = folder_bytes(run / CHECKPOINTS, run / POLICY, run / ONLINE)
+    own = sum(need or 0 for name, need in space["run"].items() if name != "total")
+    found = disk_findings({root: pools, run: max(0, own - written)})
     return found + certain_memory(request.model_states(request.training.shards), cfg.trainer.accelerator)
 
 

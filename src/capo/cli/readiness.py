@@ -29,6 +29,7 @@ from capo.cli.build import (
     target_name,
 )
 from capo.cli.engines import check_engine
+from capo.cli.online import check_online
 from capo.cli.schema.calls import under
 from capo.data.candidates import NO_PRIOR
 from capo.data.dataset import check_group, check_shared_prior
@@ -73,8 +74,10 @@ def check_ready(cfg: DictConfig, scoring: bool = True, watching: bool = True) ->
     held_out = held_out_rewards(cfg, rewards, evaluated) if watching else []
     if scoring:
         check_reward_weights([*rewards, *evaluated, *held_out])
-    pool_specs(cfg, prompt_splits(cfg))
+    splits = prompt_splits(cfg)
+    pool_specs(cfg, splits)
     check_objective(cfg)
+    check_online(cfg, len(splits["train"]))
     check_pairs(cfg, len(label_sources(cfg, rewards)))
     check_draw(cfg)
     check_export(cfg)

@@ -39,6 +39,7 @@ FREE = (
     "engine",
     "validation.held_out",
     "data.workers",
+    "online.keep",
     "pool.root",
     "evaluate",
     "evaluation.diversity",
@@ -78,6 +79,7 @@ ADDED = {
     "noise.source": "drawn",
     "noise.inversion": {"steps": 10, "renoise": 0, "eta": 0},
     "reference": {"decay": None, "interval": 1},
+    "online": {"every": None, "prompts": None, "keep": False},
 }
 VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,50}")  # it becomes a part of a command in a message
 DEPTH = "pairs.depth"  # likewise, of pairs=frs

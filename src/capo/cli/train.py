@@ -79,7 +79,7 @@ def check(cfg: DictConfig) -> float:
 def refuse_early(cfg: DictConfig) -> None:
     """Raise InputError if `cfg` cannot run, before weights load; of a finished run only its launch counts."""
     with heavy_imports():
-        from capo.cli.build import check_imported
+        from capo.cli.build import check_imported, moving_reference
         from capo.cli.plan import require_room
         from capo.cli.readiness import check_loggers, check_ready, check_sharded_guidance
         from capo.runtime.optimizers import check_optimizer
@@ -90,7 +90,7 @@ def refuse_early(cfg: DictConfig) -> None:
     if not finished:
         check_ready(cfg)
     check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)
-    moving = cfg.reference.decay is not None
+    moving = moving_reference(cfg) is not None
     check_fsdp(trainer.strategy, trainer.precision, trainer.optimizer, trainer.channels_last, moving)
     check_optimizer(trainer.optimizer)
     divide(trainer.batch, launch().world_size, trainer.micro_batch)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from capo.cli.build import Components, build_components, built, training_data
-from capo.cli.engines import engaged
+from capo.cli.build import Components, build_components, built
 from capo.cli.evaluate import check_root, evaluate_own
 from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
@@ -21,27 +22,126 @@ from capo.cli.parts import module_of, validation_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.reuse import reused_reference
+from capo.cli.rounds import round_data, round_facts, write_rounds
 from capo.cli.run_config import Progress, begin_training, open_run
 from capo.cli.tracking import trackers
 from capo.data.candidates import Candidates, TrainingData
 from capo.data.dataset import ENCODE, Times
+from capo.data.rounds import Round, rounds_left
 from capo.evaluation.reports.calibration_page import print_warnings
 from capo.module import PreferenceModule
-from capo.pairs import Strategy
 from capo.runtime.hub import push
 from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import Outlook
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
-from capo.runtime.run_folder import CALIBRATION, EVALUATION, POLICY, RESULTS, VALIDATION, alone, best_win_rate
+from capo.runtime.run_folder import (
+    CALIBRATION,
+    EVALUATION,
+    ONLINE,
+    POLICY,
+    RESULTS,
+    VALIDATION,
+    alone,
+    best_win_rate,
+)
 from capo.runtime.terminal import Terminal
-from capo.training.fit import encode_aside, fit
+from capo.training.fit import encode_aside, fit, trained_steps
 from capo.training.loader import PreferenceData
 from capo.training.progress import Pace
+from capo.training.rounds import RoundRecord
 from capo.training.signal import GradientSignal
-from capo.training.summary import beta_warning, print_selection, print_summary, unused_devices
+from capo.training.summary import beta_warning, print_rounds, print_selection, print_summary, unused_devices
+from capo.training.validation import WinRateValidation
 
 console = Terminal()
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the rounds of a training share."""
+
+    cfg: DictConfig
+    components: Components
+    folder: Path
+    loggers: Sequence[Logger]
+    validation: WinRateValidation
+    signal: GradientSignal
+    pace: Pace
+    record: RoundRecord | None  # None: there is one round, of which nothing is recorded
+
+    def run(
+        self, part: Round, module: PreferenceModule, data: TrainingData, candidates: Candidates
+    ) -> ModelCheckpoint:
+        """Train to the end of a round; errors as in `fit`."""
+        cfg, trainer, division = self.cfg, self.cfg.trainer, division_of(self.cfg)
+        encode = partial(encode_aside, self.components.backbone) if cfg.data.text == ENCODE else None
+        batches = PreferenceData(
+            candidates.dataset,
+            division.micro_batch,
+            cfg.data.workers,
+            encode,
+            Times(cfg.noise.times, cfg.noise.times_per_pair),
+            digests=trainer.reuse_reference and module.needs.reference,
+            begun=part.first * division.accumulate,
+        )
+        with reused_reference(cfg, module, data.pool.folder, console):
+            return fit(
+                module,
+                batches,
+                self.validation,
+                self.loggers,
+                self.folder,
+                max_steps=part.last,
+                log_every=trainer.log_every,
+                strategy=trainer.strategy,
+                accelerator=trainer.accelerator,
+                devices=trainer.devices,
+                precision=trainer.precision,
+                accumulate=division.accumulate,
+                signal=self.signal,
+                checkpoint_every=trainer.checkpoint_every,
+                pace=self.pace,
+                record=self.record,
+                begin=partial(begin_training, self.folder, cfg),
+            )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is left of a training: the last round's module, pairs and data, and where the checkpoints are."""
+
+    module: PreferenceModule
+    candidates: Candidates
+    data: TrainingData
+    best: ModelCheckpoint
+
+
+def in_rounds(training: Training, module: PreferenceModule, facts: dict[str, Any]) -> Tuned:
+    """Train what is left of a run, in rounds of `online.every` steps, or in a single one.
+
+    Each round resumes from the checkpoint of the last one, as an interrupted run does from its own.
+    """
+    cfg, components, folder, record = training.cfg, training.components, training.folder, training.record
+    steps = cfg.trainer.max_steps
+    step = trained_steps(folder, module) if cfg.online.every else 0
+    for part in rounds_left(step, cfg.online.every, steps):
+        data = round_data(cfg, components, module, part, step, folder, facts)
+        place = folder / ONLINE / part.name if part.number else folder
+        candidates = chosen_pairs(cfg, data, part.seed(cfg.seed), place)
+        if part.number:  # the module has been trained, or has taken weights to be exported
+            module = module_of(cfg, components.backbone)
+            training.validation.follow(module)
+        if record:
+            record.begin(part, round_facts(part, data, candidates, components, folder))
+        best = training.run(part, module, data, candidates)
+        if record:
+            rows = record.rows
+            run_on_first_process(lambda rows=rows: write_rounds(folder, rows))
+        step = part.last
+        if step == steps:
+            return Tuned(module, candidates, data, best)
+    raise AssertionError("a run has a last round")
 
 
 def tune(
@@ -56,57 +156,33 @@ def tune(
     """
     # before any image is generated, since it refuses a wrong objective or beta
     module = module_of(cfg, components.backbone)
-    strategy, facts = built(cfg, "pairs"), facts_of(cfg, module)
+    facts = facts_of(cfg, module)
     announce(cfg, facts, module, outlook)
     validation = validation_of(cfg, components, module, folder / VALIDATION, console)
-    data, candidates = chosen_pairs(cfg, components, strategy, folder)
-    trainer, division = cfg.trainer, division_of(cfg)
-    encode = partial(encode_aside, components.backbone) if cfg.data.text == ENCODE else None
-    signal = GradientSignal(trainer.signal_every)
-    pace = Pace(outlook, trainer.batch, cfg.validation.every, len(cfg.validation.strengths or ()))
-    batches = PreferenceData(
-        candidates.dataset,
-        division.micro_batch,
-        cfg.data.workers,
-        encode,
-        Times(cfg.noise.times, cfg.noise.times_per_pair),
-        digests=trainer.reuse_reference and module.needs.reference,
-    )
-    with reused_reference(cfg, module, data.pool.folder, console):
-        best = fit(
-            module,
-            batches,
-            validation,
-            loggers,
-            folder,
-            max_steps=trainer.max_steps,
-            log_every=trainer.log_every,
-            strategy=trainer.strategy,
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            precision=trainer.precision,
-            accumulate=division.accumulate,
-            signal=signal,
-            checkpoint_every=trainer.checkpoint_every,
-            pace=pace,
-            begin=partial(begin_training, folder, cfg),
-        )
-    if advice := signal.advice(trainer.batch, candidates.selection.statistics().usable):
+    every, trainer = cfg.online.every, cfg.trainer
+    strengths = len(cfg.validation.strengths or ())
+    pace = Pace(outlook, trainer.batch, cfg.validation.every, strengths, every, trainer.max_steps)
+    signal, record = GradientSignal(trainer.signal_every), RoundRecord() if every else None
+    training = Training(cfg, components, folder, loggers, validation, signal, pace, record)
+    found = in_rounds(training, module, facts)
+    if record:
+        print_rounds(record.rows, console)
+    if advice := signal.advice(trainer.batch, found.candidates.selection.statistics().usable):
         tell([advice], console)
     tell(validation.choice.sentences(), console)
-    rate, told = best_strength(cfg, module, validation, Path(best.best_model_path), folder, console)
-    return module, rate, facts | {"data": data.described} | told
+    rate, told = best_strength(
+        cfg, found.module, validation, Path(found.best.best_model_path), folder, console
+    )
+    return found.module, rate, facts | {"data": found.data.described} | told
 
 
-def chosen_pairs(
-    cfg: DictConfig, components: Components, strategy: Strategy, folder: Path
-) -> tuple[TrainingData, Candidates]:
-    """Fill the pools, select pairs by `strategy`, and write the calibration report; tell about both."""
-    data = training_data(cfg, engaged(cfg, components))
+def chosen_pairs(cfg: DictConfig, data: TrainingData, seed: int, folder: Path) -> Candidates:
+    """Calibrate the scores, select pairs, and write the calibration report to `folder`; tell about both."""
+    strategy = built(cfg, "pairs")
     candidates = data.select(
         strategy,
         cfg.calibration,
-        cfg.seed,
+        seed,
         cfg.noise.shared,
         group=cfg.selection.group,
         source=cfg.noise.source,
@@ -116,7 +192,7 @@ def chosen_pairs(
     found = run_on_first_process(lambda: report_run(data, candidates, strategy, cfg.calibration, folder))
     print_warnings(found, console)
     console.print(f"calibration report: {folder / CALIBRATION}", soft_wrap=True)
-    return data, candidates
+    return candidates
 
 
 def announce(cfg: DictConfig, facts: dict[str, Any], module: PreferenceModule, outlook: Outlook) -> None:

@@ -53,15 +53,19 @@ class TrainingData:
         generator: ImageGenerator,
         rewards: Sequence[Reward],
         stages: Sequence[str] = STAGES,
+        drawn_by: str = "the base",
     ) -> TrainingData:
-        """Complete `stages` of the spec's pool and return it as training data; errors as in `fill_pool`."""
+        """Complete `stages` of the spec's pool and return it as training data; errors as in `fill_pool`.
+
+        `drawn_by` says of which model `generator` draws the candidates.
+        """
         pool = fill_pool(spec, generator, rewards, stages=stages, verify=False)
         return cls(
             pool,
             spec.prompts,
             spec.candidates,
             rewards,
-            f"{len(spec.prompts)} prompts x {spec.candidates} candidates of the base, {described(rewards)}",
+            f"{len(spec.prompts)} prompts x {spec.candidates} candidates of {drawn_by}, {described(rewards)}",
         )
 
     @classmethod

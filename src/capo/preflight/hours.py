@@ -21,7 +21,8 @@ def pool_work(pool: PoolRequest) -> Iterator[Work]:
     prompts = pool.prompts
     images = None if prompts is None else prompts * pool.images * pool.times
     if pool.encoded and pool.times:
-        yield Work(pool.stage or TEXT, TEXT, prompts)
+        again = pool.times if pool.stored else 1  # each pool has its own text
+        yield Work(pool.stage or TEXT, TEXT, None if prompts is None else prompts * again)
     yield Work(pool.stage or LATENTS, LATENTS, images)
     yield Work(pool.stage or SCORES, scoring_by(pool.judges), images)
 

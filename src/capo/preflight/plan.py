@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from capo.preflight.hours import hours
@@ -17,7 +17,7 @@ from capo.preflight.memory import (
     pipeline_bytes,
     pool_bytes,
 )
-from capo.preflight.requests import PoolRequest, Request
+from capo.preflight.requests import OF_ROUNDS, PoolRequest, Request
 from capo.preflight.tracing import activation_bytes, decoder_forward, denoiser_forward
 
 # parts of a phase that generates images, scores them, or does both
@@ -95,6 +95,7 @@ def device_memory(request: Request) -> dict[str, Any]:
             "pool": {**base, SAMPLING: drawing},
             "pool scoring": {REWARDS: rewards.pool, DECODING: decoding},
             "training": {**kept, "activations": activations},
+            **({OF_ROUNDS: {**compared, SAMPLING: drawing}} if OF_ROUNDS in request.pools else {}),
             "validation": {**kept, **guide, BOTH: max(drawing + copies, decoding)},
             "validation scoring": {**kept, REWARDS: rewards.validation},
             **(
@@ -184,7 +185,7 @@ def flops_of(request: Request) -> dict[str, float]:
 
 
 def disk_space(request: Request) -> dict[str, Any]:
-    """Compute the bytes under the pool root, by split (None: unknown), and in the run directory."""
+    """Compute the bytes under the pool root, by split, and in the run directory; None: unknown."""
     blueprint = request.blueprint
 
     def size(pool: PoolRequest) -> int | None:
@@ -194,9 +195,18 @@ def disk_space(request: Request) -> dict[str, Any]:
             else pool_bytes(blueprint, pool.prompts, pool.images, pool.rewards, request.text_item)
         )
 
-    pools = {name: size(pool) for name, pool in request.pools.items() if pool.stored}
-    run = {"checkpoints": CHECKPOINTS * request.checkpoint, "policy": _policy_bytes(request)}
-    return {"pools": {**pools, "total": _sum(pools.values())}, "run": {**run, "total": sum(run.values())}}
+    stored = {name: pool for name, pool in request.pools.items() if pool.stored}
+    pools = {name: size(pool) for name, pool in stored.items() if not pool.in_run}
+    run: dict[str, int | None] = {
+        "checkpoints": CHECKPOINTS * request.checkpoint,
+        "policy": _policy_bytes(request),
+    }
+    exact = replace(request, export="adapter", exported_item=4)  # in float32, an adapter not merged
+    for name, pool in stored.items():
+        if pool.in_run:
+            each = size(pool)
+            run[name] = None if each is None else pool.in_run * (each + _policy_bytes(exact))
+    return {"pools": {**pools, "total": _sum(pools.values())}, "run": {**run, "total": _sum(run.values())}}
 
 
 def _policy_bytes(request: Request) -> int:

@@ -98,6 +98,9 @@ class Judge:
     key: str
 
 
+OF_ROUNDS = "rounds"  # name of the pools that the policy draws in training, all of them together
+
+
 @dataclass(frozen=True)
 class PoolRequest:
     """Images of one split; `prompts` is None if their number is unknown until the prompt set is read."""
@@ -110,6 +113,7 @@ class PoolRequest:
     judges: tuple[Judge, ...] = ()  # that score the images
     stage: str = ""  # of a run, in which all of its work falls; "": its text, latents and scores are stages
     encoded: bool = True  # whether its prompts are encoded, and not read from another pool
+    in_run: int = 0  # how many the run directory holds at once, with their policies; 0: it is under the root
 
 
 @dataclass(frozen=True)

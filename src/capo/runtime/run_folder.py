@@ -25,12 +25,26 @@ POOL_CURVES = "pools.csv"  # shares and rates of pools while they were filled, o
 STRENGTH = "strength.json"  # win-rates on validation prompts by strength
 # folders: calibration report, image grids, exported policy
 CALIBRATION, VALIDATION, POLICY = "calibration", "validation", "policy"
+# what each round of training had, and the folder of the policies that drew candidates anew, with their pools
+ROUNDS, ONLINE = "rounds.csv", "online"
 EVALUATION = "evaluation"  # folder of the files in the next line
 RESULTS, SETTINGS, REPORT, POOLS = "results.json", "settings.json", "report.html", "pool"
 RATES = "win_rates.csv"  # of an evaluation, by prompt
 MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key of the outcome
 WORKERS = "workers"  # folder of the logs of rewards
-WRITTEN = (CALIBRATION, VALIDATION, POLICY, EVALUATION, CHECKPOINTS, METRICS, STRENGTH, OUTCOME)  # by a run
+# by a run
+WRITTEN = (
+    CALIBRATION,
+    VALIDATION,
+    POLICY,
+    EVALUATION,
+    CHECKPOINTS,
+    METRICS,
+    STRENGTH,
+    ROUNDS,
+    ONLINE,
+    OUTCOME,
+)
 LOCK = ".lock"  # while a command trains there
 PATIENCE = 10.0  # seconds for what a killed command had started to end, since it holds the lock too
 PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run

@@ -29,6 +29,7 @@ from capo.training.curves import Curves
 from capo.training.loader import PreferenceData
 from capo.training.loggers import CurvesFile
 from capo.training.progress import Pace, StepBar
+from capo.training.rounds import RoundRecord
 from capo.training.signal import GradientSignal
 from capo.training.strategies import make_strategy
 from capo.training.validation import WinRateValidation
@@ -54,9 +55,14 @@ def _plugins(here: Launch) -> list[Any]:
     return [WholeCheckpoints(), *([cluster()] if here.world_size > 1 else [])]
 
 
-def _last_step(last: Path, module: PreferenceModule) -> int:
-    """Step of the checkpoint that training resumes from. Raises InputError if it is of another model."""
-    base = module.backbone.fingerprints["denoiser"]
+def trained_steps(folder: Path, module: PreferenceModule) -> int:
+    """Optimizer steps that the run in `folder` has behind it, as its last checkpoint tells; 0 without one.
+
+    Raises InputError if the checkpoint is of another model than `module`.
+    """
+    last, base = folder / CHECKPOINTS / LAST, module.backbone.fingerprints["denoiser"]
+    if not os.path.lexists(last):
+        return 0
     return check_checkpoint(last, module, module.trained_names(), base)["global_step"]
 
 
@@ -142,13 +148,18 @@ def _trainer(
 
 
 def _callbacks(
-    validation: WinRateValidation, checkpoints: ValidatedCheckpoint, log_every: int, pace: Pace | None
+    validation: WinRateValidation,
+    checkpoints: ValidatedCheckpoint,
+    log_every: int,
+    pace: Pace | None,
+    record: RoundRecord | None,
 ) -> list[L.Callback]:
     bar = StepBar(pace, lambda: validation.seconds)
     return [
         Curves(log_every, lambda: validation.seconds, bar.show),
         validation.average,  # before the validation, which reads it
         validation,
+        *([record] if record else []),  # of what the validation found
         checkpoints,
         SameBatches(),
         bar,
@@ -164,17 +175,16 @@ def _check_validated(checkpoints: ModelCheckpoint, max_steps: int) -> None:
         )
 
 
-def _begun(last: Path, module: PreferenceModule, loggers: Sequence[Logger], first: bool) -> Path | None:
+def _begun(folder: Path, module: PreferenceModule, loggers: Sequence[Logger], first: bool) -> Path | None:
     """The checkpoint that training resumes from, if there is one; later rows of the curves are dropped.
 
     Only the `first` process writes the curves. Raises InputError if the checkpoint is of another model.
     """
-    begun = os.path.lexists(last)
-    step = _last_step(last, module) if begun else 0
+    last, step = folder / CHECKPOINTS / LAST, trained_steps(folder, module)
     for logger in loggers:
         if first and isinstance(logger, CurvesFile) and logger.rows:
             logger.drop_after(step)
-    return last if begun else None
+    return last if os.path.lexists(last) else None
 
 
 def fit(
@@ -194,6 +204,7 @@ def fit(
     signal: GradientSignal | None = None,
     checkpoint_every: int | None = None,
     pace: Pace | None = None,
+    record: RoundRecord | None = None,
     begin: Callable[[], object] = lambda: None,
 ) -> ModelCheckpoint:
     """Train for `max_steps` optimizer steps; keep the last checkpoint and the one with the best win-rate.
@@ -202,9 +213,10 @@ def fit(
     order, visit numbers and curves then equal those of an uninterrupted run up to rounding, even if strategy
     or devices have changed. The backbone is moved to the CPU during training and back to its device
     afterwards; validation moves the parts that it needs to the device. `signal` measures the signal in the
-    gradient; by default nothing does. `pace` tells an outlook how training goes. The last checkpoint is saved
-    after each validation, every `checkpoint_every` steps, and on SIGTERM or SIGUSR1, which end a single
-    process. `begin` is called once, on the first process, when what training resumes from has been checked.
+    gradient; by default nothing does. `pace` tells an outlook how training goes. `record` keeps the win-rates
+    at the end, which is then that of a round. The last checkpoint is saved after each validation, every
+    `checkpoint_every` steps, and on SIGTERM or SIGUSR1, which end a single process. `begin` is called on the
+    first process when what training resumes from has been checked.
 
     Returns:
         The checkpoint callback, which knows the best checkpoint and its validation win-rate.
@@ -214,7 +226,7 @@ def fit(
             or no validation took place.
     """
     here = launch()
-    begun = _begun(folder / CHECKPOINTS / LAST, module, loggers, here.first)
+    begun = _begun(folder, module, loggers, here.first)
     run_on_first_process(begin)
     checkpoints = _best_and_last(validation, folder, checkpoint_every)
     trainer = _trainer(
@@ -227,7 +239,7 @@ def fit(
         accumulate_grad_batches=accumulate,
         logger=list(loggers),
         default_root_dir=folder,
-        callbacks=[signal or GradientSignal(), *_callbacks(validation, checkpoints, log_every, pace)],
+        callbacks=[signal or GradientSignal(), *_callbacks(validation, checkpoints, log_every, pace, record)],
     )
     _run(trainer, module, data, begun)
     _check_validated(checkpoints, max_steps)

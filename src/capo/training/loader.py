@@ -72,6 +72,7 @@ class PreferenceData(L.LightningDataModule):
     processes; None: WORKERS where training runs on a GPU and their batches fit into shared memory, else none.
     If `encode` is given, prompt embeddings are computed by it instead of read from the pool; it runs where
     batches are collated, which is in the workers if their number is given. Batches do not depend on it.
+    The dataset's first batch comes after `begun` others of the training.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class PreferenceData(L.LightningDataModule):
         encode: Encode | None = None,
         times: Times | None = None,
         digests: bool = False,
+        begun: int = 0,
     ):
         super().__init__()
-        self.digests = digests
+        self.digests, self.begun = digests, begun
         self.dataset, self.batch, self.workers, self.encode = dataset, batch, workers, encode
         dataset.stored_text, dataset.times = encode is None, times or Times()
 
@@ -92,10 +94,10 @@ class PreferenceData(L.LightningDataModule):
         """Batches of this process's share of the pairs, starting after those that a resumed run has seen."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # batches seen before the run was interrupted; Lightning itself would restart at the first one
-        seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+        seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else self.begun
         gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         rows = self.dataset.selection.usable.nonzero().flatten().tolist()
-        sampler = VisitSampler(rows, self.dataset.seed, self.batch, rank, world, start=seen)
+        sampler = VisitSampler(rows, self.dataset.seed, self.batch, rank, world, start=seen - self.begun)
         collated = partial(collate, encode=self.encode, digests=self.digests)
         workers = self.workers
         if workers is None:

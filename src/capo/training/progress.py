@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from capo.data.rounds import validations
 from capo.runtime.outlook import TRAINING, VALIDATION, Outlook, told_time
 
 SETTLED = 20.0  # seconds of training from which on its pace replaces what was estimated
@@ -23,10 +23,21 @@ class Pace:
         batch: pairs of an optimizer step.
         every: optimizer steps between two validations.
         more: validations after the last step.
+        rounds: steps of a round, which ends with a validation; None: there are no rounds.
+        steps: steps of all rounds together; None: those of the trainer.
     """
 
-    def __init__(self, outlook: Outlook, batch: int, every: int, more: int = 0):
+    def __init__(
+        self,
+        outlook: Outlook,
+        batch: int,
+        every: int,
+        more: int = 0,
+        rounds: int | None = None,
+        steps: int | None = None,
+    ):
         self.outlook, self._batch, self._every, self._more = outlook, batch, every, more
+        self._rounds, self.steps = rounds, steps
         self._first, self._began, self._validated = 0, 0.0, (0, 0.0)
 
     def begin(self, step: int, validating: float) -> None:
@@ -35,6 +46,7 @@ class Pace:
 
     def at(self, step: int, last: int, validating: float) -> None:
         """Tell that `step` of `last` steps are done, and `validating` seconds of validation."""
+        last = self.steps or last
         spent = time.monotonic() - self._began - validating
         self.outlook.left[TRAINING, TRAINING] = float((last - step) * self._batch)
         if spent >= SETTLED and step > self._first:
@@ -42,7 +54,7 @@ class Pace:
         count, before = self._validated
         if validating > before:
             self._validated = count + 1, validating
-            units = math.ceil(last / self._every) - math.ceil(step / self._every) + self._more
+            units = validations(step, last, self._every, self._rounds) + self._more
             self.outlook.replace(VALIDATION, units, validating / (count + 1))
 
     def left(self) -> str:
@@ -52,7 +64,7 @@ class Pace:
 
 
 class StepBar(ProgressBar):
-    """Bar from 0 to `trainer.max_steps` optimizer steps, shown by the first process.
+    """Bar from 0 to the optimizer steps of the run, shown by the first process.
 
     Lightning's own bar counts micro-batches, and reads the loss from the device after each of them. This one
     shows the loss of the last row of the curves (`show`), which was read for them, and the time that is left
@@ -83,7 +95,7 @@ class StepBar(ProgressBar):
         if self._pace:
             self._pace.begin(trainer.global_step, self._validating())
         self._bar = tqdm(
-            total=trainer.max_steps,
+            total=(self._pace and self._pace.steps) or trainer.max_steps,
             initial=trainer.global_step,
             desc="training",
             unit="step",

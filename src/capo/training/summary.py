@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from capo.data.candidates import Candidates
+from capo.evaluation.reports.rounds import round_table
 from capo.module import PreferenceModule
+from capo.training.rounds import Row
 
 
 def print_summary(facts: Mapping[str, Any], module: PreferenceModule, console: Console) -> None:
@@ -40,6 +42,15 @@ def print_selection(candidates: Candidates, data: str, console: Console) -> None
         )
         rows[f"spread of {name}"] = f"{spread_.std:.3f}{shares}"
     _print_table("pairs", rows, console)
+
+
+def print_rounds(rows: Sequence[Row], console: Console) -> None:
+    """Print a table of the rounds of training: steps, prompts, pairs, and the win-rates at their ends."""
+    headings, cells = round_table(rows)
+    table = Table(*headings, title="rounds", title_justify="left")
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _print_table(title: str, rows: Mapping[str, Any], console: Console) -> None:

@@ -143,6 +143,11 @@ class WinRateValidation(L.Callback):
         self.validated = 0  # the last step after which the policy was validated
         self.seconds = 0.0  # spent on validation by this process
 
+    def follow(self, module: PreferenceModule) -> None:
+        """Validate the policy of another module of the same kind from now on."""
+        if self.unconditional is not None:
+            self.unconditional = replace(self.unconditional, module=module)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: PreferenceModule, outputs, batch, index: int
     ) -> None:

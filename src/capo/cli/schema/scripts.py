@@ -12,7 +12,7 @@ from capo.cli.schema.groups import Import, Loggers, Objective, Pairs, Prompts
 from capo.cli.schema.kinds import DType, Files, Folder, Folders, Names, Seed, Text
 from capo.cli.schema.pools import Evaluation, PairExport, Planning, Pool, Sampling, Validation
 from capo.cli.schema.rewards import Rewards
-from capo.cli.schema.trainer import Anchor, Data, Model, Noise, Reference, Selection, Trainer
+from capo.cli.schema.trainer import Anchor, Data, Model, Noise, Online, Reference, Selection, Trainer
 from capo.runtime import limits
 from capo.runtime.schema import Said, Section, key
 
@@ -32,6 +32,7 @@ class Training(Section):
     reference: Reference = key("what the policy is compared with", group="reference")
     pairs: Pairs = key("which candidates may win and which may lose", group="pairs")
     pool: Pool = key("images of the base, shared by all runs")
+    online: Online = key("candidates that the policy draws anew while it is trained")
     engine: Engine = key("which processes fill the pools", group="engine")
     selection: Selection = key("how many candidates of a prompt a batch holds")
     sampling: Sampling = key("how images are drawn")

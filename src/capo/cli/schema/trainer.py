@@ -101,7 +101,19 @@ class Reference(Section):
     decay: Annotated[float, Field(ge=0, lt=1), Said("a number from 0 to less than 1")] | None = key(
         "share of the reference that an update keeps, the rest is the policy's; null: it stays the base"
     )
-    interval: Count = key("optimizer steps between updates of the reference")
+    interval: Count | None = key(
+        "optimizer steps between updates of the reference; null: never, it stays the base"
+    )
+
+
+class Online(Section):
+    """Candidates that the policy draws anew while it is trained."""
+
+    every: Count | None = key(
+        "optimizer steps of a round, after which the policy draws the candidates of the next; null: never"
+    )
+    prompts: Count | None = key("prompts of each round after the first, which take turns; null: all of them")
+    keep: bool = key("true: keep the pools of earlier rounds, and the policies that drew them")
 
 
 class Trainer(Section):

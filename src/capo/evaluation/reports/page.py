@@ -14,6 +14,7 @@ from capo.evaluation.reports.charts import half_width, interval_bar, line_chart,
 from capo.evaluation.reports.distances import block_rows, distance_rows, distance_table, fallen_diversity
 from capo.evaluation.reports.formats import fixed, moved, number, p_value, percent, span, verdict, with_span
 from capo.evaluation.reports.gallery import Exhibit, data_uri
+from capo.evaluation.reports.rounds import read_rounds, round_table
 from capo.evaluation.reports.templating import page_environment
 from capo.rewards import Reward
 from capo.runtime.terminal import Terminal
@@ -42,7 +43,8 @@ class Report:
         rewards: the rewards of `results`.
         exhibits: prompts of the gallery.
         config: text of the run's config.yaml, or None.
-        curves: path of the run's metrics.csv, or None; the file may be missing.
+        curves: path of the run's metrics.csv, or None; the file may be missing. The run's rounds.csv, if it
+            has one, stands beside it.
         strength: content of the run's strength.json, or None.
     """
 
@@ -63,6 +65,7 @@ def render_report(report: Report) -> str:
         function.__name__: function for function in (percent, number, fixed, moved, p_value, data_uri)
     }
     charts = [] if report.curves is None else read_curves(report.curves)
+    rounds = [] if report.curves is None else read_rounds(Path(report.curves).parent)
     scale, rows = headline(report.results)
     distance_scale, distances = distance_rows(report.results)
     return environment.get_template("report.html.j2").render(
@@ -78,6 +81,7 @@ def render_report(report: Report) -> str:
         blocks=block_rows(report.results),
         remarks=remarks(report.results) + ([] if report.curves is None else remark(alarms(report.curves))),
         strength=line_chart(strength_chart(report.strength["curve"])) if report.strength else None,
+        rounds=round_table(rounds) if rounds else None,
         charts=[(chart.title, line_chart(chart)) for chart in charts],
     )
 

@@ -6,10 +6,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from capo.errors import DamagedFile
 from capo.evaluation.reports.formats import number, verdict
 from capo.evaluation.reports.gallery import Change, Exhibit
 from capo.evaluation.reports.page import Report, print_results, remarks, render_report
 from capo.rewards import Reward
+from capo.runtime.files import write_table
 
 RESULTS = {
     "win_rate": {
@@ -314,3 +316,35 @@ def test_the_curve_of_strengths_is_drawn_from_the_base_on():
     [points] = re.findall(r'<polyline class="series-0" points="([^"]*)"', text)
     xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2) and ys[0] > ys[2] > ys[1]
+
+
+def test_rounds_of_a_run_are_a_table(tmp_path):
+    """Read from the file beside the curves, as a run writes it; a damaged figure is named."""
+    row = {"round": 0, "first step": 1, "last step": 80, "drawn by": "ab", "pool": "p", "prompts": 96}
+    row |= {
+        "prompts with a pair": 90,
+        "pairs per prompt": 3.25,
+        "val/win_rate": 0.5625,
+        "val/win_rate/looks": 0.6,
+    }
+    later = row | {"round": 1, "first step": 81, "last step": 120, "val/win_rate": 0.71}
+    curves = tmp_path / "metrics.csv"
+    assert "<h2>Rounds</h2>" not in page(curves=curves)
+    write_table(tmp_path / "rounds.csv", list(row), [row, later])
+    text = page(curves=curves)
+    cells = re.findall(r"<td>([^<]*)</td>", text.partition("<h2>Rounds</h2>")[2].partition("</table>")[0])
+    assert cells == [
+        "1-80",
+        "90 of 96",
+        "3.2",
+        "0.562",
+        "0.600",
+        "81-120",
+        "90 of 96",
+        "3.2",
+        "0.710",
+        "0.600",
+    ]
+    write_table(tmp_path / "rounds.csv", list(row), [row | {"val/win_rate": "high"}])
+    with pytest.raises(DamagedFile, match=r"rounds\.csv.*val/win_rate is 'high'"):
+        page(curves=curves)
