@@ -66,6 +66,16 @@ def test_workers_are_those_of_the_device_unless_given(workers, device, options, 
     assert found.pin_memory == (device == "cuda")
 
 
+@pytest.mark.parametrize("seen", [0, 2])
+def test_a_dataset_of_a_later_round_begins_after_the_batches_before_it(seen):
+    """Batch `seen` of the round, when the training has seen 5 before it."""
+    alone, later = data(0, "cpu"), data(0, "cpu", begun=5)
+    for loaded, ready in ((alone, seen), (later, 5 + seen)):
+        loaded.trainer.fit_loop.epoch_loop.batch_progress.current.ready = ready
+    one, other = (next(iter(loaded.train_dataloader())) for loaded in (alone, later))
+    assert torch.equal(one.noise, other.noise) and torch.equal(one.u, other.u)
+
+
 def test_too_little_shared_memory_for_workers_is_said(monkeypatch, caplog):
     """A batch of two pairs: latents and noise of 2 x 2 x 16 float32 each, u, 2 x 2 rewards, text 2 x 15.
 

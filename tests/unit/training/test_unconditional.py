@@ -16,6 +16,7 @@ from capo.backbones.unconditional import AdapterOff
 from capo.errors import InputError
 from capo.module import PreferenceModule, Weighting
 from capo.training.unconditional import UnconditionalBranch, unconditional_branch
+from capo.training.validation import ValidationSet, WinRateValidation
 
 LORA = {"rank": 2, "alpha": 2.0}
 CUDA = torch.device("cuda")  # a name: nothing is moved there
@@ -127,3 +128,12 @@ def test_another_policy_visits_the_device(tiny_backbone, tmp_path, moves):
     other = branch.other
     assert isinstance(branch, UnconditionalBranch) and other is not module.policy
     assert visited(tiny_backbone, branch, moves) == (other, [(other, "cuda"), (other, "cpu")])
+
+
+def test_a_validation_follows_the_module_of_the_next_round(tiny_backbone, tmp_path):
+    first, later = module_for(tiny_backbone), module_for(tiny_backbone)
+    settings, nothing = settings_of("base"), ValidationSet([], {}, [], {}, [])
+    branch = unconditional_branch(first, settings)
+    validation = WinRateValidation(nothing, tiny_backbone, [], settings, 1, tmp_path, unconditional=branch)
+    validation.follow(later)
+    assert validation.unconditional == UnconditionalBranch(later, settings)
