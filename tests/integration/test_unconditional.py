@@ -10,7 +10,8 @@ from capo.backbones.export import load_policy
 from capo.backbones.sampling import sample_prompts
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
-from capo.cli.build import base_of, rewards_of, sampler_settings
+from capo.cli.build import base_of, sampler_settings
+from capo.cli.named_rewards import rewards_of
 from capo.cli.parts import module_of
 from capo.cli.readiness import check_sharded_guidance
 from capo.data.prompts import candidate_seed, make_prompt

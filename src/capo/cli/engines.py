@@ -8,17 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.parts import TEXT
-from capo.cli.build import (
-    Components,
-    all_rewards,
-    base_of,
-    benchmark_place,
-    held_out_rewards,
-    is_negative,
-    rewards_of,
-    sampler_settings,
-    tuned_generator,
-)
+from capo.cli.build import Components, base_of, is_negative, sampler_settings, tuned_generator
+from capo.cli.named_rewards import all_rewards, benchmark_place, held_out_rewards, rewards_of
 from capo.cli.process import prepare_process, thread_count
 from capo.data.engines import Engine, LocalEngine
 from capo.data.generation import ImageGenerator

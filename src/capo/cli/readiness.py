@@ -16,10 +16,8 @@ from capo.backbones.lora import LORA_FILE
 from capo.backbones.sampling import BASE, POLICY
 from capo.backbones.unconditional import check_negative
 from capo.cli.build import (
-    all_rewards,
     built,
     family_of,
-    held_out_rewards,
     is_negative,
     label_sources,
     moving_reference,
@@ -29,6 +27,7 @@ from capo.cli.build import (
     target_name,
 )
 from capo.cli.engines import check_engine
+from capo.cli.named_rewards import all_rewards, held_out_rewards
 from capo.cli.online import check_online
 from capo.cli.schema.calls import under
 from capo.data.candidates import NO_PRIOR

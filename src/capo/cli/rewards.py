@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capo.cli.build import rewards_of
 from capo.cli.compose import REPOSITORY, composed
 from capo.cli.messages import refused
+from capo.cli.named_rewards import rewards_of
 from capo.cli.schema import check_values
 from capo.cli.schema.rewards import RewardsAlone
 from capo.errors import InputError, closest

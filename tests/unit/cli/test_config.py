@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from capo.cli import study_files
-from capo.cli.build import all_rewards
+from capo.cli.named_rewards import all_rewards
 from capo.cli.process import prepare_process
 from capo.cli.run_config import run_config
 from capo.cli.schema import Evaluating, Generating, Training, check_values

@@ -17,8 +17,8 @@ import torch
 from omegaconf import OmegaConf
 
 from capo.backbones.sampling import SamplerSettings
-from capo.cli.build import all_rewards
 from capo.cli.compose import composed
+from capo.cli.named_rewards import all_rewards
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.importing import pickapic
 from capo.data.importing.filling import import_pool

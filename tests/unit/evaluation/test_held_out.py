@@ -14,8 +14,8 @@ from PIL import Image
 
 from capo.backbones.sampling import SamplerSettings
 from capo.cli import train as train_script
-from capo.cli.build import all_rewards, held_out_rewards
 from capo.cli.messages import grouped
+from capo.cli.named_rewards import all_rewards, held_out_rewards
 from capo.cli.schema import check_values
 from capo.data.prompts import Prompt
 from capo.errors import InputError
