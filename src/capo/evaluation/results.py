@@ -60,6 +60,7 @@ def results(
             name: _with_interval(rate, seed) | tests[name] | {"prompts_needed": prompts_needed(beyond[name])}
             for name, rate in rates.items()
         },
+        **_rates_by_category(rates, beyond, categories, seed),
         **_hypervolume(rates, seed),
         "zero": {name: _with_interval(rate, seed) for name, rate in zero.items()},
         "score": {
@@ -75,6 +76,36 @@ def results(
         "policy": fingerprints["policy"],
         "base": fingerprints["base"],
     }
+
+
+def _places(categories: Sequence[str]) -> dict[str, list[int]]:
+    """Category -> places of its prompts, in order of first appearance; category "" is left out."""
+    places: dict[str, list[int]] = {}
+    for place, category in enumerate(categories):
+        if category:
+            places.setdefault(category, []).append(place)
+    return places
+
+
+def _rates_by_category(
+    rates: Mapping[str, Tensor], beyond: Mapping[str, Tensor], categories: Sequence[str], seed: int
+) -> dict[str, dict]:
+    """Entry "win_rate_by_category" of the results: category -> reward -> rate, where there are categories.
+
+    Holm's p-values count the categories of one reward.
+    """
+    places = _places(categories)
+    tests = {
+        name: _tests({category: values[found] for category, found in places.items()}, seed)
+        for name, values in beyond.items()
+    }
+    rows = {
+        category: {
+            name: _with_interval(rate[found], seed) | tests[name][category] for name, rate in rates.items()
+        }
+        for category, found in places.items()
+    }
+    return {"win_rate_by_category": rows} if rows else {}
 
 
 def _mean(values: Tensor) -> float:
@@ -141,11 +172,7 @@ def _measured(policy: Scores, base: Scores, categories: Sequence[str], seed: int
     Holm's p-values count the measures of all prompts together, and the categories of one measure.
     """
     everything = list(range(len(next(iter(policy.values())))))
-    rows = {
-        name: [row for row in everything if categories[row] == name]
-        for name in dict.fromkeys(categories)
-        if name
-    }
+    rows = _places(categories)
     differences = {name: policy[name].double().mean(1) - base[name].double().mean(1) for name in policy}
     tests = _tests(differences, seed)
     by_category = {

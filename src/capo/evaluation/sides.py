@@ -13,7 +13,7 @@ from capo.data.images import GeneratedImages, Side
 from capo.errors import InputError
 from capo.rewards import Reward
 
-SCHEMA = 3  # of settings.json; results written with another schema are computed again
+SCHEMA = 4  # of settings.json; results written with another schema are computed again
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,23 @@ def test_results_of_hand_worked_scores():
     assert found["drift"] == {"latents": {"mean": 0.25, "low": 0.0, "high": 0.5}}
     assert (found["prompts"], found["images_per_prompt"]) == (3, 2)
     assert (found["policy"], found["base"]) == ("p" * 64, "b" * 64)
-    assert "oracle" not in found and "oracle_by_category" not in found
+    assert not {"oracle", "oracle_by_category", "win_rate_by_category"} & set(found)
+
+
+def test_win_rates_by_category_are_tested_together():
+    found = results(POLICY, BASE, zero_scores={}, categories=["two", "", "single"], **NAMED)
+    # the rates of test_results_of_hand_worked_scores, 3.5/4 and 1/2, of one prompt each
+    tested = {"p": 1.0, "holm": 1.0}
+    assert found["win_rate_by_category"] == {
+        "two": {"looks": {"mean": 0.875, "low": 0.875, "high": 0.875} | tested},
+        "single": {"looks": {"mean": 0.5, "low": 0.5, "high": 0.5} | tested},
+    }
+    scores = {"looks": torch.tensor([[1.0, 2.0]] * 24)}
+    better = {"looks": scores["looks"] + torch.tensor([[5.0, 5.0]] * 12 + [[0.0, 0.0]] * 12)}
+    found = results(better, scores, zero_scores={}, categories=["a"] * 12 + ["b"] * 12, **NAMED)
+    first, second = (found["win_rate_by_category"][name]["looks"] for name in "ab")
+    assert (first["p"], first["holm"]) == (0.000488, 0.000977)  # all of 2^12 signs, two of which are as far
+    assert second["p"] == second["holm"] == 1.0
 
 
 def test_oracle_changes_and_categories():
@@ -324,6 +340,7 @@ def test_files_of_an_evaluation(evaluated):
         "prompts",
         "score",
         "win_rate",
+        "win_rate_by_category",
         "zero",
     ]
     settings = json.loads((folder / "settings.json").read_text())

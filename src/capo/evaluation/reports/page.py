@@ -75,6 +75,7 @@ def render_report(report: Report) -> str:
         fingerprints=FINGERPRINTS,
         scale=scale,
         headline=rows,
+        categories=results_by_category(report.results),
         oracle=oracle_sections(report.results),
         distance_scale=distance_scale,
         distances=distances,
@@ -105,6 +106,14 @@ def headline(results: Mapping) -> tuple[float, list[dict]]:
             }
         )
     return half, rows
+
+
+def results_by_category(results: Mapping) -> list[dict]:
+    """One row for each category: its name, and win-rate and verdict of each reward."""
+    return [
+        {"name": category, "rates": [{**rate, "verdict": verdict(rate, 0.5)} for rate in rates.values()]}
+        for category, rates in results.get("win_rate_by_category", {}).items()
+    ]
 
 
 def oracle_sections(results: Mapping) -> list[dict]:
@@ -195,15 +204,23 @@ def results_tables(results: Mapping) -> list[Table]:
             f"{number(score['base'])} → {number(score['policy'])}",
             style=_style(verdict(rate, 0.5)),
         )
+    tables = [table, *([_rates_table(results)] if results.get("win_rate_by_category") else [])]
     sections, distances = oracle_sections(results), distance_table(results)
     if not sections:
-        return [table, distances]
+        return [*tables, distances]
     return [
-        table,
+        *tables,
         _oracle_table(sections),
         *([_category_table(sections)] if results["oracle_by_category"] else []),
         distances,
     ]
+
+
+def _rates_table(results: Mapping) -> Table:
+    table = Table("win-rate by category, %", *results["win_rate"], box=box.SIMPLE_HEAD)
+    for row in results_by_category(results):
+        table.add_row(row["name"], *(Text(with_span(rate), _style(rate["verdict"])) for rate in row["rates"]))
+    return table
 
 
 def _oracle_table(sections: Sequence[Mapping]) -> Table:

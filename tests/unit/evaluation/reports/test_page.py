@@ -32,6 +32,16 @@ RESULTS = {
             "prompts_needed": 1900,
         },
     },
+    "win_rate_by_category": {
+        "single": {
+            "looks": {"mean": 0.71, "low": 0.66, "high": 0.76, "p": 0.001, "holm": 0.002},
+            "alignment": {"mean": 0.37, "low": 0.33, "high": 0.41, "p": 0.003, "holm": 0.006},
+        },
+        "two": {
+            "looks": {"mean": 0.52, "low": 0.45, "high": 0.59, "p": 0.4, "holm": 0.4},
+            "alignment": {"mean": 0.58, "low": 0.49, "high": 0.67, "p": 0.2, "holm": 0.2},
+        },
+    },
     "zero": {
         "looks": {"mean": 0.51, "low": 0.47, "high": 0.55},
         "alignment": {"mean": 0.49, "low": 0.45, "high": 0.53},
@@ -131,6 +141,17 @@ def test_headline_shows_rates_zero_line_and_scores():
     assert "256 prompts, 4 images each" in text and "on the first 64 prompts" in text
     # intervals reach 0.168 from the center: the axis runs from 30 to 70 %
     assert "30 % 50 % 70 %" in text
+
+
+def test_win_rates_are_shown_by_category():
+    text = page()
+    rows = re.findall(r"<tr><th scope=.row.>(single|two)</th>(.*?)</tr>", text.split("<h2>Oracle")[0], re.S)
+    assert [name for name, _ in rows] == ["single", "two"]
+    assert '<span class="above">71.0 %</span> <span class="span">[66.0, 76.0]</span>' in rows[0][1]
+    assert '<span class="below">37.0 %</span>' in rows[0][1] and "p 0.006" in rows[0][1]
+    assert rows[1][1].count('class="unclear"') == 2
+    few = {name: value for name, value in RESULTS.items() if name != "win_rate_by_category"}
+    assert "By category" not in page(results=few)
 
 
 def test_oracle_is_shown_by_category():
