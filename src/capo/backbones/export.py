@@ -11,9 +11,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from capo.backbones.base import Backbone
+from capo.backbones.component_configs import check_configs
 from capo.backbones.drawing import PLAIN, Drawing, prepared
 from capo.backbones.kohya import write_kohya
-from capo.backbones.loading import check_configs, loaded
+from capo.backbones.loading import loaded
 from capo.backbones.lora import ADAPTER, BASE_FILE, COMFYUI_FILE, LORA_FILE, has_adapter, read_base
 from capo.backbones.model_card import README, ModelCard, base_weights, readme
 from capo.backbones.models import Denoiser

@@ -12,9 +12,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from capo.backbones.component_configs import check_configs
 from capo.backbones.finding import PICKLES, VAE_FILES, is_component, no_vae, pipeline_index
 from capo.errors import InputError, first_line
-from capo.runtime.reading import FOLDER_REMEDY, read_any_json, read_json
+from capo.runtime.reading import FOLDER_REMEDY, read_json
 from capo.runtime.weight_files import weight_files
 
 AGAIN = "get the folder again, or name the variant that it holds"
@@ -84,16 +85,6 @@ def load_component(
         return loader.from_pretrained(
             place, variant=variant if held else None, dtype=dtype, use_safetensors=True
         )
-
-
-def check_configs(*components: Path) -> None:
-    """Raise DamagedFile for a JSON file of a component that is not JSON: libraries do not name the file.
-
-    A config.json holds an object: what a text there names, diffusers would get from the hub.
-    """
-    for component in components:
-        for path in sorted(component.glob("*.json")):
-            (read_json if path.name == "config.json" else read_any_json)(path, FOLDER_REMEDY)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,6 +110,8 @@ def alone(folder: Path) -> Iterator[None]:
     while True:
         with file_lock(folder / LOCK) as held:
             if held:
+                for left in folder.glob(f".{POLICY}.????????"):  # of a command that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 yield
                 return
         if time.monotonic() >= until:

@@ -17,6 +17,8 @@ def test_a_run_is_the_work_of_one_command_at_a_time(tmp_path, monkeypatch):
         with alone(tmp_path):  # another process of the same command
             pass
         monkeypatch.setattr(run_folder, "launch", Launch)
+    (tmp_path / ".policy.a1b2c3_d" / "new").mkdir(parents=True)  # of a command that was killed
+    (tmp_path / ".policy.old").mkdir()  # which is put back
     with alone(tmp_path):
         pass
-    assert [*tmp_path.iterdir()] == []
+    assert [path.name for path in tmp_path.iterdir()] == [".policy.old"]

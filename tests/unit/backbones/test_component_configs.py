@@ -1,0 +1,39 @@
+"""Configurations of a model's folder that libraries would read unchecked."""
+
+import json
+
+import pytest
+
+from capo.backbones.component_configs import check_configs
+from capo.errors import DamagedFile
+
+
+@pytest.mark.parametrize(("name", "key", "value", "told"), [
+    ("config.json", "scaling_factor", "x", "scaling_factor=x: must be a finite number above 0"),
+    ("config.json", "scaling_factor", None, "scaling_factor=null: must be a finite number above 0"),
+    ("config.json", "scaling_factor", 0, "scaling_factor=0: must be a finite number above 0"),
+    ("config.json", "scaling_factor", float("nan"), "scaling_factor=nan: must be a finite number above 0"),
+    ("config.json", "sample_size", -4, "sample_size=-4: must be a whole number from 1 on, or two of them"),
+    ("config.json", "sample_size", 8.5, "sample_size=8.5: must be a whole number from 1 on, or two of them"),
+    ("config.json", "sample_size", None, "sample_size=null: must be a whole number"),
+    ("config.json", "addition_time_embed_dim", "x", "addition_time_embed_dim=x: must be a whole number"),
+    ("tokenizer_config.json", "model_max_length", "x", "model_max_length=x: must be a number of tokens"),
+    ("tokenizer_config.json", "model_max_length", 0, "model_max_length=0: must be a number of tokens"),
+])  # fmt: skip
+def test_a_value_that_ends_in_a_trace_later_is_named_with_its_file(tmp_path, name, key, value, told):
+    (tmp_path / name).write_text(json.dumps({"_class_name": "AutoencoderKL", key: value}))
+    with pytest.raises(DamagedFile) as refused:
+        check_configs(tmp_path)
+    assert f"{tmp_path / name} cannot be read ({told}" in str(refused.value)
+    assert str(refused.value).endswith("get the model's folder again")
+
+
+@pytest.mark.parametrize("values", [
+    {"_class_name": "UNet2DConditionModel", "sample_size": [64, 96], "addition_time_embed_dim": None},
+    {"_class_name": "AutoencoderKL", "scaling_factor": 1, "shift_factor": None, "sample_size": 1024},
+    {"architectures": ["CLIPTextModel"], "sample_size": "of something else"},
+])  # fmt: skip
+def test_what_libraries_write_passes(tmp_path, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    check_configs(tmp_path)
