@@ -190,7 +190,7 @@ def test_all_faults_stand_in_one_message(tiny_run):
     assert refusal(generate_script.run, cfg).splitlines() == [
         "these values cannot be used:",
         "  seed=x: must be a whole number from 0 to 9223372036854775806",
-        "  trainer.lr=-1: must be a finite number above 0",
+        "  trainer.lr=-1: must be a finite number above 0 and at most 1",
         "  rewards.g.link=exp: must be one of identity, log",
     ]
 
@@ -452,7 +452,7 @@ def test_a_pool_root_that_cannot_be_written(tiny_run, monkeypatch):
     opened = os.open
 
     def read_only(path, flags, *arguments, **options):
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path).startswith(str(root)):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         return opened(path, flags, *arguments, **options)
 
