@@ -22,6 +22,8 @@ PLACE_ERRORS = {
     errno.EISDIR,
     errno.EIO,
 }
+# of these another path is no cure: something is written there
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EPERM, errno.EEXIST}
 WRITTEN = ("hydra.run.dir", "hydra.sweep.dir", "pool.root")  # keys of places that are written to
 LONGEST_PATH = 400  # letters of a path in a message
 PLACES = "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
@@ -36,7 +38,7 @@ def disk_fault(error: BaseException | None) -> str | None:
     if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
         return None
     remedy = f"restore it, or {PLACES}" if error.errno in (errno.ENOENT, errno.EIO) else OTHER_PLACE
-    if (key := _key_of(error.filename)) is not None:
+    if error.errno not in NO_ROOM and (key := _key_of(error.filename)) is not None:
         remedy = f"give another path{f': {key}=PATH' if key else ''}"
     return f"{_short_path(error.filename)} cannot be used ({error.strerror}): {remedy}"
 
@@ -46,8 +48,10 @@ def _key_of(path: object) -> str | None:
 
     It is empty for an argument without a key.
     """
-    found = {}
-    for argument in sys.argv[1:] if isinstance(path, str) else ():
+    found: dict[int, str] = {}
+    if not isinstance(path, str):
+        return None
+    for argument in sys.argv[1:]:
         key, given, value = argument.partition("=")
         key, value = (key, value) if given else ("", argument)  # of a program without keys
         value = value.strip("'\"").rstrip("/")

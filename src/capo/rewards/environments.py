@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from capo.errors import InputError
 from capo.rewards import worker
 
 PATIENCE = 120  # seconds for an interpreter to start
+MOST = 1 << 20  # bytes of its answer, which lists some names of modules
 NOT_INHERITED = (  # this interpreter's home, and the launcher's variables: the worker has no rank
     "PYTHONHOME",
     "__PYVENV_LAUNCHER__",
@@ -46,22 +49,38 @@ def check_environment(name: str, python: str, modules: Sequence[str]) -> None:
 def _lacking(name: str, python: str, modules: Sequence[str]) -> list[str]:
     command = [python, worker.__file__, "missing", *modules]
     try:
-        done = subprocess.run(
-            command,
-            env=inherited_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=True,
-        )
-        return json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        said = (getattr(error, "stderr", None) or "").strip().splitlines()[-1:] or [str(error)]
+        code, told, said = _answer(command)
+        if code:
+            raise ValueError(([*said.strip().splitlines()][-1:] or [f"it ended with exit code {code}"])[0])
+        return json.loads(told)
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"reward '{name}': python={python} cannot run a worker ({said[0]}); it must be a Python of "
+            f"reward '{name}': python={python} cannot run a worker ({error}); it must be a Python of "
             "version 3.7 or newer that starts"
         ) from error
+
+
+def _answer(command: Sequence[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors of a program; ValueError for one that does not end, or prints too much."""
+    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, env=inherited_environment(), stdin=subprocess.DEVNULL, stdout=told, stderr=said
+        )
+        until = time.monotonic() + PATIENCE
+        try:
+            while process.poll() is None:
+                if sum(os.fstat(file.fileno()).st_size for file in (told, said)) > MOST:
+                    raise ValueError(f"it printed more than {MOST} bytes")
+                if time.monotonic() > until:
+                    raise ValueError(f"it did not answer in {PATIENCE} s")
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+        for file in (told, said):
+            file.seek(0)
+        texts = [file.read(MOST).decode(errors="replace") for file in (told, said)]
+    return process.returncode, texts[0], texts[1]
 
 
 def not_importable(name: str, python: str, modules: Sequence[str]) -> str:

@@ -61,8 +61,8 @@ class PairLoader(DataLoader):
             yield batch
 
 
-def _collated_already(batch: PreferenceBatch | Refusal) -> PreferenceBatch | Refusal:
-    return batch
+def _collated_already(batch: Any) -> PreferenceBatch | Refusal:
+    return batch  # `Batches` has collated it
 
 
 class PreferenceData(L.LightningDataModule):

@@ -32,6 +32,12 @@ def test_texts_that_no_path_can_hold_are_refused():
     assert "null character" in found["pool.root"] and "no user of this name" in found["rewards.x.weights"]
 
 
+def test_a_full_disk_below_a_folder_of_the_command_line_is_to_be_emptied(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "run=outputs/1"])
+    told = disk_fault(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "outputs/1/evaluation/pool/x"))
+    assert "(No space left on device): make room there" in told
+
+
 @pytest.mark.parametrize("program", [dashboard.main, lambda given: study_files.main(["results", *given])])
 def test_programs_of_their_own_answer_as_the_scripts_do(capsys, monkeypatch, program):
     long = "a" * 500

@@ -447,6 +447,7 @@ def test_a_function_that_is_not_bound(isolated):
             {"python": "/bin/true"},
             "'theirs': python=/bin/true cannot run a worker .*it must be a Python of version",
         ),
+        ({"python": "/usr/bin/yes"}, r"python=/usr/bin/yes cannot run a worker \(it printed more than"),
         (
             {"requires": ["json", "torch"]},
             r"'theirs' needs torch, which (.*) cannot import: \1 -m pip install torch \(or the",
