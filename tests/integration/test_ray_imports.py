@@ -75,11 +75,11 @@ def test_a_worker_names_the_image_that_it_does_not_see(bring_in, tmp_path, monke
             return self.build(order)
 
     def blind(engine, stages, progress=True):
-        object.__setattr__(engine, "build", Blind(engine.build, tmp_path / "pictures" / "2.png"))
+        object.__setattr__(engine, "build", Blind(engine.build, tmp_path / "pictures" / "6.png"))
         return run(engine, stages, progress)
 
     run = RayEngine.run
     monkeypatch.setattr(RayEngine, "run", blind)
     said = r"2 of 4 files are made; 2 failed\n  latents 00000-00: no worker can start: this machine does not "
-    with pytest.raises(Unfinished, match=said + rf"see {tmp_path / 'pictures' / '2.png'} \(metadata.csv row"):
+    with pytest.raises(Unfinished, match=said + rf"see {tmp_path / 'pictures' / '6.png'} \(metadata.csv row"):
         bring_in("ray")

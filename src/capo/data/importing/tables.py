@@ -44,7 +44,7 @@ class Table:
     def __getstate__(self) -> dict[str, object]:
         """What another process needs: not the rows, which it reads itself."""
         own = {name: value for name, value in self.__dict__.items() if name != "_rows"}
-        return own | {"path": self.path.absolute()}
+        return {**own, "path": self.path.absolute()}
 
     def check_here(self) -> None:
         """Raise InputError unless this machine sees the file as the process did that made this object."""
