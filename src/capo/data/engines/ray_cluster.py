@@ -16,10 +16,11 @@ from capo.errors import InputError, first_line
 LOCAL = "local"  # address of a cluster of this machine alone
 # read by Ray when it is imported; 0: its servers listen on the loopback address alone, on Linux too
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+NICENESS = "RAY_worker_niceness"  # read by Ray as it starts; its own 15 starves workers beside other work
 STARTS = 3  # tries to start a local cluster: Ray gives up after 30 s, which a busy machine may need
 REACHED = 10.0  # seconds within which a cluster's address must answer
 MODEL = "accelerator_type:"  # how Ray's name for machines with a model of GPU begins
-PULSE = 1.0  # seconds after which a wait returns, to look at the cluster's size and at late starts
+PULSE = 5.0  # seconds after which a wait returns, to look at the cluster's size and at late starts
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +38,7 @@ def connect(address: str, **options: Any) -> Any:
     require_package()
     if address == LOCAL:
         os.environ.setdefault(LOOPBACK, "0")
+        os.environ.setdefault(NICENESS, "0")
     import ray  # pyright: ignore[reportMissingImports] - an extra
 
     if ray.is_initialized():
@@ -136,10 +138,10 @@ class RayCluster:
         return self._ray.cluster_resources().get("GPU", 0.0)
 
     def devices(self) -> float:
-        """Number of devices, as it was a second ago at most."""
+        """Number of devices, as it was `PULSE` seconds ago at most."""
         if (now := time.monotonic()) - self._looked >= PULSE:
-            self._looked = now
-            self._devices = self._gpus() or self._ray.cluster_resources().get("CPU", 0.0) // self._threads
+            self._looked, there = now, self._ray.cluster_resources()
+            self._devices = there.get("GPU", 0.0) or there.get("CPU", 0.0) // self._threads
         return self._devices
 
     def start(self, worker: Worker) -> None:
