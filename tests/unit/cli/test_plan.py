@@ -61,8 +61,9 @@ def plan_of(cfg) -> tuple[dict, str]:
 
 # of the same models as others, or of the same size
 SLOW = {
-    *(f"experiment={name}" for name in ("sdxl_10k", "sdxl_single", "sd3_single", "sd35_medium_quickstart")),
-    "experiment=sdxl_quickstart",  # which the test of a card of 24 GB plans too
+    *(f"experiment={name}" for name in ("sdxl_10k", "sdxl_single", "sd3_single")),
+    # which the test of a card of 24 GB plans too
+    *(f"experiment={name}_quickstart" for name in ("sdxl", "sd3", "sd35_medium")),
     *(f"model={name}" for name in ("sd35_medium", "sd35_large", "sd15")),
 }
 
@@ -186,7 +187,7 @@ def test_values_that_cannot_be_used_end_a_plan(tmp_path):
 
 
 def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
-    one = ("experiment=sdxl_quickstart", "validation.images=4", "evaluation.images=4")
+    one = ("experiment=sd3_quickstart", "validation.images=4", "evaluation.images=4")
     plan, told = planned(tmp_path, *one)
     assert plan["hours"]["without"]["scores"] == ["pickscore"]
     assert "what no rate is known of, text encoding, scoring by pickscore" in told
@@ -204,7 +205,7 @@ def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
 
 
 def test_the_peak_is_that_of_this_machines_gpu(tmp_path, monkeypatch):
-    choice = ("experiment=sdxl_quickstart",)
+    choice = ("experiment=sd3_quickstart",)
     assumed, told = planned(tmp_path, *choice)
     assert assumed["hours"]["flops"] == 989.4e12 and "an H100 SXM, since there is no GPU here" in told
     monkeypatch.setattr("capo.cli.plan.gpu_name", lambda accelerator: "NVIDIA L4")
@@ -368,7 +369,16 @@ def test_the_papers_recipes_fit_one_card(tmp_path, choice, peak):
     assert "vqascore" in plan["config"]["evaluation"]["rewards"]
 
 
-@pytest.mark.parametrize("recipe", ["sdxl_quickstart", "sd3_quickstart", "sd35_medium_quickstart"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "sd3_quickstart",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sdxl_quickstart", "sd35_medium_quickstart")
+        ),
+    ],
+)
 def test_the_quickstarts_fit_a_card_of_24_gb(tmp_path, recipe):
     """With 2 GB to spare for what a plan leaves out."""
     plan, _ = planned(tmp_path, f"experiment={recipe}")
