@@ -668,21 +668,21 @@ def test_ctrl_c_in_training(helper, command_line, tiny_run, tmp_path):
         ROOT / "conf",
         *command_line,
         f"hydra.run.dir={tmp_path / 'run'}",
-        "trainer.max_steps=16",
-        "validation.every=4",
+        "trainer.max_steps=4",
+        "validation.every=2",
         "evaluate=false",
     ]
     process = helper.start("train.py", *command, ends="after last.ckpt 1", by=signal.SIGINT)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert_interrupted(process, f"the same command with hydra.run.dir={tmp_path / 'run'}")
     step = torch.load(last, weights_only=True)["global_step"]
-    assert 4 <= step < 16 and not (tmp_path / "run" / OUTCOME).exists()
+    assert 2 <= step < 4 and not (tmp_path / "run" / OUTCOME).exists()
     assert not [path for path in (tmp_path / "run").rglob(".*") if path.is_file()]
     code, error = helper.run("train.py", *command)
     assert code == 0, error
     with (tmp_path / "run" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert steps == list(range(1, 17))
+    assert steps == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -716,8 +716,8 @@ def test_ctrl_c_ends_a_sweep(helper, command_line, tmp_path):
         *command_line,
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
         "seed=0,1",
-        "trainer.max_steps=16",
-        "validation.every=4",
+        "trainer.max_steps=4",
+        "validation.every=2",
         "evaluate=false",
     ]
     moment = "after 0/checkpoints/last.ckpt 1"

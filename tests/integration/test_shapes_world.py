@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 SMALL = [
     "experiment=quick",
     "trainer.max_steps=8",
+    "trainer.batch=8",
     "validation.every=4",
     "prompts.train=16",
     "prompts.test=16",
