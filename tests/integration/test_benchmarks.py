@@ -20,6 +20,7 @@ from benchmarks.random_models import random_backbone, random_module, random_pair
 from benchmarks.records import Records, measured
 from benchmarks.timing import in_turn, median_ratio
 from capo.errors import InputError
+from fixtures import ROOT
 
 
 @pytest.fixture
@@ -70,6 +71,14 @@ def test_reference_reuse(printed):
     assert list(found) == ["reused", "computed"] and all(rate > 0 for rate, _ in found.values())
     assert "on disk: 2 passes" in told and "(20.0 bytes a pair)" in told
     assert "weights of reused and computed after their last step: 0 apart" in told
+
+
+@pytest.mark.slow
+def test_objectives(printed):
+    told = printed("objectives", "--batch", "2", "--prompts", "4", "--steps", "1", "--runs", "1")
+    found = dict(re.findall(r"^(\w+) +\d+ +([\d.]+) x$", told, re.MULTILINE))
+    assert sorted(found) == sorted(file.stem for file in (ROOT / "conf" / "objective").glob("*.yaml"))
+    assert float(found["capo"]) == 1 and all(float(ratio) > 0 for ratio in found.values())
 
 
 @pytest.mark.slow

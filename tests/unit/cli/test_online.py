@@ -61,7 +61,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def files(folder: Path) -> dict[str, bytes]:
     """Contents of the rounds' files, without locks and notes of what was verified.
 
-    Policies, whose fingerprints are in the names of their pools, are left out: an adapter's header has no order.
+    Policies, whose fingerprints are in their pools' names, are left out: an adapter's header has no order.
     """
     skipped = {".locks", ".verified", "policy"}
     found = (path for path in folder.rglob("*") if path.is_file() and not skipped & {*path.parts})
