@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,7 @@ from capo.cli.sweep import (
 from capo.errors import InputError
 from capo.evaluation.reports.sweep_page import curves, drawn, render_page, sweep_picture, swept_axis
 from capo.runtime.launch import Launch
+from fixtures import ROOT
 
 RESULTS = {
     "score": {},
@@ -372,6 +377,24 @@ def test_jobs_in_parallel_give_the_serial_table(typed, tmp_path):
             f"pool.root={tmp_path / name / 'pools'}",
         )
     assert read_table(tmp_path / "serial") == read_table(tmp_path / "parallel")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("submitit") is None, reason="the extra `submitit` is not installed")
+def test_submitit_takes_each_job_to_a_process_of_its_own(tmp_path):
+    values = ["plan=true", "objective.beta=10,30", f"hydra.sweep.dir={tmp_path}", f"pool.root={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "-m", *values, "hydra/launcher=submitit_local"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    with (tmp_path / "plans.csv").open(newline="") as file:
+        rows = [(row["objective.beta"], row["status"]) for row in csv.DictReader(file)]
+    assert rows == [("10", "planned"), ("30", "planned")]
+    assert len(list(tmp_path.glob(".submitit/*/*_result.pkl"))) == 2
 
 
 def test_a_damaged_file_of_a_job_costs_its_row_alone(sweep):
