@@ -8,6 +8,7 @@ import copy
 import gc
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # workers s
 import pytest
 
 from fixtures import ROOT
+
+RAY_LIMIT = 900  # seconds of a test, on a busy machine
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,6 +38,24 @@ def pytest_cmdline_main(config):
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
     if option.numprocesses and option.dist == "no":
         option.dist, option.loadscopereorder = "loadfile", False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test on a Ray cluster that hangs fails."""
+    if item.get_closest_marker("ray") is None:
+        return (yield)
+
+    def late(*signaled):
+        raise TimeoutError(f"the test took longer than {RAY_LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(RAY_LIMIT)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def pytest_collectstart():
