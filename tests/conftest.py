@@ -4,14 +4,12 @@ pytest reads this file in the process that hands out the tests too, which needs 
 in the fixtures.
 """
 
-import copy
 import gc
 import importlib
 import os
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 # for the libraries, which read them when they are imported, and for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
@@ -74,64 +72,11 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def parsed_once():
-    """Copies of what is in a file of conf/, by its text, for Hydra to compose.
+def composed_once():
+    """Hydra reads and merges the files of conf/ once."""
+    from fixtures.composing import merged_once, parsed_once
 
-    Parsing the same files again takes a fifth of the time of composing a configuration.
-    """
-    from hydra._internal.core_plugins import file_config_source
-    from omegaconf import OmegaConf
-
-    parsed = {}
-
-    def load(file):
-        text = file.read()
-        if text not in parsed:
-            file.seek(0)
-            parsed[text] = OmegaConf.load(file)
-        return copy.deepcopy(parsed[text])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_config_source, "OmegaConf", SimpleNamespace(load=load))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def merged_once(parsed_once):
-    """Copies of the files of conf/ merged, by the choices of a command, for Hydra to apply its values to.
-
-    Merging them again takes four fifths of the time of composing a configuration.
-    """
-    from hydra._internal import config_loader_impl as loader
-    from hydra._internal.defaults_list import DefaultsList, Overrides
-
-    listed, merged = {}, {}
-    find, merge = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
-
-    def found(repo, config_name, overrides_list, prepend_hydra, skip_missing):
-        own = Overrides(repo, overrides_list)
-        given = (repo, config_name, overrides_list, prepend_hydra, skip_missing)
-        places = {source.path for source in repo.get_sources() if source.scheme() == "file"}
-        if places != {str(ROOT / "conf")}:  # a test may change its own files
-            return find(*given)
-        values = set(map(id, own.config_overrides))
-        choices = tuple(choice.input_line for choice in overrides_list if id(choice) not in values)
-        key = (config_name, prepend_hydra, skip_missing, choices)
-        if key not in listed:
-            listed[key] = find(*given)
-        known = listed[key]
-        return DefaultsList(known.defaults, known.defaults_tree, own.config_overrides, known.overrides)
-
-    def composed(self, defaults, repo):
-        if not any(defaults is known.defaults for known in listed.values()):
-            return merge(self, defaults, repo)
-        if id(defaults) not in merged:
-            merged[id(defaults)] = merge(self, defaults, repo)
-        return copy.deepcopy(merged[id(defaults)])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "create_defaults_list", found)
-        patch.setattr(loader.ConfigLoaderImpl, "_compose_config_from_defaults_list", composed)
+    with parsed_once(), merged_once():
         yield
 
 
