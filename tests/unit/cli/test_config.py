@@ -217,3 +217,9 @@ def test_a_reward_that_is_trained_and_evaluated_is_built_once():
     assert trained[0] is evaluated[1]
     other = all_rewards(composed("rewards=[looks]", "rewards.looks.scale=3"))
     assert other[0][0] is not other[1][1]
+
+
+@pytest.mark.parametrize("name", ["alignment", "looks", "preference"])
+def test_the_weights_of_a_reward_are_those_that_its_scorer_loads(name):
+    cfg = composed(f"rewards.{name}.weights=others.safetensors")
+    assert cfg.rewards[name].scorer.weights == "others.safetensors"
