@@ -10,8 +10,9 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from capo.errors import DamagedFile, InputError
 
@@ -20,7 +21,7 @@ HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may be half a character, in JSON; two
 FOLDER_REMEDY = "get the model's folder again"  # for a file in a folder of diffusers or transformers
 
 
-def open_ordinary(path: Path, fault: Callable[[Path, str], InputError]) -> BinaryIO:
+def open_ordinary(path: Path, fault: Callable[[Path, str], InputError]) -> BufferedReader:
     """Open an ordinary file to read its bytes.
 
     Raises `fault(path, reason)` for anything else (a folder, a pipe, which would be waited for, a circle of

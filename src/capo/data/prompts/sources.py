@@ -240,7 +240,7 @@ RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "where": ("column: value", lambda value: isinstance(value, Mapping)),
     "max_length": (
         f"a whole number from 1 to {LETTERS}, or null",
-        _optional(lambda value: _is_count(value) and value <= LETTERS),
+        _optional(lambda value: isinstance(value, int) and _is_count(value) and value <= LETTERS),
     ),
     "limit": ("a whole number of at least 1, or null", _optional(_is_count)),
     "published_size": ("a whole number of at least 1, or null", _optional(_is_count)),
