@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from capo.cli import train as train_script
-from capo.cli.run_config import differences
+from capo.cli.run_config import differences, read_config
 from capo.errors import DamagedFile, InputError
 from capo.module import PreferenceModule
 
@@ -126,7 +126,8 @@ def test_more_steps_go_on_from_a_finished_run(tiny_run, whole):
         assert kept == {name: (folder / name).read_bytes() for name in kept}
         (folder / name).write_bytes(whole_file)
     train_script.run(tiny_run("longer", *steps, "trainer.max_steps=7"))
-    assert_same_run(tiny_run.folder / "longer", whole[1])
+    assert_same_run(folder, whole[1])
+    assert read_config(folder).trainer.max_steps == 7
 
 
 def test_differences_name_leaves_and_leave_out_what_is_free():
