@@ -16,13 +16,16 @@ from capo.cli.facts import facts_of
 from capo.cli.online import check_online
 from capo.cli.outlook import followed
 from capo.cli.plan import pool_requests, request_of
+from capo.data.dataset import VisitSampler
 from capo.data.pool import Pool
+from capo.data.rounds import Round
 from capo.errors import InputError
 from capo.metrics import largest_margin
 from capo.module import PreferenceModule
 from capo.preflight.hours import pool_work
 from capo.preflight.plan import disk_space
 from capo.preflight.requests import OF_ROUNDS
+from capo.training import loader
 from capo.training.checkpoints import read_checkpoint
 from fixtures.configuration import composed
 
@@ -69,9 +72,22 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_run):
+def samplers():
+    """Seed and first batch of the visits of each round of `whole`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run, samplers):
     """Folder of a run in two rounds that nothing has cut off."""
-    train_script.run(tiny_run("whole", *ROUNDS))
+
+    def noted(rows, seed, batch, rank, world, start):
+        samplers.append((seed, start))
+        return VisitSampler(rows, seed, batch, rank, world, start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "VisitSampler", noted)
+        train_script.run(tiny_run("whole", *ROUNDS))
     return tiny_run.folder / "whole"
 
 
@@ -83,6 +99,10 @@ def test_a_round_that_never_ends_is_the_run_without(tiny_run):
     assert table(without / "metrics.csv") == table(never / "metrics.csv")
     [row] = table(never / "rounds.csv")
     assert (row["first step"], row["last step"]) == ("1", "4") and not (without / "rounds.csv").exists()
+
+
+def test_each_round_begins_its_visits_anew(whole, samplers):
+    assert samplers == [(0, 0), (Round(1, 2, 4).seed(0), 0)]
 
 
 def test_the_second_round_has_candidates_of_the_policy(whole, tiny_run):
