@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import torch
@@ -41,6 +41,7 @@ from benchmarks.timing import print_rates
 from capo.backbones import Backbone
 from capo.backbones.averaging import WeightAverage
 from capo.backbones.sampling import SamplerSettings
+from capo.cli.build import moving_reference
 from capo.data import PreferenceBatch
 from capo.data.candidates import select_candidates
 from capo.data.dataset import PairDataset
@@ -70,7 +71,11 @@ class Bare(PreferenceModule):
 
 def stepping(module: Bare, losses: Iterator[Tensor]) -> Steps:
     """Take an optimizer step for every loss, with the module's optimizer, warm-up and clipping."""
-    configured = module.configure_optimizers()
+    configured, followers, trainer = (
+        module.configure_optimizers(),
+        module.configure_callbacks(),
+        cast(Any, module),
+    )
     optimizer, warm_up = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for loss in losses:
         loss.backward()
@@ -80,6 +85,8 @@ def stepping(module: Bare, losses: Iterator[Tensor]) -> Steps:
         warm_up.step()
         module.take_figures()
         module.global_step += 1  # pyright: ignore[reportAttributeAccessIssue]
+        for follower in followers:  # of which only the step is asked of the trainer
+            follower.on_train_batch_end(trainer, module, None, None, 0)
         yield loss.detach()
 
 
@@ -160,7 +167,15 @@ def make_dataset(cfg: DictConfig, backbone: Backbone, folder: Path) -> PairDatas
     plan = PoolSpec(folder, cfg.model.name, "train", 0, prompts, CANDIDATES)
     pool = synthetic_pool(plan, ImageGenerator.base(backbone, SamplerSettings(**cfg.sampling)), rewards)
     return select_candidates(
-        pool, prompts, CANDIDATES, rewards, frs, cfg.calibration, cfg.seed, cfg.noise.shared
+        pool,
+        prompts,
+        CANDIDATES,
+        rewards,
+        frs,
+        cfg.calibration,
+        cfg.seed,
+        cfg.noise.shared,
+        group=cfg.selection.group,
     ).dataset
 
 
@@ -174,6 +189,7 @@ def module_maker(cfg: DictConfig, backbone: Backbone) -> Callable[[type[Module]]
         warm_up=trainer.warm_up,
         weighting=weighting,
         gradient_clip=trainer.gradient_clip,
+        moving=moving_reference(cfg),
     )
 
 
