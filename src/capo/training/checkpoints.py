@@ -37,18 +37,13 @@ class ValidatedCheckpoint(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self._validation, self._every, self._saved = validation, every, 0
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Take the step at which training starts or resumes, whose checkpoint is there, as saved."""
-        super().on_train_start(trainer, module)
-        self._saved = trainer.global_step
-
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
     ) -> None:
         """Save a checkpoint if the policy was validated after this step, or the last one if it is due."""
         step, before = trainer.global_step, self._saved
         self._saved = step
-        if step != before and self._validation.validated == step:
+        if self._validation.validated == step:
             super().on_train_batch_end(trainer, module, outputs, batch, index)
         elif self._told_to_end(trainer) or (step != before and self._every and step % self._every == 0):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
