@@ -15,7 +15,8 @@ from capo.backbones.model_card import ModelCard
 from capo.cli.build import Components, training_data, tuned_generator
 from capo.cli.engines import engaged, engine_of
 from capo.data.candidates import Candidates, TrainingData
-from capo.data.rounds import Round
+from capo.data.labels import described
+from capo.data.rounds import Round, refreshes
 from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.runtime.files import put_back, write_table
@@ -122,6 +123,15 @@ def round_facts(
         "prompts with a pair": found.usable,
         "pairs per prompt": float(found.pairs),
     }
+
+
+def trained_on(cfg: DictConfig, data: TrainingData, checkpoint: Path) -> str:
+    """What the policy of a checkpoint was trained on, in one line; `data` is that of the last round."""
+    if cfg.online.every is None:
+        return data.described
+    again = refreshes(cfg.online.every, int(checkpoint.stem))  # which is named by its step
+    policy = f" and, drawn anew {again} time{'s' if again > 1 else ''}, of the policy" if again else ""
+    return f"candidates of the base{policy}, {described(data.labels)}"
 
 
 def write_rounds(folder: Path, rows: Sequence[Row]) -> None:

@@ -22,7 +22,7 @@ from capo.cli.parts import module_of, validation_of
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.reuse import reused_reference
-from capo.cli.rounds import round_data, round_facts, write_rounds
+from capo.cli.rounds import round_data, round_facts, trained_on, write_rounds
 from capo.cli.run_config import Progress, begin_training, open_run
 from capo.cli.tracking import trackers
 from capo.data.candidates import Candidates, TrainingData
@@ -170,10 +170,9 @@ def tune(
     if advice := signal.advice(trainer.batch, found.candidates.selection.statistics().usable):
         tell([advice], console)
     tell(validation.choice.sentences(), console)
-    rate, told = best_strength(
-        cfg, found.module, validation, Path(found.best.best_model_path), folder, console
-    )
-    return found.module, rate, facts | {"data": found.data.described} | told
+    best = Path(found.best.best_model_path)
+    rate, told = best_strength(cfg, found.module, validation, best, folder, console)
+    return found.module, rate, facts | {"data": trained_on(cfg, found.data, best)} | told
 
 
 def chosen_pairs(cfg: DictConfig, data: TrainingData, seed: int, folder: Path) -> Candidates:

@@ -17,6 +17,7 @@ from capo.cli.online import check_online
 from capo.cli.outlook import followed
 from capo.cli.plan import pool_requests, request_of
 from capo.data.dataset import VisitSampler
+from capo.data.labels import HUMAN
 from capo.data.pool import Pool
 from capo.data.rounds import Round
 from capo.errors import InputError
@@ -92,13 +93,14 @@ def whole(tiny_run, samplers):
 
 
 def test_a_round_that_never_ends_is_the_run_without(tiny_run):
-    train_script.run(tiny_run("without", *RUN))
-    train_script.run(tiny_run("never", *RUN, "online.every=4"))
+    two = [*RUN, "trainer.max_steps=2", "validation.every=2"]
+    train_script.run(tiny_run("without", *two))
+    train_script.run(tiny_run("never", *two, "online.every=2"))
     without, never = tiny_run.folder / "without", tiny_run.folder / "never"
     assert same(weights(without), weights(never)) and not (never / "online").exists()
     assert table(without / "metrics.csv") == table(never / "metrics.csv")
     [row] = table(never / "rounds.csv")
-    assert (row["first step"], row["last step"]) == ("1", "4") and not (without / "rounds.csv").exists()
+    assert (row["first step"], row["last step"]) == ("1", "2") and not (without / "rounds.csv").exists()
 
 
 def test_each_round_begins_its_visits_anew(whole, samplers):
@@ -253,6 +255,19 @@ def test_the_generator_without_rounds_is_the_base_bit_for_bit(tiny_run):
         train_script.run(tiny_run(f"{name}-reference", *RUN, *chosen))
     one, other = (weights(tiny_run.folder / f"{name}-reference") for name in ("base", "generated"))
     assert same(one, other)
+
+
+def test_the_card_tells_the_data_of_the_chosen_checkpoint_alone():
+    data = SimpleNamespace(described="4 prompts", labels=[HUMAN])
+    cfg = composed("online.every=80", "trainer.max_steps=240")
+
+    def told(step: int, cfg=cfg) -> str:
+        return rounds.trained_on(cfg, data, Path(f"checkpoints/{step:06d}.ckpt"))
+
+    assert told(240, composed()) == "4 prompts"
+    assert told(80).startswith("candidates of the base, ") and "policy" not in told(80)
+    assert told(160).startswith("candidates of the base and, drawn anew 1 time, of the policy, ")
+    assert told(240).startswith("candidates of the base and, drawn anew 2 times, of the policy, ")
 
 
 @pytest.mark.parametrize(
