@@ -182,7 +182,7 @@ def test_a_plan_marks_no_directory_and_a_run_starts_there(tiny_run):
 
 
 def test_values_that_cannot_be_used_end_a_plan(tmp_path):
-    with pytest.raises(InputError, match=r"planning.utilization=1.5: must be a number above 0 and at most 1"):
+    with pytest.raises(InputError, match=r"planning.utilization=1.5: must be a number from 0.0001 to 1"):
         train_script.run(configured("planning.utilization=1.5", folder=tmp_path))
 
 

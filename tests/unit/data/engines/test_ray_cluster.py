@@ -25,4 +25,4 @@ def test_several_models_of_gpu_are_named(caplog):
     cluster({"GPU": 8.0, "accelerator_type:H100": 1.0}).check()
     assert not caplog.records
     cluster({"GPU": 8.0, "accelerator_type:H100": 1.0, "accelerator_type:A100": 2.0}).check()
-    assert "GPUs of several models (A100, H100): shards differ" in caplog.text
+    assert "GPUs of several models (A100, H100): a shard depends" in caplog.text
