@@ -187,17 +187,25 @@ def check_inside(folder: Path, names: Sequence[str], trusted: Sequence[str] | No
     What is written to them would stand where the link leads, which whoever made the folder has chosen. A link
     to the whole of `folder` is the caller's own, and targets in `trusted`, as they stand, are allowed.
     """
+    own = "" if trusted is None else "; if the link is your own, add 'trust=[{target}]'"
     for name in names:
         place = folder / name
         # what is in a folder that is a link, which may be any folder, does not matter
         held = [] if place.is_symlink() else sorted(place.rglob("*"))
-        for path, target, inside in _links(folder, [place, *held]):
-            if not inside and str(target) not in (trusted or ()):
-                own = "" if trusted is None else f"; if the link is your own, add 'trust=[{target}]'"
-                raise InputError(
-                    f"{path} is a link to {target}, outside of {folder}, where files would be written: put "
-                    f"what it leads to in its place, or remove it{own}"
-                )
+        refuse_links(folder, [place, *held], trusted or (), own)
+
+
+def refuse_links(folder: Path, paths: Sequence[Path], trusted: Sequence[str] = (), own: str = "") -> None:
+    """Raise InputError if one of these paths in `folder` is a link that leads out of it, as `check_inside`.
+
+    `own` ends the message: what to do with a link of one's own, with `{target}` for where it leads.
+    """
+    for path, target, inside in _links(folder, paths):
+        if not inside and str(target) not in trusted:
+            raise InputError(
+                f"{path} is a link to {target}, outside of {folder}, where files would be written: put "
+                f"what it leads to in its place, or remove it{own.replace('{target}', str(target))}"
+            )
 
 
 def _links(folder: Path, paths: Sequence[Path]) -> Iterator[tuple[Path, Path, bool]]:

@@ -36,7 +36,7 @@ def file_lock(path: Path, wait: bool = False, remedy: str = REMEDY) -> Iterator[
 def _try_lock(path: Path, remedy: str) -> int | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written ({error.strerror}): {remedy}") from error
     try:

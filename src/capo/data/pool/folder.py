@@ -9,8 +9,8 @@ from typing import Self
 from capo.data.pool.files import REMEDY
 from capo.data.pool.headers import check_latents
 from capo.data.pool.inspection import Inspection
-from capo.data.pool.layout import BLOCK, Shard, latents_path, plan_blocks
-from capo.data.pool.manifest import NAME, Manifest, check_folder
+from capo.data.pool.layout import BLOCK, LOCKS, Shard, latents_path, plan_blocks
+from capo.data.pool.manifest import NAME, Manifest, check_folder, check_links
 from capo.data.pool.prompt_table import PromptTable
 from capo.data.prompts import Prompt
 from capo.errors import InputError
@@ -32,9 +32,10 @@ class PoolFolder:
     def open(cls, folder: str | Path) -> Self:
         """Open the pool in `folder`.
 
-        Raises InputError if there is none, or one of another schema, and DamagedFile if its manifest or its
-        table of prompts is damaged.
+        Raises InputError if there is none, or one of another schema, or one that would be written elsewhere
+        (`check_links`), and DamagedFile if its manifest or its table of prompts is damaged.
         """
+        check_links(Path(folder))
         return cls(folder, Manifest.read(Path(folder)))
 
     @classmethod
@@ -46,8 +47,9 @@ class PoolFolder:
         """
         path = Path(folder) / NAME
         check_folder(path.parent)
+        check_links(path.parent)
         if not os.path.lexists(path):
-            with file_lock(path.parent / ".locks" / "manifest", wait=True, remedy=REMEDY):
+            with file_lock(path.parent / LOCKS / "manifest", wait=True, remedy=REMEDY):
                 if not os.path.lexists(path):  # another process may have been first
                     manifest.write(path.parent)
         pool = cls.open(folder)
@@ -68,7 +70,7 @@ class PoolFolder:
         One lock covers all blocks of a row, because the start of a new block depends on the earlier ones.
         """
         name = kind if row is None else f"{kind}-{row:05d}"
-        return file_lock(self.folder / ".locks" / name, wait, REMEDY)
+        return file_lock(self.folder / LOCKS / name, wait, REMEDY)
 
     @property
     def faults(self) -> dict[Path, str]:

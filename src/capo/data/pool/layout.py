@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = 8  # largest number of candidates in a shard
+TEXT, LATENTS, SCORES, REFERENCE = "text", "latents", "scores", "reference"
+VERIFIED, LOCKS = ".verified", ".locks"
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,22 @@ def pool_name(model: str, generator: str, seed: int, split: str) -> str:
 
 def text_path(folder: Path, row: int) -> Path:
     """File with the text conditioning of a row of prompts."""
-    return folder / "text" / f"{row:05d}.safetensors"
+    return folder / TEXT / f"{row:05d}.safetensors"
 
 
 def latents_path(folder: Path, row: int, block: int) -> Path:
     """File with the latents of a row of prompts and a block of candidates."""
-    return folder / "latents" / f"{row:05d}-{block:02d}.safetensors"
+    return folder / LATENTS / f"{row:05d}-{block:02d}.safetensors"
 
 
 def scores_path(folder: Path, key: str, row: int, block: int) -> Path:
     """File with the scores of a row of prompts and a block of candidates; `key` is the label source's."""
-    return folder / "scores" / key / f"{row:05d}-{block:02d}.parquet"
+    return folder / SCORES / key / f"{row:05d}-{block:02d}.parquet"
 
 
 def reference_errors_path(folder: Path, fingerprint: str) -> Path:
     """File with errors of the reference under the settings that have this fingerprint."""
-    return folder / "reference" / f"{fingerprint[:16]}.bin"
+    return folder / REFERENCE / f"{fingerprint[:16]}.bin"
 
 
 def row_of(path: Path) -> int:

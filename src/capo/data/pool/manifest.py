@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from capo.data.pool.files import write_file
+from capo.data.pool.layout import LATENTS, LOCKS, REFERENCE, SCORES, TEXT, VERIFIED
 from capo.errors import DamagedFile, InputError
+from capo.runtime.files import refuse_links
 from capo.runtime.limits import SHARD
 from capo.runtime.reading import read_json
 
@@ -84,6 +86,18 @@ def check_folder(folder: Path) -> None:
                 f"{place} is no folder, but {'a pool' if place == folder else 'pools'} should stand there: "
                 "move it away, or use another pool.root"
             )
+
+
+def check_links(folder: Path) -> None:
+    """Raise InputError if a folder of the pool in `folder` is a link that leads out of it.
+
+    Folders of shards are not listed, since they may hold millions: a shard that is a link is replaced, as
+    every file that is written whole. Those of scores and of errors are few, and errors are appended.
+    """
+    places = [folder / name for name in (TEXT, LATENTS, SCORES, REFERENCE, VERIFIED, LOCKS)]
+    for name in (SCORES, REFERENCE):
+        places += sorted((folder / name).glob("*")) if not (folder / name).is_symlink() else []
+    refuse_links(folder, places, own="; pool.root, or the whole folder of a pool, may be a link")
 
 
 def _fault(values: dict[str, Any]) -> str | None:

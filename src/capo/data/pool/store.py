@@ -12,7 +12,7 @@ from torch import Tensor
 from capo.data.pool.files import TensorFile, write_tensors
 from capo.data.pool.folder import PoolFolder
 from capo.data.pool.headers import DamagedShard, Header, check_latents, check_text
-from capo.data.pool.layout import Shard, latents_path, scores_path, text_path, write_range
+from capo.data.pool.layout import LATENTS, Shard, latents_path, scores_path, text_path, write_range
 from capo.data.pool.manifest import SCHEMA
 from capo.data.pool.score_files import holds_rows, read_row_scores, read_score_file, write_score_file
 from capo.errors import InputError
@@ -127,7 +127,7 @@ class Pool(PoolFolder):
 
     def check_latent_shape(self, shape: Sequence[int]) -> None:
         """Raise InputError if the stored latents do not have `shape` (C, H, W); one shard is checked."""
-        for path in (self.folder / "latents").glob("*.safetensors"):
+        for path in (self.folder / LATENTS).glob("*.safetensors"):
             if header := self._inspection.header(path, check_latents):
                 stored = header.entries["latents"]["shape"][2:]
                 if stored != list(shape):

@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capo.data.pool.files import TensorFile
-
-FOLDER = ".verified"  # in a pool
+from capo.data.pool.layout import VERIFIED
 
 
 class VerifiedFiles:
@@ -22,7 +21,7 @@ class VerifiedFiles:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / FOLDER / platform.node()
+        self.folder, self.path = folder, folder / VERIFIED / platform.node()
         self._lines: set[str] = set()
         self._read = 0  # bytes of the record
 
@@ -48,7 +47,7 @@ class VerifiedFiles:
         """
         try:
             self.path.parent.mkdir(exist_ok=True)
-            record = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            record = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         except OSError:
             yield None
             return
