@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def test_a_soup_is_a_policy_like_any_other(policies, tiny_run, tmp_path, monkeyp
     assert "Not evaluated." not in card and f"| {100 * results['win_rate']['r']['mean']:.1f} |" in card
     again = tiny_run("again", f"policy={policy}", config="evaluate")
     assert evaluate_script.run(again, [], tmp_path / "again") == results
+    other = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}_other"))
     compared = evaluate_script.run(
-        tiny_run("compared", f"runs=[{tmp_path},{tmp_path}]", config="evaluate"), [], tmp_path / "compared"
+        tiny_run("compared", f"runs=[{tmp_path},{other}]", config="evaluate"), [], tmp_path / "compared"
     )
     assert compared["head_to_head"]["r"]["mean"] == 0.5
     if "lora" in policies[0]:

@@ -17,6 +17,7 @@ from capo.evaluation.reports.formats import needed, p_value, with_span
 from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
 from capo.evaluation.stored import read_results, read_settings
 from capo.metrics import win_rate
+from capo.runtime.files import led_to
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS
 
 # settings of the evaluation that two runs must share to be compared head to head
@@ -27,7 +28,7 @@ def run_folders(runs: str | Sequence[str]) -> list[Path]:
     """List the run directories that `runs` names: a list of them, one of them, or a multirun directory.
 
     Of a multirun directory, the jobs that have been evaluated are listed. Raises InputError if there are
-    none.
+    none, and for a run that is named twice, which would count as two seeds.
     """
     folders = [Path(runs)] if isinstance(runs, str) else [Path(run) for run in runs]
     if len(folders) == 1 and not (folders[0] / CONFIG).is_file():
@@ -42,6 +43,13 @@ def run_folders(runs: str | Sequence[str]) -> list[Path]:
         raise InputError(
             f"runs={runs}: no run directory there (one holds config.yaml and {EVALUATION}/{RESULTS})"
         )
+    named: dict[Path, Path] = {}
+    for folder in folders:
+        if (first := named.setdefault(led_to(folder), folder)) is not folder:
+            also = "" if str(first) == str(folder) else f" and as {first}"
+            raise InputError(
+                f"runs: {folder} is named twice{also}, and would count as two runs: name it once"
+            )
     return folders
 
 

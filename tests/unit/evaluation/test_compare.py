@@ -195,6 +195,14 @@ def test_a_list_is_taken_as_it_stands():
     assert run_folders(["b", "a"]) == [Path("b"), Path("a")]
 
 
+def test_a_run_that_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "0")
+    with pytest.raises(InputError, match="runs: a is named twice, and would count as two runs: name it once"):
+        run_folders(["a", "b", "a"])
+    with pytest.raises(InputError, match=f"link is named twice and as {tmp_path}/0, and would"):
+        run_folders([str(tmp_path / "0"), str(tmp_path / "link")])
+
+
 def test_jobs_of_a_multirun_in_their_order(tmp_path):
     for number in (10, 2, 0):
         write_run(tmp_path / str(number), FIRST)
