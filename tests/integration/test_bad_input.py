@@ -546,6 +546,7 @@ def test_what_was_probably_meant():
             "error: objective=CAPO: no such choice; there are capo, capo_group, dmpo, dpo, hinge, ipo, kto, "
             "linear_dpo, mapo, sdpo, sft, smpo; did you mean objective=capo?",
         ),
+        (["validation.held_out=[lookz]"], "error: validation.held_out=lookz: no such choice; there are "),
         (["rewards=[looks,alignmen]"], "error: rewards=alignmen: no such choice; there are alignment, "),
         (
             ["objective.beta"],

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import capo
-from capo.cli.messages import command_fault, value_fault
+from capo.cli.messages import command_fault
 from capo.errors import InputError
 
 REPOSITORY = Path(capo.__file__).parents[2]  # holds conf/ in an editable install
@@ -28,9 +28,7 @@ def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITO
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             return compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
-        if (fault := value_fault(error, overrides)) is not None:
-            raise InputError(fault) from error
-        if (fault := command_fault(error)) is not None:
+        if (fault := command_fault(error, overrides)) is not None:
             raise InputError(fault) from error
         if not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from yaml import YAMLError
 
+from capo.cli.choice_faults import below_a_value, twice_chosen, unknown_choice
 from capo.cli.place_faults import disk_fault
-from capo.errors import InputError, Unfinished, alike, closest, first_line
+from capo.errors import InputError, Unfinished, alike, first_line
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.terminal import printable
 
@@ -138,8 +139,12 @@ def memory_fault(error: BaseException) -> str | None:
     )
 
 
-def command_fault(error: BaseException) -> str | None:
-    """Message for an error in the command line, with what was probably meant; None for any other error."""
+def command_fault(error: BaseException, arguments: Sequence[str] | None = None) -> str | None:
+    """Message for an error in the command line, with what was probably meant; None for any other error.
+
+    `arguments` are those of the command line, by default this process's.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(error, OverrideParseException):
         reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See "))]
         return (
@@ -149,9 +154,8 @@ def command_fault(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         if options := error.options or _choices(str(error), group):
-            near = [f"{group}={name}" for name in closest(choice, options)]
-            return f"{group}={choice}: no such choice; there are {', '.join(options)}{_meant(near)}"
-    if (fault := value_fault(error, sys.argv[1:])) is not None:
+            return unknown_choice(group, choice, options, arguments)
+    if (fault := value_fault(error, arguments)) is not None:
         return fault
     if not isinstance(error, ConfigCompositionException):
         return None
@@ -159,9 +163,11 @@ def command_fault(error: BaseException) -> str | None:
     parent = getattr(cause, "parent_node", None)
     if unknown and isinstance(parent, DictConfig):
         key = unknown[1]
+        if (fault := below_a_value(key, arguments, CONF)) is not None:
+            return fault
         near = alike(key, _keys(parent._get_root()))
         return f"there is no key '{key}'{_meant(near)}" + ("" if near else " `--cfg job` lists all keys")
-    return " ".join(f"{error} {cause or ''}".split())
+    return twice_chosen(str(error), arguments) or " ".join(f"{error} {cause or ''}".split())
 
 
 def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:

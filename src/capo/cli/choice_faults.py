@@ -1,0 +1,94 @@
+"""Messages for files that the command line chooses from the groups of conf/: with the key that chose them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from capo.cli.yaml_files import read_yaml
+from capo.errors import InputError, closest
+from capo.runtime.schema import shown
+
+CHOICE = re.compile(r"\+?(?P<key>(?P<group>[\w/]+)(@[\w.]+)?)=(?P<value>\[.*\]|[A-Za-z_].*)")
+NAME = re.compile(r"[^\[\],\s'\"]+")
+TWICE = re.compile(
+    r"(Multiple values for )?(?P<key>[\w/]+(@[\w.]+)?)(\. To override| appears more than once)"
+)
+EXPERIMENT = "experiment"
+LISTED = (EXPERIMENT, "rewards")  # groups of which several files make sense together
+HELD_OUT = "rewards@validation.held_out", "validation.held_out"  # which `messages.grouped` rewrites
+
+
+def unknown_choice(group: str, choice: str, options: Sequence[str], arguments: Sequence[str]) -> str:
+    """Message for a name that is no file of a group, under the key of the command line that gave it."""
+    given = [found for argument in arguments if (found := CHOICE.fullmatch(argument))]
+    own = [found for found in given if found["group"] == group and choice in NAME.findall(found["value"])]
+    key = _typed(own[0]["key"]) if own else group
+    name = re.compile(rf"(?<![\w./-]){re.escape(choice)}(?![\w./-])")
+    near = [
+        f"{key}={name.sub(other, own[0]['value']) if own else other}" for other in closest(choice, options)
+    ]
+    meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+    return f"{key}={choice}: no such choice; there are {', '.join(options)}{meant}"
+
+
+def twice_chosen(message: str, arguments: Sequence[str]) -> str | None:
+    """Message for a group of which the command line chooses a file with a + beside another; else None."""
+    found = TWICE.match(message)
+    given = [
+        argument for argument in arguments if found and argument.lstrip("+").startswith(f"{found['key']}=")
+    ]
+    if not found or not any(argument.startswith("+") for argument in given):
+        return None
+    key = _typed(found["key"])
+    names = [name for argument in given for name in NAME.findall(argument.partition("=")[2])]
+    if len(names) == 1:
+        remedy = f"{key}={names[0]} alone"
+    elif key.partition("@")[0] in LISTED or key in HELD_OUT:
+        remedy = f"one list, {key}=[{','.join(names)}]"
+    else:
+        remedy = f"one of them: {' or '.join(f'{key}={name}' for name in names)}"
+    return (
+        f"{' '.join(map(_typed, given))}: {key} is chosen already, and + adds a second choice; give {remedy}"
+    )
+
+
+def below_a_value(key: str, arguments: Sequence[str], conf: Path) -> str | None:
+    """Message for an unknown key below one to which an experiment gives a single value; else None.
+
+    `conf` holds the files of the experiments. The value itself Hydra has replaced when it refuses the key.
+    """
+    for name in _experiments(arguments):
+        node: Any = None
+        with suppress(InputError, FileNotFoundError):  # it lies in a folder of the user's own
+            node = read_yaml(conf / EXPERIMENT / f"{name}.yaml", dict, "correct it")
+        below = key.split(".")
+        while below and isinstance(node, dict):
+            node = node.get(below.pop(0))
+        if below and node is not None:
+            above = key.removesuffix(f".{'.'.join(below)}")
+            whole = next(
+                (text.partition("=")[2] for text in arguments if text.startswith(f"{key}=")), "VALUE"
+            )
+            for part in reversed(below):
+                whole = f"{{{part}: {whole}}}"
+            return (
+                f"there is no key '{key}' beside experiment={name}, which sets {above}={shown(node)}, a "
+                f"single value: leave that experiment out, or give all of it, '{above}={whole}'"
+            )
+    return None
+
+
+def _experiments(arguments: Sequence[str]) -> list[str]:
+    """Names of the experiments that the command line chooses, the last first."""
+    given = [found for argument in arguments if (found := CHOICE.fullmatch(argument))]
+    own = [found["value"] for found in given if found["group"] == EXPERIMENT]
+    return [name for value in reversed(own) for name in reversed(NAME.findall(value))]
+
+
+def _typed(text: str) -> str:
+    """A key, or an override, in the form that is documented: that of validation.held_out is rewritten."""
+    return text.replace(*HELD_OUT)

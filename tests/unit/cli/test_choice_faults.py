@@ -1,0 +1,37 @@
+"""Messages for choices of the command line: the key that made them, and what to give instead."""
+
+import pytest
+
+from capo.cli.compose import composed
+from capo.errors import InputError
+
+
+@pytest.mark.parametrize(("arguments", "told", "remedy"), [
+    ("rewards@validation.held_out=[lookz]", "validation.held_out=lookz: no such",
+     "did you mean validation.held_out=[looks]?"),
+    ("rewards@evaluation.rewards=[lookz]", "rewards@evaluation.rewards=lookz: no such choice; there are alig",
+     "did you mean rewards@evaluation.rewards=[looks]?"),
+    ("rewards=[looks,alignmen]", "rewards=alignmen: no such", "did you mean rewards=[looks,alignment]?"),
+    ("experiment=[quick,lor]", "experiment=lor: no such choice", "did you mean experiment=[quick,lora]?"),
+    ("experiment=quick +experiment=lora", "experiment=quick +experiment=lora: experiment is chosen already",
+     "give one list, experiment=[quick,lora]"),
+    ("+experiment=quick", "+experiment=quick: experiment is chosen already", "give experiment=quick alone"),
+    ("objective=dpo +objective=ipo", "objective is chosen already",
+     "give one of them: objective=dpo or objective=ipo"),
+    ("experiment=quick prompts=files prompts.train.path=a.csv",
+     "there is no key 'prompts.train.path' beside experiment=quick, which sets prompts.train=16, a single",
+     "leave that experiment out, or give all of it, 'prompts.train={path: a.csv}'"),
+    ("experiment=lora prompts=files prompts.train.paht=a", "there is no key 'prompts.train.paht'",
+     "did you mean prompts.train.path or prompts.train.hub?"),
+])  # fmt: skip
+def test_the_key_that_chose_it_and_what_to_give_are_named(arguments, told, remedy):
+    with pytest.raises(InputError) as refused:
+        composed("train", arguments.split(" "))
+    assert str(refused.value).count(told) == 1 and str(refused.value).endswith(remedy)
+
+
+def test_what_the_messages_tell_to_give_composes():
+    cfg = composed("train", ["experiment=[quick,lora]"])
+    assert cfg.trainer.max_steps == 40 and cfg.model.lora
+    cfg = composed("train", ["experiment=quick", "prompts=files", "prompts.train={path: a.csv}"])
+    assert cfg.prompts.train == {"path": "a.csv"} and cfg.prompts.test == 16
