@@ -20,7 +20,7 @@ from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
-from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, POLICY, WRITTEN
+from capo.runtime.run_folder import CHECKPOINTS, CONFIG, EVALUATION, LAST, OUTCOME, POLICY, WRITTEN
 from capo.runtime.schema import shown
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
@@ -175,7 +175,7 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
     A larger `trainer.max_steps` resumes a run, even a finished one. Its files stay as they are until
     `begin_training`, so that what fails before leaves the run that was finished; for any other run
     `config.yaml` is written now. Raises InputError for a directory that holds a run of another configuration,
-    with the differences.
+    with the differences, and for a finished run whose last checkpoint, from which more steps go on, is gone.
     """
     new = plain(cfg)
     progress, longer = Progress.NEW, False
@@ -194,10 +194,23 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
                 + "\n  ".join(found)
                 + "\ngive the same values to resume it, or another hydra.run.dir"
             )
+        if longer and (folder / OUTCOME).is_file():
+            _check_last(folder, before, after)
         progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
     if not longer:
         _write(folder, cfg)
     return progress
+
+
+def _check_last(folder: Path, before: int, after: int) -> None:
+    """Raise InputError if a finished run of `before` steps has no checkpoint to go on from."""
+    last = folder / CHECKPOINTS / LAST
+    if not os.path.lexists(last):
+        raise InputError(
+            f"trainer.max_steps={after}: {folder} holds a run that has finished with {before} steps, but "
+            f"{last}, from which it would go on, is not there: restore it, or choose another hydra.run.dir; "
+            f"to replace that run by a new one, remove {OUTCOME} from it"
+        )
 
 
 def begin_training(folder: Path, cfg: DictConfig) -> None:

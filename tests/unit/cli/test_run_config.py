@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from capo.cli.run_config import ADDED, Progress, begin_training, is_finished, open_run, read_config
-from capo.errors import DamagedFile
+from capo.errors import DamagedFile, InputError
 from fixtures.configuration import composed
 
 
@@ -46,8 +46,17 @@ def test_a_finished_run_stays_one_until_training_goes_on(tmp_path):
     open_run(tmp_path, first)
     (tmp_path / "outcome.json").write_text("{}")
     config = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(
+        InputError, match=r"max_steps=5: .* finished with 3 steps, but .*/checkpoints/last\.ckpt"
+    ):
+        open_run(tmp_path, longer)
+    assert open_run(tmp_path, first) is Progress.FINISHED
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
     assert open_run(tmp_path, longer) is Progress.BEGUN
     assert is_finished(tmp_path, first) and (tmp_path / "config.yaml").read_bytes() == config
     begin_training(tmp_path, longer)
     assert not is_finished(tmp_path, first) and read_config(tmp_path).trainer.max_steps == 5
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()  # what has not finished may begin anew
     assert open_run(tmp_path, longer) is Progress.BEGUN
+    assert open_run(tmp_path, composed("trainer.max_steps=6")) is Progress.BEGUN
