@@ -12,8 +12,14 @@ from capo.runtime.reading import FOLDER_REMEDY, read_any_json, read_json
 from capo.runtime.schema import Said, Section, faults, key
 from capo.runtime.stored import Record
 
-CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER, SCHEDULER = "config.json", "tokenizer_config.json", "scheduler_config.json"
 Side = Annotated[int, Field(ge=1, le=2**16)]
+# of a network, beyond what any model has: libraries would try to build it
+Size = Annotated[int, Field(ge=1, le=2**16)]
+Sizes = Annotated[
+    Size | list[Size | None] | None, Said("a whole number from 1 to 65536, a list of them, or null")
+]
+Count = Annotated[int, Field(ge=1, le=2**24)]  # of tokens
 
 
 class Network(Record):
@@ -26,6 +32,44 @@ class Network(Record):
     scaling_factor: Annotated[float, Field(gt=0)] = key("factor of a VAE's latents", 1.0)
     shift_factor: float | None = key("shift of a VAE's latents", None)
     addition_time_embed_dim: Annotated[int, Field(ge=1)] | None = key("width of an embedded size", None)
+    in_channels: Sizes = key("channels of the input", None)
+    out_channels: Sizes = key("channels of the output", None)
+    latent_channels: Sizes = key("channels of a VAE's latents", None)
+    block_out_channels: Sizes = key("channels of its blocks", None)
+    layers_per_block: Sizes = key("layers of a block", None)
+    norm_num_groups: Sizes = key("groups of a normalization", None)
+    num_layers: Sizes = key("layers", None)
+    num_attention_heads: Sizes = key("heads of an attention layer", None)
+    attention_head_dim: Sizes = key("width of a head, or their number", None)
+    cross_attention_dim: Sizes = key("width of the text", None)
+    joint_attention_dim: Sizes = key("width of the text", None)
+    caption_projection_dim: Sizes = key("width of the projected text", None)
+    pooled_projection_dim: Sizes = key("width of the pooled text", None)
+    patch_size: Sizes = key("side of a patch", None)
+    pos_embed_max_size: Sizes = key("patches of a side, at most", None)
+
+
+class Encoder(Record):
+    """What sets the sizes of a text encoder of transformers in its config.json, where it is there."""
+
+    hidden_size: Size = key("width", 1)
+    intermediate_size: Size = key("width of a layer's inner part", 1)
+    num_hidden_layers: Size = key("layers", 1)
+    num_attention_heads: Size = key("heads of an attention layer", 1)
+    projection_dim: Size = key("width of the projected text", 1)
+    d_model: Size = key("width", 1)
+    d_ff: Size = key("width of a layer's inner part", 1)
+    d_kv: Size = key("width of a head", 1)
+    num_layers: Size = key("layers", 1)
+    num_heads: Size = key("heads of an attention layer", 1)
+    vocab_size: Count = key("tokens that it knows", 1)
+    max_position_embeddings: Count = key("tokens of a prompt", 1)
+
+
+class Scheduler(Record):
+    """What is read of a scheduler_config.json, where it is there."""
+
+    num_train_timesteps: Size = key("times of the training", 1)
 
 
 class Tokenizer(Record):
@@ -50,6 +94,6 @@ def check_configs(*components: Path) -> None:
 
 
 def _schema(name: str, values: object) -> type[Section] | None:
-    if name == TOKENIZER:
-        return Tokenizer
-    return Network if name == CONFIG and isinstance(values, dict) and "_class_name" in values else None
+    if name != CONFIG or not isinstance(values, dict):
+        return {TOKENIZER: Tokenizer, SCHEDULER: Scheduler}.get(name)
+    return Network if "_class_name" in values else Encoder

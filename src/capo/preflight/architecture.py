@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from capo.backbones import FAMILIES, Family
-from capo.backbones.loading import fresh_module
+from capo.backbones.component_configs import check_configs
+from capo.backbones.loading import fresh_module, loaded
 from capo.backbones.models import Autoencoder, Denoiser
 from capo.errors import DamagedFile, InputError
 from capo.runtime.reading import FOLDER_REMEDY, read_json
@@ -55,8 +56,12 @@ class Blueprint:
         return sorted(name for name in self.configs if name.startswith("text_encoder"))
 
     def module(self, component: str) -> Any:
-        """Build the component on the meta device: float32, all parameters trainable."""
-        with torch.device("meta"):
+        """Build the component on the meta device: float32, all parameters trainable.
+
+        Raises InputError for a config that no network can have.
+        """
+        what = f"the sizes and classes in {component}/config.json"
+        with torch.device("meta"), loaded(what, FOLDER_REMEDY):
             return fresh_module(self.configs[component])
 
     def denoiser(self) -> Denoiser:
@@ -130,7 +135,8 @@ def published(name: str, /, family: type[Family] | None = None, **options: objec
 def from_folder(folder: Path, /, family: type[Family] | None = None, **options: object) -> Blueprint:
     """Return the blueprint of a pipeline folder, for a backbone of `family` with the arguments `options`.
 
-    Raises InputError if the folder lacks a denoiser, a VAE or a text encoder of a known class.
+    Raises InputError if the folder lacks a denoiser, a VAE or a text encoder of a known class, and for a
+    config that no network can have (`check_configs`).
     """
     configs = {}
     for path in sorted(folder.glob("*/config.json")):
@@ -154,4 +160,6 @@ def from_folder(folder: Path, /, family: type[Family] | None = None, **options: 
             f"weights '{folder}': no config.json of a known class for {', '.join(lacking)}; "
             "give the folder of a diffusers pipeline"
         )
+    left_out = family.unused_parts(**options)
+    check_configs(*(folder / name for name in configs if name not in left_out))
     return _blueprint(configs, family, options)

@@ -17,6 +17,9 @@ from capo.errors import DamagedFile
     ("config.json", "sample_size", 8.5, "sample_size=8.5: must be a whole number from 1 on, or two of them"),
     ("config.json", "sample_size", None, "sample_size=null: must be a whole number"),
     ("config.json", "addition_time_embed_dim", "x", "addition_time_embed_dim=x: must be a whole number"),
+    ("config.json", "block_out_channels", [32, 10**9], "block_out_channels=[32, 1000000000]: must be"),
+    ("config.json", "layers_per_block", "2", "layers_per_block=2: must be a whole number from 1 to 65536, a"),
+    ("scheduler_config.json", "num_train_timesteps", "1000", "num_train_timesteps=1000: must be a whole"),
     ("tokenizer_config.json", "model_max_length", "x", "model_max_length=x: must be a number of tokens"),
     ("tokenizer_config.json", "model_max_length", 0, "model_max_length=0: must be a number of tokens"),
 ])  # fmt: skip
@@ -28,7 +31,18 @@ def test_a_value_that_ends_in_a_trace_later_is_named_with_its_file(tmp_path, nam
     assert str(refused.value).endswith("get the model's folder again")
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("hidden_size", -64), ("num_hidden_layers", "2"), ("d_model", 10**9), ("vocab_size", None),
+])  # fmt: skip
+def test_a_size_that_no_text_encoder_has_is_named(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["CLIPTextModel"], key: value}))
+    with pytest.raises(DamagedFile, match=rf"config.json cannot be read \({key}=.*: must be a whole number"):
+        check_configs(tmp_path)
+
+
 @pytest.mark.parametrize("values", [
+    {"_class_name": "UNet2DConditionModel", "attention_head_dim": [5, 10], "num_attention_heads": None},
+    {"architectures": ["T5EncoderModel"], "d_model": 4096, "vocab_size": 32128, "num_layers": 24},
     {"_class_name": "UNet2DConditionModel", "sample_size": [64, 96], "addition_time_embed_dim": None},
     {"_class_name": "AutoencoderKL", "scaling_factor": 1, "shift_factor": None, "sample_size": 1024},
     {"architectures": ["CLIPTextModel"], "sample_size": "of something else"},
