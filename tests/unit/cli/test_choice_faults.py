@@ -21,7 +21,7 @@ from capo.errors import InputError
     ("experiment=quick prompts=files prompts.train.path=a.csv",
      "there is no key 'prompts.train.path' beside experiment=quick, which sets prompts.train=16, a single",
      "leave that experiment out, or give all of it, 'prompts.train={path: a.csv}'"),
-    ("experiment=lora prompts=files prompts.train.paht=a", "there is no key 'prompts.train.paht'",
+    ("experiment=lora prompts=files prompts.train.pathx=a", "there is no key 'prompts.train.pathx'",
      "did you mean prompts.train.path or prompts.train.hub?"),
 ])  # fmt: skip
 def test_the_key_that_chose_it_and_what_to_give_are_named(arguments, told, remedy):
