@@ -14,6 +14,7 @@ from torch import nn
 
 from capo.backbones.component_configs import check_configs
 from capo.backbones.finding import PICKLES, VAE_FILES, is_component, no_vae, pipeline_index
+from capo.backbones.finite import check_finite
 from capo.errors import InputError, first_line
 from capo.runtime.reading import FOLDER_REMEDY, read_json
 from capo.runtime.weight_files import weight_files
@@ -62,6 +63,7 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(
             folder, variant=variant, dtype=dtype, use_safetensors=True, **given
         )
+    check_finite(str(folder / "vae"), pipeline.components.get("vae"))  # its images would be black, unnoticed
     pipeline.watermark = None  # SDXL would watermark images wherever invisible-watermark is installed
     pipeline.set_progress_bar_config(disable=True)
     for module in pipeline.components.values():
@@ -127,4 +129,5 @@ def load_vae(weights: str, revision: str | None, dtype: torch.dtype) -> tuple[Au
         raise
     except Exception as error:  # of the hub and of diffusers, by what is in the files
         raise InputError(no_vae(weights, revision, first_line(error))) from error
+    check_finite(str(folder), vae)
     return vae.eval().requires_grad_(False), folder

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from capo.backbones.drawing import PLAIN, Drawing, prepared
+from capo.backbones.finite import check_finite
 from capo.backbones.loading import load_component
 from capo.backbones.models import Autoencoder, Denoiser
 from capo.backbones.precision import cpu_copy, half_stored, stored_for
@@ -72,6 +73,19 @@ class Parts:
             for name, part in self.pipeline.components.items()
             if name.startswith(TEXT_ENCODER) and isinstance(part, nn.Module)
         ]
+
+    def check_weights(self, denoiser: nn.Module) -> None:
+        """Raise InputError for a weight of `denoiser`, or of a text encoder, that is not finite.
+
+        For the cause of latents that are not: a pass over a large text encoder takes seconds.
+        """
+        name = self.denoiser_component
+        check_finite(
+            str(self.folder / name) if denoiser is self.denoiser else f"the policy's {name}", denoiser
+        )
+        for component, part in self.pipeline.components.items():
+            if component.startswith(TEXT_ENCODER) and isinstance(part, nn.Module):
+                check_finite(str(self.folder / component), part)
 
     @property
     def device(self) -> torch.device:

@@ -274,6 +274,8 @@ class LatentStage(LatentFiles):
             progress,
             self.unconditional,
         )
+        if not latents.isfinite().all():
+            self.backbone.check_weights(self.denoiser)
         self.pool.write_latents(shard, latents, self.record())
         progress.finish()
 

@@ -1,0 +1,15 @@
+"""Weights that are not finite: they are named where they would spoil images."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from capo.errors import InputError
+from capo.runtime.reading import FOLDER_REMEDY
+
+
+def check_finite(place: str, module: nn.Module | None) -> None:
+    """Raise InputError, with `place` and the tensor, if a weight of a module is not finite; one pass."""
+    for name, weight in module.named_parameters() if module is not None else ():
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+            raise InputError(f"{place}: its tensor {name} holds values that are not finite; {FOLDER_REMEDY}")
