@@ -10,7 +10,6 @@ from typing import Any
 
 from capo.cli.yaml_files import read_yaml
 from capo.errors import InputError, closest
-from capo.runtime.schema import shown
 
 CHOICE = re.compile(r"\+?(?P<key>(?P<group>[\w/]+)(@[\w.]+)?)=(?P<value>\[.*\]|[A-Za-z_].*)")
 NAME = re.compile(r"[^\[\],\s'\"]+")
@@ -61,6 +60,8 @@ def below_a_value(key: str, arguments: Sequence[str], conf: Path) -> str | None:
 
     `conf` holds the files of the experiments. The value itself Hydra has replaced when it refuses the key.
     """
+    from capo.runtime.schema import shown  # with pydantic, which --help does without
+
     for name in _experiments(arguments):
         node: Any = None
         with suppress(InputError, FileNotFoundError):  # it lies in a folder of the user's own
