@@ -65,13 +65,7 @@ def round_data(
     policy = place / POLICY
     put_back(policy)
     if step == part.first:
-        card = ModelCard(
-            str(facts["objective"]),
-            f"candidates of rounds before step {part.first}",
-            None,
-            {name: value for name, value in facts.items() if name != "objective"},
-            components.generator.settings.unconditional,
-        )
+        card = _card(part, facts, components)
 
         def export() -> None:
             load_best(module, folder / CHECKPOINTS / LAST)
@@ -95,6 +89,17 @@ def round_data(
     drawer = tuned_generator(drawing.generator, policy, engine_of(cfg, policy))
     return TrainingData.sampled(
         spec, drawer, components.rewards, drawn_by=f"the policy after {part.first} steps"
+    )
+
+
+def _card(part: Round, facts: Mapping[str, Any], components: Components) -> ModelCard:
+    """Card of the policy that draws the candidates of a round."""
+    return ModelCard(
+        str(facts["objective"]),
+        f"candidates of rounds before step {part.first}",
+        None,
+        {name: value for name, value in facts.items() if name != "objective"},
+        components.generator.settings.unconditional,
     )
 
 

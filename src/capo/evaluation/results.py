@@ -44,8 +44,7 @@ def results(
         seed: seed of the bootstrap.
         policy_measures: oracle measure -> (P, K) for the policy's images; empty if there is no oracle.
         base_measures: likewise for the base's images.
-        categories: category of each of the P prompts; a prompt of category "" counts only in the overall
-            values.
+        categories: category of each of the P prompts; one of category "" counts in overall values alone.
         features: an encoder's name and the distances of its vectors, of some prompts; None: not measured.
         weights: drift of the weights; None: not measured.
     """
