@@ -170,7 +170,9 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny_run, runs, start, strat
     """Rank 1 is killed in step 5; the same command then ends as a run that nothing has cut off."""
     killed = f"killed-{strategy}"
     process = start(killed, *STRATEGY[strategy], processes=2, kill_at=4)
-    assert process.wait() != 0 and "SIGKILL" in process.error
+    assert (
+        process.wait() != 0
+    )  # told is the first fault that torchrun sees: the kill, or what rank 0 makes of it
     assert not (tiny_run.folder / killed / "outcome.json").exists()
     finish(start(killed, *STRATEGY[strategy], processes=2))
     assert curves(tiny_run.folder / killed) == curves(tiny_run.folder / strategy)

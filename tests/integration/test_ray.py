@@ -37,9 +37,10 @@ ROOMS = {"text": Room(1, 1), "latents": Room(1, 1), "scores": Room(1, 1)}
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One cluster of three simulated processors for all tests here."""
-    before = os.environ.get("PYTHONPATH")
+    before, answer = os.environ.get("PYTHONPATH"), signal.getsignal(signal.SIGTERM)
     os.environ["PYTHONPATH"] = PATHS
     ray = connect("local", num_cpus=3)
+    assert signal.getsignal(signal.SIGTERM) is answer  # training's, which keeps its last step
     yield ray
     ray.shutdown()
     if before is None:

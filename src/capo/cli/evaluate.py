@@ -101,6 +101,7 @@ def evaluate_policy(
         encoder=components.encoder,
         sample=cfg.evaluation.get("diversity_prompts", SAMPLE),  # runs of earlier versions have no such key
         weights=policy,
+        engine=components.generator.engine,
     )
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from capo.cli.build import Components, build_components, built
+from capo.cli.engines import engaged
 from capo.cli.evaluate import check_root, evaluate_own
 from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
@@ -158,7 +159,7 @@ def tune(
     module = module_of(cfg, components.backbone)
     facts = facts_of(cfg, module)
     announce(cfg, facts, module, outlook)
-    validation = validation_of(cfg, components, module, folder / VALIDATION, console)
+    validation = validation_of(cfg, engaged(cfg, components), module, folder / VALIDATION, console)
     every, trainer = cfg.online.every, cfg.trainer
     strengths = len(cfg.validation.strengths or ())
     pace = Pace(outlook, trainer.batch, cfg.validation.every, strengths, every, trainer.max_steps)

@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from capo.backbones import Backbone
 from capo.backbones.weight_drift import WeightDrift, weight_drift
+from capo.data.engines import Engine
 from capo.data.generation import ImageGenerator, PoolSpec
 from capo.data.images import Scores, Side
 from capo.data.pool import holds_pool
@@ -59,6 +60,7 @@ def evaluate(
     encoder: Reward | None = None,
     sample: int = SAMPLE,
     weights: str | Path | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> dict:
     """Generate and score images of policy and base, then write their comparison to `folder`.
@@ -70,7 +72,7 @@ def evaluate(
             that are already there are returned unchanged, results of other settings are replaced.
         spec: pool of the base's images; the policy uses the same prompts and seeds. `spec.seed` also seeds
             the bootstrap.
-        policy: generator of the policy's images, on the base's backbone.
+        policy: generator of the policy's images, on the base's backbone; `engine` fills the base's pools.
         rewards: rewards for which win-rates are computed.
         zero: pool of the base's images with other seeds, for the first prompts of `spec`; None: no zero line.
         oracle: measures that are exact, or on which nothing was tuned; reported beside the rewards.
@@ -89,10 +91,10 @@ def evaluate(
     Returns:
         The content of results.json (`results`), with "cut" (`cut_prompts`) if a reward cuts prompts.
 
-    Raises:
-        InputError: a pool cannot be filled, or the prompts of `zero` are not the first ones of `spec`.
+    Raises InputError: a pool cannot be filled, or the prompts of `zero` are not the first ones of `spec`.
     """
-    folder, comparison = Path(folder), Comparison(spec, policy, rewards, zero, oracle, encoder, sample)
+    folder = Path(folder)
+    comparison = Comparison(spec, policy, rewards, zero, oracle, encoder, sample, engine)
     settings = comparison.settings() | {"shown": shown}
     found = stored_results(folder, settings)
     if found is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from capo.data.engines import Engine
 from capo.data.generation import ImageGenerator, PoolSpec
 from capo.data.images import GeneratedImages, Side
 from capo.errors import InputError
@@ -27,6 +28,7 @@ class Comparison:
     oracle: Sequence[Reward]
     encoder: Reward | None
     sample: int
+    engine: Engine | None = None  # fills the pools of the base's images; the policy has its own
 
     def __post_init__(self) -> None:
         if self.zero and list(self.zero.prompts) != list(self.spec.prompts[: len(self.zero.prompts)]):
@@ -36,7 +38,7 @@ class Comparison:
 
     @property
     def base(self) -> ImageGenerator:
-        return ImageGenerator.base(self.policy.backbone, self.policy.settings)
+        return ImageGenerator.base(self.policy.backbone, self.policy.settings, self.engine)
 
     def settings(self) -> dict:
         """Everything that the results depend on, as JSON values (settings.json)."""

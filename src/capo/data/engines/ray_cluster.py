@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,7 +52,8 @@ def connect(address: str, **options: Any) -> Any:
         where |= {"include_dashboard": False, **options}
     for left in reversed(range(STARTS)):
         try:
-            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+            with _own_sigterm():
+                ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
             return ray
         except Exception as error:  # Ray raises classes of its own, gRPC's and the standard library's
             if address == LOCAL and left:
@@ -57,6 +61,15 @@ def connect(address: str, **options: Any) -> Any:
                 continue
             raise InputError(_refused(address, error)) from error
     raise AssertionError
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray's ends it at once, training's keeps the last step first."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reach(address: str) -> None:

@@ -63,7 +63,7 @@ def fault(kind: Any, name: str, value: object) -> str | None:
 def refused(name: str, value: object, kind: Any) -> str:
     """Message `key=value: must be ...; did you mean ...?`."""
     near = closest(value, choices(kind)) if isinstance(value, str) else []
-    told = f"{name}={shown(value)}: must be {words(kind)}"
+    told = f"{shown(name)}={shown(value)}: must be {words(kind)}"
     if near:
         return f"{told}; did you mean {near[0]}?"
     return f"{told}; leave {name} out, or give {name}.KEY=VALUE" if is_section(kind) else told
