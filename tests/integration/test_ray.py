@@ -16,37 +16,30 @@ import pytest
 
 from capo.data.engines import LocalEngine
 from capo.data.engines.on_ray import RayEngine
-from capo.data.engines.ray_cluster import LOOPBACK, connect
+from capo.data.engines.ray_cluster import LOOPBACK
 from capo.data.engines.schedule import Room
 from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError, Unfinished
-from fixtures import ROOT
 from fixtures.fake_backbone import FakeBackbone
 from fixtures.faulty_stages import REWARD, SETTINGS, FaultyStages
+from fixtures.ray_clusters import PATHS, ray_cluster
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
 ]
-PATHS = os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests")))
 ROOMS = {"text": Room(1, 1), "latents": Room(1, 1), "scores": Room(1, 1)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One cluster of three simulated processors for all tests here."""
-    before, answer = os.environ.get("PYTHONPATH"), signal.getsignal(signal.SIGTERM)
-    os.environ["PYTHONPATH"] = PATHS
-    ray = connect("local", num_cpus=3)
-    assert signal.getsignal(signal.SIGTERM) is answer  # training's, which keeps its last step
-    yield ray
-    ray.shutdown()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    answer = signal.getsignal(signal.SIGTERM)
+    with ray_cluster(3) as ray:
+        assert signal.getsignal(signal.SIGTERM) is answer  # training's, which keeps its last step
+        yield ray
 
 
 @pytest.fixture
