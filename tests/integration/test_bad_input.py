@@ -600,8 +600,9 @@ def test_work_of_which_a_part_failed_ends_with_code_1(capsys):
 
 
 @pytest.mark.parametrize(("script", "arguments", "message"), [
-    ("train.py", ["objective=capo", "model=sdxl", "pairs=frs"],
-     "error: model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0'"),
+    pytest.param(
+        "train.py", ["objective=capo", "model=sdxl", "pairs=frs"],
+        "error: model=sdxl: weights 'stabilityai/stable-diffusion-xl-base-1.0'", marks=pytest.mark.slow),
     ("generate.py", ["pool.candidates=1"], "error: pool.candidates=1: must be a whole number from 2"),
     ("evaluate.py", ["run=nothing"],
      "error: run=nothing is not a run directory: it has no config.yaml; "

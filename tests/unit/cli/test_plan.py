@@ -61,7 +61,7 @@ def plan_of(cfg) -> tuple[dict, str]:
 
 # of the same models as others, or of the same size
 SLOW = {
-    *(f"experiment={name}" for name in ("sdxl_10k", "sdxl_single", "sd3_single")),
+    *(f"experiment={name}" for name in ("sdxl_10k", "sdxl_single", "sd3_single", "sd3_capo_frs")),
     # which the test of a card of 24 GB plans too
     *(f"experiment={name}_quickstart" for name in ("sdxl", "sd3", "sd35_medium")),
     *(f"model={name}" for name in ("sd35_medium", "sd35_large", "sd15")),

@@ -77,7 +77,7 @@ def axes_of(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("script", ["train", "generate"])
+@pytest.mark.parametrize("script", [pytest.param("train", marks=pytest.mark.slow), "generate"])
 def test_trackers_get_the_progress_of_pools_and_the_curves_do_not(typed, tmp_path, offline, script):
     folder = tmp_path / "run"
     places = [f"hydra.run.dir={folder}", f"pool.root={tmp_path / 'pools'}"]
@@ -104,6 +104,7 @@ def test_trackers_get_the_progress_of_pools_and_the_curves_do_not(typed, tmp_pat
     assert pool_seconds(folder) == float(written[-1]["time/pool/seconds"])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_id(typed, tmp_path, offline):
     arguments = ["logger=wandb", "evaluate=false", f"hydra.run.dir={tmp_path / 'run'}"]
     typed("train", *arguments)
