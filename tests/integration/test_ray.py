@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,9 @@ from capo.data.prompts import make_prompt
 from capo.errors import InputError, Unfinished
 from fixtures.fake_backbone import FakeBackbone
 from fixtures.faulty_stages import REWARD, SETTINGS, FaultyStages
-from fixtures.ray_clusters import PATHS, ray_cluster
+from fixtures.ray_clusters import MARKS, PATHS, ray_cluster
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.ray,
-    pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
-]
+pytestmark = MARKS
 ROOMS = {"text": Room(1, 1), "latents": Room(1, 1), "scores": Room(1, 1)}
 
 

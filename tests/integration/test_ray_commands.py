@@ -1,17 +1,12 @@
 """Commands that fill pools by engine=ray with the workers that they build from their configuration."""
 
 import os
-from importlib.util import find_spec
 
 import pytest
 
-from fixtures.ray_clusters import ray_cluster
+from fixtures.ray_clusters import MARKS, ray_cluster
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.ray,
-    pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)

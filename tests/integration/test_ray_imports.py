@@ -1,7 +1,6 @@
 """Images that are imported, encoded by workers on a Ray cluster of this machine: real processes."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,9 @@ from capo.data.importing.filling import EncodeStage
 from capo.data.pool.import_table import is_imported
 from capo.errors import Unfinished
 from fixtures.pictures import write_pictures
-from fixtures.ray_clusters import ray_cluster
+from fixtures.ray_clusters import MARKS, ray_cluster
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.ray,
-    pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)

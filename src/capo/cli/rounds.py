@@ -15,6 +15,7 @@ from capo.backbones.model_card import ModelCard
 from capo.cli.build import Components, training_data, tuned_generator
 from capo.cli.engines import engaged, engine_of
 from capo.data.candidates import Candidates, TrainingData
+from capo.data.generation import PoolSpec
 from capo.data.labels import described
 from capo.data.rounds import Round, refreshes
 from capo.errors import InputError
@@ -79,17 +80,17 @@ def round_data(
             f"{policy} is not there: it has drawn the candidates of steps {part.first + 1} to {part.last}, "
             f"which training is in at step {step}; restore it, or train again in another hydra.run.dir"
         )
-    train = components.pool_specs["train"]
-    spec = replace(
-        train,
-        root=place,
-        seed=train.seed + part.number,
-        prompts=part.prompts(train.prompts, cfg.online.prompts),
-    )
+    spec = _spec(cfg, components.pool_specs["train"], part, place)
     drawer = tuned_generator(drawing.generator, policy, engine_of(cfg, policy))
     return TrainingData.sampled(
         spec, drawer, components.rewards, drawn_by=f"the policy after {part.first} steps"
     )
+
+
+def _spec(cfg: DictConfig, train: PoolSpec, part: Round, place: Path) -> PoolSpec:
+    """Spec of the pool of a round, in the folder `place`; `train` is that of the first one."""
+    prompts = part.prompts(train.prompts, cfg.online.prompts)
+    return replace(train, root=place, seed=train.seed + part.number, prompts=prompts)
 
 
 def _card(part: Round, facts: Mapping[str, Any], components: Components) -> ModelCard:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from capo.backbones.weight_drift import WeightDrift
 from capo.data.images import Scores
+from capo.evaluation.categories import groups_of
 from capo.evaluation.diversity import Distances
 from capo.evaluation.frontiers import Frontier, Point, hypervolumes
 from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
@@ -77,15 +78,6 @@ def results(
     }
 
 
-def _places(categories: Sequence[str]) -> dict[str, list[int]]:
-    """Category -> places of its prompts, in order of first appearance; category "" is left out."""
-    places: dict[str, list[int]] = {}
-    for place, category in enumerate(categories):
-        if category:
-            places.setdefault(category, []).append(place)
-    return places
-
-
 def _rates_by_category(
     rates: Mapping[str, Tensor], beyond: Mapping[str, Tensor], categories: Sequence[str], seed: int
 ) -> dict[str, dict]:
@@ -93,7 +85,7 @@ def _rates_by_category(
 
     Holm's p-values count the categories of one reward.
     """
-    places = _places(categories)
+    places = groups_of(categories)
     tests = {
         name: _tests({category: values[found] for category, found in places.items()}, seed)
         for name, values in beyond.items()
@@ -171,7 +163,7 @@ def _measured(policy: Scores, base: Scores, categories: Sequence[str], seed: int
     Holm's p-values count the measures of all prompts together, and the categories of one measure.
     """
     everything = list(range(len(next(iter(policy.values())))))
-    rows = _places(categories)
+    rows = groups_of(categories)
     differences = {name: policy[name].double().mean(1) - base[name].double().mean(1) for name in policy}
     tests = _tests(differences, seed)
     by_category = {

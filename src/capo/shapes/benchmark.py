@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from capo.evaluation.benchmarks import Benchmark
-from capo.evaluation.benchmarks.layout import groups_of, numbered
+from capo.evaluation.benchmarks.layout import numbered
+from capo.evaluation.categories import groups_of
 from capo.shapes.prompts import prompt_sets
 
 

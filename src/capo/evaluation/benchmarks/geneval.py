@@ -9,8 +9,9 @@ from torch import Tensor
 
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture, groups_of
+from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
 from capo.evaluation.benchmarks.reading import means, official_file, read_records, text_of
+from capo.evaluation.categories import groups_of
 
 WHAT = "GenEval's prompts/evaluation_metadata.jsonl (https://github.com/djghosh13/geneval)"
 # end of an image's path in the results

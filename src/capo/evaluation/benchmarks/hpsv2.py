@@ -6,8 +6,9 @@ from pathlib import Path
 
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
-from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture, groups_of
+from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
 from capo.evaluation.benchmarks.reading import official_file, official_json
+from capo.evaluation.categories import groups_of
 
 WHAT = (
     "the folder with anime.json, concept-art.json, paintings.json and photo.json (zhwang/HPDv2, benchmark/)"

@@ -179,15 +179,6 @@ def _check_path(benchmark: str, path: str, place: str) -> None:
         )
 
 
-def groups_of(names: Sequence[str]) -> dict[str, list[int]]:
-    """Numbers of the prompts of each category, in the order of first appearance; "" is in no group."""
-    groups: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        if name:
-            groups.setdefault(name, []).append(number)
-    return groups
-
-
 def numbered(count: int, images: int) -> list[Picture]:
     """Pictures `00000_0.png`, by number of prompt and image, for benchmarks without an official scorer."""
     return [

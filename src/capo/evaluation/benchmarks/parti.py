@@ -5,8 +5,9 @@ from __future__ import annotations
 from capo.data.prompts import make_prompt
 from capo.data.prompts.files import read_tsv
 from capo.errors import InputError
-from capo.evaluation.benchmarks.layout import Benchmark, groups_of, numbered
+from capo.evaluation.benchmarks.layout import Benchmark, numbered
 from capo.evaluation.benchmarks.reading import official_file
+from capo.evaluation.categories import groups_of
 
 WHAT = "PartiPrompts.tsv (https://github.com/google-research/parti)"
 FILE = "PartiPrompts.tsv"

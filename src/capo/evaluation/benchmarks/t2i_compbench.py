@@ -11,7 +11,7 @@ from torch import Tensor
 from capo.data.prompts import make_prompt
 from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
-from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture, groups_of
+from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
 from capo.evaluation.benchmarks.reading import (
     entries_of,
     index_of,
@@ -20,6 +20,7 @@ from capo.evaluation.benchmarks.reading import (
     official_file,
     official_json,
 )
+from capo.evaluation.categories import groups_of
 
 WHAT = "T2I-CompBench's lists, examples/dataset (https://github.com/Karine-Huang/T2I-CompBench)"
 # category -> where its scorer writes its figures, below the folder of the category

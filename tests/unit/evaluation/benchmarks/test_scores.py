@@ -10,9 +10,10 @@ import torch
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.benchmarks import Benchmark, dpg, genai, geneval, t2i_compbench
-from capo.evaluation.benchmarks.layout import groups_of, numbered
+from capo.evaluation.benchmarks.layout import numbered
 from capo.evaluation.benchmarks.scores import Row, summary
 from capo.evaluation.benchmarks.table import BenchmarkTable
+from capo.evaluation.categories import groups_of
 from capo.evaluation.statistics import balanced_interval
 
 
