@@ -10,7 +10,7 @@ from typing import Any
 from capo.cli.yaml_files import read_yaml
 from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, RATES, read_outcome
 
-OWN = ("run_dir", "hydra", "threads", "seed")  # keys that differ between runs of one setting
+OWN = ("run_dir", "hydra", "logger", "threads", "seed")  # keys that differ between runs of one setting
 ALWAYS = ("objective", "pairs")  # columns of a table that stand also where all runs share them
 
 

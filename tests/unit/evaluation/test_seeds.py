@@ -10,6 +10,7 @@ from rich.console import Console
 from capo.cli.run_labels import seed_groups
 from capo.errors import InputError
 from capo.evaluation.seeds import over_seeds, read_rates, seeds_table
+from tests.fixtures.configuration import composed
 
 HEAD = "prompt_id,prompt,category,win_rate/looks\n"
 
@@ -43,6 +44,13 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(tmp_path):
     console.print(seeds_table(groups))
     text = console.export_text()
     assert "0, 1" in text and "67.5 (" in text and "looks" in text
+
+
+def test_seeds_are_one_row_whatever_folder_their_logger_writes_to(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        OmegaConf.save(composed(f"seed={seed}", f"run_dir={run}"), run / "config.yaml", resolve=True)
+    assert list(seed_groups(runs)) == ["0, 1"]
 
 
 def test_a_soup_is_no_seed_of_its_first_run(tmp_path):
