@@ -1,4 +1,4 @@
-"""Resolve `${shipped:...}`, `${evaluation_folder:...}` and `${study_folder:...}` in the configuration."""
+"""Functions that the configuration calls, as in `${shipped:unet}`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from omegaconf import OmegaConf
 def shipped(name: str) -> str:
     """Absolute path of `shapes/weights/<name>` in the installed package."""
     return str(importlib.resources.files("capo.shapes") / "weights" / name)
+
+
+def quotient(number: int, divisor: int) -> int:
+    """Whole quotient of two whole numbers, rounded down: of a fixed number of latents, the prompts of a batch."""
+    return number // divisor
 
 
 def _folder_in(run: str | int | None, name: str, ending: str) -> str:
@@ -37,5 +42,6 @@ def _study_folder(run: str | int | None) -> str:
 def register() -> None:
     """Register the resolvers with OmegaConf; this must precede the composition of a configuration."""
     OmegaConf.register_new_resolver("shipped", shipped, replace=True)
+    OmegaConf.register_new_resolver("quotient", quotient, replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("study_folder", _study_folder, replace=True, use_cache=True)
