@@ -28,7 +28,6 @@ from capo.cli.compose import composed
 from capo.training.loader import PreferenceData
 
 OURS = "capo"
-MORE = {"capo_group": ["selection.group=4"]}  # overrides that an objective needs to differ from another
 OBJECTIVES = Path(__file__).parent.parent / "conf" / "objective"
 
 
@@ -47,7 +46,7 @@ def time_steps(
     sizes = [f"prompts.{split}={count}" for split, count in cfg.prompts.items() if isinstance(count, int)]
     jobs = {}
     for name in sorted(file.stem for file in OBJECTIVES.glob("*.yaml")):
-        own = composed("train", [f"model={cfg.model.name}", *sizes, f"objective={name}", *MORE.get(name, [])])
+        own = composed("train", [f"model={cfg.model.name}", *sizes, f"objective={name}"])
         way = steps_of(own, backbone, batch, folder)
         jobs[name] = lambda way=way: list(islice(way, steps))
     return in_turn(jobs, runs, time.process_time)

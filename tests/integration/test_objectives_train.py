@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 OBJECTIVES = sorted(file.stem for file in (ROOT / "conf" / "objective").glob("*.yaml"))
 CHOICES = {
     **{name: [f"objective={name}"] for name in OBJECTIVES},
-    "capo_group of 4": ["objective=capo_group", "selection.group=4"],
+    "capo_group of pairs": ["objective=capo_group", "selection.group=2"],
     "kto of 3": ["objective=kto", "selection.group=3"],
     "sdpo": ["objective=sdpo", "noise.shared=true"],
     "smpo inverted": [

@@ -12,6 +12,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from capo.cli.build import target_name
 from capo.cli.schema import Merging, check_values
 from fixtures import ROOT
 
@@ -58,6 +59,16 @@ def test_each_job_composes_with_values_that_can_be_used(conf, line):
         assert all(reward == cfg.evaluation.rewards[name] for name, reward in cfg.rewards.items())
 
 
+def configured(experiment, *overrides):
+    """Configurations of the jobs of an experiment that is a sweep; an override takes the place of its own."""
+    params = OmegaConf.load(ROOT / "conf" / "experiment" / f"{experiment}.yaml").hydra.sweeper.params
+    sweep = {**params, **dict(override.split("=", 1) for override in overrides)}
+    words = shlex.join(f"{key}={value}" for key, value in sweep.items())
+    return [
+        compose("train", overrides=["run_dir=run", f"experiment={experiment}", *job]) for job in jobs(words)
+    ]
+
+
 def test_the_soups_of_table_2_merge_capos_jobs_of_table_1(conf):
     lines = re.findall(r"^python merge\.py (.+)$", TEXT, re.MULTILINE)
     assert [line.split()[0] for line in lines] == ["model=sdxl", "model=sd3"]
@@ -69,18 +80,19 @@ def test_the_soups_of_table_2_merge_capos_jobs_of_table_1(conf):
 
 
 def test_the_soup_of_shapes_has_a_job_for_each_reward_and_one_for_all(conf):
-    recipe = OmegaConf.load(ROOT / "conf" / "experiment" / "shapes_soup.yaml")
-    sweep = [f"{key}={value}" for key, value in recipe.hydra.sweeper.params.items()]
-    found = [
-        compose("train", overrides=["run_dir=run", "experiment=shapes_soup", *overrides]).rewards
-        for overrides in jobs(shlex.join(sweep))
-    ]
-    assert [sorted(rewards) for rewards in found] == [
+    assert [sorted(cfg.rewards) for cfg in configured("shapes_soup")] == [
         ["alignment"],
         ["looks"],
         ["preference"],
         ["alignment", "looks", "preference"],
     ]
+
+
+def test_objectives_of_the_frontier_have_as_many_latents_in_a_step(conf):
+    found = configured("frontier", "objective.beta=300", "seed=0,1")
+    assert [cfg.seed for cfg in found] == [0, 1] * 6
+    sizes = {target_name(cfg.objective): (cfg.selection.group, cfg.trainer.batch) for cfg in found}
+    assert sizes == {**dict.fromkeys(("capo", "dpo", "ipo", "smpo", "sdpo"), (2, 32)), "capo_group": (4, 16)}
 
 
 @pytest.mark.parametrize(

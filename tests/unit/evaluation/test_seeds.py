@@ -10,7 +10,7 @@ from rich.console import Console
 from capo.cli.run_labels import seed_groups
 from capo.errors import InputError
 from capo.evaluation.seeds import over_seeds, read_rates, seeds_table
-from tests.fixtures.configuration import composed
+from fixtures.configuration import composed
 
 HEAD = "prompt_id,prompt,category,win_rate/looks\n"
 
