@@ -15,7 +15,7 @@ def shipped(name: str) -> str:
 
 
 def quotient(number: int, divisor: int) -> int:
-    """Whole quotient of two whole numbers, rounded down: of a fixed number of latents, the prompts of a batch."""
+    """`number // divisor`: the prompts of a batch, say, from its latents and those of a prompt."""
     return number // divisor
 
 
