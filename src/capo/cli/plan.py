@@ -99,6 +99,7 @@ def training_request(cfg: DictConfig) -> TrainingRequest:
         max(launch().local_world_size, device_count(trainer.devices) or 1),
         inversion.passes if (inversion := inversion_of(cfg)) else 0,
         moving_reference(cfg) is not None,
+        cfg.trainer.ema is not None,
     )
 
 

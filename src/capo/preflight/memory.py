@@ -30,12 +30,18 @@ class ModelStates:
     weights: int
     gradients: int
     optimizer: int
+    average: int
     reference: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """{part: bytes}, without averaged weights where none are kept."""
+        return {name: size for name, size in asdict(self).items() if size or name != "average"}
 
     @property
     def total(self) -> int:
         """Sum of all model states, in bytes."""
-        return sum(asdict(self).values())
+        return sum(self.parts.values())
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -86,6 +92,7 @@ def model_states(
     shards: int = 1,
     frozen_in: str = FLOAT32,
     moving: bool = False,
+    averaged: bool = False,
 ) -> ModelStates:
     """Compute the model states that training keeps on each device.
 
@@ -100,12 +107,15 @@ def model_states(
         shards: number of devices that share the states.
         frozen_in: precision for which the weights that LoRA freezes are stored.
         moving: whether the reference follows the policy: averages of the trained weights, and no network.
+        averaged: whether averaged weights are kept, to be validated and exported.
     """
     policy = _policy(blueprint, lora, frozen_in)
     kept = trained_bytes(policy) if moving else 0
     if reference and not lora and not moving:
         kept = module_bytes(half_stored(blueprint.module(blueprint.denoiser_name), precision))
-    whole = (module_bytes(policy), trained_bytes(policy), optimizer_bytes(policy, optimizer), kept)
+    trained = trained_bytes(policy)
+    average = trained if averaged else 0
+    whole = (module_bytes(policy), trained, optimizer_bytes(policy, optimizer), average, kept)
     return ModelStates(*(math.ceil(part / shards) for part in whole))
 
 
@@ -148,12 +158,13 @@ def pool_bytes(blueprint: Blueprint, prompts: int, candidates: int, rewards: int
 
 
 @cache
-def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str, moving: bool = False) -> int:
+def checkpoint_bytes(blueprint: Blueprint, lora: Adapter | None, optimizer: str, averages: int = 0) -> int:
     """Size of one checkpoint in bytes: the policy, without what LoRA freezes, and the optimizer's state.
 
-    With a reference that follows the policy (`moving`), its weights are there too.
+    `averages` is the number of averages of the trained weights that it holds as well: for export, and of a
+    reference that follows the policy.
     """
     policy = _policy(blueprint, lora, FLOAT32)
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     own = sum(tensor.nbytes for name, tensor in policy.state_dict().items() if name not in frozen)
-    return own + optimizer_bytes(policy, optimizer) + (trained_bytes(policy) if moving else 0)
+    return own + optimizer_bytes(policy, optimizer) + averages * trained_bytes(policy)

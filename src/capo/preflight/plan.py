@@ -62,7 +62,7 @@ def device_memory(request: Request) -> dict[str, Any]:
     work. The VAE counts with what it decodes.
     """
     training, blueprint = request.training, request.blueprint
-    kept = asdict(request.model_states(training.shards))
+    kept = request.model_states(training.shards).parts
     activations = activation_bytes(
         blueprint,
         training.images,

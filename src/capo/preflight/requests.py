@@ -32,6 +32,7 @@ class TrainingRequest:
         local_processes: processes on each machine, one per device.
         inverting: forward passes in which the policy inverts each latent; 0: noise is added.
         moving: whether the reference follows the policy.
+        averaged: whether averaged weights are kept, to be validated and exported.
     """
 
     division: Division
@@ -48,6 +49,7 @@ class TrainingRequest:
     local_processes: int = 1
     inverting: int = 0
     moving: bool = False
+    averaged: bool = False
 
     @property
     def holds_base(self) -> bool:
@@ -192,6 +194,7 @@ class Request:
             shards,
             training.frozen_in,
             training.moving,
+            training.averaged,
         )
 
     @property
@@ -211,4 +214,5 @@ class Request:
     def checkpoint(self) -> int:
         """Size of one checkpoint in bytes."""
         training = self.training
-        return checkpoint_bytes(self.blueprint, training.lora, training.optimizer, training.moving)
+        averages = training.moving + training.averaged
+        return checkpoint_bytes(self.blueprint, training.lora, training.optimizer, averages)

@@ -117,10 +117,11 @@ def certain_memory(held: ModelStates, accelerator: str) -> list[Shortage]:
     name, there = device_bytes(accelerator)
     if held.total <= there:
         return []
+    *parts, last = held.parts
     return [
         Shortage(
             "memory",
-            f"weights, gradients, optimizer and reference take {readable(held.total)} on a device, which has "
+            f"{', '.join(parts)} and {last} take {readable(held.total)} on a device, which has "
             f"{readable(there)} ({name}): {LESS_HELD} (plan=true shows the memory of each part)",
         )
     ]

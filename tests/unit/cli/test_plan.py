@@ -117,6 +117,13 @@ def test_a_full_disk_is_listed_by_a_plan_and_refused_by_a_run(tiny_run, monkeypa
     assert not (tiny_run.folder / "full").exists()
 
 
+def test_a_plan_counts_averaged_weights_where_they_are_kept(tiny_run):
+    assert [training_request(tiny_run("unused", *ema)).averaged for ema in ([], ["trainer.ema=0.9"])] == [
+        False,
+        True,
+    ]
+
+
 def test_too_little_memory_is_listed_and_refused_where_it_is_certain(tiny_run, monkeypatch):
     held = plan_of(tiny_run("memory_plan", "plan=true"))[0]["device"]["training"]
     certain = sum(held[part] for part in ("weights", "gradients", "optimizer", "reference"))

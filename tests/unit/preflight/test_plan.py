@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
-from capo.backbones.averaging import REFERENCE, MovingReference
+from capo.backbones.averaging import AVERAGE, REFERENCE, MovingReference, WeightAverage
 from capo.backbones.drawing import Drawing
 from capo.data import PreferenceBatch
 from capo.errors import InputError
@@ -199,8 +199,16 @@ def compare_held(
     moving.on_train_start(SimpleNamespace(global_step=0), module)
     moving.on_save_checkpoint(None, module, written)
     assert follows.reference == held(written[REFERENCE].values()) == planned.gradients
-    more = checkpoint_bytes(blueprint, adapter, "adamw", True) - checkpoint_bytes(blueprint, adapter, "adamw")
+    more = checkpoint_bytes(blueprint, adapter, "adamw", 1) - checkpoint_bytes(blueprint, adapter, "adamw")
     assert more == planned.gradients
+    average = WeightAverage(0.9)
+    average.on_train_start(SimpleNamespace(global_step=0), module)
+    average.on_save_checkpoint(None, module, written)
+    averaged = replace(planned, average=held(written[AVERAGE].values()))
+    assert averaged.total == planned.total + planned.gradients
+    assert averaged == model_states(
+        blueprint, adapter, precision, "adamw", reference=True, frozen_in=frozen_in, averaged=True
+    )
     assert planned.total == planned.weights + planned.gradients + planned.optimizer + planned.reference
 
 
