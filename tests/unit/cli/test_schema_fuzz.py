@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -13,15 +13,9 @@ from capo.cli.schema.scripts import SCRIPTS
 from capo.errors import InputError
 from capo.runtime.schema import faults, walked
 from fixtures.configuration import composed
+from fixtures.damage import examples
 
 GONE = object()  # stands for the removal of a key
-FEW = settings(
-    max_examples=150,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 WORDS = [
     "",
     " ",
@@ -111,20 +105,20 @@ def examined(defaults, change) -> None:
         assert key.rpartition(".")[0] in message, message
 
 
-@FEW
+@examples(150)
 @given(change=changes)
 def test_any_value_at_any_key_is_fine_or_a_message(defaults, change):
     examined(defaults, change)
 
 
 @pytest.mark.slow
-@settings(FEW, max_examples=3000)
+@examples(3000)
 @given(change=changes)
 def test_many_values_at_any_key_are_fine_or_messages(defaults, change):
     examined(defaults, change)
 
 
-@settings(FEW, max_examples=25)
+@examples(25)
 @given(change=changes)
 def test_the_border_raises_input_errors_alone(defaults, change):
     name, edits = change
@@ -141,7 +135,7 @@ def test_the_border_raises_input_errors_alone(defaults, change):
         assert str(error)
 
 
-@settings(FEW, max_examples=40)
+@examples(40)
 @given(value=values)
 def test_a_whole_configuration_of_any_kind_is_fine_or_a_message(value):
     assert faults(SCRIPTS["train"], real(value))  # no such value is a whole configuration
