@@ -23,6 +23,7 @@ import random
 import time
 from collections.abc import Mapping
 
+from benchmarks.options import whole_number
 from benchmarks.simulated_cluster import STAGES, SimulatedCluster, chain
 from capo.data.engines.schedule import Room, Schedule, Task, Worker
 
@@ -81,8 +82,8 @@ def simulate(devices: int, shards: int, seconds: Mapping[str, float], start: flo
 def main() -> None:
     """Print one row for each number of devices."""
     parser = argparse.ArgumentParser(description="Simulate the filling of a pool on a cluster.")
-    parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--shards", type=whole_number(), default=1000)
+    parser.add_argument("--devices", type=whole_number(), nargs="+", default=[1, 8, 64])
     parser.add_argument("--failures", type=float, default=0.01, help="share of tasks that fail")
     parser.add_argument("--start", type=float, default=60.0, help="seconds until a worker is ready")
     parser.add_argument("--seconds", nargs="+", default=["text=2", "latents=600", "scores=120"])

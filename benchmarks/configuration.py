@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 
+from benchmarks.options import add_numbers
 from capo.cli.compose import composed
 from capo.cli.process import prepare_process
 
@@ -31,8 +32,7 @@ def model_and_sizes(
         The options and the configuration. The number of threads of the process is set.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(parser, defaults)
     parser.add_argument("--model", default="shapes_unet", help="of conf/model; default shapes_unet")
     args = parser.parse_args(arguments)
     prepare_process(args.threads)

@@ -30,6 +30,7 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks.options import add_numbers
 from benchmarks.synthetic import (
     numbered_prompts,
     numbers_generator,
@@ -127,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Time what the command line asks for, and print the figures."""
     defaults = {"prompts": 1_000_000, "candidates": 16, "rewards": 3, "prompts_per_shard": 512, "threads": 2}
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(parser, defaults)
     parser.add_argument(
         "--pool", type=Path, help="folder where the pool is made and kept; default: a temporary folder"
     )

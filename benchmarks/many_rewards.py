@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.options import add_numbers
 from capo.calibration import calibrate
 from capo.data.selection import Selection, pair_matrix, select
 from capo.pairs import Strategy, frs, random_pair, reward_sum
@@ -46,8 +47,7 @@ def mean_gap(selection: Selection) -> float:
 def main() -> None:
     """Print one table for independent rewards and one for a correlation of 0.5."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4000)
-    parser.add_argument("--candidates", type=int, default=16)
+    add_numbers(parser, {"prompts": 4000, "candidates": 16})
     args = parser.parse_args()
     for correlation in (0.0, 0.5):
         print(f"\ncorrelation {correlation:g}\n\n| rewards | {' | '.join(STRATEGIES)} |")

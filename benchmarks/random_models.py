@@ -21,6 +21,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  # made at import
 
+from benchmarks.options import whole_number
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
 from capo.backbones.base import scheduler_class
 from capo.data import PreferenceBatch
@@ -239,12 +240,14 @@ def sized_options(
     parser.add_argument(
         "--results", type=Path, help=f"JSON file; default benchmarks/results/{results}_MODEL_SIZE.json"
     )
-    parser.add_argument("--rounds", type=int, default=round_count, help=f"{rounds}; default {round_count}")
+    parser.add_argument(
+        "--rounds", type=whole_number(), default=round_count, help=f"{rounds}; default {round_count}"
+    )
     parser.add_argument(
         "--minutes",
         type=float,
         default=minutes,
         help=f"start nothing new after this time; default {minutes:g}",
     )
-    parser.add_argument("--threads", type=int, default=None, help="default: all cores")
+    parser.add_argument("--threads", type=whole_number(), default=None, help="default: all cores")
     return parser

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.options import add_numbers
 from benchmarks.synthetic import (
     numbered_prompts,
     numbers_generator,
@@ -150,8 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Time what the command line asks for, and print the figures."""
     defaults = {"prompts": 512, "prompts_per_shard": 8, "visits": 4096, "batch": 16, "runs": 7, "threads": 2}
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(parser, defaults)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     steps, epoch = args.visits // args.batch, args.prompts // args.batch * args.batch

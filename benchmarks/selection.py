@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.options import add_numbers
 from capo.calibration import METHODS, calibrate
 from capo.data.selection import select
 from capo.pairs import best_worst, frs, random_pair, reward_sum
@@ -43,8 +44,7 @@ def main() -> None:
     """Print the figures that the command line asks for."""
     defaults = {"prompts": 100_000, "candidates": 16, "rewards": 3, "threads": 2, "runs": 7}
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(parser, defaults)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scores, links = make_scores(args.prompts, args.candidates, args.rewards)
