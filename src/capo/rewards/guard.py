@@ -25,11 +25,16 @@ class NoScores(TypeError):
 def scores(scorer, images, prompts):
     """Return the scores of B images as B floats, which need not be finite.
 
-    Whatever the scorer changed in this process is as before. Raises what the scorer raises, and NoScores for
-    results of another form.
+    Whatever the scorer changed in this process is as before, and the images are. Raises what the scorer
+    raises, and NoScores for results of another form.
     """
     with undisturbed(), without_gradients():
-        return numbers(_called(scorer, images, prompts), len(images))
+        return numbers(_called(scorer, copied(images), list(prompts)), len(images))
+
+
+def copied(images):
+    """Return images that a scorer may draw on: other rewards, and later calls, see the same ones."""
+    return [image.copy() if hasattr(image, "copy") else image for image in images]  # bytes have no copy
 
 
 def _called(scorer, images, prompts):

@@ -204,7 +204,7 @@ class Reward:
         `where` maps index i of the batch to its name in messages. Raises InputError for a score that is not
         finite or, with link log, not a probability; for a scorer that raises or does not return one number
         per image; and if a single image does not fit into memory. Whatever the scorer changes in this process
-        is put back (`capo.rewards.guard.undisturbed`).
+        is put back (`capo.rewards.guard.undisturbed`), and it gets copies of the images.
         """
 
         def place(index: int) -> str:
@@ -215,7 +215,7 @@ class Reward:
         def scored(part: slice) -> Tensor:
             try:
                 with self._named("failed: {}"):
-                    found = guard.scores(scorer, list(images[part]), list(prompts[part]))
+                    found = guard.scores(scorer, images[part], prompts[part])
             except InputError as error:
                 if ran_out(error) or not images[part]:
                     raise
@@ -257,9 +257,14 @@ class Reward:
         return not self.apart and hasattr(self._callable, "features")
 
     def features(self, images: Sequence[Image]) -> Tensor:
-        """Return the scorer's vectors (B, D) of images, float32; batches are halved as for `score`."""
+        """Return the scorer's vectors (B, D) of images, float32; copies, batches, errors as for `score`."""
         scorer: Any = self._callable
-        return torch.cat(self._batches(lambda part: scorer.features(images[part]), len(images)))
+
+        def encoded(part: slice) -> Tensor:
+            with self._named("failed in its method `features`: {}"), guard.undisturbed():
+                return scorer.features(guard.copied(images[part]))
+
+        return torch.cat(self._batches(encoded, len(images)))
 
     def _unusable(self, scores: Tensor) -> Tensor:
         bad = ~scores.isfinite()

@@ -150,6 +150,40 @@ def test_a_generator_of_numbers_is_a_list_of_them(odd):
     assert odd("generates").score(TWO, ["a", "b"]).tolist() == [0.0, 0.5]
 
 
+class Draws:
+    """Paints over the images that it gets, and empties the lists."""
+
+    def __call__(self, images, prompts):
+        count = len(images)
+        for image in images:
+            image.paste((0, 0, 0), (0, 0, 99, 99))
+        images.clear(), prompts.clear()
+        return [0.5] * count
+
+    def features(self, images):
+        return torch.tensor(self(images, []))[:, None]
+
+
+def test_a_scorer_that_draws_on_images_draws_on_its_own():
+    images, prompts = [image.copy() for image in TWO], ["a", "b"]
+    reward = Reward("draws", scorer=Draws())
+    assert reward.score(images, prompts).tolist() == [0.5, 0.5]
+    assert reward.features(images).shape == (2, 1)
+    assert images == TWO and prompts == ["a", "b"]
+
+
+def test_what_features_raise_is_named_with_the_reward(tmp_path):
+    class Fails(Draws):
+        def features(self, images):
+            os.chdir(tmp_path)
+            raise KeyError("no such layer")
+
+    before = Path.cwd()
+    with pytest.raises(InputError, match=r"reward 'fails': its scorer .* its method `features`: KeyError"):
+        Reward("fails", scorer=Fails(), logs=tmp_path).features(TWO)
+    assert Path.cwd() == before
+
+
 def test_a_scorer_may_end_processes_that_it_starts(odd):
     before = os._exit
     assert odd("forks").score(TWO, ["a", "b"]).tolist() == [7.0, 7.0]
