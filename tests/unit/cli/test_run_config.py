@@ -1,7 +1,15 @@
 import pytest
 from omegaconf import OmegaConf
 
-from capo.cli.run_config import ADDED, Progress, begin_training, is_finished, open_run, read_config
+from capo.cli.run_config import (
+    ADDED,
+    Progress,
+    begin_training,
+    check_place,
+    is_finished,
+    open_run,
+    read_config,
+)
 from capo.errors import DamagedFile, InputError
 from fixtures.configuration import composed
 
@@ -60,3 +68,14 @@ def test_a_finished_run_stays_one_until_training_goes_on(tmp_path):
     (tmp_path / "checkpoints" / "last.ckpt").unlink()  # what has not finished may begin anew
     assert open_run(tmp_path, longer) is Progress.BEGUN
     assert open_run(tmp_path, composed("trainer.max_steps=6")) is Progress.BEGUN
+
+
+@pytest.mark.parametrize("name", ["calibration", "checkpoints", "online", "validation", "workers"])
+def test_a_run_of_which_a_folder_leads_elsewhere_does_not_go_on(tmp_path, name):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    open_run(run, composed())
+    check_place(run)
+    (run / name).symlink_to(outside)
+    with pytest.raises(InputError, match=rf"run/{name} is a link to {outside}, outside of .*: put what it"):
+        check_place(run)
