@@ -98,7 +98,11 @@ def not_installed(name: str, modules: str, extra: str | None, isolated: bool) ->
     `extra` is the pip extra of this package that installs them, if there is one; `isolated`, whether the
     scorer runs in a process of its own, for which another environment can be named.
     """
-    remedy = f"pip install 'capo[{extra}]'" if extra else f"pip install {modules}"
+    remedy = (
+        f"pip install 'capo[{extra}]'"
+        if extra
+        else f"pip install {modules}, or, for a module of your own, put its folder into PYTHONPATH"
+    )
     if isolated:
         remedy += (
             ", or give the interpreter of an environment that has it: "

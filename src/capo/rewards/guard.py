@@ -74,7 +74,13 @@ def _number(value, place):
 
 
 def told(error):
-    """Name an exception and the first line of its message, as the last line of a traceback does."""
+    """Name an exception and the first line of its message, as the last line of a traceback does.
+
+    Of a file that is no Python, with the file and the line.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        text = f"{type(error).__name__}: {error.msg} in {error.filename}, line {error.lineno}"
+        return _short(text, LONGEST_ERROR)
     lines = traceback.format_exception_only(type(error), error)[-1].strip().splitlines()
     return _short(lines[0], LONGEST_ERROR)
 
@@ -94,8 +100,9 @@ def undisturbed():
     """Put back, after the block, what a scorer may have changed in its process.
 
     These are the working directory, the streams and file descriptors 0 to 2, the states of the random
-    generators of Python, numpy and torch, and torch's default dtype, default device, gradient mode and number
-    of threads. Scorers may work in threads side by side: what all threads share is put back once none works.
+    generators of Python, numpy and torch, torch's default dtype, default device, gradient mode and number of
+    threads, and the permissions of new files. Scorers may work in threads side by side: what all threads
+    share is put back once none works.
     `os._exit` of the block is an error: it would end the process without a word, whatever it was at.
     """
     torch = sys.modules.get("torch")
@@ -161,6 +168,7 @@ class _Process:
 
     def put_back(self):
         os._exit = self.exit
+        os.umask(_umask)
         for number, copy in self.copies.items():
             if copy is not None:
                 _put_back(number, copy)
@@ -179,6 +187,8 @@ class _Process:
             os.chdir(self.folder)  # last, since it may have been removed
 
 
+_umask = os.umask(0o077)  # there is no way to read it alone: once, when nothing else is at work
+os.umask(_umask)
 _lock = threading.Lock()
 _working = []  # for each scorer that works, the state of the process before the first of them
 _threads = []  # and its thread

@@ -274,7 +274,7 @@ class Reward:
 def _build(reward: Reward) -> Scorer:
     assert isinstance(reward.scorer, Mapping)  # a callable is used as it is
     scorer = {**reward.scorer, **reward.commits}  # what the fingerprint names, whatever the hub has by now
-    with reward._named("cannot be built ({}); compare its arguments with the class"):
+    with reward._named("cannot be built ({}); correct it, or its arguments"):
         check_version(reward.name, reward.scorer, reward.version)
         if reward.apart:
             python = reward.python or sys.executable

@@ -184,6 +184,26 @@ def test_what_features_raise_is_named_with_the_reward(tmp_path):
     assert Path.cwd() == before
 
 
+def test_files_after_a_scorer_have_the_permissions_that_they_had_before(tmp_path):
+    def hides(images, prompts):
+        os.umask(0o777)
+        return [0.5] * len(images)
+
+    (tmp_path / "before").touch()
+    Reward("hides", scorer=hides).score(TWO, ["a", "b"])
+    (tmp_path / "after").touch()
+    assert (tmp_path / "after").stat().st_mode == (tmp_path / "before").stat().st_mode
+
+
+def test_a_module_that_is_no_python_is_named_with_its_line(tmp_path, monkeypatch):
+    (tmp_path / "broken_scorer.py").write_text("def score(images, prompts):\n    return [0.5])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = Reward("broken", scorer={"_target_": "broken_scorer.score"}, logs=tmp_path)
+    message = r"cannot be built \(SyntaxError: unmatched '\)' in \S+/broken_scorer.py, line 2\); correct it"
+    with pytest.raises(InputError, match=message):
+        broken.setup("cpu")
+
+
 def test_a_scorer_may_end_processes_that_it_starts(odd):
     before = os._exit
     assert odd("forks").score(TWO, ["a", "b"]).tolist() == [7.0, 7.0]
