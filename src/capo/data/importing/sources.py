@@ -254,6 +254,11 @@ def folder(
         InputError: if the table or a column is missing, or `better` is invalid.
     """
     root = Path(files).expanduser()
+    if not root.is_dir():
+        raise InputError(
+            f"import.files={files} is no folder: give the one that holds the images and their table (unpack "
+            "an archive first)"
+        )
     names = [table] if table else FOLDER_TABLES
     found = next((root / name for name in names if (root / name).is_file()), None)
     if found is None:

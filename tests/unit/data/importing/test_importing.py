@@ -390,6 +390,10 @@ def test_a_folder_with_a_table(tmp_path):
     assert folder(str(tmp_path)).entries[0].ranks is None
     with pytest.raises(InputError, match=r"no other.csv in it; name the table with import.table=FILE"):
         folder(str(tmp_path), table="other.csv")
+    for file in (tmp_path / "nofolder", tmp_path / "images.tar"):
+        (tmp_path / "images.tar").touch()
+        with pytest.raises(InputError, match=rf"import.files={file} is no folder: give the one that holds"):
+            folder(str(file))
 
 
 # --- training ---
