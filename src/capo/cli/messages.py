@@ -13,7 +13,12 @@ from pathlib import Path
 
 from hydra._internal import utils as hydra_internals
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf
 from safetensors import SafetensorError
@@ -28,12 +33,13 @@ from capo.runtime.terminal import printable
 
 FAILED, REFUSED, INTERRUPTED, ENDED = 1, 2, 130, 143  # exit codes
 GROUP_CHOICE = re.compile(r"\+?[\w/]+(@[\w.]+)?=[A-Za-z_\[]")
-# null and a mapping are values; anything else names files of conf/rewards
-NAMED_HELD_OUT = re.compile(r"validation\.held_out=(?!null$|\{)")
+# null, a mapping and a reference are values; anything else names files of conf/rewards
+NAMED_REWARDS = re.compile(r"(validation\.held_out|evaluation\.rewards)=(?!null$|[{$])")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
 LONG_NUMBER = re.compile(r"\d{1000}")
 NO_CHOICE = re.compile(r"\+?(?P<group>[\w/]+)(@[\w.]+)?=(null|true|false|[-+.\deE]+)")
 LISTED = re.compile(r"Error merging override (.+)")
+LISTED_IN = re.compile(r"In '([^']+)': ")
 CONF = Path(__file__).parents[3] / "conf"  # beside src/; not there in an installed package
 UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
@@ -73,8 +79,8 @@ def plain_errors(go_on: str | None = None) -> Iterator[None]:
 
 
 def grouped(arguments: Sequence[str]) -> list[str]:
-    """Rewrite `validation.held_out=[a,b]` as Hydra's `rewards@validation.held_out=[a,b]`."""
-    return [f"rewards@{argument}" if NAMED_HELD_OUT.match(argument) else argument for argument in arguments]
+    """Rewrite `validation.held_out=[a,b]` as Hydra's `rewards@validation.held_out=[a,b]`, and its like."""
+    return [f"rewards@{argument}" if NAMED_REWARDS.match(argument) else argument for argument in arguments]
 
 
 def start(main: Callable[[], object]) -> None:
@@ -158,7 +164,10 @@ def command_fault(error: BaseException, arguments: Sequence[str] | None = None) 
     if (fault := value_fault(error, arguments)) is not None:
         return fault
     if not isinstance(error, ConfigCompositionException):
-        return None
+        if not isinstance(error, HydraException):
+            return None
+        folder = "; --config-dir takes a folder with groups, such as rewards/ and experiment/"
+        return " ".join(f"{error} {error.__cause__ or ''}".split()) + folder * ("directory" in str(error))
     cause, unknown = error.__cause__, UNKNOWN_KEY.search(str(error))
     parent = getattr(cause, "parent_node", None)
     if unknown and isinstance(parent, DictConfig):
@@ -195,11 +204,15 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
             key = found[0].partition("=")[0]
             return f"{found[0]}: it must name a file of conf/{found['group']}/; give {key}=NAME"
         return "a group takes the name of one of its files: GROUP=NAME"
-    if "Cannot merge DictConfig with ListConfig" in f"{text}{error.__cause__}" and (
-        listed := LISTED.match(text)
-    ):
-        key = listed[1].partition("=")[0].lstrip("+")
-        return f"{listed[1]}: {key} is a section of keys, not a list; give {key}.KEY=VALUE"
+    if "Cannot merge DictConfig with ListConfig" in f"{text}{error.__cause__}":
+        if listed := LISTED.match(text):
+            key = listed[1].partition("=")[0].lstrip("+")
+            return f"{listed[1]}: {key} is a section of keys, not a list; give {key}.KEY=VALUE"
+        if listed := LISTED_IN.match(text):
+            return (
+                f"{listed[1]}.yaml, which the command line chooses, holds a list where keys with values must "
+                "stand, in a section or as a whole; correct it"
+            )
     return None
 
 

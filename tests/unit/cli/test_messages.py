@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+from hydra.errors import HydraException
 
 from capo.cli import dashboard, study_files
 from capo.cli.compose import composed
@@ -19,6 +20,22 @@ def test_a_file_of_the_configuration_that_is_no_text_is_named(tmp_path):
     (tmp_path / "own" / "x.yaml").write_bytes(b"# \xe9\nseed: 1\n")
     with pytest.raises(InputError, match=f"{tmp_path}/own/x.yaml is no UTF-8 text from byte 2 on; save it"):
         composed("main", [], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["- trainer", "trainer: [1]"])
+def test_a_file_with_a_list_in_place_of_keys_is_named(tmp_path, text):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(InputError, match=r"^experiment/own.yaml, .* holds a list where keys with values"):
+        composed("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=own"])
+
+
+def test_a_folder_of_the_configuration_that_is_not_there_is_one_message():
+    fault = command_fault(HydraException("Additional config directory '/x/nofolder' not found"), [])
+    assert fault == (
+        "Additional config directory '/x/nofolder' not found; --config-dir takes a folder with groups, such "
+        "as rewards/ and experiment/"
+    )
 
 
 def test_texts_that_no_path_can_hold_are_refused():

@@ -149,6 +149,8 @@ def test_what_hydra_cannot_read_gets_a_message_too(override, message):
 
 def test_a_file_that_lacks_its_package_is_told_of_it():
     assert "first line must be `# @package _global_`" in told("+experiment.trainer.max_steps=3")
+    given = told("+experiment.own=[trainer]")  # likewise a list, or a text, in place of the whole file
+    assert given.startswith("experiment=") and "there is no section experiment; a file of conf/exp" in given
 
 
 @pytest.mark.parametrize(("name", "override", "message"), [

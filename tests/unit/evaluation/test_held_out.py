@@ -104,6 +104,8 @@ def test_steps_of_the_alarm_are_read_from_the_curves(tmp_path):
     ("validation.held_out={}", "validation.held_out={}"),
     ("validation.held_out.looks.scale=2", "validation.held_out.looks.scale=2"),
     ("validation.every=5", "validation.every=5"),
+    ("evaluation.rewards=[looks]", "rewards@evaluation.rewards=[looks]"),
+    ("evaluation.rewards=${rewards}", "evaluation.rewards=${rewards}"),
 ])  # fmt: skip
 def test_names_on_the_command_line_are_files_of_rewards(typed, read):
     assert grouped(["-m", typed]) == ["-m", read]

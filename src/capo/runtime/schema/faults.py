@@ -22,6 +22,7 @@ from capo.runtime.schema.tree import (
 from capo.runtime.schema.words import choices, listed, words
 
 MISSING = "???"  # OmegaConf's mandatory value that is not given
+TOP_GROUPS = ("experiment",)  # groups of conf/ whose files hold keys of any section, not a section
 LONGEST = 400  # characters of a value in a message
 
 
@@ -140,6 +141,11 @@ def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: ob
         return (
             f"{name}.{next(iter(inside))}: there is no section {name}; if a file of conf/{name}/ gives it, "
             "the file's first line must be `# @package _global_`"
+        )
+    if not path and part in TOP_GROUPS:
+        return (
+            f"{name}={shown(inside)}: there is no section {name}; a file of conf/{name}/ must hold keys with "
+            "values (trainer: {batch: 8}, say) below a first line `# @package _global_`"
         )
     for mark in filter(None, map(picked, node.sections)):
         if owners := mark.owners(part):
