@@ -152,6 +152,13 @@ def command_fault(error: BaseException, arguments: Sequence[str] | None = None) 
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(error, OverrideParseException):
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in error.override
+        ):  # bytes that Python left as they are
+            return (
+                f"'{error.override}' is no text in the encoding of this system "
+                f"({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or a locale with UTF-8"
+            )
         reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See "))]
         return (
             f"'{error.override}' cannot be read ({' '.join(reasons)}); write key=value, and quote values "

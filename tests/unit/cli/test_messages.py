@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 
 from capo.cli import dashboard, study_files
 from capo.cli.compose import composed
@@ -36,6 +36,12 @@ def test_a_folder_of_the_configuration_that_is_not_there_is_one_message():
         "Additional config directory '/x/nofolder' not found; --config-dir takes a folder with groups, such "
         "as rewards/ and experiment/"
     )
+
+
+def test_bytes_that_are_no_text_in_this_encoding_get_the_remedy_for_it():
+    error = OverrideParseException("hydra.run.dir=l\udcc3\udca4uf", "LexerNoViableAltException")
+    told = command_fault(error, [])
+    assert "is no text in the encoding of this system" in told and "set PYTHONUTF8=1" in told
 
 
 def test_texts_that_no_path_can_hold_are_refused():
