@@ -24,9 +24,7 @@ from capo.errors import DamagedFile, InputError, first_line
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
 from capo.runtime.hub import is_hub_id
-from capo.runtime.tensor_files import DTYPES, tensor_homes
-
-AGAIN = "export it again"
+from capo.runtime.tensor_files import AGAIN, DTYPES, tensor_homes
 
 
 def export_policy(

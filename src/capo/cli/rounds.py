@@ -18,7 +18,7 @@ from capo.data.candidates import Candidates, TrainingData
 from capo.data.generation import PoolSpec
 from capo.data.labels import described
 from capo.data.rounds import Round, refreshes
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.module import PreferenceModule
 from capo.runtime.files import put_back, write_table
 from capo.runtime.processes import run_on_first_process
@@ -26,6 +26,7 @@ from capo.runtime.run_folder import CHECKPOINTS, LAST, ONLINE, POLICY, ROUNDS
 from capo.training.checkpoints import load_best
 from capo.training.rounds import Row
 
+RESTORE = "restore it, or train again in another hydra.run.dir"  # a policy that has drawn
 FINGERPRINT = 16  # hex digits of a fingerprint in rounds.csv
 
 
@@ -78,10 +79,13 @@ def round_data(
     elif not holds_policy(policy, backbone.denoiser_component):
         raise InputError(
             f"{policy} is not there: it has drawn the candidates of steps {part.first + 1} to {part.last}, "
-            f"which training is in at step {step}; restore it, or train again in another hydra.run.dir"
+            f"which training is in at step {step}; {RESTORE}"
         )
     spec = _spec(cfg, components.pool_specs["train"], part, place)
-    drawer = tuned_generator(drawing.generator, policy, engine_of(cfg, policy))
+    try:
+        drawer = tuned_generator(drawing.generator, policy, engine_of(cfg, policy))
+    except DamagedFile as error:  # what is left of the run cannot export it again
+        raise DamagedFile(error.path, error.reason, RESTORE) from error
     return TrainingData.sampled(
         spec, drawer, components.rewards, drawn_by=f"the policy after {part.first} steps"
     )

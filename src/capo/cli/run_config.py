@@ -20,24 +20,11 @@ from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
-from capo.runtime.run_folder import (
-    CALIBRATION,
-    CHECKPOINTS,
-    CONFIG,
-    EVALUATION,
-    LAST,
-    ONLINE,
-    OUTCOME,
-    POLICY,
-    VALIDATION,
-    WORKERS,
-    WRITTEN,
-)
+from capo.runtime.run_folder import CHECKPOINTS, CONFIG, EVALUATION, LAST, OUTCOME, POLICY, TRAINED, WRITTEN
 from capo.runtime.schema import shown
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
 FILLED = (POLICY, EVALUATION, "benchmarks", "study")  # folders that are written to when a run has finished
-TRAINED = (CALIBRATION, CHECKPOINTS, ONLINE, VALIDATION, WORKERS, POLICY, EVALUATION)  # and while it trains
 REMEDY = "restore it, or choose another directory"  # for a config.yaml
 WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
@@ -172,10 +159,7 @@ def _complete(cfg: DictConfig) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Raise InputError if `folder` holds what a run would replace, but no run of this package.
-
-    Likewise if a folder in it to which a run writes leads elsewhere.
-    """
+    """Raise InputError if `folder` holds what a run would replace but no run, or one that writes outside."""
     check_inside(folder, TRAINED)
     if (folder / CONFIG).exists():
         read_config(folder)

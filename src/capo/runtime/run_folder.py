@@ -46,6 +46,7 @@ WRITTEN = (
     ONLINE,
     OUTCOME,
 )
+TRAINED = (CALIBRATION, VALIDATION, POLICY, EVALUATION, CHECKPOINTS, ONLINE, WORKERS)  # its folders
 LOCK = ".lock"  # while a command trains there
 PATIENCE = 10.0  # seconds for what a killed command had started to end, since it holds the lock too
 PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run

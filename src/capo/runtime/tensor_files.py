@@ -17,6 +17,7 @@ from capo.runtime.files import whole_file
 from capo.runtime.reading import open_ordinary
 from capo.runtime.weight_files import weight_files
 
+AGAIN = "export it again"
 PART = 2**20  # elements of a tensor that are read at once, if its rows are no longer
 Home = tuple[Path, str, tuple[int, ...]]  # of a tensor: its file, dtype by the format's name, and shape
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,15 +35,15 @@ def tensor_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 @contextmanager
 def readable_tensors(path: Path) -> Iterator[Any]:
-    """Yield an opened safetensors file; InputError for one that cannot be opened or, in the block, read."""
+    """Yield an opened safetensors file; DamagedFile for one that cannot be opened or, in the block, read."""
     try:
-        open_ordinary(path, partial(DamagedFile, remedy="export it again")).close()
+        open_ordinary(path, partial(DamagedFile, remedy=AGAIN)).close()
         with safe_open(path, framework="pt") as file:
             yield file
     except InputError:
         raise
     except Exception as error:  # safetensors' own error and those of the system
-        raise InputError(f"{path} cannot be read as safetensors ({error}); export it again") from error
+        raise DamagedFile(path, f"as safetensors: {error}", AGAIN) from error
 
 
 def tensor_homes(folder: Path, variant: str | None = None) -> dict[str, Home]:

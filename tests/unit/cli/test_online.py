@@ -1,6 +1,7 @@
 """Runs in which the policy draws candidates anew: rounds, their pools, resuming, and what is refused."""
 
 import csv
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from capo.data.dataset import VisitSampler
 from capo.data.labels import HUMAN
 from capo.data.pool import Pool
 from capo.data.rounds import Round
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.metrics import largest_margin
 from capo.module import PreferenceModule
 from capo.preflight.hours import pool_work
@@ -187,7 +188,14 @@ def test_a_policy_that_is_gone_is_missed_in_the_middle_of_its_round(tiny_run, mo
     with monkeypatch.context() as patch:
         patch.setitem(PLACES, "training", (PreferenceModule, "training_step", 8))
         cut_off(patch, cfg, "training")
-    shutil.rmtree(folder / "online" / "step000002" / "policy")
+    policy = folder / "online" / "step000002" / "policy"
+    weights = next((policy / "unet").glob("*.safetensors"))
+    os.truncate(weights, 1000)
+    with pytest.raises(
+        DamagedFile, match=r"step000002/policy/unet/.*; restore it, or train again in another"
+    ):
+        train_script.run(cfg)
+    shutil.rmtree(policy)
     with pytest.raises(InputError, match=r"step000002/policy is not there: .* steps 3 to 4, .* at step 3"):
         train_script.run(cfg)
 
