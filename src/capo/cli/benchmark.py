@@ -27,12 +27,12 @@ from capo.evaluation.benchmarks.tree import IMAGES, README, claim, readme, write
 from capo.rewards import Reward
 from capo.runtime.files import put_back, write_json, write_whole
 from capo.runtime.launch import launch
-from capo.runtime.run_folder import POLICY, POOLS, RESULTS
+from capo.runtime.run_folder import BENCHMARKS, POLICY, POOLS, RESULTS
 from capo.runtime.terminal import Terminal
 
 console = Terminal()
 BASE = "base"  # row of the base; that of the policy is called POLICY
-BENCHMARKS, OFFICIAL = "benchmarks", "official"  # folders: of a run, and of the tables of official results
+OFFICIAL = "official"  # folder of the tables of official results
 CARDS, CARD_IMAGES = 12, 4  # prompts on the page, and images of each
 
 

@@ -39,8 +39,8 @@ from capo.runtime.processes import check_devices
 from capo.runtime.terminal import Terminal
 
 console = Terminal()
-# stage on the command line -> stages of a pool that it completes
 ALONE = ("import", "export", "report", "status", "verify")  # stages that one process does
+# stage on the command line -> stages of a pool that it completes
 FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
 # stage on the command line -> parts of the base that it computes with besides the VAE; others: all
 PARTS = {COMMANDS[stage]: parts for stage, parts in STAGE_PARTS.items()} | {

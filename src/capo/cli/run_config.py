@@ -20,11 +20,22 @@ from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
-from capo.runtime.run_folder import CHECKPOINTS, CONFIG, EVALUATION, LAST, OUTCOME, POLICY, TRAINED, WRITTEN
+from capo.runtime.run_folder import (
+    BENCHMARKS,
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    LAST,
+    OUTCOME,
+    POLICY,
+    STUDY,
+    TRAINED,
+    WRITTEN,
+)
 from capo.runtime.schema import shown
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
-FILLED = (POLICY, EVALUATION, "benchmarks", "study")  # folders that are written to when a run has finished
+FILLED = (POLICY, EVALUATION, BENCHMARKS, STUDY)  # folders that are written to when a run has finished
 REMEDY = "restore it, or choose another directory"  # for a config.yaml
 WRITER = "written_by"  # key of config.yaml: the layout, and the version of this package
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
@@ -68,7 +79,8 @@ FREE = (
         )
     ),
 )
-# likewise: where a reward runs, its time limit, and the known sizes of a reward and of a prompt set
+# keys that may change under any name: where a reward runs, its time limit, and known sizes of rewards and
+# of prompt sets
 FREE_WITHIN = re.compile(
     r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
 )
@@ -81,8 +93,8 @@ ADDED = {
     "reference": {"decay": None, "interval": 1},
     "online": {"every": None, "prompts": None, "keep": False},
 }
+DEPTH = "pairs.depth"  # added likewise, to pairs=frs
 VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,50}")  # it becomes a part of a command in a message
-DEPTH = "pairs.depth"  # likewise, of pairs=frs
 # keys of an evaluation, which a run does not have
 ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust", "study")
 

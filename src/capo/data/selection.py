@@ -25,8 +25,6 @@ class PairStatistics:
         skipped_share: share of prompts without such a pair.
         winners: mean number of candidates in X+ per prompt.
         losers: mean number of candidates in X- per prompt.
-        winners_share: `winners` as a share of all candidates.
-        losers_share: `losers` as a share of all candidates.
         pairs: mean number of pairs that can be drawn from a usable prompt; 0 if no prompt is usable.
     """
 
@@ -35,8 +33,6 @@ class PairStatistics:
     skipped_share: float
     winners: float
     losers: float
-    winners_share: float
-    losers_share: float
     pairs: float
 
 
@@ -67,7 +63,7 @@ class Selection:
 
     def statistics(self) -> PairStatistics:
         """Statistics over all prompts. Raises ValueError for P = 0."""
-        prompts, candidates = self.winners.shape
+        prompts = len(self.winners)
         if prompts == 0:
             raise ValueError("a selection of no prompts has no statistics")
         usable = int(self.usable.sum())
@@ -78,8 +74,6 @@ class Selection:
             skipped_share=1 - usable / prompts,
             winners=winners,
             losers=losers,
-            winners_share=winners / candidates,
-            losers_share=losers / candidates,
             pairs=self.pairs.sum().item() / max(usable, 1),
         )
 

@@ -91,10 +91,7 @@ def launch() -> Launch:
     )
 
 
-AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
-
-
-STRATEGIES = (AUTO, DDP, FSDP)
+AUTO, DDP, FSDP = "auto", "ddp", "fsdp"  # strategies of training
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ ROUNDS, ONLINE = "rounds.csv", "online"
 EVALUATION = "evaluation"  # folder of the files in the next line
 RESULTS, SETTINGS, REPORT, POOLS = "results.json", "settings.json", "report.html", "pool"
 RATES = "win_rates.csv"  # of an evaluation, by prompt
+BENCHMARKS, STUDY = "benchmarks", "study"  # folders of public benchmarks, and of a study with people
 MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key of the outcome
 WORKERS = "workers"  # folder of the logs of rewards
-# by a run
+# a directory that holds one of these without a config.yaml is refused, since a run would replace it
 WRITTEN = (
     CALIBRATION,
     VALIDATION,

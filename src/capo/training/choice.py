@@ -14,7 +14,6 @@ from capo.evaluation.held_out import Rate
 from capo.evaluation.statistics import LEVEL
 
 MEAN, WORST = "mean", "worst"  # over the rewards: what a policy is judged by
-MONITORS = (MEAN, WORST)
 BASE = 0.5  # win-rate of the base against itself
 RESAMPLES = 10_000
 BLOCK = 1000  # resamples at a time

@@ -16,8 +16,8 @@ from capo.cli.targets import misplaced
 from capo.errors import InputError
 from capo.runtime.schema import Section, dotted, faults, leaves, shown
 
-# groups of which one choice counts; of others, such as rewards, several may be named
 HOME = re.compile(r"~[^/\s]*(/|$)")  # a path in a user's home
+# groups of which one choice counts; of others, such as rewards, several may be named
 SINGLE = ("objective", "reference", "pairs", "prompts", "model", "trainer", "import", "engine", "benchmark")
 
 

@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         "rank": pa.float32(),
     }
 )
-HUMAN_LABELS, REWARD_LABELS = LABELS = ("human", "rewards")  # possible label sources of an imported pool
+HUMAN_LABELS, REWARD_LABELS = "human", "rewards"  # possible label sources of an imported pool
 
 
 @dataclass(frozen=True)
