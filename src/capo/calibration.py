@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from capo.errors import InputError, ParameterError
+from capo.runtime.dtypes import at_least_float32
 from capo.runtime.threads import over_rows
 
 LOG_FLOOR = 1e-6  # probabilities are clamped to at least this before the logarithm
@@ -206,7 +207,7 @@ def _checked(scores: Tensor) -> Tensor:
             f"{candidates} candidate(s) per prompt (scores of shape {tuple(scores.shape)}): a win-rate needs "
             f"two at least"
         )
-    work = scores if scores.dtype == torch.float64 else scores.float()
+    work = at_least_float32(scores)
     # aminmax returns NaN if any score is NaN: one pass and no temporary tensor in the usual case
     if work.numel() and not torch.stack(work.aminmax()).isfinite().all():
         _refuse(scores, ~work.isfinite(), "which is not finite; score the candidate again")

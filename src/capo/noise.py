@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from capo.errors import ParameterError
+from capo.runtime.dtypes import at_least_float32
 
 FLOW_EDGE = 1e-5  # flow times are clamped to [FLOW_EDGE, 1 - FLOW_EDGE], where the log-SNR is finite
 LOG_SNR_RANGE = (10.0, -10.0)  # log-SNR at u = 0 and at u = 1 of the draw `logsnr_uniform`
@@ -29,7 +30,7 @@ DRAWN, PRIOR, INVERTED = SOURCES = ("drawn", "prior", "inverted")
 
 def vp_log_snr(alphas_cumprod: Tensor) -> Tensor:
     """Log-SNR `lam = log(abar / (1 - abar))` of cumulative alphas in (0, 1), of any shape; falls with t."""
-    abar = _at_least_float32(alphas_cumprod)
+    abar = at_least_float32(alphas_cumprod)
     return (abar.log() - (-abar).log1p()).to(alphas_cumprod.dtype)
 
 
@@ -41,7 +42,7 @@ def vp_timestep(u: Tensor, steps: int) -> Tensor:
     if steps < 1:
         raise ValueError(f"a schedule of {steps} steps has no timestep to draw")
     # clamped, since a double just below 1 becomes 1 in float32
-    return (_at_least_float32(u) * steps).long().clamp(0, steps - 1)
+    return (at_least_float32(u) * steps).long().clamp(0, steps - 1)
 
 
 def vp_time(u: Tensor, log_snr: Tensor, draw: str = "uniform") -> Tensor:
@@ -65,10 +66,10 @@ def vp_time(u: Tensor, log_snr: Tensor, draw: str = "uniform") -> Tensor:
     if draw == "uniform":
         return vp_timestep(u, len(log_snr))
     mean, deviation = LOG_SNR_NORMAL[draw]
-    falling = _at_least_float32(log_snr).to(u.device)
+    falling = at_least_float32(log_snr).to(u.device)
     z = (mean - falling) / deviation  # rises with t
     low, high = torch.special.ndtr(z[0]), torch.special.ndtr(z[-1])
-    normal = torch.special.ndtri(low + (high - low) * _at_least_float32(u))
+    normal = torch.special.ndtri(low + (high - low) * at_least_float32(u))
     return torch.bucketize(normal, (z[:-1] + z[1:]) / 2)
 
 
@@ -135,7 +136,7 @@ def vp_posterior_deviation(alpha_bar: Tensor, later: Tensor) -> Tensor:
 
 def flow_log_snr(t: Tensor) -> Tensor:
     """Log-SNR `lam = 2 log((1 - t) / t)` of flow times t in (0, 1), of any shape; falls with t."""
-    time = _at_least_float32(t)
+    time = at_least_float32(t)
     return (2 * ((-time).log1p() - time.log())).to(t.dtype)
 
 
@@ -158,7 +159,7 @@ def flow_time(u: Tensor, draw: str = "logsnr_uniform") -> Tensor:
     """
     if draw not in FLOW_DRAWS:
         raise ParameterError("draw", draw, f"must be one of {', '.join(FLOW_DRAWS)}")
-    return FLOW_DRAWS[draw](_at_least_float32(u)).clamp(FLOW_EDGE, 1 - FLOW_EDGE).to(u.dtype)
+    return FLOW_DRAWS[draw](at_least_float32(u)).clamp(FLOW_EDGE, 1 - FLOW_EDGE).to(u.dtype)
 
 
 def _logsnr_uniform(u: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def sigmoid_weight(log_snr: Tensor, bias: float) -> Tensor:
 
     It falls with lam, as section 4.4 and eq. 26 require (eq. 24 as printed, 1 / (1 + exp(b - lam)), rises).
     """
-    return (bias - _at_least_float32(log_snr)).sigmoid().to(log_snr.dtype)
+    return (bias - at_least_float32(log_snr)).sigmoid().to(log_snr.dtype)
 
 
 def velocity_weight(log_snr: Tensor, bias: float) -> Tensor:
@@ -216,7 +217,7 @@ def velocity_weight(log_snr: Tensor, bias: float) -> Tensor:
     the velocity's error with this weight equals an integral over the log-SNR of the noise's error with
     `sigmoid_weight`.
     """
-    return (0.5 / ((_at_least_float32(log_snr) - bias) / 2).cosh()).to(log_snr.dtype)
+    return (0.5 / ((at_least_float32(log_snr) - bias) / 2).cosh()).to(log_snr.dtype)
 
 
 def constant_weight(log_snr: Tensor, bias: float | None = None) -> Tensor:
@@ -224,10 +225,6 @@ def constant_weight(log_snr: Tensor, bias: float | None = None) -> Tensor:
     return torch.ones_like(log_snr)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def _per_sample(values: Tensor, latents: Tensor) -> Tensor:
     """Reshape one number per latent, (B, ...), to broadcast against latents (B, ..., C, H, W)."""
-    return _at_least_float32(values).reshape(values.shape + (1,) * (latents.ndim - values.ndim))
+    return at_least_float32(values).reshape(values.shape + (1,) * (latents.ndim - values.ndim))

@@ -72,7 +72,7 @@ class Place:
 
 
 def _objective(found: Any, module: str) -> bool:
-    return inspect.isfunction(found) and hasattr(found, "needs_reference") and _of(found, module)
+    return inspect.isfunction(found) and hasattr(found, "requirements") and _of(found, module)
 
 
 def _strategy(found: Any, module: str) -> bool:

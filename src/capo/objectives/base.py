@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capo.errors import InputError, ParameterError
+from capo.runtime.dtypes import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,10 @@ def requires(
     kl: bool = False,
     shared_noise: bool = False,
 ) -> Callable[[Objective], Objective]:
-    """Decorator that declares which inputs an objective reads (`Requirements`).
-
-    It sets an attribute of the function for each, from needs_reference to needs_shared_noise.
-    """
-    needs = Requirements(reference, predictions, loser, group, kl, shared_noise)
+    """Decorator that attaches to an objective which inputs it reads (`Requirements`)."""
 
     def declare(objective: Objective) -> Objective:
-        for name, needed in vars(needs).items():
-            setattr(objective, f"needs_{name}", needed)
+        objective.requirements = Requirements(reference, predictions, loser, group, kl, shared_noise)
         return objective
 
     return declare
@@ -131,13 +127,13 @@ def requirements(objective: Objective) -> Requirements:
     """
     while isinstance(objective, functools.partial):
         objective = objective.func
-    try:
-        return Requirements(**{f.name: getattr(objective, f"needs_{f.name}") for f in fields(Requirements)})
-    except AttributeError:
+    declared = getattr(objective, "requirements", None)
+    if not isinstance(declared, Requirements):
         raise InputError(
             f"{objective.__module__}.{objective.__qualname__} does not declare what it reads; "
             "write @requires() from capo.objectives above it"
-        ) from None
+        )
+    return declared
 
 
 def joined(first: PairErrors, second: PairErrors) -> PairErrors:
@@ -247,8 +243,3 @@ def group_of(errors: PairErrors) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError("PairErrors has no group with a reference, which the objective reads")
     policy, reference, rewards = map(at_least_float32, (group.policy, group.reference, group.rewards))
     return policy, reference, rewards
-
-
-def at_least_float32(value: Tensor) -> Tensor:
-    """The tensor in float64 if it is that, else in float32."""
-    return value if value.dtype == torch.float64 else value.float()
