@@ -21,15 +21,13 @@ from capo.errors import InputError
 from capo.preflight.devices import peak_of
 from capo.preflight.hours import costs_of, pool_work, work_of
 from capo.preflight.plan import flops_of
-from capo.preflight.requests import OF_ROUNDS, PoolRequest, Request
+from capo.preflight.requests import EVALUATED, OF_ROUNDS, VALIDATED, PoolRequest, Request
 from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import OF_POOLS, TRAINING, VALIDATION, Outlook, Work
 from capo.runtime.run_folder import CHECKPOINTS, EVALUATION, LAST, ONLINE, POOLS
 from capo.training.loggers import CurvesFile, logged_step, pool_seconds
 from capo.training.trackers import Tracker
-
-POLICY, VALIDATED = "policy in evaluation", "policy in validation"  # names of a plan's requests
 
 
 def _request(cfg: DictConfig, components: Components) -> Request | None:
@@ -96,8 +94,8 @@ def _places(
         pool = spec.folder(fingerprint)
         known = request is not None and name in request.pools
         found[pool] = Place(name, _by_stage(request.pools[name]) if request is not None and known else {})
-    if request is not None and POLICY in request.pools:
-        found[folder / EVALUATION / POOLS] = Place("policy", _by_stage(request.pools[POLICY]))
+    if request is not None and EVALUATED in request.pools:
+        found[folder / EVALUATION / POOLS] = Place("policy", _by_stage(request.pools[EVALUATED]))
     if request is not None and (later := request.pools.get(OF_ROUNDS)):
         one = Place(OF_ROUNDS, _by_stage(replace(later, times=1)))
         parts = rounds_left(0, cfg.online.every, cfg.trainer.max_steps)

@@ -31,7 +31,9 @@ from capo.preflight.devices import peak_of
 from capo.preflight.plan import disk_space, make_plan
 from capo.preflight.plan_tables import print_plan
 from capo.preflight.requests import (
+    EVALUATED,
     OF_ROUNDS,
+    VALIDATED,
     Judge,
     PoolRequest,
     Request,
@@ -157,10 +159,8 @@ def pool_requests(cfg: DictConfig, counts: dict[str, int | None]) -> dict[str, P
         "validation": validated(len(watched)),
         "test": tested(test, measured),
         "zero": tested(zero, evaluated),
-        "policy in validation": validated(
-            0, times=validated_at, stored=False, stage=VALIDATION, encoded=False
-        ),
-        "policy in evaluation": tested(test, measured, stored=False),
+        VALIDATED: validated(0, times=validated_at, stored=False, stage=VALIDATION, encoded=False),
+        EVALUATED: tested(test, measured, stored=False),
     }
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+TENSORS = ("latents", "noise", "u", "calibrated_rewards")  # fields of a batch; beside them stands its text
+
 
 @dataclass
 class PreferenceBatch:
@@ -34,17 +36,17 @@ class PreferenceBatch:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        fields = (self.latents, self.noise, self.u, self.calibrated_rewards)
-        return sum(tensor.nbytes for tensor in (*fields, *self.text.values()))
+        return sum(tensor.nbytes for tensor in (*self._tensors().values(), *self.text.values()))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TENSORS}
 
     def halves(self) -> tuple[PreferenceBatch, PreferenceBatch]:
         """First half of the pairs, with all their entries, and the rest, which has more of an odd number."""
         rows = len(self.prompt_ids) // self.times // 2 * self.times
 
         def part(rows: slice) -> PreferenceBatch:
-            tensors = {
-                name: getattr(self, name)[rows] for name in ("latents", "noise", "u", "calibrated_rewards")
-            }
+            tensors = {name: tensor[rows] for name, tensor in self._tensors().items()}
             text = {name: value[rows] for name, value in self.text.items()}
             ids, digests = self.prompt_ids[rows], self.digests[rows]
             return replace(self, text=text, prompt_ids=ids, digests=digests, **tensors)
@@ -53,7 +55,5 @@ class PreferenceBatch:
 
     def pin_memory(self) -> PreferenceBatch:
         """Copy of the batch in pinned memory, for asynchronous transfer to a GPU; the loader calls this."""
-        pinned = {
-            name: getattr(self, name).pin_memory() for name in ("latents", "noise", "u", "calibrated_rewards")
-        }
+        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
         return replace(self, **pinned, text={name: value.pin_memory() for name, value in self.text.items()})

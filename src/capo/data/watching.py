@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from capo.runtime.outlook import Outlook, Work, told_time
+from capo.runtime.outlook import SETTLED, Outlook, Work
 
 EVERY = 30.0  # least seconds between two rows of figures
 ROWS = 200  # about so many rows while the time doubles, however long a pool takes
-SETTLED = 20.0  # seconds of a stage from which on its rate replaces what was estimated
 SECONDS = "time/pool/seconds"  # over which figures of pools are drawn: pools are filled before the first step
 HOURS_LEFT = "time/hours_left"  # of the whole command, as far as rates are known
 RATES = {"text": "prompts_per_second", "latents": "images_per_second", "scores": "scored_per_second"}
@@ -84,8 +83,7 @@ class StageWatch:
             self._measured(now)
             if now - self._row_at >= max(EVERY, now / ROWS):
                 self._row(now)
-            left = outlook.total
-            return f"{told_time(left)} left in all" if left.hours else ""
+            return outlook.note()
 
     def end(self) -> None:
         """Write the last row of the stage, however short it was."""

@@ -101,6 +101,8 @@ class Judge:
 
 
 OF_ROUNDS = "rounds"  # name of the pools that the policy draws in training, all of them together
+# names of the policy's images on validation and test prompts
+VALIDATED, EVALUATED = "policy in validation", "policy in evaluation"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ DECODING = "decoding"  # a part of scoring
 VALIDATION, EVALUATION = "validation", "evaluation"  # stages whose work is of the kinds of pools
 STAGES = (*OF_POOLS, TRAINING, VALIDATION, EVALUATION)  # in the order of a run
 PROMPTS = "the number of prompts"  # which some plans do not know
+SETTLED = 20.0  # seconds of work from which on its pace replaces what was estimated
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,8 @@ class Outlook:
     def total(self) -> Hours:
         """Hours that are left of all stages."""
         return sum(self.hours().values(), Hours())
+
+    def note(self) -> str:
+        """The time that is left of all stages, in words for a bar; empty where nothing is known of it."""
+        left = self.total
+        return f"{told_time(left)} left in all" if left.hours else ""

@@ -10,9 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from capo.data.rounds import validations
-from capo.runtime.outlook import TRAINING, VALIDATION, Outlook, told_time
-
-SETTLED = 20.0  # seconds of training from which on its pace replaces what was estimated
+from capo.runtime.outlook import SETTLED, TRAINING, VALIDATION, Outlook
 
 
 class Pace:
@@ -56,11 +54,6 @@ class Pace:
             self._validated = count + 1, validating
             units = validations(step, last, self._every, self._rounds) + self._more
             self.outlook.replace(VALIDATION, units, validating / (count + 1))
-
-    def left(self) -> str:
-        """The time that is left of the run, in words; empty where nothing is known of it."""
-        left = self.outlook.total
-        return f"{told_time(left)} left in all" if left.hours else ""
 
 
 class StepBar(ProgressBar):
@@ -118,7 +111,7 @@ class StepBar(ProgressBar):
     def show(self, loss: float) -> None:
         """Show a loss beside the bar."""
         if self._bar is not None:
-            left = self._pace.left() if self._pace else ""
+            left = self._pace.outlook.note() if self._pace else ""
             self._bar.set_postfix_str(f"loss {loss:.4g}{', ' if left else ''}{left}", refresh=False)
 
     def print(self, *args, **options) -> None:

@@ -62,5 +62,5 @@ def test_the_pace_of_training_replaces_what_was_estimated(monkeypatch):
     # after steps 60, 90 and 100, and one more at the end
     assert outlook.hours()["validation"].hours == pytest.approx(4 * 60 / 3600)
     assert outlook.hours()["evaluation"] == Hours(0.1)
-    assert pace.left() == f"{(70 * 8 + 240 + 360) / 60:.0f} min left in all"
+    assert pace.outlook.note() == f"{(70 * 8 + 240 + 360) / 60:.0f} min left in all"
     assert Pace(Outlook(), 4, 30).left() == ""
