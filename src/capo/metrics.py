@@ -11,6 +11,8 @@ from capo.objectives import PairErrors, margin
 from capo.objectives.base import fields_of
 from capo.runtime.processes import gathered
 
+EVEN = 0.5  # win-rate of the base against itself, in every reward
+
 
 def win_rate(policy: Tensor, base: Tensor) -> Tensor:
     """Share of a prompt's K x K' comparisons that the policy's images win; a tie counts 1/2.

@@ -81,7 +81,7 @@ def _policy_pool(folder: Path, settings: Mapping) -> Pool:
         if (pool.manifest.generator, pool.manifest.seed) == (settings["policy_generator"], settings["seed"]):
             return pool
     raise InputError(
-        f"{folder / EVALUATION / 'pool'} no longer holds the images of {RESULTS}; remove "
+        f"{folder / EVALUATION / POOLS} no longer holds the images of {RESULTS}; remove "
         f"{folder / EVALUATION} and run evaluate.py run={folder}"
     )
 

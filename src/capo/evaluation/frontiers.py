@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capo.evaluation.statistics import OverSeeds, bootstrap_interval
+from capo.evaluation.statistics import OverSeeds, bootstrap_interval, percentile_interval
+from capo.metrics import EVEN
 
-BASE = 0.5  # win-rate of the base against itself: the reference point of hypervolumes, in every reward
 RESAMPLES = 2000  # of prompts, for the interval of a hypervolume
 
 
@@ -82,11 +82,11 @@ def hypervolume(points: np.ndarray) -> float:
         points: (N, L) win-rates of L rewards, in 0-1.
     """
     if len(points) == 1:
-        return float(np.prod((points[0] - BASE).clip(0) / (1 - BASE)))
+        return float(np.prod((points[0] - EVEN).clip(0) / (1 - EVEN)))
     import moocore
 
-    reference = np.full(points.shape[1], BASE)
-    return float(moocore.hypervolume(points, ref=reference, maximise=True)) / (1 - BASE) ** points.shape[1]
+    reference = np.full(points.shape[1], EVEN)
+    return float(moocore.hypervolume(points, ref=reference, maximise=True)) / (1 - EVEN) ** points.shape[1]
 
 
 def hypervolumes(
@@ -116,8 +116,10 @@ def hypervolumes(
         drawn.append(np.array([hypervolume(points) for points in means]))
     found: list[tuple[Estimate, Estimate | None]] = []
     for index, (mean, values) in enumerate(zip(observed, drawn, strict=True)):
-        beyond = _percentiles(mean - observed[0], values - drawn[0]) if index else None
-        found.append((_percentiles(mean, values), beyond))
+        beyond = None
+        if index:
+            beyond = Estimate(mean - observed[0], *percentile_interval(values - drawn[0]))
+        found.append((Estimate(mean, *percentile_interval(values)), beyond))
     return found
 
 
@@ -126,11 +128,6 @@ def _resampled(rates: np.ndarray, weights: np.ndarray, rng: np.random.Generator)
     seeds = rates.shape[1]
     shares = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(weights)) / seeds  # (B, S)
     return np.einsum("lsp,bp,bs->bl", rates, weights, shares, optimize=True)
-
-
-def _percentiles(mean: float, values: np.ndarray) -> Estimate:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Estimate(mean, float(low), float(high))
 
 
 DRIFT_AT = "drift of latents"  # quantity of a point; no reward can be called so
@@ -214,7 +211,7 @@ def matches(
     points = [point for frontier in frontiers for point in frontier.points]
     drifts = all(DRIFT_AT in point.measured for point in points)
     wanted = [(DRIFT_AT, reward, 0.0) for reward in rewards if drifts]
-    wanted += [(at, reward, BASE) for at, reward in pairs]
+    wanted += [(at, reward, EVEN) for at, reward in pairs]
     return [
         matched(frontiers[0], other, at, reward, base)
         for other in frontiers[1:]
@@ -224,7 +221,7 @@ def matches(
 
 
 def matched(
-    first: Frontier, second: Frontier, at: str, reward: str, base: float = BASE, seed: int = 0
+    first: Frontier, second: Frontier, at: str, reward: str, base: float = EVEN, seed: int = 0
 ) -> Match:
     """Compare two methods in `reward` in the middle of the range of `at` that both reach.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from capo.errors import InputError
 from capo.evaluation.statistics import bootstrap_interval
+from capo.metrics import EVEN
 from capo.rewards import Reward
 from capo.runtime.reading import cell, read_rows
 from capo.runtime.run_folder import CURVES_REMEDY
@@ -59,7 +60,7 @@ class Verdict:
 
         Their interval lies below 0.5, while that of the rewards used in training lies above it.
         """
-        return [name for name, rate in self.held_out.items() if rate.high < 0.5 < self.trained.low]
+        return [name for name, rate in self.held_out.items() if rate.high < EVEN < self.trained.low]
 
     def figures(self) -> dict[str, float]:
         """Figures to log: ALARM is 1 if a held-out reward has fallen, else 0; so is `ALARM/NAME` for each."""

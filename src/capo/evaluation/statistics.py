@@ -49,6 +49,13 @@ def bootstrap_interval(per_prompt: Tensor, seed: int, resamples: int = 10_000) -
     return float(found.low), float(found.high)
 
 
+def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The (low, high) between which LEVEL percent of resampled numbers (B,) lie, as many below as above."""
+    tail = (100 - LEVEL) / 2
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return float(low), float(high)
+
+
 def crossed_interval(values: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a mean over raters and prompts, both of which are resampled.
 
@@ -81,9 +88,7 @@ def crossed_interval(values: np.ndarray, seed: int, resamples: int = 10_000) -> 
         kept = times.any(1)
         rates = drawn @ filled / np.maximum(seen, 1)
         means.append((times * rates).sum(1)[kept] / times.sum(1)[kept])
-    tail = (100 - LEVEL) / 2
-    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
-    return float(low), float(high)
+    return percentile_interval(np.concatenate(means))
 
 
 def balanced_interval(groups: Sequence[Tensor], seed: int, resamples: int = 10_000) -> tuple[float, float]:
@@ -112,8 +117,7 @@ def balanced_interval(groups: Sequence[Tensor], seed: int, resamples: int = 10_0
             count = min(step, resamples - start)
             drawn = values[rng.integers(len(values), size=(count, len(values)))]
             means[start : start + count] += drawn.mean(1) / len(groups)
-    low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return float(low), float(high)
+    return percentile_interval(means)
 
 
 def sign_flip_p(differences: Tensor, seed: int) -> float:

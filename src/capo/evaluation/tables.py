@@ -10,12 +10,12 @@ from capo.errors import InputError
 from capo.evaluation.reports.formats import number, span
 from capo.evaluation.reports.frontiers import MethodComparison
 from capo.evaluation.reports.templating import page_environment
-from capo.evaluation.seeds import read_rates
+from capo.evaluation.seeds import COLUMN, read_rates
 from capo.evaluation.statistics import paired_tests
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.terminal import printable
 
-LEVEL = 0.05  # of the paired tests, after Holm, by which a value is called the best
+SIGNIFICANT = 0.05  # of the paired tests, after Holm, by which a value is called the best
 CSV, HTML, LATEX = "table.csv", "table.html", "table.tex"
 SPECIAL = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
@@ -87,9 +87,9 @@ class RunTable:
                 rate, score = row.results["win_rate"].get(name), row.results["score"].get(name)
                 if rate and score:
                     cells |= {
-                        f"win_rate/{name}": rate["mean"],
-                        f"win_rate/{name}/low": rate["low"],
-                        f"win_rate/{name}/high": rate["high"],
+                        f"{COLUMN}{name}": rate["mean"],
+                        f"{COLUMN}{name}/low": rate["low"],
+                        f"{COLUMN}{name}/high": rate["high"],
                         f"score/{name}": score["policy"],
                         f"best/{name}": int(self.best.get(name) == index),
                     }
@@ -151,8 +151,8 @@ def best_rows(folders: Sequence[Path], seed: int) -> dict[str, int]:
     """Find the run whose win-rate against the base is above that of every other beyond chance, by reward.
 
     The run with the highest mean is tested against each other one by `paired_tests` of their differences by
-    prompt, and it is the best if the largest of Holm's p-values is below LEVEL. Runs of one policy, or of
-    other prompts, cannot be told apart.
+    prompt, and it is the best if the largest of Holm's p-values is below SIGNIFICANT. Runs of one policy,
+    or of other prompts, cannot be told apart.
     """
     read = []
     for folder in folders:
@@ -169,7 +169,7 @@ def best_rows(folders: Sequence[Path], seed: int) -> dict[str, int]:
             continue
         first = max(range(len(rates)), key=lambda place: float(rates[place].mean()))
         others = {str(place): rates[first] - rate for place, rate in enumerate(rates) if place != first}
-        if max(test["holm"] for test in paired_tests(others, seed).values()) < LEVEL:
+        if max(test["holm"] for test in paired_tests(others, seed).values()) < SIGNIFICANT:
             best[name] = first
     return best
 
@@ -177,7 +177,7 @@ def best_rows(folders: Sequence[Path], seed: int) -> dict[str, int]:
 def _rule() -> str:
     return (
         "Win-rates against the base in %, and mean scores. A win-rate is marked as the best only if a paired "
-        f"test over prompts separates it from every other row (p < {LEVEL} by Holm)."
+        f"test over prompts separates it from every other row (p < {SIGNIFICANT} by Holm)."
     )
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from capo.evaluation.held_out import Rate
 from capo.evaluation.statistics import LEVEL
+from capo.metrics import EVEN
 
 MEAN, WORST = "mean", "worst"  # over the rewards: what a policy is judged by
-BASE = 0.5  # win-rate of the base against itself
 RESAMPLES = 10_000
 BLOCK = 1000  # resamples at a time
 
@@ -67,7 +67,7 @@ class Candidate:
     @property
     def above_base(self) -> bool:
         """Whether the interval lies above the base's 0.5."""
-        return self.rate.low > BASE
+        return self.rate.low > EVEN
 
 
 @dataclass

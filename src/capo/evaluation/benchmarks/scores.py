@@ -12,7 +12,7 @@ from torch import Tensor
 from capo.evaluation.benchmarks.layout import OVERALL, Benchmark
 from capo.evaluation.results import DIGITS
 from capo.evaluation.statistics import balanced_interval, bootstrap_interval, paired_tests, prompts_needed
-from capo.evaluation.tables import LEVEL
+from capo.evaluation.tables import SIGNIFICANT
 from capo.metrics import win_rate
 
 
@@ -150,7 +150,7 @@ def _mark_best(benchmark: Benchmark, rows: Sequence[Row], found: dict, seed: int
             measure, part, _ = json.loads(name)
             largest[measure, part] = max(largest.get((measure, part), 0.0), test["holm"])
         for (measure, part), p in largest.items():
-            if p < LEVEL:
+            if p < SIGNIFICANT:
                 found[measure][part]["best"] = leads[measure, part]
 
 

@@ -14,13 +14,13 @@ from capo.evaluation.reports.charts import half_width, interval_bar
 from capo.evaluation.reports.formats import moved, needed, number, p_value, verdict
 from capo.evaluation.reports.gallery import data_uri
 from capo.evaluation.reports.templating import page_environment
-from capo.evaluation.tables import CSV, LATEX, LEVEL, latex_comment, latex_text
+from capo.evaluation.tables import CSV, LATEX, SIGNIFICANT, latex_comment, latex_text
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.run_folder import REPORT
 
 RULE = (
     f"A figure is marked as the best only if a paired test over prompts separates it from every other row "
-    f"(p < {LEVEL} by Holm)."
+    f"(p < {SIGNIFICANT} by Holm)."
 )
 
 
