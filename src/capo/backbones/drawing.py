@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import nn
 
-from capo.backbones.parallel import compile_blocks
+from capo.backbones.parallel import lay_out
 from capo.backbones.precision import half_stored
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -44,9 +43,5 @@ def prepared(network: Network, drawing: Drawing) -> Network:
     The precision alone changes no result: the weights are those that autocast would compute with.
     """
     half_stored(network, drawing.precision)
-    if drawing.channels_last:
-        # torch's overloads lack this form
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if drawing.compile:
-        compile_blocks(network)
+    lay_out(network, channels_last=drawing.channels_last, compiled=drawing.compile)
     return network

@@ -32,6 +32,15 @@ def compile_blocks(denoiser: nn.Module) -> None:
         block.compile()
 
 
+def lay_out(network: nn.Module, *, channels_last: bool, compiled: bool) -> None:
+    """Give a network's convolutions the channels-last memory format, and compile its blocks, in place."""
+    if channels_last:
+        # torch's overloads lack this form
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if compiled:
+        compile_blocks(network)
+
+
 def shard(denoiser: nn.Module, mesh: DeviceMesh) -> None:
     """Shard the denoiser over `mesh` with FSDP2: each process keeps a part of every weight.
 
@@ -46,11 +55,7 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh) -> None:
 
 def place(network: nn.Module, execution: Execution, device: torch.device, mesh: DeviceMesh | None) -> None:
     """Prepare a network for `execution`, in place, and move it to `device` or shard it over `mesh`."""
-    if execution.channels_last:
-        # torch's overloads lack this form
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if execution.compile:
-        compile_blocks(network)
+    lay_out(network, channels_last=execution.channels_last, compiled=execution.compile)
     if mesh is None:
         network.to(device)
     else:  # sharding moves the network, block by block

@@ -99,7 +99,6 @@ def export(cfg: DictConfig, components: Components) -> None:
     own = cfg.pair_export
     count = export_pairs(
         candidates,
-        data.scores(),
         components.backbone,
         own.file,
         per_prompt=own.per_prompt,

@@ -8,10 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from capo.calibration import calibrate
 from capo.data.candidates import Candidates, TrainingData
 from capo.data.generation import COMMANDS, ImageGenerator, PoolSpec, lacking, stages_of
+from capo.data.labels import calibrated
 from capo.data.pool import Pool, is_begun
+from capo.data.pool.layout import REPORT
 from capo.data.selection import Selection, select
 from capo.errors import InputError
 from capo.evaluation.reports.calibration_figures import CalibrationReport
@@ -20,8 +21,6 @@ from capo.evaluation.reports.calibration_report import calibration_report
 from capo.pairs import Strategy
 from capo.rewards import Reward
 from capo.runtime.run_folder import CALIBRATION
-
-POOL_FOLDER = "report"  # folder of the report in a pool
 
 
 def check_scored(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Reward]) -> None:
@@ -47,12 +46,10 @@ def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Co
     A pool without any usable pair gets a report, too. Raises InputError for scores that cannot be used and
     for a folder that cannot be written.
     """
-    scores, labels = data.scores(), data.labels
-    calibrated = calibrate(
-        scores, [s.link for s in labels], [s.scale for s in labels], method, [s.name for s in labels]
-    )
-    report = _report(data, scores, calibrated, select(strategy, scores, calibrated), strategy, method)
-    folder = data.pool.folder / POOL_FOLDER
+    scores = data.scores()
+    rewards = calibrated(scores, data.labels, method)
+    report = _report(data, scores, rewards, select(strategy, scores, rewards), strategy, method)
+    folder = data.pool.folder / REPORT
     warnings = write_report(
         folder, f"Calibration of {data.pool.folder.name}", report, {"calibration": method}
     )

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from capo.calibration import calibrate
 from capo.data.dataset import PairDataset
 from capo.data.generation import STAGES, ImageGenerator, PoolSpec, fill_pool
 from capo.data.importing.chosen import Imported
-from capo.data.labels import LabelSource, described
+from capo.data.labels import LabelSource, calibrated, described
 from capo.data.pool import Pool, PoolReader
 from capo.data.pool.import_table import is_imported
 from capo.data.prompts import Prompt
@@ -159,10 +158,10 @@ def select_candidates(
     """
     if source == PRIOR and is_imported(pool.folder):
         raise ParameterError("source", source, NO_PRIOR)
-    positions, names = pool.positions(prompts), [label.name for label in labels]
+    positions = pool.positions(prompts)
     scores = pool.scores([label.key for label in labels], candidates, positions)
-    calibrated = calibrate(scores, [s.link for s in labels], [s.scale for s in labels], calibration, names)
-    selection = select(strategy, scores, calibrated)
+    rewards = calibrated(scores, labels, calibration)
+    selection = select(strategy, scores, rewards)
     if not selection.usable.any():
         raise InputError(
             f"none of {len(prompts)} prompts has a pair with dR > 0: use more candidates "
@@ -180,12 +179,13 @@ def select_candidates(
         prior_seed=prior,
         swap=swap,
     )
-    return Candidates(dataset, _spreads(labels, calibrated), names, scores, calibrated)
+    names = [label.name for label in labels]
+    return Candidates(dataset, _spreads(labels, rewards), names, scores, rewards)
 
 
-def _spreads(labels: Sequence[LabelSource], calibrated: Tensor) -> list[Spread]:
+def _spreads(labels: Sequence[LabelSource], rewards: Tensor) -> list[Spread]:
     """Spread of each label source; those that are not graded have no shares of flat or saturated prompts."""
     return [
         found if label.graded else dataclasses.replace(found, flat=math.nan, saturated=math.nan)
-        for label, found in zip(labels, spread(calibrated), strict=True)
+        for label, found in zip(labels, spread(rewards), strict=True)
     ]

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeGuard
 
+from torch import Tensor
+
+from capo.calibration import calibrate
 from capo.rewards import Reward
 
 # Log-odds between adjacent ranks: sigmoid(1000) is 1 and sigmoid(-1000) is 0 in any precision, so the gap dR
@@ -60,6 +63,12 @@ class HumanChoices:
 
 
 HUMAN = HumanChoices()
+
+
+def calibrated(scores: Tensor, labels: Sequence[LabelSource], method: str) -> Tensor:
+    """Calibrate raw scores (P, N, L) of L sources by their links and scales; errors as `calibrate`."""
+    links, scales = [label.link for label in labels], [label.scale for label in labels]
+    return calibrate(scores, links, scales, method, [label.name for label in labels])
 
 
 def scored(labels: Sequence[LabelSource]) -> list[Reward]:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL.Image import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from capo.backbones import Backbone
@@ -68,7 +67,6 @@ def _pairs_of(dataset: PairDataset, row: int, per_prompt: int | None) -> list[tu
 
 def export_pairs(
     candidates: Candidates,
-    scores: Tensor,
     backbone: Backbone,
     path: str | Path,
     *,
@@ -86,7 +84,6 @@ def export_pairs(
 
     Args:
         candidates: result of `TrainingData.select`.
-        scores: (P, N, L) raw scores of the same prompts.
         backbone: backbone whose VAE decodes the latents.
         path: file to write.
         per_prompt: see `selected_pairs`.
@@ -113,7 +110,7 @@ def export_pairs(
         ):
             group = pairs[start : start + row_group]
             writer.write_table(
-                _table(group, candidates, scores, backbone, image_format, batch, writer.schema),
+                _table(group, candidates, backbone, image_format, batch, writer.schema),
                 row_group_size=row_group,
             )
             if start == 0:
@@ -161,7 +158,6 @@ def _schema(rewards: Sequence[str], settings: dict | None) -> pa.Schema:
 def _table(
     group: Sequence[Pair],
     candidates: Candidates,
-    scores: Tensor,
     backbone: Backbone,
     image_format: str,
     batch: int,
@@ -184,7 +180,7 @@ def _table(
             "dR": (gains[pair.row, pair.winner] - gains[pair.row, pair.loser]).item(),
             **{
                 f"scores_{side}": dict(
-                    zip(candidates.labels, scores[pair.row, candidate].tolist(), strict=True)
+                    zip(candidates.labels, candidates.scores[pair.row, candidate].tolist(), strict=True)
                 )
                 for side, candidate in enumerate(pair.candidates)
             },

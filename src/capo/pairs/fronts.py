@@ -55,7 +55,11 @@ def frontiers(scores: Tensor) -> tuple[Tensor, Tensor]:
     (P, N, L) raw scores -> two bool masks (P, N). They do not change under a strictly increasing map of a
     reward. Raises InputError and ValueError as `fronts` does.
     """
-    upper, lower = fronts(scores)
+    return without_common(*fronts(scores))
+
+
+def without_common(upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """F+ without F-, and F- without F+: masks of any shape."""
     return upper & ~lower, lower & ~upper
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from capo.errors import InputError, ParameterError
 from capo.pairs.depth import deep_frontiers
-from capo.pairs.fronts import check_finite, fronts
+from capo.pairs.fronts import check_finite, fronts, without_common
 
 
 class PairSets(NamedTuple):
@@ -156,7 +156,7 @@ def frs(scores: Tensor, calibrated: Tensor, *, lower: str = "frontier", depth: i
 
 
 LOWER_SETS: dict[str, Callable[[Tensor, Tensor], PairSets]] = {
-    "frontier": lambda upper, lower: PairSets(upper & ~lower, lower & ~upper),
+    "frontier": lambda upper, lower: PairSets(*without_common(upper, lower)),
     "all_dominated": lambda upper, lower: PairSets(upper, ~upper),
 }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = 8  # largest number of candidates in a shard
-TEXT, LATENTS, SCORES, REFERENCE = "text", "latents", "scores", "reference"
+TEXT, LATENTS, SCORES, REFERENCE, REPORT = "text", "latents", "scores", "reference", "report"
 VERIFIED, LOCKS = ".verified", ".locks"
 
 

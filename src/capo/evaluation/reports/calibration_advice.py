@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from capo.data.spread import Spread, spread_warnings
-from capo.evaluation.reports.calibration_figures import CalibrationReport, Frontier, RewardFigures
+from capo.evaluation.reports.calibration_figures import CalibrationReport, FrontierShares, RewardFigures
 from capo.evaluation.reports.calibration_report import TARGET
 
 OUTSIDE = 0.5  # warn if a larger share of scores lies outside the declared range
@@ -70,7 +70,7 @@ def pair_warnings(report: CalibrationReport) -> list[str]:
     return found
 
 
-def _degenerate(report: CalibrationReport, frontier: Frontier, independent: Frontier) -> str:
+def _degenerate(report: CalibrationReport, frontier: FrontierShares, independent: FrontierShares) -> str:
     wider = (
         "; pairs.lower=all_dominated draws losers from more candidates, "
         "but gives no pair to a prompt that has none"

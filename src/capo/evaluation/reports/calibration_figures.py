@@ -79,7 +79,7 @@ class PairFigures:
 
 
 @dataclass(frozen=True)
-class Frontier:
+class FrontierShares:
     """Sizes of the Pareto frontiers.
 
     Attributes:
@@ -116,5 +116,5 @@ class CalibrationReport:
     rewards: dict[str, RewardFigures]
     correlation: list[list[float | None]]
     selection: PairFigures
-    frontier: Frontier | None
-    independent: Frontier | None
+    frontier: FrontierShares | None
+    independent: FrontierShares | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from capo.errors import InputError
 from capo.evaluation.reports.calibration_advice import override, warnings_of
 from capo.evaluation.reports.calibration_figures import CalibrationReport, Histogram, RewardFigures
 from capo.evaluation.reports.calibration_report import TARGET
+from capo.evaluation.reports.pictures import png_of
 from capo.evaluation.reports.templating import page_environment
 from capo.runtime.files import REMEDY, fresh_folder
 
@@ -67,9 +67,7 @@ def picture(report: CalibrationReport) -> bytes:
         _draw_calibrated(right, name, reward, report.method)
     _draw_sizes(panels[-1][0], report)
     _draw_correlation(panels[-1][1], report)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
-    return png.getvalue()
+    return png_of(figure, metadata={"Software": None})
 
 
 def _draw_raw(axes: Axes, name: str, reward: RewardFigures) -> None:

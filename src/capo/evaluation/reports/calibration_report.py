@@ -20,7 +20,7 @@ from capo.data.selection import Selection
 from capo.data.spread import Spread, spread
 from capo.evaluation.reports.calibration_figures import (
     CalibrationReport,
-    Frontier,
+    FrontierShares,
     Histogram,
     PairFigures,
     RewardFigures,
@@ -183,15 +183,15 @@ def pair_figures(selection: Selection, prompts: Sequence[str], strategy: Strateg
     return PairFigures(strategy_name(strategy), winners, losers, extent, mean, len(skipped), examples, lower)
 
 
-def frontier_shares(scores: Tensor) -> Frontier:
+def frontier_shares(scores: Tensor) -> FrontierShares:
     """Mean shares of a prompt's candidates in the frontiers, from (P, N, L) raw scores."""
     upper, lower = fronts(scores)
     winners, losers = upper & ~lower, lower & ~upper
-    return Frontier(*(mask.float().mean().item() for mask in (upper, winners, losers, ~losers.any(1))))
+    return FrontierShares(*(mask.float().mean().item() for mask in (upper, winners, losers, ~losers.any(1))))
 
 
 @functools.cache
-def independent_frontier(candidates: int, rewards: int) -> Frontier:
+def independent_frontier(candidates: int, rewards: int) -> FrontierShares:
     """`frontier_shares` of independent rewards without ties, over SIMULATED prompts drawn with a fixed seed.
 
     They are simulated because the sizes of X+ and X- have no closed form. The expected size of F+ has one:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from rich.table import Column, Table
 
 from capo.evaluation.frontiers import Estimate, Frontier, Match, hypervolumes, matches
 from capo.evaluation.reports.formats import verdict
+from capo.evaluation.reports.pictures import png_of
 from capo.runtime.files import write_table, write_whole
 
 PANELS = 3  # maximum number of pairs of rewards that are drawn
@@ -96,9 +96,7 @@ class MethodComparison:
         figure = Figure(figsize=(5 * len(pairs) + 0.5, 5.2), layout="constrained")
         for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
             self._draw(axes, *pair)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=110)
-        return png.getvalue()
+        return png_of(figure)
 
     def _draw(self, axes: Axes, first: str, second: str) -> None:
         """Draw a line for each method, with intervals and the strengths."""

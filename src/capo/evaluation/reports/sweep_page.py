@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 
 from capo.evaluation.reports.formats import verdict
 from capo.evaluation.reports.frontiers import COLORS, MethodComparison
+from capo.evaluation.reports.pictures import png_of
 from capo.evaluation.reports.templating import page_environment
 
 Row = Mapping[str, object]  # column -> value of a row of sweep.csv
@@ -67,11 +67,7 @@ def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, lis
 def sweep_picture(rows: Sequence[Row], keys: Sequence[str]) -> bytes | None:
     """The figure of `drawn` as PNG bytes, or None."""
     figure = drawn(rows, keys)
-    if figure is None:
-        return None
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    return None if figure is None else png_of(figure)
 
 
 def drawn(rows: Sequence[Row], keys: Sequence[str]) -> Figure | None:

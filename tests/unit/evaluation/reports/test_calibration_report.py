@@ -144,7 +144,7 @@ def test_sizes_pairs_and_skipped_prompts_worked_by_hand():
         "frs", [1, 1, 1, 0], [1, 2, 0, 0], (1, 1.5, 2), 1.5, 1, ["prompt 1"], "frontier"
     )
     # undominated: 1 + 3 + 2 of 9
-    assert found.frontier == figures.Frontier(
+    assert found.frontier == figures.FrontierShares(
         *(pytest.approx(share / 9) for share in (6, 3, 2)), pytest.approx(1 / 3)
     )
     assert sizes([1, 1, 1, 0]) == {
