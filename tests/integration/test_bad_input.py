@@ -72,7 +72,7 @@ def refusal(run, *arguments) -> str:
     ("objective.beta", float("nan"), "objective.beta=nan: must be a finite number above 0"),
     ("objective.beta", float("inf"), "objective.beta=inf: must be a finite number above 0"),
     ("objective.beta", "thirty", "objective.beta=thirty: must be a finite number above 0"),
-    ("objective.beta", None, "objective.beta=null: must be a finite number"),
+    ("objective.beta", None, "objective.beta=null: must be a finite number above 0; give objective.beta="),
     ("objective.betta", 3,
      "objective.betta=3: capo.objectives.capo takes no such argument; did you mean objective.beta?"),
     ("objective._target_", "capo.objectives.cap", "objective._target_=capo.objectives.cap: cannot be used"),

@@ -83,7 +83,7 @@ def evaluate(
         strength: content of the run's strength.json for the report, or None.
         encoder: the reward whose image encoder measures diversity and drift beside the latents, one that has
             features (`encoder_of`); None: latents alone.
-        sample: number of prompts that it measures, evenly spaced over the set.
+        sample: number of prompts whose images the encoder sees, evenly spaced over the set.
         weights: folder of the policy, for the drift of its weights; None: not measured. What cannot be
             compared is a warning.
         progress: whether to show progress bars.
@@ -91,7 +91,8 @@ def evaluate(
     Returns:
         The content of results.json (`results`), with "cut" (`cut_prompts`) if a reward cuts prompts.
 
-    Raises InputError: a pool cannot be filled, or the prompts of `zero` are not the first ones of `spec`.
+    Raises:
+        InputError: a pool cannot be filled, or the prompts of `zero` are not the first ones of `spec`.
     """
     folder = Path(folder)
     comparison = Comparison(spec, policy, rewards, zero, oracle, encoder, sample, engine)

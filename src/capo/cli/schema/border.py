@@ -17,6 +17,8 @@ from capo.errors import InputError
 from capo.runtime.schema import Section, dotted, faults, leaves, shown
 
 HOME = re.compile(r"~[^/\s]*(/|$)")  # a path in a user's home
+# what the schema does not know: where a beta comes from that the command line does not give
+BETA = "; give objective.beta=VALUE, or leave it out where the model has one for this objective (model.beta)"
 # groups of which one choice counts; of others, such as rewards, several may be named
 SINGLE = ("objective", "reference", "pairs", "prompts", "model", "trainer", "import", "engine", "benchmark")
 
@@ -84,7 +86,9 @@ def check_group_choices(cfg: DictConfig, own: Any) -> None:
 
 def refuse(found: Mapping[str, str], remedy: str = "") -> None:
     """Raise InputError with one line for each fault, which `remedy` ends."""
-    lines = list(found.values())
+    lines = [
+        f"{fault}{BETA}" if fault.startswith("objective.beta=null") else fault for fault in found.values()
+    ]
     if lines:
         told = lines[0] if len(lines) == 1 else "\n  ".join(["these values cannot be used:", *lines])
         raise InputError(told + remedy)
