@@ -32,6 +32,29 @@ def _succeeds(task: Callable[[], object], what: str) -> bool:
     return True
 
 
+class OwnPlaces(Callback):
+    """Refuse output directories of which a part that Hydra writes leads elsewhere: it writes before a job.
+
+    Hydra follows such links, and whoever made a directory of a run has chosen where they lead.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
+        """Check the directory of the output, and of an evaluated run the folders that are written to."""
+        from capo.cli.messages import plain_errors
+        from capo.cli.places import check_output
+
+        with plain_errors():
+            check_output(config)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        """Check the sweep's directory, and those of jobs that it holds."""
+        from capo.cli.messages import plain_errors
+        from capo.cli.places import check_sweep_output
+
+        with plain_errors():
+            check_sweep_output(config)
+
+
 class SweepReport(Callback):
     """Report on a multirun of train.py at its end (`capo.cli.sweep`).
 
