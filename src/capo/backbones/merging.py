@@ -24,7 +24,7 @@ from capo.runtime.fingerprints import component_fingerprint, safetensors_fingerp
 from capo.runtime.tensor_files import (
     DTYPES,
     Home,
-    read_rows,
+    RowReader,
     spans,
     tensor_entries,
     tensor_homes,
@@ -188,12 +188,12 @@ def _merge_whole(
                 f"for instance '{odd[0]}'; only policies of one architecture can be merged"
             )
     shutil.copytree(models[0].folder, fresh, dirs_exist_ok=True, ignore=_left_out(part))
-    total = len(homes[0])
+    total, read = len(homes[0]), RowReader()
     with tqdm(total=total, desc="merging", unit="tensor", disable=not progress, dynamic_ncols=True) as bar:
 
         def merged(names: Sequence[str]) -> Iterator[Tensor]:
             for name in names:
-                yield from _merged_tensor(name, [origin, *homes], method, weights)
+                yield from _merged_tensor(name, [origin, *homes], method, weights, read)
                 bar.update()
 
         for file in weight_files(inside[0]).values():
@@ -216,7 +216,7 @@ def _left_out(component: str) -> Any:
 
 
 def _merged_tensor(
-    name: str, homes: Sequence[Mapping[str, Home]], method: str, weights: Sequence[float]
+    name: str, homes: Sequence[Mapping[str, Home]], method: str, weights: Sequence[float], read: RowReader
 ) -> Iterator[Tensor]:
     """Yield the parts of one tensor of the soup; `homes` begin with the base's."""
     files, dtypes, shapes = zip(*(home[name] for home in homes), strict=True)
@@ -226,11 +226,11 @@ def _merged_tensor(
             "only policies of one architecture can be merged"
         )
     if not all(dtype in DTYPES for dtype in dtypes):  # a count or an index: nothing that was tuned
-        yield from _equal_parts(name, files, dtypes, shapes[1])
+        yield from _equal_parts(name, files, dtypes, shapes[1], read)
         return
     gram = torch.zeros(len(files) - 1, len(files) - 1, dtype=torch.float64)
     for span in spans(shapes[0]):
-        base, *tuned = (read_rows(file, name, span) for file in files)
+        base, *tuned = (read(file, name, span) for file in files)
         gram += inner_products(base, tuned)
     if not gram.isfinite().all():
         raise InputError(
@@ -239,16 +239,16 @@ def _merged_tensor(
         )
     numbers = coefficients(gram, method, weights)
     for span in spans(shapes[0]):
-        base, *tuned = (read_rows(file, name, span) for file in files)
+        base, *tuned = (read(file, name, span) for file in files)
         yield combined(base, tuned, numbers).to(DTYPES[dtypes[1]])
 
 
 def _equal_parts(
-    name: str, files: Sequence[Path], dtypes: Sequence[str], shape: tuple[int, ...]
+    name: str, files: Sequence[Path], dtypes: Sequence[str], shape: tuple[int, ...], read: RowReader
 ) -> Iterator[Tensor]:
     """Yield the parts of a tensor that base and policies have in common; InputError where they differ."""
     for span in spans(shape):
-        first, *others = (read_rows(file, name, span) for file in files)
+        first, *others = (read(file, name, span) for file in files)
         if not all(o.dtype == first.dtype and torch.equal(_bytes(o), _bytes(first)) for o in others):
             raise InputError(
                 f"policies: '{name}' differs, and is stored as {', '.join(sorted(set(dtypes)))} in base and "

@@ -13,7 +13,7 @@ from torch import Tensor
 from capo.backbones.lora import LORA_FILE
 from capo.backbones.merging_adapters import adapter_factors
 from capo.errors import InputError
-from capo.runtime.tensor_files import DTYPES, Home, read_rows, spans, tensor_homes
+from capo.runtime.tensor_files import DTYPES, Home, RowReader, spans, tensor_homes
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ def weight_drift(base: Path, variant: str | None, dtype: torch.dtype, policy: Pa
     Raises:
         InputError: a file cannot be read, holds an adapter of another kind, or does not fit the base.
     """
-    origin = tensor_homes(base, variant)
+    origin, read = tensor_homes(base, variant), RowReader()
     if (policy / LORA_FILE).is_file():
         moved = _of_adapter(policy, base.name)
     else:
-        moved = _of_whole(tensor_homes(policy / base.name), origin, dtype)
+        moved = _of_whole(tensor_homes(policy / base.name), origin, dtype, read)
     changes = dict.fromkeys(map(block_of, origin), 0.0)
     norms = dict(changes)
     for name, square in moved.items():
@@ -58,7 +58,7 @@ def weight_drift(base: Path, variant: str | None, dtype: torch.dtype, policy: Pa
             raise InputError(f"tensor '{name}' of '{policy}' {fault}")
         changes[block_of(name)] += square
     for name, home in origin.items():
-        norms[block_of(name)] += sum(part.double().square().sum().item() for part in _parts(name, home))
+        norms[block_of(name)] += sum(part.double().square().sum().item() for part in _parts(name, home, read))
     return WeightDrift(
         _relative(sum(changes.values()), sum(norms.values())),
         {name: _relative(square, norms[name]) for name, square in changes.items()},
@@ -75,14 +75,16 @@ def _relative(change: float, norm: float) -> float | None:
     return math.sqrt(change / norm) if norm else None
 
 
-def _parts(name: str, home: Home) -> Iterator[Tensor]:
+def _parts(name: str, home: Home, read: RowReader) -> Iterator[Tensor]:
     """Yield the parts of a tensor; none of one without floating point values, which is not tuned."""
     file, dtype, shape = home
     if dtype in DTYPES:
-        yield from (read_rows(file, name, span) for span in spans(shape))
+        yield from (read(file, name, span) for span in spans(shape))
 
 
-def _of_whole(tuned: Mapping[str, Home], origin: Mapping[str, Home], dtype: torch.dtype) -> dict[str, float]:
+def _of_whole(
+    tuned: Mapping[str, Home], origin: Mapping[str, Home], dtype: torch.dtype, read: RowReader
+) -> dict[str, float]:
     """Squared norm of the change of each tensor."""
     if odd := sorted(tuned.keys() ^ origin.keys()):
         raise InputError(f"policy and base differ in the tensors that they hold, for instance '{odd[0]}'")
@@ -90,7 +92,7 @@ def _of_whole(tuned: Mapping[str, Home], origin: Mapping[str, Home], dtype: torc
     for name, home in tuned.items():
         if origin[name][2] != home[2]:
             raise InputError(f"'{name}' has shape {home[2]} in '{home[0]}', {origin[name][2]} in its base")
-        pairs = zip(_parts(name, home), _parts(name, origin[name]), strict=True)
+        pairs = zip(_parts(name, home, read), _parts(name, origin[name], read), strict=True)
         squares[name] = sum(
             (ours.double() - base.to(dtype).to(ours.dtype).double()).square().sum().item()
             for ours, base in pairs

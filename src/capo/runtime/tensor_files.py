@@ -64,14 +64,25 @@ def spans(shape: Sequence[int]) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)] if row else []
 
 
-def read_rows(path: Path, name: str, span: tuple[int, int]) -> Tensor:
-    """Read rows of a tensor; of a scalar, which has none, the scalar itself.
+class RowReader:
+    """Reads rows of tensors; of a scalar, which has none, the scalar itself.
 
-    The file is opened for each call, since the pages of an open one stay in the process's memory.
+    A file stays open from call to call, and is opened anew after PART elements, since the pages of an open
+    one stay in the process's memory.
     """
-    with safe_open(path, framework="pt") as file:
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, tuple[Any, int]] = {}  # file -> what reads it, and how much it has read
+
+    def __call__(self, path: Path, name: str, span: tuple[int, int]) -> Tensor:
+        """Read the rows `span` (first, last + 1) of the tensor `name` of the file `path`."""
+        file, read = self._opened.pop(path, (None, PART))
+        if read >= PART:
+            file, read = safe_open(path, framework="pt"), 0
         part = file.get_slice(name)
-        return part[span[0] : span[1]] if part.get_shape() else file.get_tensor(name)
+        rows = part[span[0] : span[1]] if part.get_shape() else file.get_tensor(name)
+        self._opened[path] = file, read + rows.numel()
+        return rows
 
 
 def write_parts(

@@ -1,12 +1,15 @@
 """Safetensors files, part by part."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from capo.errors import InputError
 from capo.runtime import tensor_files
-from capo.runtime.tensor_files import read_rows, spans, tensor_entries, write_parts
+from capo.runtime.tensor_files import RowReader, spans, tensor_entries, write_parts
 
 TENSORS = {
     "matrix": torch.arange(35.0).view(7, 5),
@@ -24,12 +27,12 @@ def test_a_file_is_copied_part_by_part(tmp_path, monkeypatch):
     save_file(TENSORS, source)
     entries = tensor_entries(source)
     assert spans((7, 5)) == [(0, 2), (2, 4), (4, 6), (6, 7)]
-    sizes = []
+    sizes, read = [], RowReader()
 
     def parts():
         for name, (_, shape) in entries.items():
             for span in spans(shape):
-                part = read_rows(source, name, span)
+                part = read(source, name, span)
                 sizes.append(part.numel())
                 yield part
 
@@ -38,6 +41,23 @@ def test_a_file_is_copied_part_by_part(tmp_path, monkeypatch):
     assert found.keys() == TENSORS.keys() and max(sizes) == 10
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_a_file_is_opened_anew_once_a_part_of_it_has_been_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "PART", 10)
+    file, opened = tmp_path / "a.safetensors", []
+    save_file(TENSORS, file)
+
+    def noted(path, framework):
+        opened.append(Path(path))
+        return safe_open(path, framework)
+
+    monkeypatch.setattr(tensor_files, "safe_open", noted)
+    read, counts = RowReader(), []
+    for span in ((0, 1), (1, 2), (2, 3), (3, 5), (5, 6)):  # 5 elements a row
+        assert torch.equal(read(file, "matrix", span), TENSORS["matrix"][slice(*span)])
+        counts.append(len(opened))
+    assert counts == [1, 1, 2, 2, 3] and set(opened) == {file}
 
 
 def test_too_few_parts_leave_no_file(tmp_path):
