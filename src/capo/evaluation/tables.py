@@ -9,7 +9,7 @@ from pathlib import Path
 from capo.errors import InputError
 from capo.evaluation.reports.formats import number, span
 from capo.evaluation.reports.frontiers import MethodComparison
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 from capo.evaluation.seeds import COLUMN, read_rates
 from capo.evaluation.statistics import paired_tests
 from capo.runtime.files import write_table, write_whole
@@ -112,7 +112,7 @@ class RunTable:
 
     def html(self) -> str:
         """Return a page that loads nothing else."""
-        return page_environment().get_template("table.html.j2").render(table=self, rule=_rule())
+        return page_template("table.html.j2").render(table=self, rule=_rule())
 
     def latex(self) -> str:
         """Return a table with booktabs' rules, for a document to input."""

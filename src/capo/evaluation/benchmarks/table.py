@@ -13,7 +13,7 @@ from rich.table import Table
 from capo.evaluation.reports.charts import half_width, interval_bar
 from capo.evaluation.reports.formats import moved, needed, number, p_value, verdict
 from capo.evaluation.reports.gallery import data_uri
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 from capo.evaluation.tables import CSV, LATEX, SIGNIFICANT, latex_comment, latex_text
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.run_folder import REPORT
@@ -108,11 +108,8 @@ class BenchmarkTable:
 
     def html(self) -> str:
         """Return a page that loads nothing else."""
-        environment = page_environment()
-        environment.filters |= {
-            function.__name__: function for function in (number, moved, needed, p_value, data_uri, verdict)
-        }
-        template = environment.get_template("benchmark.html.j2")
+        filters = number, moved, needed, p_value, data_uri, verdict
+        template = page_template("benchmark.html.j2", *filters)
         return template.render(table=self, results=self.results, bars=self._bars(), rule=RULE)
 
     def _bars(self) -> dict[str, dict[str, dict[str, object]]]:

@@ -21,7 +21,7 @@ from capo.evaluation.reports.calibration_advice import override, warnings_of
 from capo.evaluation.reports.calibration_figures import CalibrationReport, Histogram, RewardFigures
 from capo.evaluation.reports.calibration_report import TARGET
 from capo.evaluation.reports.pictures import png_of
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 from capo.runtime.files import REMEDY, fresh_folder
 
 STEM = "calibration"  # file name of the three files, without extension
@@ -153,9 +153,7 @@ def render_page(
     title: str, report: CalibrationReport, settings: Mapping[str, object], warnings: Sequence[str], png: bytes
 ) -> str:
     """Render the offline HTML page: the warnings, the picture `png`, and the figures as tables."""
-    environment = page_environment()
-    environment.filters |= {function.__name__: function for function in (share, plain, signed)}
-    return environment.get_template("calibration.html.j2").render(
+    return page_template("calibration.html.j2", share, plain, signed).render(
         title=title,
         report=report,
         settings=settings,

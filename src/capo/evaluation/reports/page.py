@@ -15,7 +15,7 @@ from capo.evaluation.reports.distances import block_rows, distance_rows, distanc
 from capo.evaluation.reports.formats import fixed, moved, number, p_value, percent, span, verdict, with_span
 from capo.evaluation.reports.gallery import Exhibit, data_uri
 from capo.evaluation.reports.rounds import read_rounds, round_table
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 from capo.rewards import Reward
 from capo.runtime.terminal import Terminal
 
@@ -60,15 +60,12 @@ class Report:
 
 def render_report(report: Report) -> str:
     """Render a self-contained HTML page that loads nothing else; the same report gives the same text."""
-    environment = page_environment()
-    environment.filters |= {
-        function.__name__: function for function in (percent, number, fixed, moved, p_value, data_uri)
-    }
+    template = page_template("report.html.j2", percent, number, fixed, moved, p_value, data_uri)
     charts = [] if report.curves is None else read_curves(report.curves)
     rounds = [] if report.curves is None else read_rounds(Path(report.curves).parent)
     scale, rows = headline(report.results)
     distance_scale, distances = distance_rows(report.results)
-    return environment.get_template("report.html.j2").render(
+    return template.render(
         report=report,
         results=report.results,
         orders=ORDERS,

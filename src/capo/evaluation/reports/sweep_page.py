@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from capo.evaluation.reports.formats import verdict
 from capo.evaluation.reports.frontiers import COLORS, MethodComparison
 from capo.evaluation.reports.pictures import png_of
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 
 Row = Mapping[str, object]  # column -> value of a row of sweep.csv
 # a column of sweep.csv, and three prefixes of its columns
@@ -152,20 +152,16 @@ def render_page(
     """Render the offline page of a sweep: pictures, frontiers, and a row per job that links to its report."""
     rewards, measures = list(named(rows, TEST)), list(named(rows, ORACLE))
     jobs = [_job(row, keys, rewards, measures) for row in rows]
-    return (
-        page_environment()
-        .get_template("sweep.html.j2")
-        .render(
-            title=title,
-            keys=keys,
-            rewards=rewards,
-            measures=measures,
-            jobs=jobs,
-            zero=bool(named(rows, ZERO)),
-            finished=sum(job["status"] == "finished" for job in jobs),
-            compared=compared,
-            picture=picture and base64.b64encode(picture).decode(),
-        )
+    return page_template("sweep.html.j2").render(
+        title=title,
+        keys=keys,
+        rewards=rewards,
+        measures=measures,
+        jobs=jobs,
+        zero=bool(named(rows, ZERO)),
+        finished=sum(job["status"] == "finished" for job in jobs),
+        compared=compared,
+        picture=picture and base64.b64encode(picture).decode(),
     )
 
 

@@ -1,14 +1,23 @@
 """The templates of this package's pages; importing this takes no time, unlike the pages' modules."""
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from collections.abc import Callable
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 
-def page_environment() -> Environment:
-    """Jinja environment of this package's pages: values are escaped, and an undefined one is an error."""
-    return Environment(
+@cache
+def page_template(name: str, *filters: Callable) -> Template:
+    """Template of a page, compiled once; it may use `filters` by their functions' names.
+
+    Values are escaped, and an undefined one is an error.
+    """
+    environment = Environment(
         loader=PackageLoader("capo.evaluation.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {function.__name__: function for function in filters}
+    return environment.get_template(name)

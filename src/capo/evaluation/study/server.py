@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from capo.errors import InputError
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 from capo.evaluation.study.store import Study, Vote
 from capo.evaluation.study.turns import choice_of, left_side, order
 from capo.runtime.reading import parse_json
@@ -61,10 +61,8 @@ class StudyServer(ThreadingHTTPServer):
         """Bind to host and port (0: any free one). Raises InputError if that fails."""
         self.study = study
         self.loopback = _is_loopback(host)
-        self.page = (
-            page_environment()
-            .get_template("vote.html.j2")
-            .render(instruction=INSTRUCTION, ties=study.facts.ties, longest=LONGEST)
+        self.page = page_template("vote.html.j2").render(
+            instruction=INSTRUCTION, ties=study.facts.ties, longest=LONGEST
         )
         try:
             super().__init__((host, port), _Handler)

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from capo.evaluation.reports.formats import p_value, span, with_span
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 from capo.evaluation.statistics import holm
 from capo.evaluation.tables import latex_comment, latex_text
 from capo.runtime.files import write_json, write_table, write_whole
@@ -56,9 +56,7 @@ def write_studies(folder: Path, studies: Sequence[Mapping], command: str) -> lis
         for study in studies
     ]
     write_table(folder / CSV, list(rows[0]), rows)
-    environment = page_environment()
-    environment.filters |= {"shares": shares, "span": span, "p_value": p_value}
-    page = environment.get_template("study.html.j2").render(studies=studies, command=command)
+    page = page_template("study.html.j2", shares, span, p_value).render(studies=studies, command=command)
     write_whole(folder / HTML, page)
     write_whole(folder / LATEX, latex(studies, command))
     return [folder / name for name in (HTML, CSV, LATEX)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capo.errors import DamagedFile, InputError
-from capo.evaluation.reports.templating import page_environment
+from capo.evaluation.reports.templating import page_template
 from capo.evaluation.study.server import INSTRUCTION
 from capo.evaluation.study.store import IMAGES, SIDES, Study, Vote
 from capo.evaluation.study.turns import choice_of, left_side, pair_name
@@ -72,7 +72,7 @@ def export(study: Study, folder: Path, images_at: str) -> list[Path]:
         rows.append({"pair": pair.name, "prompt": html.escape(pair.prompt), **address})
     rows.sort(key=lambda row: row["pair"])  # by name, which hides the checks among the others
     write_table(folder / CSV, list(rows[0]), rows)
-    page = page_environment().get_template("turk.html.j2")
+    page = page_template("turk.html.j2")
     write_whole(folder / TEMPLATE, page.render(instruction=INSTRUCTION, ties=study.facts.ties))
     return [folder / CSV, folder / TEMPLATE, folder / IMAGES]
 
