@@ -60,9 +60,9 @@ def casts(backbone, settings):
 
 @pytest.mark.parametrize("family", list(KINDS))
 @pytest.mark.parametrize("precision", list(HALF))
-def test_a_prepared_base_draws_the_same_bits_and_casts_no_weight(fresh, family, precision):
+def test_a_prepared_base_draws_the_same_bits_and_casts_no_weight(fresh, tiny_backbones, family, precision):
     settings = SamplerSettings(3, 5.0, 2, precision=precision)
-    plain, stored = fresh(family), fresh(family).prepare(settings.drawing)
+    plain, stored = tiny_backbones[family], fresh(family).prepare(settings.drawing)
     assert torch.equal(latents(plain, settings), latents(stored, settings))
     products = sum(isinstance(part, (nn.Linear, nn.Conv2d)) for part in plain.denoiser.modules())
     assert casts(plain, settings) >= 3 * products  # every weight, in every pass
@@ -84,8 +84,9 @@ def test_a_base_loaded_in_half_precision_draws_the_same_bits_too(fresh, dtype):
     [Drawing("bf16-mixed"), Drawing("16-mixed"), Drawing(channels_last=True), Drawing(compile=True)],
 )
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_a_policy_starts_from_the_weights_that_were_loaded(fresh, family, drawing):
-    plain, policy = fresh(family).denoiser.state_dict(), fresh(family).prepare(drawing).trainable_copy()
+def test_a_policy_starts_from_the_weights_that_were_loaded(fresh, tiny_backbones, family, drawing):
+    plain = tiny_backbones[family].denoiser.state_dict()
+    policy = fresh(family).prepare(drawing).trainable_copy()
     assert all(p.dtype == torch.float32 and p.requires_grad for p in policy.parameters())
     assert all(torch.equal(value, plain[name]) for name, value in policy.state_dict().items())
     assert not any(getattr(part, "_compiled_call_impl", None) for part in policy.modules())
@@ -101,8 +102,10 @@ def test_a_policy_starts_from_the_variant_that_was_loaded(fresh, tmp_path):
 
 @pytest.mark.parametrize("drawn", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("trained", ["32-true", "bf16-mixed", "16-mixed"])
-def test_training_has_no_second_copy_of_a_base_that_is_stored_as_its_reference(fresh, drawn, trained):
-    plain, backbone = fresh(), fresh().prepare(Drawing(drawn))
+def test_training_has_no_second_copy_of_a_base_that_is_stored_as_its_reference(
+    fresh, tiny_backbone, drawn, trained
+):
+    backbone = fresh().prepare(Drawing(drawn))
     module = PreferenceModule(
         backbone,
         partial(objectives.capo, beta=1.0),
@@ -113,7 +116,7 @@ def test_training_has_no_second_copy_of_a_base_that_is_stored_as_its_reference(f
     )
     with module.reference() as reference:
         assert (reference is backbone.denoiser) == (drawn == trained)
-        expected = plain.reference(trained).state_dict()
+        expected = tiny_backbone.reference(trained).state_dict()
         assert all(
             torch.equal(value, expected[name]) and value.dtype == expected[name].dtype
             for name, value in reference.state_dict().items()
@@ -135,9 +138,9 @@ def test_a_base_is_prepared_for_one_way_of_drawing(fresh):
 
 
 @pytest.mark.parametrize("precision", list(HALF))
-def test_the_base_beside_a_policy_is_the_one_that_is_stored(fresh, precision):
+def test_the_base_beside_a_policy_is_the_one_that_is_stored(fresh, tiny_backbone, precision):
     settings = SamplerSettings(3, 5.0, 2, precision=precision, unconditional="base")
-    plain, stored = fresh(), fresh().prepare(settings.drawing)
+    plain, stored = tiny_backbone, fresh().prepare(settings.drawing)
     found = unconditional_of(stored, settings).network
     assert found is stored.denoiser
     policy = plain.trainable_copy().eval().requires_grad_(False)
@@ -147,9 +150,11 @@ def test_the_base_beside_a_policy_is_the_one_that_is_stored(fresh, precision):
     assert torch.equal(latents(stored, settings, policy, found), expected)
 
 
-def test_options_of_drawing_act_on_the_network_and_are_in_the_fingerprint_where_they_are_on(fresh):
+def test_options_of_drawing_act_on_the_network_and_are_in_the_fingerprint_where_they_are_on(
+    fresh, tiny_backbone
+):
     settings = SamplerSettings(2, 5.0, 2)
-    known = {ImageGenerator.base(fresh(), settings).fingerprint}
+    known = {ImageGenerator.base(tiny_backbone, settings).fingerprint}
     for option in ("channels_last", "compile"):
         changed = replace(settings, **{option: True})
         backbone = fresh().prepare(changed.drawing)
@@ -161,5 +166,5 @@ def test_options_of_drawing_act_on_the_network_and_are_in_the_fingerprint_where_
         assert bool(compiled) == (option == "compile")
         known.add(ImageGenerator.base(backbone, changed).fingerprint)
         if option == "channels_last":  # the same images but for rounding
-            torch.testing.assert_close(latents(backbone, changed), latents(fresh(), settings))
+            torch.testing.assert_close(latents(backbone, changed), latents(tiny_backbone, settings))
     assert len(known) == 3

@@ -1,5 +1,7 @@
 """The README of a policy that is sampled with the unconditional prediction of its base, or another policy."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,8 +24,18 @@ def our_latents(backbone, policy, source, guidance=5.0):
     return found.flatten(0, 1)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "merged"])
-@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "sd3_bare"])
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *itertools.product(("sdxl", "sd3"), ("full", "lora", "merged")),
+        *((name, "full") for name in ("sd15", "sd3_bare")),
+        *(slow(name, kind) for name in ("sd15", "sd3_bare") for kind in ("lora", "merged")),
+    ],
+)
 def test_the_readmes_lines_sample_with_the_base_as_we_do(tiny_backbones, tmp_path, monkeypatch, name, kind):
     backbone = tiny_backbones[name]
     policy = tuned(backbone, kind != "full")
@@ -51,9 +63,19 @@ def test_the_readmes_lines_sample_with_the_base_as_we_do(tiny_backbones, tmp_pat
     torch.testing.assert_close(plain, without, atol=0 if kind == "full" else 1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("negative", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize(
+    ("name", "kind", "negative"),
+    [
+        ("sdxl", "full", "lora"),
+        ("sdxl", "lora", "full"),
+        ("sd3", "full", "full"),
+        ("sd3", "lora", "lora"),
+        slow("sdxl", "full", "full"),
+        slow("sdxl", "lora", "lora"),
+        slow("sd3", "full", "lora"),
+        slow("sd3", "lora", "full"),
+    ],
+)
 def test_the_readmes_lines_sample_with_another_policy_as_we_do(
     tiny_backbones, tmp_path, monkeypatch, name, kind, negative
 ):
