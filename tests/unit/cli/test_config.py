@@ -1,6 +1,7 @@
 """Every group composes, every target exists and takes the arguments that its file gives it."""
 
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -26,7 +27,14 @@ GROUPS = {
     for folder in (ROOT / "conf").iterdir()
     if folder.is_dir() and folder.name != "hydra"
 }
-CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
+# choices that are composed together; a model and an experiment make choices of their own, and the files of
+# the others are read by other scripts
+ALONE = ("model", "experiment", "import", "benchmark")
+TOGETHER = [[f"{group}={name}" for name in names] for group, names in GROUPS.items() if group not in ALONE]
+CHOICES = [
+    *([f"{group}={name}"] for group in ALONE for name in GROUPS[group]),
+    *([choice for choice in row if choice] for row in itertools.zip_longest(*TOGETHER)),
+]
 
 
 def test_the_groups_are_those_that_users_know():
@@ -48,12 +56,12 @@ def test_the_groups_are_those_that_users_know():
     assert {"best_worst", "sum", "frs", "random"} <= set(GROUPS["pairs"])
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_target_is_registered_and_takes_its_arguments(choice):
-    files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if choice == "prompts=text" else []
+@pytest.mark.parametrize("choices", CHOICES, ids=" ".join)
+def test_every_target_is_registered_and_takes_its_arguments(choices):
+    files = ["prompts.train=a", "prompts.validation=b", "prompts.test=c"] if "prompts=text" in choices else []
     scripts = {"import": ("generate", Generating), "benchmark": ("evaluate", Evaluating)}
-    name, schema = scripts.get(choice.split("=")[0], ("train", Training))
-    cfg = composed(choice, *files, name=name)
+    name, schema = scripts.get(choices[0].split("=")[0], ("train", Training))
+    cfg = composed(*choices, *files, name=name)
     check_values(cfg, schema)
     found = list(calls(OmegaConf.to_container(cfg, resolve=True)))
     assert found

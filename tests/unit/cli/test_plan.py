@@ -141,19 +141,13 @@ def test_too_little_memory_is_listed_and_refused_where_it_is_certain(tiny_run, m
     assert found == [False]  # the activations do not fit, which is an estimate
 
 
-def test_weights_and_prompts_that_are_not_there(tmp_path, tiny_run):
-    as_the_paper = (
-        "trainer.batch=4",
-        "trainer.precision=bf16-mixed",
-        "sampling.precision=bf16-mixed",
-        "trainer.gradient_checkpointing=true",
-    )
-    cfg = tiny_run(
-        "gone", "plan=true", f"prompts.train={tmp_path / 'none.txt'}", *as_the_paper
-    )  # whose passes a recipe's plan has traced
-    OmegaConf.update(cfg, "model.backbone.weights", str(tmp_path / "nowhere"))
-    OmegaConf.update(cfg, "model.name", "sdxl")
-    plan, _ = plan_of(cfg)
+def test_weights_and_prompts_that_are_not_there(tmp_path):
+    (tmp_path / "there.txt").write_text("cat\ndog\n")
+    files = {"train": "none", "validation": "there", "test": "there"}
+    prompts = [f"prompts.{split}={tmp_path / name}.txt" for split, name in files.items()]
+    rewards = [f"{place}=[looks,alignment]" for place in ("rewards", "rewards@evaluation.rewards")]
+    # a model whose passes the plan of its recipe has traced
+    plan, _ = planned(tmp_path, "experiment=sdxl_capo_frs", "prompts=text", *prompts, *rewards)
     assert [entry["kind"] for entry in plan["missing here"]][:2] == ["weights", "prompts"]
     assert (
         plan["prompts"]["train"] is None
@@ -194,14 +188,15 @@ def test_values_that_cannot_be_used_end_a_plan(tmp_path):
 
 
 def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
-    one = ("experiment=sd3_quickstart", "validation.images=4", "evaluation.images=4")
+    places = ("rewards", "rewards@evaluation.rewards")
+    one = (*(f"{place}=pickscore" for place in places), "pairs=best_worst", "evaluation.oracle=null")
     plan, told = planned(tmp_path, *one)
     assert plan["hours"]["without"]["scores"] == ["pickscore"]
     assert "what no rate is known of, text encoding, scoring by pickscore" in told
     stated, told = planned(tmp_path, *one, "planning.scoring={pickscore: 10}")
-    # 400 x 8 candidates and 96 x 4 of the base
+    # 512 x 8 candidates and 96 x 4 of the base
     more = stated["hours"]["scores"] - plan["hours"]["scores"]
-    assert more == pytest.approx((3200 + 384) / 10 / 3600) and "scores" not in stated["hours"]["without"]
+    assert more == pytest.approx((4096 + 384) / 10 / 3600) and "scores" not in stated["hours"]["without"]
     assert "pickscore: stated (planning.scoring)" in told and "scoring by" not in told
     with pytest.raises(InputError, match=r"planning.scoring.pickscore=0: must be a finite number above 0"):
         train_script.run(configured(*one, "planning.scoring={pickscore: 0}", folder=tmp_path))
@@ -212,14 +207,13 @@ def test_hours_of_scoring_are_stated_or_said_to_be_unknown(tmp_path):
 
 
 def test_the_peak_is_that_of_this_machines_gpu(tmp_path, monkeypatch):
-    choice = ("experiment=sd3_quickstart",)
-    assumed, told = planned(tmp_path, *choice)
+    assumed, told = planned(tmp_path)
     assert assumed["hours"]["flops"] == 989.4e12 and "an H100 SXM, since there is no GPU here" in told
     monkeypatch.setattr("capo.cli.plan.gpu_name", lambda accelerator: "NVIDIA L4")
-    small, told = planned(tmp_path, *choice)
+    small, told = planned(tmp_path)
     assert small["hours"]["training"] / assumed["hours"]["training"] == pytest.approx(989.4 / 121)
     assert "40% of 121 TFLOP/s per device (NVIDIA L4)" in told
-    assert planned(tmp_path, *choice, "planning.flops=5e12")[0]["hours"]["flops"] == 5e12
+    assert planned(tmp_path, "planning.flops=5e12")[0]["hours"]["flops"] == 5e12
 
 
 def test_measured_rates_are_taken_up_unless_another_device_is_planned_for(tmp_path):
@@ -376,16 +370,8 @@ def test_the_papers_recipes_fit_one_card(tmp_path, choice, peak):
     assert "vqascore" in plan["config"]["evaluation"]["rewards"]
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "sd3_quickstart",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("sdxl_quickstart", "sd35_medium_quickstart")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sd3_quickstart", "sdxl_quickstart", "sd35_medium_quickstart"])
 def test_the_quickstarts_fit_a_card_of_24_gb(tmp_path, recipe):
     """With 2 GB to spare for what a plan leaves out."""
     plan, _ = planned(tmp_path, f"experiment={recipe}")
