@@ -19,10 +19,22 @@ PROMPTS = ["a red square", "a green circle left of the blue triangle"]
 SEEDS = [[11, 12, 13], [2**62 + 1, 5, 6]]
 
 
-def plain_latents(folder, backbone, steps, guidance, **arguments):
-    """What the pipeline itself makes: one batch of all six candidates."""
+@functools.cache
+def plain_pipeline(folder):
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def scheduled(tiny_folder):
+    """Makes the backbone with a scheduler, each once. Read only."""
+    return functools.cache(lambda scheduler: UNetBackbone(str(tiny_folder), scheduler=scheduler))
+
+
+def plain_latents(folder, backbone, steps, guidance, **arguments):
+    """What the pipeline itself makes: one batch of all six candidates."""
+    pipeline = plain_pipeline(folder)
     pipeline.scheduler = type(backbone.pipeline.scheduler).from_config(backbone.pipeline.scheduler.config)
     generators = [torch.Generator().manual_seed(seed) for row in SEEDS for seed in row]
     return pipeline(
@@ -47,8 +59,8 @@ def plain_latents(folder, backbone, steps, guidance, **arguments):
         "DPMSolverMultistepScheduler",
     ],
 )
-def test_latents_are_the_pipelines_bitwise(tiny_folder, scheduler, guidance):
-    backbone = UNetBackbone(str(tiny_folder), scheduler=scheduler)
+def test_latents_are_the_pipelines_bitwise(tiny_folder, scheduled, scheduler, guidance):
+    backbone = scheduled(scheduler)
     text = backbone.encode_prompts(PROMPTS)
     latents = sample_prompts(backbone, backbone.denoiser, text, SEEDS, SamplerSettings(4, guidance, 6))
     assert latents.shape == (2, 3, 4, 8, 8) and latents.dtype == torch.float32

@@ -105,7 +105,7 @@ def examined(defaults, change) -> None:
         assert key.rpartition(".")[0] in message, message
 
 
-@examples(150)
+@examples(75)
 @given(change=changes)
 def test_any_value_at_any_key_is_fine_or_a_message(defaults, change):
     examined(defaults, change)
