@@ -63,4 +63,4 @@ def test_the_pace_of_training_replaces_what_was_estimated(monkeypatch):
     assert outlook.hours()["validation"].hours == pytest.approx(4 * 60 / 3600)
     assert outlook.hours()["evaluation"] == Hours(0.1)
     assert pace.outlook.note() == f"{(70 * 8 + 240 + 360) / 60:.0f} min left in all"
-    assert Pace(Outlook(), 4, 30).left() == ""
+    assert Outlook().note() == ""
