@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Column, Table
 
 from capo.cli.figures import found_figures
-from capo.cli.frontiers import compare_methods
+from capo.cli.frontiers import SEED, compare_methods
 from capo.cli.messages import told_fault, was_interrupted
 from capo.cli.run_labels import seed_groups
 from capo.cli.yaml_files import read_yaml
@@ -241,7 +241,7 @@ def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
         write_whole(folder / PICTURE, picture)
     drawn = compared.write(folder, FRONTIER if picture else PICTURE) if compared else []
     write_whole(folder / PAGE, render_page(str(folder), rows, keys, picture, compared))
-    groups = seed_groups([job.folder for job in jobs if job.done])
+    groups = _over_seeds([job for job in jobs if job.done], [key for key in keys if key != SEED])
     seeds = [seeds_table(groups)] if groups else []
     frontiers = compared.tables() if compared else []
     _show(jobs, [*console_tables(jobs, str(folder)), *seeds, *frontiers])
@@ -250,6 +250,13 @@ def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
         f"the sweep's table, pictures and page: {folder / TABLE}, "
         f"{', '.join(pictures) or 'no picture'}, {PAGE}"
     )
+
+
+def _over_seeds(jobs: Sequence[Job], keys: Sequence[str]) -> dict[str, list[Path]]:
+    """Directories of jobs that differ in their seed alone, by the other varying keys and their names."""
+    given = {job.folder: " ".join(f"{key}={job.overrides.get(key, '')}" for key in keys) for job in jobs}
+    groups = seed_groups(list(given))
+    return {f"{given[group[0]]} ({name})".lstrip(): group for name, group in groups.items()}
 
 
 def write_plans(folder: Path, jobs: Sequence[Job]) -> None:

@@ -28,6 +28,7 @@ from capo.cli.sweep import (
     sweep_name,
     sweep_rows,
     varying_keys,
+    write_runs,
     write_table,
 )
 from capo.errors import InputError
@@ -197,6 +198,19 @@ def test_no_picture_where_nothing_varies_or_nothing_finished():
         )
         is None
     )
+
+
+def test_seeds_of_a_setting_are_named_by_it(tmp_path, capsys):
+    for name, beta, seed in (("0", 10, 0), ("1", 10, 1), ("2", 30, 0), ("3", 30, 1)):
+        make_job(tmp_path, name, [f"objective.beta={beta}", f"seed={seed}"])
+        values = {"objective": {"beta": beta}, "seed": seed, "run_dir": str(tmp_path / name)}
+        OmegaConf.save(OmegaConf.create(values), tmp_path / name / "config.yaml")
+        rates = "prompt_id,prompt,category,win_rate/looks\np0,a,,0.5\np1,b,,0.75\n"
+        (tmp_path / name / "evaluation" / "win_rates.csv").write_text(rates)
+    write_runs(tmp_path, read_jobs(tmp_path))
+    shown = capsys.readouterr().out
+    assert "over training seeds" in shown
+    assert "objective.beta=10 (0, 1)" in shown and "objective.beta=30 (2, 3)" in shown
 
 
 def test_a_failed_job_leaves_its_error_and_nan(tmp_path, capsys):
