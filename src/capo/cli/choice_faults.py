@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,36 @@ def unknown_choice(group: str, choice: str, options: Sequence[str], arguments: S
     ]
     meant = f"; did you mean {' or '.join(near)}?" if near else ";"
     return f"{key}={choice}: no such choice; there are {', '.join(options)}{meant}"
+
+
+def no_names(error: BaseException) -> str | None:
+    """Message for a group that gets a number or null where a file is to be named; None for another error.
+
+    Hydra names neither the argument nor, in a list, the fault itself: both are read from what it was given.
+    """
+    groups, given = local_of(error, "repo"), local_of(error, "overrides_list")
+    if not isinstance(error, (TypeError, ValueError)) or groups is None or given is None:
+        return None
+    for override in given:
+        group, value = override.key_or_group, None if override.is_sweep_override() else override.value()
+        names = value if isinstance(value, list) else [value]
+        left_alone = isinstance(value, dict) or (override.is_delete() and value is None)  # a section; ~GROUP
+        if override.is_sweep_override() or left_alone or not groups.group_exists(group):
+            continue
+        if all(isinstance(name, str) for name in names):
+            continue
+        key, _, text = _typed(override.input_line.lstrip("+~")).partition("=")
+        return (
+            f"{key}={text}: it must name a file of conf/{group}/; give {key}=NAME, in quotes where it reads "
+            f"as something else ('{key}=\"1e3\"')"
+        )
+    return None
+
+
+def local_of(error: BaseException, name: str) -> Any:
+    """Value of a local variable where `error` was raised, or nearest above; None if there is none."""
+    found = [frame.f_locals.get(name) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((value for value in reversed(found) if value is not None), None)
 
 
 def twice_chosen(message: str, arguments: Sequence[str]) -> str | None:

@@ -16,6 +16,7 @@ import capo
 from capo.cli.messages import command_fault
 from capo.errors import InputError
 
+COMPOSING = HydraException, OmegaConfBaseException  # what Hydra raises for overrides
 REPOSITORY = Path(capo.__file__).parents[2]  # holds conf/ in an editable install
 
 
@@ -27,10 +28,10 @@ def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITO
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             return compose(name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+    except (*COMPOSING, YAMLError, ValueError, TypeError, RecursionError) as error:
         if (fault := command_fault(error, overrides)) is not None:
             raise InputError(fault) from error
-        if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        if not isinstance(error, COMPOSING):
             raise
         raise InputError(
             f"{' '.join(overrides)}: cannot be used ({str(error).splitlines()[0]}); write NAME.key=value"

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from yaml import YAMLError
 
-from capo.cli.choice_faults import below_a_value, twice_chosen, unknown_choice
+from capo.cli.choice_faults import below_a_value, local_of, no_names, twice_chosen, unknown_choice
 from capo.cli.place_faults import disk_fault
 from capo.errors import InputError, Unfinished, alike, first_line
 from capo.runtime.memory import memory_of, ran_out
@@ -37,7 +36,6 @@ GROUP_CHOICE = re.compile(r"\+?[\w/]+(@[\w.]+)?=[A-Za-z_\[]")
 NAMED_REWARDS = re.compile(r"(validation\.held_out|evaluation\.rewards)=(?!null$|[{$])")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
 LONG_NUMBER = re.compile(r"\d{1000}")
-NO_CHOICE = re.compile(r"\+?(?P<group>[\w/]+)(@[\w.]+)?=(null|true|false|[-+.\deE]+)")
 LISTED = re.compile(r"Error merging override (.+)")
 LISTED_IN = re.compile(r"In '([^']+)': ")
 CONF = Path(__file__).parents[3] / "conf"  # beside src/; not there in an installed package
@@ -204,13 +202,8 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
         long = next((argument for argument in arguments if LONG_NUMBER.search(argument)), None)
         place = f"{long.partition('=')[0]}={long.partition('=')[2][:20]}..." if long else "a file of conf/"
         return f"{place}: a number has too many digits to be read; give a smaller one"
-    if "Config group override must be a string or a list" in text:
-        given = [found for argument in arguments if (found := NO_CHOICE.fullmatch(argument))]
-        of_groups = [found for found in given if (CONF / found["group"]).is_dir()]
-        if found := next(iter(of_groups or given), None):
-            key = found[0].partition("=")[0]
-            return f"{found[0]}: it must name a file of conf/{found['group']}/; give {key}=NAME"
-        return "a group takes the name of one of its files: GROUP=NAME"
+    if (fault := no_names(error)) is not None:
+        return fault
     if "Cannot merge DictConfig with ListConfig" in f"{text}{error.__cause__}":
         if listed := LISTED.match(text):
             key = listed[1].partition("=")[0].lstrip("+")
@@ -225,8 +218,7 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
 
 def _file_read(error: BaseException) -> str:
     """Name the file that Hydra was reading when this was raised."""
-    names = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((name for name in reversed(names) if isinstance(name, str)), "a file of the configuration")
+    return str(local_of(error, "full_path") or "a file of the configuration")
 
 
 def _keys(cfg: Container) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 
 from capo.cli.compose import composed
+from capo.cli.messages import grouped
 from capo.errors import InputError
 
 
@@ -30,8 +31,22 @@ def test_the_key_that_chose_it_and_what_to_give_are_named(arguments, told, remed
     assert str(refused.value).count(told) == 1 and str(refused.value).endswith(remedy)
 
 
+@pytest.mark.parametrize("argument", [
+    "rewards=nan", "rewards=[1]", "rewards=[looks,null]", "rewards=[[looks]]", "rewards=[{a:1}]",
+    "trainer=1e3", "validation.held_out=3", "~objective=1", "+experiment=[true]",
+])  # fmt: skip
+def test_an_argument_that_names_no_file_is_told_and_no_other(argument):
+    with pytest.raises(InputError) as refused:
+        composed("train", grouped(["threads=1", "~pairs", argument, "seed=2"]))
+    told = str(refused.value)
+    assert told.startswith(f"{argument.lstrip('~+')}: it must name a file of conf/")
+    assert "threads" not in told and "rewards@" not in told
+
+
 def test_what_the_messages_tell_to_give_composes():
     cfg = composed("train", ["experiment=[quick,lora]"])
     assert cfg.trainer.max_steps == 40 and cfg.model.lora
     cfg = composed("train", ["experiment=quick", "prompts=files", "prompts.train={path: a.csv}"])
     assert cfg.prompts.train == {"path": "a.csv"} and cfg.prompts.test == 16
+    with pytest.raises(InputError, match="rewards=1e3: no such choice"):  # a name, in quotes
+        composed("train", ['rewards="1e3"'])
