@@ -116,10 +116,14 @@ def test_a_folder_with_a_wrong_scaling_factor_fails_by_name(tiny_run, tmp_path, 
     }
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_weights_load(tiny_run, monkeypatch):
+def test_what_cannot_be_measured_or_kept_is_refused_before_weights_load(tiny_run, monkeypatch, tmp_path):
     monkeypatch.setattr("capo.cli.check.base_of", lambda cfg: pytest.fail("the weights were loaded first"))
     with pytest.raises(InputError, match=r"trainer\.micro_batch=3"):
         train.run(tiny_run("check-batch", *SHAPES["shapes_unet"], "check=true", "trainer.micro_batch=3"))
+    (tmp_path / "pools").mkdir()
+    (tmp_path / "pools" / "rates").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="pools/rates is a link to"):
+        train.run(tiny_run("check-batch", "check=true", f"pool.root={tmp_path / 'pools'}"))
 
 
 def test_weights_that_are_not_there_come_before_any_check(tiny_run, tmp_path):

@@ -32,6 +32,7 @@ from capo.preflight.model_check import (
     write_checks,
 )
 from capo.preflight.plan import make_plan
+from capo.preflight.rates import check_folder
 from capo.preflight.requests import Request
 from capo.preflight.step_check import (
     check_checkpointing,
@@ -43,7 +44,7 @@ from capo.preflight.step_check import (
 )
 from capo.runtime.outlook import TRAINING
 from capo.runtime.processes import own_device
-from capo.runtime.run_folder import CHECK
+from capo.runtime.run_folder import CHECK, SAMPLES
 
 
 def run_checks(
@@ -66,6 +67,7 @@ def run_checks(
     check_weights(cfg)
     check_draw(cfg)
     check_accelerator(cfg.trainer.accelerator)
+    check_folder(Path(cfg.pool.root))
     prepare_process(cfg.threads)
     torch.manual_seed(cfg.seed)
     folder = Path(cfg.run_dir)
@@ -85,7 +87,7 @@ def run_checks(
     console.print(check_table(checks))
     # last, without the model on the device; a reward of gigabytes takes a while to load
     keep_rates(cfg, request, rates, measure_rewards(cfg, images, captions[0], device), console)
-    console.print(f"{folder / CHECK}; sample image in {folder / 'check'}")
+    console.print(f"{folder / CHECK}; sample image in {folder / SAMPLES}")
     if failed := [check.name for check in checks if not check.passed]:
         raise InputError(
             f"check=true: {len(failed)} of {len(checks)} failed: {', '.join(failed)}; the table "
@@ -105,7 +107,7 @@ def check_base(
     ]
     return [
         check_denoising(found),
-        check_sample(backbone, captions[0], settings, folder / "check" / "sample.png"),
+        check_sample(backbone, captions[0], settings, folder / SAMPLES / "sample.png"),
     ]
 
 

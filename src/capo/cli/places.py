@@ -1,4 +1,4 @@
-"""Refuse links in output directories, through which Hydra would write its files elsewhere."""
+"""Refuse links in output directories, through which files of a command would be written elsewhere."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from capo.cli.run_config import FILLED
 from capo.runtime.files import check_inside, refuse_links
+from capo.runtime.run_folder import SAMPLES, WORKERS
 
 MULTIRUN = "multirun.yaml"  # of Hydra, in the directory of a sweep
 
 
 def check_output(config: DictConfig) -> None:
-    """Raise InputError if Hydra's files of a command, or folders of the run that it names, lead elsewhere.
+    """Raise InputError if files that any command writes, or folders of the run that it names, lead elsewhere.
 
     `config` is composed, but its values are not yet checked: what is no path is left to the check of values.
     """
@@ -25,7 +26,7 @@ def check_output(config: DictConfig) -> None:
 
 
 def check_sweep_output(config: DictConfig) -> None:
-    """Raise InputError if Hydra's files of a sweep, or of a job that its directory holds, lead elsewhere."""
+    """Raise InputError if such files of a sweep, or of a job that its directory holds, lead elsewhere."""
     if (folder := _folder(config, "hydra.sweep.dir")) is not None:
         jobs = [place for place in sorted(folder.glob("*")) if place.is_dir()]
         own = [place for job in jobs for place in (job, *_written(job, config))]
@@ -38,7 +39,8 @@ def _folder(config: DictConfig, key: str) -> Path | None:
 
 
 def _written(folder: Path, config: DictConfig) -> list[Path]:
-    """What Hydra writes in an output directory: its configuration, and the log of the job."""
+    """What any command may write in an output directory: Hydra's configuration, logs, pictures of a check."""
     settings = folder / (config.hydra.output_subdir or ".")
-    held = [] if settings.is_symlink() else sorted(settings.glob("*.yaml"))
-    return [settings, *held, folder / f"{config.hydra.job.name}.log"]
+    places = [(settings, "*.yaml"), (folder / WORKERS, "*"), (folder / SAMPLES, "*")]
+    held = [path for place, names in places if not place.is_symlink() for path in sorted(place.glob(names))]
+    return [*(place for place, _ in places), *held, folder / f"{config.hydra.job.name}.log"]

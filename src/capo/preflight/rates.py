@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from capo.runtime.files import write_json
+from capo.runtime.files import refuse_links, write_json
 from capo.runtime.fingerprints import content_fingerprint
 
 FOLDER = "rates"  # under the pool root
@@ -38,8 +38,14 @@ class Measurement:
         return root / FOLDER / f"{self.kind}-{content_fingerprint(self.entries())[:8]}.json"
 
 
+def check_folder(root: Path) -> None:
+    """Raise InputError if the folder of rates under the pool root `root` is a link that leads out of it."""
+    refuse_links(root, [root / FOLDER], own="; pool.root itself may be a link")
+
+
 def write_rate(root: Path, measurement: Measurement, per_second: float) -> Path:
     """Write a measured rate, in units a second, in place of an earlier one; InputError if that fails."""
+    check_folder(root)
     path = measurement.path(root)
     content = {"schema": SCHEMA, **measurement.entries(), "per_second": per_second}
     remedy = "set pool.root to a folder that can be written"

@@ -50,7 +50,8 @@ WRITTEN = (
 TRAINED = (CALIBRATION, VALIDATION, POLICY, EVALUATION, CHECKPOINTS, ONLINE, WORKERS)  # its folders
 LOCK = ".lock"  # while a command trains there
 PATIENCE = 10.0  # seconds for what a killed command had started to end, since it holds the lock too
-PLAN, CHECK = "plan.json", "check.json"  # written by plan=true and check=true, which start no run
+# written by plan=true and check=true, which start no run; the last is the folder of pictures of check=true
+PLAN, CHECK, SAMPLES = "plan.json", "check.json", "check"
 
 
 class Card(Section):

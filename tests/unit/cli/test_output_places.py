@@ -1,4 +1,4 @@
-"""Links in output directories, through which Hydra would write before a command begins."""
+"""Links in output directories, through which a command would write elsewhere."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -30,8 +30,9 @@ def refused(call, config, capsys):
 
 @pytest.mark.parametrize(("link", "target"), [
     (".hydra", ""), (".hydra/config.yaml", "config.yaml"), ("train.log", "config.yaml"),
+    ("workers", ""), ("workers/looks.log", "config.yaml"), ("check", ""), ("check/sample.png", "config.yaml"),
 ])  # fmt: skip
-def test_what_hydra_writes_stays_in_the_directory(tmp_path, outside, capsys, link, target):
+def test_what_any_command_writes_stays_in_the_directory(tmp_path, outside, capsys, link, target):
     callback, config = OwnPlaces(), command(tmp_path)
     for place, call in (("run", callback.on_run_start), ("sweep/0", callback.on_multirun_start)):
         (tmp_path / place / link).parent.mkdir(parents=True)

@@ -1,11 +1,13 @@
 """Measured rates on disk: what is read back, and what is refused with its reason."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from capo.errors import InputError
 from capo.preflight import rates
 from capo.preflight.rates import Measurement, measured_rate, read_rate, write_rate
 
@@ -37,6 +39,18 @@ def test_a_file_that_was_changed_is_not_used_and_the_reason_is_said(tmp_path, ch
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     rate, fault = read_rate(tmp_path, STEP)
     assert rate is None and str(path) in fault and reason in fault
+
+
+def test_rates_are_not_written_through_a_link_out_of_the_pool_root(tmp_path):
+    root, outside = tmp_path / "pools", tmp_path / "outside"
+    (outside / "real").mkdir(parents=True)
+    root.symlink_to(outside / "real")
+    write_rate(root, STEP, 2.0)  # the root itself may be one
+    shutil.rmtree(root / "rates")
+    (root / "rates").symlink_to(outside)
+    with pytest.raises(InputError, match=f"pools/rates is a link to {outside}, .*: put .*, or remove it"):
+        write_rate(root, STEP, 2.0)
+    assert [path.name for path in outside.iterdir()] == ["real"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b" " * 1_000_001])
