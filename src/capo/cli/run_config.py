@@ -31,6 +31,7 @@ from capo.runtime.run_folder import (
     STUDY,
     TRAINED,
     WRITTEN,
+    last_remedy,
 )
 from capo.runtime.schema import shown
 
@@ -221,8 +222,7 @@ def _check_last(folder: Path, before: int, after: int) -> None:
     if not os.path.lexists(last):
         raise InputError(
             f"trainer.max_steps={after}: {folder} holds a run that has finished with {before} steps, but "
-            f"{last}, from which it would go on, is not there: restore it, or choose another hydra.run.dir; "
-            f"to replace that run by a new one, remove {OUTCOME} from it"
+            f"{last}, from which it would go on, is not there: {last_remedy(folder)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ EVALUATION = "evaluation"  # folder of the files in the next line
 RESULTS, SETTINGS, REPORT, POOLS = "results.json", "settings.json", "report.html", "pool"
 RATES = "win_rates.csv"  # of an evaluation, by prompt
 BENCHMARKS, STUDY = "benchmarks", "study"  # folders of public benchmarks, and of a study with people
+ANEW = "remove it to start training again"  # a checkpoint that cannot be read, of a run that is not finished
 MONITOR = "val/win_rate"  # metric by which checkpoints are compared; also a key of the outcome
 WORKERS = "workers"  # folder of the logs of rewards
 # a directory that holds one of these without a config.yaml is refused, since a run would replace it
@@ -93,6 +95,17 @@ def _outcome(folder: Path, schema: type[Outcome]) -> dict[str, Any]:
         return read_record(path, schema, remedy)
     except FileNotFoundError as error:
         raise DamagedFile(path, "it is not there", remedy) from error
+
+
+def last_remedy(folder: Path) -> str:
+    """What to do where `last.ckpt` of the run in `folder`, from which training goes on, is of no use."""
+    last = folder / CHECKPOINTS / LAST
+    if not (folder / OUTCOME).is_file():
+        return ANEW
+    own = f"{OUTCOME} and {CHECKPOINTS}/{LAST}" if os.path.lexists(last) else OUTCOME
+    return (
+        f"restore it, or choose another hydra.run.dir; to replace that run by a new one, remove {own} from it"
+    )
 
 
 def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from capo.errors import DamagedFile, InputError, first_line
 from capo.module import PreferenceModule
 from capo.runtime.files import second_name, whole_file
 from capo.runtime.reading import open_ordinary
+from capo.runtime.run_folder import ANEW
 from capo.training.validation import WinRateValidation
 
 PROGRESS = {"loops": dict, "callbacks": dict, "optimizer_states": list}  # in a checkpoint, beside its weights
@@ -182,7 +183,11 @@ def _fault(checkpoint: object) -> str | None:
 
 
 def check_checkpoint(
-    path: Path, module: nn.Module, names: Collection[str] | None = None, base: str | None = None
+    path: Path,
+    module: nn.Module,
+    names: Collection[str] | None = None,
+    base: str | None = None,
+    remedy: str = ANEW,
 ) -> dict[str, Any]:
     """Check that the checkpoint at `path` can be read and fits `module`, before a run resumes from it.
 
@@ -192,6 +197,7 @@ def check_checkpoint(
         names: entries of the module's state dict that the checkpoint must hold; None: all of them.
         base: fingerprint of the base weights that this run tunes; None: not compared. It detects base weights
             that were replaced under the same name since the checkpoint was written.
+        remedy: what to do where the file cannot be read.
 
     Returns:
         The checkpoint, whose tensors are mapped from the file.
@@ -199,7 +205,7 @@ def check_checkpoint(
     Raises:
         InputError: the checkpoint cannot be read, was tuned from another base, or has other tensors.
     """
-    checkpoint = read_checkpoint(path, "remove it to start training again")
+    checkpoint = read_checkpoint(path, remedy)
     stored = checkpoint["state_dict"]
     if base and checkpoint.get("base", base) != base:
         raise InputError(

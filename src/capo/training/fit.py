@@ -23,7 +23,7 @@ from capo.module import PreferenceModule
 from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.processes import run_on_first_process
-from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR
+from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR, last_remedy
 from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
 from capo.training.curves import Curves
 from capo.training.loader import PreferenceData
@@ -63,7 +63,7 @@ def trained_steps(folder: Path, module: PreferenceModule) -> int:
     last, base = folder / CHECKPOINTS / LAST, module.backbone.fingerprints["denoiser"]
     if not os.path.lexists(last):
         return 0
-    return check_checkpoint(last, module, module.trained_names(), base)["global_step"]
+    return check_checkpoint(last, module, module.trained_names(), base, last_remedy(folder))["global_step"]
 
 
 def _best_and_last(validation: WinRateValidation, folder: Path, every: int | None) -> ValidatedCheckpoint:

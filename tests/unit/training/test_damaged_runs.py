@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from capo.backbones import UNetBackbone
 from capo.backbones.export import export_policy, load_policy, policy_fingerprint
 from capo.backbones.lora import LORA_FILE, add_lora
 from capo.backbones.model_card import ModelCard
-from capo.cli.run_config import read_config
+from capo.cli.compose import composed
+from capo.cli.run_config import open_run, read_config
 from capo.cli.run_labels import read_values
 from capo.cli.sweep import found_figures, read_job
 from capo.cli.yaml_files import read_yaml
@@ -24,6 +26,7 @@ from capo.evaluation.reports.charts import read_curves
 from capo.evaluation.seeds import read_rates
 from capo.runtime.run_folder import read_outcome
 from capo.training.checkpoints import WholeCheckpoints, check_checkpoint, read_checkpoint
+from capo.training.fit import trained_steps
 from capo.training.loggers import CurvesFile, logged_step, pool_seconds
 from capo.training.strength import read_strength
 from fixtures.damage import damaged, examples, put
@@ -218,6 +221,28 @@ def test_a_flipped_bit_of_a_weight_is_found_before_a_run_goes_on(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DamagedFile, match=r"last\.ckpt cannot be read \(its part .* was changed\)"):
         check_checkpoint(path, Module())
+
+
+def test_the_remedy_for_a_last_checkpoint_is_one_that_the_run_takes(tmp_path):
+    """A finished run does not begin anew without it, so that removing it alone would be refused."""
+    last, module = tmp_path / "checkpoints" / "last.ckpt", MagicMock()
+    last.parent.mkdir()
+    last.write_bytes(b"cut off")
+    with pytest.raises(DamagedFile, match=r"; remove it to start training again$"):
+        trained_steps(tmp_path, module)
+    cfg = composed("train", [f"run_dir={tmp_path}", "trainer.max_steps=3"])
+    open_run(tmp_path, cfg)
+    (tmp_path / "outcome.json").write_text("{}")
+    cfg.trainer.max_steps = 4
+    open_run(tmp_path, cfg)  # which goes by the name alone
+    with pytest.raises(DamagedFile, match=r"; restore it, .* outcome.json and checkpoints/last.ckpt from it"):
+        trained_steps(tmp_path, module)
+    last.unlink()
+    with pytest.raises(InputError, match=r"; to replace that run by a new one, remove outcome.json from it"):
+        open_run(tmp_path, cfg)
+    (tmp_path / "outcome.json").unlink()
+    open_run(tmp_path, cfg)
+    assert trained_steps(tmp_path, module) == 0
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
