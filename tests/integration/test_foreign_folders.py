@@ -9,6 +9,7 @@ from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.errors import InputError
+from capo.runtime.tensor_files import tensor_homes
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -83,6 +84,17 @@ def test_a_policy_that_a_killed_process_has_moved_aside_is_evaluated(tiny_run, p
     policy.rename(policy.with_name(".policy.old"))
     cfg = tiny_run("asked", f"policy={policy}", config="evaluate")
     assert evaluate_script.run(cfg, [], tmp_path)["win_rate"] and policy.is_dir()
+
+
+def test_a_damaged_policy_of_a_run_is_exported_again_as_the_message_says(tiny_run, policy):
+    weights = policy / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:1000])
+    with pytest.raises(InputError, match=r"remove outcome\.json, and give its train\.py command again"):
+        tensor_homes(weights.parent)
+    (policy.parent / "outcome.json").unlink()
+    train_script.run(tiny_run("trained", "evaluate=false"))
+    assert weights.read_bytes() == before
 
 
 def test_pairs_are_not_written_in_place_of_a_device(tiny_run, tmp_path):

@@ -132,7 +132,7 @@ def _take_adapter(policy: Denoiser, loader: Any, folder: Path, component: str) -
     if not given or given != found:
         raise InputError(
             f"policy '{folder / LORA_FILE}' has {given} tensors for the {component}, of which the model has "
-            f"{found}: choose the model that it was tuned from, or export it again"
+            f"{found}: choose the model that it was tuned from, or {AGAIN}"
         )
 
 

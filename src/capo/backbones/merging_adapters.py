@@ -18,6 +18,7 @@ from capo.backbones.finding import pipeline_index
 from capo.backbones.lora import LORA_FILE
 from capo.errors import InputError
 from capo.runtime.reading import parse_json
+from capo.runtime.tensor_files import AGAIN
 from capo.soup import coefficients
 
 METADATA = "lora_adapter_metadata"  # diffusers' key for an adapter's settings, in the file's metadata
@@ -73,7 +74,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(settings, dict):
             raise TypeError(f"its {METADATA} are no names with values")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"'{file}' cannot be read ({error}); export it again") from error
+        raise InputError(f"'{file}' cannot be read ({error}); {AGAIN}") from error
     return factors, settings
 
 

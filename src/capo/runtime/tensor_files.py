@@ -17,7 +17,8 @@ from capo.runtime.files import whole_file
 from capo.runtime.reading import open_ordinary
 from capo.runtime.weight_files import weight_files
 
-AGAIN = "export it again"
+# a run without its outcome goes on from its last checkpoint, and exports the same bytes
+AGAIN = "restore it, or export it again (of a run: remove outcome.json, and give its train.py command again)"
 PART = 2**20  # elements of a tensor that are read at once, if its rows are no longer
 Home = tuple[Path, str, tuple[int, ...]]  # of a tensor: its file, dtype by the format's name, and shape
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
