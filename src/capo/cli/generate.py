@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -117,12 +117,31 @@ def report(cfg: DictConfig, components: Components) -> None:
     report_pool(training_data(cfg, components, stages=()), built(cfg, "pairs"), cfg.calibration, console)
 
 
-def run(cfg: DictConfig) -> None:
-    """Run `cfg.stage`: fill the four pools or one stage of them, import images, export pairs, or report."""
+def check_stage(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise InputError for what only another stage than `cfg.stage` reads, and this one would leave out."""
+    exporting = [override for override in overrides if override.lstrip("+").startswith("pair_export.")]
+    given = {
+        "verify": ("repair=true" if cfg.repair else None, "repairs"),
+        "import": ("import" if cfg.get("import") else None, "imports"),
+        "export": (next(iter(exporting), None), "exports"),
+    }
+    for stage, (found, does) in given.items():
+        if found and cfg.stage != stage:
+            key = found.partition("=")[0]
+            raise InputError(
+                f"{found} with stage={cfg.stage}: stage={stage} alone {does}; give stage={stage}, or leave "
+                f"{key} out"
+            )
+
+
+def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Run `cfg.stage`: fill the four pools or one stage of them, import images, export pairs, or report.
+
+    `overrides` are those of the command line, which may be for another stage (`check_stage`).
+    """
     check_values(cfg, Generating)
     refuse_plans(cfg)
-    if cfg.repair and cfg.stage != "verify":
-        raise InputError(f"repair=true with stage={cfg.stage}: stage=verify alone repairs; leave repair out")
+    check_stage(cfg, overrides)
     if cfg.stage in ALONE and launch().world_size > 1:
         raise InputError(f"stage={cfg.stage} is the work of one process: run it without the launcher")
     if cfg.stage == "import":
@@ -181,4 +200,4 @@ def main(cfg: DictConfig) -> None:
     """Run the configured stage; user errors end the process with a message."""
     with plain_errors("the same command"):
         check_group_choices(cfg, HydraConfig.get())
-        run(cfg)
+        run(cfg, HydraConfig.get().overrides.task)

@@ -16,12 +16,18 @@ def test_a_soup_is_not_written_into_a_policy_that_is_merged(tmp_path, inside):
     merge.check_place(tmp_path / "policy-2", [str(tmp_path / "policy"), str(tmp_path / "other")])
 
 
-def test_repair_without_verify_is_refused(tmp_path):
-    cfg = composed(
-        "generate", [f"run_dir={tmp_path}", f"pool.root={tmp_path}", "stage=status", "repair=true"]
-    )
-    with pytest.raises(InputError, match="repair=true with stage=status: stage=verify alone repairs"):
-        generate.run(cfg)
+@pytest.mark.parametrize(("stage", "given", "message"), [
+    ("status", "repair=true", "repair=true with stage=status: stage=verify alone repairs; give stage=verify"),
+    ("all", "import=folder", "import with stage=all: stage=import alone imports; give stage=import, or "),
+    ("export", "import=folder", "import with stage=export: stage=import alone"),
+    ("all", "pair_export.images=png",
+     "pair_export.images=png with stage=all: stage=export alone exports; .* leave pair_export.images out"),
+])  # fmt: skip
+def test_what_another_stage_reads_is_refused(tmp_path, stage, given, message):
+    cfg = composed("generate", [f"run_dir={tmp_path}", f"pool.root={tmp_path}", f"stage={stage}", given])
+    with pytest.raises(InputError, match=message):
+        generate.run(cfg, [f"stage={stage}", given])
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_pools_among_those_of_the_evaluation_are_refused_before_anything_is_drawn(tmp_path):
