@@ -215,15 +215,15 @@ def test_the_words_of_the_schema_are_those_of_the_code():
     from capo.calibration import LINKS, METHODS
     from capo.cli.generate import ALONE, FILLING
     from capo.data.dataset import ENCODE, POOL, TIMES
-    from capo.data.pool.import_table import LABELS
+    from capo.data.pool.import_table import HUMAN_LABELS, REWARD_LABELS
     from capo.data.prompts.files import READERS
     from capo.noise import FLOW_DRAWS, VP_DRAWS
     from capo.objectives.averaging import REDUCTIONS
-    from capo.runtime.launch import STRATEGIES
+    from capo.runtime.launch import AUTO, DDP, FSDP
     from capo.runtime.optimizers import ADAMW, ADAMW_8BIT
     from capo.runtime.threads import BATCHES, OPERATIONS
     from capo.soup import METHODS as SOUPS
-    from capo.training.choice import MONITORS
+    from capo.training.choice import MEAN, WORST
 
     def stated(key: str) -> set:
         return set(get_args(kind_of(key)))
@@ -233,11 +233,12 @@ def test_the_words_of_the_schema_are_those_of_the_code():
     assert stated("calibration") == set(METHODS) and stated("rewards.NAME.link") == set(LINKS)
     assert stated("stage") == {*FILLING, *ALONE} and stated("method") == set(SOUPS)
     assert stated("data.text") == {POOL, ENCODE} and stated("noise.times") == set(TIMES)
-    assert stated("pool.labels") == set(LABELS) and stated("noise.reduction") == set(REDUCTIONS)
-    assert stated("trainer.strategy") == set(STRATEGIES)
+    assert stated("pool.labels") == {HUMAN_LABELS, REWARD_LABELS}
+    assert stated("noise.reduction") == set(REDUCTIONS)
+    assert stated("trainer.strategy") == {AUTO, DDP, FSDP}
     assert stated("trainer.optimizer") == {ADAMW, ADAMW_8BIT}
     assert stated("sampling.parallel") == {OPERATIONS, BATCHES}
-    assert stated("validation.monitor") == set(MONITORS)
+    assert stated("validation.monitor") == {MEAN, WORST}
     assert stated("trainer.accelerator") - {"auto", "gpu"} <= set(
         AcceleratorRegistry.available_accelerators()
     )
