@@ -68,5 +68,5 @@ def test_too_few_parts_leave_no_file(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"a\.safetensors cannot be read \(as safetensors: .*\); export"):
+    with pytest.raises(InputError, match=r"a\.safetensors cannot be read \(as safetensors: .*\); restore it"):
         tensor_entries(tmp_path / "a.safetensors")
