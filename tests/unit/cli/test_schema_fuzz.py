@@ -112,7 +112,7 @@ def test_any_value_at_any_key_is_fine_or_a_message(defaults, change):
 
 
 @pytest.mark.slow
-@examples(3000)
+@examples(1500)
 @given(change=changes)
 def test_many_values_at_any_key_are_fine_or_messages(defaults, change):
     examined(defaults, change)
