@@ -10,7 +10,8 @@ import torch
 from omegaconf import OmegaConf
 
 from capo.cli import train as train_script
-from capo.cli.run_config import differences, read_config
+from capo.cli.run_changes import differences
+from capo.cli.run_config import read_config
 from capo.errors import DamagedFile, InputError
 from capo.module import PreferenceModule
 

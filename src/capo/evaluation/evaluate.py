@@ -84,8 +84,7 @@ def evaluate(
         encoder: the reward whose image encoder measures diversity and drift beside the latents, one that has
             features (`encoder_of`); None: latents alone.
         sample: number of prompts whose images the encoder sees, evenly spaced over the set.
-        weights: folder of the policy, for the drift of its weights; None: not measured. What cannot be
-            compared is a warning.
+        weights: folder of the policy, for the drift of its weights (a warning if it has none), or None.
         progress: whether to show progress bars.
 
     Returns:

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from capo.cli.foreign import check_foreign
-from capo.cli.run_config import differences
+from capo.cli.run_changes import differences
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
 from capo.rewards.vila import VILA

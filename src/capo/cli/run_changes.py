@@ -1,0 +1,68 @@
+"""What may change between the configuration of a run and one that resumes it."""
+
+from __future__ import annotations
+
+import re
+
+# keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
+# settings that change a step by rounding only, and model.adapter_lr, model.beta and its range, which act only
+# through trainer.lr and objective.beta (which are compared)
+FREE = (
+    "model.adapter_lr",
+    "model.beta",
+    "model.beta_range",
+    "run_dir",
+    "logger",
+    "engine",
+    "validation.held_out",
+    "data.workers",
+    "online.keep",
+    "pool.root",
+    "evaluate",
+    "evaluation.diversity",
+    "evaluation.diversity_prompts",
+    "export",
+    "export_dtype",
+    "push_to_hub",
+    "plan",
+    "planning",
+    "check",
+    "hydra",
+    *(
+        f"trainer.{key}"
+        for key in (
+            "strategy",
+            "devices",
+            "num_nodes",
+            "micro_batch",
+            "gradient_checkpointing",
+            "compile",
+            "compile_tolerance",
+            "channels_last",
+            "signal_every",
+            "checkpoint_every",
+            "reuse_reference",
+        )
+    ),
+)
+# keys that may change under any name: where a reward runs, its time limit, and known sizes of rewards and
+# of prompt sets
+FREE_WITHIN = re.compile(
+    r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
+)
+MISSING = "(not there)"
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """List `key: old -> new` where two configurations differ, except for keys that may change."""
+    found = []
+    for key in sorted(old.keys() | new.keys(), key=str):
+        name = f"{prefix}{key}"
+        if name in FREE or FREE_WITHIN.fullmatch(name):
+            continue
+        before, after = old.get(key, MISSING), new.get(key, MISSING)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{name}.")
+        elif before != after:
+            found.append(f"{name}: {before} -> {after}")
+    return found
