@@ -102,7 +102,14 @@ def examined(defaults, change) -> None:
     assert told == faults(SCRIPTS[name], found, partial=False)
     for key, message in told.items():
         assert isinstance(message, str) and len(message) < 2000, message
-        assert key.rstrip(".").rpartition(".")[0] in message, message  # a name may be of dots alone
+        place = key.rstrip(".").rpartition(".")[0]  # a name may be of dots alone
+        assert place[:300] in message, message
+
+
+def test_long_names_are_shortened_wherever_a_message_has_them(defaults):
+    long = "x" * 3000
+    examined(defaults, ("evaluate", [("evaluation.rewards", {long: {}}), ("rewards", {long: 1})]))
+    examined(defaults, ("train", [(long, {"seed": 1})]))
 
 
 @examples(75)

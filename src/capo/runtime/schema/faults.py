@@ -64,10 +64,11 @@ def fault(kind: Any, name: str, value: object) -> str | None:
 def refused(name: str, value: object, kind: Any) -> str:
     """Message `key=value: must be ...; did you mean ...?`."""
     near = closest(value, choices(kind)) if isinstance(value, str) else []
-    told = f"{shown(name)}={shown(value)}: must be {words(kind)}"
+    key = shown(name)
+    told = f"{key}={shown(value)}: must be {words(kind)}"
     if near:
         return f"{told}; did you mean {near[0]}?"
-    return f"{told}; leave {name} out, or give {name}.KEY=VALUE" if is_section(kind) else told
+    return f"{told}; leave {key} out, or give {key}.KEY=VALUE" if is_section(kind) else told
 
 
 def _given(values: object) -> tuple[Any, set[tuple]]:
@@ -124,8 +125,9 @@ def _missing(name: str, node: Node) -> str:
         group = node.extra[GROUP]
         choice = name if group == name else f"{group}@{name}"
         return f"{name}: nothing is chosen; give {choice}=NAME, a file of conf/{group}/"
-    give = f"{name}.KEY=VALUE" if is_section(node.type) else f"{name}=VALUE"
-    return f"{name} is not given: it must be {words(node.type)}; give {give}"
+    key = shown(name)  # names in it may be of any length
+    give = f"{key}.KEY=VALUE" if is_section(node.type) else f"{key}=VALUE"
+    return f"{key} is not given: it must be {words(node.type)}; give {give}"
 
 
 def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: object, above: Mapping) -> str:
@@ -136,7 +138,7 @@ def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: ob
     what = f"{shown(name)}={shown(above[part])}: " + (
         f"{target} takes no such argument" if target else "there is no such key"
     )
-    inside = above[part]
+    inside, name = above[part], shown(name)
     if not path and isinstance(inside, Mapping) and inside and set(map(str, inside)) <= set(names_of(schema)):
         return (
             f"{name}.{next(iter(inside))}: there is no section {name}; if a file of conf/{name}/ gives it, "
