@@ -12,7 +12,7 @@ from capo.cli.run_labels import seed_groups
 from capo.errors import InputError
 from capo.evaluation.frontiers import DRIFT_AT, Frontier, Point
 from capo.evaluation.reports.frontiers import MethodComparison
-from capo.evaluation.reports.sweep_page import curves, number_of, strength_axis
+from capo.evaluation.reports.sweep_page import curves, number_of, setting_of, strength_axis
 from capo.evaluation.seeds import COLUMN, DRIFT, read_by_prompt
 
 SEED = "seed"  # label that is no setting
@@ -36,7 +36,7 @@ def compare_methods(runs: Mapping[Path, Mapping[str, str]]) -> MethodComparison 
         return None
     rows, keys = _rows(groups, runs)
     axis = strength_axis(rows, [key for key in keys if key != RUNS])
-    lines = curves(rows, keys, axis) if axis else {_named(row, keys): [row] for row in rows}
+    lines = curves(rows, keys, axis) if axis else {setting_of(row, keys): [row] for row in rows}
     frontiers: dict[int, Frontier] = {}
     methods: dict[Path, str] = {}
     for name, line in lines.items():
@@ -82,10 +82,6 @@ def _rows(
         for row, group in zip(rows, groups, strict=True):
             row[RUNS] = ", ".join(folder.name for folder in group)
     return rows, keys
-
-
-def _named(row: Mapping[str, object], keys: list[str]) -> str:
-    return ", ".join(f"{key}={row[key]}" for key in keys)
 
 
 def _read(folders: list[Path]) -> tuple[dict[Path, dict[str, torch.Tensor]], list[str]]:

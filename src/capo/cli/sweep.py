@@ -29,6 +29,7 @@ from capo.evaluation.reports.sweep_page import (
     named,
     percent,
     render_page,
+    setting_of,
     sweep_picture,
 )
 from capo.evaluation.seeds import seeds_table
@@ -254,7 +255,7 @@ def write_runs(folder: Path, jobs: Sequence[Job]) -> None:
 
 def _over_seeds(jobs: Sequence[Job], keys: Sequence[str]) -> dict[str, list[Path]]:
     """Directories of jobs that differ in their seed alone, by the other varying keys and their names."""
-    given = {job.folder: " ".join(f"{key}={job.overrides.get(key, '')}" for key in keys) for job in jobs}
+    given = {job.folder: setting_of(job.overrides, keys) for job in jobs}
     groups = seed_groups(list(given))
     return {f"{given[group[0]]} ({name})".lstrip(): group for name, group in groups.items()}
 

@@ -55,12 +55,17 @@ def strength_axis(rows: Sequence[Row], keys: Sequence[str]) -> str | None:
     return max(numeric, key=lambda key: len(numeric[key]), default=None)
 
 
+def setting_of(row: Row, keys: Sequence[str]) -> str:
+    """Name what a row has of these keys: `objective=capo, objective.beta=300`; "" for a key that it lacks."""
+    return ", ".join(f"{key}={row.get(key, '')}" for key in keys)
+
+
 def curves(rows: Sequence[Row], keys: Sequence[str], axis: str) -> dict[str, list[Row]]:
     """Group the rows by the values of the other keys, `key=value, ...` -> rows sorted along `axis`."""
     others = [key for key in keys if key != axis]
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (math.isnan(place := number_of(row[axis])), place)):
-        groups.setdefault(", ".join(f"{key}={row[key]}" for key in others), []).append(row)
+        groups.setdefault(setting_of(row, others), []).append(row)
     return groups
 
 
