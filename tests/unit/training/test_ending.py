@@ -43,9 +43,12 @@ def act_at(monkeypatch):
     return make
 
 
-def to_all_processes(number):
-    """Send a signal to loader workers too, as a scheduler does: from outside, and to them first."""
-    pids = [child.pid for child in multiprocessing.active_children()] + [os.getpid()]
+def to_all_processes(number, others):
+    """Send a signal to loader workers too, as a scheduler does: from outside, and to them first.
+
+    `others`: children that were there before the run, such as joblib's workers of another test.
+    """
+    pids = [child.pid for child in set(multiprocessing.active_children()) - others] + [os.getpid()]
     assert len(pids) == 3
     subprocess.run(["kill", f"-{int(number)}", *map(str, pids)], check=True)
 
@@ -62,7 +65,8 @@ def to_all_processes(number):
 def test_a_run_that_is_told_to_end_keeps_its_last_step_and_resumes(tiny_run, act_at, capsys, number, workers):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     name = f"ended{number}-{workers}"
-    act_at(3, lambda: to_all_processes(number) if workers else os.kill(os.getpid(), number))
+    others = set(multiprocessing.active_children())
+    act_at(3, lambda: to_all_processes(number, others) if workers else os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as ended, plain_errors():
         train_script.run(tiny_run(name, *RUN, f"data.workers={workers}"))
     assert ended.value.code == 143 and "ended by SIGTERM" in capsys.readouterr().err
