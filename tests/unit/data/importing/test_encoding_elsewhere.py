@@ -101,6 +101,7 @@ def test_workers_of_ray_get_captions_and_images_and_load_no_denoiser(tiny_run, t
         LocalEngine().run(stages, progress)
 
     monkeypatch.setattr(RayEngine, "run", run)
+    monkeypatch.setattr("capo.data.engines.ray_cluster.find_spec", lambda name: name)  # as if installed
     values = ["stage=import", "import=folder", f"import.files={tmp_path / 'pictures'}", "engine=ray"]
     cfg = tiny_run("unused", *values, f"pool.root={tmp_path}", config="generate")
     generate_script.run(cfg)
