@@ -23,7 +23,7 @@ COLUMNS = {  # center of each box as a share of the width, chosen so that few ar
     "data": 0.37,
     **{"backbones": 0.2, "rewards": 0.56},
     "metrics": 0.82,
-    **{"soup": 0.09, "noise": 0.28, "calibration": 0.47, "pairs": 0.66, "objectives": 0.86},
+    **{"soup": 0.07, "noise": 0.22, "calibration": 0.39, "pairs": 0.55, "objectives": 0.72, "win_rates": 0.9},
     **{"runtime": 0.5, "errors": 0.5},
 }
 DARK, LIGHT = "#334155", "#cbd5e1"

@@ -61,6 +61,7 @@ def test_every_package_of_the_api_has_a_page():
         "noise",
         "soup",
         "metrics",
+        "win_rates",
         "module",
         "data",
         "backbones",

@@ -7,7 +7,8 @@ import torch
 
 from capo.errors import InputError
 from capo.evaluation.statistics import bootstrap_interval
-from capo.metrics import WinRate, win_rate
+from capo.metrics import WinRate
+from capo.win_rates import win_rate
 
 
 def scores(prompts: int, images: int, seed: int) -> torch.Tensor:

@@ -16,9 +16,9 @@ from capo.errors import InputError
 from capo.evaluation.reports.formats import needed, p_value, with_span
 from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
 from capo.evaluation.stored import read_results, read_settings
-from capo.metrics import win_rate
 from capo.runtime.files import led_to
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS
+from capo.win_rates import win_rate
 
 # settings of the evaluation that two runs must share to be compared head to head
 SAME = ("prompts", "seed", "images_per_prompt", "rewards")

@@ -31,13 +31,13 @@ from capo.evaluation.results import DIGITS, results
 from capo.evaluation.seeds import COLUMN, DRIFT
 from capo.evaluation.sides import Comparison
 from capo.evaluation.stored import Results, Settings
-from capo.metrics import win_rate
 from capo.rewards import Reward
 from capo.rewards.lengths import cut_prompts
 from capo.runtime.files import write_json, write_table, write_whole
 from capo.runtime.run_folder import POOLS, RATES, REPORT, RESULTS, SETTINGS
 from capo.runtime.stored import read_record
 from capo.runtime.threads import map_batches
+from capo.win_rates import win_rate
 
 log = logging.getLogger(__name__)
 

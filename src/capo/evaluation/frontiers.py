@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capo.evaluation.statistics import OverSeeds, bootstrap_interval, percentile_interval
-from capo.metrics import EVEN
+from capo.win_rates import EVEN
 
 RESAMPLES = 2000  # of prompts, for the interval of a hypervolume
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from capo.errors import InputError
 from capo.evaluation.statistics import bootstrap_interval
-from capo.metrics import EVEN
 from capo.rewards import Reward
 from capo.runtime.reading import cell, read_rows
 from capo.runtime.run_folder import CURVES_REMEDY
+from capo.win_rates import EVEN
 
 GROUP = "val/held_out"  # prefix of the figures of held-out rewards
 # 1 if a held-out reward fell while the rewards used in training rose, else 0; `ALARM/NAME` for each reward

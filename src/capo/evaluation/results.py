@@ -11,7 +11,7 @@ from capo.evaluation.categories import groups_of
 from capo.evaluation.diversity import Distances
 from capo.evaluation.frontiers import Frontier, Point, hypervolumes
 from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
-from capo.metrics import win_rate
+from capo.win_rates import win_rate
 
 DIGITS = 6
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capo.evaluation.held_out import Rate
 from capo.evaluation.statistics import LEVEL
-from capo.metrics import EVEN
+from capo.win_rates import EVEN
 
 MEAN, WORST = "mean", "worst"  # over the rewards: what a policy is judged by
 RESAMPLES = 10_000

@@ -24,7 +24,7 @@ from capo.data.images import GeneratedImages
 from capo.data.prompts import Prompt, candidate_seed
 from capo.evaluation.held_out import GROUP, HeldOut, by_prompt, judge
 from capo.evaluation.reports.gallery import image_grid
-from capo.metrics import WinRate, win_rate
+from capo.metrics import WinRate
 from capo.module import PreferenceModule
 from capo.rewards import Reward
 from capo.runtime.processes import gathered
@@ -33,6 +33,7 @@ from capo.runtime.threads import OPERATIONS
 from capo.training.choice import Choice, monitored
 from capo.training.trackers import log_picture
 from capo.training.unconditional import UnconditionalBranch
+from capo.win_rates import win_rate
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from capo.evaluation.benchmarks.layout import OVERALL, Benchmark
 from capo.evaluation.results import DIGITS
 from capo.evaluation.statistics import balanced_interval, bootstrap_interval, paired_tests, prompts_needed
 from capo.evaluation.tables import SIGNIFICANT
-from capo.metrics import win_rate
+from capo.win_rates import win_rate
 
 
 @dataclass(frozen=True)

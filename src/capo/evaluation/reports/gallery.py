@@ -13,8 +13,8 @@ from torch import Tensor
 
 from capo.data.images import Scores, Side
 from capo.evaluation.diversity import Pictures, sampled_rows
-from capo.metrics import win_rate
 from capo.runtime.files import write_whole
+from capo.win_rates import win_rate
 
 SMALL = 160  # pixels; images with sides up to this are embedded in a page losslessly
 LONGEST = 10_000  # characters of a prompt that are measured for its label
