@@ -430,7 +430,8 @@ def test_extras_and_rewards_that_are_not_here(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_plan_does_without_lightning():
-    """Importing it takes seconds; the checks before a run, which come first, do without it too."""
-    program = "import sys, capo.cli.plan, capo.cli.readiness; sys.exit('lightning' in sys.modules)"
+def test_a_plan_does_without_lightning_and_torchmetrics():
+    """Importing them takes seconds; the checks before a run, which come first, do without them too."""
+    loaded = "{'lightning', 'torchmetrics'} & set(sys.modules)"
+    program = f"import sys, capo.cli.plan, capo.cli.readiness; sys.exit(bool({loaded}))"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
