@@ -18,6 +18,7 @@ TWICE = re.compile(
     r"(Multiple values for )?(?P<key>[\w/]+(@[\w.]+)?)(\. To override| appears more than once)"
 )
 EXPERIMENT = "experiment"
+MISSING = "???"  # OmegaConf's value that is not given
 LISTED = (EXPERIMENT, "rewards")  # groups of which several files make sense together
 HELD_OUT = "rewards@validation.held_out", "validation.held_out"  # which `messages.grouped` rewrites
 
@@ -111,6 +112,26 @@ def below_a_value(key: str, arguments: Sequence[str], conf: Path) -> str | None:
                 f"there is no key '{key}' beside experiment={name}, which sets {above}={shown(node)}, a "
                 f"single value: leave that experiment out, or give all of it, '{above}={whole}'"
             )
+    return None
+
+
+def experiment_with(key: str, arguments: Sequence[str], folders: Sequence[Path]) -> Path | None:
+    """File of a chosen experiment that gives the value of `key`; None if none does, or an argument itself.
+
+    `folders` hold groups of files, in the order in which they are searched.
+    """
+    if any(text.lstrip("+").partition("=")[0] == key for text in arguments):
+        return None
+    for name in _experiments(arguments):
+        files = [folder / EXPERIMENT / f"{name}.yaml" for folder in folders]
+        path = next((file for file in files if file.is_file()), None)
+        node: Any = None
+        with suppress(InputError):  # an alias, say, which Hydra reads
+            node = read_yaml(path, dict, "correct it") if path else None
+        for part in key.split("."):
+            node = node.get(part, MISSING) if isinstance(node, dict) else MISSING
+        if node != MISSING:
+            return path
     return None
 
 

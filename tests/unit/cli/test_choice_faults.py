@@ -1,9 +1,12 @@
 """Messages for choices of the command line: the key that made them, and what to give instead."""
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
-from capo.cli.compose import composed
+from capo.cli.compose import REPOSITORY, composed
 from capo.cli.messages import grouped
+from capo.cli.schema import check_values
 from capo.errors import InputError
 
 
@@ -50,3 +53,23 @@ def test_what_the_messages_tell_to_give_composes():
     assert cfg.prompts.train == {"path": "a.csv"} and cfg.prompts.test == 16
     with pytest.raises(InputError, match="rewards=1e3: no such choice"):  # a name, in quotes
         composed("train", ['rewards="1e3"'])
+
+
+def test_the_experiment_that_gives_a_refused_key_is_named(tmp_path, monkeypatch):
+    (tmp_path / "experiment").mkdir()
+    own = tmp_path / "experiment" / "own.yaml"
+    own.write_text(
+        "# @package _global_\nrun_dir: r\ntrainer: {bacth: 4, batch: 7.5}\nobjective: {beta: null}\n"
+    )
+    chosen = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=[quick,own]"]
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        cfg = compose("train", [*chosen, "trainer.bacth=3", "+sed=1"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    with pytest.raises(InputError) as refused:
+        check_values(composed("train", [*chosen, "trainer.bacth=3", "+sed=1"]))
+    first, *lines = str(refused.value).splitlines()
+    assert first == "these values cannot be used:"
+    assert {line.strip().partition(": ")[0] for line in lines} == {
+        f"{own} has objective.beta=null", "trainer.bacth=3", f"{own} has trainer.batch=7.5", "sed=1",
+    }  # fmt: skip
+    assert any("has objective.beta=null" in line and line.endswith("(model.beta)") for line in lines)

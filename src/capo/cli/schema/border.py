@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from os.path import expanduser
+from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from capo.cli.choice_faults import experiment_with
 from capo.cli.compose import resolved
 from capo.cli.schema.calls import CALLED, call_faults
 from capo.cli.schema.scripts import Training
@@ -18,6 +21,7 @@ from capo.runtime.schema import Section, dotted, faults, leaves, shown
 
 HOME = re.compile(r"~[^/\s]*(/|$)")  # a path in a user's home
 # what the schema does not know: where a beta comes from that the command line does not give
+NO_BETA = "objective.beta=null: "
 BETA = "; give objective.beta=VALUE, or leave it out where the model has one for this objective (model.beta)"
 # groups of which one choice counts; of others, such as rewards, several may be named
 SINGLE = ("objective", "reference", "pairs", "prompts", "model", "trainer", "import", "engine", "benchmark")
@@ -35,8 +39,18 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
         for key, fault in faults(schema, values).items()
         if not any(place.startswith(f"{key}.") for place in wrong)
     }
-    refuse(wrong)
+    refuse({key: f"{_giver(key)}{fault}" for key, fault in wrong.items()})
     check_calls(values)
+
+
+def _giver(key: str) -> str:
+    """Beginning of a message about the value of `key`: the file of the chosen experiment that gives it."""
+    if not HydraConfig.initialized():
+        return ""
+    own: Any = HydraConfig.get()  # typed as the schema, but a DictConfig
+    folders = [Path(source.path) for source in own.runtime.config_sources if source.schema == "file"]
+    path = experiment_with(key, own.overrides.task, folders)
+    return f"{path} has " if path else ""
 
 
 def check_calls(values: Mapping[str, Any]) -> None:
@@ -86,9 +100,8 @@ def check_group_choices(cfg: DictConfig, own: Any) -> None:
 
 def refuse(found: Mapping[str, str], remedy: str = "") -> None:
     """Raise InputError with one line for each fault, which `remedy` ends."""
-    lines = [
-        f"{fault}{BETA}" if fault.startswith("objective.beta=null") else fault for fault in found.values()
-    ]
+    asked = not remedy  # by the command, which can give a value
+    lines = [f"{fault}{BETA}" if asked and NO_BETA in fault else fault for fault in found.values()]
     if lines:
         told = lines[0] if len(lines) == 1 else "\n  ".join(["these values cannot be used:", *lines])
         raise InputError(told + remedy)
