@@ -30,11 +30,11 @@ from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.cli.build import built
-from capo.cli.messages import alike, disk_fault, plain_errors, start, was_interrupted
+from capo.cli.messages import disk_fault, plain_errors, start, was_interrupted
 from capo.cli.readiness import check_export, check_ready, check_weights, refuse_plans
 from capo.cli.schema import check_values
 from capo.data.pool.files import TensorFile
-from capo.errors import InputError, Unfinished
+from capo.errors import InputError, Unfinished, alike
 from capo.runtime.run_folder import CONFIG, OUTCOME
 from capo.training.checkpoints import check_checkpoint
 from fixtures import ROOT

@@ -19,14 +19,14 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
-from omegaconf import Container, DictConfig, OmegaConf
 from safetensors import SafetensorError
 from tqdm import tqdm
 from yaml import YAMLError
 
-from capo.cli.choice_faults import below_a_value, local_of, no_names, twice_chosen, unknown_choice
+from capo.cli.choice_faults import local_of, no_names, twice_chosen, unknown_choice
+from capo.cli.key_faults import key_fault
 from capo.cli.place_faults import disk_fault
-from capo.errors import InputError, Unfinished, alike, first_line
+from capo.errors import InputError, Unfinished, first_line
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.terminal import printable
 
@@ -39,7 +39,6 @@ LONG_NUMBER = re.compile(r"\d{1000}")
 LISTED = re.compile(r"Error merging override (.+)")
 LISTED_IN = re.compile(r"In '([^']+)': ")
 CONF = Path(__file__).parents[3] / "conf"  # beside src/; not there in an installed package
-UNKNOWN_KEY = re.compile(r"Could not override '(.+?)'")
 
 
 def was_interrupted(error: BaseException) -> bool:
@@ -173,15 +172,8 @@ def command_fault(error: BaseException, arguments: Sequence[str] | None = None) 
             return None
         folder = "; --config-dir takes a folder with groups, such as rewards/ and experiment/"
         return " ".join(f"{error} {error.__cause__ or ''}".split()) + folder * ("directory" in str(error))
-    cause, unknown = error.__cause__, UNKNOWN_KEY.search(str(error))
-    parent = getattr(cause, "parent_node", None)
-    if unknown and isinstance(parent, DictConfig):
-        key = unknown[1]
-        if (fault := below_a_value(key, arguments, CONF)) is not None:
-            return fault
-        near = alike(key, _keys(parent._get_root()))
-        return f"there is no key '{key}'{_meant(near)}" + ("" if near else " `--cfg job` lists all keys")
-    return twice_chosen(str(error), arguments) or " ".join(f"{error} {cause or ''}".split())
+    own = key_fault(error, arguments, CONF) or twice_chosen(str(error), arguments)
+    return own or " ".join(f"{error} {error.__cause__ or ''}".split())
 
 
 def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
@@ -221,21 +213,6 @@ def _file_read(error: BaseException) -> str:
     return str(local_of(error, "full_path") or "a file of the configuration")
 
 
-def _keys(cfg: Container) -> list[str]:
-    """Top-level keys, and the dotted key of every value."""
-    found: list[str] = []
-
-    def walk(node: object, key: str) -> None:
-        if isinstance(node, dict) and node:
-            for name, value in node.items():
-                walk(value, f"{key}.{name}" if key else name)
-        else:
-            found.append(key)
-
-    walk(OmegaConf.to_container(cfg, resolve=False), "")
-    return [*dict.fromkeys([*map(str, cfg), *found])]
-
-
 def _choices(message: str, group: str) -> list[str]:
     """Choices of a group, read from the folder that Hydra searched.
 
@@ -243,10 +220,6 @@ def _choices(message: str, group: str) -> list[str]:
     """
     searched = SEARCHED.search(message)
     return sorted(path.stem for path in Path(searched[1], group).glob("*.yaml")) if searched and group else []
-
-
-def _meant(names: list[str]) -> str:
-    return f"; did you mean {' or '.join(names)}?" if names else ";"
 
 
 def _same_command() -> str:

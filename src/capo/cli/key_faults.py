@@ -1,0 +1,81 @@
+"""Messages for keys of the command line that Hydra cannot set, add or remove: with what to give instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import Container, DictConfig, OmegaConf
+
+from capo.cli.choice_faults import below_a_value, local_of
+from capo.errors import alike
+
+UNKNOWN = re.compile(r"Could not override '(.+?)'")
+ABSENT = re.compile(r"Could not delete from config\. '(.+?)' does not exist")
+OTHER_VALUE = re.compile(r"Could not delete from config\. The value of '(.+?)' is (.*) and not (.*)\.$", re.S)
+PRESENT = re.compile(r"Could not append to config\. An item is already at '(.+?)'")
+NO_GROUP = re.compile(r"Override (.+) looks like a config group override")
+
+
+def key_fault(error: BaseException, arguments: Sequence[str], conf: Path) -> str | None:
+    """Message for a key that cannot be set, added or removed; None for any other error.
+
+    `conf` holds the groups of files.
+    """
+    message, parent = str(error), getattr(error.__cause__, "parent_node", None)
+    if (found := UNKNOWN.search(message)) and isinstance(parent, DictConfig):
+        key = str(getattr(error.__cause__, "full_key", None))
+        key = key if key.startswith(f"{found[1]}.") else found[1]  # the former in a mapping that is given
+        return _unknown(found[1], key, _keys(parent._get_root()), arguments, conf)
+    override, cfg = local_of(error, "override"), local_of(error, "cfg")
+    if found := ABSENT.match(message):
+        near = alike(found[1], _keys(cfg)) if isinstance(cfg, DictConfig) else []
+        remedy = _meant([f"~{key}" for key in near]) if near else "; leave it out; `--cfg job` lists all keys"
+        return f"~{found[1]}: there is no key '{found[1]}' to remove{remedy}"
+    if found := OTHER_VALUE.match(message):
+        key, value, given = found.groups()
+        return f"~{key}={given}: {key} is {value}, and only that is removed; give ~{key}"
+    if found := PRESENT.match(message):
+        key, value = found[1], getattr(override, "input_line", "").partition("=")[2] or "VALUE"
+        return f"+{key}={value}: {key} has a value already, and + adds a key; give {key}={value}"
+    if found := NO_GROUP.match(message):
+        return (
+            f"{found[1]}: @ stands between a folder of conf/ and the key that a file in it fills; give "
+            "GROUP@KEY=NAME (rewards@evaluation.rewards=looks, say), or KEY=VALUE without @"
+        )
+    return None
+
+
+def _unknown(given: str, key: str, known: list[str], arguments: Sequence[str], conf: Path) -> str:
+    """Message for an unknown `key`, itself `given` by an argument or in a mapping that is given."""
+    if (fault := below_a_value(key, arguments, conf)) is not None:
+        return fault
+    for text in arguments:
+        if text.startswith("~") and f"{key}.".startswith(f"{text[1:].partition('=')[0]}."):
+            return f"there is no key '{key}', since {text} removes it; leave {text} out"
+    near = [name for name in alike(key, known) if name != given]
+    if near:
+        return f"there is no key '{key}'{_meant(near)}"
+    if given != key and (conf / given).is_dir():
+        return f"there is no key '{key}'; give {given}=NAME, a file of conf/{given}/, or {given}.KEY=VALUE"
+    return f"there is no key '{key}'; `--cfg job` lists all keys"
+
+
+def _meant(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?"
+
+
+def _keys(cfg: Container) -> list[str]:
+    """Top-level keys, and the dotted key of every value."""
+    found: list[str] = []
+
+    def walk(node: object, key: str) -> None:
+        if isinstance(node, dict) and node:
+            for name, value in node.items():
+                walk(value, f"{key}.{name}" if key else name)
+        else:
+            found.append(key)
+
+    walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return [*dict.fromkeys([*map(str, cfg), *found])]
