@@ -512,6 +512,7 @@ def test_a_place_that_no_file_system_takes_is_one_message(number):
 
 
 def test_a_terminal_that_cannot_show_a_character_ends_no_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
     start(lambda: print("win-rate \u2502 ü"))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from hydra._internal import utils as hydra_internals
 from hydra.core.hydra_config import HydraConfig
@@ -97,6 +98,8 @@ def start(main: Callable[[], object]) -> None:
             f"error: the working directory cannot be used ({error.strerror}): change to another one", REFUSED
         )
 
+    _check_options(sys.argv[1:])
+
     def explained(call: Callable[[], object]) -> object:
         try:
             return call()
@@ -113,6 +116,25 @@ def start(main: Callable[[], object]) -> None:
         _end("interrupted; finished work is kept", INTERRUPTED)
     finally:
         hydra_internals.run_and_report = report
+
+
+def _check_options(arguments: Sequence[str]) -> None:
+    """End with one line for options that Hydra's parser would refuse with all of its usage."""
+
+    def refuse(message: str) -> NoReturn:
+        _end(f"error: {message}; `--hydra-help` lists the options", REFUSED)
+
+    parser = hydra_internals.get_args_parser()
+    parser.error = refuse
+    left = parser.parse_known_args(arguments)[1]
+    if unknown := [text for text in left if text.startswith("-")]:
+        _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
+    if left:
+        _end(
+            f"error: {left[0]}: an option stands between it and the other key=value; give all of these in "
+            "one place, before or after the options",
+            REFUSED,
+        )
 
 
 def refused(error: Exception, code: int = REFUSED) -> int:
@@ -235,7 +257,7 @@ def _wants_trace() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
 
 
-def _end(message: str, code: int) -> None:
+def _end(message: str, code: int) -> NoReturn:
     for bar in list(getattr(tqdm, "_instances", ())):  # Lightning leaves its own open
         bar.close()
     print(printable(message), file=sys.stderr)

@@ -109,3 +109,23 @@ def test_a_path_that_cannot_be_used_names_the_key_that_gave_it(monkeypatch, argu
     assert fault.startswith(f"{given[:400]}... cannot be used (File name too long): ") and fault.endswith(
         told
     )
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["--cfg", "job", "--foo"], "--foo: there is no such option; `--hydra-help` lists them"),
+    (["seed=1", "-m", "seed=2"], "seed=2: an option stands between it and the other key=value; give all of "
+     "these in one place, before or after the options"),
+    (["--config-dir"], "argument --config-dir/-cd: expected one argument; `--hydra-help` lists the options"),
+])  # fmt: skip
+def test_an_option_that_cannot_be_read_is_one_line(monkeypatch, capsys, arguments, told):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        start(lambda: pytest.fail("nothing can be done"))
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: {told}\n"
+
+
+def test_options_beside_keys_are_left_to_hydra(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2", "~pairs", "--cfg=job", "-p", "model"])
+    called = []
+    start(lambda: called.append(sys.argv[1:]))
+    assert called == [["-m", "seed=1,2", "~pairs", "--cfg=job", "-p", "model"]]
