@@ -38,7 +38,9 @@ def tensor_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def readable_tensors(path: Path) -> Iterator[Any]:
     """Yield an opened safetensors file; DamagedFile for one that cannot be opened or, in the block, read."""
     try:
-        open_ordinary(path, partial(DamagedFile, remedy=AGAIN)).close()
+        with open_ordinary(path, partial(DamagedFile, remedy=AGAIN)) as file:
+            if not file.read(1):
+                raise DamagedFile(path, "it is empty", AGAIN)
         with safe_open(path, framework="pt") as file:
             yield file
     except InputError:

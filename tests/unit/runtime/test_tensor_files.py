@@ -70,3 +70,9 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"a\.safetensors cannot be read \(as safetensors: .*\); restore it"):
         tensor_entries(tmp_path / "a.safetensors")
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(InputError, match=r"a\.safetensors cannot be read \(it is empty\); restore it"):
+        tensor_entries(tmp_path / "a.safetensors")

@@ -65,6 +65,8 @@ def parse_header(path: Path, start_of_file: memoryview | bytes) -> Header:
 
     In a valid one every tensor has a known dtype, and they fill the data one after another.
     """
+    if not start_of_file:
+        raise DamagedShard(path, "it is empty")
     length = int.from_bytes(start_of_file[:8], "little")
     try:
         if len(start_of_file) < 8 + length:

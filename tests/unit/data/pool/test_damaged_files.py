@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from capo.data.pool import DamagedShard, Manifest, Pool, PoolReader
 from capo.data.pool.files import write_tensors
+from capo.data.pool.headers import read_header
 from capo.data.pool.import_table import check_entries, read_import_table
 from capo.data.pool.parquet import ARROW, SEAL
 from capo.data.pool.score_files import write_score_file
@@ -215,6 +216,14 @@ def test_no_ordinary_file_in_place_of_a_shard_does_not_count(pool, kind, place, 
     assert not has[kind]() and f"{path} is not valid" in caplog.text
     with pytest.raises(DamagedShard, match=path.name):
         read[kind]()
+
+
+def test_an_empty_shard_is_called_empty_by_each_way_to_read_it(pool):
+    path = pool.folder / "latents" / "00000-00.safetensors"
+    path.write_bytes(b"")
+    for read in (lambda: PoolReader(pool).latents(0, [0]), lambda: read_header(path)):
+        with pytest.raises(DamagedShard, match=r"00000-00\.safetensors is damaged: it is empty; run gener"):
+            read()
 
 
 def test_a_folder_in_place_of_a_shard_is_not_replaced(pool):
