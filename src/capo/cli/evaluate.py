@@ -170,11 +170,12 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
 
 def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dict:
     """Compare runs on the console, and write a table of them to `folder` as HTML, CSV and LaTeX."""
+    # before anything is printed, since a file of any run may be damaged
+    groups, labeled = seed_groups(runs), list(zip(runs, run_labels(runs), strict=True))
     found = compare_runs(runs, console)
-    if groups := seed_groups(runs):
+    if groups:
         console.print(seeds_table(groups))
     results = found["results"]
-    labeled = list(zip(runs, run_labels(runs), strict=True))
     compared = compare_methods(dict(labeled))
     for table in compared.tables() if compared else ():
         console.print(table)

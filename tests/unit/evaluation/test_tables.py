@@ -107,6 +107,14 @@ def test_the_files_hold_values_marks_command_and_fingerprints(written):
     assert {len(re.findall(r"(?<!\\)&", line)) for line in rows[1:]} == {6}
 
 
+def test_a_damaged_outcome_is_told_before_any_table(tmp_path, capsys):
+    runs = [write_run(tmp_path / "0", 0.6, 1), write_run(tmp_path / "1", 0.5, 2)]
+    (runs[1] / "outcome.json").write_text("{")
+    with pytest.raises(InputError, match=r"1/outcome\.json cannot be read \(it is not JSON"):
+        compare_with_pools(runs, tmp_path / "out")
+    assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
+
+
 def test_what_a_run_lacks_is_a_dash(tmp_path):
     from capo.evaluation.tables import Row
 
