@@ -30,6 +30,8 @@ def check_access(repository: str) -> None:
     place = f"push_to_hub={repository}"
     try:
         validate_repo_id(repository)
+        if "/" not in repository:
+            raise InputError(f"{place}: no owner is named; write owner/name")
         if is_offline_mode():
             raise InputError(f"{place}: HF_HUB_OFFLINE forbids it; unset it, or leave push_to_hub out")
         HfApi().whoami()

@@ -22,9 +22,15 @@ def online(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a/b/c", "not a repository name"), ("a b", "not a repository name")]
+    ("name", "message"),
+    [
+        ("a/b/c", "not a repository name"),
+        ("a b", "not a repository name"),
+        ("it", "push_to_hub=it: no owner is named; write owner/name"),
+    ],
 )
-def test_a_name_that_is_none_is_refused(online, name, message):
+def test_a_name_that_is_none_is_refused_before_the_login_is_asked_for(online, monkeypatch, name, message):
+    monkeypatch.setattr(hub.HfApi, "whoami", refused)
     with pytest.raises(InputError, match=message):
         hub.check_access(name)
 
