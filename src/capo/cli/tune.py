@@ -52,6 +52,7 @@ from capo.training.loader import PreferenceData
 from capo.training.progress import Pace
 from capo.training.rounds import RoundRecord
 from capo.training.signal import GradientSignal
+from capo.training.strength import read_strength
 from capo.training.summary import beta_warning, print_rounds, print_selection, print_summary, unused_devices
 from capo.training.validation import WinRateValidation
 
@@ -226,6 +227,8 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     console.quiet = not launch().first
     if cfg.evaluate:
         check_root(cfg, folder / EVALUATION)
+        if not cfg.validation.strengths:  # else it is written anew; the report of the evaluation shows it
+            read_strength(folder)
     with alone(folder), process_group(cuda=own_device(cfg.trainer.accelerator).type == "cuda"):
         progress, evaluated = run_on_first_process(
             lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file())

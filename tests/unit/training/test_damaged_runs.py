@@ -14,6 +14,7 @@ from capo.backbones import UNetBackbone
 from capo.backbones.export import export_policy, load_policy, policy_fingerprint
 from capo.backbones.lora import LORA_FILE, add_lora
 from capo.backbones.model_card import ModelCard
+from capo.cli import tune
 from capo.cli.compose import composed
 from capo.cli.run_config import open_run, read_config
 from capo.cli.run_labels import read_values
@@ -115,6 +116,17 @@ def test_strengths_of_another_form_are_named(run):
     (run / "strength.json").write_text('{"curve": [{"strength": "a"}]}')
     with pytest.raises(DamagedFile, match=r"strength.json cannot be read .*curve.*strength.*; remove it"):
         read_strength(run)
+
+
+def test_damaged_strengths_are_told_before_training(tmp_path, monkeypatch):
+    (tmp_path / "strength.json").write_text("{")
+    monkeypatch.setattr(tune, "open_run", lambda *_: pytest.fail("the run has begun"))
+    with pytest.raises(DamagedFile, match=r"strength\.json cannot be read \(it is not JSON"):
+        tune.complete_run(composed("train", ["evaluate=true", "threads=1"]), None, tmp_path)
+    with pytest.raises(pytest.fail.Exception):  # which writes the file anew
+        tune.complete_run(
+            composed("train", ["evaluate=true", "threads=1", "validation.strengths=[0.5]"]), None, tmp_path
+        )
 
 
 @pytest.mark.parametrize(("text", "message"), [
