@@ -204,7 +204,10 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     check_inside(folder, FILLED, cfg.trust)
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
-        raise InputError(f"run={folder} has not finished: it has no outcome.json; finish its training first")
+        raise InputError(
+            f"run={folder} has not finished: it has no outcome.json; finish its training first, by "
+            f"`python train.py ... hydra.run.dir={folder}` with the values of its start"
+        )
     given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
     for override in overrides:
         if override.lstrip("+").startswith("experiment=") and not override.endswith("=null"):

@@ -9,6 +9,7 @@ from capo.cli.run_config import (
     is_finished,
     open_run,
     read_config,
+    run_config,
 )
 from capo.errors import DamagedFile, InputError
 from fixtures.configuration import composed
@@ -68,6 +69,14 @@ def test_a_finished_run_stays_one_until_training_goes_on(tmp_path):
     (tmp_path / "checkpoints" / "last.ckpt").unlink()  # what has not finished may begin anew
     assert open_run(tmp_path, longer) is Progress.BEGUN
     assert open_run(tmp_path, composed("trainer.max_steps=6")) is Progress.BEGUN
+
+
+def test_the_command_that_finishes_a_run_is_told(tmp_path):
+    cfg = composed()
+    open_run(tmp_path, cfg)
+    with pytest.raises(InputError) as refused:
+        run_config(tmp_path, OmegaConf.create({**cfg, "trust": []}), [])
+    assert f"training first, by `python train.py ... hydra.run.dir={tmp_path}` with" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["calibration", "checkpoints", "online", "validation", "workers"])
