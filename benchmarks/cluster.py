@@ -21,12 +21,13 @@ import argparse
 import heapq
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from benchmarks.options import whole_number
 from benchmarks.simulated_cluster import STAGES, SimulatedCluster, chain
 from capo.data.engines.schedule import Room, Schedule, Task, Worker
+from capo.runtime.options import number, whole_number
 
+SECONDS = {"text": 2.0, "latents": 600.0, "scores": 120.0}
 JITTER = 0.2  # a task takes up to this share more or less than its stage's time
 HEAD = "devices  ideal h   ray h  utilized  local h  utilized  lost  failed  starts  driver ms/file"
 ROW = "{:7d} {:8.2f} {:7.2f} {:8.1%} {:8.2f} {:8.1%} {:6d} {:6d} {:7d} {:12.3f}"
@@ -79,16 +80,25 @@ def simulate(devices: int, shards: int, seconds: Mapping[str, float], start: flo
     return [devices, ideal / 3600, *used, failures.count, len(failed), cluster.starts, driver]
 
 
-def main() -> None:
+def stage_seconds(text: str) -> tuple[str, float]:
+    """Type of an option: STAGE=SECONDS, else argparse's message."""
+    name, _, value = text.partition("=")
+    if name not in STAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} must be STAGE=SECONDS, of {', '.join(STAGES)}")
+    return name, number(zero=False)(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print one row for each number of devices."""
     parser = argparse.ArgumentParser(description="Simulate the filling of a pool on a cluster.")
     parser.add_argument("--shards", type=whole_number(), default=1000)
     parser.add_argument("--devices", type=whole_number(), nargs="+", default=[1, 8, 64])
-    parser.add_argument("--failures", type=float, default=0.01, help="share of tasks that fail")
-    parser.add_argument("--start", type=float, default=60.0, help="seconds until a worker is ready")
-    parser.add_argument("--seconds", nargs="+", default=["text=2", "latents=600", "scores=120"])
-    options = parser.parse_args()
-    seconds = {name: float(value) for name, value in (entry.split("=") for entry in options.seconds)}
+    parser.add_argument("--failures", type=number(below=1), default=0.01, help="share of tasks that fail")
+    parser.add_argument("--start", type=number(), default=60.0, help="seconds until a worker is ready")
+    told = "of a shard, as STAGE=SECONDS; default " + " ".join(f"{k}={v:g}" for k, v in SECONDS.items())
+    parser.add_argument("--seconds", type=stage_seconds, nargs="+", default=[], help=told)
+    options = parser.parse_args(arguments)
+    seconds = SECONDS | dict(options.seconds)
     print(
         f"{options.shards} shards, seconds {seconds}, {options.failures:.1%} fail, start {options.start:g} s"
     )

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from capo.runtime.files import write_whole
+from capo.runtime.options import number
 
 ROOT = Path(__file__).parents[1]
 GRACE = 20.0  # seconds beyond its own limit after which a part is ended
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts one after the other until the time is spent."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of figures and logs")
-    parser.add_argument("--minutes", type=float, default=9.0, help="in all; default 9")
+    parser.add_argument("--minutes", type=number(), default=9.0, help="in all; default 9")
     parser.add_argument("--size", default="full", choices=("full", "tiny"), help="default full")
     parser.add_argument("--device", default="cuda", help="default cuda")
     parser.add_argument("--only", default="", help="parts whose name has this text")

@@ -1,19 +1,9 @@
 """Numbers on the command line of the benchmarks."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-
-def whole_number(smallest: int = 1) -> Callable[[str], int]:
-    """Type of an option: a whole number of at least `smallest`, else argparse's message with the option."""
-
-    def read(text: str) -> int:
-        number = int(text) if text.strip().lstrip("-").isdecimal() and len(text) < 20 else smallest - 1
-        if number < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {smallest}")
-        return number
-
-    return read
+from capo.runtime.options import whole_number
 
 
 def add_numbers(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:

@@ -21,11 +21,11 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  # made at import
 
-from benchmarks.options import whole_number
 from capo.backbones import Backbone, MMDiTBackbone, UNetBackbone
 from capo.backbones.base import scheduler_class
 from capo.data import PreferenceBatch
 from capo.preflight.architecture import Blueprint, fresh_module, published
+from capo.runtime.options import number, whole_number
 
 FULL, TINY = "full", "tiny"
 MODELS = ("sdxl", "sd3")
@@ -245,7 +245,7 @@ def sized_options(
     )
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=number(),
         default=minutes,
         help=f"start nothing new after this time; default {minutes:g}",
     )

@@ -44,6 +44,7 @@ from capo.rewards.selfcheck import (
     read_golden,
     write_golden,
 )
+from capo.runtime.options import number
 from capo.runtime.terminal import Terminal
 
 # overrides may be written `NAME.weights=...` or `rewards.NAME.weights=...`
@@ -80,7 +81,7 @@ def arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda, cuda:1 or cpu; by default the GPU if there is one")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(),
         default=TOLERANCE,
         help=f"tolerance within which scores count as equal; default {TOLERANCE}",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from capo.cli.messages import refused
 from capo.errors import InputError
+from capo.runtime.options import whole_number
 from capo.runtime.terminal import Terminal, printable
 
 COMMANDS = ("serve", "results", "export", "import")
@@ -23,14 +24,14 @@ def arguments(command: Sequence[str]) -> argparse.Namespace:
     serve = commands.add_parser("serve", help="serve the page again, without loading a model")
     serve.add_argument("folder", type=Path)
     serve.add_argument("--host", default=HOST)
-    serve.add_argument("--port", type=int, default=PORT, help="0: any free one")
+    serve.add_argument("--port", type=whole_number(0, 65535), default=PORT, help="0: any free one")
     results = commands.add_parser(
         "results", help="print and write what the votes say, one table for all studies"
     )
     results.add_argument("folders", type=Path, nargs="+", metavar="folder")
     results.add_argument(
         "--failures",
-        type=int,
+        type=whole_number(0),
         default=FAILURES,
         help=f"attention checks that a rater may fail, default {FAILURES}; the others' votes do not count",
     )

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from capo.cli.build import build_components
 from capo.cli.compose import REPOSITORY, composed
+from capo.runtime.options import whole_number
 from capo.shapes.make import autoencoder, base, card, flow_autoencoder, lineups, mmdit, rewards, scenery
 from capo.shapes.make.fitting import process
 
@@ -108,19 +110,21 @@ STAGES = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(prog="python -m capo.shapes.make", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
-    parser.add_argument("--steps", type=int, help="training steps, where the stage trains")
-    parser.add_argument("--lineups", type=int, default=LINEUPS, help="rewards only: number of line-ups")
+    parser.add_argument("--steps", type=whole_number(), help="training steps, where the stage trains")
+    parser.add_argument(
+        "--lineups", type=whole_number(), default=LINEUPS, help="rewards only: number of line-ups"
+    )
     start = "initial weights. base, mmdit: a checkpoint or a pipeline's folder; rewards: folder of weights"
     parser.add_argument("--start", type=Path, help=start)
     parser.add_argument("--model", default="shapes_unet", help="card only: base model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--threads", type=whole_number(), default=1)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if "WORLD_SIZE" in os.environ:  # started by torchrun
         torch.distributed.init_process_group("gloo")
