@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import sys
 import threading
 import traceback
@@ -99,7 +100,8 @@ def without_gradients():
 def undisturbed():
     """Put back, after the block, what a scorer may have changed in its process.
 
-    These are the working directory, the streams and file descriptors 0 to 2, the states of the random
+    These are the working directory, the environment's variables, the handlers of SIGINT and SIGTERM (which
+    the main thread alone can set), the streams and file descriptors 0 to 2, the states of the random
     generators of Python, numpy and torch, torch's default dtype, default device, gradient mode and number of
     threads, and the permissions of new files. Scorers may work in threads side by side: what all threads
     share is put back once none works.
@@ -150,7 +152,8 @@ class _Process:
         self.torch, self.numpy = torch, sys.modules.get("numpy")
         self.number, self.exit = os.getpid(), os._exit
         os._exit = self.refuse_exit
-        self.folder = _folder()
+        self.folder, self.variables = _folder(), dict(os.environ)
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.streams = sys.stdin, sys.stdout, sys.stderr
         self.copies = {number: _copied(number) for number in range(3)}
         self.random = random.getstate()
@@ -169,6 +172,11 @@ class _Process:
     def put_back(self):
         os._exit = self.exit
         os.umask(_umask)
+        _put_back_variables(self.variables)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.handlers.items():
+                if handler is not None and signal.getsignal(number) is not handler:  # None: not Python's
+                    signal.signal(number, handler)
         for number, copy in self.copies.items():
             if copy is not None:
                 _put_back(number, copy)
@@ -206,6 +214,14 @@ def _copied(number):
         return os.dup(number)
     except OSError:  # it is closed
         return None
+
+
+def _put_back_variables(variables):
+    for name in [name for name in os.environ if name not in variables]:
+        del os.environ[name]
+    for name, value in variables.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _put_back(number, copy):

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from capo.data.generation import ImageGenerator, PoolSpec, fill_pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.rewards import Reward, load_rewards
-from capo.rewards.guard import NoScores, numbers, undisturbed
+from capo.rewards.guard import NoScores, numbers, scores, undisturbed
 from fixtures.fake_backbone import FakeBackbone
 
 TWO = [Image.new("RGB", (4, 3), (255, 0, 0)), Image.new("RGB", (5, 2), (51, 102, 153))]
@@ -386,3 +387,26 @@ def test_a_scorer_that_was_not_built_is_not_built_to_be_moved_away():
     with pytest.raises(InputError, match="cannot be built"):
         reward.setup("cpu")
     reward.offload()
+
+
+def test_variables_and_handlers_are_as_before(monkeypatch):
+    monkeypatch.setenv("CAPO_KEPT", "1")
+    monkeypatch.setenv("CAPO_REMOVED", "2")
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def scorer(images, prompts):
+        os.environ.update(CAPO_KEPT="3", CAPO_ADDED="4")
+        del os.environ["CAPO_REMOVED"]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        return [0.0 for _ in images]
+
+    before = dict(os.environ)
+    try:
+        assert scores(scorer, [b"x"], ["a"]) == [0.0]
+        assert dict(os.environ) == before
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+        os.environ.pop("CAPO_ADDED", None)
