@@ -10,7 +10,6 @@ The exit code is 0 if everything passed, 1 if a check failed or nothing could be
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -234,8 +233,6 @@ def main(command: Sequence[str] | None = None) -> int:
     options, console = arguments(command), Terminal()
     try:
         options.device = chosen_device(options.device)
-        if not 0 <= options.tolerance < math.inf:
-            raise InputError(f"--tolerance {options.tolerance}: must be a finite number of at least 0")
         rewards = configured(options.name, options.overrides, options.conf)
         if options.golden and len(rewards) > 1:
             raise InputError(

@@ -31,7 +31,7 @@ def number(*, zero: bool = True, below: float = math.inf) -> Callable[[str], flo
         except ValueError:
             found = math.nan
         if not 0 <= found < below or (found == 0 and not zero):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {words}")
+            raise argparse.ArgumentTypeError(f"{text!r} must be a finite number {words}")
         return found
 
     return read
