@@ -135,6 +135,8 @@ def test_differences_name_leaves_and_leave_out_what_is_free():
     old = {"a": {"b": 1, "c": [1, 2]}, "logger": {"x": 1}, "pool": {"root": "x", "seed": 0}, "gone": None}
     new = {"a": {"b": 2, "c": [1, 2]}, "logger": {}, "pool": {"root": "y", "seed": 0}, "there": 1}
     assert differences(old, new) == ["a.b: 1 -> 2", "gone: None -> (not there)", "there: (not there) -> 1"]
+    assert differences({"where": {}}, {"where": None}) == []  # nothing is set in both
+    assert differences({"where": {}}, {"where": 0}) == ["where: {} -> 0"]
 
 
 def test_runs_begun_before_the_adapters_rate_was_a_key_go_on_where_the_rate_in_use_is_the_same():

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from capo.cli.compose import REPOSITORY, composed, resolved
 from capo.cli.messages import refused
+from capo.cli.other_files import command_of
 from capo.cli.schema.border import refuse
 from capo.cli.schema.scripts import SCRIPTS
 from capo.errors import InputError, alike
@@ -79,7 +80,7 @@ def explained(key: str, cfg: Mapping[str, DictConfig]) -> str:
     lines += [f"  group: {', '.join(names)}" for names in [choices_of(node)] if names]
     default = default_of(key if ANY in name.split(".") else name, node, cfg[script])
     lines += [f"  default: {default}"] if default is not None else []
-    lines += [f"  in {script}.py only"] if script != "train" else []
+    lines += [f"  in {command_of(script)} only"] if script != "train" else []
     below = [other for other in keys_of(script) if other.rpartition(".")[0] == name]
     lines += [f"  {other.removeprefix(f'{name}.')}: {meaning(keys_of(script)[other])}" for other in below]
     return "\n".join(lines)
@@ -134,7 +135,7 @@ def page() -> str:
 
 
 def _tables(script: str, keys: Mapping[str, Node], cfg: DictConfig) -> Iterator[str]:
-    yield f"## Keys of {script}.py" + ("" if script == "train" else " alone") + "\n"
+    yield f"## Keys of {command_of(script)}" + ("" if script == "train" else " alone") + "\n"
     yield "| key | it must be | default | meaning |"
     yield "|---|---|---|---|"
     for key, node in keys.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import Container, DictConfig, OmegaConf
 
 from capo.cli.choice_faults import below_a_value, local_of
+from capo.cli.other_files import absent_group, other_choice, other_script
 from capo.errors import alike
 
 UNKNOWN = re.compile(r"Could not override '(.+?)'")
@@ -44,7 +45,7 @@ def key_fault(error: BaseException, arguments: Sequence[str], conf: Path) -> str
             f"{found[1]}: @ stands between a folder of conf/ and the key that a file in it fills; give "
             "GROUP@KEY=NAME (rewards@evaluation.rewards=looks, say), or KEY=VALUE without @"
         )
-    return None
+    return absent_group(message, conf)
 
 
 def _unknown(given: str, key: str, known: list[str], arguments: Sequence[str], conf: Path) -> str:
@@ -54,6 +55,8 @@ def _unknown(given: str, key: str, known: list[str], arguments: Sequence[str], c
     for text in arguments:
         if text.startswith("~") and f"{key}.".startswith(f"{text[1:].partition('=')[0]}."):
             return f"there is no key '{key}', since {text} removes it; leave {text} out"
+    if (fault := other_choice(key, conf) or other_script(key, conf)) is not None:
+        return fault
     near = [name for name in alike(key, known) if name != given]
     if near:
         return f"there is no key '{key}'{_meant(near)}"

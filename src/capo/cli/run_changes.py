@@ -63,6 +63,9 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
         before, after = old.get(key, MISSING), new.get(key, MISSING)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{name}.")
-        elif before != after:
+        elif before != after and (before, after) not in (
+            ({}, None),
+            (None, {}),
+        ):  # both say that nothing is set
             found.append(f"{name}: {before} -> {after}")
     return found

@@ -44,6 +44,10 @@ def run(cfg: DictConfig, group: str | None = None) -> float:
     in the configuration are found before the import.
     """
     check_values(cfg)
+    if cfg.plan and cfg.check:
+        raise InputError(
+            "plan=true check=true: a plan loads no weights, and a check does; give them one after the other"
+        )
     if cfg.plan:
         with heavy_imports():
             from capo.cli.plan import run_plan

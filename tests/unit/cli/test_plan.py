@@ -107,6 +107,11 @@ def test_nothing_is_missing_for_the_shapes(tmp_path):
     assert plan["config"]["trainer"]["batch"] == 32
 
 
+def test_a_plan_and_a_check_are_not_asked_for_together(tiny_run):
+    with pytest.raises(InputError, match=r"^plan=true check=true: .* give them one after the other$"):
+        train_script.run(tiny_run("both", "plan=true", "check=true"))
+
+
 def test_a_full_disk_is_listed_by_a_plan_and_refused_by_a_run(tiny_run, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - 10, 10))
     plan, told = plan_of(tiny_run("full_plan", "plan=true"))

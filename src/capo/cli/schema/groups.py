@@ -135,7 +135,9 @@ class PromptFile(Section):
     nsfw_columns: Annotated[list[Text], Said("a list of columns")] | None = key(
         "columns to filter by; null: all with nsfw or unsafe in their names", None
     )
-    where: Annotated[dict[Text, Any], Said("column: value")] = key("only rows with these values count", {})
+    where: Annotated[dict[Text, Any], Said("a mapping {column: value}")] | None = key(
+        "only rows with these values count; null: all", None
+    )
     max_length: Annotated[int, Field(ge=1, le=limits.LETTERS)] | None = key(
         f"characters of a prompt; null: up to {limits.LETTERS:,}", 2000
     )

@@ -41,7 +41,7 @@ def fetch(source: Source, files: Sequence[PromptFile], rows: np.ndarray) -> list
     order = np.argsort(rows)
     ascending, start = rows[order], 0
     prompts: dict[int, Prompt] = {}
-    for _, columns, batch in _batches(replace(source, nsfw=None, where={}), files, "fetching"):
+    for _, columns, batch in _batches(replace(source, nsfw=None, where=None), files, "fetching"):
         texts = batch[columns.text]
         low, high = np.searchsorted(ascending, [start, start + len(texts)])
         for place, row in zip(order[low:high].tolist(), (ascending[low:high] - start).tolist(), strict=True):
@@ -80,8 +80,8 @@ def _judge(
         ids.append(int.from_bytes(digest(clean)) if clean else 0)
         fates.append(EMPTY if not clean else TOO_LONG if len(clean) > longest else FINE)
     found = np.array(fates, np.uint8)
-    for name in columns.where:
-        found[[not _same(value, source.where[name]) for value in batch[name]]] = UNWANTED
+    for name, wanted in (source.where or {}).items():
+        found[[not _same(value, wanted) for value in batch[name]]] = UNWANTED
     threshold = math.inf if source.nsfw is None else source.nsfw  # without one no column is read for it
     for name in columns.nsfw:
         reached = partial(

@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Source:
             this, a true NSFW boolean or a missing value. None: no filter.
         nsfw_columns: columns with NSFW scores or booleans; None: every column with nsfw or unsafe in its
             name.
-        where: column -> value that a row must have.
+        where: column -> value that a row must have; None: all rows count.
         max_length: largest number of characters of the normalized prompt; None: LETTERS.
         limit: largest number of prompts to keep; None: no limit.
         published_size: number of prompts in the published set, used by plans, which download no data set;
@@ -86,7 +86,7 @@ class Source:
     category: str | None = None
     nsfw: float | None = 0.5
     nsfw_columns: Sequence[str] | None = None
-    where: Mapping[str, object] = field(default_factory=dict)
+    where: Mapping[str, object] | None = None
     max_length: int | None = 2000
     limit: int | None = None
     published_size: int | None = None
@@ -186,7 +186,7 @@ class Source:
             if self.nsfw_columns is None
             else tuple(self.nsfw_columns)
         )
-        wanted = Columns(text, self.category, nsfw if self.nsfw is not None else (), tuple(self.where))
+        wanted = Columns(text, self.category, nsfw if self.nsfw is not None else (), tuple(self.where or ()))
         keys = [
             ("column", [wanted.text]),
             ("category", [wanted.category]),
@@ -237,7 +237,7 @@ RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "format": (f"one of {', '.join(READERS)}, or null", _optional(lambda value: value in tuple(READERS))),
     "nsfw": ("a finite number above 0, or null", _optional(_is_positive)),
     "nsfw_columns": ("a list of columns, or null", _optional(_are_texts)),
-    "where": ("column: value", lambda value: isinstance(value, Mapping)),
+    "where": ("a mapping {column: value}, or null", _optional(lambda value: isinstance(value, Mapping))),
     "max_length": (
         f"a whole number from 1 to {LETTERS}, or null",
         _optional(lambda value: isinstance(value, int) and _is_count(value) and value <= LETTERS),

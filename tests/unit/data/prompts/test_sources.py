@@ -194,9 +194,14 @@ def test_every_source_in_the_configuration_can_be_built(name):
     )
     for split in ("train", "validation", "test"):
         source = source_of(
-            split, dict(cfg.prompts[split]) | {"where": dict(cfg.prompts[split].where), "nsfw_columns": None}
+            split,
+            dict(cfg.prompts[split]) | {"where": dict(cfg.prompts[split].where or {}), "nsfw_columns": None},
         )
         assert source.path == "FILE" and source.nsfw == 0.5
+
+
+def test_conditions_of_rows_are_given_on_the_command_line():
+    assert composed("prompts=files", "prompts.train.where={x: 3}").prompts.train.where == {"x": 3}
 
 
 def test_the_papers_setting():
