@@ -35,14 +35,19 @@ def _part(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def seed_groups(folders: Sequence[Path]) -> dict[str, list[Path]]:
     """Group evaluated runs that have the same configuration but for the seed; groups of two or more.
 
+    Of runs with the same seed, such as a run and its copy, the first counts.
+
     Returns:
         The names of a group's directories, joined by commas -> the directories.
     """
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, dict[str, Path]] = {}
     for folder in folders:
         if (folder / CONFIG).is_file() and (folder / EVALUATION / RATES).is_file():
-            groups.setdefault(_setting(read_values(folder), _merged(folder)), []).append(folder)
-    return {", ".join(folder.name for folder in group): group for group in groups.values() if len(group) > 1}
+            values, merged = read_values(folder), _merged(folder)
+            seed = f"{merged['soup']}" if merged else f"{values.get('seed')}"
+            groups.setdefault(_setting(values, merged), {}).setdefault(seed, folder)
+    named = [list(group.values()) for group in groups.values() if len(group) > 1]
+    return {", ".join(folder.name for folder in group): group for group in named}
 
 
 def _merged(folder: Path) -> Mapping[str, Any]:

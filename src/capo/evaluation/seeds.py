@@ -93,5 +93,5 @@ def seeds_table(groups: Mapping[str, Sequence[Path]]) -> Table:
 
 
 def _cell(rate: OverSeeds) -> str:
-    low, high = rate.interval
+    low, high = max(0.0, rate.interval[0]), min(1.0, rate.interval[1])  # of a share
     return f"{100 * rate.mean:.1f} ({100 * low:.1f}–{100 * high:.1f})"

@@ -46,6 +46,19 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(tmp_path):
     assert "0, 1" in text and "67.5 (" in text and "looks" in text
 
 
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path):
+    runs = [write_run(tmp_path / name, seed) for name, seed in (("0", 0), ("copy", 0), ("1", 1))]
+    assert list(seed_groups(runs)) == ["0, 1"]
+    assert seed_groups(runs[:2]) == {}
+
+
+def test_the_interval_of_a_share_stays_between_0_and_100(tmp_path):
+    runs = [write_run(tmp_path / "0", 0, (1.0, 0.9)), write_run(tmp_path / "1", 1, (0.1, 0.0))]
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(seeds_table({"both": runs}))
+    assert "50.0 (0.0–100.0)" in console.export_text()
+
+
 def test_seeds_are_one_row_whatever_folder_their_logger_writes_to(tmp_path):
     runs = [write_run(tmp_path / str(seed), seed) for seed in (0, 1)]
     for seed, run in enumerate(runs):
