@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capo.cli.messages import refused
-from capo.errors import InputError
 from capo.runtime.options import whole_number
 from capo.runtime.terminal import Terminal, printable
 
@@ -79,8 +78,6 @@ def serve(study, host: str, port: int) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from capo.evaluation.study.store import Study
 
-    if not 0 <= options.port <= 65535:
-        raise InputError(f"--port {options.port}: must be from 0 to 65535")
     serve(Study(options.folder), options.host, options.port)
 
 
@@ -89,8 +86,6 @@ def _results(options: argparse.Namespace) -> None:
     from capo.evaluation.study.store import open_studies
     from capo.evaluation.study.tables import console_tables, with_holm, write_studies, write_study
 
-    if options.failures < 0:
-        raise InputError(f"--failures {options.failures}: must be at least 0")
     with open_studies(options.folders) as studies:
         found = with_holm([study_results(study, options.failures) for study in studies])
     for folder, study in zip(options.folders, found, strict=True):
