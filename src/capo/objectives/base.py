@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from capo.errors import InputError, ParameterError
 from capo.runtime.dtypes import at_least_float32
+from capo.runtime.own_code import called_by, faults_of, name_of
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,10 @@ def requirements(objective: Objective) -> Requirements:
 
     Raises InputError for a function that is not decorated with `requires`.
     """
-    while isinstance(objective, functools.partial):
-        objective = objective.func
-    declared = getattr(objective, "requirements", None)
+    declared = getattr(called_by(objective), "requirements", None)
     if not isinstance(declared, Requirements):
         raise InputError(
-            f"{objective.__module__}.{objective.__qualname__} does not declare what it reads; "
+            f"{name_of(objective)} does not declare what it reads; "
             "write @requires() from capo.objectives above it"
         )
     return declared
@@ -169,27 +168,62 @@ def beta_of(objective: Objective) -> float | None:
     return objective.keywords.get("beta") if isinstance(objective, functools.partial) else None
 
 
+@torch.enable_grad()
 def try_objective(objective: Objective) -> None:
     """Call an objective on three synthetic pairs, which have only the inputs that it declares.
 
-    Raises the errors of the objective, and InputError if it does not return losses of shape (B,).
+    All errors of the policy are those of the reference, as at the start of training. Raises InputError if the
+    objective raises, or if it does not return finite losses of shape (B,), with finite gradients by the
+    policy's errors or predictions.
     """
-    needs = requirements(objective)
-    read = {"policy_loser": needs.loser, "gap": needs.loser, "reference_winner": needs.reference}
-    read |= {"reference_loser": needs.reference and needs.loser, "policy_winner": True, "weight": True}
-    read |= {"kl": needs.kl}
+    needs, what = requirements(objective), f"the objective {name_of(objective)}"
+    with faults_of(f"{what} on three made-up pairs"):
+        errors, leaves = _made_up(needs)
+        losses = objective(errors)
+    if (fault := _fault(losses, leaves)) is not None:
+        raise InputError(f"{what} returned {fault}; correct it, or its arguments")
+
+
+def _fault(losses: object, leaves: Sequence[Tensor]) -> str | None:
+    """What is wrong with the losses of three pairs, of which `leaves` carry gradients; None if nothing is."""
+    if not isinstance(losses, Tensor):
+        return f"a {type(losses).__name__}: it must return a tensor, a loss per pair"
+    if losses.shape != (3,):
+        return f"losses of shape {tuple(losses.shape)} for 3 pairs: it must return (3,)"
+    start = "where policy = reference, as at the start of training"
+    if not losses.isfinite().all():
+        return f"losses that are not finite {start}: {losses.tolist()}"
+    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True) if losses.requires_grad else ()
+    reached = [gradient for gradient in gradients if gradient is not None]
+    if not reached:
+        return "losses that do not depend on the policy's errors or predictions: no gradient would train it"
+    if not all(gradient.isfinite().all() for gradient in reached):
+        return f"losses whose gradient by the policy's errors or predictions is not finite {start}"
+    return None
+
+
+def _made_up(needs: Requirements) -> tuple[PairErrors, list[Tensor]]:
+    """Three pairs with the inputs that are declared, and the policy's tensors that carry gradients."""
+    leaves: list[Tensor] = []
+
+    def of_policy(value: Tensor) -> Tensor:
+        leaves.append(value.clone().requires_grad_())
+        return leaves[-1].clone()  # not a leaf itself, as in training
+
+    read = {"gap": needs.loser, "reference_winner": needs.reference, "weight": True, "kl": needs.kl}
+    read |= {"reference_loser": needs.reference and needs.loser}
     errors: dict[str, Any] = {name: torch.full((3,), 0.2) for name, known in read.items() if known}
+    for name in ("policy_winner", "policy_loser")[: 1 + needs.loser]:
+        errors[name] = of_policy(torch.full((3,), 0.2))
     if needs.group:
         each = torch.full((3, 2), 0.2)
-        errors["group"] = Group(each, each + torch.tensor([0.5, 0.0]), each if needs.reference else None)
+        reference = each if needs.reference else None
+        errors["group"] = Group(of_policy(each), each + torch.tensor([0.5, 0.0]), reference)
     if needs.predictions:
         made_up = torch.zeros(3, 2 if needs.loser else 1, 1, 2, 2)
-        errors["predictions"] = Predictions(made_up, made_up + 0.5, made_up if needs.reference else None)
-    losses = objective(PairErrors(**errors))
-    if losses.shape != (3,):
-        raise InputError(
-            f"the objective returned losses of shape {tuple(losses.shape)} for 3 pairs; it must return (3,)"
-        )
+        reference = made_up if needs.reference else None
+        errors["predictions"] = Predictions(of_policy(made_up), made_up + 0.5, reference)
+    return PairErrors(**errors), leaves
 
 
 def implicit_rewards(errors: PairErrors) -> tuple[Tensor, Tensor]:

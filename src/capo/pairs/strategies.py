@@ -4,7 +4,6 @@ A *strategy* is a function `(scores, calibrated, *, ...) -> PairSets`; each file
 names one. `capo.data.selection` applies a strategy to a whole pool and draws pairs from the sets it returns.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from capo.errors import InputError, ParameterError
 from capo.pairs.depth import deep_frontiers
 from capo.pairs.fronts import check_finite, fronts, without_common
+from capo.runtime.own_code import called_by
 
 
 class PairSets(NamedTuple):
@@ -61,9 +61,7 @@ def declares(
 
 def declaration(strategy: Strategy) -> Declaration:
     """Declaration of a strategy, or of a `functools.partial` of one as Hydra makes it."""
-    while isinstance(strategy, functools.partial):
-        strategy = strategy.func
-    return getattr(strategy, "declaration", Declaration())
+    return getattr(called_by(strategy), "declaration", Declaration())
 
 
 def argument(strategy: Strategy, name: str | None) -> Any:
