@@ -23,6 +23,7 @@ from capo.errors import InputError, ParameterError
 from capo.noise import DRAWN, PRIOR
 from capo.pairs import Strategy
 from capo.rewards import Reward
+from capo.runtime.own_code import name_of
 
 NO_PRIOR = f"must be {DRAWN}, since nobody knows from which noise imported images were made"
 
@@ -164,8 +165,9 @@ def select_candidates(
     selection = select(strategy, scores, rewards)
     if not selection.usable.any():
         raise InputError(
-            f"none of {len(prompts)} prompts has a pair with dR > 0: use more candidates "
-            f"(pool.candidates={candidates}), fewer rewards, or pairs=sum"
+            f"none of {len(prompts)} prompts has a pair with dR > 0 by the pairs strategy "
+            f"{name_of(strategy)}: use more candidates (pool.candidates={candidates}), fewer rewards, or "
+            "pairs=sum"
         )
     prior = pool.manifest.seed if source == PRIOR else None
     dataset = PairDataset(

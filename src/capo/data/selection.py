@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capo.errors import InputError
 from capo.pairs import PairSets, Strategy, argument, combined_rewards, declaration
+from capo.runtime.own_code import faults_of, name_of
 from capo.runtime.threads import over_rows
 
 # Candidates compared at a time. PyTorch splits tensors of 2^15 elements over threads, whose synchronization
@@ -81,12 +83,32 @@ class Selection:
 def select(strategy: Strategy, scores: Tensor, calibrated: Tensor) -> Selection:
     """Apply a strategy to all prompts: scores and calibrated rewards (P, N, L) -> `Selection`.
 
-    With P = 0 it checks whether the strategy fits L rewards, which needs no scores. Raises the errors of the
-    strategy.
+    With P = 0 it checks whether the strategy fits L rewards, which needs no scores. Raises InputError if the
+    strategy raises or does not return two bool masks (P, N).
     """
-    sets = strategy(scores, calibrated)
-    rewards = combined_rewards(calibrated, argument(strategy, declaration(strategy).weights))
+    what = f"the pairs strategy {name_of(strategy)}"
+    with faults_of(f"{what} on scores and calibrated rewards of shape {tuple(scores.shape)}"):
+        sets = strategy(scores, calibrated)
+        weights = argument(strategy, declaration(strategy).weights)
+    if (fault := _fault(sets, calibrated)) is not None:
+        raise InputError(
+            f"{what} returned {fault}; it must return capo.pairs.PairSets(winners, losers), two bool masks "
+            f"{tuple(calibrated.shape[:2])}, (P, N) for P prompts with N candidates"
+        )
+    rewards = combined_rewards(calibrated, weights)
     return Selection(sets.winners, sets.losers, rewards, count_pairs(sets, rewards))
+
+
+def _fault(sets: object, calibrated: Tensor) -> str | None:
+    """What is wrong with a strategy's result; None if nothing is."""
+    if not isinstance(sets, PairSets):
+        return f"a {type(sets).__name__}"
+    for name, mask in zip(sets._fields, sets, strict=True):
+        if not isinstance(mask, Tensor):
+            return f"{name} that are a {type(mask).__name__}"
+        if (mask.dtype, mask.shape, mask.device) != (torch.bool, calibrated.shape[:2], calibrated.device):
+            return f"{name} of shape {tuple(mask.shape)}, {mask.dtype}, on {mask.device}"
+    return None
 
 
 def pair_matrix(winners: Tensor, losers: Tensor, rewards: Tensor) -> Tensor:

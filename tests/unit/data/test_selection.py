@@ -138,6 +138,52 @@ def test_selection_without_prompts_finds_what_does_not_fit():
         select(partial(reward_sum, weights=[1, 2]), none, none)
 
 
+def whole(scores, calibrated):
+    return PairSets(calibrated > 0.5, calibrated < 0.5)
+
+
+def plain_tuple(scores, calibrated):
+    return calibrated[..., 0] > 0.5, calibrated[..., 0] < 0.5
+
+
+def numbers(scores, calibrated):
+    return PairSets(calibrated[..., 0], calibrated[..., 0] < 0.5)
+
+
+def lists(scores, calibrated):
+    return PairSets((calibrated[..., 0] > 0.5).tolist(), calibrated[..., 0] < 0.5)
+
+
+def raises(scores, calibrated):
+    raise ZeroDivisionError("no scores")
+
+
+@declares(weights="share")
+def undeclared(scores, calibrated):
+    return random_pair(scores, calibrated)
+
+
+@pytest.mark.parametrize("prompts", [0, 2])
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (whole, r"returned winners of shape \(\d, 4, 2\), torch.bool, on cpu; it must return .*\(\d, 4\)"),
+        (plain_tuple, r"returned a tuple; it must return capo.pairs.PairSets\(winners, losers\)"),
+        (
+            numbers,
+            r"returned winners of shape \(\d, 4\), torch.float32, on cpu; it must return .* bool masks",
+        ),
+        (lists, "returned winners that are a list; it must return"),
+        (raises, r"on scores and .* of shape \(\d, 4, 2\) failed \(ZeroDivisionError: no scores\).*HYDRA"),
+        (undeclared, r"failed \(KeyError: 'share'\)"),
+    ],
+)
+def test_what_a_strategy_may_not_return_is_named(strategy, message, prompts):
+    scores, calibrated = independent_scores(2, 4, 2)
+    with pytest.raises(InputError, match=rf"^the pairs strategy \S+\.{strategy.__name__} .*{message}"):
+        select(partial(strategy), scores[:prompts], calibrated[:prompts])
+
+
 def test_hand_worked_statistics():
     # sizes of X+: 2 and 1, of X-: 2 and 3, of 4 candidates; the second prompt has no pair
     selection = Selection(
