@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,13 @@ from capo.data.generation import STAGES, ImageGenerator, PoolSpec
 from capo.data.importing.chosen import Imported
 from capo.data.labels import HUMAN, LabelSource
 from capo.data.pool.import_table import HUMAN_LABELS
-from capo.data.prompts import Prompt, check_splits, missing_inputs
+from capo.data.prompts import Prompt, check_source, check_splits, missing_inputs
 from capo.errors import InputError
 from capo.evaluation.diversity import AUTO, encoder_of
 from capo.noise import INVERTED
 from capo.rewards import Reward, lookup
 from capo.runtime.launch import launch
+from capo.runtime.own_code import faults_of
 from capo.runtime.processes import own_device
 
 if TYPE_CHECKING:
@@ -70,24 +72,29 @@ class Components:
 def built(cfg: DictConfig, key: str, **given: object) -> Any:
     """Call the `_target_` at `key` with its arguments, as plain values, and those `given`.
 
-    Raises InputError if nothing that belongs there has that name, or if a value is missing.
+    Raises InputError if nothing that belongs there has that name, if a value is missing, and for what code
+    that is not of this package raises.
     """
     place = place_of(tuple(key.split(".")))
     assert place, key
     try:
         node = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True, throw_on_missing=True)
-        return lookup.build({**cast(dict, node), **given}, partial(looked_up, place, key))
     except MissingMandatoryValue as error:
         missing = error.full_key or key
         raise InputError(f"{missing} is not given; give {missing}=VALUE") from error
+    node, name = cast(dict, node), str(cast(dict, node).get("_target_"))
+    with nullcontext() if name.startswith("capo.") else faults_of(f"{key}: {name}"):
+        return lookup.build({**node, **given}, partial(looked_up, place, key))
 
 
 def looked_up(place: Place, key: str, name: str) -> Any:
     """Return the object that belongs at `place` and has this name; InputError if there is none."""
-    try:
-        return find(place, name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{key}._target_={name}: cannot be used ({error}); give module.function") from error
+    with faults_of(f"{key}._target_={name}: importing it"):
+        try:
+            return find(place, name)
+        except (ImportError, AttributeError) as error:
+            fault = f"cannot be used ({error})"
+            raise InputError(f"{key}._target_={name}: {fault}; give module.function") from error
 
 
 def target_name(node: DictConfig) -> str:
@@ -100,6 +107,7 @@ def prompt_splits(cfg: DictConfig) -> dict[str, Sequence[Prompt]]:
     if missing := sorted(OmegaConf.missing_keys(cfg.prompts)):
         raise InputError(missing_inputs(missing, plain(cfg.prompts)))
     splits = built(cfg, "prompts")
+    check_source(f"prompts: {cfg.prompts._target_}", splits)
     check_splits(splits)
     return splits
 

@@ -30,12 +30,15 @@ def name_of(code: Any) -> str:
 def faults_of(what: str) -> Iterator[None]:
     """InputError that begins with `what` for an exception in the block.
 
-    An InputError and memory that ran out are raised as they are.
+    Errors that are told anyway are raised as they are: an InputError, memory that ran out, and what the
+    system says of a file.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, InputError) or ran_out(error):
+        if isinstance(error, InputError | OSError) or ran_out(error):
             raise
         told = traceback.format_exception_only(type(error), error)[-1].strip().splitlines()[0]
-        raise InputError(f"{what} failed ({told}); correct it: HYDRA_FULL_ERROR=1 shows where") from error
+        raise InputError(
+            f"{what} failed ({told}); correct it, or its arguments: HYDRA_FULL_ERROR=1 shows where"
+        ) from error

@@ -137,7 +137,7 @@ def test_a_damaged_record_of_a_wandb_run_names_its_file(tmp_path, monkeypatch, t
 
 
 @pytest.mark.parametrize(("made", "message"), [
-    ({"_target_": f"{__name__}.Fails", "bad": 1}, r"logger.own cannot be made \(TypeError: .*'bad'"),
+    ({"_target_": f"{__name__}.Fails", "bad": 1}, r"logger.own: .*Fails failed \(TypeError: .*'bad'"),
     ({"_target_": "pathlib.Path", "_args_": ["x"]}, "logger.own makes PosixPath.'x'., which is no logger"),
     ({"_target_": "capo.training.loggers.tensorboard_logger", "folder": "/dev/null/x"},
      r"logger.own: TensorBoardLogger cannot begin \(.*check logger.own.folder"),

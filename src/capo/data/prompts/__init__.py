@@ -4,7 +4,15 @@
 format, filters them, removes duplicates, makes the sets disjoint and reports the counts.
 """
 
-from capo.data.prompts.identity import Prompt, candidate_seed, check_splits, make_prompt, normalize, prompt_id
+from capo.data.prompts.identity import (
+    Prompt,
+    candidate_seed,
+    check_source,
+    check_splits,
+    make_prompt,
+    normalize,
+    prompt_id,
+)
 from capo.data.prompts.report import SplitReport, report_table
 from capo.data.prompts.sources import missing_inputs
 from capo.data.prompts.splits import PromptSets, expected_sizes, split_sets
@@ -15,6 +23,7 @@ __all__ = [
     "PromptSets",
     "SplitReport",
     "candidate_seed",
+    "check_source",
     "check_splits",
     "expected_sizes",
     "make_prompt",

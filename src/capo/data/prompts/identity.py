@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from capo.errors import InputError
 from capo.runtime.limits import LETTERS
 
+SPLITS = "train", "validation", "test"
+MAKE = "make each one with capo.data.prompts.make_prompt(text)"
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -56,6 +59,34 @@ def candidate_seed(pool_seed: int, prompt_id: str, index: int) -> int:
     """
     hashed = hashlib.blake2b(f"{pool_seed}/{prompt_id}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(hashed) >> 1
+
+
+def check_source(source: str, splits: object) -> None:
+    """Raise InputError, beginning with `source`, unless it returned a list of `Prompt` for each of SPLITS."""
+    must = "; it must return a list of Prompt for each of train, validation and test"
+    if not isinstance(splits, Mapping):
+        raise InputError(f"{source} returned a {type(splits).__name__}{must}")
+    if set(splits) != set(SPLITS):
+        raise InputError(f"{source} returned the splits {', '.join(map(repr, splits)) or 'of no name'}{must}")
+    for split, prompts in splits.items():
+        if not isinstance(prompts, Sequence):
+            raise InputError(f"{source}: '{split}' is a {type(prompts).__name__}{must}")
+        for number, prompt in enumerate(prompts, start=1):
+            if not isinstance(prompt, Prompt):
+                raise InputError(f"{source}: {split} prompt {number} is {_short(prompt)}{must}; {MAKE}")
+            if not _is_made(prompt):
+                fault = "whose text is not normalized, or whose id is another text's"
+                raise InputError(f"{source}: {split} prompt {number} is {_short(prompt)}, {fault}; {MAKE}")
+
+
+def _is_made(prompt: Prompt) -> bool:
+    texts = isinstance(prompt.text, str) and isinstance(prompt.category, str)
+    return texts and make_prompt(prompt.text, prompt.category) == prompt
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_splits(splits: Mapping[str, Sequence[Prompt]]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from capo.data.prompts.identity import Prompt
+from capo.data.prompts.identity import SPLITS, Prompt
 from capo.data.prompts.report import SplitReport, left_out, report_table, shortages
 from capo.data.prompts.rows import DUPLICATE, ELSEWHERE, EMPTY, FINE, KEPT, NSFW, OVER_LIMIT, fetch, scan
 from capo.data.prompts.sources import PromptFile, Source, source_of
@@ -15,7 +15,6 @@ from capo.errors import InputError
 from capo.runtime.launch import launch
 from capo.runtime.terminal import Terminal
 
-SPLITS = ("train", "validation", "test")
 PRIORITY = ("test", "validation", "train")
 
 _remembered: dict[

@@ -6,6 +6,7 @@ Paths, patterns, folders, the hub's cache, and what a configuration may say of t
 import httpx
 import pytest
 from huggingface_hub import errors
+from omegaconf import OmegaConf
 
 from capo.cli.build import prompt_splits
 from capo.data.prompts import missing_inputs
@@ -221,3 +222,68 @@ def test_the_papers_setting():
         "prompts=geneval", "prompts/source@prompts.train=pickapic", "prompts.train.path=x"
     ).prompts
     assert other.train.column == "caption" and other.train.limit == 100_000 and other.test.name == "GenEval"
+
+
+MINE = """
+from capo.data.prompts import Prompt, make_prompt
+
+a, b, c = map(make_prompt, ["a star", "a cross", "a circle"])
+
+def source(kind):
+    return {
+        "strings": lambda: {"train": ["a star"], "validation": ["a cross"], "test": ["a circle"]},
+        "text": lambda: {"train": "a star", "validation": [b], "test": [c]},
+        "names": lambda: {"train": [a], "valid": [b], "test": [c]},
+        "four": lambda: {"train": [a], "validation": [b], "test": [c], "more": [c]},
+        "list": lambda: [a, b, c],
+        "generator": lambda: {"train": (p for p in [a]), "validation": [b], "test": [c]},
+        "id": lambda: {"train": [a, Prompt("7", "a ring")], "validation": [b], "test": [c]},
+        "space": lambda: {"train": [a, Prompt(a.id, "a  star")], "validation": [b], "test": [c]},
+        "number": lambda: {"train": [a, Prompt(a.id, 7)], "validation": [b], "test": [c]},
+        "raises": lambda: [].pop(),
+        "fine": lambda: {"test": (c,), "train": [a], "validation": [b]},
+    }[kind]()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "prompts_of_mine.py").write_text(MINE, encoding="utf-8")
+    (tmp_path / "prompts_of_nobody.py").write_text("def source(:", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda kind, module="prompts_of_mine": prompt_splits(
+        OmegaConf.create({"prompts": {"_target_": f"{module}.source", "kind": kind}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("strings", ": train prompt 1 is 'a star'; it must return .* make each one with .*make_prompt"),
+        ("text", ": train prompt 1 is 'a'; it must return a list of Prompt"),
+        (
+            "names",
+            " returned the splits 'train', 'valid', 'test'; it must return .* for each of train, valid",
+        ),
+        ("four", " returned the splits 'train', 'validation', 'test', 'more'; it must return"),
+        ("list", " returned a list; it must return a list of Prompt for each of train, validation and test"),
+        ("generator", ": 'train' is a generator; it must return a list of Prompt"),
+        ("id", r": train prompt 2 is Prompt\(id='7'.*whose id is another text's; make each one with"),
+        ("space", r": train prompt 2 is Prompt\(.*whose text is not normalized"),
+        ("number", r": train prompt 2 is Prompt\(.*make each one with"),
+        ("raises", r" failed \(IndexError: pop from empty list\).*HYDRA_FULL_ERROR=1"),
+    ],
+)
+def test_what_a_source_of_ones_own_may_not_return_is_named(mine, kind, message):
+    with pytest.raises(InputError, match=rf"^prompts: prompts_of_mine\.source{message}"):
+        mine(kind)
+
+
+def test_a_source_of_ones_own_gives_its_prompts(mine):
+    assert [prompt.text for prompt in mine("fine")["test"]] == ["a circle"]
+
+
+def test_a_module_that_is_no_python_is_named(mine):
+    message = r"^prompts._target_=prompts_of_nobody\.source: importing it failed \(SyntaxError: "
+    with pytest.raises(InputError, match=message):
+        mine("fine", "prompts_of_nobody")
