@@ -15,12 +15,13 @@ import threading
 import traceback
 
 MUST = "it must return one real number per image: a list, an array or a tensor of shape (B,)"
+VECTORS = "its method `features` must return a finite vector per image: an array or a tensor of shape (B, D)"
 # characters that a message shows of what a scorer returned, and of what it raised
 LONGEST_VALUE, LONGEST_ERROR = 200, 1000
 
 
 class NoScores(TypeError):
-    """A scorer returned something other than one real number per image."""
+    """A scorer returned something other than one real number, or one finite vector, per image."""
 
 
 def scores(scorer, images, prompts):
@@ -31,6 +32,31 @@ def scores(scorer, images, prompts):
     """
     with undisturbed(), without_gradients():
         return numbers(_called(scorer, copied(images), list(prompts)), len(images))
+
+
+def vectors(scorer, images):
+    """Return the vectors that a scorer's method `features` gives of B images: float32 (B, D) on the CPU.
+
+    As for `scores`, but in a process with torch, and the vectors are finite.
+    """
+    torch = sys.modules["torch"]
+    with undisturbed(), without_gradients():
+        found = _called(lambda copies, _: scorer.features(copies), copied(images), [])
+    try:
+        table = torch.as_tensor(found)
+        if table.is_complex():
+            raise TypeError("complex")
+        table = table.to("cpu", torch.float32, copy=True)
+    except Exception as error:  # no real numbers, of unequal lengths, or without data
+        value = _short(" ".join(repr(found).split()))
+        raise NoScores(f"returned {value} for {len(images)} images; {VECTORS}") from error
+    if table.ndim != 2 or len(table) != len(images) or not table.shape[1]:
+        raise NoScores(f"returned shape {tuple(table.shape)} for {len(images)} images; {VECTORS}")
+    if not table.isfinite().all():
+        image, place = (~table.isfinite()).nonzero()[0].tolist()
+        value = f"{table[image, place].item()} at place {place} of the vector"
+        raise NoScores(f"returned {value} for image {image} of the batch; {VECTORS}")
+    return table
 
 
 def copied(images):

@@ -258,13 +258,14 @@ class Reward:
 
     def features(self, images: Sequence[Image]) -> Tensor:
         """Return the scorer's vectors (B, D) of images, float32; copies, batches, errors as for `score`."""
-        scorer: Any = self._callable
 
         def encoded(part: slice) -> Tensor:
-            with self._named("failed in its method `features`: {}"), guard.undisturbed():
-                return scorer.features(guard.copied(images[part]))
+            with self._named("failed in its method `features`: {}"):
+                return guard.vectors(self._callable, images[part])
 
-        return torch.cat(self._batches(encoded, len(images)))
+        found = self._batches(encoded, len(images))
+        with self._named("returned vectors of unequal lengths in its method `features` ({})"):
+            return torch.cat(found)
 
     def _unusable(self, scores: Tensor) -> Tensor:
         bad = ~scores.isfinite()

@@ -185,6 +185,45 @@ def test_what_features_raise_is_named_with_the_reward(tmp_path):
     assert Path.cwd() == before
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            torch.tensor([[0.0, 1.0], [2.0, torch.nan]]),
+            "nan at place 1 of the vector for image 1 of the batch",
+        ),
+        (torch.full((2, 1), 1e300, dtype=torch.float64), "inf at place 0 of the vector for image 0"),
+        (torch.zeros(2), r"shape \(2,\) for 2 images"),
+        (torch.zeros(3, 4), r"shape \(3, 4\) for 2 images"),
+        (torch.zeros(2, 0), r"shape \(2, 0\)"),
+        (torch.zeros(2, 4, dtype=torch.complex64), r"tensor\(\[\[0\.\+0\.j"),
+        (torch.zeros(2, 4, device="meta"), r"tensor\(\.\.\., device='meta'"),
+        ([["a"], ["b"]], r"\[\['a'\], \['b'\]\] for 2 images"),
+        ([[1.0], [2.0, 3.0]], r"\[\[1.0\], \[2.0, 3.0\]\] for 2 images"),
+        (None, "None for 2 images"),
+    ],
+)
+def test_what_is_no_vector_is_named_with_the_reward(value, message):
+    class Says(Draws):
+        def features(self, images):
+            return value
+
+    must = r"its method `features` must return a finite vector per image: .* \(B, D\)$"
+    with pytest.raises(InputError, match=rf"^reward 'says': its scorer \S+Says returned {message}.*; {must}"):
+        Reward("says", scorer=Says()).features(TWO)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list, lambda rows: torch.tensor(rows).bfloat16()])
+def test_vectors_are_single_precision_without_gradients(kind):
+    class Says(Draws):
+        def features(self, images):
+            assert not torch.is_grad_enabled()
+            return kind([[0.5, 2.0]] * len(images))
+
+    found = Reward("says", scorer=Says()).features(TWO)
+    assert found.dtype == torch.float32 and found.tolist() == [[0.5, 2.0]] * 2
+
+
 def test_files_after_a_scorer_have_the_permissions_that_they_had_before(tmp_path):
     def hides(images, prompts):
         os.umask(0o777)
