@@ -237,7 +237,7 @@ class Reward:
     def _named(self, fault: str) -> Iterator[None]:
         """InputError with the reward, and the log that has the traceback, for what a scorer raises.
 
-        `fault` says what went wrong, with {} for the exception.
+        `fault` says what went wrong, with {} for the exception; an InputError says so itself.
         """
         what = f"reward '{self.name}': its scorer {_target(self.scorer)}"
         try:
@@ -246,6 +246,9 @@ class Reward:
             raise InputError(f"{what} {error}") from error
         except (Exception, SystemExit) as error:
             ends = isinstance(error, SystemExit) and type(error) is not SystemExit  # Lightning's, on SIGTERM
+            ours = self._built is None or isinstance(self._built, IsolatedScorer)  # they name the reward
+            if isinstance(error, InputError) and not ours:
+                raise InputError(f"reward '{self.name}': {error}") from error
             if isinstance(error, InputError) or ran_out(error) or ends:
                 raise
             trace = write_traceback(log_file(self.name, self.logs), error)
@@ -263,9 +266,7 @@ class Reward:
             with self._named("failed in its method `features`: {}"):
                 return guard.vectors(self._callable, images[part])
 
-        found = self._batches(encoded, len(images))
-        with self._named("returned vectors of unequal lengths in its method `features` ({})"):
-            return torch.cat(found)
+        return torch.cat(self._batches(encoded, len(images)))
 
     def _unusable(self, scores: Tensor) -> Tensor:
         bad = ~scores.isfinite()

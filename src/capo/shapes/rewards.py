@@ -101,10 +101,11 @@ class _Scorer:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Return raw scores (B,) float32 on the CPU; each depends on its own image and prompt only."""
-        return self._judge(to_pixels(images).to(self.device), tokens(prompts).to(self.device)).float().cpu()
+        return self.module(to_pixels(images).to(self.device), *self._read(prompts)).float().cpu()
 
-    def _judge(self, pixels: Tensor, words: Tensor) -> Tensor:
-        return self.module(pixels, words)
+    def _read(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What the network gets beside the pixels: word ids."""
+        return (tokens(prompts).to(self.device),)
 
 
 class _Reading(_Scorer):
@@ -133,5 +134,5 @@ class LooksScorer(_Scorer):
 
     network = Rater
 
-    def _judge(self, pixels: Tensor, words: Tensor) -> Tensor:
-        return self.module(pixels)
+    def _read(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        return ()

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from capo.cli.compose import composed
 from capo.cli.resolvers import shipped
 from capo.errors import InputError
-from capo.rewards import load_rewards
+from capo.rewards import Reward, load_rewards
 from capo.shapes.captions import caption
 from capo.shapes.make.lineups import changed
 from capo.shapes.make.scenery import random_style
@@ -102,6 +102,20 @@ def test_what_cannot_be_judged_is_refused(scorers, tmp_path):
         scorers["looks"]([Image.new("RGB", (32, 32))], ["a red circle"])
     with pytest.raises(InputError, match=r"no reward weights at .*none\.safetensors"):
         LooksScorer(tmp_path / "none.safetensors")
+
+
+def test_prompts_of_other_grammars_are_judged_by_what_reads_none_and_refused_by_name_elsewhere(
+    scorers, pictures
+):
+    images, _, _ = pictures
+    others = ["une étoile", "word " * 99, ""]
+    looks = Reward("looks", scorer=scorers["looks"])
+    assert looks.score(images[:3], others).equal(looks.score(images[:3], ["a red circle"] * 3))
+    for name in ("alignment", "preference"):
+        with pytest.raises(
+            InputError, match=rf'^image 0 \("une étoile"\) to .*: reward \'{name}\': prompt .*\'une\''
+        ):
+            Reward(name, scorer=scorers[name]).score(images[:3], others)
 
 
 @pytest.mark.parametrize("package", ["rewards", "evaluation.rewards"])
