@@ -453,6 +453,19 @@ def test_a_score_that_is_not_finite_is_named_and_the_rest_stays(plan, generator,
     assert {name for stage, name in work if stage == "scores"} == {"00000-00", "00000-01"}
 
 
+def test_a_scorer_that_removes_scores_is_told(plan, generator):
+    def wipes(images, prompts):
+        for folder in plan.root.glob("*/scores"):
+            shutil.rmtree(folder)
+        return torch.ones(len(images))
+
+    message = (
+        r"^scores 00000-00 in \S+ was written but is missing: .* or something removes them, such as a scorer"
+    )
+    with pytest.raises(InputError, match=message):
+        fill(plan, generator, [Reward("wipes", wipes)])
+
+
 def test_a_latent_that_is_not_finite_is_named(plan):
     class Overflowing(FakeBackbone):
         def predict(self, denoiser, noisy, t, text):

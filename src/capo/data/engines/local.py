@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from capo.data.engines.base import lost
 from capo.data.engines.progress import stage_progress
 from capo.data.pool import Shard
 from capo.data.stages import Report, Stage
@@ -28,7 +29,7 @@ def run_stage(stage: Stage, progress: bool = True) -> None:
     """Run the shards of a stage one after another in this process, until none is missing.
 
     Shards locked by another process are skipped and checked again later, in case that process dies. Of the
-    processes of a launcher, the first shows the progress of all. Raises RuntimeError if a shard is missing
+    processes of a launcher, the first shows the progress of all. Raises InputError if a shard is missing
     after it was written.
     """
     todo = stage.todo()
@@ -50,11 +51,9 @@ def _run_missing(stage: Stage, todo: list[Shard], progress: bool) -> None:
             if busy:
                 time.sleep(WAIT)
             todo = busy or stage.todo()
-            if lost := made.intersection(todo):
-                raise RuntimeError(
-                    f"{stage.name} {min(shard.name for shard in lost)} in {stage.pool.folder} was written "
-                    "but is missing: the disk does not keep written files; check it, or use another pool.root"
-                )
+            if gone := made.intersection(todo):
+                name = f"{stage.name} {min(shard.name for shard in gone)}"
+                raise lost(name, stage.pool.folder, "the disk does not keep written files")
 
 
 def _attempt(stage: Stage, shard: Shard, made: set[Shard], report: Report) -> bool:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from capo.data.engines.base import lost
 from capo.data.engines.local import run_stage
 from capo.data.engines.progress import stage_progress
 from capo.data.engines.ray_actor import Build, actor_class
@@ -50,7 +51,8 @@ class RayEngine:
         """Make all that the stages of one pool lack.
 
         Raises:
-            InputError: if there is no such cluster, or if it has too few devices for a worker.
+            InputError: if there is no such cluster, if it has too few devices for a worker, or if a shard is
+                missing after it was written.
             Unfinished: if a shard failed `attempts` times, or could not be tried; the rest was done.
         """
         orders = {stage.name: stage.order() for stage in stages}
@@ -63,11 +65,9 @@ class RayEngine:
             self._make(remote, orders, todo, progress)
             made |= _names(todo)
             todo = _todo(remote)  # another process may have divided a row into other shards meanwhile
-            if lost := sorted(made & _names(todo)):
-                raise RuntimeError(
-                    f"{lost[0]} in {remote[0].pool.folder} was written but is missing: the machines do not "
-                    "see one folder, or its disk does not keep files; check it, or use another pool.root"
-                )
+            if gone := sorted(made & _names(todo)):
+                unseen = "the machines do not see one folder, its disk does not keep written files"
+                raise lost(gone[0], remote[0].pool.folder, unseen)
 
     def _make(
         self,
