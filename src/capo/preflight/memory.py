@@ -20,7 +20,7 @@ EIGHT_BIT_FROM, BLOCK = 4096, 256
 FLOAT32 = "32-true"  # Lightning's name of the precision
 LATENT_ITEM = 2  # bytes of a latent's element in a pool: float16
 CHECKPOINT_ITEM = 2  # likewise of a weight in a single file
-CHECKPOINTS = 3  # on disk at once: the best, the last, and the one being written
+CHECKPOINTS = 3  # on disk at once: the best, the last, and the one being written, if there are hard links
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,19 @@ def last_remedy(folder: Path) -> str:
     )
 
 
+def best_remedy(folder: Path, same: bool) -> str:
+    """What to do where the best checkpoint that `last.ckpt` of the run in `folder` names is of no use.
+
+    `same`: whether the two are of one step, and thus of one content.
+    """
+    last = folder / CHECKPOINTS / LAST
+    if same:
+        return f"copy {last} there, which is of the same step"
+    if (folder / OUTCOME).is_file():
+        return last_remedy(folder)
+    return f"restore it, or remove {last}, which names it, to start training again"
+
+
 def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Write `outcome.json`, whose presence marks a run as finished."""
     write_json(folder / OUTCOME, outcome)

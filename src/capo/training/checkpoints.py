@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,15 @@ class ValidatedCheckpoint(ModelCheckpoint):
     """Save a checkpoint after each validation; the best one is the one that the validation chose.
 
     The last checkpoint is also saved every `every` optimizer steps, and when a single process is told to end
-    (SIGTERM). Where best and last are of the same step, they are two names of one file. A run directory may
-    have been moved since its last checkpoint: paths are taken from where it is now.
+    (SIGTERM). Where best and last are of the same step, they are two names of one file. A best checkpoint is
+    removed after the last one, which names the best, has been replaced. A run directory may have been moved
+    since its last checkpoint: paths are taken from where it is now.
     """
 
     def __init__(self, validation: WinRateValidation, every: int | None, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._validation, self._every, self._saved = validation, every, 0
+        self._replaced: list[str] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, index: int
@@ -46,6 +48,8 @@ class ValidatedCheckpoint(ModelCheckpoint):
         self._saved = step
         if self._validation.validated == step:
             super().on_train_batch_end(trainer, module, outputs, batch, index)
+            while self._replaced:
+                super()._remove_checkpoint(trainer, self._replaced.pop())
         elif self._told_to_end(trainer) or (step != before and self._every and step % self._every == 0):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -67,6 +71,10 @@ class ValidatedCheckpoint(ModelCheckpoint):
             return
         super()._save_checkpoint(trainer, filepath)
 
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Note what is to be removed: a run that is killed meanwhile resumes from what names this file."""
+        self._replaced.append(filepath)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore paths and win-rate of the best checkpoint, wherever the run directory is now."""
         here = Path(str(self.dirpath))
@@ -77,6 +85,14 @@ class ValidatedCheckpoint(ModelCheckpoint):
             str(here / Path(path).name): score for path, score in state["best_k_models"].items()
         }
         super().load_state_dict(state)
+
+
+def best_of(checkpoint: Mapping[str, Any]) -> str | None:
+    """Name of the file with the best checkpoint when `checkpoint` was saved; None if there was none."""
+    for state in checkpoint["callbacks"].values():
+        if isinstance(state, dict) and isinstance(best := state.get("best_model_path"), str):
+            return Path(best).name or None
+    return None
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -23,8 +23,14 @@ from capo.module import PreferenceModule
 from capo.runtime.launch import AUTO, Launch, cluster, device_count, launch
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.processes import run_on_first_process
-from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR, last_remedy
-from capo.training.checkpoints import SameBatches, ValidatedCheckpoint, WholeCheckpoints, check_checkpoint
+from capo.runtime.run_folder import CHECKPOINTS, LAST, MONITOR, best_remedy, last_remedy
+from capo.training.checkpoints import (
+    SameBatches,
+    ValidatedCheckpoint,
+    WholeCheckpoints,
+    best_of,
+    check_checkpoint,
+)
 from capo.training.curves import Curves
 from capo.training.loader import PreferenceData
 from capo.training.loggers import CurvesFile
@@ -58,12 +64,21 @@ def _plugins(here: Launch) -> list[Any]:
 def trained_steps(folder: Path, module: PreferenceModule) -> int:
     """Optimizer steps that the run in `folder` has behind it, as its last checkpoint tells; 0 without one.
 
-    Raises InputError if the checkpoint is of another model than `module`.
+    Raises InputError if the checkpoint, or the best one that it names, cannot be read or is of another model
+    than `module`.
     """
     last, base = folder / CHECKPOINTS / LAST, module.backbone.fingerprints["denoiser"]
     if not os.path.lexists(last):
         return 0
-    return check_checkpoint(last, module, module.trained_names(), base, last_remedy(folder))["global_step"]
+    names = module.trained_names()
+    found = check_checkpoint(last, module, names, base, last_remedy(folder))
+    step = found["global_step"]
+    if name := best_of(found):  # it is exported at the end, unless a later one is better
+        best = last.with_name(name)
+        if not (best.exists() and best.samefile(last)):
+            remedy = best_remedy(folder, same=name == f"{step:06d}.ckpt")
+            check_checkpoint(best, module, names, base, remedy)
+    return step
 
 
 def _best_and_last(validation: WinRateValidation, folder: Path, every: int | None) -> ValidatedCheckpoint:

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import torch
 from capo.cli import train as train_script
 from capo.errors import InputError
 from capo.module import PreferenceModule
-from capo.training.checkpoints import WholeCheckpoints, recount
+from capo.training.checkpoints import ValidatedCheckpoint, WholeCheckpoints, recount
+from capo.training.choice import Choice
 from fixtures.configuration import THREE_STEPS
 
 MEGABYTE = 2**20
@@ -146,6 +148,31 @@ def test_a_linked_run_that_was_moved_goes_on_and_keeps_its_best(tiny_run, finish
             assert not (folder / "000003.ckpt").samefile(folder / "last.ckpt")
         else:
             assert (folder / "000005.ckpt").samefile(folder / "last.ckpt")
+
+
+def test_a_finished_run_without_its_best_checkpoint_stays_finished(tiny_run, finished):
+    run = shutil.copytree(finished, tiny_run.folder / "bestless")
+    (run / "checkpoints/000003.ckpt").unlink()
+    before = {path: path.read_bytes() for path in (run / "outcome.json", run / "config.yaml")}
+    with pytest.raises(InputError, match=r"000003\.ckpt .*\(it is not there\); copy .*last\.ckpt"):
+        train_script.run(tiny_run("bestless", *THREE_STEPS, "trainer.max_steps=4"))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_best_stays_until_the_last_names_another(tiny_run, monkeypatch):
+    """A run that is killed between the two resumes from a last checkpoint whose best is there."""
+    seen, save = [], ValidatedCheckpoint._save_last_checkpoint
+
+    def noted(self, trainer, candidates):
+        seen.append(sorted(path.name for path in Path(self.dirpath).iterdir()))
+        save(self, trainer, candidates)
+
+    monkeypatch.setattr(ValidatedCheckpoint, "_save_last_checkpoint", noted)
+    monkeypatch.setattr(Choice, "_better", lambda *_: True)
+    train_script.run(tiny_run("two", *THREE_STEPS, "trainer.max_steps=2", "validation.every=1"))
+    assert seen == [["000001.ckpt"], ["000001.ckpt", "000002.ckpt", "last.ckpt"]]
+    left = tiny_run.folder / "two/checkpoints"
+    assert sorted(path.name for path in left.iterdir()) == ["000002.ckpt", "last.ckpt"]
 
 
 def test_without_links_there_are_two_files(tiny_run, monkeypatch, finished):

@@ -257,6 +257,39 @@ def test_the_remedy_for_a_last_checkpoint_is_one_that_the_run_takes(tmp_path):
     assert trained_steps(tmp_path, module) == 0
 
 
+def test_a_best_checkpoint_of_no_use_is_told_before_a_run_goes_on(tmp_path):
+    """It is read at the end alone, when the steps have been trained and outcome.json is gone."""
+    folder, module = tmp_path / "checkpoints", Module()
+    module.backbone, module.trained_names = MagicMock(fingerprints={"denoiser": "b"}), lambda: {"policy.w"}
+    last, best = folder / "last.ckpt", folder / "000002.ckpt"
+
+    def write(step, best="/elsewhere/000002.ckpt"):
+        callbacks = {"Other": {}, "ValidatedCheckpoint{}": {"best_model_path": best}}
+        WholeCheckpoints().save_checkpoint(checkpoint(global_step=step, callbacks=callbacks), last)
+
+    write(4)
+    with pytest.raises(DamagedFile) as refused:
+        trained_steps(tmp_path, module)
+    told = f"{best} cannot be read (it is not there); "
+    assert str(refused.value) == (
+        f"{told}restore it, or remove {last}, which names it, to start training again"
+    )
+    (tmp_path / "outcome.json").write_text("{}")
+    with pytest.raises(DamagedFile, match=r"to replace that run by a new one, remove outcome.json and check"):
+        trained_steps(tmp_path, module)
+    write(2)
+    with pytest.raises(DamagedFile) as refused:
+        trained_steps(tmp_path, module)
+    assert str(refused.value) == f"{told}copy {last} there, which is of the same step"
+    shutil.copy(last, best)
+    assert trained_steps(tmp_path, module) == 2
+    best.write_bytes(best.read_bytes()[:-9])
+    with pytest.raises(DamagedFile, match=r"000002\.ckpt cannot be read"):
+        trained_steps(tmp_path, module)
+    write(4, best="")  # of a run that was not validated yet
+    assert trained_steps(tmp_path, module) == 4
+
+
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DamagedFile, match=r"best\.ckpt cannot be read \(it is not there\); train again"):
         read_checkpoint(tmp_path / "best.ckpt", "train again")
