@@ -107,6 +107,7 @@ def test_policies_without_a_run_are_compared_with_a_base_or_with_each_other(run,
     "arguments, said",
     [
         ([], "nothing to compare: give run=DIR or policy=FOLDER"),
+        (["run=a", "policy=b"], "run=a and policy=b: each names what is to be evaluated"),
         (["policy=x", "study.prompts=3"], "study.prompts=3: there are 2 test prompts"),
         (["policy=x", "study.checks=3"], "study.checks=3: a check is made of a pair"),
         (["policy=x", "study.port=70000"], "study.port=70000: must be a whole number from 0 to 65535"),

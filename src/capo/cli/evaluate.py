@@ -18,7 +18,7 @@ from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import compare_methods
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
-from capo.cli.readiness import check_ready, refuse_plans
+from capo.cli.readiness import check_ready, refuse_both, refuse_plans
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.schema import Evaluating, check_group_choices, check_values
@@ -200,12 +200,13 @@ def check_place(folder: Path) -> None:
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
-    """Compare `runs`, or evaluate by a `benchmark`, of a `run` or a `policy`: the first that is configured.
+    """Compare `runs`, or evaluate a `run` or a `policy`, by a `benchmark` where one is configured.
 
-    Raises InputError if there is none.
+    Raises InputError unless one of them is.
     """
     check_values(cfg, Evaluating)
     refuse_plans(cfg)
+    refuse_both(cfg)
     console.quiet = not launch().first
     if cfg.runs is not None:
         named = plain(cfg)["runs"]

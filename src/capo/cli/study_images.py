@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from capo.cli.build import build_components, is_negative, prompt_splits, tuned_generator, use_base
 from capo.cli.process import prepare_process
-from capo.cli.readiness import check_ready, refuse_plans
+from capo.cli.readiness import check_ready, refuse_both, refuse_plans
 from capo.cli.run_config import complete, run_config
 from capo.cli.schema import Studying, check_values
 from capo.data.generation import ImageGenerator
@@ -31,11 +31,12 @@ def build_study(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Stud
     """Make or open the study in `folder` that `cfg` describes.
 
     The images of a run's evaluation are used where they are, and others are drawn as an evaluation draws
-    them, into pools that an evaluation can use. Raises InputError where nothing can be compared, and for
-    values that cannot be used.
+    them, into pools that an evaluation can use. Raises InputError where nothing can be compared, for two
+    keys that each name a policy, and for values that cannot be used.
     """
     check_values(cfg, Studying)
     refuse_plans(cfg)
+    refuse_both(cfg)
     if launch().world_size > 1:
         raise InputError("a study is served by one process: run it without the launcher")
     if cfg.run is not None:

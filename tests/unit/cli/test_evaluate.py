@@ -78,6 +78,13 @@ def test_the_folders_of_a_sweeps_jobs_are_numbers(tmp_path, monkeypatch):
         (["runs=[true]"], r"runs=\[True\]: must be a folder or a list of folders"),
         (["runs=[]"], r"runs=\[\]: must be a folder or a list"),
         (["trust=elsewhere"], "trust=elsewhere: must be a list of names"),
+        (["run=a", "policy=b"], "run=a and policy=b: each names what is to be evaluated, and one of them wo"),
+        (["runs=[a]", "policy=b"], r"runs=\[a\] and policy=b: each names what is to be evaluated"),
+        (["runs=[a]", "run=b"], r"runs=\[a\] and run=b: .* leave one out"),
+        (["runs=[a]", "benchmark=shapes"], r"runs=\[a\] and benchmark=NAME: each names"),
+        (["run=a", "policy=b", "benchmark=shapes"], "run=a and policy=b: each names"),
+        (["run=a", "base=b"], "run=a and base=b: a run is compared with the base that its own config.yaml"),
+        (["runs=[a]", "base=b"], "and base=b: a run is compared"),
     ):
         with pytest.raises(InputError, match=says):
             evaluate_script.run(composed(*given, name="evaluate"), given, tmp_path)

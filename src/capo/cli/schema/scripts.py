@@ -63,7 +63,7 @@ class Evaluating(Training):
 
     run: Folder | None = key("directory of a finished run")
     runs: Folders | None = key("several run directories, or a multirun directory, to compare in one table")
-    policy: Folder | None = key("folder of an exported policy, with or without a run")
+    policy: Folder | None = key("folder of an exported policy, in place of a run")
     base: Folder | None = key("folder of the base's weights; null: the model's own")
     benchmark: Benchmark | None = key("a benchmark to draw and score", None, group="benchmark")
     results: Files | None = key("results that the benchmark's official scorer wrote, to read back")
@@ -74,7 +74,7 @@ class Studying(Training):
     """Configuration of `python -m capo.cli.study`."""
 
     run: Folder | None = key("directory of a finished run, whose policy is compared with its base")
-    policy: Folder | None = key("folder of an exported policy, with or without a run")
+    policy: Folder | None = key("folder of an exported policy, in place of a run")
     base: Folder | None = key("folder of the base's weights; null: the model's own")
     trust: Names = key("exact names of other code that a run's config may call")
     study: Study = key("how people are asked")
