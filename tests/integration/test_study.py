@@ -1,5 +1,6 @@
 """A study of a run: images of its evaluation, what opens it again, and what is refused."""
 
+import json
 import shutil
 import sys
 
@@ -85,6 +86,15 @@ def test_a_study_goes_on_with_its_values_and_refuses_others(run, made, capsys):
         with pytest.raises(SystemExit):
             made(f"run={run}", override)
         assert said in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_the_runs_is_not_shown_as_its(run, made, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    outcome = json.loads((other / "outcome.json").read_text())
+    (other / "outcome.json").write_text(json.dumps({**outcome, "policy": "0" * 64}))
+    with pytest.raises(SystemExit):
+        made(f"run={other}")
+    assert "is not the policy of its outcome.json (00000000)" in capsys.readouterr().err
 
 
 def test_policies_without_a_run_are_compared_with_a_base_or_with_each_other(run, made, tiny_folder, tmp_path):

@@ -136,7 +136,8 @@ def _generators(cfg: DictConfig) -> Iterator[tuple[str, ImageGenerator]]:
     if with_base or own is None:
         base = ImageGenerator.base(base_of(cfg), sampler_settings(cfg), engine_of(cfg))
         if policy is not None and own is None:
-            yield POLICY, tuned_generator(base, policy, engine_of(cfg, policy), is_negative(cfg))
+            run = None if cfg.run is None else Path(str(cfg.run))
+            yield POLICY, tuned_generator(base, policy, engine_of(cfg, policy), is_negative(cfg), run)
         if with_base:
             yield BASE, base
 

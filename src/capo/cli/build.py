@@ -35,6 +35,7 @@ from capo.rewards import Reward, lookup
 from capo.runtime.launch import launch
 from capo.runtime.own_code import faults_of
 from capo.runtime.processes import own_device
+from capo.runtime.run_folder import OUTCOME, POLICY, read_outcome
 
 if TYPE_CHECKING:
     from capo.backbones.averaging import MovingReference
@@ -177,28 +178,50 @@ def is_negative(cfg: DictConfig) -> bool:
 
 
 def tuned_generator(
-    base: ImageGenerator, policy: Path, engine: Engine | None = None, negative: bool = False
+    base: ImageGenerator,
+    policy: Path,
+    engine: Engine | None = None,
+    negative: bool = False,
+    run: Path | None = None,
 ) -> ImageGenerator:
     """Generator that samples from an exported policy with the settings of its base's generator.
 
     The engine is one for this policy, by default a local one. A `negative` model is not sampled itself: it
-    makes the unconditional prediction of the base. Raises InputError if the settings would not read it.
+    makes the unconditional prediction of the base. Raises InputError if the settings would not read it, and
+    if the policy is not the one that the outcome of its `run` names.
     """
     backbone, settings = base.backbone, base.settings
     if negative:
         check_negative(settings)
-        network = Unconditional(
-            load_policy(backbone, policy, settings.drawing), policy_fingerprint(backbone, policy)
-        )
+    denoiser, fingerprint = (
+        load_policy(backbone, policy, settings.drawing),
+        policy_fingerprint(backbone, policy),
+    )
+    if run and launch().first:  # others of a training need not see yet what the first one has written
+        _check_exported(run, fingerprint)
+    if negative:
+        network = Unconditional(denoiser, fingerprint)
         return replace(base, unconditional=network, engine=engine or LocalEngine())
     return ImageGenerator(
         backbone,
-        load_policy(backbone, policy, settings.drawing),
-        policy_fingerprint(backbone, policy),
+        denoiser,
+        fingerprint,
         settings,
         unconditional_of(backbone, settings),
         engine or LocalEngine(),
     )
+
+
+def _check_exported(run: Path, fingerprint: str) -> None:
+    """Raise InputError if the outcome of a run names another policy; that of a soup names none."""
+    written = read_outcome(run).get("policy") or fingerprint
+    if written != fingerprint:
+        raise InputError(
+            f"run={run}: its {POLICY}/ (fingerprint {fingerprint[:8]}) is not the policy of its {OUTCOME} "
+            f"({written[:8]}), so it was changed after the export: restore it, export the best checkpoint "
+            f"again (evaluate.py run={run} validation.strengths=[1]), or evaluate it without the run "
+            f"(evaluate.py policy={run / POLICY}, with the values of the run)"
+        )
 
 
 def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, Any]]:

@@ -77,13 +77,13 @@ def evaluate_policy(
 
     All processes generate images, each those that no other has generated; the first one evaluates, and the
     others return None. With the directory of its `run`, the report also shows the training curves and the
-    curve of strengths.
+    curve of strengths. Raises InputError if the policy is not the one that the run exported.
     """
     check_root(cfg, folder)
     put_back(policy)
     components = engaged(cfg, components)
     negative = is_negative(cfg)
-    tuned = tuned_generator(components.generator, policy, engine_of(cfg, policy), negative)
+    tuned = tuned_generator(components.generator, policy, engine_of(cfg, policy), negative, run)
     if not launch().first:
         draw_for_evaluation(components, tuned, folder)
         return None

@@ -43,14 +43,16 @@ def build_study(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Stud
         run = Path(str(cfg.run))
         own, policy, images = run_config(run, cfg, overrides), run / POLICY, run / EVALUATION / POOLS
         with complete(run):
-            return _study(own, cfg.study, policy, images, folder)
+            return _study(own, cfg.study, policy, images, folder, run)
     if cfg.policy is None:
         raise InputError("nothing to compare: give run=DIR or policy=FOLDER")
     use_base(cfg)
     return _study(cfg, cfg.study, Path(str(cfg.policy)), folder / POOLS, folder)
 
 
-def _study(cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, folder: Path) -> Study:
+def _study(
+    cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, folder: Path, run: Path | None = None
+) -> Study:
     check_ready(cfg, scoring=False, watching=False)
     chosen = chosen_prompts(prompt_splits(cfg)["test"], settings.prompts, settings.seed)
     study_pairs(chosen, settings.checks, settings.seed)  # what it refuses, before images are drawn
@@ -63,7 +65,7 @@ def _study(cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, fo
 
     put_back(policy)
     base = components.generator
-    first = drawn(tuned_generator(base, policy, negative=is_negative(cfg)), images)
+    first = drawn(tuned_generator(base, policy, negative=is_negative(cfg), run=run), images)
     if settings.against is None:
         second, names = drawn(base, spec.root), (TUNED, str(cfg.model.name))
     else:

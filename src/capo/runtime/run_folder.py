@@ -67,9 +67,10 @@ class Card(Section):
 
 
 class Outcome(Record):
-    """What is read of outcome.json; that of a soup has no win-rate and no card."""
+    """What is read of outcome.json; that of a soup has no win-rate, fingerprint and card."""
 
     best: float = Field(0.0, alias=MONITOR, description="best validation win-rate")
+    policy: str | None = key("fingerprint of the exported policy", None)
     card: Card | None = key("facts for the policy's README", None)
 
 

@@ -1,9 +1,11 @@
 """evaluate.py among several processes."""
 
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
@@ -59,6 +61,37 @@ def test_a_run_is_drawn_for_a_benchmark_with_its_own_configuration(finished, tin
     mark = json.loads((folder / "benchmark.json").read_text())
     assert mark["policy"]["steps"] == 2  # the run's
     assert mark["policy"]["denoiser"] == json.loads((run / "outcome.json").read_text())["policy"]
+
+
+def test_a_policy_that_was_changed_after_its_run_is_not_evaluated_as_the_runs(
+    finished, tiny_run, monkeypatch, tmp_path
+):
+    run = shutil.copytree(tiny_run.folder / "finished", tiny_run.folder / "changed")
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    [file] = (run / "policy" / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: 3 * tensors[name]}, file, metadata={"format": "pt"})
+    outcome = json.loads((run / "outcome.json").read_text())
+    given = [f"run={run}", f"trust=[{BRIGHTNESS}]"]
+    told = rf"run={run}: its policy/ \(fingerprint .*\) is not the policy of its outcome.json \("
+    (tmp_path / "list.jsonl").write_text('{"tag": "colors", "prompt": "a red cat"}\n')
+    benchmark = [
+        "benchmark=geneval",
+        f"benchmark.set.path={tmp_path / 'list.jsonl'}",
+        "benchmark.set.images=1",
+        "benchmark.rewards=evaluation.rewards",
+    ]
+    for more in ([], benchmark):
+        asked = tiny_run("asked", *given, *more, config="evaluate")
+        with pytest.raises(InputError, match=told + outcome["policy"][:8]):
+            evaluate_script.run(asked, [*given, *more], tmp_path)
+    assert not (run / "evaluation").exists()
+    (run / "outcome.json").write_text(json.dumps({**outcome, "policy": None}))  # as in an earlier version
+    evaluated = []
+    monkeypatch.setattr(evaluate_script, "evaluate", lambda folder, *_, **__: evaluated.append(folder))
+    evaluate_script.run(tiny_run("asked", *given, config="evaluate"), given, tmp_path)
+    assert evaluated == [run / "evaluation"]
 
 
 def test_processes_without_a_common_folder_are_refused():
