@@ -28,7 +28,7 @@ from capo.errors import DamagedFile, InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.diversity import SAMPLE
 from capo.evaluation.evaluate import evaluate
-from capo.evaluation.seeds import seeds_table
+from capo.evaluation.seeds import read_rates, seeds_table
 from capo.evaluation.stored import Results
 from capo.evaluation.tables import Row, RunTable
 from capo.runtime.files import put_back
@@ -39,6 +39,7 @@ from capo.runtime.run_folder import (
     OUTCOME,
     POLICY,
     POOLS,
+    RATES,
     REPORT,
     RESULTS,
     SETTINGS,
@@ -171,6 +172,9 @@ def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
 def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dict:
     """Compare runs on the console, and write a table of them to `folder` as HTML, CSV and LaTeX."""
     # before anything is printed, since a file of any run may be damaged
+    for run in runs:
+        if (run / EVALUATION / RATES).exists():  # a run of an earlier version has none
+            read_rates(run)
     groups, labeled = seed_groups(runs), list(zip(runs, run_labels(runs), strict=True))
     found = compare_runs(runs, console)
     if groups:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from capo.cli.run_labels import seed_groups
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.frontiers import DRIFT_AT, Frontier, Point
 from capo.evaluation.reports.frontiers import MethodComparison
 from capo.evaluation.reports.sweep_page import curves, number_of, setting_of, strength_axis
@@ -91,6 +91,9 @@ def _read(folders: list[Path]) -> tuple[dict[Path, dict[str, torch.Tensor]], lis
     for folder in folders:
         try:
             prompts, measured = read_by_prompt(folder)
+        except DamagedFile as error:
+            notes.append(f"{folder.name} is left out: {error}")
+            continue
         except InputError:
             notes.append(
                 f"{folder.name} is left out: it has no win-rates by prompt; run evaluate.py run={folder}"

@@ -28,7 +28,7 @@ from capo.evaluation.diversity import (
 from capo.evaluation.reports.gallery import chosen_prompts, exhibits, ranking
 from capo.evaluation.reports.page import Report, print_results, render_report
 from capo.evaluation.results import DIGITS, results
-from capo.evaluation.seeds import COLUMN, DRIFT
+from capo.evaluation.seeds import COLUMN, DRIFT, rates_in
 from capo.evaluation.sides import Comparison
 from capo.evaluation.stored import Results, Settings
 from capo.rewards import Reward
@@ -206,6 +206,7 @@ def stored_results(folder: Path, settings: Mapping[str, object]) -> dict | None:
     try:
         found = read_record(folder / SETTINGS, Settings, AGAIN)
         if found == settings and (folder / REPORT).is_file():
+            rates_in(folder, AGAIN)
             return read_record(folder / RESULTS, Results, AGAIN)
     except FileNotFoundError:
         pass

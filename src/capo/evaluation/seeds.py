@@ -12,10 +12,13 @@ from torch import Tensor
 
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.statistics import OverSeeds
-from capo.runtime.reading import read_rows
-from capo.runtime.run_folder import EVALUATION, RATES
+from capo.evaluation.stored import Results
+from capo.runtime.reading import cell, read_rows
+from capo.runtime.run_folder import EVALUATION, RATES, RESULTS
+from capo.runtime.stored import read_record
 
 COLUMN = "win_rate/"  # begins the name of a reward's column in win_rates.csv
+ROUNDED = 2e-6  # by which the mean of values of six digits may differ from a mean of six digits
 DRIFT = "drift"  # column of the distance of the policy's latents from the base's at equal seeds
 
 
@@ -35,24 +38,51 @@ def read_by_prompt(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
 
     Raises InputError as `read_rates` does.
     """
-    path = folder / EVALUATION / RATES
+    place, again = folder / EVALUATION, f"run evaluate.py run={folder}"
     try:
-        rows = read_rows(path, f"run evaluate.py run={folder}")
-        found = {
-            name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
-            for name in rows[0]
-            if name.startswith(COLUMN) or name == DRIFT
-        }
-        if not all(values.isfinite().all() for values in found.values()):
-            raise ValueError("a number is not finite")
-        return [row["prompt_id"] for row in rows], found
-    except DamagedFile:
-        raise
-    except (FileNotFoundError, ValueError, LookupError) as error:
-        raise InputError(
-            f"runs: the win-rates by prompt of {folder} cannot be read ({path}: {error}); run evaluate.py "
-            f"run={folder}"
-        ) from error
+        return rates_in(place, again)
+    except FileNotFoundError as error:
+        told = f"{folder} has no win-rates by prompt ({place / RATES} does not exist)"
+        raise InputError(f"runs: {told}; {again}") from error
+
+
+def rates_in(folder: Path, remedy: str) -> tuple[list[str], dict[str, Tensor]]:
+    """Read the win-rates of the evaluation in `folder`, as `read_by_prompt` does of a run.
+
+    Raises FileNotFoundError if there are none, and DamagedFile, with `remedy`, for values that an evaluation
+    does not write, and for win-rates whose means are not those of results.json beside them.
+    """
+    path = folder / RATES
+    rows = read_rows(path, remedy)
+    if not rows:
+        raise DamagedFile(path, "it has no rows", remedy)
+    found = {
+        name: torch.tensor([cell(path, row, name, float, remedy) for row in rows], dtype=torch.float64)
+        for name in rows[0]
+        if name.startswith(COLUMN) or name == DRIFT
+    }
+    for name, values in found.items():
+        if name != DRIFT and not 0 <= values.min() <= values.max() <= 1:
+            reason = f"{name} goes from {values.min():g} to {values.max():g}, and win-rates from 0 to 1"
+            raise DamagedFile(path, reason, remedy)
+    _check_means(path, found, remedy)
+    return [cell(path, row, "prompt_id", str, remedy) for row in rows], found
+
+
+def _check_means(path: Path, found: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise DamagedFile if a column's mean is not that of results.json, where the evaluation has one."""
+    try:
+        told = read_record(path.with_name(RESULTS), Results, remedy)["win_rate"]
+    except FileNotFoundError:
+        return
+    means = {f"{COLUMN}{name}": rate["mean"] for name, rate in told.items()}
+    for name in dict.fromkeys([*means, *(name for name in found if name != DRIFT)]):
+        if name not in found or name not in means:
+            holder, other = (RESULTS, RATES) if name in means else (RATES, RESULTS)
+            raise DamagedFile(path, f"{name} is in {holder}, but not in {other}", remedy)
+        if abs(found[name].mean().item() - means[name]) > ROUNDED:
+            reason = f"the mean of {name} is {found[name].mean():.6f}, but {means[name]:.6f} in {RESULTS}"
+            raise DamagedFile(path, reason, remedy)
 
 
 def over_seeds(folders: Sequence[Path]) -> dict[str, OverSeeds]:

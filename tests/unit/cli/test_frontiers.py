@@ -75,6 +75,8 @@ def test_what_cannot_be_read_or_compared_is_left_out_and_said(tmp_path):
     compared = compare_methods(runs)
     assert [len(frontier.points) for frontier in compared.frontiers] == [1, 1]
     assert "0 is left out: it has no win-rates by prompt" in compared.notes[0]
+    (tmp_path / "0" / "evaluation" / "win_rates.csv").write_text("prompt_id,win_rate/looks\np,1.5\n")
+    assert "win_rates.csv cannot be read (win_rate/looks goes from 1.5" in compare_methods(runs).notes[0]
     assert "4 is left out: it was evaluated on other prompts" in compared.notes[1] and compared.matches == []
     assert (
         compare_methods({run: labels for run, labels in runs.items() if run.name in "12"}) is None

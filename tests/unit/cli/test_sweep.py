@@ -205,7 +205,7 @@ def test_seeds_of_a_setting_are_named_by_it(tmp_path, capsys):
         make_job(tmp_path, name, [f"objective.beta={beta}", f"seed={seed}"])
         values = {"objective": {"beta": beta}, "seed": seed, "run_dir": str(tmp_path / name)}
         OmegaConf.save(OmegaConf.create(values), tmp_path / name / "config.yaml")
-        rates = "prompt_id,prompt,category,win_rate/looks\np0,a,,0.5\np1,b,,0.75\n"
+        rates = "prompt_id,win_rate/looks,win_rate/alignment\np0,0.5,0.4\np1,0.9,0.5\n"
         (tmp_path / name / "evaluation" / "win_rates.csv").write_text(rates)
     write_runs(tmp_path, read_jobs(tmp_path))
     shown = capsys.readouterr().out

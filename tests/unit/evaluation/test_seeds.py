@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from capo.cli.run_labels import seed_groups
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.seeds import over_seeds, read_rates, seeds_table
 from fixtures.configuration import composed
 
@@ -92,12 +92,41 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     with pytest.raises(InputError, match="3 was evaluated on one prompt"):
         over_seeds(alone)
     huge = HEAD + f"p0,{'a' * 200_000},,0.5\n"
-    unusable = ["", HEAD, HEAD + "p0,a,,x\n", HEAD + "p0\n", HEAD + "p0,a,,inf\n", huge]
+    unusable = [
+        "",
+        HEAD,
+        HEAD + "p0,a,,1.01\n",
+        HEAD + "p0,a,,-0.01\n",
+        HEAD + "p0,a,,x\n",
+        HEAD + "p0\n",
+        HEAD.replace("prompt_id", "id") + "p0,a,,1\n",
+        HEAD + "p0,a,,inf\n",
+        huge,
+    ]
     for index, text in enumerate(unusable):
         (first / "evaluation" / "win_rates.csv").write_text(text)
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match=r"win_rates\.csv cannot be read .*; run evaluate\.py run="):
             read_rates(first)
         assert index >= 0
+
+
+def test_win_rates_by_prompt_have_the_means_of_the_results(tmp_path):
+    """An edited file is noticed: it has no checksum."""
+    run = write_run(tmp_path / "0", 0, (0.123456, 0.123458))
+    rate, path = {"mean": 0.123456, "low": 0, "high": 1}, run / "evaluation" / "results.json"
+    results = {"win_rate": {"looks": rate}, "score": {}, "policy": "p", "base": "b"}
+    path.write_text(json.dumps(results))
+    assert read_rates(run)[0] == ["p0", "p1"]
+    for changed, told in (
+        ({"looks": {**rate, "mean": 0.1235}}, r"the mean of win_rate/looks is 0.123457, but 0.123500 in res"),
+        ({}, "win_rate/looks is in win_rates.csv, but not in results.json"),
+        ({"looks": rate, "other": rate}, "win_rate/other is in results.json, but not in win_rates.csv"),
+    ):
+        path.write_text(json.dumps({**results, "win_rate": changed}))
+        with pytest.raises(DamagedFile) as refused:
+            read_rates(run)
+        assert str(refused.value).startswith(f"{run}/evaluation/win_rates.csv cannot be read ({told}")
+        assert str(refused.value).endswith(f"; run evaluate.py run={run}")
 
 
 def test_a_reward_may_be_called_as_another_column(tmp_path):

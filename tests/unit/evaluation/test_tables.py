@@ -30,14 +30,15 @@ def write_run(folder, level, beta=1, noise=0.02, soup=None, prompts=40):
     OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
     if soup:
         (folder / "outcome.json").write_text(json.dumps({"soup": soup}))
-    looks = level + noise * np.random.default_rng(beta).normal(size=prompts)
+    drawn = np.random.default_rng(beta).normal(size=prompts)
+    looks = level + noise * (drawn - drawn.mean())
     with (folder / "evaluation" / "win_rates.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["prompt_id", "prompt", "category", *(f"win_rate/{name}" for name in REWARDS)])
         table.writerows([f"p{index}", "a, b", "", rate, 0.5] for index, rate in enumerate(looks))
     rate = {"mean": level, "low": level - 0.05, "high": level + 0.05}
     results = {
-        "win_rate": dict.fromkeys(REWARDS, rate),
+        "win_rate": {"looks": rate, "align_ment": {**rate, "mean": 0.5}},
         "score": {name: {"policy": 5.25, "base": 5.0} for name in REWARDS},
         "policy": "ab" * 32,
         "base": "cd" * 32,
@@ -155,6 +156,8 @@ def having(name, text):
     (having("evaluation/results.json", '{"win_rate": {}, "score": {}, "policy": 3, "base": ""}'),
      "policy=3: must be text"),
     (having("evaluation/results.json", "[" * 100_000), "results.json cannot be read"),
+    (having("evaluation/win_rates.csv", "prompt_id,win_rate/looks,win_rate/align_ment\np,1,0.5\n"),
+     r"win_rates.csv cannot be read \(the mean of win_rate/looks is 1.0+, but 0.6"),
 ])  # fmt: skip
 def test_a_run_whose_files_are_damaged_is_one_message(tmp_path, damage, message):
     runs = [write_run(tmp_path / str(number), 0.6, number) for number in (1, 2)]

@@ -34,7 +34,7 @@ from fixtures.damage import damaged, examples, put
 
 FAST, SLOW = 30, 300
 BUDGETS = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]
-RATE = {"mean": 0.5, "low": 0.4, "high": 0.6}
+RATE = {"mean": 0.75, "low": 0.4, "high": 0.9}
 CARD = {"objective": "capo", "data": "d"}
 SETTINGS = {"prompts": ["x"], "seed": 0, "images_per_prompt": 2, "rewards": {}, "policy_generator": "g"}
 FILES = {
@@ -146,7 +146,7 @@ def test_curves_that_are_none_are_named(run, text, message):
 
 def test_a_damaged_evaluation_is_made_again_and_told(run, caplog):
     assert stored_results(run / "evaluation", SETTINGS)["win_rate"]
-    for name in ("settings.json", "results.json"):
+    for name in ("settings.json", "results.json", "win_rates.csv"):
         path = run / "evaluation" / name
         whole = path.read_bytes()
         path.write_bytes(b"{\xff")
