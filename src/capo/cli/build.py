@@ -225,11 +225,19 @@ def _check_exported(run: Path, fingerprint: str) -> None:
 
 
 def family_of(cfg: DictConfig) -> tuple[type[Family], dict[str, Any]]:
-    """Return the model's family and the keyword arguments of its backbone; nothing is loaded."""
-    options = plain(cfg.model.backbone)
-    place = place_of(("model", "backbone"))
+    """Return the model's family and the keyword arguments of its backbone; nothing is loaded.
+
+    Raises InputError for what is no backbone.
+    """
+    options, key = plain(cfg.model.backbone), "model.backbone"
+    place, name = place_of(("model", "backbone")), options.pop("_target_")
     assert place
-    return looked_up(place, "model.backbone", options.pop("_target_")), options
+    family = looked_up(place, key, name)
+    if not (isinstance(family, type) and issubclass(family, Backbone)):
+        raise InputError(f"{key}._target_={name}: it is no subclass of capo.backbones.Backbone; name one")
+    if missing := sorted(getattr(family, "__abstractmethods__", ())):
+        raise InputError(f"{key}._target_={name}: it lacks {', '.join(missing)}; define these methods in it")
+    return family, options
 
 
 def inversion_of(cfg: DictConfig) -> Inversion | None:

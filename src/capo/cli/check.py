@@ -25,6 +25,7 @@ from capo.preflight.model_check import (
     PLACES,
     Check,
     check_denoising,
+    check_known,
     check_sample,
     check_table,
     check_vae,
@@ -73,8 +74,9 @@ def run_checks(
     folder = Path(cfg.run_dir)
     # before weights load, since it refuses a batch that cannot be divided
     request = request_of(cfg, dict.fromkeys(("train", "validation", "test")))
-    backbone = base_of(cfg)
     known = built(cfg, "model.known_images")
+    check_known(f"model.known_images: {cfg.model.known_images._target_}", known)
+    backbone = base_of(cfg)
     vae, latents = check_vae(backbone, known)
     captions = [caption for _, caption in known]
     checks = [vae, *check_base(cfg, backbone, latents, captions, folder)]

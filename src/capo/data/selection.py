@@ -88,7 +88,7 @@ def select(strategy: Strategy, scores: Tensor, calibrated: Tensor) -> Selection:
     """
     what = f"the pairs strategy {name_of(strategy)}"
     with faults_of(f"{what} on scores and calibrated rewards of shape {tuple(scores.shape)}"):
-        sets = strategy(scores, calibrated)
+        sets = strategy(scores.clone(), calibrated.clone())  # whatever it does to them
         weights = argument(strategy, declaration(strategy).weights)
     if (fault := _fault(sets, calibrated)) is not None:
         raise InputError(

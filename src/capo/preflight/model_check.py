@@ -18,6 +18,7 @@ from torch import Tensor
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings, autocast, candidate_generators, sample
 from capo.data.importing.images import pixels
+from capo.errors import InputError
 from capo.runtime.files import write_json
 
 # Images like those that the model was trained on, with their captions.
@@ -57,6 +58,18 @@ class Denoising:
     ratio: float
     gains: Tensor
     nearest: str | None
+
+
+def check_known(source: str, known: object) -> None:
+    """Raise InputError, beginning with `source`, unless it returned pictures with their captions."""
+    pairs = list(known) if isinstance(known, Sequence) and not isinstance(known, str) else []
+    kinds = [tuple(map(type, pair)) if isinstance(pair, Sequence) else () for pair in pairs]
+    fine = [len(kind) == 2 and issubclass(kind[0], Image.Image) and kind[1] is str for kind in kinds]
+    if not fine or not all(fine):
+        raise InputError(
+            f"{source} returned {' '.join(repr(known).split())[:200]}; it must return a list of one or more "
+            "pairs (PIL image, caption)"
+        )
 
 
 def photograph() -> Known:

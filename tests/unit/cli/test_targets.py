@@ -11,8 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import capo.objectives
+from capo.backbones import Backbone
 from capo.cli import evaluate as evaluate_script
 from capo.cli import readiness
+from capo.cli.build import family_of
 from capo.cli.run_config import run_config
 from capo.cli.schema import check_values
 from capo.cli.targets import PLACES, calls, place_of
@@ -379,3 +381,30 @@ def test_a_place_has_rules_for_every_target_of_the_repository(honest):
         "objective", "pairs", "prompts", "model.backbone", "model.known_images", "logger.*",
         "rewards.*.scorer", "evaluation.rewards.*.scorer", "evaluation.oracle.*.scorer",
     }  # fmt: skip
+
+
+class Unlike:
+    """No backbone at all."""
+
+
+class Unfinished(Backbone):
+    """One without methods."""
+
+
+def method(weights):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Unlike", r"it is no subclass of capo\.backbones\.Backbone"),
+        ("method", r"it is no subclass of capo\.backbones\.Backbone"),
+        ("Unfinished", r"it lacks .*denoiser_inputs, .*; define these methods in it"),
+    ],
+)
+def test_what_is_no_backbone_is_named(name, message):
+    target = f"{__name__}.{name}"
+    cfg = OmegaConf.create({"model": {"backbone": {"_target_": target, "weights": None}}})
+    with pytest.raises(InputError, match=rf"^model\.backbone\._target_={target}: {message}"):
+        family_of(cfg)

@@ -184,6 +184,18 @@ def test_what_a_strategy_may_not_return_is_named(strategy, message, prompts):
         select(partial(strategy), scores[:prompts], calibrated[:prompts])
 
 
+def test_a_strategy_that_writes_on_what_it_is_given_changes_no_rewards():
+    def sorting(scores, calibrated):
+        sets = best_worst(scores, calibrated)
+        scores.zero_(), calibrated.zero_()
+        return sets
+
+    scores = torch.rand(3, 4, 1, generator=torch.Generator().manual_seed(0))
+    calibrated = scores.clone()
+    found, expected = select(sorting, scores, calibrated), select(best_worst, scores, calibrated)
+    assert torch.equal(found.rewards, expected.rewards) and found.pairs.tolist() == [1, 1, 1]
+
+
 def test_hand_worked_statistics():
     # sizes of X+: 2 and 1, of X-: 2 and 3, of 4 candidates; the second prompt has no pair
     selection = Selection(

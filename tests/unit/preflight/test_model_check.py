@@ -10,10 +10,12 @@ from PIL import Image
 from capo.backbones import UNetBackbone
 from capo.backbones.sampling import SamplerSettings
 from capo.cli.resolvers import shipped
+from capo.errors import InputError
 from capo.preflight.model_check import (
     PLACES,
     Check,
     check_denoising,
+    check_known,
     check_sample,
     check_vae,
     denoising_at,
@@ -101,6 +103,26 @@ def test_a_latent_that_is_not_finite_is_said(tiny_folder, tmp_path):
         backbone.denoiser.conv_out.bias.fill_(math.nan)
     found = check_sample(backbone, "red", SamplerSettings(2, 1.0, 1), tmp_path / "sample.png")
     assert not found.passed and "not finite" in found.found and not (tmp_path / "sample.png").exists()
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        None,
+        "abc",
+        [],
+        [Image.new("RGB", (4, 4))],
+        [("a circle", Image.new("RGB", (4, 4)))],
+        [["circle"]],
+        [7],
+    ],
+    ids=repr,
+)
+def test_what_is_no_list_of_pictures_with_captions_is_named(known):
+    message = r"^model\.known_images: mine returned .*; it must return a list .*\(PIL image, caption"
+    with pytest.raises(InputError, match=message):
+        check_known("model.known_images: mine", known)
+    check_known("", known_scenes(2)), check_known("", photograph())
 
 
 def test_pictures_are_cut_to_the_middle():

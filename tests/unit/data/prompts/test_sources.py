@@ -240,6 +240,7 @@ def source(kind):
         "id": lambda: {"train": [a, Prompt("7", "a ring")], "validation": [b], "test": [c]},
         "space": lambda: {"train": [a, Prompt(a.id, "a  star")], "validation": [b], "test": [c]},
         "number": lambda: {"train": [a, Prompt(a.id, 7)], "validation": [b], "test": [c]},
+        "half": lambda: {"train": [a, Prompt(a.id, chr(0xD800))], "validation": [b], "test": [c]},
         "raises": lambda: [].pop(),
         "fine": lambda: {"test": (c,), "train": [a], "validation": [b]},
     }[kind]()
@@ -268,9 +269,13 @@ def mine(tmp_path, monkeypatch):
         ("four", " returned the splits 'train', 'validation', 'test', 'more'; it must return"),
         ("list", " returned a list; it must return a list of Prompt for each of train, validation and test"),
         ("generator", ": 'train' is a generator; it must return a list of Prompt"),
-        ("id", r": train prompt 2 is Prompt\(id='7'.*whose id is another text's; make each one with"),
-        ("space", r": train prompt 2 is Prompt\(.*whose text is not normalized"),
+        (
+            "id",
+            r": train prompt 2 is Prompt\(id='7'.*which is not what make_prompt makes.* make each one with",
+        ),
+        ("space", r": train prompt 2 is Prompt\(.*which is not what make_prompt makes"),
         ("number", r": train prompt 2 is Prompt\(.*make each one with"),
+        ("half", r": train prompt 2 is Prompt\(.*ud800.*make each one with"),
         ("raises", r" failed \(IndexError: pop from empty list\).*HYDRA_FULL_ERROR=1"),
     ],
 )
