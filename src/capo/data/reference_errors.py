@@ -24,12 +24,14 @@ from capo.objectives import Requirements
 from capo.runtime.files import write_whole
 from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.locks import file_lock
+from capo.runtime.reading import open_ordinary
 
 LIMIT = 1_000_000_000  # bytes that all such files of a pool take at most
 EVERY = 5.0  # seconds between two writes; a killed process loses the passes since its last one
 HEAD = struct.Struct("<16sII")  # of a record: key of the pass, bytes of its errors, CRC-32 of all but itself
 KEYED = struct.Struct("<16sI")  # what the CRC-32 covers before the errors
-REMEDY = "make room there, or train with trainer.reuse_reference=false"
+WITHOUT = "or train with trainer.reuse_reference=false"
+REMEDY = f"make room there, {WITHOUT}"
 log = logging.getLogger(__name__)
 
 
@@ -158,7 +160,7 @@ class ReferenceErrors:
         if not self.path.exists():
             self._replace()
             return
-        with self.path.open("rb") as file:
+        with open_ordinary(self.path, _unusable) as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._read:  # another process has mended it
                 self._inode, self._read = status.st_ino, 0
@@ -214,6 +216,10 @@ class ReferenceErrors:
 
     def _taken(self) -> int:
         return sum(path.stat().st_size for path in self.path.parent.glob(f"*{self.path.suffix}"))
+
+
+def _unusable(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} cannot be used ({reason}): move it away, {WITHOUT}")
 
 
 def record(key: bytes, values: bytes) -> bytes:

@@ -25,6 +25,7 @@ from capo.rewards import worker
 from capo.rewards.environments import find_python, inherited_environment, not_importable
 from capo.rewards.guard import NoScores, numbers
 from capo.rewards.logs import log_file
+from capo.runtime.files import appending
 from capo.runtime.memory import means_memory
 
 ATTEMPTS = 2  # a worker that is killed is restarted once and gets the same batch
@@ -243,7 +244,7 @@ class _Worker:
 def _keep(command: Sequence[str], log_file: Path, born: Future[subprocess.Popen]) -> None:
     """Start a worker, wait for its end, and then kill the processes that it started."""
     try:
-        with log_file.open("ab") as output:
+        with appending(log_file) as output:
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
             output.flush()
             process = subprocess.Popen(

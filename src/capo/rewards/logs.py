@@ -8,6 +8,8 @@ import time
 import traceback
 from pathlib import Path
 
+from capo.runtime.files import appending
+
 
 def log_file(name: str, folder: Path | None) -> Path:
     """Return the log of the reward `name`, in `folder` or, with None, in a temporary one of this process."""
@@ -19,8 +21,8 @@ def write_traceback(path: Path, error: BaseException) -> str:
     text = "".join(traceback.format_exception(error))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}")
+        with appending(path) as file:
+            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}".encode(errors="backslashreplace"))
     except OSError as fault:
         return f"the traceback could not be written to {path} ({fault.strerror})"
     return f"the traceback is in {path}"

@@ -48,6 +48,11 @@ def whole_file(path: str | Path, remedy: str = REMEDY, unfinished: Path | None =
             unfinished.unlink()
 
 
+def appending(path: Path) -> io.BufferedWriter:
+    """Open a file to append bytes; OSError for a folder, and for a pipe, whose reader would be waited for."""
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
+
+
 def check_ordinary(path: Path, key: str = "") -> None:
     """Raise InputError if something stands at `path`, the value of `key`, that is no ordinary file."""
     if path.exists() and not path.is_file():

@@ -107,6 +107,14 @@ def test_a_file_of_something_else_is_made_again(tmp_path, caplog):
     assert found(ReferenceErrors(tmp_path, SETTINGS), "b")
 
 
+def test_a_pipe_in_its_place_is_named_and_not_waited_for(tmp_path):
+    path = filled(tmp_path, "a").path
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=rf"{path} cannot be used \(it is no ordinary file\): move it"):
+        ReferenceErrors(tmp_path, SETTINGS)
+
+
 def test_runs_at_the_same_time_share_the_file(tmp_path, monkeypatch):
     one, other = ReferenceErrors(tmp_path, SETTINGS), ReferenceErrors(tmp_path, SETTINGS)
     monkeypatch.setattr(reference_errors, "EVERY", -1.0)  # each pass is written at once

@@ -29,6 +29,7 @@ from capo.errors import InputError
 from capo.rewards import Reward, guard, load_rewards, lookup, worker
 from capo.rewards import isolated as isolated_side
 from capo.rewards.isolated import IsolatedScorer
+from capo.rewards.logs import log_file, write_traceback
 from fixtures.fake_backbone import FakeBackbone
 
 RED, DARK = Image.new("RGB", (4, 3), (255, 0, 0)), Image.new("RGB", (5, 2), (51, 102, 153))
@@ -596,3 +597,9 @@ def test_a_worker_killed_in_the_middle_loses_nothing(
         assert scored("there", backbone, python=pillow_only, timeout=60) == undisturbed
     assert len(started()) == 1 + 3  # one here, and there one and two in its place
     assert [record.message[:31] for record in caplog.records] == ["reward 'theirs': its worker die"] * 2
+
+
+def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.log")
+    told = write_traceback(log_file("pipe", tmp_path), ValueError("x"))
+    assert told.startswith(f"the traceback could not be written to {tmp_path / 'pipe.log'} (")

@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 
 from capo.errors import InputError
-from capo.runtime.files import check_inside, check_links, plain_cell, write_json, write_table, write_whole
+from capo.runtime.files import (
+    appending,
+    check_inside,
+    check_links,
+    plain_cell,
+    write_json,
+    write_table,
+    write_whole,
+)
 
 
 def test_writes_text_and_bytes_and_leaves_nothing_beside_them(tmp_path):
@@ -126,3 +134,15 @@ def test_links_within_a_folder_and_into_the_hubs_cache_are_its_own(tmp_path):
         with pytest.raises(InputError, match=f"{name} is a link to .*put the file itself there"):
             check_links(snapshot)
         (snapshot / name).unlink()
+
+
+def test_a_pipe_is_not_appended_to_and_not_waited_for(tmp_path):
+    with appending(tmp_path / "log") as file:
+        file.write(b"a")
+    with appending(tmp_path / "log") as file:
+        file.write(b"b")
+    assert (tmp_path / "log").read_bytes() == b"ab"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError), appending(path):
+            pytest.fail("opened")

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import platform
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,10 @@ class VerifiedFiles:
             self.path.parent.mkdir(exist_ok=True)
             record = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         except OSError:
+            yield None
+            return
+        if not stat.S_ISREG(os.fstat(record).st_mode):  # of a pipe nothing can be read at a place
+            os.close(record)
             yield None
             return
         try:

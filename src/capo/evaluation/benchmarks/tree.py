@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from capo.data.images import GeneratedImages
 from capo.data.prompts import candidate_seed
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Picture
 from capo.runtime.files import ELSEWHERE, check_inside, whole_file, write_json, write_table, write_whole
-from capo.runtime.reading import read_json
+from capo.runtime.reading import read_bytes, read_json
 from capo.runtime.run_folder import REPORT, RESULTS
 
 IMAGES, SEEDS, README = "images", "images.csv", "README.md"
@@ -109,8 +109,8 @@ def write_tree(
 
 def _holds(path: Path, content: str) -> bool:
     try:
-        return path.read_bytes() == content.encode()
-    except OSError:
+        return read_bytes(path, "") == content.encode()
+    except (OSError, DamagedFile):  # what is no ordinary file is refused where it would be replaced
         return False
 
 

@@ -18,11 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.templating import page_template
 from capo.evaluation.study.store import Study, Vote
 from capo.evaluation.study.turns import choice_of, left_side, order
-from capo.runtime.reading import parse_json
+from capo.runtime.reading import parse_json, read_bytes
 
 INSTRUCTION = (  # CaPO, appendix C, word for word
     "Given the text below, pick the left or the right image with better looking.",
@@ -93,7 +93,7 @@ class StudyServer(ThreadingHTTPServer):
         if pair not in self.study.pairs or side not in ("left", "right"):
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such image")
         shown = choice_of(side, left_side(self.study.facts.seed, rater, pair))
-        return self.study.image(pair, shown).read_bytes()
+        return read_bytes(self.study.image(pair, shown), "restore it")
 
     def take_vote(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Record a vote of the page, and return the next pair."""
@@ -147,14 +147,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, kind, content)
         except Refused as error:
             self._send(error.status, "application/json", _json({"error": str(error)}))
-        except ValueError:  # of an address or header that is none
-            self._send(HTTPStatus.BAD_REQUEST, "application/json", _json({"error": "no such request"}))
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, DamagedFile) as error:
             if isinstance(error, ConnectionError):
                 return  # the page was left
             print(f"error: a request could not be answered: {error}")
             text = _json({"error": f"the server cannot read or write its files: {error}"})
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "application/json", text)
+        except ValueError:  # of an address or header that is none
+            self._send(HTTPStatus.BAD_REQUEST, "application/json", _json({"error": "no such request"}))
 
     def _check_host(self) -> None:
         named = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""

@@ -152,3 +152,12 @@ def test_a_line_that_a_killed_process_left_half_spoils_no_other(pool, verified):
     for position in (0, 2):
         read.text(position)
     assert verified() == ["text/00000.safetensors", "text/00001.safetensors"]
+
+
+@pytest.mark.parametrize("what", [os.mkfifo, os.mkdir])
+def test_a_record_that_is_no_ordinary_file_is_none(pool, verified, what):
+    path = PoolReader(pool)._files.path
+    path.parent.mkdir(exist_ok=True)
+    what(path)
+    read_all(pool)
+    assert len(verified()) == FILES

@@ -1,6 +1,7 @@
 """Writing the trees of benchmarks: killed and continued, with seeds and a README, and what is refused."""
 
 import csv
+import os
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,11 @@ def test_a_killed_export_goes_on_and_leaves_nothing_else(tmp_path, monkeypatch):
     write_tree(benchmark, images, tree, progress=False)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert len(files(tree)) == 15
+    text = tree / next(iter(benchmark.texts))
+    text.unlink()
+    os.mkfifo(text)
+    with pytest.raises(InputError, match=f"{text} is no ordinary file"):  # and it is not waited for
+        write_tree(benchmark, images, tree, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation_metadata.jsonl", "pool", "tree"]
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import sqlite3
 import threading
 from contextlib import contextmanager
@@ -153,3 +154,15 @@ def test_a_port_in_use_is_said(study):
     for host in ("no.such.host.invalid", "a..b", "256.1.1.1"):
         with pytest.raises(InputError, match=rf"host {host}, port 0: .*give another host, 127.0.0.1 for"):
             StudyServer(study, host, 0)
+
+
+def test_a_pipe_in_place_of_an_image_is_an_answer_and_not_waited_for(study, capsys):
+    pair = next(iter(study.pairs))
+    for side in (FIRST, SECOND):
+        path = study.image(pair, side)
+        path.unlink()
+        os.mkfifo(path)
+    with served(study) as ask:
+        status, _, content = ask(f"/image?rater=ann&pair={pair}&side=left")
+    assert status == 500 and b"it is no ordinary file" in content
+    assert "could not be answered" in capsys.readouterr().out
