@@ -9,16 +9,15 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from capo.backbones.export import write_adapter
 from capo.backbones.family import Family
 from capo.backbones.finding import pipeline_index
 from capo.backbones.lora import LORA_FILE
-from capo.errors import InputError
-from capo.runtime.reading import parse_json
-from capo.runtime.tensor_files import AGAIN
+from capo.errors import DamagedFile, InputError
+from capo.runtime.reading import parse_object
+from capo.runtime.tensor_files import AGAIN, readable_tensors
 from capo.soup import coefficients
 
 METADATA = "lora_adapter_metadata"  # diffusers' key for an adapter's settings, in the file's metadata
@@ -67,15 +66,13 @@ def merge_adapters(
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the factors by name, and the settings, of an adapter."""
+    with readable_tensors(file) as found:
+        factors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
+        metadata = found.metadata() or {}
     try:
-        with safe_open(file, framework="pt") as found:
-            factors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
-            settings = parse_json((found.metadata() or {}).get(METADATA, "{}"))
-        if not isinstance(settings, dict):
-            raise TypeError(f"its {METADATA} are no names with values")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"'{file}' cannot be read ({error}); {AGAIN}") from error
-    return factors, settings
+        return factors, parse_object(metadata.get(METADATA, "{}"))
+    except ValueError as error:
+        raise DamagedFile(file, f"its {METADATA}: {error}", AGAIN) from error
 
 
 def adapter_factors(policy: Path, part: str) -> Factors:
@@ -91,20 +88,23 @@ def _scaled(file: Path, factors: Mapping[str, Tensor], settings: Mapping[str, An
     """Layer -> (A, alpha / rank * B), float32, of an adapter."""
     rank, alpha = (_positive(settings.get(f"{part}.{key}")) for key in ("r", "lora_alpha"))
     other = [key for key in OTHER_KINDS if settings.get(f"{part}.{key}")]
-    names = [name for name in factors if ".lora_A." in name]
-    fits = all(name.startswith(f"{part}.") and _are_factors(factors, name) for name in names)
-    if other or not rank or not alpha or not names or not fits or len(factors) != 2 * len(names):
+    other += [name for name, factor in factors.items() if not _is_linear(name, factor, part)][:1]
+    if other or not rank or not alpha or not factors:
+        told = other or (["it holds no tensors"] if not factors else ["no rank and alpha in its metadata"])
         raise InputError(
-            f"'{file}' is no plain LoRA adapter of linear layers"
-            + (f" ({', '.join(other)})" if other else "")
-            + "; only adapters that train.py exported are read"
+            f"'{file}' is no plain LoRA adapter of linear layers ({', '.join(told)}); only adapters that "
+            "train.py exported are read"
         )
+    for name in factors:
+        if fault := _fault(factors, name):
+            raise InputError(f"'{file}': {fault}; {AGAIN}")
     return {
         name.removeprefix(f"{part}.").split(".lora_A.")[0]: (
-            factors[name].float(),
-            factors[name.replace(".lora_A.", ".lora_B.")].float() * (alpha / rank),
+            factor.float(),
+            factors[_partner(name)].float() * (alpha / rank),
         )
-        for name in names
+        for name, factor in factors.items()
+        if ".lora_A." in name
     }
 
 
@@ -113,12 +113,30 @@ def _positive(value: Any) -> float:
     return value if type(value) in (int, float) and value > 0 else 0
 
 
-def _are_factors(factors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the factor A of this name, and B beside it, have a product, and finite numbers."""
-    a, b = factors[name], factors.get(name.replace(".lora_A.", ".lora_B."))
-    if b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-        return False
-    return bool(a.isfinite().all() and b.isfinite().all())
+def _is_linear(name: str, factor: Tensor, part: str) -> bool:
+    """Whether a tensor is a factor, A or B, of a linear layer of the denoiser."""
+    return name.startswith(f"{part}.") and (".lora_A." in name or ".lora_B." in name) and factor.ndim == 2
+
+
+def _partner(name: str) -> str:
+    """Name of the factor B that belongs to an A, and of the A that belongs to a B."""
+    own, other = (".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")
+    return name.replace(own, other)
+
+
+def _fault(factors: Mapping[str, Tensor], name: str) -> str | None:
+    """What is wrong with a factor, or None."""
+    partner = factors.get(_partner(name))
+    if partner is None:
+        return f"its tensor {_partner(name)} is missing"
+    if not factors[name].isfinite().all():
+        return f"its tensor {name} holds values that are not finite"
+    if ".lora_A." in name and len(factors[name]) != partner.shape[1]:
+        return (
+            f"its tensors {name} of shape {tuple(factors[name].shape)} and {_partner(name)} of shape "
+            f"{tuple(partner.shape)} have different ranks"
+        )
+    return None
 
 
 def merged_factors(adapters: Sequence[Factors], method: str, weights: Sequence[float]) -> dict[str, Tensor]:

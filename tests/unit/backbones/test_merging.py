@@ -231,17 +231,20 @@ def test_a_damaged_adapter_is_named(tiny_backbone, tmp_path):
 
     for content in (b"", whole[:100], whole[:-8], b"\xff" * 64):
         file.write_bytes(content)
-        refused("pytorch_lora_weights.safetensors' cannot be read")
+        refused("pytorch_lora_weights.safetensors cannot be read")
     for settings in ("{", "[]"):
         save_file(tensors, file, metadata | {key: settings})
         refused("cannot be read")
-    for changed in (
-        {name: tensors[name][:, :1].clone()},  # of another rank than its A
-        {name: tensors[name] * float("nan")},
-        {name: tensors[name][..., None].clone()},
-    ):
-        save_file(tensors | changed, file, metadata)
-        refused("is no plain LoRA adapter")
+    other = name.replace(".lora_B.", ".lora_A.")
+    for spoiled in (name, other):
+        save_file(tensors | {spoiled: tensors[spoiled] * float("nan")}, file, metadata)
+        refused(f"{file}': its tensor {spoiled} holds values that are not finite; restore it, or export it")
+        save_file({key: value for key, value in tensors.items() if key != spoiled}, file, metadata)
+        refused(f"{file}': its tensor {spoiled} is missing; restore it")
+    save_file(tensors | {name: tensors[name][:, :1].clone()}, file, metadata)
+    refused(rf"its tensors {other} of shape \(.*\) and {name} of shape \(.*, 1\) have different ranks")
+    save_file(tensors | {name: tensors[name][..., None].clone()}, file, metadata)
+    refused(rf"is no plain LoRA adapter of linear layers \({name}\); only")
     settings = json.loads(metadata[key]) | {"unet.lora_alpha": "4"}
     save_file(tensors, file, metadata | {key: json.dumps(settings)})
     refused("is no plain LoRA adapter")
