@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -139,9 +140,20 @@ def fresh_folder(folder: str | Path, *marks: str) -> Iterator[Path]:
         fresh = workplace / "new"
         fresh.mkdir()  # mkdtemp's own folder is readable by its owner alone; a result should not be
         yield fresh
+        _share(fresh, workplace / "plain")
         _replace(folder, fresh)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _share(folder: Path, plain: Path) -> None:
+    """Give files the mode that the new file `plain` gets: safetensors makes them their owner's alone."""
+    plain.touch()
+    mode = stat.S_IMODE(plain.stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with suppress(OSError):  # a file system without modes
+                path.chmod(mode)
 
 
 def check_replaceable(folder: Path, *marks: str) -> None:

@@ -2,6 +2,8 @@ import os
 import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from capo.errors import InputError
 from capo.runtime import files
@@ -121,3 +123,18 @@ def test_a_file_takes_the_place_of_an_ordinary_file_alone(tmp_path, kind):
     after = target.lstat()
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
     assert stat.S_IMODE(after.st_mode) == stat.S_IMODE(before.st_mode) and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with fresh_folder(tmp_path / "policy", "mark") as fresh:
+            save_file({"w": torch.zeros(1)}, fresh / "weights.safetensors")
+            (fresh / "unet").mkdir()
+            (fresh / "unet" / "config.json").touch(0o600)
+            (fresh / "link").symlink_to(tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "policy").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode} and len(files) == 2
