@@ -134,6 +134,14 @@ def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:
     try:
         index = read_json(path, FOLDER_REMEDY)
     except (FileNotFoundError, DamagedFile) as error:
+        from capo.backbones.lora import LORA_FILE  # with peft, which a plan does without
+
+        if (folder / LORA_FILE).is_file():
+            raise InputError(
+                f"weights '{folder}': it holds a LoRA adapter, '{LORA_FILE}', and no whole pipeline; give a "
+                "policy in which it is merged into its base (of a run, evaluate.py run=DIR export=full "
+                "validation.strengths=[1] exports one)"
+            ) from error
         raise InputError(
             f"weights '{folder}': '{path.name}' is missing or unreadable, so this is not the folder of a "
             "diffusers pipeline; write one with `pipeline.save_pretrained(folder)`"

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from capo.backbones import UNetBackbone, finding
-from capo.backbones.finding import MissingWeights, find_pipeline, lacking_parts
+from capo.backbones.finding import MissingWeights, find_pipeline, lacking_parts, pipeline_index
 from capo.errors import InputError
 
 
@@ -157,3 +157,13 @@ def test_a_download_that_ends_early_says_that_it_goes_on(monkeypatch):
 def test_missing_folder(tmp_path):
     with pytest.raises(InputError, match=f"no such folder.*{tmp_path}/nothing.*model_index.json"):
         UNetBackbone(str(tmp_path / "nothing"))
+
+
+def test_an_adapter_is_told_from_a_pipeline(tmp_path):
+    with pytest.raises(InputError, match="'model_index.json' is missing or unreadable"):
+        pipeline_index(tmp_path, ("StableDiffusionPipeline",))
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(
+        InputError, match=r"it holds a LoRA adapter, .* export=full validation\.strengths=\[1\]"
+    ):
+        pipeline_index(tmp_path, ("StableDiffusionPipeline",))
