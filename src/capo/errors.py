@@ -1,6 +1,7 @@
 """Errors caused by a value that the user gave, not by a fault of this package; parts of their messages."""
 
 import difflib
+import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -74,6 +75,16 @@ def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
 def first_line(error: BaseException) -> str:
     """First line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_reason(error: BaseException) -> str:
+    """What was wrong with a file of torch.save: the first line of the error, but never torch's advice.
+
+    Of a pickle that `weights_only` refuses, torch advises to load it without that guard.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "its pickle is damaged, or holds more than tensors and plain values, which could run code"
+    return first_line(error)
 
 
 class Unfinished(RuntimeError):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from capo.errors import DamagedFile, InputError, first_line
+from capo.errors import DamagedFile, InputError, first_line, load_reason
 from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
 from capo.runtime.reading import FOLDER_REMEDY, read_json
 
@@ -115,7 +115,7 @@ def read_state(path: Path, setting: str) -> dict[str, Tensor]:
         raise
     except Exception as error:  # of safetensors, pickle and torch, by the bytes
         raise InputError(
-            f"{setting}={path}: no safetensors file and no state dict ({first_line(error)}); a pickled "
+            f"{setting}={path}: no safetensors file and no state dict ({load_reason(error)}); a pickled "
             "module can run any code when loaded: convert it once, where you trust its source, with "
             "safetensors.torch.save_file(module.state_dict(), FILE)"
         ) from error

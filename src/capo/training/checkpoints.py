@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from capo.backbones.averaging import AVERAGE, REFERENCE
 from capo.backbones.networks import fresh_policy
-from capo.errors import DamagedFile, InputError, first_line
+from capo.errors import DamagedFile, InputError, load_reason
 from capo.module import PreferenceModule
 from capo.runtime.files import second_name, whole_file
 from capo.runtime.reading import open_ordinary
@@ -176,7 +176,7 @@ def read_checkpoint(path: Path, remedy: str) -> dict[str, Any]:
     except (DamagedFile, MemoryError):
         raise
     except Exception as error:  # what zipfile, pickle and torch raise for damaged bytes has no common class
-        raise DamagedFile(path, first_line(error), remedy) from error
+        raise DamagedFile(path, load_reason(error), remedy) from error
     if fault := _fault(checkpoint):
         raise DamagedFile(path, fault, remedy)
     return checkpoint

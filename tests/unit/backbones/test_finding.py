@@ -160,7 +160,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_an_adapter_is_told_from_a_pipeline(tmp_path):
-    with pytest.raises(InputError, match="'model_index.json' is missing or unreadable"):
+    with pytest.raises(InputError, match=r"'model_index\.json' is missing or unreadable"):
         pipeline_index(tmp_path, ("StableDiffusionPipeline",))
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
     with pytest.raises(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from unittest.mock import MagicMock
 
 import pytest
@@ -25,6 +26,7 @@ from capo.evaluation.evaluate import stored_results
 from capo.evaluation.held_out import alarms
 from capo.evaluation.reports.charts import read_curves
 from capo.evaluation.seeds import read_rates
+from capo.rewards.weights import read_state
 from capo.runtime.run_folder import read_outcome
 from capo.training.checkpoints import WholeCheckpoints, check_checkpoint, read_checkpoint
 from capo.training.fit import trained_steps
@@ -223,6 +225,25 @@ def test_what_is_no_checkpoint_of_a_run_is_named(tmp_path, content, message):
     with pytest.raises(DamagedFile) as refused:
         read_checkpoint(tmp_path / "last.ckpt", "remove it")
     assert message in str(refused.value)
+
+
+class Sleeper:
+    """Its pickle calls something when it is loaded."""
+
+    def __reduce__(self):
+        return time.sleep, (0,)
+
+
+def test_a_pickle_that_is_refused_is_told_without_the_advice_to_load_it(tmp_path):
+    torch.save(checkpoint(loops=Sleeper()), tmp_path / "last.ckpt")
+    with pytest.raises(
+        DamagedFile, match=r"\(its pickle is damaged, or holds more .* run code\); rem"
+    ) as refused:
+        read_checkpoint(tmp_path / "last.ckpt", "remove it")
+    assert "weights_only" not in str(refused.value)
+    with pytest.raises(InputError, match=r"no state dict \(its pickle is damaged, or holds more") as refused:
+        read_state(tmp_path / "last.ckpt", "weights")
+    assert "weights_only" not in str(refused.value)
 
 
 def test_a_flipped_bit_of_a_weight_is_found_before_a_run_goes_on(tmp_path):
