@@ -1,5 +1,6 @@
 """Advisory locks between the processes that share a folder."""
 
+import errno
 import fcntl
 import os
 import time
@@ -20,6 +21,7 @@ def file_lock(path: Path, wait: bool = False, remedy: str = REMEDY) -> Iterator[
 
     The operating system releases the lock of a process that dies. The file is removed on release; a process
     whose locked file is no longer the one at `path` tries again.
+    Raises InputError, with `remedy`, if the folder cannot be written, and for a folder or link at `path`.
     """
     while (handle := _try_lock(path, remedy)) is None and wait:
         time.sleep(LOCK_POLL)
@@ -38,6 +40,8 @@ def _try_lock(path: Path, remedy: str) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP):  # a folder, or a link, which is not followed
+            raise InputError(f"{path} is no ordinary file, as a lock is: remove it") from error
         raise InputError(f"{path.parent} cannot be written ({error.strerror}): {remedy}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

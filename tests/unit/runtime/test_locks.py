@@ -1,7 +1,11 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
+import pytest
+
+from capo.errors import InputError
 from capo.runtime.locks import file_lock
 
 
@@ -34,3 +38,15 @@ def test_a_killed_process_keeps_no_lock(tmp_path):
     os.waitpid(child, 0)
     with file_lock(tmp_path / "lock") as mine:
         assert mine
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path.with_name("mine"))])
+def test_what_is_no_lock_is_named_with_its_remedy(tmp_path, make):
+    (tmp_path / "mine").write_text("kept")
+    make(tmp_path / ".lock")
+    with (
+        pytest.raises(InputError, match=rf"{tmp_path}/\.lock is no ordinary file, as a lock is: remove it"),
+        file_lock(tmp_path / ".lock"),
+    ):
+        pytest.fail("held")
+    assert (tmp_path / "mine").read_text() == "kept"
