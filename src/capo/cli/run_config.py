@@ -113,6 +113,7 @@ def _complete(cfg: DictConfig) -> None:
 def check_place(folder: Path) -> None:
     """Raise InputError if `folder` holds what a run would replace but no run, or one that writes outside."""
     check_inside(folder, TRAINED)
+    _check_ordinary(folder)
     if (folder / CONFIG).exists():
         read_config(folder)
     elif held := [name for name in WRITTEN if os.path.lexists(folder / name)]:
@@ -120,6 +121,13 @@ def check_place(folder: Path) -> None:
             f"{folder} has no config.yaml of a run, but holds {', '.join(held)}, which a run would replace: "
             f"move {'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
         )
+
+
+def _check_ordinary(folder: Path) -> None:
+    """Raise DamagedFile if something else stands where a run's configuration or outcome is a file."""
+    for path in (folder / CONFIG, folder / OUTCOME):
+        if path.exists() and not path.is_file():
+            raise DamagedFile(path, "it is no ordinary file", REMEDY)
 
 
 def open_run(folder: Path, cfg: DictConfig) -> Progress:
@@ -196,6 +204,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     folder that is not a run directory, a run that has not finished, a run whose config asks for what it may
     not, and one of which a folder that is written to leads elsewhere.
     """
+    _check_ordinary(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"run={folder} is not a run directory: it has no config.yaml; give the directory that train.py "

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -88,3 +90,17 @@ def test_a_run_of_which_a_folder_leads_elsewhere_does_not_go_on(tmp_path, name):
     (run / name).symlink_to(outside)
     with pytest.raises(InputError, match=rf"run/{name} is a link to {outside}, outside of .*: put what it"):
         check_place(run)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("name", ["config.yaml", "outcome.json"])
+def test_what_stands_in_place_of_a_file_is_not_told_as_absent(tmp_path, name, make):
+    cfg = composed()
+    open_run(tmp_path, cfg)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    for read in (check_place, lambda folder: run_config(folder, OmegaConf.create({**cfg, "trust": []}), [])):
+        with pytest.raises(
+            DamagedFile, match=rf"{tmp_path}/{name} cannot be read \(it is no ordinary file\)"
+        ):
+            read(tmp_path)
