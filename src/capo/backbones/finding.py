@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
 
+from capo.backbones.lora import LORA_FILE
 from capo.errors import DamagedFile, InputError, first_line
 from capo.runtime.hub import cached_snapshot, download_command, hub_refusal, is_hub_id
 from capo.runtime.reading import FOLDER_REMEDY, read_json
@@ -134,8 +135,6 @@ def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:
     try:
         index = read_json(path, FOLDER_REMEDY)
     except (FileNotFoundError, DamagedFile) as error:
-        from capo.backbones.lora import LORA_FILE  # with peft, which a plan does without
-
         if (folder / LORA_FILE).is_file():
             raise InputError(
                 f"weights '{folder}': it holds a LoRA adapter, '{LORA_FILE}', and no whole pipeline; give a "

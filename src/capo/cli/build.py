@@ -193,10 +193,8 @@ def tuned_generator(
     backbone, settings = base.backbone, base.settings
     if negative:
         check_negative(settings)
-    denoiser, fingerprint = (
-        load_policy(backbone, policy, settings.drawing),
-        policy_fingerprint(backbone, policy),
-    )
+    denoiser = load_policy(backbone, policy, settings.drawing)
+    fingerprint = policy_fingerprint(backbone, policy)
     if run and launch().first:  # others of a training need not see yet what the first one has written
         _check_exported(run, fingerprint)
     if negative:
