@@ -21,13 +21,20 @@ def other_choice(key: str, conf: Path) -> str | None:
     `conf` holds the groups of files.
     """
     group, _, rest = key.partition(".")
-    files = sorted((conf / group).glob("*.yaml")) if rest else []
-    choices = [f"{group}={file.stem}" for file in files if _has(file, rest.split("."))]
+    choices = _choices(group, rest, conf)
+    if not choices:
+        group, choices = "experiment", _choices("experiment", key, conf)
     if not choices:
         return None
     scripts, given = _scripts(group, conf), "it" if len(choices) == 1 else "one of them"
     place = "" if len(scripts) == len(list(conf.glob("*.yaml"))) else f", to {' or '.join(scripts)}"
     return f"there is no key '{key}' without {' or '.join(choices)}: give {given} too{place}"
+
+
+def _choices(group: str, key: str, conf: Path) -> list[str]:
+    """Choices of a group whose files have a key."""
+    files = sorted((conf / group).glob("*.yaml")) if key else []
+    return [f"{group}={file.stem}" for file in files if _has(file, key.split("."))]
 
 
 def other_script(key: str, conf: Path) -> str | None:

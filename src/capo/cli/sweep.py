@@ -41,6 +41,7 @@ from capo.runtime.terminal import Terminal, printable
 
 FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
 TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
+EARLIER = "the results in this directory are those of an earlier start"  # last line of such an error.txt
 PLANS = "plans.csv"  # table of a multirun with plan=true; sweep.csv of the runs may lie beside it
 
 
@@ -54,18 +55,27 @@ def sweep_name(folder: Path) -> str:
 def run_job(task: Callable[[], float], folder: Path) -> float:
     """Return `task()`, or NaN if it fails, so that a sweep continues with its other jobs.
 
-    The error is printed and written to `folder/error.txt`.
+    The error is printed and written to `folder/error.txt`, which also says whether a run that had finished
+    before, maybe with other values, is all that lies there.
     """
     (folder / ERROR).unlink(missing_ok=True)
+    finished = _written(folder / OUTCOME)
     try:
         return task()
     except (Exception, SystemExit) as error:
         if was_interrupted(error):
             raise
         text = printable(told_fault(error) or "".join(traceback.format_exception(error))).rstrip()
-        write_whole(folder / ERROR, text + "\n")
+        earlier = finished is not None and finished == _written(folder / OUTCOME)
+        write_whole(folder / ERROR, f"{text}\n{EARLIER}\n" if earlier else f"{text}\n")
         print(f"error in {folder}: {text}", file=sys.stderr)
         return math.nan
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """Which file stands at `path`, and when it was written; None without one."""
+    status = path.stat() if path.is_file() else None
+    return status and (status.st_ino, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,8 @@ def read_job(folder: Path) -> Job:
     except InputError as error:  # damaged files cost one row, not the table
         return Job(folder, overrides, FAILED, str(error))
     if (folder / ERROR).is_file():
-        return Job(folder, overrides, FAILED, _error(folder), figures)
+        error, earlier = _error(folder)
+        return Job(folder, overrides, FAILED, error, {} if earlier else figures)
     return Job(folder, overrides, FINISHED if (folder / OUTCOME).is_file() else UNFINISHED, figures=figures)
 
 
@@ -114,16 +125,21 @@ def read_plan(folder: Path) -> Job:
     """Read the result of a planning job from its directory."""
     overrides = _read_overrides(folder)
     if (folder / ERROR).is_file():  # a plan.json in the directory is then from an earlier start
-        return Job(folder, overrides, FAILED, _error(folder))
+        return Job(folder, overrides, FAILED, _error(folder)[0])
     plan = read_json(folder / PLAN, "remove it and plan again")
     return Job(folder, overrides, PLANNED, figures=plan_figures(plan))
 
 
-def _error(folder: Path) -> str:
-    """What ended a job, in one line: a message as it is, of a traceback its last line."""
+def _error(folder: Path) -> tuple[str, bool]:
+    """What ended a job, in one line, and whether results in its directory are those of an earlier start.
+
+    The line is a message as it is, and of a traceback the last one.
+    """
     text = read_text(folder / ERROR, "remove it, or run the job again")
     lines = [line.strip() for line in text.strip().splitlines()] or ["unknown"]
-    return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines)
+    earlier = lines[-1] == EARLIER
+    lines = lines[: -1 if earlier else None] or ["unknown"]
+    return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines), earlier
 
 
 def _job_folders(sweep: Path, mark: str) -> list[Path]:

@@ -19,6 +19,10 @@ from capo.errors import InputError
     ("train", "prompts.train.hub=x",
      "there is no key 'prompts.train.hub' without prompts=diffusiondb or prompts=dpg or prompts=files or "
      "prompts=geneval or prompts=parti or prompts=pickapic: give one of them too"),
+    # of an experiment
+    ("train", "model.lora.rank=4",
+     "there is no key 'model.lora.rank' without experiment=lora or experiment=sd35_medium_quickstart or "
+     "experiment=sd3_quickstart or experiment=sdxl_quickstart: give one of them too"),
     ("train", "stage=import", "this command has no key 'stage'; generate.py has"),
     ("generate", "study.prompts=3", "this command has no key 'study.prompts'; python -m capo.cli.study has"),
     ("train", "policy=x",
@@ -32,6 +36,7 @@ def test_what_has_a_key_is_told(script, argument, told):
 
 
 def test_what_the_messages_tell_to_give_composes():
+    assert composed("train", ["experiment=lora", "model.lora.rank=4"]).model.lora.rank == 4
     assert composed("train", ["engine=ray", "engine.attempts=2"]).engine.attempts == 2
     assert composed("generate", ["import=folder", "import.files=x"])["import"].files == "x"
     assert composed("train", ["prompts=files", "prompts.train.hub=x"]).prompts.train.hub == "x"

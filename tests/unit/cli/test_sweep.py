@@ -227,6 +227,23 @@ def test_a_failed_job_leaves_its_error_and_nan(tmp_path, capsys):
     assert run_job(lambda: 0.5, tmp_path) == 0.5 and not (tmp_path / "error.txt").exists()
 
 
+@pytest.mark.parametrize("finishes", [False, True])
+def test_a_failed_job_has_no_results_of_an_earlier_start(tmp_path, finishes):
+    """Such as those of another beta, in a sweep's directory that is used again."""
+    make_job(tmp_path, "0", ["objective.beta=100"], win_rate=0.6)
+
+    def refused():
+        if finishes:  # and fails in its evaluation
+            (tmp_path / "0" / "outcome.json").write_text(json.dumps({"val/win_rate": 0.7, "policy": "x"}))
+        raise InputError("no such\nbeta")
+
+    assert math.isnan(run_job(refused, tmp_path / "0"))
+    (job,) = read_jobs(tmp_path)
+    assert (job.status, job.error) == (FAILED, "no such beta")
+    assert job.figures.get("val/win_rate") == (0.7 if finishes else None)
+    assert finishes or not job.figures
+
+
 def test_a_sweeps_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sweep_name(Path("multirun/2026-01-02/03-04-05")) == "2026-01-02/03-04-05"

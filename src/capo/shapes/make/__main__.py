@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import torch
 
 from capo.cli.build import build_components
 from capo.cli.compose import REPOSITORY, composed
+from capo.cli.messages import refused
+from capo.errors import InputError
 from capo.runtime.options import whole_number
 from capo.shapes.make import autoencoder, base, card, flow_autoencoder, lineups, mmdit, rewards, scenery
 from capo.shapes.make.fitting import process
@@ -110,8 +113,8 @@ STAGES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one stage."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m capo.shapes.make", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
@@ -128,9 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if "WORLD_SIZE" in os.environ:  # started by torchrun
         torch.distributed.init_process_group("gloo")
-    options.work.mkdir(parents=True, exist_ok=True)
-    STAGES[options.stage](options)
+    try:
+        options.work.mkdir(parents=True, exist_ok=True)
+        STAGES[options.stage](options)
+    except FileNotFoundError as error:
+        missing = Path(str(error.filename))
+        if not missing.is_relative_to(options.work):
+            raise
+        earlier = list(STAGES)[: list(STAGES).index(options.stage)]
+        return refused(InputError(f"{missing} is not there; stages before make it: {', '.join(earlier)}"))
+    except Exception as error:
+        return refused(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
