@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -50,8 +51,13 @@ ADDED = {
 }
 DEPTH = "pairs.depth"  # added likewise, to pairs=frs
 VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,50}")  # it becomes a part of a command in a message
+# sections that act on training alone; of `trainer`, all keys but the second line's
+TRAINED_WITH = ("objective", "reference", "pairs", "selection", "calibration", "noise", "anchor", "online")
+LAUNCHED_WITH = ("accelerator", "devices", "num_nodes", "strategy", "precision", "ema")
 # keys of an evaluation, which a run does not have
 ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust", "study")
+
+log = logging.getLogger(__name__)
 
 
 class Progress(Enum):
@@ -202,7 +208,8 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
 
     What acts outside the run has its values from `cfg` too (`capo.cli.foreign`). Raises InputError for a
     folder that is not a run directory, a run that has not finished, a run whose config asks for what it may
-    not, and one of which a folder that is written to leads elsewhere.
+    not, and one of which a folder that is written to leads elsewhere. Keys that act on training alone are
+    told.
     """
     _check_ordinary(folder)
     if not (folder / CONFIG).is_file():
@@ -225,6 +232,10 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
                 "recipe takes the place; give the single values that are to differ"
             )
     keys = [key for key in given if key.split(".")[0] not in ASKING and not key.startswith("hydra")]
+    for key in keys:
+        section, _, name = key.partition(".")
+        if section in TRAINED_WITH or (section == "trainer" and name and name not in LAUNCHED_WITH):
+            log.warning(f"{key} acts on training alone: run={folder} stays as it was trained")
     stored = without(own, [*OUTSIDE, *keys])
     check_foreign(folder, stored, cfg.trust)
     check_stored(stored, f"run={folder}: its config.yaml")

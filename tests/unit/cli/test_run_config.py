@@ -81,6 +81,20 @@ def test_the_command_that_finishes_a_run_is_told(tmp_path):
     assert f"training first, by `python train.py ... hydra.run.dir={tmp_path}` with" in str(refused.value)
 
 
+def test_a_value_that_acts_on_training_alone_is_told_to_a_run_that_was_trained(tmp_path, caplog):
+    cfg = composed()
+    open_run(tmp_path, cfg)
+    (tmp_path / "outcome.json").write_text("{}")
+    asked = OmegaConf.create({**cfg, "trust": []})
+    run_config(tmp_path, asked, ["sampling.batch=4", "trainer.accelerator=auto", "validation.strengths=[1]"])
+    assert not caplog.messages
+    run_config(tmp_path, asked, ["trainer.lr=0.9", "objective=dpo"])
+    assert caplog.messages == [
+        f"{key} acts on training alone: run={tmp_path} stays as it was trained"
+        for key in ("trainer.lr", "objective")
+    ]
+
+
 @pytest.mark.parametrize("name", ["calibration", "checkpoints", "online", "validation", "workers"])
 def test_a_run_of_which_a_folder_leads_elsewhere_does_not_go_on(tmp_path, name):
     run, outside = tmp_path / "run", tmp_path / "outside"
