@@ -38,6 +38,7 @@ def test_a_number_that_is_no_count_is_refused_with_its_option(option, value, cap
     (study_arguments, "results f --failures=--1", "--failures: '--1' must be a whole number of at least 0"),
     (reward_arguments, "check r --tolerance inf", "--tolerance: 'inf' must be a finite number of at least 0"),
     (reward_arguments, "check r --tolerance nan", "--tolerance: 'nan' must be a finite number of at least 0"),
+    (make.main, "rewards --work w --lineups 2", "--lineups: '2' must be a whole number of at least 301"),
     (make.main, "base --work w --steps 0", "--steps: '0' must be a whole number of at least 1"),
     (make.main, "base --work w --seed=-1", "--seed: '-1' must be a whole number of at least 0"),
     (make.main, "base --work w --threads x", "--threads: 'x' must be a whole number of at least 1"),

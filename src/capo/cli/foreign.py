@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from capo.cli.marks import MARKS, TARGET
-from capo.cli.targets import REWARDS, calls, place_of
+from capo.cli.targets import REWARDS, calls, find, place_of
 from capo.errors import InputError
 from capo.runtime.schema import dotted, leaves, shown
 
@@ -34,6 +34,11 @@ def check_foreign(folder: Path, stored: Mapping[str, Any], trust: Sequence[str],
     if fault := next(_unusable(stored), None):
         raise InputError(
             f"run={folder}: its config.yaml has {fault}; if it is to be so, give that key on the command line"
+        )
+    if fault := next(_of_no_use(stored), None):
+        raise InputError(
+            f"run={folder}: its config.yaml has {fault}, so it is not as train.py wrote it; restore it, or "
+            "leave the run out"
         )
     unknown = dict(_untrusted(stored, trust))
     if unknown:
@@ -57,6 +62,17 @@ def _unusable(stored: Mapping[str, Any]) -> Iterator[str]:
             ):
                 what = "where nothing is called" if place is None else "which changes how it is called"
                 yield f"{dotted(path)}.{mark}={shown(node[mark])}, {what}"
+
+
+def _of_no_use(stored: Mapping[str, Any]) -> Iterator[str]:
+    """Yield `key=name, which ...` for names below capo. that stand for nothing which a place can call."""
+    for path, node in calls(stored):
+        place, name = place_of(path), node.get(TARGET)
+        if place and str(name).startswith("capo.") and place.registered(name) is None:
+            try:
+                find(place, name)
+            except (ImportError, AttributeError) as error:
+                yield f"{dotted(path)}.{TARGET}={name}, which cannot be used ({error})"
 
 
 def _untrusted(stored: Mapping[str, Any], trust: Sequence[str]) -> Iterator[tuple[str, str]]:

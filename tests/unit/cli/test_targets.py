@@ -232,6 +232,15 @@ def test_trust_names_one_target_exactly(stranger, asked, tmp_path):
                 run_config(folder, cfg, [])
 
 
+@pytest.mark.parametrize(
+    "name", ["rewards.isolated.subprocess.run", "rewards.reward.Missing", "runtime.files.write_json"]
+)
+def test_no_trust_is_offered_to_a_name_that_is_refused_everywhere(stranger, name):
+    message = stranger(scored_by(calling(f"capo.{name}")))
+    assert f"evaluation.rewards.own.scorer._target_=capo.{name}, which cannot be used (" in message
+    assert "trust=[" not in message and message.endswith("restore it, or leave the run out")
+
+
 def test_trust_covers_no_way_of_calling(stranger):
     nested = scored_by(calling("elsewhere.Scorer", part=calling("elsewhere.Part")))
     message = stranger(nested, ("elsewhere.Scorer", "elsewhere.Part"))

@@ -28,6 +28,7 @@ from capo.errors import InputError
 from capo.runtime.options import whole_number
 from capo.shapes.make import autoencoder, base, card, flow_autoencoder, lineups, mmdit, rewards, scenery
 from capo.shapes.make.fitting import process
+from capo.shapes.make.rewards import HELD_OUT
 
 SCENES = 40_000
 LINEUPS = 10_000
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, logs and checkpoints")
     parser.add_argument("--steps", type=whole_number(), help="training steps, where the stage trains")
     parser.add_argument(
-        "--lineups", type=whole_number(), default=LINEUPS, help="rewards only: number of line-ups"
+        "--lineups", type=whole_number(HELD_OUT + 1), default=LINEUPS, help="rewards only: number of line-ups"
     )
     start = "initial weights. base, mmdit: a checkpoint or a pipeline's folder; rewards: folder of weights"
     parser.add_argument("--start", type=Path, help=start)
