@@ -46,6 +46,13 @@ def pools_of(
         yield name, pool, stages_of(pool, spec, generator, judges, verify=False, prompts=there), absent
 
 
+def check_pools(cfg: DictConfig, components: Components) -> None:
+    """Raise InputError for a pool that is there and cannot be used, before an image is drawn into another."""
+    for name, spec in components.pool_specs.items():
+        if name != "train" or not cfg.pool.imported:
+            view_pool(spec, components.generator)
+
+
 def show_status(cfg: DictConfig, components: Components, console: Terminal) -> None:
     """Print what is done of each pool by stage, with rate, time left and size, and write it as JSON.
 

@@ -20,6 +20,7 @@ from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
 from capo.cli.outlook import followed, outlook_line
 from capo.cli.parts import module_of, validation_of
+from capo.cli.pool_state import check_pools
 from capo.cli.process import prepare_process
 from capo.cli.report import report_run
 from capo.cli.reuse import reused_reference
@@ -160,6 +161,7 @@ def tune(
     module = module_of(cfg, components.backbone)
     facts = facts_of(cfg, module)
     announce(cfg, facts, module, outlook)
+    check_pools(cfg, components)
     validation = validation_of(cfg, engaged(cfg, components), module, folder / VALIDATION, console)
     every, trainer = cfg.online.every, cfg.trainer
     strengths = len(cfg.validation.strengths or ())
