@@ -1,0 +1,18 @@
+"""What stands in the pools of a configuration, before anything is drawn into them."""
+
+import pytest
+
+from capo.cli import train as train_script
+from capo.cli.build import build_components
+from capo.data.generation import open_pool
+from capo.errors import InputError
+
+
+def test_a_pool_that_cannot_be_used_is_told_before_images_are_drawn_into_another(tiny_run, tmp_path):
+    cfg = tiny_run("refused", f"pool.root={tmp_path}")
+    components = build_components(cfg)
+    pool = open_pool(components.pool_specs["train"], components.generator)
+    (pool.folder / "prompts.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"prompts\.parquet"):
+        train_script.run(cfg)
+    assert list(tmp_path.iterdir()) == [pool.folder]  # none for the validation, which comes first
