@@ -247,7 +247,7 @@ class Reward:
         except (Exception, SystemExit) as error:
             ends = isinstance(error, SystemExit) and type(error) is not SystemExit  # Lightning's, on SIGTERM
             ours = self._built is None or isinstance(self._built, IsolatedScorer)  # they name the reward
-            if isinstance(error, InputError) and not ours:
+            if isinstance(error, InputError) and not ours and not ran_out(error):
                 raise InputError(f"reward '{self.name}': {error}") from error
             if isinstance(error, InputError) or ran_out(error) or ends:
                 raise
