@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capo.errors import InputError
+from capo.runtime.terminal import printable
 
 ELSEWHERE = "choose another output directory (hydra.run.dir)"
 REMEDY = f"make room there, or {ELSEWHERE}"
@@ -99,7 +100,7 @@ def second_name(path: Path, other: Path) -> bool:
 def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
     """Write `rows` to a CSV file atomically (`write_whole`); a missing value becomes an empty cell.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe before it (`plain_cell`).
+    Text that a spreadsheet or a terminal would obey is changed (`plain_cell`).
     """
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -111,9 +112,13 @@ def write_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping
 def plain_cell(value: object) -> object:
     """Return a cell as it is, but text that begins a formula, and is no number, after an apostrophe.
 
-    Prompts and errors come from anywhere, and spreadsheets compute what begins with = + - or @.
+    Prompts and errors come from anywhere, and spreadsheets compute what begins with = + - or @. Control
+    characters, which a terminal that shows the table would obey, are written out.
     """
-    if not isinstance(value, str) or not value.lstrip().startswith(FORMULA):
+    if not isinstance(value, str):
+        return value
+    value = printable(value)
+    if not value.lstrip().startswith(FORMULA):
         return value
     try:
         float(value)

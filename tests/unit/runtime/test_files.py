@@ -82,6 +82,7 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
 def test_text_that_a_spreadsheet_would_compute_is_text(tmp_path):
     values = {
         "=1+1": "'=1+1", "+a": "'+a", " -b": "' -b", "@sum": "'@sum", "\t=x": "'\t=x", "-": "'-",
+        "\x1b[31mred\r": r"\x1b[31mred\r", "two\nlines\tü": "two\nlines\tü",
         "-0.5": "-0.5", "+1e-3": "+1e-3", "-inf": "-inf", "a=b": "a=b", "": "",
     }  # fmt: skip
     assert {value: plain_cell(value) for value in values} == values

@@ -208,8 +208,11 @@ def test_every_class_of_a_curve_has_a_color():
 
 
 def test_settings_and_fingerprints_are_shown_and_escaped():
-    text = page(title="<i>", config="a: <b> & 'c'\n", exhibits=[exhibit('"><script>alert(1)</script>')])
+    text = page(
+        title="<i>", config="a: <b> & 'c'\n", exhibits=[exhibit('"><script>alert(1)</script>\x1b[31m')]
+    )
     assert "<script" not in text and "<i>" not in text
+    assert "\x1b" not in text and r"\x1b[31m" in text  # which a terminal that shows the file would obey
     read = Page(text).read()
     assert "a: <b> & 'c'" in read and '"><script>alert(1)</script>' in read
     for key in ("policy", "base", "latent_space", "text_encoders", "policy_generator"):
