@@ -145,7 +145,11 @@ def build_components(
     wanted = cfg.evaluation.get("diversity", AUTO)  # runs of earlier versions have no such key
     encoder = encoder_of(wanted, evaluated) if scoring and launch().first else None
     generator = ImageGenerator.base(base_of(cfg, parts), settings)
-    return Components(generator, splits, rewards, evaluated, oracle, specs, held_out, encoder)
+    found = Components(generator, splits, rewards, evaluated, oracle, specs, held_out, encoder)
+    for name, judges in found.judges.items():
+        for reward in judges:
+            reward.check_prompts([prompt.text for prompt in specs[name].prompts])
+    return found
 
 
 def sampler_settings(cfg: DictConfig) -> SamplerSettings:
@@ -200,14 +204,8 @@ def tuned_generator(
     if negative:
         network = Unconditional(denoiser, fingerprint)
         return replace(base, unconditional=network, engine=engine or LocalEngine())
-    return ImageGenerator(
-        backbone,
-        denoiser,
-        fingerprint,
-        settings,
-        unconditional_of(backbone, settings),
-        engine or LocalEngine(),
-    )
+    guide = unconditional_of(backbone, settings)
+    return ImageGenerator(backbone, denoiser, fingerprint, settings, guide, engine or LocalEngine())
 
 
 def _check_exported(run: Path, fingerprint: str) -> None:

@@ -28,6 +28,7 @@ from capo.runtime.batching import FittingBatch
 from capo.runtime.fingerprints import content_fingerprint, digested
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.names import check_name
+from capo.runtime.own_code import called_by, name_of
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Iterable[Any]]  # one number per image
 
@@ -84,7 +85,7 @@ class Reward:
 
         A version above 1 counts too, and the commits that unpinned hub ids stand for.
         """
-        scorer = digested(self.scorer) if isinstance(self.scorer, Mapping) else _qualified_name(self.scorer)
+        scorer = digested(self.scorer) if isinstance(self.scorer, Mapping) else name_of(self.scorer)
         entries = {"scorer": scorer, "weights": digested(self.weights), "revision": self.revision}
         entries |= {"version": self.version} if self.version != 1 else {}
         entries |= {"commits": self.commits} if self.commits else {}
@@ -128,13 +129,9 @@ class Reward:
         half = (
             f"set {key}=bfloat16, and evaluation.{key} if it is used in evaluation too (half the memory, "
             "other scores), "
-            if full
-            else ""
         )
-        return (
-            f"{half}score apart from sampling (generate.py stage=score) or on a device with more memory, "
-            "or choose smaller weights"
-        )
+        apart = "score apart from sampling (generate.py stage=score) or on a device with more memory"
+        return f"{half if full else ''}{apart}, or choose smaller weights"
 
     def setup(self, device: str | torch.device) -> None:
         """Build the scorer, and move it to `device` if it has a `to`.
@@ -224,7 +221,9 @@ class Reward:
             return torch.tensor(found, dtype=torch.float64).to(torch.float32)
 
         scores = torch.cat(self._batches(scored, len(images)))
-        if (bad := self._unusable(scores)).any():
+        bad = ~scores.isfinite()
+        bad |= (self.link == "log") & ((scores < 0) | (scores > 1 + 1e-6))
+        if bad.any():
             first = int(bad.nonzero()[0])
             fault = "is not a probability" if self.link == "log" else "cannot be compared"
             raise InputError(
@@ -239,7 +238,8 @@ class Reward:
 
         `fault` says what went wrong, with {} for the exception; an InputError says so itself.
         """
-        what = f"reward '{self.name}': its scorer {_target(self.scorer)}"
+        target = self.scorer.get("_target_") if isinstance(self.scorer, Mapping) else name_of(self.scorer)
+        what = f"reward '{self.name}': its scorer {target}"
         try:
             yield
         except guard.NoScores as error:
@@ -254,6 +254,17 @@ class Reward:
             trace = write_traceback(log_file(self.name, self.logs), error)
             raise InputError(f"{what} {fault.format(guard.told(error))}; {trace}") from error
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Let a scorer that has been built in this process look at all prompts, before images are drawn.
+
+        Its method `check_prompts`, where it has one, raises InputError for a prompt that it cannot read.
+        """
+        scorer = None if self.apart else self._built
+        check = getattr(called_by(scorer), "check_prompts", None)
+        if check is not None:
+            with self._named("failed in its method `check_prompts`: {}"):
+                check(prompts)
+
     @property
     def has_features(self) -> bool:
         """Whether its scorer, in this process, turns images into vectors by a method `features`."""
@@ -267,10 +278,6 @@ class Reward:
                 return guard.vectors(self._callable, images[part])
 
         return torch.cat(self._batches(encoded, len(images)))
-
-    def _unusable(self, scores: Tensor) -> Tensor:
-        bad = ~scores.isfinite()
-        return bad | (scores < 0) | (scores > 1 + 1e-6) if self.link == "log" else bad
 
 
 def _build(reward: Reward) -> Scorer:
@@ -289,11 +296,3 @@ def _build(reward: Reward) -> Scorer:
                 missing = not_installed(reward.name, error.name, reward.extra, reward.isolated)
                 raise InputError(missing) from error
             raise
-
-
-def _target(scorer: Mapping[str, Any] | Scorer) -> str:
-    return str(scorer.get("_target_")) if isinstance(scorer, Mapping) else _qualified_name(scorer)
-
-
-def _qualified_name(scorer: Scorer) -> str:
-    return f"{scorer.__module__}.{getattr(scorer, '__qualname__', type(scorer).__qualname__)}"

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import generate_binary_structure, label
+from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure, label
 
 from capo.shapes.scenes import BACKGROUNDS, SIDE
 
@@ -85,3 +85,21 @@ def pieces(mask: np.ndarray, least: int) -> list[np.ndarray]:
     parts, count = cast(tuple[np.ndarray, int], label(mask, CROSS))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
     return [parts == index + 1 for index in np.argsort(-sizes, kind="stable") if sizes[index] >= least]
+
+
+def core(mask: np.ndarray) -> np.ndarray:
+    """Return a mask without its outermost pixels, or as it is where fewer than 12 would be left."""
+    inner = binary_erosion(mask, CROSS)
+    return inner if inner.sum() >= 12 else mask
+
+
+def halves(mask: np.ndarray) -> list[np.ndarray]:
+    """Split a mask at its narrow places, if erosion leaves more than one core; return [] otherwise."""
+    inner = mask
+    for _ in range(4):
+        inner = binary_erosion(inner, CROSS)
+        cores = pieces(inner, 10)
+        if len(cores) > 1:
+            nearest = np.argmin([np.asarray(distance_transform_edt(~core)) for core in cores], axis=0)
+            return [mask & (nearest == index) for index in range(len(cores))]
+    return []

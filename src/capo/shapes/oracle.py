@@ -25,10 +25,10 @@ from torch import Tensor
 
 from capo.errors import InputError
 from capo.shapes.captions import parse
-from capo.shapes.foreground import CROSS, FAINT, SPECK, fit_background, pieces, to_pixels
+from capo.shapes.foreground import CROSS, FAINT, SPECK, core, fit_background, halves, pieces, to_pixels
 from capo.shapes.rating import rating
 from capo.shapes.render import signed_distance
-from capo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, Thing, assertions
+from capo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, Request, Thing, assertions
 
 UNKNOWN = "unknown"  # shape of an object that matches none of SHAPES
 MATCH = 0.76  # least soft intersection over union with a template
@@ -149,11 +149,6 @@ def _texture(shade: np.ndarray, body: np.ndarray) -> str:
     return "striped" if rows - columns > 0.35 else "dotted"
 
 
-def _core(mask: np.ndarray) -> np.ndarray:
-    inner = binary_erosion(mask, CROSS)
-    return inner if inner.sum() >= 12 else mask
-
-
 def _outline(own: np.ndarray, far: np.ndarray, level: float | np.floating) -> np.ndarray | None:
     """Return the soft mask (h, w) of the largest part of `own` whose distance `far` exceeds half of `level`.
 
@@ -192,7 +187,7 @@ def _thing(
     Returns:
         The object (None if there is none), its match, and the mask of the pixels that are not part of it.
     """
-    color, lit, dark = _color(away[_core(mask)], background)
+    color, lit, dark = _color(away[core(mask)], background)
     own = mask & _belongs(away, lit, dark)
     far = np.linalg.norm(away, axis=-1)
     best, body = ("", 0.0, 0.0, 0.0, 0.0), None
@@ -210,18 +205,6 @@ def _thing(
     texture = _texture(np.clip((away - lit) @ line / (line @ line), 0, 1), body)
     name = shape if match >= MATCH else UNKNOWN
     return Thing(name, list(COLORS)[color], texture, radius, x, y), match, rest
-
-
-def _halves(mask: np.ndarray) -> list[np.ndarray]:
-    """Split a mask at its narrow places, if erosion leaves more than one core; return [] otherwise."""
-    inner = mask
-    for _ in range(4):
-        inner = binary_erosion(inner, CROSS)
-        cores = pieces(inner, 10)
-        if len(cores) > 1:
-            nearest = np.argmin([np.asarray(distance_transform_edt(~core)) for core in cores], axis=0)
-            return [mask & (nearest == index) for index in range(len(cores))]
-    return []
 
 
 def _look(
@@ -242,7 +225,7 @@ def _look(
         for piece in pieces(whole, 12):
             found += _look(piece, away, background, depth + 1)
         if thing and match < 0.85:
-            parts = [got for half in _halves(mask) for got in _look(half, away, background, 2)]
+            parts = [got for half in halves(mask) for got in _look(half, away, background, 2)]
             if len(parts) > 1 and min(m for _, m in parts) > max(match, MATCH):
                 return parts
     return found
@@ -263,13 +246,22 @@ def _measured(pixels: bytes) -> tuple[list[Thing], str]:
     return measure(np.frombuffer(pixels, dtype=np.float32).reshape(SIDE, SIDE, 3))
 
 
-def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
-    """Check all assertions of the prompt on the picture; raise InputError for a prompt not in the grammar."""
+def _request(prompt: str) -> Request:
     try:
-        request = parse(prompt)
+        return parse(prompt)
     except InputError as error:
         raise InputError(f"{error}; evaluation.oracle=null leaves the oracle out") from error
-    return assertions(request, *_measured(to_pixels(image).tobytes()))
+
+
+def held(image: Image.Image | np.ndarray, prompt: str) -> list[bool]:
+    """Check all assertions of the prompt on the picture; raise InputError for a prompt not in the grammar."""
+    return assertions(_request(prompt), *_measured(to_pixels(image).tobytes()))
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise InputError for a prompt that is not in the grammar."""
+    for prompt in prompts:
+        _request(prompt)
 
 
 def alignment(image: Image.Image | np.ndarray, prompt: str) -> float:
@@ -290,6 +282,10 @@ def alignments(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
 def assertion_shares(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
     """Return `assertion_share` of B pictures, (B,)."""
     return torch.tensor([assertion_share(*pair) for pair in zip(images, prompts, strict=True)])
+
+
+for _measure in (alignments, assertion_shares):
+    setattr(_measure, check_prompts.__name__, check_prompts)  # which a reward looks for
 
 
 def ratings(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -103,6 +103,10 @@ class _Scorer:
         """Return raw scores (B,) float32 on the CPU; each depends on its own image and prompt only."""
         return self.module(to_pixels(images).to(self.device), *self._read(prompts)).float().cpu()
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise InputError for a prompt that the network cannot read."""
+        self._read(prompts)
+
     def _read(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """What the network gets beside the pixels: word ids."""
         return (tokens(prompts).to(self.device),)

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import spearmanr
 
+from capo.cli.build import build_components
 from capo.cli.compose import composed
 from capo.cli.resolvers import shipped
 from capo.errors import InputError
@@ -116,6 +118,25 @@ def test_prompts_of_other_grammars_are_judged_by_what_reads_none_and_refused_by_
             InputError, match=rf'^image 0 \("une étoile"\) to .*: reward \'{name}\': prompt .*\'une\''
         ):
             Reward(name, scorer=scorers[name]).score(images[:3], others)
+
+
+@pytest.mark.parametrize(("rewards", "told"), [
+    ("alignment", "reward 'alignment': prompt 'une étoile': the rewards of the shapes world know no word"),
+    ("looks", "reward 'alignment': .*; evaluation.oracle=null leaves the oracle out"),  # of the oracle
+    ("looks evaluation.oracle=null", None),
+])  # fmt: skip
+def test_prompts_that_cannot_be_judged_are_refused_before_images_are_drawn(tmp_path, rewards, told):
+    names, *others = rewards.split()
+    splits = []
+    for split, noun in {"train": "étoile", "validation": "lune", "test": "nuit"}.items():
+        (tmp_path / f"{split}.txt").write_text(f"une {noun}\n")
+        splits.append(f"prompts.{split}={tmp_path}/{split}.txt")
+    cfg = composed("train", [
+        "prompts=text", *splits, f"rewards={names}", f"rewards@evaluation.rewards={names}", *others,
+        f"run_dir={tmp_path}",
+    ])  # fmt: skip
+    with nullcontext() if told is None else pytest.raises(InputError, match=told):
+        build_components(cfg)
 
 
 @pytest.mark.parametrize("package", ["rewards", "evaluation.rewards"])
