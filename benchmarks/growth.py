@@ -72,13 +72,24 @@ class Stages:
         return result
 
 
+PROMPT = "a {} prompt"  # of a split other than train
+
+
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Path]:
     """Write a text file per split: `prompts` for training, one other prompt each for validation and test."""
     files = {split: folder / f"{split}.txt" for split in ("train", "validation", "test")}
     files["train"].write_text("\n".join(prompt.text for prompt in prompts))
     for split in ("validation", "test"):
-        files[split].write_text(f"a {split} prompt")
+        files[split].write_text(PROMPT.format(split))
     return files
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds nothing but what this benchmark may replace: it is absent, empty or its own."""
+    validation = folder / "validation.txt"
+    if validation.is_file():
+        return validation.read_text(errors="replace") == PROMPT.format("validation")
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def read_prompts(files: dict[str, Path]) -> list[Prompt]:
@@ -93,9 +104,11 @@ def make_pool(
 ) -> dict[str, Path]:
     """Write prompt files and a complete pool to `folder`, keeping existing files of the pool."""
     texts = numbered_prompts(prompts)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = write_prompts(folder, texts)  # first: by them the folder is known, should this be cut off
     plan = numbers_plan(folder, texts, candidates, prompts_per_shard)
     synthetic_pool(plan, GENERATOR, synthetic_rewards(rewards))
-    return write_prompts(folder, texts)
+    return files
 
 
 def start_training(
@@ -133,6 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--pool", type=Path, help="folder where the pool is made and kept; default: a temporary folder"
     )
     args = parser.parse_args(arguments)
+    if args.pool and not is_own(args.pool):
+        parser.error(
+            f"--pool {args.pool}: it holds files that this benchmark did not write; give another folder"
+        )
     torch.set_num_threads(args.threads)
     sizes = args.candidates, args.rewards, args.prompts_per_shard
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks import cluster, gpu
+from benchmarks import cluster, gpu, growth
 from benchmarks.options import add_numbers
 from capo.cli.rewards import arguments as reward_arguments
 from capo.cli.study_files import arguments as study_arguments
@@ -47,6 +47,15 @@ def test_a_number_that_a_program_cannot_use_is_refused_with_its_option(program, 
     with pytest.raises(SystemExit) as ended:
         program([*command.split(), "--none"])  # refused later, so that no program starts its work here
     assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_no_place_for_a_benchmarks_pool(tmp_path, capsys):
+    mine = tmp_path / "train.txt"
+    mine.write_text("my prompt")
+    with pytest.raises(SystemExit) as ended:
+        growth.main(["--pool", str(tmp_path), "--prompts", "16"])
+    assert ended.value.code == 2 and mine.read_text() == "my prompt"
+    assert f"--pool {tmp_path}: it holds files that this benchmark did not write" in capsys.readouterr().err
 
 
 def test_numbers_at_the_ends_of_their_ranges_are_taken():
