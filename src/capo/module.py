@@ -100,6 +100,7 @@ class PreferenceModule(L.LightningModule):
         # takes loss and share of the first half, set for a step whose batch goes backward in two halves
         self.hold_gradient: Callable[[Tensor, float], None] | None = None
         self.figures = Figures()
+        self.run: str | None = None  # identity of the run, by which its checkpoints are known
         self._untrained = True  # until the first batch, whose margin should be 0
 
     @property
@@ -254,9 +255,9 @@ class PreferenceModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leave out frozen weights; add what a resumed run continues from, and the base's fingerprint.
+        """Leave out frozen weights; add what a resumed run continues from, and whose it is: base and run.
 
-        That is counts of skipped steps, and figures since the last row of the curves.
+        What it continues from is counts of skipped steps, and figures since the last row of the curves.
         """
         trained = self.trained_names()
         checkpoint["state_dict"] = {
@@ -265,6 +266,8 @@ class PreferenceModule(L.LightningModule):
         checkpoint["bad_steps"] = self.skipped.total, self.skipped.in_a_row
         checkpoint["figures"] = self.figures.totals(of_all=True)
         checkpoint["base"] = self.backbone.fingerprints["denoiser"]
+        if self.run is not None:
+            checkpoint["run"] = self.run
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore counts and figures; the policy is trained, so the first batch is not checked."""

@@ -13,6 +13,7 @@ from capo.backbones.averaging import WeightAverage
 from capo.backbones.sampling import encode_unconditional
 from capo.cli.build import Components, built, inversion_of, is_negative, moving_reference
 from capo.cli.compose import plain
+from capo.cli.run_config import run_id
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
 from capo.evaluation.reports.gallery import image_grid
@@ -60,10 +61,10 @@ def validation_of(
 
 
 def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
-    """Build the module to train, with policy, reference and objective."""
+    """Build the module to train, with policy, reference and objective; it knows of which run it is."""
     lora = plain(cfg.model.lora) if cfg.model.lora else None
     trainer = cfg.trainer
-    return PreferenceModule(
+    module = PreferenceModule(
         backbone,
         built(cfg, "objective"),
         lr=trainer.lr,
@@ -88,3 +89,5 @@ def module_of(cfg: DictConfig, backbone: Backbone) -> PreferenceModule:
         inversion=inversion_of(cfg),
         moving=moving_reference(cfg),
     )
+    module.run = run_id(Path(cfg.run_dir))
+    return module

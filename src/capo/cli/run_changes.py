@@ -51,6 +51,18 @@ FREE_WITHIN = re.compile(
     r"(evaluation\.)?(rewards|oracle)\.[^.]+\.(python|isolated|timeout|memory)|prompts\..+\.published_size"
 )
 MISSING = "(not there)"
+STEPS = "trainer.max_steps"  # may grow
+
+
+def compared(values: dict, prefix: str = "") -> dict[str, object]:
+    """The values of a configuration that may not change while a run goes on, by their dotted keys."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in FREE or name == STEPS or FREE_WITHIN.fullmatch(name):
+            continue
+        found |= compared(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -17,11 +17,12 @@ from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from capo.cli.compose import plain
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
-from capo.cli.run_changes import differences
+from capo.cli.run_changes import compared, differences
 from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
+from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.run_folder import (
     BENCHMARKS,
     CHECKPOINTS,
@@ -185,8 +186,23 @@ def begin_training(folder: Path, cfg: DictConfig) -> None:
     _write(folder, cfg)
 
 
+def run_id(folder: Path) -> str | None:
+    """What tells the checkpoints of the run in `folder` from another run's, wherever it is moved.
+
+    It is made from the configuration when the run begins. None without a run, and for one of an earlier
+    version. Raises DamagedFile for a config.yaml that cannot be read.
+    """
+    try:
+        written_by = read_yaml(folder / CONFIG, dict, REMEDY).get(WRITER)
+    except FileNotFoundError:
+        return None
+    found = written_by.get("run") if isinstance(written_by, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def _write(folder: Path, cfg: DictConfig) -> None:
-    written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo")}})
+    own = run_id(folder) or content_fingerprint(compared(plain(cfg)))
+    written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo"), "run": own}})
     write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
 
 

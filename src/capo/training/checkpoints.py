@@ -195,7 +195,9 @@ def _fault(checkpoint: object) -> str | None:
     for name, kind in {"global_step": int, **PROGRESS}.items():
         if type(checkpoint.get(name)) is not kind:
             return f"{name} is {type(checkpoint.get(name)).__name__}, not {kind.__name__}"
-    return None if isinstance(checkpoint.get("base", ""), str) else "base is no text"
+    return next(
+        (f"{name} is no text" for name in ("base", "run") if type(checkpoint.get(name, "")) is not str), None
+    )
 
 
 def check_checkpoint(
@@ -219,9 +221,13 @@ def check_checkpoint(
         The checkpoint, whose tensors are mapped from the file.
 
     Raises:
-        InputError: the checkpoint cannot be read, was tuned from another base, or has other tensors.
+        InputError: the checkpoint cannot be read, is of another run, was tuned from another base, or has
+            other tensors.
     """
     checkpoint = read_checkpoint(path, remedy)
+    run = getattr(module, "run", None)
+    if run and checkpoint.get("run", run) != run:
+        raise InputError(f"{path} is a checkpoint of another run than the one in its directory: {remedy}")
     stored = checkpoint["state_dict"]
     if base and checkpoint.get("base", base) != base:
         raise InputError(

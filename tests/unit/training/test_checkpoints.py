@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from capo.cli import train as train_script
+from capo.cli.run_config import Progress, open_run, run_id
 from capo.errors import InputError
 from capo.module import PreferenceModule
 from capo.training.checkpoints import ValidatedCheckpoint, WholeCheckpoints, recount
@@ -157,6 +158,26 @@ def test_a_finished_run_without_its_best_checkpoint_stays_finished(tiny_run, fin
     with pytest.raises(InputError, match=r"000003\.ckpt .*\(it is not there\); copy .*last\.ckpt"):
         train_script.run(tiny_run("bestless", *THREE_STEPS, "trainer.max_steps=4"))
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(tiny_run, finished):
+    """One that only its seed, or a rate, tells from this run: all tensors fit."""
+    last = "checkpoints/last.ckpt"
+    other = torch.load(finished / last, weights_only=True)
+    assert other["run"] == run_id(finished)
+    begun = open_run(tiny_run.folder / "mixed", tiny_run("mixed", *THREE_STEPS, "seed=1"))
+    assert begun is Progress.NEW and run_id(tiny_run.folder / "mixed") != run_id(finished)
+    (tiny_run.folder / "mixed/checkpoints").mkdir()
+    shutil.copy(finished / last, tiny_run.folder / "mixed" / last)
+    with pytest.raises(InputError, match=r"last\.ckpt is a checkpoint of another run .*: remove it to start"):
+        train_script.run(tiny_run("mixed", *THREE_STEPS, "seed=1"))
+    # a run of a version without such identities goes on, and keeps what its directory says
+    del other["run"]
+    older = shutil.copytree(finished, tiny_run.folder / "older")
+    for name in (last, "checkpoints/000003.ckpt"):
+        torch.save(other, older / name)
+    train_script.run(tiny_run("older", *THREE_STEPS, "trainer.max_steps=4", "data.workers=0"))
+    assert run_id(older) == run_id(finished) == torch.load(older / last, weights_only=True)["run"]
 
 
 def test_the_best_stays_until_the_last_names_another(tiny_run, monkeypatch):
