@@ -94,6 +94,11 @@ def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
     Raises Unfinished if a file is at fault and is not made again.
     """
     found = 0
+    if cfg.pool.imported:
+        place = f"pool.imported={cfg.pool.imported}"
+        console.print(
+            f"train: not read, since {place}; the stage=import that made it reads it", soft_wrap=True
+        )
     for name, pool, stages, _ in pools_of(cfg, components):
         if pool is None:
             console.print(f"{name}: not begun")

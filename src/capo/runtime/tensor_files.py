@@ -52,9 +52,11 @@ def readable_tensors(path: Path) -> Iterator[Any]:
 def tensor_homes(folder: Path, variant: str | None = None) -> dict[str, Home]:
     """Find the tensors of a component's folder by name, in the files that loading reads.
 
-    Raises InputError if a file cannot be read.
+    Raises InputError if there is no such file, or one cannot be read.
     """
     files = weight_files(folder, variant).values()
+    if not files:
+        raise DamagedFile(folder, "it holds no weights, which are *.safetensors", AGAIN)
     return {
         name: (file, dtype, shape) for file in files for name, (dtype, shape) in tensor_entries(file).items()
     }

@@ -4,8 +4,10 @@ import pytest
 
 from capo.cli import train as train_script
 from capo.cli.build import build_components
+from capo.cli.pool_state import verify
 from capo.data.generation import open_pool
 from capo.errors import InputError
+from capo.runtime.terminal import Terminal
 
 
 def test_a_pool_that_cannot_be_used_is_told_before_images_are_drawn_into_another(tiny_run, tmp_path):
@@ -16,3 +18,16 @@ def test_a_pool_that_cannot_be_used_is_told_before_images_are_drawn_into_another
     with pytest.raises(InputError, match=r"prompts\.parquet"):
         train_script.run(cfg)
     assert list(tmp_path.iterdir()) == [pool.folder]  # none for the validation, which comes first
+
+
+def test_a_verification_says_that_an_imported_pool_is_not_read(tiny_run, tmp_path, capsys):
+    cfg = tiny_run("unread", f"pool.root={tmp_path}")
+    components = build_components(cfg)
+    cfg.pool.imported = str(tmp_path / "imported")
+    verify(cfg, components, Terminal())
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"train: not read, since pool.imported={tmp_path}/imported; the stage=import that made it reads"
+        in told
+    )
+    assert "validation: not begun" in told

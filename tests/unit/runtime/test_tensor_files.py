@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.runtime import tensor_files
-from capo.runtime.tensor_files import RowReader, spans, tensor_entries, write_parts
+from capo.runtime.tensor_files import RowReader, spans, tensor_entries, tensor_homes, write_parts
 
 TENSORS = {
     "matrix": torch.arange(35.0).view(7, 5),
@@ -76,3 +76,9 @@ def test_an_empty_file_is_called_empty(tmp_path):
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(InputError, match=r"a\.safetensors cannot be read \(it is empty\); restore it"):
         tensor_entries(tmp_path / "a.safetensors")
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"pickle")  # which is not read
+    with pytest.raises(DamagedFile, match=rf"{tmp_path} .*it holds no weights, which are \*\.safetensors"):
+        tensor_homes(tmp_path)

@@ -31,13 +31,16 @@ DTYPES = {
 MOST_DIMENSIONS = 32  # of an array in NumPy
 
 
+AGAIN = "run generate.py with the same configuration again, for an imported pool with the stage=import of it"
+
+
 class DamagedShard(DamagedFile):
     """Error for a file of a pool that was damaged or edited, and that generate.py makes again."""
 
     form = "{path} is damaged: {reason}; {remedy}"
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(path, reason, "run generate.py with the same configuration again")
+        super().__init__(path, reason, AGAIN)
 
     def __reduce__(self):
         return type(self), (self.path, self.reason)

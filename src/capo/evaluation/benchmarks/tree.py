@@ -58,7 +58,8 @@ def claim(folder: Path, row: str, settings: Mapping[str, object]) -> None:
     ]
     if differing:
         raise InputError(
-            f"{folder / IMAGES / row} holds other images:\n  " + "\n  ".join(differing) + f"\n{ELSEWHERE}"
+            "\n  ".join([f"{folder / IMAGES / row} holds other images:", *differing])
+            + f"\nmove {folder} away, or, unless it is in the directory of a run=DIR, {ELSEWHERE}"
         )
 
 

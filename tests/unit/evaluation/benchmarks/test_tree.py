@@ -67,7 +67,7 @@ def test_images_of_something_else_are_not_mixed(tmp_path):
     claim(tmp_path, "base", {"seed": 1, "denoiser": "b"})
     claim(tmp_path, "policy", {"seed": 1, "denoiser": "a"})
     with pytest.raises(
-        InputError, match=r"images/policy holds other images:\s+denoiser: a -> c\s+choose anot"
+        InputError, match=r"images/policy holds other images:\s+denoiser: a -> c\s+move .* away, or"
     ):
         claim(tmp_path, "policy", {"seed": 1, "denoiser": "c"})
     (tmp_path / "images" / "other").mkdir(parents=True)
