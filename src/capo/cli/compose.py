@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import capo
-from capo.cli.messages import command_fault
+from capo.cli.messages import command_fault, unresolved
 from capo.errors import InputError
 
 COMPOSING = HydraException, OmegaConfBaseException  # what Hydra raises for overrides
@@ -48,5 +48,4 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     try:
         return plain(cfg)
     except OmegaConfBaseException as error:
-        reason, key = str(error).splitlines()[0], error.full_key or "the configuration"
-        raise InputError(f"{key} cannot be resolved ({reason}); give {key}=VALUE itself") from error
+        raise InputError(unresolved(error)) from error

@@ -20,6 +20,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from safetensors import SafetensorError
 from tqdm import tqdm
 from yaml import YAMLError
@@ -201,6 +202,8 @@ def command_fault(error: BaseException, arguments: Sequence[str] | None = None) 
 def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
     """Message for a value of the command line that Hydra cannot read at all; None for any other error."""
     text = str(error)
+    if isinstance(error, InterpolationResolutionError):
+        return unresolved(error)
     if isinstance(error, YAMLError):  # it names file and line
         return f"a file of the configuration is not YAML: {' '.join(text.split())}; correct it"
     if isinstance(error, UnicodeDecodeError):
@@ -228,6 +231,12 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
                 "stand, in a section or as a whole; correct it"
             )
     return None
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """Message for a value that names another by ${...}, which is not there or cannot be had."""
+    key = error.full_key or "the configuration"
+    return f"{key} cannot be resolved ({first_line(error)}); give {key}=VALUE itself"
 
 
 def _file_read(error: BaseException) -> str:

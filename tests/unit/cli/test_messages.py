@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from capo.cli import dashboard, study_files
 from capo.cli.compose import composed
@@ -20,6 +22,17 @@ def test_a_file_of_the_configuration_that_is_no_text_is_named(tmp_path):
     (tmp_path / "own" / "x.yaml").write_bytes(b"# \xe9\nseed: 1\n")
     with pytest.raises(InputError, match=f"{tmp_path}/own/x.yaml is no UTF-8 text from byte 2 on; save it"):
         composed("main", [], tmp_path)
+
+
+def test_a_place_in_terms_of_what_is_not_there_is_one_message():
+    """Hydra resolves its own keys before a job begins."""
+    cfg = OmegaConf.create({"hydra": {"run": {"dir": "outputs/${model.nam}"}}})
+    with pytest.raises(InterpolationResolutionError) as error:
+        _ = cfg.hydra.run.dir
+    assert command_fault(error.value, []) == (
+        "hydra.run.dir cannot be resolved (Interpolation key 'model.nam' not found); give hydra.run.dir=VALUE "
+        "itself"
+    )
 
 
 @pytest.mark.parametrize("text", ["- trainer", "trainer: [1]"])
