@@ -127,7 +127,10 @@ def _check_options(arguments: Sequence[str]) -> None:
 
     parser = hydra_internals.get_args_parser()
     parser.error = refuse
-    left = parser.parse_known_args(arguments)[1]
+    options, left = parser.parse_known_args(arguments)
+    place = next((text for text in options.overrides if text.lstrip("+").startswith("hydra.run.dir=")), None)
+    if options.multirun and place:
+        _end(f"error: {place}: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
         _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
     if left:

@@ -30,8 +30,8 @@ def test_a_place_in_terms_of_what_is_not_there_is_one_message():
     with pytest.raises(InterpolationResolutionError) as error:
         _ = cfg.hydra.run.dir
     assert command_fault(error.value, []) == (
-        "hydra.run.dir cannot be resolved (Interpolation key 'model.nam' not found); give hydra.run.dir=VALUE "
-        "itself"
+        "hydra.run.dir cannot be resolved (Interpolation key 'model.nam' not found); give "
+        "hydra.run.dir=VALUE itself"
     )
 
 
@@ -125,6 +125,8 @@ def test_a_path_that_cannot_be_used_names_the_key_that_gave_it(monkeypatch, argu
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
+    (["-m", "seed=0,1", "hydra.run.dir=X"],
+     "hydra.run.dir=X: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out"),
     (["--cfg", "job", "--foo"], "--foo: there is no such option; `--hydra-help` lists them"),
     (["seed=1", "-m", "seed=2"], "seed=2: an option stands between it and the other key=value; give all of "
      "these in one place, before or after the options"),
