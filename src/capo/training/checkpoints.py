@@ -145,9 +145,11 @@ def load_best(module: PreferenceModule, path: Path) -> dict[str, Tensor]:
         The trained weights by their names in the module, mapped from the file.
 
     Raises:
-        InputError: the checkpoint cannot be read, or holds the weights of another model.
+        InputError: the checkpoint cannot be read, is of another run, or holds the weights of another model.
     """
-    state = read_checkpoint(path, "evaluate the policy as it was exported, or train again")
+    remedy = "evaluate the policy as it was exported, or train again"
+    state = read_checkpoint(path, remedy)
+    _check_run(state, module, path, remedy)
     weights = state["state_dict"] | state.get(AVERAGE, {})
     module.policy = fresh_policy(module.backbone, module.lora, module.execution)
     kept = module.load_state_dict(weights, strict=False)
@@ -200,6 +202,13 @@ def _fault(checkpoint: object) -> str | None:
     )
 
 
+def _check_run(checkpoint: Mapping[str, Any], module: nn.Module, path: Path, remedy: str) -> None:
+    """Raise InputError if checkpoint and module each know their run, and those differ."""
+    run = getattr(module, "run", None)
+    if run and checkpoint.get("run", run) != run:
+        raise InputError(f"{path} is a checkpoint of another run than the one in its directory: {remedy}")
+
+
 def check_checkpoint(
     path: Path,
     module: nn.Module,
@@ -225,9 +234,7 @@ def check_checkpoint(
             other tensors.
     """
     checkpoint = read_checkpoint(path, remedy)
-    run = getattr(module, "run", None)
-    if run and checkpoint.get("run", run) != run:
-        raise InputError(f"{path} is a checkpoint of another run than the one in its directory: {remedy}")
+    _check_run(checkpoint, module, path, remedy)
     stored = checkpoint["state_dict"]
     if base and checkpoint.get("base", base) != base:
         raise InputError(

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from capo.cli import train as train_script
 from capo.cli.run_config import Progress, open_run, run_id
 from capo.errors import InputError
 from capo.module import PreferenceModule
-from capo.training.checkpoints import ValidatedCheckpoint, WholeCheckpoints, recount
+from capo.training.checkpoints import ValidatedCheckpoint, WholeCheckpoints, load_best, recount
 from capo.training.choice import Choice
 from fixtures.configuration import THREE_STEPS
 
@@ -171,6 +172,9 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(tiny_run, finished):
     shutil.copy(finished / last, tiny_run.folder / "mixed" / last)
     with pytest.raises(InputError, match=r"last\.ckpt is a checkpoint of another run .*: remove it to start"):
         train_script.run(tiny_run("mixed", *THREE_STEPS, "seed=1"))
+    # nor is its policy exported: a best checkpoint of another run
+    with pytest.raises(InputError, match="is a checkpoint of another run .*: evaluate the policy as it was"):
+        load_best(SimpleNamespace(run="another"), finished / "checkpoints/000003.ckpt")
     # a run of a version without such identities goes on, and keeps what its directory says
     del other["run"]
     older = shutil.copytree(finished, tiny_run.folder / "older")
