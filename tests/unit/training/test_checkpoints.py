@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(tiny_run, finished):
     with pytest.raises(InputError, match=r"last\.ckpt is a checkpoint of another run .*: remove it to start"):
         train_script.run(tiny_run("mixed", *THREE_STEPS, "seed=1"))
     # nor is its policy exported: a best checkpoint of another run
-    with pytest.raises(InputError, match="is a checkpoint of another run .*: evaluate the policy as it was"):
+    with pytest.raises(InputError, match=r"is a checkpoint of another run .*: evaluate the policy as it was"):
         load_best(SimpleNamespace(run="another"), finished / "checkpoints/000003.ckpt")
     # a run of a version without such identities goes on, and keeps what its directory says
     del other["run"]
