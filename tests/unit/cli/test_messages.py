@@ -26,11 +26,11 @@ def test_a_file_of_the_configuration_that_is_no_text_is_named(tmp_path):
 
 def test_a_place_in_terms_of_what_is_not_there_is_one_message():
     """Hydra resolves its own keys before a job begins."""
-    cfg = OmegaConf.create({"hydra": {"run": {"dir": "outputs/${model.nam}"}}})
+    cfg = OmegaConf.create({"hydra": {"run": {"dir": "outputs/${model.title}"}}})
     with pytest.raises(InterpolationResolutionError) as error:
         _ = cfg.hydra.run.dir
     assert command_fault(error.value, []) == (
-        "hydra.run.dir cannot be resolved (Interpolation key 'model.nam' not found); give "
+        "hydra.run.dir cannot be resolved (Interpolation key 'model.title' not found); give "
         "hydra.run.dir=VALUE itself"
     )
 
