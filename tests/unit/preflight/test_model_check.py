@@ -116,7 +116,7 @@ def test_a_latent_that_is_not_finite_is_said(tiny_folder, tmp_path):
         [["circle"]],
         [7],
     ],
-    ids=repr,
+    ids=["nothing", "text", "empty", "pictures", "the other way round", "captions", "numbers"],
 )
 def test_what_is_no_list_of_pictures_with_captions_is_named(known):
     message = r"^model\.known_images: mine returned .*; it must return a list .*\(PIL image, caption"
