@@ -22,7 +22,6 @@ from capo.cli.schema import check_calls, check_stored
 from capo.cli.yaml_files import read_yaml
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
-from capo.runtime.fingerprints import content_fingerprint
 from capo.runtime.run_folder import (
     BENCHMARKS,
     CHECKPOINTS,
@@ -201,6 +200,8 @@ def run_id(folder: Path) -> str | None:
 
 
 def _write(folder: Path, cfg: DictConfig) -> None:
+    from capo.runtime.fingerprints import content_fingerprint  # with torch, which a slip need not wait for
+
     own = run_id(folder) or content_fingerprint(compared(plain(cfg)))
     written_by = OmegaConf.to_yaml({WRITER: {"layout": LAYOUT, "capo": version("capo"), "run": own}})
     write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
