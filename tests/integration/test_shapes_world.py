@@ -140,7 +140,6 @@ def test_the_papers_betas_give_a_curve_and_a_warning(run, runs, tmp_path):
         *small,
         f"pool.root={runs / 'pools'}",
         f"hydra.sweep.dir={sweep}",
-        f"hydra.run.dir={tmp_path}",
     )
     with (sweep / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
