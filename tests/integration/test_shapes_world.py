@@ -132,6 +132,7 @@ def test_the_papers_betas_give_a_curve_and_a_warning(run, runs, tmp_path):
     These betas have been measured on the model; a further one has not.
     """
     sweep = tmp_path / "sweep"
+    sweep.mkdir()  # it is the working directory, too
     small = [value for value in SMALL if "max_steps" not in value] + ["trainer.max_steps=4"]
     told = run(
         "train.py",
