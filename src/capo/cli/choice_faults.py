@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from capo.cli.yaml_files import read_yaml
+from capo.cli.yaml_files import read_yaml, value_at
 from capo.errors import InputError, closest
 
 CHOICE = re.compile(r"\+?(?P<key>(?P<group>[\w/]+)(@[\w.]+)?)=(?P<value>\[.*\]|[A-Za-z_].*)")
@@ -128,9 +128,7 @@ def experiment_with(key: str, arguments: Sequence[str], folders: Sequence[Path])
         node: Any = None
         with suppress(InputError):  # an alias, say, which Hydra reads
             node = read_yaml(path, dict, "correct it") if path else None
-        for part in key.split("."):
-            node = node.get(part, MISSING) if isinstance(node, dict) else MISSING
-        if node != MISSING:
+        if value_at(node, key.split("."), MISSING) != MISSING:
             return path
     return None
 

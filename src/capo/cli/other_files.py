@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from capo.cli.yaml_files import read_yaml
+from capo.cli.yaml_files import read_yaml, value_at
 from capo.errors import InputError
 
 DEFAULTS = "defaults"
+ABSENT = object()
 NO_DEFAULT = re.compile(r"Could not override '([^'@]+?)'\.\s+No match in the defaults list")
 
 
@@ -76,8 +77,4 @@ def _has(file: Path, parts: Sequence[str]) -> bool:
                 return True
             if place == parts[0] and _has(file.parent / group / f"{choice}.yaml", parts[1:]):
                 return True
-    for part in parts:
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    return True
+    return value_at(node, parts, ABSENT) is not ABSENT

@@ -52,6 +52,11 @@ FREE_WITHIN = re.compile(
 )
 MISSING = "(not there)"
 STEPS = "trainer.max_steps"  # may grow
+UNSET = {}, None  # both say that a mapping sets nothing
+
+
+def _is_free(name: str) -> bool:
+    return name in FREE or FREE_WITHIN.fullmatch(name) is not None
 
 
 def compared(values: dict, prefix: str = "") -> dict[str, object]:
@@ -59,7 +64,7 @@ def compared(values: dict, prefix: str = "") -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if name in FREE or name == STEPS or FREE_WITHIN.fullmatch(name):
+        if _is_free(name) or name == STEPS:
             continue
         found |= compared(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
@@ -70,14 +75,11 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     found = []
     for key in sorted(old.keys() | new.keys(), key=str):
         name = f"{prefix}{key}"
-        if name in FREE or FREE_WITHIN.fullmatch(name):
+        if _is_free(name):
             continue
         before, after = old.get(key, MISSING), new.get(key, MISSING)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{name}.")
-        elif before != after and (before, after) not in (
-            ({}, None),
-            (None, {}),
-        ):  # both say that nothing is set
+        elif before != after and not (before in UNSET and after in UNSET):
             found.append(f"{name}: {before} -> {after}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,3 +34,12 @@ def read_yaml(path: Path, kind: type[Kind], remedy: str) -> Kind:
     if not isinstance(found, kind):
         raise DamagedFile(path, "it holds no " + ("keys with values" if kind is dict else "list"), remedy)
     return found
+
+
+def value_at(values: object, parts: Sequence[str], absent: object) -> object:
+    """Value below the keys `parts` of nested mappings; `absent` where one of them is not there."""
+    for part in parts:
+        if not isinstance(values, dict) or part not in values:
+            return absent
+        values = values[part]
+    return values

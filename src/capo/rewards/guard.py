@@ -163,6 +163,7 @@ class _Thread:
         return self.torch.get_default_device() if hasattr(self.torch, "get_default_device") else None
 
     def put_back(self):
+        """Undo what scorers have changed since the block was entered."""
         if self.device is not None and self._default() != self.device:
             self.torch.set_default_device(None if self.device.type == "cpu" else self.device)
         if self.torch.is_grad_enabled() != self.gradients:
