@@ -20,6 +20,9 @@ TWICE = re.compile(
 EXPERIMENT = "experiment"
 MISSING = "???"  # OmegaConf's value that is not given
 LISTED = (EXPERIMENT, "rewards")  # groups of which several files make sense together
+OPTIONAL = (EXPERIMENT, "logger", "import", "benchmark")  # groups of which no file at all may be chosen
+LAUNCHER = "hydra/launcher"
+PLUGINS = ("submitit", "joblib")  # launchers that an extra of this name installs
 HELD_OUT = "rewards@validation.held_out", "validation.held_out"  # which `messages.grouped` rewrites
 
 
@@ -32,7 +35,10 @@ def unknown_choice(group: str, choice: str, options: Sequence[str], arguments: S
     near = [
         f"{key}={name.sub(other, own[0]['value']) if own else other}" for other in closest(choice, options)
     ]
-    meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    plugin = next((name for name in PLUGINS if group == LAUNCHER and choice.startswith(name)), None)
+    if plugin:
+        meant = f"; pip install -e '.[{plugin}]' adds it"
     return f"{key}={choice}: no such choice; there are {', '.join(options)}{meant}"
 
 
@@ -53,6 +59,9 @@ def no_names(error: BaseException) -> str | None:
         if all(isinstance(name, str) for name in names):
             continue
         key, _, text = _typed(override.input_line.lstrip("+~")).partition("=")
+        if value is None:
+            none = f"leave it out, or give {key}=[] for none" if key in OPTIONAL else f"give {key}=NAME"
+            return f"{key}={text}: it must name a file of conf/{group}/; {none}"
         return (
             f"{key}={text}: it must name a file of conf/{group}/; give {key}=NAME, in quotes where it reads "
             f"as something else ('{key}=\"1e3\"')"

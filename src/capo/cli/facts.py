@@ -71,7 +71,8 @@ def facts_of(cfg: DictConfig, module: PreferenceModule) -> dict[str, Any]:
         "times": f"{noise.draw}, {noise.times}{times}",
         "noise": noise_of(cfg.noise),
         "learning rate": f"{trainer.lr:g}, {OPTIMIZERS[trainer.optimizer]}, "
-        f"linear warm-up over {trainer.warm_up} steps",
+        f"linear warm-up over {trainer.warm_up} steps"
+        + (f", of which {trainer.max_steps} are done" if trainer.max_steps < trainer.warm_up else ""),
         "gradient clipping": "none"
         if trainer.gradient_clip is None
         else f"norm at most {trainer.gradient_clip:g}",

@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from capo.cli.choice_faults import local_of, no_names, twice_chosen, unknown_choice
 from capo.cli.key_faults import key_fault
-from capo.cli.place_faults import disk_fault
+from capo.cli.place_faults import WRITTEN, disk_fault
 from capo.errors import InputError, Unfinished, first_line
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.terminal import printable
@@ -128,9 +128,16 @@ def _check_options(arguments: Sequence[str]) -> None:
     parser = hydra_internals.get_args_parser()
     parser.error = refuse
     options, left = parser.parse_known_args(arguments)
-    place = next((text for text in options.overrides if text.lstrip("+").startswith("hydra.run.dir=")), None)
-    if options.multirun and place:
-        _end(f"error: {place}: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out", REFUSED)
+    for text in options.overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        path = value.strip("'\"")
+        if options.multirun and key == "hydra.run.dir":
+            _end(f"error: {text}: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out", REFUSED)
+        if key in WRITTEN and not path:
+            _end(f"error: {text}: it must name a folder; give {key}=FOLDER, or leave it out", REFUSED)
+        if path.split("/")[0] == "~":  # in key=value a shell leaves it as it is
+            place = f"{key}={Path.home()}{path[1:]}"
+            _end(f"error: {text}: ~ does not stand for your home folder here; give {place}", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
         _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
     if left:

@@ -230,10 +230,9 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     """
     _check_ordinary(folder)
     if not (folder / CONFIG).is_file():
-        raise InputError(
-            f"run={folder} is not a run directory: it has no config.yaml; give the directory that train.py "
-            "printed"
-        )
+        policy = folder / POLICY
+        remedy = f"policy={policy} instead" if policy.is_dir() else "the directory that train.py printed"
+        raise InputError(f"run={folder} is not a run directory: it has no config.yaml; give {remedy}")
     check_inside(folder, FILLED, cfg.trust)
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():

@@ -239,8 +239,10 @@ def plans_tables(jobs: Sequence[Job], title: str) -> list[Table]:
 def report_sweep(folder: Path, plans: bool) -> bool:
     """Write and print the results of a sweep's jobs, or their plans; returns whether all jobs are done."""
     jobs = read_plans(folder) if plans else read_jobs(folder)
-    if jobs:
-        (write_plans if plans else write_runs)(folder, jobs)
+    if not jobs:
+        print(f"error: no job has begun in {folder}: give each swept key a value at least", file=sys.stderr)
+        return False
+    (write_plans if plans else write_runs)(folder, jobs)
     return all(job.done for job in jobs)
 
 

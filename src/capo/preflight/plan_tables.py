@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capo.preflight.shortages import device_bytes, readable
+from capo.runtime.launch import Division
 from capo.runtime.outlook import DECODING, LATENTS, STAGES, TRAINING, Hours
 
 
@@ -32,8 +33,8 @@ def _settings(plan: dict) -> list[tuple[str, str]]:
         ),
         (
             "step",
-            f"{division['pairs']} pairs: {division['devices']} devices x {division['micro_batch']} "
-            f"x {division['accumulate']} accumulated",
+            f"{division['pairs']} pairs: "
+            f"{Division(division['devices'], division['micro_batch'], division['accumulate'])}",
         ),
         (
             "how",

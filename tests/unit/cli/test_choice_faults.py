@@ -4,6 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
+from capo.cli.choice_faults import unknown_choice
 from capo.cli.compose import REPOSITORY, composed
 from capo.cli.messages import grouped
 from capo.cli.schema import check_values
@@ -19,6 +20,10 @@ from capo.errors import InputError
     ("experiment=[quick,lor]", "experiment=lor: no such choice", "did you mean experiment=[quick,lora]?"),
     ("experiment=quick +experiment=lora", "experiment=quick +experiment=lora: experiment is chosen already",
      "give one list, experiment=[quick,lora]"),
+    ("experiment=null", "experiment=null: it must name a file of conf/experiment/",
+     "; leave it out, or give experiment=[] for none"),
+    ("objective=null", "objective=null: it must name a file of conf/objective/", "; give objective=NAME"),
+    ("objective=zzz", "objective=zzz: no such choice; there are capo", ", smpo"),
     ("+experiment=quick", "+experiment=quick: experiment is chosen already", "give experiment=quick alone"),
     ("objective=dpo +objective=ipo", "objective is chosen already",
      "give one of them: objective=dpo or objective=ipo"),
@@ -46,9 +51,17 @@ def test_an_argument_that_names_no_file_is_told_and_no_other(argument):
     assert "threads" not in told and "rewards@" not in told
 
 
+def test_a_launcher_that_is_not_installed_is_told_with_what_adds_it():
+    told = unknown_choice("hydra/launcher", "submitit_slurm", ["basic"], ["hydra/launcher=submitit_slurm"])
+    assert told == (
+        "hydra/launcher=submitit_slurm: no such choice; there are basic; pip install -e '.[submitit]' adds it"
+    )
+
+
 def test_what_the_messages_tell_to_give_composes():
     cfg = composed("train", ["experiment=[quick,lora]"])
     assert cfg.trainer.max_steps == 40 and cfg.model.lora
+    assert composed("train", ["experiment=[]"]) == composed("train", [])
     cfg = composed("train", ["experiment=quick", "prompts=files", "prompts.train={path: a.csv}"])
     assert cfg.prompts.train == {"path": "a.csv"} and cfg.prompts.test == 16
     with pytest.raises(InputError, match="rewards=1e3: no such choice"):  # a name, in quotes

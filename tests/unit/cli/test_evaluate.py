@@ -102,8 +102,10 @@ def test_processes_without_a_common_folder_are_refused():
 
 def test_the_folders_of_a_sweeps_jobs_are_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "soup" / "policy").mkdir(parents=True)
     for given, says in (
         (["run=0"], "run=0 is not a run directory"),
+        (["run=soup"], "run=soup is not a run .*; give policy=soup/policy instead"),
         (["runs=[0,1]"], "runs: 0 has not been evaluated"),
         (["runs=0"], "runs=0: no run directory there"),
         (["policy=0"], "policy '.*/0': neither"),

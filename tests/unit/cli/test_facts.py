@@ -19,6 +19,12 @@ def test_the_limit_of_the_gradient_is_told(limit, told):
     assert facts(f"trainer.gradient_clip={limit}")["gradient clipping"] == told
 
 
+def test_a_warm_up_that_does_not_end_is_told():
+    told = facts("trainer.warm_up=500", "trainer.max_steps=2")["learning rate"]
+    assert told.endswith("linear warm-up over 500 steps, of which 2 are done")
+    assert "of which" not in facts()["learning rate"]
+
+
 def test_an_anchor_is_told_where_there_is_one():
     assert "anchor" not in facts()
     assert facts("anchor.weight=2", "anchor.slack=0.5")["anchor"] == "2 relu(beta w (m+ - r+) - 0.5)"

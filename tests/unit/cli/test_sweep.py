@@ -24,6 +24,7 @@ from capo.cli.sweep import (
     plans_tables,
     read_jobs,
     read_plans,
+    report_sweep,
     run_job,
     sweep_name,
     sweep_rows,
@@ -211,6 +212,11 @@ def test_seeds_of_a_setting_are_named_by_it(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "over training seeds" in shown
     assert "objective.beta=10 (0, 1)" in shown and "objective.beta=30 (2, 3)" in shown
+
+
+def test_a_sweep_without_a_job_is_told(tmp_path, capsys):
+    assert not report_sweep(tmp_path, plans=False)
+    assert f"no job has begun in {tmp_path}: give each swept key a value" in capsys.readouterr().err
 
 
 def test_a_failed_job_leaves_its_error_and_nan(tmp_path, capsys):
