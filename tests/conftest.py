@@ -71,6 +71,17 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def looked_through_once():
+    """What is left when a file ends, such as modules that its tests imported, stays too.
+
+    A run collects garbage at its end, which would look through all of it each time.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed_once():
     """Hydra reads and merges the files of conf/ once."""

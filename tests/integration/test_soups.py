@@ -212,6 +212,7 @@ def test_a_sweep_whose_report_fails_does_not_end_well(tmp_path, monkeypatch, cap
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "plan": False})
     callbacks = Callbacks()
     callbacks.callbacks = [SweepReport()]
+    monkeypatch.setattr("capo.cli.sweep.report_sweep", lambda *_: True)
     callbacks.on_multirun_end(config)
     monkeypatch.setattr("capo.cli.sweep.report_sweep", failing)
     with pytest.raises(SystemExit) as ended:

@@ -1,7 +1,7 @@
 """What is known of a model family before weights are loaded: classes, options, shapes that configs imply."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -51,6 +51,10 @@ class Family(ABC):
     def unused_parts(cls, **options: object) -> dict[str, None]:
         """Components of the pipeline that are neither loaded nor needed, as keywords for the loader."""
         return {}
+
+    @classmethod  # noqa: B027 - a family may do with what every pipeline of its classes has
+    def check_parts(cls, parts: Collection[str], **options: object) -> None:
+        """Raises InputError if the pipeline of `options["weights"]`, which has `parts`, lacks a component."""
 
     @classmethod
     def shape_of_latent(cls, configs: Configs, **options: object) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
@@ -88,9 +89,7 @@ def lacking_parts(folder: Path, variant: str | None = None, unused: Mapping[str,
         index = read_json(folder / "model_index.json", FOLDER_REMEDY)
     except (FileNotFoundError, DamagedFile):
         return ["model_index.json"]
-    names = [
-        name for name, entry in index.items() if is_component(name, entry) and entry[0] and name not in unused
-    ]
+    names = [name for name in named_parts(index) if name not in unused]
     models = [name for name in names if (folder / name / "config.json").is_file()]
     lacking = [name for name in names if not any((folder / name).glob("*"))]
     lacking += [f"the weights of {name}" for name in models if not _has_weights(folder / name, variant)]
@@ -104,6 +103,11 @@ def lacking_parts(folder: Path, variant: str | None = None, unused: Mapping[str,
 def is_component(name: str, entry: object) -> bool:
     """Whether an entry of model_index.json names a component."""
     return isinstance(entry, list) and not name.startswith("_")
+
+
+def named_parts(index: Mapping[str, Any]) -> list[str]:
+    """Components for which a model_index.json names a class; null stands for those that there are not."""
+    return [name for name, entry in index.items() if is_component(name, entry) and entry[0]]
 
 
 def _has_weights(folder: Path, variant: str | None) -> bool:

@@ -1,5 +1,7 @@
 """The MMDiT family: velocity prediction on a rectified flow (SD3, SD3.5)."""
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 from capo import noise as schedules
@@ -37,17 +39,24 @@ class MMDiTBackbone(Backbone):
         self.check_options(sequence_length=sequence_length)
         self.sequence_length = sequence_length
         super().__init__(weights, *args, unused=self.unused_parts(t5=t5), **others)
-        if t5 and self.pipeline.text_encoder_3 is None:
-            raise InputError(
-                f"weights '{self.weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, "
-                "or choose weights with it"
-            )
+        there = [name for name, part in self.pipeline.components.items() if part is not None]
+        self.check_parts(there, weights=weights, t5=t5)
 
     @classmethod
     def check_options(cls, sequence_length: int = USUAL, **options: object) -> None:
         if not 0 <= sequence_length <= LONGEST:
             raise ParameterError(
                 "sequence_length", sequence_length, f"must be a whole number from 0 to {LONGEST}"
+            )
+
+    @classmethod
+    def check_parts(
+        cls, parts: Collection[str], weights: str = "", t5: bool = True, **options: object
+    ) -> None:
+        if t5 and "text_encoder_3" not in parts:
+            raise InputError(
+                f"weights '{weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, "
+                "or choose weights with it"
             )
 
     @classmethod

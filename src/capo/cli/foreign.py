@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo.cli.marks import MARKS, TARGET
 from capo.cli.targets import REWARDS, calls, find, place_of
+from capo.cli.yaml_files import value_at
 from capo.errors import InputError
 from capo.runtime.schema import dotted, leaves, shown
 
@@ -86,7 +87,8 @@ def _untrusted(stored: Mapping[str, Any], trust: Sequence[str]) -> Iterator[tupl
         if known is not None and (weights := node.get("weights")) not in (*known, *trust):
             yield f"{dotted(path)}.weights", str(weights)
     for place in REWARDS:
-        for reward, entry in _at(stored, place).items():
+        own = value_at(stored, place.split("."))
+        for reward, entry in own.items() if isinstance(own, Mapping) else ():
             if not isinstance(entry, Mapping):
                 continue
             if (python := entry.get("python")) and python not in trust:
@@ -96,13 +98,6 @@ def _untrusted(stored: Mapping[str, Any], trust: Sequence[str]) -> Iterator[tupl
                 # a dotted name is looked for in its package, which is imported for that
                 if "." in str(module) and module not in trust:
                     yield f"{place}.{reward}.requires", str(module)
-
-
-def _at(stored: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found: Any = stored
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
 
 
 def without_outside(own: DictConfig, cfg: DictConfig, folder: Path, given: Sequence[str]) -> None:

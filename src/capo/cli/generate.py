@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from capo.runtime.processes import check_devices
 from capo.runtime.terminal import Terminal
 
 console = Terminal()
+IMPORTING = re.compile(r"[+~]*(stage|import(\..*)?|pool\.imported|pool\.labels|objective|pair_export\..*)=")
 ALONE = ("import", "export", "report", "status", "verify")  # stages that one process does
 # stage on the command line -> stages of a pool that it completes
 FILLING = {"all": STAGES, **{command: (stage,) for stage, command in COMMANDS.items()}}
@@ -67,8 +70,11 @@ def import_source(cfg: DictConfig) -> Source:
     return built(cfg, "import")
 
 
-def import_images(cfg: DictConfig) -> None:
-    """Make a pool from existing images and human choices, and print the command that trains on it."""
+def import_images(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Make a pool from existing images and human choices, and print the command that trains on it.
+
+    `overrides` are those of the command line.
+    """
     check_engine(cfg)
     source = import_source(cfg)
     prepare_process(cfg.threads)
@@ -81,8 +87,13 @@ def import_images(cfg: DictConfig) -> None:
         prompts_per_shard=cfg.pool.prompts_per_shard,
         engine=engine_of(cfg),
     )
-    console.print(described(read_import_table(pool.folder).report))
-    console.print(f"python train.py pool.imported={pool.folder} objective=dpo", soft_wrap=True)
+    table = read_import_table(pool.folder)
+    labels = "objective=dpo" if table.ranks is not None else "pool.labels=rewards"
+    others = [override for override in overrides if not IMPORTING.match(override)]
+    console.print(described(table.report))
+    console.print(
+        shlex.join(["python", "train.py", f"pool.imported={pool.folder}", labels, *others]), soft_wrap=True
+    )
 
 
 def export(cfg: DictConfig, components: Components) -> None:
@@ -145,7 +156,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     if cfg.stage in ALONE and launch().world_size > 1:
         raise InputError(f"stage={cfg.stage} is the work of one process: run it without the launcher")
     if cfg.stage == "import":
-        return import_images(cfg)
+        return import_images(cfg, overrides)
     console.quiet = not launch().first
     scoring = cfg.stage in ("all", "score") or (cfg.stage == "verify" and cfg.repair)
     check_ready(cfg, scoring=scoring)

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.table import Table
 
-from capo.cli.build import Components
+from capo.cli.build import Components, imported_pool
 from capo.data.generation import stages_of, view_pool
 from capo.data.pool import Pool, Shard
 from capo.data.pool_state import StageState, faults_of, repair, states_of, told_age
@@ -49,7 +49,9 @@ def pools_of(
 def check_pools(cfg: DictConfig, components: Components) -> None:
     """Raise InputError for a pool that is there and cannot be used, before an image is drawn into another."""
     for name, spec in components.pool_specs.items():
-        if name != "train" or not cfg.pool.imported:
+        if name == "train" and cfg.pool.imported:
+            imported_pool(cfg, components.splits).check(components.backbone, components.generator.settings)
+        else:
             view_pool(spec, components.generator)
 
 

@@ -19,7 +19,7 @@ from capo.cli.compose import plain
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
 from capo.cli.run_changes import compared, differences
 from capo.cli.schema import check_calls, check_stored
-from capo.cli.yaml_files import read_yaml
+from capo.cli.yaml_files import read_yaml, value_at
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole
 from capo.runtime.run_folder import (
@@ -279,9 +279,7 @@ def without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
     values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
     for key in keys:
         *above, name = key.split(".")
-        node: Any = values
-        for part in above:
-            node = node.get(part) if isinstance(node, dict) else None
+        node = value_at(values, above)
         if isinstance(node, dict):
             node.pop(name, None)
     return values

@@ -49,6 +49,7 @@ class Place:
 
     @property
     def pattern(self) -> tuple[str, ...]:
+        """Parts of the key, of which `*` stands for any name."""
         return tuple(self.key.split("."))
 
     def registered(self, name: object) -> Any | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ def read_yaml(path: Path, kind: type[Kind], remedy: str) -> Kind:
     """
     text = read_text(path, remedy)
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise DamagedFile(path, "it has an alias (*), which no run writes", remedy)
         found = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except DamagedFile:
@@ -36,10 +36,10 @@ def read_yaml(path: Path, kind: type[Kind], remedy: str) -> Kind:
     return found
 
 
-def value_at(values: object, parts: Sequence[str], absent: object) -> object:
+def value_at(values: object, parts: Sequence[str], absent: Any = None) -> Any:
     """Value below the keys `parts` of nested mappings; `absent` where one of them is not there."""
     for part in parts:
-        if not isinstance(values, dict) or part not in values:
+        if not isinstance(values, Mapping) or part not in values:
             return absent
         values = values[part]
     return values

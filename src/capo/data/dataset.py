@@ -65,9 +65,13 @@ class Times:
 class Reader(Protocol):
     """What the dataset reads candidates and text from: a `PoolReader`, or other storage with its methods."""
 
-    def latents(self, position: int, candidates: Sequence[int]) -> Tensor: ...
+    def latents(self, position: int, candidates: Sequence[int]) -> Tensor:
+        """Latents (len(candidates), C, H, W) of these candidates of the prompt at `position` in the pool."""
+        ...
 
-    def text(self, position: int) -> dict[str, Tensor]: ...
+    def text(self, position: int) -> dict[str, Tensor]:
+        """Text embeddings of that prompt, by name, without a batch dimension."""
+        ...
 
 
 class PairDataset(Dataset):

@@ -58,6 +58,7 @@ class GeneratedImages:
 
     @property
     def positions(self) -> list[int]:
+        """Position of each prompt of the spec in the pool, in the spec's order."""
         return self.pool.positions(self.spec.prompts)
 
     def scores(self, rewards: Sequence[Reward]) -> dict[str, Tensor]:

@@ -19,9 +19,6 @@ CERTAIN = 1000.0
 class LabelSource(Protocol):
     """Source of one number per candidate, stored in the pool under `key`.
 
-    Calibration applies `link` and `scale` to it (`capo.calibration`). `range` is the usual lowest and highest
-    number, for reports; None: not stated.
-
     Attributes:
         graded: whether its numbers are graded scores, whose spread has a meaning, rather than ranks.
         stored: whether its numbers were stored at import; if not, a `Reward` computes them.
@@ -31,19 +28,29 @@ class LabelSource(Protocol):
     stored: ClassVar[bool]
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in configurations and reports."""
+        ...
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """Name of its folder of scores in a pool."""
+        ...
 
     @property
-    def link(self) -> str: ...
+    def link(self) -> str:
+        """Link that calibration applies to its numbers (`capo.calibration`)."""
+        ...
 
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> float:
+        """Factor of its numbers in calibration."""
+        ...
 
     @property
-    def range(self) -> tuple[float, float] | None: ...
+    def range(self) -> tuple[float, float] | None:
+        """Usual lowest and highest number, for reports; None: not stated."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Comparison:
 
     @property
     def base(self) -> ImageGenerator:
+        """Generator of the base's images, with the settings of the policy's."""
         return ImageGenerator.base(self.policy.backbone, self.policy.settings, self.engine)
 
     def settings(self) -> dict:

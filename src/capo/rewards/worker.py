@@ -118,6 +118,7 @@ class Service:
             return {"error": guard.told(error), "kind": kind, "module": module}
 
     def make(self, scorer, device):
+        """Build the scorer of this yaml entry on a device. Raises TypeError if it cannot be called."""
         with guard.undisturbed():
             self.scorer = lookup.build(scorer)
             if device is not None and hasattr(self.scorer, "to"):
@@ -132,6 +133,7 @@ class Service:
         return {"ready": True, "takes": self.takes}
 
     def score(self, blobs, prompts, shapes=None):
+        """Score images, as PNG files or as RGB bytes with their [width, height]; a number for each prompt."""
         if self.takes == RGB and (not isinstance(shapes, list) or len(shapes) != len(blobs)):
             raise ValueError(f"{len(blobs)} images with the shapes {shapes!r}")
         if len(blobs) != len(prompts):

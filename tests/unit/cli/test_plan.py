@@ -31,6 +31,7 @@ from capo.preflight import shortages as lacking
 from capo.preflight.rates import write_rate
 from fixtures import ROOT
 from fixtures.configuration import composed
+from fixtures.tiny_pipelines import CONFIGURED
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
@@ -160,6 +161,13 @@ def test_weights_and_prompts_that_are_not_there(tmp_path):
         and plan["hours"]["sampling"] is None
     )
     assert plan["parameters"]["denoiser"] == DENOISERS["sdxl"]
+
+
+def test_a_model_that_lacks_a_part_is_told(tmp_path, tiny_folders):
+    choice = [*CONFIGURED["sd3"], f"model.backbone.weights={tiny_folders['sd3_bare']}"]
+    plan, _ = planned(tmp_path, *choice, "rewards=looks", "prompts=shapes", "model.published=null")
+    told = [entry["message"] for entry in plan["missing here"] if entry["kind"] == "weights"]
+    assert len(told) == 1 and "have no text_encoder_3 (T5): set model.backbone.t5=false" in told[0]
 
 
 def test_a_model_without_configs_is_refused(tmp_path, tiny_run):

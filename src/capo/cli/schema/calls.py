@@ -15,6 +15,7 @@ from capo.cli.schema.groups import IMPORTS, OBJECTIVES, PAIRS, PROMPTS
 from capo.cli.schema.kinds import Text
 from capo.cli.schema.trainer import BACKBONES
 from capo.cli.targets import find, place_of
+from capo.cli.yaml_files import value_at
 from capo.errors import InputError, ParameterError, closest
 from capo.runtime.schema import MISSING, fault, shown
 
@@ -32,9 +33,7 @@ BOUND = ("objective", "pairs")  # functions that are called later, with argument
 
 def call_faults(key: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (key, fault) for arguments that the target at `key` does not have, lacks, or of another type."""
-    node: Any = values
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
+    node = value_at(values, key.split("."))
     if not isinstance(node, Mapping):
         return
     if key in BOUND and node.get("_partial_") is not True:

@@ -87,17 +87,9 @@ class Imported:
     ) -> Imported:
         """Compute missing scores of the rewards in `labels`; human choices were stored at import.
 
-        Raises InputError if the pool was made with another latent space or other text encoders than the
-        model's, if it is incomplete, or if the disk has too little space.
+        Raises InputError as `check` does, and if the disk has too little space.
         """
-        mine, its = backbone.fingerprints, dataclasses.asdict(self.pool.manifest)
-        if wrong := [part for part in ("latent_space", "text_encoders") if mine[part] != its[part]]:
-            raise InputError(
-                f"pool.imported={self.pool.folder}: its {' and '.join(wrong)} are not those of "
-                f"{backbone.name}; import the images with this model (generate.py stage=import)"
-            )
-        self.pool.check_latent_shape(backbone.latent_shape)
-        self._check_complete(settings)
+        self.check(backbone, settings)
         if rewards := scored(labels):
             stage = ScoreStage(
                 self.pool, self.pool.text_shards(), backbone, settings, False, rewards, self.candidates
@@ -106,7 +98,19 @@ class Imported:
             engine.run([stage])
         return self
 
-    def _check_complete(self, settings: SamplerSettings) -> None:
+    def check(self, backbone: Backbone, settings: SamplerSettings) -> None:
+        """Raise InputError for a pool that this model cannot be trained on.
+
+        It was made with another latent space or other text encoders than the model's, or is incomplete.
+        """
+        mine, its = backbone.fingerprints, dataclasses.asdict(self.pool.manifest)
+        if wrong := [part for part in ("latent_space", "text_encoders") if mine[part] != its[part]]:
+            raise InputError(
+                f"pool.imported={self.pool.folder}: its {' and '.join(wrong)} are not those of "
+                f"{backbone.name}; train the model that it was imported with (model=), or import the images "
+                "with this one (generate.py stage=import)"
+            )
+        self.pool.check_latent_shape(backbone.latent_shape)
         lacking = [
             shard.name
             for shard in self.pool.shards(self.candidates)

@@ -49,6 +49,7 @@ class ImportTable:
 
     @property
     def candidates(self) -> int:
+        """Images of each entry, N."""
         return self.places.shape[1]
 
 

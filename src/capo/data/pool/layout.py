@@ -25,6 +25,7 @@ class Shard:
 
     @property
     def images(self) -> int:
+        """Number of images that it holds."""
         return len(self.positions) * len(self.candidates)
 
 

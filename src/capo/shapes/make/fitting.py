@@ -41,6 +41,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
+        """Take up the module's parameters after step number `step`."""
         weight = 1 / min(self.horizon, step / 5 + 1)
         for name, parameter in module.named_parameters():
             self.shadow[name].lerp_(parameter, weight)

@@ -458,9 +458,11 @@ def test_a_pool_that_cannot_be_trained_on(tiny_run, imported_folder, tmp_path, p
     (imported_folder / "latents" / "00000-00.safetensors").rename(tmp_path / "kept")
     try:
         with pytest.raises(InputError, match=r"incomplete \(1 shards.* trainer.precision of this run"):
-            train_script.run(tiny_run("bad", f"pool.imported={imported_folder}", "evaluate=false"))
+            given = f"pool.imported={imported_folder}", f"pool.root={tmp_path / 'pools'}", "evaluate=false"
+            train_script.run(tiny_run("bad", *given))
     finally:
         (tmp_path / "kept").rename(imported_folder / "latents" / "00000-00.safetensors")
+    assert not list(tmp_path.rglob("*.safetensors"))  # refused before an image was drawn
 
 
 def test_another_models_latents_are_refused(pool, tiny_backbone, tiny_run):
@@ -504,8 +506,13 @@ def test_the_command_line_imports_every_kind(typed, tmp_path, source, capsys):
         f"pool.root={tmp_path / 'pools'}",
         f"hydra.run.dir={tmp_path / 'run'}",
     )
-    assert "2 entries with 2 different captions; left out: none" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 entries with 2 different captions; left out: none" in said
     pool = Pool.open(next((tmp_path / "pools").iterdir()))
+    # what trains on the pool: with the model and all else that was given, but for the import's own
+    labels = "objective=dpo" if source == "rankings" else "pool.labels=rewards"
+    assert f"python train.py pool.imported={pool.folder} {labels} rewards=fake " in said
+    assert f"pool.root={tmp_path / 'pools'}" in said and "import.files" not in said and "stage=" not in said
     assert read_import_table(pool.folder).candidates == 2 and all(
         pool.has_latents(shard) for shard in pool.shards(2)
     )
