@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,39 +15,9 @@ from omegaconf import OmegaConf
 
 from capo.cli.resolvers import shipped
 from fixtures import ROOT
+from fixtures.launched import finish, free_port, launcher
 
 pytestmark = pytest.mark.slow
-# torchrun's own agent, which forks its processes, so that they need not import torch
-CODE = """
-import os, signal, sys
-from omegaconf import OmegaConf
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
-from capo.cli import train
-from capo.cli.messages import plain_errors
-from capo.module import PreferenceModule
-
-step = PreferenceModule.training_step
-path, kill_at, processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-
-def training_step(self, batch, index):
-    if self.global_step == kill_at and os.environ.get("RANK") == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, index)
-
-def trained():
-    PreferenceModule.training_step = training_step
-    with plain_errors():
-        train.run(OmegaConf.load(path))
-
-if processes == 1:
-    trained()
-else:
-    given = ["--nproc-per-node", sys.argv[3], "--master-port", sys.argv[4], __file__]
-    config, *_ = config_from_args(parse_args(given))
-    config.start_method = "fork"
-    elastic_launch(config, trained)()
-"""
 SHAPES = f"model.backbone.weights={shipped('unet')}"
 STEPS = [
     SHAPES,
@@ -70,28 +39,8 @@ STRATEGY = {
 
 @pytest.fixture(scope="module")
 def start(helper, tiny_run):
-    """Starts a training run in one or two processes, the second killed when it begins step `kill_at`."""
-    script = tiny_run.folder / "run.py"
-    script.write_text(CODE)
-
-    def begin(name: str, *overrides: str, processes: int = 1, kill_at: int = -1):
-        path = tiny_run.folder / f"{name}.yaml"
-        OmegaConf.save(tiny_run(name, *STEPS, *overrides), path, resolve=True)
-        return helper.start(script, path, kill_at, processes, free_port())
-
-    return begin
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def finish(process) -> str:
-    """Return what a run told, once it has ended well."""
-    assert process.wait() == 0, (process.output + process.error)[-4000:]
-    return process.output
+    """Starts a run of the tiny pipeline (`launcher`)."""
+    return launcher(helper, tiny_run, STEPS)
 
 
 def curves(folder: Path) -> list[dict[str, float]]:

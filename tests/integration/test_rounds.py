@@ -1,30 +1,15 @@
 """Runs in rounds as real processes: killed in the second round, and in two processes."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from capo.cli.resolvers import shipped
-from fixtures import ROOT
+from fixtures.launched import finish, launcher
 
-CODE = """
-import sys
-from omegaconf import OmegaConf
-from capo.cli import train
-from capo.cli.messages import plain_errors
-
-with plain_errors():
-    train.run(OmegaConf.load(sys.argv[1]))
-"""
 ROUNDS = [
     "online.every=10",
     "trainer.max_steps=20",
@@ -36,39 +21,24 @@ ROUNDS = [
     "sampling.batch=2",
     "evaluate=false",
 ]
+SHAPES = [
+    f"model.backbone.weights={shipped('unet')}",
+    "model.name=shapes",
+    "trainer.batch=4",
+    "online.every=3",
+    "trainer.max_steps=6",
+    "validation.every=3",
+    "trainer.lr=1e-5",
+]
 SECOND = Path("online") / "step000010"
 
 pytestmark = pytest.mark.slow
 
 
-def start(tiny_run, name: str, *overrides: str, processes: int = 1) -> subprocess.Popen:
-    path, script = tiny_run.folder / f"{name}.yaml", tiny_run.folder / "run.py"
-    OmegaConf.save(tiny_run(name, *ROUNDS, *overrides), path, resolve=True)
-    script.write_text(CODE)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), str(script), str(path)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    told, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, told[-4000:]
-    return told
-
-
-def killed_when(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not happened() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert process.poll() is None, process.communicate()[0][-4000:]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+@pytest.fixture(scope="module")
+def start(helper, tiny_run):
+    """Starts a run in rounds (`launcher`)."""
+    return launcher(helper, tiny_run, ROUNDS)
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -82,24 +52,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_a_run_killed_in_its_second_round_goes_on_to_the_same_pool_and_weights(tiny_run):
-    """Killed while the policy draws, while its images are scored, and between two steps after that."""
-    finish(start(tiny_run, "unkilled"))
+def test_a_run_killed_in_its_second_round_goes_on_to_the_same_pool_and_weights(start, tiny_run):
+    """Killed while the policy draws, while its images are scored, and between two steps after that.
+
+    Files of the first round are there by then: the run that nobody kills has filled their pools.
+    """
+    finish(start("unkilled"))
     killed, unkilled = tiny_run.folder / "killed", tiny_run.folder / "unkilled"
-    last, second = killed / "checkpoints" / "last.ckpt", killed / SECOND
-
-    def trained() -> bool:
-        report = second / "calibration" / "calibration.html"
-        return report.exists() and last.stat().st_mtime_ns > report.stat().st_mtime_ns
-
-    for happened in (
-        lambda: len(list(second.glob("*/latents/*.safetensors"))) >= 1,
-        lambda: len(list(second.glob("*/scores/*/*.parquet"))) >= 1,
-        trained,
-    ):
-        killed_when(start(tiny_run, "killed"), happened)
-        assert not (killed / "outcome.json").exists()
-    finish(start(tiny_run, "killed"))
+    for moment in ("after latents/* 1", "after scores/*/* 1", "after last.ckpt 2"):
+        process = start("killed", ends=moment)
+        assert process.wait() == -signal.SIGKILL, f"{moment}: {process.error[-3000:]}"
+        assert (killed / SECOND).exists() and not (killed / "outcome.json").exists()
+    report = killed / SECOND / "calibration" / "calibration.html"
+    assert report.exists()  # the last moment came after the images of the round
+    finish(start("killed"))
     one, other = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for folder in (killed, unkilled)
@@ -111,15 +77,18 @@ def test_a_run_killed_in_its_second_round_goes_on_to_the_same_pool_and_weights(t
         assert table(killed / name) == table(unkilled / name)
 
 
+@pytest.fixture(scope="module")
+def alone(start) -> str:
+    """Name of a run on shapes in one process."""
+    finish(start("alone", *SHAPES))
+    return "alone"
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_draw_the_candidates_of_a_round_together(tiny_run, strategy):
+def test_two_processes_draw_the_candidates_of_a_round_together(start, tiny_run, alone, strategy):
     """Into one pool; pairs and losses of the second round are about those of one process."""
-    shapes = [f"model.backbone.weights={shipped('unet')}", "model.name=shapes", "trainer.batch=4"]
-    steps = ["online.every=3", "trainer.max_steps=6", "validation.every=3", "trainer.lr=1e-5"]
-    several = [f"trainer.strategy={strategy}", "trainer.devices=auto"]
-    finish(start(tiny_run, f"alone-{strategy}", *shapes, *steps))
-    finish(start(tiny_run, strategy, *shapes, *steps, *several, processes=2))
-    alone, shared = tiny_run.folder / f"alone-{strategy}", tiny_run.folder / strategy
+    finish(start(strategy, *SHAPES, f"trainer.strategy={strategy}", "trainer.devices=auto", processes=2))
+    alone, shared = tiny_run.folder / alone, tiny_run.folder / strategy
     [pool] = (shared / "online" / "step000003").glob("shapes-*")
     for kind in ("text/*", "latents/*", "scores/*/*"):
         [base] = (tiny_run.folder / "pools").glob("shapes-*-0-train")
