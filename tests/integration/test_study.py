@@ -1,5 +1,6 @@
 """A study of a run: images of its evaluation, what opens it again, and what is refused."""
 
+import io
 import json
 import shutil
 import sys
@@ -39,8 +40,8 @@ def made(typed, monkeypatch):
     return call
 
 
-def pixels(path):
-    return np.asarray(Image.open(path), int)
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)), int)
 
 
 def test_a_runs_study_shows_the_images_of_its_evaluation(run, made, tmp_path, monkeypatch):

@@ -130,14 +130,15 @@ def _check_options(arguments: Sequence[str]) -> None:
     options, left = parser.parse_known_args(arguments)
     for text in options.overrides:
         key, _, value = text.lstrip("+").partition("=")
-        path = value.strip("'\"")
+        path = value.strip("'\"") if key in WRITTEN else None
         if options.multirun and key == "hydra.run.dir":
             _end(f"error: {text}: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out", REFUSED)
-        if key in WRITTEN and not path:
+        if path == "":
             _end(f"error: {text}: it must name a folder; give {key}=FOLDER, or leave it out", REFUSED)
-        if path.split("/")[0] == "~":  # in key=value a shell leaves it as it is
-            place = f"{key}={Path.home()}{path[1:]}"
-            _end(f"error: {text}: ~ does not stand for your home folder here; give {place}", REFUSED)
+        if path and path.split("/")[0] == "~":  # in key=value a shell leaves it as it is
+            _end(
+                f"error: {text}: the folder's name begins with ~; give {key}={Path.home()}{path[1:]}", REFUSED
+            )
     if unknown := [text for text in left if text.startswith("-")]:
         _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
     if left:
@@ -192,7 +193,7 @@ def command_fault(error: BaseException, arguments: Sequence[str] | None = None) 
         reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See "))]
         return (
             f"'{error.override}' cannot be read ({' '.join(reasons)}); write key=value, and quote values "
-            "with brackets or spaces"
+            "with brackets, spaces or ~"
         )
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")

@@ -22,7 +22,7 @@ from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.templating import page_template
 from capo.evaluation.study.store import Study, Vote
 from capo.evaluation.study.turns import choice_of, left_side, order
-from capo.runtime.reading import parse_json, read_bytes
+from capo.runtime.reading import parse_json
 
 INSTRUCTION = (  # CaPO, appendix C, word for word
     "Given the text below, pick the left or the right image with better looking.",
@@ -93,7 +93,7 @@ class StudyServer(ThreadingHTTPServer):
         if pair not in self.study.pairs or side not in ("left", "right"):
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such image")
         shown = choice_of(side, left_side(self.study.facts.seed, rater, pair))
-        return read_bytes(self.study.image(pair, shown), "restore it")
+        return self.study.image(pair, shown)
 
     def take_vote(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Record a vote of the page, and return the next pair."""

@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capo.errors import InputError
-from capo.runtime.files import whole_file
+from capo.errors import DamagedFile, InputError
+from capo.runtime.files import led_to, lies_in, own_places, refuse_links, whole_file
+from capo.runtime.reading import read_bytes
 
+REMEDY = "restore it, or make the study in another hydra.run.dir"
+PNG = b"\x89PNG\r\n\x1a\n"  # how every such file begins
 FILE, IMAGES = "study.sqlite", "images"
 SCHEMA = 1
 FIRST, SECOND, TIE = "first", "second", "tie"  # sides of a pair, and choices of a rater
@@ -112,6 +115,7 @@ class Study:
         self.folder = Path(folder)
         self.path = self.folder / FILE
         self._lock = threading.Lock()
+        refuse_links(self.folder, [self.path])  # votes are written to it
         if not self.path.is_file():
             raise InputError(
                 f"{self.folder} holds no study (no {FILE}): python -m capo.cli.study run=DIR makes one"
@@ -120,10 +124,7 @@ class Study:
             self._connection = _connected(self.path)
             self.facts, self.pairs = self._read()
         except (sqlite3.DatabaseError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InputError(
-                f"{self.path} cannot be read ({error}); restore it, or make the study in another "
-                "hydra.run.dir"
-            ) from error
+            raise DamagedFile(self.path, str(error), REMEDY) from error
 
     def _read(self) -> tuple[Facts, dict[str, Pair]]:
         """Read what the study is; a file that comes from elsewhere has what `create` writes, or is refused.
@@ -199,9 +200,22 @@ class Study:
         with self._lock:
             self._connection.close()
 
-    def image(self, pair: str, side: str) -> Path:
-        """Path of an image."""
-        return image_path(self.folder, pair, side)
+    def image(self, pair: str, side: str) -> bytes:
+        """Read an image's PNG file.
+
+        Raises DamagedFile for one that is not there or no PNG, and for a link that leads out of the study:
+        whoever made its folder has chosen where that leads, and the image is shown and sent on.
+        """
+        path = image_path(self.folder, pair, side)
+        if not lies_in(led_to(path), own_places(self.folder)):
+            raise DamagedFile(path, f"it is a link to {led_to(path)}, outside of the study", REMEDY)
+        try:
+            content = read_bytes(path, REMEDY)
+        except FileNotFoundError as error:
+            raise DamagedFile(path, "it is not there", REMEDY) from error
+        if not content.startswith(PNG):
+            raise DamagedFile(path, "it is no PNG", REMEDY)
+        return content
 
     def vote(self, *votes: Vote) -> None:
         """Record votes in one transaction, on disk when this returns.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from capo.errors import DamagedFile, InputError
+from capo.errors import InputError
 from capo.evaluation.reports.templating import page_template
 from capo.evaluation.study.server import INSTRUCTION
 from capo.evaluation.study.store import IMAGES, SIDES, Study, Vote
@@ -67,7 +67,7 @@ def export(study: Study, folder: Path, images_at: str) -> list[Path]:
         }
         for side in SIDES:
             with whole_file(folder / IMAGES / image_name(study, pair.name, side)) as unfinished:
-                unfinished.write_bytes(_image(study, pair.name, side))
+                unfinished.write_bytes(study.image(pair.name, side))
         address = {answer: f"{images_at.rstrip('/')}/{name}" for answer, name in names.items()}
         rows.append({"pair": pair.name, "prompt": html.escape(pair.prompt), **address})
     rows.sort(key=lambda row: row["pair"])  # by name, which hides the checks among the others
@@ -75,14 +75,6 @@ def export(study: Study, folder: Path, images_at: str) -> list[Path]:
     page = page_template("turk.html.j2")
     write_whole(folder / TEMPLATE, page.render(instruction=INSTRUCTION, ties=study.facts.ties))
     return [folder / CSV, folder / TEMPLATE, folder / IMAGES]
-
-
-def _image(study: Study, pair: str, side: str) -> bytes:
-    path, remedy = study.image(pair, side), "restore it, or make the study in another hydra.run.dir"
-    try:
-        return read_bytes(path, remedy)
-    except FileNotFoundError as error:
-        raise DamagedFile(path, "it is not there", remedy) from error
 
 
 def import_results(study: Study, path: Path) -> Imported:

@@ -11,7 +11,7 @@ import pytest
 
 from capo.errors import InputError
 from capo.evaluation.study.server import INSTRUCTION, StudyServer
-from capo.evaluation.study.store import FIRST, SECOND, Study
+from capo.evaluation.study.store import FIRST, SECOND, Study, image_path
 from capo.evaluation.study.turns import choice_of, left_side, order
 from fixtures.studies import HOSTILE, make_fake_study
 
@@ -79,7 +79,7 @@ def test_sides_show_the_images_that_votes_are_counted_for(study):
             for side, shown in (("left", left), ("right", other)):
                 status, headers, content = ask(f"/image?pair={name}&side={side}&rater=ann")
                 assert status == 200 and headers["Content-Type"] == "image/png"
-                assert content == study.image(name, shown).read_bytes()
+                assert content == study.image(name, shown)
 
 
 def test_the_page_has_the_papers_instruction_and_nothing_from_elsewhere(study):
@@ -159,7 +159,7 @@ def test_a_port_in_use_is_said(study):
 def test_a_pipe_in_place_of_an_image_is_an_answer_and_not_waited_for(study, capsys):
     pair = next(iter(study.pairs))
     for side in (FIRST, SECOND):
-        path = study.image(pair, side)
+        path = image_path(study.folder, pair, side)
         path.unlink()
         os.mkfifo(path)
     with served(study) as ask:

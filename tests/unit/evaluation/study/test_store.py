@@ -10,7 +10,7 @@ from PIL import Image
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.study.drawing import damaged, study_pairs
-from capo.evaluation.study.store import FIRST, SECOND, TIE, Study, Vote
+from capo.evaluation.study.store import FIRST, SECOND, TIE, Study, Vote, image_path
 from capo.evaluation.study.turns import choice_of, chosen_prompts, left_side, order
 from fixtures.studies import HOSTILE, make_fake_study
 
@@ -35,6 +35,31 @@ def test_votes_that_cannot_be_are_recorded_by_none(tmp_path):
             with pytest.raises(sqlite3.IntegrityError):
                 study.vote(good, bad)
         assert study.votes() == []
+
+
+def test_files_outside_of_a_study_are_neither_shown_nor_written(tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (4, 4)).save(secret)
+    with make_fake_study(tmp_path / "study") as study:
+        name = next(iter(study.pairs))
+        path = image_path(study.folder, name, FIRST)
+        path.rename(tmp_path / "kept")
+        path.symlink_to(secret)
+        with pytest.raises(InputError, match=rf"{name}-first.png .*is a link to {secret}, outside of the st"):
+            study.image(name, FIRST)
+        path.unlink()
+        path.write_text("no picture")
+        with pytest.raises(InputError, match=r"-first.png cannot be read \(it is no PNG\); restore it"):
+            study.image(name, FIRST)
+        shown = study.image(name, SECOND)
+    (tmp_path / "own").symlink_to(tmp_path / "study")  # a link to the whole study is one's own
+    with Study(tmp_path / "own") as linked:
+        assert linked.image(name, SECOND) == shown
+    database = tmp_path / "study" / "study.sqlite"
+    database.rename(tmp_path / "other.sqlite")
+    database.symlink_to(tmp_path / "other.sqlite")
+    with pytest.raises(InputError, match=r"study.sqlite is a link to .*other.sqlite, outside of"):
+        Study(tmp_path / "study")
 
 
 def test_folders_without_a_readable_study_are_refused(tmp_path):

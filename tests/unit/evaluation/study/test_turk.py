@@ -8,7 +8,7 @@ import re
 import pytest
 
 from capo.errors import InputError
-from capo.evaluation.study.store import FIRST, SECOND, TIE
+from capo.evaluation.study.store import FIRST, SECOND, TIE, image_path
 from capo.evaluation.study.turk import export, import_results
 from fixtures.studies import HOSTILE, make_fake_study
 
@@ -55,7 +55,7 @@ def test_an_export_that_cannot_be_made_is_named(study, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"file/images/.* cannot be written"):
         export(study, tmp_path / "file", AT)
-    study.image(next(iter(study.pairs)), FIRST).unlink()
+    image_path(study.folder, next(iter(study.pairs)), FIRST).unlink()
     with pytest.raises(InputError, match=r"-first.png cannot be read \(it is not there\); restore it"):
         export(study, tmp_path / "mturk", AT)
 
@@ -72,7 +72,7 @@ def test_the_export_names_every_image_and_escapes_every_prompt(study, tmp_path):
             address, name = row[side].rsplit("/", 1)
             assert address == AT and re.fullmatch(r"[0-9a-f]{12}\.png", name)
             images.append((tmp_path / "mturk" / "images" / name).read_bytes())
-        assert sorted(images) == sorted(study.image(pair.name, side).read_bytes() for side in (FIRST, SECOND))
+        assert sorted(images) == sorted(study.image(pair.name, side) for side in (FIRST, SECOND))
     assert any(html.unescape(row["prompt"]) == HOSTILE for row in rows)
     assert len(list((tmp_path / "mturk" / "images").iterdir())) == 16
 
@@ -111,7 +111,7 @@ def test_results_become_votes_for_the_images_that_stood_there(study, tmp_path, f
         else:
             name = row[answer].rsplit("/", 1)[1]
             shown = (tmp_path / "mturk" / "images" / name).read_bytes()
-            assert study.image(vote.pair, vote.choice).read_bytes() == shown
+            assert study.image(vote.pair, vote.choice) == shown
 
 
 def test_rejected_assignments_are_left_out(study, tmp_path):
