@@ -35,6 +35,22 @@ def refuse_pickles(folder: Path, index: dict, variant: str | None = None) -> Non
             )
 
 
+def refuse_code(folder: Path, index: Mapping[str, list]) -> None:
+    """Raise InputError for a component whose class stands in code of the folder itself.
+
+    `index` has the entry of each component in model_index.json: its library and its class.
+    """
+    for component, entry in index.items():
+        library = str(entry[0])
+        # a pipeline's own module has its safety checker and the like
+        if library not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, library):
+            raise InputError(
+                f"weights '{folder}': model_index.json names {'.'.join(map(str, entry))} for '{component}', "
+                "which is no class of diffusers or transformers, and code of a model's folder is not run; "
+                "use a folder with classes of theirs"
+            )
+
+
 def load_pipeline(
     folder: Path,
     known: tuple[str, ...],
@@ -57,8 +73,10 @@ def load_pipeline(
         for name in parts
         if name not in empty and name.startswith(hollow) and (folder / name / "config.json").is_file()
     }
+    filled = {name: entry for name, entry in parts.items() if name not in empty}
+    refuse_code(folder, filled)
     refuse_pickles(folder, {name: entry for name, entry in index.items() if name not in empty}, variant)
-    check_configs(*(folder / name for name in parts if name not in empty))
+    check_configs(*(folder / name for name in filled))
     with loaded(f"weights '{folder}' (variant {variant or 'none'})"):
         pipeline = DiffusionPipeline.from_pretrained(
             folder, variant=variant, dtype=dtype, use_safetensors=True, **given

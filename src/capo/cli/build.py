@@ -36,6 +36,7 @@ from capo.runtime.launch import launch
 from capo.runtime.own_code import faults_of
 from capo.runtime.processes import own_device
 from capo.runtime.run_folder import OUTCOME, POLICY, read_outcome
+from capo.runtime.terminal import typed
 
 if TYPE_CHECKING:
     from capo.backbones.averaging import MovingReference
@@ -215,8 +216,8 @@ def _check_exported(run: Path, fingerprint: str) -> None:
         raise InputError(
             f"run={run}: its {POLICY}/ (fingerprint {fingerprint[:8]}) is not the policy of its {OUTCOME} "
             f"({written[:8]}), so it was changed after the export: restore it, export the best checkpoint "
-            f"again (evaluate.py run={run} validation.strengths=[1]), or evaluate it without the run "
-            f"(evaluate.py policy={run / POLICY}, with the values of the run)"
+            f"again (evaluate.py {typed('run', run)} validation.strengths=[1]), or evaluate it without the "
+            f"run (evaluate.py {typed('policy', run / POLICY)}, with the values of the run)"
         )
 
 

@@ -47,7 +47,7 @@ from capo.runtime.run_folder import (
 )
 from capo.runtime.schema import shown
 from capo.runtime.stored import read_record
-from capo.runtime.terminal import Terminal
+from capo.runtime.terminal import Terminal, typed
 from capo.training.strength import read_strength
 
 console = Terminal()
@@ -126,7 +126,7 @@ def card_of(folder: Path) -> ModelCard | None:
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{folder / OUTCOME} has no card of the policy ({error}); restore it, or evaluate the policy "
-            f"itself: evaluate.py policy={folder / POLICY}"
+            f"itself: evaluate.py {typed('policy', folder / POLICY)}"
         ) from error
 
 

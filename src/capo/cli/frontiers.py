@@ -14,6 +14,7 @@ from capo.evaluation.frontiers import DRIFT_AT, Frontier, Point
 from capo.evaluation.reports.frontiers import MethodComparison
 from capo.evaluation.reports.sweep_page import curves, number_of, setting_of, strength_axis
 from capo.evaluation.seeds import COLUMN, DRIFT, read_by_prompt
+from capo.runtime.terminal import typed
 
 SEED = "seed"  # label that is no setting
 RUNS = "runs"  # label of runs that differ in what no other label shows
@@ -96,7 +97,8 @@ def _read(folders: list[Path]) -> tuple[dict[Path, dict[str, torch.Tensor]], lis
             continue
         except InputError:
             notes.append(
-                f"{folder.name} is left out: it has no win-rates by prompt; run evaluate.py run={folder}"
+                f"{folder.name} is left out: it has no win-rates by prompt; run evaluate.py "
+                f"{typed('run', folder)}"
             )
             continue
         kind = prompts, [name for name in measured if name != DRIFT]

@@ -38,7 +38,7 @@ from capo.data.pool.import_table import read_import_table
 from capo.errors import InputError
 from capo.runtime.launch import launch
 from capo.runtime.processes import check_devices
-from capo.runtime.terminal import Terminal
+from capo.runtime.terminal import Terminal, typed
 
 console = Terminal()
 IMPORTING = re.compile(r"[+~]*(stage|import(\..*)?|pool\.imported|pool\.labels|objective|pair_export\..*)=")
@@ -89,11 +89,10 @@ def import_images(cfg: DictConfig, overrides: Sequence[str]) -> None:
     )
     table = read_import_table(pool.folder)
     labels = "objective=dpo" if table.ranks is not None else "pool.labels=rewards"
-    others = [override for override in overrides if not IMPORTING.match(override)]
+    others = shlex.join(override for override in overrides if not IMPORTING.match(override))
     console.print(described(table.report))
-    console.print(
-        shlex.join(["python", "train.py", f"pool.imported={pool.folder}", labels, *others]), soft_wrap=True
-    )
+    command = f"python train.py {typed('pool.imported', pool.folder)} {labels} {others}"
+    console.print(command.rstrip(), soft_wrap=True)
 
 
 def export(cfg: DictConfig, components: Components) -> None:

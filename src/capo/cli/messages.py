@@ -30,7 +30,7 @@ from capo.cli.key_faults import key_fault
 from capo.cli.place_faults import WRITTEN, disk_fault
 from capo.errors import InputError, Unfinished, first_line
 from capo.runtime.memory import memory_of, ran_out
-from capo.runtime.terminal import printable
+from capo.runtime.terminal import printable, typed
 
 FAILED, REFUSED, INTERRUPTED, ENDED = 1, 2, 130, 143  # exit codes
 GROUP_CHOICE = re.compile(r"\+?[\w/]+(@[\w.]+)?=[A-Za-z_\[]")
@@ -136,9 +136,8 @@ def _check_options(arguments: Sequence[str]) -> None:
         if path == "":
             _end(f"error: {text}: it must name a folder; give {key}=FOLDER, or leave it out", REFUSED)
         if path and path.split("/")[0] == "~":  # in key=value a shell leaves it as it is
-            _end(
-                f"error: {text}: the folder's name begins with ~; give {key}={Path.home()}{path[1:]}", REFUSED
-            )
+            full = typed(key, f"{Path.home()}{path[1:]}")
+            _end(f"error: {text}: the folder's name begins with ~; give {full}", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
         _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
     if left:
@@ -269,8 +268,8 @@ def _same_command() -> str:
         return "the same command"
     own = HydraConfig.get()
     if own.mode is RunMode.MULTIRUN:
-        return f"the same command with hydra.sweep.dir={own.sweep.dir}"
-    return f"the same command with hydra.run.dir={own.runtime.output_dir}"
+        return f"the same command with {typed('hydra.sweep.dir', own.sweep.dir)}"
+    return f"the same command with {typed('hydra.run.dir', own.runtime.output_dir)}"
 
 
 def _wants_trace() -> bool:

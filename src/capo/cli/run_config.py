@@ -36,6 +36,7 @@ from capo.runtime.run_folder import (
     last_remedy,
 )
 from capo.runtime.schema import shown
+from capo.runtime.terminal import typed
 
 LAYOUT = 3  # version of a run directory: its file names, and the keys of config.yaml
 FILLED = (POLICY, EVALUATION, BENCHMARKS, STUDY)  # folders that are written to when a run has finished
@@ -231,14 +232,16 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     _check_ordinary(folder)
     if not (folder / CONFIG).is_file():
         policy = folder / POLICY
-        remedy = f"policy={policy} instead" if policy.is_dir() else "the directory that train.py printed"
+        remedy = "the directory that train.py printed"
+        if policy.is_dir():
+            remedy = f"{typed('policy', policy)} instead"
         raise InputError(f"run={folder} is not a run directory: it has no config.yaml; give {remedy}")
     check_inside(folder, FILLED, cfg.trust)
     own = read_config(folder)
     if not (folder / OUTCOME).is_file():
         raise InputError(
             f"run={folder} has not finished: it has no outcome.json; finish its training first, by "
-            f"`python train.py ... hydra.run.dir={folder}` with the values of its start"
+            f"`python train.py ... {typed('hydra.run.dir', folder)}` with the values of its start"
         )
     given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
     for override in overrides:

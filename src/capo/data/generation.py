@@ -244,6 +244,6 @@ def check_space(pool: Pool, stages: Sequence[Stage]) -> None:
     free = shutil.disk_usage(pool.folder).free
     if needed > free:
         raise InputError(
-            f"pool {pool.folder} needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB "
+            f"pool {pool.folder} needs {needed / 2**20:,.1f} MiB more, {free / 2**20:,.1f} MiB "
             "are free: make room, set pool.root to a larger disk, or ask for fewer candidates"
         )

@@ -203,6 +203,6 @@ def _check_room(unfinished: Path, written: int, left: int) -> None:
     needed = unfinished.stat().st_size * left / written
     if needed > (free := shutil.disk_usage(unfinished.parent).free):
         raise InputError(
-            f"{left} more pairs need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
+            f"{left} more pairs need about {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free: "
             f"{REMEDY}"
         )

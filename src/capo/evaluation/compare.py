@@ -18,6 +18,7 @@ from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts
 from capo.evaluation.stored import read_results, read_settings
 from capo.runtime.files import led_to
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS
+from capo.runtime.terminal import typed
 from capo.win_rates import win_rate
 
 # settings of the evaluation that two runs must share to be compared head to head
@@ -37,7 +38,8 @@ def run_folders(runs: str | Sequence[str]) -> list[Path]:
         folders = [job for job in jobs if (job / EVALUATION / RESULTS).is_file()]
         if jobs and not folders:
             raise InputError(
-                f"runs={runs}: none of its {len(jobs)} jobs has been evaluated; run evaluate.py run={jobs[0]}"
+                f"runs={runs}: none of its {len(jobs)} jobs has been evaluated; run evaluate.py "
+                f"{typed('run', jobs[0])}"
             )
     if not folders:
         raise InputError(
@@ -63,14 +65,16 @@ def policy_scores(folder: Path, settings: Mapping) -> dict[str, Tensor]:
     if missing := [prompt for prompt in settings["prompts"] if prompt not in places]:
         raise InputError(
             f"{pool.folder} lacks {len(missing)} of the evaluation's prompts; remove {folder / EVALUATION} "
-            f"and run evaluate.py run={folder}"
+            f"and run evaluate.py {typed('run', folder)}"
         )
     keys, positions = list(settings["rewards"].values()), [places[prompt] for prompt in settings["prompts"]]
     try:
         scores = pool.scores(keys, settings["images_per_prompt"], positions)
     except InputError as error:  # whose remedy is that of a pool that generate.py fills
         told = str(error).partition(";")[0]
-        raise InputError(f"{told}; remove {folder / EVALUATION} and run evaluate.py run={folder}") from error
+        raise InputError(
+            f"{told}; remove {folder / EVALUATION} and run evaluate.py {typed('run', folder)}"
+        ) from error
     return {name: scores[..., number] for number, name in enumerate(settings["rewards"])}
 
 
@@ -82,7 +86,7 @@ def _policy_pool(folder: Path, settings: Mapping) -> Pool:
             return pool
     raise InputError(
         f"{folder / EVALUATION / POOLS} no longer holds the images of {RESULTS}; remove "
-        f"{folder / EVALUATION} and run evaluate.py run={folder}"
+        f"{folder / EVALUATION} and run evaluate.py {typed('run', folder)}"
     )
 
 

@@ -16,6 +16,7 @@ from capo.evaluation.stored import Results
 from capo.runtime.reading import cell, read_rows
 from capo.runtime.run_folder import EVALUATION, RATES, RESULTS
 from capo.runtime.stored import read_record
+from capo.runtime.terminal import typed
 
 COLUMN = "win_rate/"  # begins the name of a reward's column in win_rates.csv
 ROUNDED = 2e-6  # by which the mean of values of six digits may differ from a mean of six digits
@@ -38,7 +39,7 @@ def read_by_prompt(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
 
     Raises InputError as `read_rates` does.
     """
-    place, again = folder / EVALUATION, f"run evaluate.py run={folder}"
+    place, again = folder / EVALUATION, f"run evaluate.py {typed('run', folder)}"
     try:
         return rates_in(place, again)
     except FileNotFoundError as error:

@@ -13,6 +13,7 @@ from capo.runtime.names import MUST, is_name
 from capo.runtime.run_folder import EVALUATION, RESULTS, SETTINGS
 from capo.runtime.schema import Said, Section, key
 from capo.runtime.stored import Record, read_record
+from capo.runtime.terminal import typed
 
 
 def _single(names: list[str]) -> list[str]:
@@ -84,7 +85,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, name: str, schema: type[Section]) -> dict[str, Any]:
-    path, again = folder / EVALUATION / name, f"run evaluate.py run={folder}"
+    path, again = folder / EVALUATION / name, f"run evaluate.py {typed('run', folder)}"
     try:
         return read_record(path, schema, f"remove it and {again}")
     except FileNotFoundError as error:

@@ -104,6 +104,8 @@ class Requirements:
 
 
 def requires(
+    objective: Objective | None = None,
+    /,
     *,
     reference: bool = True,
     predictions: bool = False,
@@ -111,14 +113,17 @@ def requires(
     group: bool = False,
     kl: bool = False,
     shared_noise: bool = False,
-) -> Callable[[Objective], Objective]:
-    """Decorator that attaches to an objective which inputs it reads (`Requirements`)."""
+) -> Any:
+    """Decorator, with or without parentheses, that attaches to an objective which inputs it reads.
+
+    The arguments are those of `Requirements`.
+    """
 
     def declare(objective: Objective) -> Objective:
         objective.requirements = Requirements(reference, predictions, loser, group, kl, shared_noise)
         return objective
 
-    return declare
+    return declare if objective is None else declare(objective)
 
 
 def requirements(objective: Objective) -> Requirements:

@@ -10,11 +10,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL.Image import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from capo.errors import InputError
+from capo.rewards.weights import read_state, taking_weights
 from capo.shapes.captions import WORDS
 from capo.shapes.reward_networks import LENGTH, PAD, Judge, Rater, Reader, Verifier
 from capo.shapes.scenes import SIDE
@@ -67,28 +67,40 @@ def fused(module: nn.Module) -> nn.Module:
     return cast(Any, module).to(memory_format=torch.channels_last)  # an argument without annotations in torch
 
 
-def stored(weights: str | Path) -> dict[str, Tensor]:
-    """Read weights, which are stored in float16, as float32."""
-    return {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in load_file(weights).items()
-    }
+def take_weights(network: nn.Module, weights: str | Path, setting: str, name: str) -> None:
+    """Load the weights of a reward's file, which are stored in float16, into its network in float32.
+
+    Args:
+        network: the network.
+        weights: the file.
+        setting: configuration key, or option, that gave the file.
+        name: name of the reward.
+
+    Raises:
+        InputError: the file is damaged, or holds the weights of another network.
+    """
+    stored = read_state(Path(weights), setting)
+    state = {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+    with taking_weights(weights, setting, f"{name}.safetensors, which comes with the package"):
+        network.load_state_dict(state)
 
 
 class _Scorer:
     """Network with weights from a safetensors file, stored in float16 and run in float32."""
 
     network: type[nn.Module]
+    name: str  # of the reward
     side = SIDE  # pixels per side of the images
 
     def __init__(self, weights: str | Path):
+        setting = f"rewards.{self.name}.weights"
         if not Path(weights).is_file():
             raise InputError(
-                f"no reward weights at {weights}; they come with the package, or make them with "
-                "`python -m capo.shapes.make rewards`"
+                f"{setting}={weights}: no such file; leave it out for those that come with the package, or "
+                "make some with `python -m capo.shapes.make rewards`"
             )
         network = self.network()
-        network.load_state_dict(stored(weights))
+        take_weights(network, weights, setting, self.name)
         self.module = fused(network)
         self.device = torch.device("cpu")
 
@@ -124,19 +136,19 @@ class _Reading(_Scorer):
 class AlignmentScorer(_Reading):
     """Probability that the picture shows what the prompt says, like VQAScore."""
 
-    network = Verifier
+    network, name = Verifier, "alignment"
 
 
 class PreferenceScorer(_Reading):
     """Preference of the simulated annotators, like MPS: unbounded; differences are log-odds."""
 
-    network = Judge
+    network, name = Judge, "preference"
 
 
 class LooksScorer(_Scorer):
     """Looks of the picture from 1 to 10, independent of the prompt, like VILA."""
 
-    network = Rater
+    network, name = Rater, "looks"
 
     def _read(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         return ()

@@ -17,6 +17,7 @@ from capo.runtime.files import write_json
 from capo.runtime.run_folder import STRENGTH
 from capo.runtime.schema import key
 from capo.runtime.stored import Record, read_record
+from capo.runtime.terminal import typed
 from capo.training.choice import Candidate, Choice
 from capo.training.validation import Place, WinRateValidation
 
@@ -134,7 +135,7 @@ def choose_strength(
 
 def read_strength(folder: Path) -> dict[str, Any] | None:
     """Read `strength.json` of a run directory; None if there is none."""
-    remedy = f"remove it, or choose again: evaluate.py run={folder} validation.strengths=[...]"
+    remedy = f"remove it, or choose again: evaluate.py {typed('run', folder)} validation.strengths=[...]"
     try:
         return read_record(folder / STRENGTH, StoredStrength, remedy)
     except FileNotFoundError:

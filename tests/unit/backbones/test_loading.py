@@ -41,7 +41,9 @@ def test_component_with_code_of_its_own(copied):
     index = copied / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["mine", "UNet"]}))
     (copied / "unet" / "mine.py").write_text("raise RuntimeError('this code must not run')")
-    with pytest.raises(InputError, match="do not load"):
+    with pytest.raises(
+        InputError, match=r"model_index.json names mine.UNet for 'unet', which is no class of"
+    ):
         UNetBackbone(str(copied))
 
 

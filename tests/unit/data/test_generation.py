@@ -480,7 +480,7 @@ def test_too_little_disk_space_is_said_before_any_work(plan, generator, work, mo
     usage = namedtuple("usage", "free")
     # 30 latents of 4 float16, 3 texts of 4 float32, 30 scores of 64 bytes: 240 + 48 + 1920
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free=2207))
-    with pytest.raises(InputError, match=r"needs 0\.0 GiB more, 0\.0 GiB are free: make room"):
+    with pytest.raises(InputError, match=r"needs 0\.0 MiB more, 0\.0 MiB are free: make room"):
         fill(plan, generator)
     assert not work
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free=2208))

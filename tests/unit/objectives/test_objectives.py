@@ -271,6 +271,7 @@ def test_undeclared_objectives_are_refused():
 
     with pytest.raises(InputError, match=r"mine does not declare what it reads; write @requires\(\)"):
         requirements(partial(mine, beta=1.0))
+    assert requirements(requires(lambda errors, *, beta: errors.gap)) == Requirements(True, False, True)
     assert requirements(requires(predictions=True)(mine)) == Requirements(True, True, True)
 
 

@@ -102,8 +102,18 @@ def test_what_cannot_be_judged_is_refused(scorers, tmp_path):
         scorers["alignment"]([Image.new("RGB", (64, 64))], ["a red hexagon"])
     with pytest.raises(InputError, match=r"\(32, 32\) pixels.* judge 64 x 64"):
         scorers["looks"]([Image.new("RGB", (32, 32))], ["a red circle"])
-    with pytest.raises(InputError, match=r"no reward weights at .*none\.safetensors"):
+    with pytest.raises(InputError, match=r"rewards.looks.weights=.*none\.safetensors: no such file"):
         LooksScorer(tmp_path / "none.safetensors")
+
+
+def test_weights_that_are_damaged_or_anothers_are_named_with_their_key(tmp_path):
+    whole = WEIGHTS / "looks.safetensors"
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:20_000])
+    with pytest.raises(InputError, match=rf"^rewards.looks.weights={cut}: no safetensors file and no state"):
+        LooksScorer(cut)
+    with pytest.raises(InputError, match=rf"^rewards.alignment.weights={whole}: its weights do not load"):
+        AlignmentScorer(whole)
 
 
 def test_prompts_of_other_grammars_are_judged_by_what_reads_none_and_refused_by_name_elsewhere(

@@ -24,7 +24,7 @@ from capo.shapes.make.autoencoder import to_tensor
 from capo.shapes.make.fitting import fit, generator
 from capo.shapes.make.lineups import OWN, SIZE
 from capo.shapes.reward_networks import CELLS, Judge, Rater, Verifier
-from capo.shapes.rewards import stored
+from capo.shapes.rewards import take_weights
 from capo.shapes.scenes import COLORS, SHAPES, SIDE, TEXTURES
 
 HELD_OUT = 300  # last line-ups, not used in training
@@ -79,7 +79,7 @@ def holds_loss(logits: Tensor, holds: Tensor) -> Tensor:
 def begun(module: Part, start: Path | None) -> Part:
     """Load the weights of the file `start`, if given, into the module and return it."""
     if start:
-        module.load_state_dict(stored(start))
+        take_weights(module, start, "--start", start.stem)
     return module
 
 
