@@ -10,6 +10,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 
 from capo.cli.choice_faults import below_a_value, local_of
 from capo.cli.other_files import absent_group, other_choice, other_script
+from capo.cli.yaml_files import value_at
 from capo.errors import alike
 
 UNKNOWN = re.compile(r"Could not override '(.+?)'")
@@ -28,7 +29,7 @@ def key_fault(error: BaseException, arguments: Sequence[str], conf: Path) -> str
     if (found := UNKNOWN.search(message)) and isinstance(parent, DictConfig):
         key = str(getattr(error.__cause__, "full_key", None))
         key = key if key.startswith(f"{found[1]}.") else found[1]  # the former in a mapping that is given
-        return _unknown(found[1], key, _keys(parent._get_root()), arguments, conf)
+        return _unknown(found[1], key, parent._get_root(), arguments, conf)
     override, cfg = local_of(error, "override"), local_of(error, "cfg")
     if found := ABSENT.match(message):
         near = alike(found[1], _keys(cfg)) if isinstance(cfg, DictConfig) else []
@@ -48,21 +49,38 @@ def key_fault(error: BaseException, arguments: Sequence[str], conf: Path) -> str
     return absent_group(message, conf)
 
 
-def _unknown(given: str, key: str, known: list[str], arguments: Sequence[str], conf: Path) -> str:
-    """Message for an unknown `key`, itself `given` by an argument or in a mapping that is given."""
+def _unknown(given: str, key: str, cfg: Container, arguments: Sequence[str], conf: Path) -> str:
+    """Message for a `key` that `cfg` does not hold, itself `given` by an argument or in a mapping there."""
     if (fault := below_a_value(key, arguments, conf)) is not None:
         return fault
     for text in arguments:
         if text.startswith("~") and f"{key}.".startswith(f"{text[1:].partition('=')[0]}."):
             return f"there is no key '{key}', since {text} removes it; leave {text} out"
+    if (added := _addable(key, cfg, arguments)) is not None:
+        return f"{key} has no value here that could be replaced; give {added}, which adds it"
     if (fault := other_choice(key, conf) or other_script(key, conf)) is not None:
         return fault
-    near = [name for name in alike(key, known) if name != given]
+    near = [name for name in alike(key, _keys(cfg)) if name != given]
     if near:
         return f"there is no key '{key}'{_meant(near)}"
     if given != key and (conf / given).is_dir():
         return f"there is no key '{key}'; give {given}=NAME, a file of conf/{given}/, or {given}.KEY=VALUE"
     return f"there is no key '{key}'; `--cfg job` lists all keys"
+
+
+def _addable(key: str, cfg: Container, arguments: Sequence[str]) -> str | None:
+    """Argument that adds a key which the schema has beside those of `cfg`, since it may be left out."""
+    from capo.cli.schema.scripts import Training  # with pydantic, which --help does without
+    from capo.runtime.schema import NO_ARGUMENT, NO_KEY, faults
+
+    value = next((text.partition("=")[2] for text in arguments if text.startswith(f"{key}=")), None)
+    values, (*above, name) = OmegaConf.to_container(cfg, resolve=False), key.split(".")
+    section = value_at(values, above)
+    if value is None or not isinstance(section, dict) or not section:  # Hydra has made what was no section
+        return None
+    section[name] = value
+    fault = faults(Training, values).get(key, "")
+    return None if NO_ARGUMENT in fault or NO_KEY in fault else f"+{key}={value}"
 
 
 def _meant(names: list[str]) -> str:

@@ -22,7 +22,7 @@ def other_choice(key: str, conf: Path) -> str | None:
     `conf` holds the groups of files.
     """
     group, _, rest = key.partition(".")
-    choices = _choices(group, rest, conf)
+    choices = _choices(group, rest, conf) or _choices(group, key, conf)  # of the section, or of all keys
     if not choices:
         group, choices = "experiment", _choices("experiment", key, conf)
     if not choices:

@@ -18,6 +18,18 @@ from capo.errors import InputError
     (["seed@x={a: 1}"],
      "seed@x={a: 1}: @ stands between a folder of conf/ and the key that a file in it fills; give "
      "GROUP@KEY=NAME (rewards@evaluation.rewards=looks, say), or KEY=VALUE without @"),
+    (["model.backbone.scheduler=X"],
+     "model.backbone.scheduler has no value here that could be replaced; give +model.backbone.scheduler=X, "
+     "which adds it"),
+    (["rewards.looks.python=/x"],
+     "rewards.looks.python has no value here that could be replaced; give +rewards.looks.python=/x, which "
+     "adds it"),
+    (["model.backbone.vaee=X"],
+     "there is no key 'model.backbone.vaee'; did you mean model.backbone._target_ or "
+     "model.backbone.weights?"),
+    (["model.backbone.sequence_length=9"],
+     "there is no key 'model.backbone.sequence_length' without model=sd3 or model=sd35_large or "
+     "model=sd35_medium or model=shapes_mmdit: give one of them too"),
     (["trainer={bacth: 3}"], "there is no key 'trainer.bacth'; did you mean trainer.batch?"),
     (["rewards={a: 1}"],
      "there is no key 'rewards.a'; give rewards=NAME, a file of conf/rewards/, or rewards.KEY=VALUE"),
@@ -31,6 +43,7 @@ def test_the_key_and_what_to_give_are_told(arguments, told):
 
 
 def test_what_the_messages_tell_to_give_composes():
+    assert composed("train", ["+model.backbone.scheduler=X"]).model.backbone.scheduler == "X"
     given = ["rewards@evaluation.rewards=looks", "objective={beta: 3}", "~seed"]
     cfg = composed("train", given)
     assert cfg.objective.beta == 3 and "seed" not in cfg and "looks" in cfg.evaluation.rewards

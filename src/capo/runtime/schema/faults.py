@@ -24,6 +24,7 @@ from capo.runtime.schema.words import choices, listed, words
 MISSING = "???"  # OmegaConf's mandatory value that is not given
 TOP_GROUPS = ("experiment",)  # groups of conf/ whose files hold keys of any section, not a section
 LONGEST = 400  # characters of a value in a message
+NO_KEY, NO_ARGUMENT = "there is no such key", "takes no such argument"
 
 
 def faults(schema: type[Section], values: object, *, partial: bool = False) -> dict[str, str]:
@@ -135,9 +136,7 @@ def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: ob
     known, target = node.names(above)
     siblings = [dotted((*path, other)) for other in known]
     near = alike(name, siblings, 1) or alike(name, [*siblings, *every_key(schema)])
-    what = f"{shown(name)}={shown(above[part])}: " + (
-        f"{target} takes no such argument" if target else "there is no such key"
-    )
+    what = f"{shown(name)}={shown(above[part])}: " + (f"{target} {NO_ARGUMENT}" if target else NO_KEY)
     inside, name = above[part], shown(name)
     if not path and isinstance(inside, Mapping) and inside and set(map(str, inside)) <= set(names_of(schema)):
         return (
