@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo.backbones.export import find_policy, is_whole
 from capo.cli.build import base_of, built, family_of, is_negative, sampler_settings, tuned_generator, use_base
-from capo.cli.compose import plain
 from capo.cli.engines import check_engine, engine_of
 from capo.cli.named_rewards import benchmark_place, rewards_of
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_accelerator, check_reward_weights, check_unconditional, check_weights
 from capo.cli.run_config import run_config
+from capo.cli.values import plain
 from capo.data.generation import ImageGenerator, PoolSpec
 from capo.data.images import GeneratedImages
 from capo.errors import InputError

@@ -18,9 +18,9 @@ from capo.backbones.inversion import Inversion
 from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import Unconditional, check_negative, unconditional_of
-from capo.cli.compose import plain
 from capo.cli.named_rewards import all_rewards, held_out_rewards
 from capo.cli.targets import Place, find, place_of
+from capo.cli.values import plain
 from capo.data.candidates import TrainingData
 from capo.data.engines import Engine, LocalEngine
 from capo.data.generation import STAGES, ImageGenerator, PoolSpec

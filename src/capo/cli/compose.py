@@ -1,19 +1,18 @@
-"""Compose a configuration in programs that Hydra does not start, and read one as plain values."""
+"""Compose a configuration in programs that Hydra does not start."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import capo
-from capo.cli.messages import command_fault, unresolved
+from capo.cli.messages import command_fault
 from capo.errors import InputError
 
 COMPOSING = HydraException, OmegaConfBaseException  # what Hydra raises for overrides
@@ -36,16 +35,3 @@ def composed(name: str | None, overrides: Sequence[str], folder: Path = REPOSITO
         raise InputError(
             f"{' '.join(overrides)}: cannot be used ({str(error).splitlines()[0]}); write NAME.key=value"
         ) from error
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Resolve the configuration to plain values; OmegaConf's error for a `${...}` that cannot be resolved."""
-    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))  # a mapping gives nothing else
-
-
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Resolve the configuration to plain values; InputError for a `${...}` that cannot be resolved."""
-    try:
-        return plain(cfg)
-    except OmegaConfBaseException as error:
-        raise InputError(unresolved(error)) from error

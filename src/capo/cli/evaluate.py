@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from capo.backbones.model_card import ModelCard, write_card, write_win_rates
 from capo.cli.benchmark import run_benchmark
 from capo.cli.build import Components, build_components, is_negative, tuned_generator, use_base
-from capo.cli.compose import plain
 from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import compare_methods
 from capo.cli.messages import plain_errors
@@ -22,6 +21,7 @@ from capo.cli.readiness import check_ready, refuse_both, refuse_plans
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.schema import Evaluating, check_group_choices, check_values
+from capo.cli.values import plain
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
 from capo.errors import DamagedFile, InputError

@@ -15,11 +15,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo.cli.compose import REPOSITORY, composed, resolved
+from capo.cli.compose import REPOSITORY, composed
 from capo.cli.messages import refused
 from capo.cli.other_files import command_of
 from capo.cli.schema.border import refuse
 from capo.cli.schema.scripts import SCRIPTS
+from capo.cli.values import resolved
 from capo.errors import InputError, alike
 from capo.runtime.schema import Node, faults, shown, walked, words
 from capo.runtime.schema.tree import GROUP, is_section, picked

@@ -13,8 +13,8 @@ from rich.console import Console
 from capo.backbones.export import export_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard
 from capo.cli.build import Components
-from capo.cli.compose import plain
 from capo.cli.parts import module_of, validation_of
+from capo.cli.values import plain
 from capo.errors import InputError
 from capo.evaluation.held_out import alarms
 from capo.module import PreferenceModule

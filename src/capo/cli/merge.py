@@ -12,12 +12,12 @@ from capo.backbones.finding import pipeline_folder
 from capo.backbones.merging import Base, merge_policies
 from capo.backbones.model_card import write_win_rates
 from capo.cli.build import build_components, family_of
-from capo.cli.compose import plain
 from capo.cli.evaluate import evaluate_policy
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
 from capo.cli.schema import Merging, check_group_choices, check_values
+from capo.cli.values import plain
 from capo.errors import InputError
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import CONFIG, EVALUATION, POLICY

@@ -20,7 +20,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from yaml import YAMLError
@@ -28,6 +28,7 @@ from yaml import YAMLError
 from capo.cli.choice_faults import local_of, no_names, twice_chosen, unknown_choice
 from capo.cli.key_faults import key_fault
 from capo.cli.place_faults import WRITTEN, disk_fault
+from capo.cli.values import unresolved
 from capo.errors import InputError, Unfinished, first_line
 from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.terminal import printable, typed
@@ -241,12 +242,6 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
                 "stand, in a section or as a whole; correct it"
             )
     return None
-
-
-def unresolved(error: OmegaConfBaseException) -> str:
-    """Message for a value that names another by ${...}, which is not there or cannot be had."""
-    key = error.full_key or "the configuration"
-    return f"{key} cannot be resolved ({first_line(error)}); give {key}=VALUE itself"
 
 
 def _file_read(error: BaseException) -> str:

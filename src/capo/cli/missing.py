@@ -7,10 +7,10 @@ from functools import partial
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo.cli.compose import plain
 from capo.cli.named_rewards import all_rewards, held_out_rewards
 from capo.cli.rates import REWARD_PLACES
 from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
+from capo.cli.values import plain
 from capo.errors import InputError
 from capo.preflight.shortages import Shortage
 from capo.rewards import load_rewards

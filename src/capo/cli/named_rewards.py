@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo.cli.compose import plain
 from capo.cli.process import worker_logs
+from capo.cli.values import plain
 from capo.evaluation.held_out import refuse_trained
 from capo.rewards import Reward, load_rewards
 

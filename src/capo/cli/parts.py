@@ -12,8 +12,8 @@ from capo.backbones import Backbone
 from capo.backbones.averaging import WeightAverage
 from capo.backbones.sampling import encode_unconditional
 from capo.cli.build import Components, built, inversion_of, is_negative, moving_reference
-from capo.cli.compose import plain
 from capo.cli.run_config import run_id
+from capo.cli.values import plain
 from capo.data.images import GeneratedImages
 from capo.evaluation.held_out import HeldOut
 from capo.evaluation.reports.gallery import image_grid

@@ -18,10 +18,10 @@ from capo.backbones.precision import DTYPES
 from capo.backbones.sampling import BASE, is_guided
 from capo.backbones.sampling import POLICY as ITSELF
 from capo.cli.build import built, family_of, inversion_of, moving_reference, prompt_splits, sampler_settings
-from capo.cli.compose import plain
 from capo.cli.engines import RAY
 from capo.cli.missing import find_missing
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
+from capo.cli.values import plain
 from capo.data.prompts import expected_sizes
 from capo.data.rounds import refreshes, validations
 from capo.errors import InputError

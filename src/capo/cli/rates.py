@@ -15,8 +15,8 @@ from rich.table import Table
 
 from capo.backbones import Backbone
 from capo.backbones.sampling import SamplerSettings, encode_unconditional, sample_prompts
-from capo.cli.compose import plain
 from capo.cli.process import thread_count, worker_logs
+from capo.cli.values import plain
 from capo.data.stages import TEXT_BATCH
 from capo.errors import InputError, closest, first_line
 from capo.preflight.architecture import Blueprint

@@ -26,11 +26,11 @@ from capo.cli.build import (
     sampler_settings,
     target_name,
 )
-from capo.cli.compose import plain
 from capo.cli.engines import check_engine
 from capo.cli.named_rewards import all_rewards, held_out_rewards
 from capo.cli.online import check_online
 from capo.cli.schema.calls import under
+from capo.cli.values import plain
 from capo.data.candidates import NO_PRIOR
 from capo.data.dataset import check_group, check_shared_prior
 from capo.data.reference_errors import check_reuse

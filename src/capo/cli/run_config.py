@@ -15,10 +15,10 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
-from capo.cli.compose import plain
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
 from capo.cli.run_changes import compared, differences
 from capo.cli.schema import check_calls, check_stored
+from capo.cli.values import plain
 from capo.cli.yaml_files import read_yaml, value_at
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import check_inside, write_whole

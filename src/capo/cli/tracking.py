@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from capo.cli.build import built, target_name
-from capo.cli.compose import plain
 from capo.cli.figures import found_figures
+from capo.cli.values import plain
 from capo.errors import InputError, first_line
 from capo.runtime.launch import launch
 from capo.training.loggers import CurvesFile

@@ -13,7 +13,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from capo.cli.compose import plain
 from capo.cli.schema import (
     Evaluating,
     Generating,
@@ -29,6 +28,7 @@ from capo.cli.schema.kinds import Draw, DType, Precision
 from capo.cli.schema.rewards import Reward
 from capo.cli.schema.scripts import SCRIPTS
 from capo.cli.schema.trainer import BACKBONES, MMDiT
+from capo.cli.values import plain
 from capo.errors import InputError
 from capo.runtime.run_folder import best_win_rate
 from capo.runtime.schema import Node, hints, walked

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from capo.cli.compose import plain
 from capo.cli.schema import check_values
 from capo.cli.schema.scripts import SCRIPTS
+from capo.cli.values import plain
 from capo.errors import InputError
 from capo.runtime.schema import faults, walked
 from fixtures.configuration import composed

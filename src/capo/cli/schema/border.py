@@ -12,10 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from capo.cli.choice_faults import experiment_with
-from capo.cli.compose import resolved
 from capo.cli.schema.calls import CALLED, call_faults
 from capo.cli.schema.scripts import Training
 from capo.cli.targets import misplaced
+from capo.cli.values import resolved
 from capo.errors import InputError
 from capo.runtime.schema import Section, dotted, faults, leaves, shown
 
