@@ -22,23 +22,24 @@ PLACE_ERRORS = {
     errno.EISDIR,
     errno.EIO,
 }
-# of these another path is no cure: something is written there
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EPERM, errno.EEXIST}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+WRITING = FULL | {errno.EROFS, errno.EPERM, errno.EEXIST}  # what only a path that is written to can have
 WRITTEN = ("hydra.run.dir", "hydra.sweep.dir", "pool.root")  # keys of places that are written to
 LONGEST_PATH = 400  # letters of a path in a message
 PLACES = "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
-OTHER_PLACE = f"make room there, or {PLACES}"
+ROOM, RESTORED = f"make room there, or {PLACES}", f"restore it, or {PLACES}"
 
 
 def disk_fault(error: BaseException | None) -> str | None:
     """Message for an error that means that a file or folder cannot be written; None for any other error."""
     if isinstance(error, SafetensorError):  # it has the errno only in its text
         known = any(f"(os error {number})" in str(error) for number in PLACE_ERRORS)
-        return f"weights cannot be written ({error}): {OTHER_PLACE}" if known else None
+        return f"weights cannot be written ({error}): {ROOM}" if known else None
     if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
         return None
-    remedy = f"restore it, or {PLACES}" if error.errno in (errno.ENOENT, errno.EIO) else OTHER_PLACE
-    if error.errno not in NO_ROOM and (key := _key_of(error.filename)) is not None:
+    lost = error.errno in (errno.ENOENT, errno.EIO)
+    remedy = ROOM if error.errno in FULL else RESTORED if lost else PLACES
+    if error.errno not in WRITING and (key := _key_of(error.filename)) is not None:
         remedy = f"give another path{f': {key}=PATH' if key else ''}"
     return f"{_short_path(error.filename)} cannot be used ({error.strerror}): {remedy}"
 
