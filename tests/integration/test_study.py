@@ -107,8 +107,9 @@ def test_policies_without_a_run_are_compared_with_a_base_or_with_each_other(run,
     for name in study.pairs:
         for side in (FIRST, SECOND):
             assert (pixels(study.image(name, side)) == pixels(ours.image(name, side))).all()
-    same = made(f"policy={policy}", f"study.against={policy}", f"hydra.run.dir={tmp_path / 'b'}")
-    assert same.facts.names == (str(policy), str(policy)) and same.facts.first == same.facts.second
+    twice = [f"policy={policy}", f"study.against={policy}", "study.names=[one,other]"]
+    same = made(*twice, f"hydra.run.dir={tmp_path / 'b'}")
+    assert same.facts.names == ("one", "other") and same.facts.first == same.facts.second
     for pair in same.pairs.values():
         alike = (pixels(same.image(pair.name, FIRST)) == pixels(same.image(pair.name, SECOND))).all()
         assert alike != pair.check
@@ -123,6 +124,8 @@ def test_policies_without_a_run_are_compared_with_a_base_or_with_each_other(run,
         (["policy=x", "study.checks=3"], "study.checks=3: a check is made of a pair"),
         (["policy=x", "study.port=70000"], "study.port=70000: must be a whole number from 0 to 65535"),
         (["policy=x", "study.names=[a]"], "study.names=['a']: must be two names"),
+        (["policy=x", "study.names=[a,a]"], "study.names: both sides are called a, which tables cannot"),
+        (["policy=x", "study.against=x"], "study.names: both sides are called x, which tables cannot"),
         (["policy=x", "plan=true"], "plan=true belongs to train.py"),
     ],
 )

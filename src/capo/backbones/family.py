@@ -1,12 +1,13 @@
 """What is known of a model family before weights are loaded: classes, options, shapes that configs imply."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from capo.backbones.lora import ATTENTION
+from capo.errors import InputError
 from capo.noise import DRAWN, PRIOR
 
 # What `predict` needs beside latents and time, each tensor with a leading batch dimension.
@@ -52,9 +53,17 @@ class Family(ABC):
         """Components of the pipeline that are neither loaded nor needed, as keywords for the loader."""
         return {}
 
-    @classmethod  # noqa: B027 - a family may do with what every pipeline of its classes has
-    def check_parts(cls, parts: Collection[str], **options: object) -> None:
-        """Raises InputError if the pipeline of `options["weights"]`, which has `parts`, lacks a component."""
+    @classmethod
+    def check_index(cls, index: Mapping[str, Any], weights: str = "", **options: object) -> None:
+        """Raise InputError for `weights` whose model_index.json, `index`, is not that of this family."""
+        part = cls.denoiser_component
+        kind = [*index.get(part, ()), None, None][1]
+        if kind != cls.denoiser_class:
+            raise InputError(
+                f"weights '{weights}': the class of '{part}' is {kind} there, and {cls.denoiser_class} for "
+                f"{cls.__name__}; choose the model group that fits the weights, or correct denoiser_class or "
+                "denoiser_component of that family"
+            )
 
     @classmethod
     def shape_of_latent(cls, configs: Configs, **options: object) -> tuple[int, int, int]:

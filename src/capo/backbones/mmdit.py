@@ -1,12 +1,14 @@
 """The MMDiT family: velocity prediction on a rectified flow (SD3, SD3.5)."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from capo import noise as schedules
 from capo.backbones.base import Backbone
 from capo.backbones.family import Configs, Text
+from capo.backbones.finding import named_parts, pipeline_index
 from capo.backbones.lora import JOINT_ATTENTION
 from capo.backbones.models import Scheduler
 from capo.backbones.schedulers import options_of
@@ -39,8 +41,7 @@ class MMDiTBackbone(Backbone):
         self.check_options(sequence_length=sequence_length)
         self.sequence_length = sequence_length
         super().__init__(weights, *args, unused=self.unused_parts(t5=t5), **others)
-        there = [name for name, part in self.pipeline.components.items() if part is not None]
-        self.check_parts(there, weights=weights, t5=t5)
+        self.check_index(pipeline_index(self.folder, self.pipeline_classes), weights, t5=t5)
 
     @classmethod
     def check_options(cls, sequence_length: int = USUAL, **options: object) -> None:
@@ -50,10 +51,11 @@ class MMDiTBackbone(Backbone):
             )
 
     @classmethod
-    def check_parts(
-        cls, parts: Collection[str], weights: str = "", t5: bool = True, **options: object
+    def check_index(
+        cls, index: Mapping[str, Any], weights: str = "", t5: bool = True, **options: object
     ) -> None:
-        if t5 and "text_encoder_3" not in parts:
+        super().check_index(index, weights, **options)
+        if t5 and "text_encoder_3" not in named_parts(index):
             raise InputError(
                 f"weights '{weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, "
                 "or choose weights with it"

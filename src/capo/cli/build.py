@@ -19,7 +19,7 @@ from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import Unconditional, check_negative, unconditional_of
 from capo.cli.named_rewards import all_rewards, held_out_rewards
-from capo.cli.targets import Place, find, place_of
+from capo.cli.targets import Place, find, place_of, unusable
 from capo.cli.values import plain
 from capo.data.candidates import TrainingData
 from capo.data.engines import Engine, LocalEngine
@@ -95,8 +95,7 @@ def looked_up(place: Place, key: str, name: str) -> Any:
         try:
             return find(place, name)
         except (ImportError, AttributeError) as error:
-            fault = f"cannot be used ({error})"
-            raise InputError(f"{key}._target_={name}: {fault}; give module.function") from error
+            raise InputError(unusable(f"{key}._target_={name}", error)) from error
 
 
 def target_name(node: DictConfig) -> str:

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from capo.backbones.export import holds_policy
-from capo.backbones.finding import MissingWeights, find_pipeline, find_vae, named_parts, pipeline_index
+from capo.backbones.finding import MissingWeights, find_pipeline, find_vae, pipeline_index
 from capo.backbones.inversion import NO_INVERSION
 from capo.backbones.lora import LORA_FILE
 from capo.backbones.sampling import BASE, POLICY
@@ -195,7 +195,7 @@ def check_weights(cfg: DictConfig) -> None:
     if vae := options.get("vae"):
         find_vae(vae, options.get("vae_revision"))
     if folder:
-        family.check_parts(named_parts(pipeline_index(folder, family.pipeline_classes)), **options)
+        family.check_index(pipeline_index(folder, family.pipeline_classes), **options)
 
 
 def check_reward_weights(rewards: Sequence[Reward]) -> None:

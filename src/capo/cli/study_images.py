@@ -53,6 +53,14 @@ def build_study(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Stud
 def _study(
     cfg: DictConfig, settings: DictConfig, policy: Path, images: Path, folder: Path, run: Path | None = None
 ) -> Study:
+    other = None if settings.against is None else Path(str(settings.against))
+    names = settings.names or ((TUNED, cfg.model.name) if other is None else (policy, other))
+    one, two = map(str, names)
+    if one == two:
+        raise InputError(
+            f"study.names: both sides are called {one}, which tables cannot tell apart; give two names that "
+            "differ, study.names=[NAME,NAME]"
+        )
     check_ready(cfg, scoring=False, watching=False)
     chosen = chosen_prompts(prompt_splits(cfg)["test"], settings.prompts, settings.seed)
     study_pairs(chosen, settings.checks, settings.seed)  # what it refuses, before images are drawn
@@ -66,14 +74,17 @@ def _study(
     put_back(policy)
     base = components.generator
     first = drawn(tuned_generator(base, policy, negative=is_negative(cfg), run=run), images)
-    if settings.against is None:
-        second, names = drawn(base, spec.root), (TUNED, str(cfg.model.name))
+    if other is None:
+        second = drawn(base, spec.root)
     else:
-        other = Path(str(settings.against))
         put_back(other)
-        second, names = drawn(tuned_generator(base, other), folder / POOLS), (str(policy), str(other))
-    if settings.names is not None:
-        names = (str(settings.names[0]), str(settings.names[1]))
+        second = drawn(tuned_generator(base, other), folder / POOLS)
     return make_study(
-        folder, first, second, names=names, seed=settings.seed, checks=settings.checks, ties=settings.ties
+        folder,
+        first,
+        second,
+        names=(one, two),
+        seed=settings.seed,
+        checks=settings.checks,
+        ties=settings.ties,
     )

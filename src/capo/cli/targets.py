@@ -173,6 +173,14 @@ def place_of(path: Path) -> Place | None:
     return None
 
 
+def unusable(target: str, error: BaseException) -> str:
+    """Message for a `target`, as `key=name`, that cannot be imported or is not there."""
+    remedy = "give module.function"
+    if isinstance(error, ModuleNotFoundError):
+        remedy += f"; a module of your own is found if its folder is in PYTHONPATH, and {error.name} is not"
+    return f"{target}: cannot be used ({error}); {remedy}"
+
+
 def find(place: Place, name: object) -> Any:
     """Return the object that a target of the command line names.
 

@@ -91,7 +91,7 @@ def best_win_rate(folder: Path) -> float:
 
 
 def _outcome(folder: Path, schema: type[Outcome]) -> dict[str, Any]:
-    path, remedy = folder / OUTCOME, "restore it, or train again"
+    path, remedy = folder / OUTCOME, "restore it, or remove it and train again in the same directory"
     try:
         return read_record(path, schema, remedy)
     except FileNotFoundError as error:

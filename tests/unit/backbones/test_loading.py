@@ -7,6 +7,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from capo.backbones import UNetBackbone
+from capo.backbones.finding import pipeline_index
 from capo.errors import InputError
 
 
@@ -27,6 +28,20 @@ def test_pipeline_of_another_family(copied):
         InputError, match="hold a StableDiffusion3Pipeline; this backbone loads StableDiffusionXLPipeline"
     ):
         UNetBackbone(str(copied))
+
+
+def test_denoiser_of_another_class_than_the_familys_is_named_before_weights_load(copied):
+    class Misspelt(UNetBackbone):
+        denoiser_class = "UNet2DConditionModl"
+
+    index = pipeline_index(copied, UNetBackbone.pipeline_classes)
+    UNetBackbone.check_index(index, str(copied))
+    told = r"the class of 'unet' is UNet2DConditionModel there, and UNet2DConditionModl for Misspelt"
+    with pytest.raises(InputError, match=told):
+        Misspelt.check_index(index, str(copied))
+    Misspelt.denoiser_component = "unett"
+    with pytest.raises(InputError, match=r"the class of 'unett' is None there"):
+        Misspelt.check_index(index, str(copied))
 
 
 def test_pipeline_with_code_of_its_own(copied):

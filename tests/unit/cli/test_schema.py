@@ -307,6 +307,6 @@ def test_a_damaged_outcome_is_one_message(tmp_path, text, message):
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(InputError) as error:
         best_win_rate(tmp_path)
-    assert message in str(error.value) and "restore it, or train again" in str(error.value)
+    assert message in str(error.value) and "restore it, or remove it and train again" in str(error.value)
     (tmp_path / "outcome.json").write_text('{"val/win_rate": 0.5, "alarms": {}}')
     assert best_win_rate(tmp_path) == 0.5

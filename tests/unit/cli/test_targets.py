@@ -208,6 +208,16 @@ def test_what_acts_outside_the_run_comes_from_the_command_line(honest, asked, tm
     assert list(own.logger) == ["csv"] and "hydra" not in own
 
 
+def test_a_module_of_ones_own_that_is_not_found_is_told_with_where_it_is_looked_for():
+    for key in ("objective", "pairs"):
+        with pytest.raises(InputError, match=rf"{key}._target_=mine.own: .*PYTHONPATH, and mine is not"):
+            check_values(composed(f"{key}._target_=mine.own"))
+    with pytest.raises(InputError, match=r"model.backbone._target_=mine.Own: cannot be used .*in PYTHONPATH"):
+        family_of(composed("model.backbone._target_=mine.Own"))
+    with pytest.raises(InputError, match=r"math.nothing: cannot be used .*; give module.function$"):
+        check_values(composed("objective._target_=math.nothing"))
+
+
 def test_an_honest_configuration_passes_whatever_it_uses(asked, tmp_path):
     (tmp_path / "outcome.json").write_text("{}")
     for choices in ([], ["model=sdxl", "rewards=table4"], ["model=sd3", "objective=ipo", "pairs=sum"]):

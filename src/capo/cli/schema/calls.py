@@ -14,7 +14,7 @@ from capo.cli.schema.evaluating import BENCHMARKS
 from capo.cli.schema.groups import IMPORTS, OBJECTIVES, PAIRS, PROMPTS
 from capo.cli.schema.kinds import Text
 from capo.cli.schema.trainer import BACKBONES
-from capo.cli.targets import find, place_of
+from capo.cli.targets import find, place_of, unusable
 from capo.cli.yaml_files import value_at
 from capo.errors import InputError, ParameterError, closest
 from capo.runtime.schema import MISSING, fault, shown
@@ -50,10 +50,7 @@ def call_faults(key: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]
         signature = inspect.signature(function)
         hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception as error:  # importing a user's module can raise anything
-        yield (
-            f"{key}.{TARGET}",
-            f"{key}.{TARGET}={shown(target)}: cannot be used ({error}); give module.function",
-        )
+        yield f"{key}.{TARGET}", unusable(f"{key}.{TARGET}={shown(target)}", error)
         return
     arguments = {str(name): value for name, value in node.items() if name not in MARKS}
     found = dict(_argument_faults(key, str(target), signature, hints, arguments))
