@@ -51,7 +51,8 @@ def cluster() -> ClusterEnvironment | None:
     """Return the environment of torchrun or SLURM, or None for a process that was started without a launcher.
 
     SLURM's automatic requeue is off: the job's own script runs the same command again, which resumes the run.
-    Raises InputError for a variable of a launcher that is no number.
+    Raises InputError for a variable of a launcher that is no number, and for the world size of another one:
+    each of its processes would train by itself.
     """
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     names = ELASTIC if elastic else SLURM
@@ -62,6 +63,11 @@ def cluster() -> ClusterEnvironment | None:
                 "it, or start with torchrun or srun"
             )
     if not (elastic or int(os.environ.get("SLURM_NTASKS", 1)) > 1):
+        if (size := os.environ.get("WORLD_SIZE", "1").strip()) not in ("", "1"):
+            raise InputError(
+                f"the variable WORLD_SIZE={size} says that this is one of several processes, but neither "
+                "torchrun nor srun has started it: start them with one of these, or unset it"
+            )
         return None  # before Lightning is imported, which takes seconds
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 

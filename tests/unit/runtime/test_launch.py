@@ -127,6 +127,17 @@ def test_a_process_knows_its_place(monkeypatch, variables, expected):
         cluster.cache_clear()
 
 
+def test_a_process_of_another_launcher_does_not_train_by_itself(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for size in ("", "1"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert cluster.__wrapped__() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"WORLD_SIZE=2 says .* neither torchrun nor srun .* or unset it"):
+        cluster.__wrapped__()
+
+
 @pytest.mark.parametrize(
     "variables", [{"SLURM_NTASKS": "abc"}, {"TORCHELASTIC_RUN_ID": "x", "RANK": "a", "WORLD_SIZE": "2"}]
 )

@@ -87,11 +87,11 @@ class Source(ABC):
         return own_places(self.images)
 
     def where(self, place: Place) -> str:
-        """Name of an image in messages: file, row (counted from 0) and column or number of the image."""
+        """Name of an image in messages: file, row (the first one is 1), and column or number of the image."""
         table, row, item = place
         return (
-            f"{self.tables[table].path.name} row {row}, "
-            f"{self.columns[item] if len(self.columns) > 1 else f'image {item}'}"
+            f"{self.tables[table].path.name} row {row + 1}, "
+            f"{self.columns[item] if len(self.columns) > 1 else f'image {item + 1}'}"
         )
 
     @cached_property

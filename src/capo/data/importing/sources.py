@@ -56,8 +56,8 @@ class _Pairs(Source):
             for row, values in table.rows([self.caption, self.label]):
                 if found == self.limit:
                     return
-                caption = caption_of(values.get(self.caption), f"{table.path} row {row}: {self.caption}")
-                ranks = choice_of(values.get(self.label), f"{table.path} row {row}: {self.label}")
+                caption = caption_of(values.get(self.caption), f"{table.path} row {row + 1}: {self.caption}")
+                ranks = choice_of(values.get(self.label), f"{table.path} row {row + 1}: {self.label}")
                 if reason := unusable(caption, ranks):
                     dropped[reason] += 1
                     continue
@@ -98,8 +98,8 @@ class _Lists(Source):
                 *([self.columns[0]] if table.holds_paths(self.columns[0]) else []),
             ]
             for row, values in table.rows(columns):
-                where = f"{table.path} row {row}: {self.order}"
-                caption = caption_of(values.get(self.caption), f"{table.path} row {row}: {self.caption}")
+                where = f"{table.path} row {row + 1}: {self.order}"
+                caption = caption_of(values.get(self.caption), f"{table.path} row {row + 1}: {self.caption}")
                 numbers = numbers_of(values.get(self.order), where)
                 ranks = dense_ranks(numbers, self.better) if numbers else None
                 count = len(_images(values.get(self.columns[0]))) if len(columns) == 3 else len(numbers or ())
@@ -153,11 +153,13 @@ class _Files(Source):
         groups: dict[str, list[tuple[int, float | None]]] = {}
         for row, values in self.tables[0].rows([self.caption, *([self.score] if self.score else [])]):
             score = (
-                number_of(values.get(self.score), f"{self.tables[0].path} row {row}: {self.score}")
+                number_of(values.get(self.score), f"{self.tables[0].path} row {row + 1}: {self.score}")
                 if self.score
                 else None
             )
-            caption = caption_of(values.get(self.caption), f"{self.tables[0].path} row {row}: {self.caption}")
+            caption = caption_of(
+                values.get(self.caption), f"{self.tables[0].path} row {row + 1}: {self.caption}"
+            )
             groups.setdefault(caption, []).append((row, score))
         for caption, members in groups.items():
             scores = [score for _, score in members if score is not None]

@@ -169,6 +169,6 @@ class RowCursor:
                 self._first, self._rows = next(self._batches)
             except StopIteration:
                 raise DamagedFile(
-                    self.table.path, f"it has no row {number} of {', '.join(self.columns)}", REMEDY
+                    self.table.path, f"it has no row {number + 1} of {', '.join(self.columns)}", REMEDY
                 ) from None
         return self._rows[number - self._first]

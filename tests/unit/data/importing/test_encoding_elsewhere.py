@@ -72,10 +72,10 @@ def test_what_it_does_not_see_is_named(encoding, tiny_backbone, tmp_path):
     stage, shards = ordered_stage(order, pool, tiny_backbone, SETTINGS), pool.shards(2)
     stage.setup(shards)
     image.unlink()
-    with pytest.raises(InputError, match=rf"does not see {image} \(metadata.csv row 1, .*{shared}"):
+    with pytest.raises(InputError, match=rf"does not see {image} \(metadata.csv row 2, .*{shared}"):
         stage.setup(shards)
     stage.setup(shards[1:])  # a worker looks for the images of one shard
-    with pytest.raises(InputError, match=rf"row 1, image 0 could be read .*restore it, or .*{shared}"):
+    with pytest.raises(InputError, match=rf"row 2, image 1 could be read .*restore it, or .*{shared}"):
         stage.run(shards[0], lambda count: None)
     size = table.stat().st_size
     table.write_text(table.read_text() + "\n")

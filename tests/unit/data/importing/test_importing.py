@@ -110,7 +110,7 @@ def test_what_cannot_be_used_is_counted_and_named(pool):
         "without a caption": 1,
         "with a broken image": 1,
     }
-    assert len(report["broken"]) == 1 and report["broken"][0].startswith("pairs.parquet row 8, jpg_1: ")
+    assert len(report["broken"]) == 1 and report["broken"][0].startswith("pairs.parquet row 9, jpg_1: ")
 
 
 def test_a_caption_that_stands_twice_is_two_prompts(pool):
@@ -168,7 +168,7 @@ def test_files_that_are_not_there_or_no_table(tmp_path):
 def test_a_label_that_is_none(tmp_path):
     columns = {"jpg_0": [b"", b""], "jpg_1": [b"", b""], "label_0": [1.0, 0.7], "caption": ["a", "b"]}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match=r"row 1: label_0 is 0.7; it must be 1"):
+    with pytest.raises(InputError, match=r"row 2: label_0 is 0.7; it must be 1"):
         _ = pickapic(str(tmp_path / "x.parquet")).entries
 
 
@@ -184,7 +184,7 @@ def test_nothing_left_says_why(tmp_path):
     )
     said = (
         r"left out: 1 ties, 1 with a broken image\n"
-        r"  x.parquet row 0, jpg_0: .*\n  x.parquet row 0, jpg_1: there is none"
+        r"  x.parquet row 1, jpg_0: .*\n  x.parquet row 1, jpg_1: there is none"
     )
     with pytest.raises(InputError, match=said):
         survey(pickapic(str(tmp_path / "x.parquet")), progress=False)
@@ -302,11 +302,11 @@ def test_paths_that_lead_out_of_their_folder_are_refused_with_their_row(tmp_path
         for read in (survey, lambda source, *_: source.fingerprint):
             with pytest.raises(InputError) as refused:
                 read(folder(str(name)), False)
-            told = f"metadata.csv row 3, image 0: {path} leads out of {name}: put the image there, or, if"
+            told = f"metadata.csv row 4, image 1: {path} leads out of {name}: put the image there, or, if"
             assert str(refused.value).startswith(told) and "import.outside=true" in str(refused.value)
     trusted = folder(str(own), outside=True)
     assert len(survey(trusted, False).ids) == 2 and trusted.fingerprint
-    with pytest.raises(InputError, match=r"unread.json row 0, image 1: .* leads out of"):
+    with pytest.raises(InputError, match=r"unread.json row 1, image 2: .* leads out of"):
         (own / "unread.json").write_text(
             json.dumps([{"prompt": "a", "image_path": ["0.png", path], "rank": [1, 2]}])
         )
@@ -335,7 +335,7 @@ def test_rankings_are_thinned_to_the_smallest(tmp_path, tiny_backbone):
         "with a broken image": 1,
     }
     assert table.report["broken"] == [
-        "test.json row 4, image 0: [Errno 2] No such file or directory: " + repr(str(tmp_path / "gone.png"))
+        "test.json row 5, image 1: [Errno 2] No such file or directory: " + repr(str(tmp_path / "gone.png"))
     ]
     assert [len(entry.places) for entry in rankings(str(tmp_path / "test.json"), candidates=5).entries] == [5]
     # win-rates without doubt, k / (N - 1): the middle one beats one of two; a shared best place beats the
