@@ -80,9 +80,10 @@ class Parts:
         For the cause of latents that are not: a pass over a large text encoder takes seconds.
         """
         name = self.denoiser_component
-        check_finite(
-            str(self.folder / name) if denoiser is self.denoiser else f"the policy's {name}", denoiser
-        )
+        if denoiser is self.denoiser:
+            check_finite(str(self.folder / name), denoiser)
+        else:
+            check_finite(f"the policy's {name}", denoiser, "export it again, or use another policy")
         for component, part in self.pipeline.components.items():
             if component.startswith(TEXT_ENCODER) and isinstance(part, nn.Module):
                 check_finite(str(self.folder / component), part)

@@ -79,7 +79,10 @@ def run_benchmark(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> di
     benchmark = built(cfg, "benchmark.set")
     if not isinstance(benchmark, Benchmark):
         target = cfg.benchmark.set._target_
-        raise InputError(f"benchmark.set._target_={target}: returns {type(benchmark).__name__}, no Benchmark")
+        raise InputError(
+            f"benchmark.set._target_={target}: returns {type(benchmark).__name__}; it must return a "
+            f"{Benchmark.__module__}.{Benchmark.__name__}"
+        )
     if cfg.results is not None:
         named = plain(cfg)["results"]
         places = [Path(str(place)) for place in (named if isinstance(named, list) else [named])]

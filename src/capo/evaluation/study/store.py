@@ -15,6 +15,7 @@ from typing import Any
 from capo.errors import DamagedFile, InputError
 from capo.runtime.files import led_to, lies_in, own_places, refuse_links, whole_file
 from capo.runtime.reading import read_bytes
+from capo.runtime.run_folder import STUDY
 
 REMEDY = "restore it, or make the study in another hydra.run.dir"
 PNG = b"\x89PNG\r\n\x1a\n"  # how every such file begins
@@ -117,9 +118,11 @@ class Study:
         self._lock = threading.Lock()
         refuse_links(self.folder, [self.path])  # votes are written to it
         if not self.path.is_file():
-            raise InputError(
-                f"{self.folder} holds no study (no {FILE}): python -m capo.cli.study run=DIR makes one"
+            inner = self.folder / STUDY  # where that of a run lies
+            remedy = (
+                f"give {inner}" if (inner / FILE).is_file() else "python -m capo.cli.study run=DIR makes one"
             )
+            raise InputError(f"{self.folder} holds no study (no {FILE}): {remedy}")
         try:
             self._connection = _connected(self.path)
             self.facts, self.pairs = self._read()

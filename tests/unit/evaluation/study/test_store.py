@@ -69,6 +69,9 @@ def test_folders_without_a_readable_study_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"cannot be read .*; restore it"):
         Study(tmp_path)
     make_fake_study(tmp_path / "study").close()
+    (tmp_path / "study.sqlite").unlink()
+    with pytest.raises(InputError, match=rf"holds no study .*: give {tmp_path / 'study'}$"):
+        Study(tmp_path)
     with sqlite3.connect(tmp_path / "study" / "study.sqlite") as connection:
         connection.execute("UPDATE facts SET value = '9' WHERE name = 'schema'")
     connection.close()
