@@ -158,7 +158,9 @@ def merged_factors(adapters: Sequence[Factors], method: str, weights: Sequence[f
             for adapter, rank in zip(adapters, ranks, strict=True)
         ]
         if len({(a.shape[1], len(b)) for a, b in pairs}) > 1:
-            raise InputError(f"policies: layer '{layer}' has different sizes in the adapters")
+            raise InputError(
+                f"policies: layer '{layer}' has different sizes in the adapters; merge those of one model"
+            )
         exact = [(a.double(), b.double()) for a, b in pairs]
         gram = [[((b.T @ d) * (a @ c.T)).sum().item() for c, d in exact] for a, b in exact]
         numbers = coefficients(torch.tensor(gram, dtype=torch.float64), method, weights)

@@ -15,6 +15,8 @@ from capo.backbones.merging_adapters import adapter_factors
 from capo.errors import InputError
 from capo.runtime.tensor_files import DTYPES, Home, RowReader, spans, tensor_homes
 
+TUNED_FROM = "give the model that the policy was tuned from"
+
 
 @dataclass(frozen=True)
 class WeightDrift:
@@ -55,7 +57,7 @@ def weight_drift(base: Path, variant: str | None, dtype: torch.dtype, policy: Pa
     for name, square in moved.items():
         if name not in origin or not math.isfinite(square):
             fault = "is not finite" if name in origin else f"is not in its base '{base}'"
-            raise InputError(f"tensor '{name}' of '{policy}' {fault}")
+            raise InputError(f"tensor '{name}' of '{policy}' {fault}; {TUNED_FROM}")
         changes[block_of(name)] += square
     for name, home in origin.items():
         norms[block_of(name)] += sum(part.double().square().sum().item() for part in _parts(name, home, read))
@@ -87,11 +89,15 @@ def _of_whole(
 ) -> dict[str, float]:
     """Squared norm of the change of each tensor."""
     if odd := sorted(tuned.keys() ^ origin.keys()):
-        raise InputError(f"policy and base differ in the tensors that they hold, for instance '{odd[0]}'")
+        raise InputError(
+            f"policy and base differ in the tensors that they hold, for instance '{odd[0]}'; {TUNED_FROM}"
+        )
     squares = {}
     for name, home in tuned.items():
         if origin[name][2] != home[2]:
-            raise InputError(f"'{name}' has shape {home[2]} in '{home[0]}', {origin[name][2]} in its base")
+            raise InputError(
+                f"'{name}' has shape {home[2]} in '{home[0]}', {origin[name][2]} in its base; {TUNED_FROM}"
+            )
         pairs = zip(_parts(name, home, read), _parts(name, origin[name], read), strict=True)
         squares[name] = sum(
             (ours.double() - base.to(dtype).to(ours.dtype).double()).square().sum().item()

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from capo.data.candidates import Candidates, TrainingData
-from capo.data.generation import COMMANDS, ImageGenerator, PoolSpec, lacking, stages_of
+from capo.data.generation import ImageGenerator, PoolSpec, lacking, stages_of
 from capo.data.labels import calibrated
 from capo.data.pool import Pool, is_begun
 from capo.data.pool.layout import REPORT
@@ -34,10 +34,7 @@ def check_scored(spec: PoolSpec, generator: ImageGenerator, rewards: Sequence[Re
     pool = Pool.open(folder)
     for stage in stages_of(pool, spec, generator, rewards, verify=False):
         if stage.todo():
-            raise InputError(
-                f"{lacking(stage)}, which stage=report needs: run generate.py with the same values and "
-                f"stage={COMMANDS[stage.name]} first (stage=all runs every stage that is left)"
-            )
+            raise InputError(lacking(stage, "stage=report"))
 
 
 def report_pool(data: TrainingData, strategy: Strategy, method: str, console: Console) -> Path:

@@ -203,17 +203,18 @@ def fill_pool(
     check_space(pool, wanted)
     for stage in work[: work.index(wanted[-1])] if wanted else ():
         if stage not in wanted and stage.todo():
-            raise InputError(
-                f"{lacking(stage)}, which {wanted[-1].name} needs: "
-                f"run generate.py stage={COMMANDS[stage.name]} first"
-            )
+            raise InputError(lacking(stage, f"stage={COMMANDS[wanted[-1].name]}"))
     generator.engine.run(wanted, progress)
     return pool
 
 
-def lacking(stage: Stage) -> str:
-    """Message that says how many shards of a stage are missing."""
-    return f"pool {stage.pool.folder}: {len(stage.todo())} shards lack their {stage.name}"
+def lacking(stage: Stage, needed: str) -> str:
+    """Message that says how many shards of a stage are missing, which `needed` needs, and what makes them."""
+    return (
+        f"pool {stage.pool.folder}: {len(stage.todo())} shards lack their {stage.name}, which {needed} "
+        f"needs: run generate.py with the same values and stage={COMMANDS[stage.name]} first (stage=all runs "
+        "every stage that is left)"
+    )
 
 
 def stages_of(

@@ -156,7 +156,7 @@ def load_best(module: PreferenceModule, path: Path) -> dict[str, Tensor]:
     if kept.unexpected_keys or module.trained_names().intersection(kept.missing_keys):
         raise InputError(
             f"{path} holds the weights of another model; tensors that do not match: "
-            f"{[*kept.unexpected_keys, *kept.missing_keys][:3]}"
+            f"{[*kept.unexpected_keys, *kept.missing_keys][:3]}; restore it, or {remedy}"
         )
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     module.policy.eval().requires_grad_(False)

@@ -358,7 +358,9 @@ def test_a_busy_shard_is_waited_for(plan, generator, work, monkeypatch):
 
 
 def test_stages_apart(plan, generator, work):
-    with pytest.raises(InputError, match=r"4 shards lack their latents, which scores needs: run generate.py"):
+    with pytest.raises(
+        InputError, match=r"4 shards lack their latents, which stage=score needs: run generate.py"
+    ):
         fill(plan, generator, stages=["text", "scores"])
     fill(plan, generator, stages=["latents", "text"])
     assert {stage for stage, _ in work} == {"text", "latents"}

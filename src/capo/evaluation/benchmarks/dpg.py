@@ -35,7 +35,8 @@ def dpg(path: str | None = None) -> Benchmark:
     for file in files:
         if "." in file.stem:
             raise InputError(
-                f"{place}: of the name '{file.name}' the scorer reads '{file.stem.split('.')[0]}'"
+                f"{place}: of the name '{file.name}' the scorer reads '{file.stem.split('.')[0]}' alone; "
+                "rename it"
             )
     return Benchmark(
         "dpg",
@@ -68,7 +69,9 @@ def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
             continue  # the summary
         stem = path.replace("\\", "/").rsplit("/", 1)[-1].split(".")[0]
         if stem not in numbers:
-            raise InputError(f"{key}: it has a picture '{stem}', but no text file has that name")
+            raise InputError(
+                f"{key}: it has a picture '{stem}', but no text file has that name; give this list's results"
+            )
         try:
             found[numbers[stem]] = [float(figure) for figure in figures[:IMAGES]]
         except ValueError as error:

@@ -108,7 +108,9 @@ class Benchmark:
             place = "" if number is None else f' of prompt {number} ("{self.prompts[number].text[:80]}")'
             _check_path(self.name, path, place)
             if path in seen:
-                raise InputError(f"benchmark {self.name}: file '{path}'{place} stands there twice")
+                raise InputError(
+                    f"benchmark {self.name}: file '{path}'{place} stands there twice; give each its own name"
+                )
             seen.add(path)
 
     @cached_property
@@ -170,7 +172,9 @@ def _check_path(benchmark: str, path: str, place: str) -> None:
         raise InputError(f"benchmark {benchmark}: the name of file {path!a}{place} is no UTF-8; rename it")
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or ".." in parts or path.startswith("/"):
-        raise InputError(f"benchmark {benchmark}: file '{path}'{place} would stand outside its folder")
+        raise InputError(
+            f"benchmark {benchmark}: file '{path}'{place} would stand outside its folder; name it within"
+        )
     longest = max(len(part.encode()) for part in parts)
     if longest > NAME_BYTES:
         raise InputError(
