@@ -19,7 +19,7 @@ from capo.errors import InputError, first_line
 from capo.runtime.reading import FOLDER_REMEDY, read_json
 from capo.runtime.weight_files import weight_files
 
-AGAIN = "get the folder again, or name the variant that it holds"
+AGAIN = "get the folder again, or give its variant (model.backbone.variant, null for files without one)"
 Loaded = TypeVar("Loaded")
 
 

@@ -21,7 +21,7 @@ from capo.errors import DamagedFile, InputError
 from capo.evaluation.reports.dashboard import Tracked, TrackedRun, markdown_table, specification
 from capo.runtime.files import check_ordinary, write_json
 from capo.runtime.reading import read_json, read_text
-from capo.runtime.run_folder import METRICS, VALIDATION
+from capo.runtime.run_folder import CONFIG, METRICS, VALIDATION
 from capo.runtime.terminal import printable
 from capo.training.wandb_run import wandb_is_online
 
@@ -38,6 +38,11 @@ def tracked_sweep(folder: Path, jobs: Sequence[Job]) -> Tracked:
     Raises InputError if no job was logged to W&B, a record cannot be read, or jobs do not share one group of
     one project.
     """
+    if not jobs:
+        remedy = "give one that -m has made"
+        if (folder / CONFIG).is_file():  # of a job
+            remedy = f"give {folder.absolute().parent}, if that is its sweep"
+        raise InputError(f"{folder} is not the directory of a sweep, since it holds no job; {remedy}")
     logged = [job for job in jobs if (job.folder / RECORD).is_file()]
     if not logged:
         raise InputError(

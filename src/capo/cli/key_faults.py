@@ -73,6 +73,8 @@ def _addable(key: str, cfg: Container, arguments: Sequence[str]) -> str | None:
     from capo.cli.schema.scripts import Training  # with pydantic, which --help does without
     from capo.runtime.schema import NO_ARGUMENT, NO_KEY, faults
 
+    if key.partition(".")[0] not in Training.model_fields:
+        return None
     value = next((text.partition("=")[2] for text in arguments if text.startswith(f"{key}=")), None)
     values, (*above, name) = OmegaConf.to_container(cfg, resolve=False), key.split(".")
     section = value_at(values, above)

@@ -16,7 +16,14 @@ def check_online(cfg: DictConfig, prompts: int) -> None:
     `prompts` is the number of prompts to train on.
     """
     online = cfg.get("online")  # a stored configuration may lack the key
-    if not online or online.every is None:
+    if not online:
+        return
+    if online.every is None:
+        if idle := [f"online.{key}={online[key]}" for key in ("prompts", "keep") if online[key]]:
+            raise InputError(
+                f"{' '.join(idle)} without online.every: there is one round alone, of the base's candidates; "
+                "give online.every=STEPS, or leave it out"
+            )
         return
     refused = {
         "pool.imported: no policy draws the images of an imported pool": bool(cfg.pool.imported),

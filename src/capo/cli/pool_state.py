@@ -14,7 +14,7 @@ from capo.data.generation import stages_of, view_pool
 from capo.data.pool import Pool, Shard
 from capo.data.pool_state import StageState, faults_of, repair, states_of, told_age
 from capo.data.stages import Stage
-from capo.errors import Unfinished
+from capo.errors import InputError, Unfinished
 from capo.runtime.files import write_json
 from capo.runtime.outlook import HOUR, Hours, told_time
 from capo.runtime.terminal import Terminal
@@ -72,9 +72,18 @@ def show_status(cfg: DictConfig, components: Components, console: Terminal) -> N
         for number, state in enumerate(states):
             table.add_row("" if number else name, *_cells(state))
     console.print(table)
+    if not any(written.values()):
+        console.print(_none_there(cfg), soft_wrap=True)
     path = Path(cfg.run_dir) / STATUS
     write_json(path, written)
     console.print(f"as JSON: {path}", soft_wrap=True)
+
+
+def _none_there(cfg: DictConfig) -> str:
+    return (
+        f"pool.root={cfg.pool.root}: none of the pools of this configuration is there; give the root and the "
+        "values with which they were begun"
+    )
 
 
 def _cells(state: StageState) -> list[str]:
@@ -93,9 +102,9 @@ def _cells(state: StageState) -> list[str]:
 def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
     """Read every file of the pools, name those that cannot be used, and make them again if `repair` is set.
 
-    Raises Unfinished if a file is at fault and is not made again.
+    Raises Unfinished if a file is at fault and is not made again, and InputError if there is no pool.
     """
-    found = 0
+    found, there = 0, bool(cfg.pool.imported)
     if cfg.pool.imported:
         place = f"pool.imported={cfg.pool.imported}"
         console.print(
@@ -105,6 +114,7 @@ def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
         if pool is None:
             console.print(f"{name}: not begun")
             continue
+        there = True
         faults = faults_of(pool, stages)
         files = sum(state.files for state in states_of(pool, stages))
         console.print(f"{name}: {files} files read, {len(faults)} at fault, in {pool.folder}", soft_wrap=True)
@@ -117,6 +127,8 @@ def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
             console.print("  made again")
         else:
             found += len(faults)
+    if not there:
+        raise InputError(_none_there(cfg))
     if found:
         raise Unfinished(
             f"{found} files cannot be used: add repair=true to make them again, or run stage=all, which also "

@@ -142,11 +142,13 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
 
     A larger `trainer.max_steps` resumes a run, even a finished one. Its files stay as they are until
     `begin_training`, so that what fails before leaves the run that was finished; for any other run
-    `config.yaml` is written now. Raises InputError for a directory that holds a run of another configuration,
-    with the differences, and for a finished run whose last checkpoint, from which more steps go on, is gone.
+    `config.yaml` is written now. Raises InputError for a directory that holds a run of another configuration
+    of which a step is saved, with the differences, and for a finished run whose last checkpoint, from which
+    more steps go on, is gone.
     """
     new = plain(cfg)
     progress, longer = Progress.NEW, False
+    saved = (folder / OUTCOME).is_file() or os.path.lexists(folder / CHECKPOINTS / LAST)
     if (folder / CONFIG).is_file():
         stored, capo = _read(folder)
         old = plain(stored)
@@ -154,7 +156,12 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
         longer = _longer(before, after)
         if longer:
             old["trainer"]["max_steps"] = after
-        if found := differences(old, new):
+        found = differences(old, new)
+        if found and not saved:  # it ended before its first step, maybe for one of these values
+            (folder / CONFIG).unlink()
+            _write(folder, cfg)
+            return Progress.NEW
+        if found:
             raise InputError(
                 f"{folder} holds a run of another configuration"
                 + ("" if capo == version("capo") else f", written by capo {capo}")

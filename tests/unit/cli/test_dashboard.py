@@ -23,6 +23,14 @@ def tracked(folder, record, metrics=b"step,train/h\n"):
     return tracked_sweep(folder, [Job(folder, {}, "finished")])
 
 
+def test_a_run_is_told_from_a_sweep(tmp_path):
+    with pytest.raises(InputError, match=r"is not the directory of a sweep, .*; give one that -m has made"):
+        tracked_sweep(tmp_path, [])
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match=rf"; give {tmp_path.parent}, if that is its sweep"):
+        tracked_sweep(tmp_path, [])
+
+
 def test_a_record_says_where_its_run_went(tmp_path):
     found = tracked(tmp_path, RECORD)
     assert (found.project, found.group, found.curves) == ("p", "g", ["train/h"])

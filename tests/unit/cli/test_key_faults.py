@@ -47,3 +47,8 @@ def test_what_the_messages_tell_to_give_composes():
     given = ["rewards@evaluation.rewards=looks", "objective={beta: 3}", "~seed"]
     cfg = composed("train", given)
     assert cfg.objective.beta == 3 and "seed" not in cfg and "looks" in cfg.evaluation.rewards
+
+
+def test_an_argument_that_a_benchmark_does_not_take_is_not_to_be_added():
+    with pytest.raises(InputError, match=r"no key 'benchmark.set.path' without benchmark=dpg or"):
+        composed("evaluate", ["benchmark=shapes", "benchmark.set.path=x"])

@@ -58,6 +58,14 @@ def test_what_rounds_do_not_go_with_is_refused(choice, message):
         check_online(composed(*choice, "online.every=2"), 4)
 
 
+@pytest.mark.parametrize("given", ["online.prompts=2", "online.keep=true"])
+def test_what_belongs_to_rounds_is_not_ignored_without_them(given):
+    told = f"{given.replace('true', 'True')} without online.every: there is one round alone"
+    with pytest.raises(InputError, match=told):
+        check_online(composed(given), 4)
+    check_online(composed(given, "online.every=2"), 4)
+
+
 def test_rounds_are_refused_before_anything_is_loaded(tiny_run, monkeypatch):
     monkeypatch.setattr("capo.cli.tune.complete_run", lambda *_: pytest.fail("training began"))
     with pytest.raises(InputError, match=r"online\.prompts=5: must be at most 4, the number of prompts"):

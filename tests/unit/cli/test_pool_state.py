@@ -4,7 +4,7 @@ import pytest
 
 from capo.cli import train as train_script
 from capo.cli.build import build_components
-from capo.cli.pool_state import verify
+from capo.cli.pool_state import show_status, verify
 from capo.data.generation import open_pool
 from capo.errors import InputError
 from capo.runtime.terminal import Terminal
@@ -31,3 +31,14 @@ def test_a_verification_says_that_an_imported_pool_is_not_read(tiny_run, tmp_pat
         in told
     )
     assert "validation: not begun" in told
+
+
+def test_a_root_without_pools_is_named_and_verifies_nothing(tiny_run, tmp_path, capsys):
+    cfg = tiny_run("nothing", f"pool.root={tmp_path / 'pols'}")
+    components = build_components(cfg)
+    with pytest.raises(InputError, match=rf"pool.root={tmp_path}/pols: none of the pools of this config"):
+        verify(cfg, components, Terminal())
+    (tmp_path / "run").mkdir()
+    cfg.run_dir = str(tmp_path / "run")
+    show_status(cfg, components, Terminal())
+    assert f"pool.root={tmp_path}/pols: none of the pools" in capsys.readouterr().out.replace("\n", " ")

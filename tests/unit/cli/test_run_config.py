@@ -12,6 +12,7 @@ from capo.cli.run_config import (
     open_run,
     read_config,
     run_config,
+    run_id,
 )
 from capo.errors import DamagedFile, InputError
 from fixtures.configuration import composed
@@ -118,3 +119,16 @@ def test_what_stands_in_place_of_a_file_is_not_told_as_absent(tmp_path, name, ma
             DamagedFile, match=rf"{tmp_path}/{name} cannot be read \(it is no ordinary file\)"
         ):
             read(tmp_path)
+
+
+def test_what_ended_before_its_first_step_can_be_begun_with_other_values(tmp_path):
+    first, other = composed("seed=1"), composed("seed=2")
+    assert open_run(tmp_path, first) is Progress.NEW
+    earlier = run_id(tmp_path)
+    assert open_run(tmp_path, other) is Progress.NEW
+    assert read_config(tmp_path).seed == 2 and run_id(tmp_path) != earlier
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(InputError, match=r"run of another configuration:\n  seed: 2 -> 1"):
+        open_run(tmp_path, first)
+    assert read_config(tmp_path).seed == 2

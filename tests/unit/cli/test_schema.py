@@ -147,6 +147,18 @@ def test_what_hydra_cannot_read_gets_a_message_too(override, message):
     assert message in str(error.value)
 
 
+def test_a_reward_without_its_name_is_one_message():
+    cfg = composed("rewards=looks")
+    for place in ("rewards", "evaluation.rewards"):
+        nameless = composed("rewards=looks")
+        OmegaConf.update(nameless, place, cfg.rewards.looks, merge=False)
+        with pytest.raises(
+            InputError, match=rf"^{place}.scorer: a reward's name must stand above .*NAME: "
+        ) as told:
+            check_values(nameless)
+        assert "\n" not in str(told.value)
+
+
 def test_a_file_that_lacks_its_package_is_told_of_it():
     assert "first line must be `# @package _global_`" in told("+experiment.trainer.max_steps=3")
     given = told("+experiment.own=[trainer]")  # likewise a list, or a text, in place of the whole file

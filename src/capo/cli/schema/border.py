@@ -12,10 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from capo.cli.choice_faults import experiment_with
+from capo.cli.marks import TARGET
 from capo.cli.schema.calls import CALLED, call_faults
 from capo.cli.schema.scripts import Training
-from capo.cli.targets import misplaced
+from capo.cli.targets import REWARDS, misplaced
 from capo.cli.values import resolved
+from capo.cli.yaml_files import value_at
 from capo.errors import InputError
 from capo.runtime.schema import Section, dotted, faults, leaves, shown
 
@@ -33,6 +35,7 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
     Mandatory values (`???`) that the code which needs them reports are ignored.
     """
     values = resolved(cfg)
+    refuse(dict(nameless(values)))
     wrong = dict(misplaced(values)) | dict(text_faults(values))
     wrong |= {
         key: fault
@@ -41,6 +44,18 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
     }
     refuse({key: f"{_giver(key)}{fault}" for key, fault in wrong.items()})
     check_calls(values)
+
+
+def nameless(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, fault) of each place of rewards that a reward's own keys fill, without its name above."""
+    for place in REWARDS:
+        scorer = value_at(values, [*place.split("."), "scorer"])
+        if isinstance(scorer, Mapping) and TARGET in scorer:
+            yield (
+                place,
+                f"{place}.scorer: a reward's name must stand above its scorer; in the file of conf/rewards/ "
+                "that is chosen, write NAME: {scorer: ...}",
+            )
 
 
 def _giver(key: str) -> str:
