@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+EXPORT = ("export", "export_dtype")  # which may change until the policy is exported
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
 # settings that change a step by rounding only, and model.adapter_lr, model.beta and its range, which act only
 # through trainer.lr and objective.beta (which are compared)
@@ -21,8 +22,7 @@ FREE = (
     "evaluate",
     "evaluation.diversity",
     "evaluation.diversity_prompts",
-    "export",
-    "export_dtype",
+    *EXPORT,
     "push_to_hub",
     "plan",
     "planning",
@@ -68,6 +68,11 @@ def compared(values: dict, prefix: str = "") -> dict[str, object]:
             continue
         found |= compared(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
+
+
+def differently_exported(old: dict, new: dict) -> str:
+    """Arguments of a new configuration by which a policy is exported in another form than by the old one."""
+    return " ".join(f"{key}={new[key]}" for key in EXPORT if old.get(key, new[key]) != new[key])
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -132,3 +132,15 @@ def test_what_ended_before_its_first_step_can_be_begun_with_other_values(tmp_pat
     with pytest.raises(InputError, match=r"run of another configuration:\n  seed: 2 -> 1"):
         open_run(tmp_path, first)
     assert read_config(tmp_path).seed == 2
+
+
+def test_a_finished_run_is_not_exported_in_silence_as_it_was(tmp_path):
+    whole, adapter = composed("export=full"), composed("export=adapter")
+    open_run(tmp_path, adapter)
+    assert open_run(tmp_path, whole) is Progress.BEGUN  # nothing is exported yet
+    open_run(tmp_path, adapter)
+    (tmp_path / "outcome.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"^export=full: .* run={tmp_path} .*=\[1\] export=full$"):
+        open_run(tmp_path, whole)
+    assert read_config(tmp_path).export == "adapter"
+    assert open_run(tmp_path, adapter) is Progress.FINISHED

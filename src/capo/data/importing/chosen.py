@@ -13,7 +13,13 @@ from capo.data.engines import Engine
 from capo.data.generation import check_space
 from capo.data.labels import LabelSource, described, scored
 from capo.data.pool import Pool
-from capo.data.pool.import_table import HUMAN_LABELS, ImportTable, check_entries, read_import_table
+from capo.data.pool.import_table import (
+    HUMAN_LABELS,
+    ImportTable,
+    check_entries,
+    is_imported,
+    read_import_table,
+)
 from capo.data.prompts import Prompt, prompt_id
 from capo.data.scoring import ScoreStage
 from capo.errors import InputError
@@ -48,6 +54,13 @@ class Imported:
             InputError: if the folder is not a pool or holds a sampled one, if `labels` is `human` but the
                 pool has no choices, or if no entry is left.
         """
+        if not is_imported(Path(folder)):
+            inner = [str(place) for place in sorted(Path(folder).glob("*")) if is_imported(place)]
+            made = "give the folder that generate.py stage=import printed"
+            raise InputError(
+                f"pool.imported={folder}: it is no imported pool; "
+                + (f"there are {', '.join(inner)}: give one of them" if inner else made)
+            )
         pool, table = Pool.open(folder), read_import_table(Path(folder))
         if labels == HUMAN_LABELS and table.ranks is None:
             raise InputError(

@@ -445,11 +445,13 @@ def test_one_human_choice_has_dr_one_and_capo_is_ipo(pool):
 
 
 def test_a_pool_that_cannot_be_trained_on(tiny_run, imported_folder, tmp_path, parquet):
-    with pytest.raises(InputError, match="is not a pool"):
+    with pytest.raises(InputError, match=rf"pool.imported={tmp_path}: it is no imported pool; give the fol"):
         train_script.run(tiny_run("bad", f"pool.imported={tmp_path}", "evaluate=false"))
+    with pytest.raises(InputError, match=rf"no imported pool; there are .*{imported_folder}.*: give one"):
+        train_script.run(tiny_run("bad", f"pool.imported={imported_folder.parent}", "evaluate=false"))
     generate_script.run(tiny_run("unused", "stage=text", config="generate"))
     sampled = next((tiny_run.folder / "pools").glob("tiny-*-train"))
-    with pytest.raises(InputError, match="not an imported pool"):
+    with pytest.raises(InputError, match="it is no imported pool"):
         train_script.run(tiny_run("bad", f"pool.imported={sampled}", "evaluate=false"))
     with pytest.raises(InputError, match=r"pool.labels=people: must be one of human, rewards"):
         train_script.run(
