@@ -162,8 +162,8 @@ def _check_alike(base: Base, models: Sequence[Exported]) -> None:
             whole, adapter = (model, first) if first.is_adapter else (first, model)
             raise InputError(
                 f"policies: '{adapter.folder}' is a LoRA adapter and '{whole.folder}' a whole pipeline; "
-                "merge policies of one kind (evaluate.py run=DIR validation.strengths=[1] export=full makes a "
-                "whole pipeline of a run's adapter)"
+                "merge policies of one kind (evaluate.py run=DIR validation.strengths=[1] export=full makes "
+                "a whole pipeline of a run's adapter)"
             )
         if model.base["denoiser"] != base.fingerprint:
             raise InputError(
