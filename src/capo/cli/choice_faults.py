@@ -103,7 +103,7 @@ def below_a_value(key: str, arguments: Sequence[str], conf: Path) -> str | None:
     """
     from capo.runtime.schema import shown  # with pydantic, which --help does without
 
-    for name in _experiments(arguments):
+    for name in experiments(arguments):
         node: Any = None
         with suppress(InputError, FileNotFoundError):  # it lies in a folder of the user's own
             node = read_yaml(conf / EXPERIMENT / f"{name}.yaml", dict, "correct it")
@@ -131,7 +131,7 @@ def experiment_with(key: str, arguments: Sequence[str], folders: Sequence[Path])
     """
     if any(text.lstrip("+").partition("=")[0] == key for text in arguments):
         return None
-    for name in _experiments(arguments):
+    for name in experiments(arguments):
         files = [folder / EXPERIMENT / f"{name}.yaml" for folder in folders]
         path = next((file for file in files if file.is_file()), None)
         node: Any = None
@@ -142,7 +142,7 @@ def experiment_with(key: str, arguments: Sequence[str], folders: Sequence[Path])
     return None
 
 
-def _experiments(arguments: Sequence[str]) -> list[str]:
+def experiments(arguments: Sequence[str]) -> list[str]:
     """Names of the experiments that the command line chooses, the last first."""
     given = [found for argument in arguments if (found := CHOICE.fullmatch(argument))]
     own = [found["value"] for found in given if found["group"] == EXPERIMENT]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import Container, DictConfig, OmegaConf
 
-from capo.cli.choice_faults import below_a_value, local_of
+from capo.cli.choice_faults import below_a_value, experiments, local_of
 from capo.cli.other_files import absent_group, other_choice, other_script
 from capo.cli.yaml_files import value_at
 from capo.errors import alike
@@ -58,7 +58,9 @@ def _unknown(given: str, key: str, cfg: Container, arguments: Sequence[str], con
             return f"there is no key '{key}', since {text} removes it; leave {text} out"
     if (added := _addable(key, cfg, arguments)) is not None:
         return f"{key} has no value here that could be replaced; give {added}, which adds it"
-    if (fault := other_choice(key, conf) or other_script(key, conf)) is not None:
+    if (
+        fault := other_choice(key, conf, experiments(arguments)[::-1]) or other_script(key, conf)
+    ) is not None:
         return fault
     near = [name for name in alike(key, _keys(cfg)) if name != given]
     if near:

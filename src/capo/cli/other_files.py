@@ -16,20 +16,25 @@ ABSENT = object()
 NO_DEFAULT = re.compile(r"Could not override '([^'@]+?)'\.\s+No match in the defaults list")
 
 
-def other_choice(key: str, conf: Path) -> str | None:
+def other_choice(key: str, conf: Path, experiments: Sequence[str] = ()) -> str | None:
     """Message for an unknown key that files of its group have, none of which is chosen; None for any other.
 
-    `conf` holds the groups of files.
+    `conf` holds the groups of files; `experiments` are those that are chosen, beside which another one stands
+    in a list.
     """
     group, _, rest = key.partition(".")
     choices = _choices(group, rest, conf) or _choices(group, key, conf)  # of the section, or of all keys
     if not choices:
         group, choices = "experiment", _choices("experiment", key, conf)
+        if experiments:
+            names = [choice.partition("=")[2] for choice in choices]
+            choices = [f"experiment=[{','.join([*experiments, name])}]" for name in names]
     if not choices:
         return None
     scripts, given = _scripts(group, conf), "it" if len(choices) == 1 else "one of them"
+    extra = "" if group == "experiment" and experiments else " too"
     place = "" if len(scripts) == len(list(conf.glob("*.yaml"))) else f", to {' or '.join(scripts)}"
-    return f"there is no key '{key}' without {' or '.join(choices)}: give {given} too{place}"
+    return f"there is no key '{key}' without {' or '.join(choices)}: give {given}{extra}{place}"
 
 
 def _choices(group: str, key: str, conf: Path) -> list[str]:

@@ -30,6 +30,10 @@ from capo.errors import InputError
     (["model.backbone.sequence_length=9"],
      "there is no key 'model.backbone.sequence_length' without model=sd3 or model=sd35_large or "
      "model=sd35_medium or model=shapes_mmdit: give one of them too"),
+    (["experiment=quick", "model.lora.rank=4"],
+     "there is no key 'model.lora.rank' without experiment=[quick,lora] or "
+     "experiment=[quick,sd35_medium_quickstart] or experiment=[quick,sd3_quickstart] or "
+     "experiment=[quick,sdxl_quickstart]: give one of them"),
     (["trainer={bacth: 3}"], "there is no key 'trainer.bacth'; did you mean trainer.batch?"),
     (["rewards={a: 1}"],
      "there is no key 'rewards.a'; give rewards=NAME, a file of conf/rewards/, or rewards.KEY=VALUE"),
