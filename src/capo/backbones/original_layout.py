@@ -81,6 +81,7 @@ def original_unet(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tenso
     attentive = {match[1] for name in weights if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
 
     def placed(name: str) -> str:
+        """Name of the layer, with its number among the blocks of the original layout."""
         if not (match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.", name)):
             return name
         side, block, kind, place = match[1], int(match[2]), match[3], int(match[4])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from capo.errors import InputError
+from capo.runtime.terminal import typed
 
 EXPORT = ("export", "export_dtype")  # which may change until the policy is exported
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
@@ -70,9 +74,13 @@ def compared(values: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def differently_exported(old: dict, new: dict) -> str:
-    """Arguments of a new configuration by which a policy is exported in another form than by the old one."""
-    return " ".join(f"{key}={new[key]}" for key in EXPORT if old.get(key, new[key]) != new[key])
+def check_export(folder: Path, old: dict, new: dict) -> None:
+    """Raise InputError if the policy of the finished run in `folder` would be exported in another form."""
+    if other := " ".join(f"{key}={new[key]}" for key in EXPORT if old.get(key, new[key]) != new[key]):
+        raise InputError(
+            f"{other}: {folder} has finished, and its policy is exported otherwise; leave it out, or export "
+            f"the policy anew: evaluate.py {typed('run', folder)} validation.strengths=[1] {other}"
+        )
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

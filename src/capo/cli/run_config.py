@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
-from capo.cli.run_changes import compared, differences, differently_exported
+from capo.cli.run_changes import check_export, compared, differences
 from capo.cli.schema import check_calls, check_stored
 from capo.cli.values import plain
 from capo.cli.yaml_files import read_yaml, value_at
@@ -172,11 +172,8 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
         if longer and (folder / OUTCOME).is_file():
             _check_last(folder, before, after)
         progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
-        if progress is Progress.FINISHED and (other := differently_exported(old, new)):
-            raise InputError(
-                f"{other}: {folder} has finished, and its policy is exported otherwise; leave it out, or "
-                f"export the policy anew: evaluate.py {typed('run', folder)} validation.strengths=[1] {other}"
-            )
+        if progress is Progress.FINISHED:
+            check_export(folder, old, new)
     if not longer:
         _write(folder, cfg)
     return progress

@@ -175,6 +175,7 @@ class TextStage(Stage):
         return len(shard.positions)
 
     def run(self, shard: Shard, report: Report) -> None:
+        """Encode the prompts of a row."""
         prompts = [prompt.text for prompt in self.pool.row_prompts(shard.row)]
         parts = [
             self.backbone.encode_prompts(prompts[start : start + TEXT_BATCH])
@@ -259,6 +260,7 @@ class LatentStage(LatentFiles):
         return Order.of(self, self.candidates)
 
     def run(self, shard: Shard, report: Report) -> None:
+        """Draw the latents of a shard, each candidate from its own seed."""
         seed = self.pool.manifest.seed
         seeds = [
             [candidate_seed(seed, prompt.id, candidate) for candidate in shard.candidates]

@@ -197,6 +197,7 @@ class _Process:
         self.exit(code)
 
     def put_back(self):
+        """Undo what a scorer may have changed in this process."""
         os._exit = self.exit
         os.umask(_umask)
         _put_back_variables(self.variables)

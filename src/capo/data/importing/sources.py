@@ -51,13 +51,14 @@ class _Pairs(Source):
         self.caption, self.label, self.limit = caption, label, limit
 
     def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+        """One entry for each usable row, as many as `limit`."""
         found = 0
         for number, table in enumerate(self.tables):
             for row, values in table.rows([self.caption, self.label]):
                 if found == self.limit:
                     return
-                caption = caption_of(values.get(self.caption), f"{table.path} row {row + 1}: {self.caption}")
-                ranks = choice_of(values.get(self.label), f"{table.path} row {row + 1}: {self.label}")
+                caption = caption_of(values.get(self.caption), table.named(row, self.caption))
+                ranks = choice_of(values.get(self.label), table.named(row, self.label))
                 if reason := unusable(caption, ranks):
                     dropped[reason] += 1
                     continue
@@ -98,8 +99,8 @@ class _Lists(Source):
                 *([self.columns[0]] if table.holds_paths(self.columns[0]) else []),
             ]
             for row, values in table.rows(columns):
-                where = f"{table.path} row {row + 1}: {self.order}"
-                caption = caption_of(values.get(self.caption), f"{table.path} row {row + 1}: {self.caption}")
+                where = table.named(row, self.order)
+                caption = caption_of(values.get(self.caption), table.named(row, self.caption))
                 numbers = numbers_of(values.get(self.order), where)
                 ranks = dense_ranks(numbers, self.better) if numbers else None
                 count = len(_images(values.get(self.columns[0]))) if len(columns) == 3 else len(numbers or ())
@@ -153,13 +154,11 @@ class _Files(Source):
         groups: dict[str, list[tuple[int, float | None]]] = {}
         for row, values in self.tables[0].rows([self.caption, *([self.score] if self.score else [])]):
             score = (
-                number_of(values.get(self.score), f"{self.tables[0].path} row {row + 1}: {self.score}")
+                number_of(values.get(self.score), self.tables[0].named(row, self.score))
                 if self.score
                 else None
             )
-            caption = caption_of(
-                values.get(self.caption), f"{self.tables[0].path} row {row + 1}: {self.caption}"
-            )
+            caption = caption_of(values.get(self.caption), self.tables[0].named(row, self.caption))
             groups.setdefault(caption, []).append((row, score))
         for caption, members in groups.items():
             scores = [score for _, score in members if score is not None]

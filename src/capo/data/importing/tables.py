@@ -102,6 +102,10 @@ class Table:
             raise ValueError("it must be a list of objects, one per row")
         return rows
 
+    def named(self, row: int, column: str) -> str:
+        """Name of a cell in messages; rows count from 1 there."""
+        return f"{self.path} row {row + 1}: {column}"
+
     def require(self, columns: dict[str, str]) -> None:
         """Raise InputError if the table lacks a column; `columns` maps import options to column names."""
         for option, name in columns.items():

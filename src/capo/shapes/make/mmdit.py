@@ -217,6 +217,7 @@ def train(
     nothing = token_ids(learner.tokenizer, [""])
 
     def loss(step: int):
+        """Loss of a step's share of images, and what is logged of it."""
         draw, mine = generator(seed, 3, step), share(batch)
         rows = torch.randint(len(latents), (batch,), generator=draw)[mine]
         x = torch.from_numpy(latents[rows.numpy()])

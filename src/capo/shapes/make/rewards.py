@@ -95,6 +95,7 @@ def train_alignment(
     module = begun(Verifier(), start)
 
     def loss(step: int):
+        """Loss of a batch of captions, right and wrong, and what is logged of it."""
         draw = generator(seed, 4, step)
         rows = _rows(tables, batch, draw)
         other = torch.randint(1, SIZE, (batch, SIZE), generator=draw)
@@ -161,6 +162,7 @@ def train_preference(
     people = tastes(seed)
 
     def loss(step: int):
+        """Loss of a batch of the annotators' choices, and what is logged of it."""
         draw = generator(seed, 6, step)
         rows = _rows(tables, batch, draw)
         said = torch.randint(SIZE, (batch,), generator=draw).numpy()
