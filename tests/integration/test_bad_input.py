@@ -332,7 +332,8 @@ class Broken:
     [
         (
             Same,
-            r"none of 4 prompts .* by the pairs strategy capo\.pairs\.\S+frs: use .*\(pool\.candidates=4\)",
+            r"none of 4 prompts .* by the pairs strategy capo\.pairs\.\S+frs: own scores all candidates of a "
+            "prompt alike; correct it, or leave it out",
         ),
         (
             Broken,

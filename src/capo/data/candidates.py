@@ -166,8 +166,7 @@ def select_candidates(
     if not selection.usable.any():
         raise InputError(
             f"none of {len(prompts)} prompts has a pair with dR > 0 by the pairs strategy "
-            f"{name_of(strategy)}: use more candidates (pool.candidates={candidates}), fewer rewards, or "
-            "pairs=sum"
+            f"{name_of(strategy)}: {_remedy(scores, labels, candidates)}"
         )
     prior = pool.manifest.seed if source == PRIOR else None
     dataset = PairDataset(
@@ -183,6 +182,14 @@ def select_candidates(
     )
     names = [label.name for label in labels]
     return Candidates(dataset, _spreads(labels, rewards), names, scores, rewards)
+
+
+def _remedy(scores: Tensor, labels: Sequence[LabelSource], candidates: int) -> str:
+    """Advice for scores (P, N, L) of which no pair comes: the labels that order no candidates come first."""
+    constant = (scores == scores[:, :1]).flatten(0, 1).all(0).tolist()
+    if alike := [label.name for label, same in zip(labels, constant, strict=True) if same]:
+        return f"{', '.join(alike)} scores all candidates of a prompt alike; correct it, or leave it out"
+    return f"use more candidates (pool.candidates={candidates}), fewer rewards, or pairs=sum"
 
 
 def _spreads(labels: Sequence[LabelSource], rewards: Tensor) -> list[Spread]:
