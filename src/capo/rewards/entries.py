@@ -61,7 +61,7 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
         root = str(entry["scorer"].get("_target_")).split(".")[0]  # capo itself need not be installed there
         check_environment(name, reward.python, [*reward.requires, *([] if root == "capo" else [root])])
     elif missing := worker.missing(reward.requires):
-        raise InputError(not_installed(name, ", ".join(missing), reward.extra, reward.isolated))
+        raise InputError(not_installed(name, missing, reward.extra, reward.isolated))
     if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
         raise InputError(
             f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to their location"
@@ -79,5 +79,12 @@ def _check_requires(modules: object, key: str) -> None:
     """InputError unless it is a list of names; looking for one of another form may import its package."""
     if isinstance(modules, str):
         raise InputError(f"{key}={modules}: must be a list, requires: [{modules}]")
-    if not isinstance(modules, (list, tuple)) or not all(name and isinstance(name, str) for name in modules):
-        raise InputError(f"{key}={modules}: must be a list of names of modules")
+    if not isinstance(modules, (list, tuple)) or not all(_is_module(name) for name in modules):
+        raise InputError(
+            f"{key}={modules}: must be a list of names of modules, as `import` takes them: no versions, and "
+            "not the name that pip takes where it is another"
+        )
+
+
+def _is_module(name: object) -> bool:
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))

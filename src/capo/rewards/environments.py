@@ -92,7 +92,7 @@ def not_importable(name: str, python: str, modules: Sequence[str]) -> str:
     )
 
 
-def not_installed(name: str, modules: str, extra: str | None, isolated: bool) -> str:
+def not_installed(name: str, modules: Sequence[str], extra: str | None, isolated: bool) -> str:
     """Message that this environment lacks `modules` of the reward `name`, with the remedy.
 
     `extra` is the pip extra of this package that installs them, if there is one; `isolated`, whether the
@@ -101,14 +101,15 @@ def not_installed(name: str, modules: str, extra: str | None, isolated: bool) ->
     remedy = (
         f"pip install 'capo[{extra}]'"
         if extra
-        else f"pip install {modules}, or, for a module of your own, put its folder into PYTHONPATH"
+        else f"pip install {' '.join(modules)} (or the package that brings it), or, for a module of your "
+        "own, put its folder into PYTHONPATH"
     )
     if isolated:
         remedy += (
             ", or give the interpreter of an environment that has it: "
             f"++rewards.{name}.python=/path/to/env/bin/python"
         )
-    return f"reward '{name}' needs {modules}, which is not installed: {remedy}"
+    return f"reward '{name}' needs {', '.join(modules)}, which is not installed: {remedy}"
 
 
 def inherited_environment() -> dict[str, str]:

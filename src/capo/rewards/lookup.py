@@ -44,6 +44,27 @@ def build(node, find=None) -> Any:
     )
 
 
+def made(node) -> Any:
+    """Return the scorer that a reward's config names: `build(node)`.
+
+    Raises TypeError for one that cannot be called with images, with what to write where it is `_partial_`.
+    """
+    target, bound = scorer(node["_target_"]), node.get("_partial_")
+    if inspect.isclass(target) and bound:
+        raise TypeError(f"{node['_target_']} is a class, which is constructed: leave out `_partial_: true`")
+    hint = "; for a function of (images, prompts) add `_partial_: true`"
+    arguments = {key: value for key, value in node.items() if key[:1] != "_"}
+    if inspect.isfunction(target) and not bound:
+        try:
+            inspect.signature(target).bind(*node.get("_args_", ()), **arguments)
+        except TypeError as error:
+            raise TypeError(f"{node['_target_']}: {error}{hint}") from None
+    found = build(node)
+    if not callable(found):
+        raise TypeError(f"{node['_target_']} makes {found!r}, which is not callable{hint}")
+    return found
+
+
 def scorer(path) -> Any:
     """Return the target of a scorer: `locate(path)`, which must be a scorer where it is of this package.
 

@@ -30,6 +30,7 @@ from capo.runtime.memory import memory_of, ran_out
 from capo.runtime.names import check_name
 from capo.runtime.own_code import called_by, name_of
 
+LARGEST = 1e18  # of a score: in float32 the squares of larger ones, of which reports take means, are infinite
 Scorer = Callable[[Sequence[Image], Sequence[str]], Iterable[Any]]  # one number per image
 
 
@@ -199,9 +200,9 @@ class Reward:
         """Return raw scores (B,), float32 on the CPU; batches are halved if the device runs out of memory.
 
         `where` maps index i of the batch to its name in messages. Raises InputError for a score that is not
-        finite or, with link log, not a probability; for a scorer that raises or does not return one number
-        per image; and if a single image does not fit into memory. Whatever the scorer changes in this process
-        is put back (`capo.rewards.guard.undisturbed`), and it gets copies of the images.
+        finite, above LARGEST or, with link log, not a probability; for a scorer that raises or does not
+        return one number per image; and if a single image does not fit into memory. Whatever the scorer
+        changes in this process is put back (`capo.rewards.guard.undisturbed`), and it gets image copies.
         """
 
         def place(index: int) -> str:
@@ -221,7 +222,7 @@ class Reward:
             return torch.tensor(found, dtype=torch.float64).to(torch.float32)
 
         scores = torch.cat(self._batches(scored, len(images)))
-        bad = ~scores.isfinite()
+        bad = ~(scores.abs() <= LARGEST)  # NaN too
         bad |= (self.link == "log") & ((scores < 0) | (scores > 1 + 1e-6))
         if bad.any():
             first = int(bad.nonzero()[0])
@@ -290,9 +291,9 @@ def _build(reward: Reward) -> Scorer:
             return IsolatedScorer(reward.name, python, scorer, reward.timeout, reward.logs)
         try:
             with guard.undisturbed():
-                return lookup.build(scorer)
+                return lookup.made(scorer)
         except ModuleNotFoundError as error:
             if error.name:
-                missing = not_installed(reward.name, error.name, reward.extra, reward.isolated)
+                missing = not_installed(reward.name, [error.name], reward.extra, reward.isolated)
                 raise InputError(missing) from error
             raise

@@ -120,12 +120,9 @@ class Service:
     def make(self, scorer, device):
         """Build the scorer of this yaml entry on a device. Raises TypeError if it cannot be called."""
         with guard.undisturbed():
-            self.scorer = lookup.build(scorer)
+            self.scorer = lookup.made(scorer)
             if device is not None and hasattr(self.scorer, "to"):
                 self.scorer.to(device)
-        if not callable(self.scorer):
-            made = f"{scorer['_target_']} makes {self.scorer!r}, which is not callable"
-            raise TypeError(f"{made}; for a function of (images, prompts) add `_partial_: true`")
         target = getattr(self.scorer, "func", self.scorer)  # what a partial binds
         self.takes = PNG if getattr(target, "takes", RGB) == PNG else RGB
         if self.takes == RGB:

@@ -16,7 +16,9 @@ def ran_out(error: BaseException) -> bool:
     """Whether `error` means that memory ran out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return any(means_memory(kind, str(error)) for kind in _names(error))
+    names = _names(error)  # the text is read of torch's own errors alone: that of another may raise
+    message = str(error) if names[0] == "RuntimeError" else ""
+    return any(means_memory(kind, message) for kind in names)
 
 
 def means_memory(kind: str, message: str) -> bool:

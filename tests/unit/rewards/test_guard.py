@@ -58,6 +58,15 @@ def forks(images, prompts):
     return [float(os.WEXITSTATUS(os.waitpid(child, 0)[1]))] * len(images)
 
 
+class Speechless(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def speechless(images, prompts):
+    raise Speechless
+
+
 def raises(images, prompts):
     raise KeyError("no such token\\nand more")
 
@@ -135,6 +144,7 @@ def odd(request, module, tmp_path_factory):
     ("exits", {}, r"failed: SystemExit: 0; the traceback is in \S+odd\.log$"),
     ("exits", {"code": "no weights"}, r"failed: SystemExit: no weights; the traceback is in \S+odd\.log$"),
     ("ends", {}, r"failed: RuntimeError: it called os._exit\(0\), which would end this process; the trace"),
+    ("speechless", {}, r"failed: .*Speechless: <exception str\(\) failed>; the traceback is in \S+odd\.log$"),
     ("raises", {}, r"failed: KeyError: 'no such token\\nand more'; the traceback is in \S+odd\.log$"),
 ])  # fmt: skip
 def test_what_is_no_score_is_named_with_reward_and_batch(odd, name, arguments, message):
@@ -304,6 +314,8 @@ def test_arrays_and_tensors_are_checked_by_shape_and_dtype():
 def test_a_score_beyond_float32_cannot_be_compared():
     with pytest.raises(InputError, match="is inf, which cannot be compared"):
         Reward("large", lambda images, prompts: [1e39] * len(images)).score(TWO, ["a", "b"])
+    with pytest.raises(InputError, match=r"is -\S+e\+18, which cannot be compared"):
+        Reward("large", lambda images, prompts: [-2e18] * len(images)).score(TWO, ["a", "b"])
 
 
 def state():

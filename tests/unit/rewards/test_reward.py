@@ -41,6 +41,14 @@ class NeedsMissingWeights:
         raise InputError("no weights at /nowhere: put them there")
 
 
+class Mute:
+    pass
+
+
+def plain(images, prompts):
+    return [0.0] * len(images)
+
+
 def target(cls=Redness, **arguments):
     return {"_target_": f"{__name__}.{cls.__name__}", **arguments}
 
@@ -152,8 +160,13 @@ def test_one_number_an_image():
             "'red': no weights at /nowhere/w; set",
         ),
         (
-            {"red": {"scorer": {"_target_": "x"}, "requires": ["no_such_module.part", "a."]}},
-            r"reward 'red' needs no_such_module.part, a., which is not installed",
+            {"red": {"scorer": {"_target_": "x"}, "requires": ["no_such_module.part", "nor_this"]}},
+            "needs no_such_module.part, nor_this, which is not installed: pip install no_such_module.part "
+            "nor_this .or the package",
+        ),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "requires": ["torch>=2"]}},
+            r"rewards\.red\.requires=\['torch>=2'\]: must be a list of names of modules, as `import`",
         ),
         (
             {"red": {"scorer": {"_target_": "x"}, "requires": ["torch", "no_such_module"], "extra": "hps"}},
@@ -173,6 +186,9 @@ def test_configs_that_cannot_be_used(config, message):
         (target(NeedsMissingWeights), "^no weights at /nowhere: put them there"),
         (target(facter=1), r"'red': its scorer .*Redness cannot be built \(.*facter"),
         ({"_target_": "capo.no_such.Scorer"}, r"'red': its scorer capo.no_such.Scorer cannot be built"),
+        (target(plain), r"plain: missing .*'images'; .* add `_partial_: true`"),
+        (target(Mute), r"Mute makes .*, which is not callable; for a function"),
+        (target(Redness, _partial_=True), r"Redness is a class, .*: leave out `_partial_: true`"),
     ],
 )
 def test_scorers_that_cannot_be_built(scorer, message):
