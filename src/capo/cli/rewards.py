@@ -144,12 +144,12 @@ def chosen_device(given: str | None) -> torch.device:
 def recorded(reward: Reward, options: argparse.Namespace) -> dict | None:
     """Recorded scores to compare with; None if there are none, or if they are to be recorded now.
 
-    Raises InputError for a file without valid records, and for a file named by the user that lacks scores of
-    this fingerprint.
+    Raises InputError for a file without valid records, which is not written over either, and for a file named
+    by the user that lacks scores of this fingerprint.
     """
+    golden = read_golden(golden_places(reward.name, options.golden), reward.fingerprint)
     if options.record:
         return None
-    golden = read_golden(golden_places(reward.name, options.golden), reward.fingerprint)
     if options.golden and golden is None:
         fault = "it has no scores" if options.golden.is_file() else "there is no such file, so no scores"
         raise InputError(

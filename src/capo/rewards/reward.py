@@ -192,7 +192,8 @@ class Reward:
     @property
     def side(self) -> int | None:
         """Side in pixels of the square images that the scorer's `side` requires; None: any size."""
-        return getattr(self._callable, "side", None)
+        with self._named("failed in its attribute `side`: {}"):
+            return getattr(self._callable, "side", None)
 
     def score(
         self, images: Sequence[Image], prompts: Sequence[str], where: Callable[[int], str] | None = None

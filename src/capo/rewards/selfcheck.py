@@ -240,7 +240,7 @@ def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
         if not path.is_file():
             continue
         try:
-            found = read_json(path, "remove it, or write it again with --record")
+            found = read_json(path, "remove it, or name another file: --golden FILE")
             if (
                 found["schema"] == SCHEMA
                 and found["fingerprint"] == fingerprint
@@ -251,7 +251,7 @@ def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{path} holds no recorded scores ({error!r}); remove it, or write it again with --record"
+                f"{path} holds no recorded scores ({error!r}); remove it, or name another file: --golden FILE"
             ) from error
     return None
 

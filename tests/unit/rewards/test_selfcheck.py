@@ -299,3 +299,25 @@ def test_scores_that_are_not_finite_fail(here, capsys):
     options = Namespace(device=CPU, golden=None, record=False, tolerance=1e-3, pictures=None)
     assert not check(Reward("x", Hollow()), options, Console())
     assert "cannot be compared" in capsys.readouterr().out
+
+
+def test_scores_are_not_recorded_over_another_file(here, capsys):
+    own = here / "notes.txt"
+    own.write_text("mine")
+    assert main(["check", "looks", "--device", "cpu", "--record", "--golden", str(own)]) == 1
+    told = capsys.readouterr().out
+    assert own.read_text() == "mine" and "nothing was recorded" in told and "notes.txt" in told
+
+
+class NoSide:
+    @property
+    def side(self):
+        raise ValueError("no size")
+
+    def __call__(self, images, prompts):
+        return [0.0] * len(images)
+
+
+def test_an_attribute_that_raises_is_named_with_its_reward():
+    with pytest.raises(InputError, match="'odd': .* failed in its attribute `side`: ValueError: no size"):
+        Reward("odd", {"_target_": f"{__name__}.NoSide"}).side  # noqa: B018
