@@ -319,5 +319,5 @@ class NoSide:
 
 
 def test_an_attribute_that_raises_is_named_with_its_reward():
-    with pytest.raises(InputError, match="'odd': .* failed in its attribute `side`: ValueError: no size"):
+    with pytest.raises(InputError, match=r"'odd': .* failed in its attribute `side`: ValueError: no size"):
         Reward("odd", {"_target_": f"{__name__}.NoSide"}).side  # noqa: B018
