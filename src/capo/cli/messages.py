@@ -38,6 +38,7 @@ GROUP_CHOICE = re.compile(r"\+?[\w/]+(@[\w.]+)?=[A-Za-z_\[]")
 # null, a mapping and a reference are values; anything else names files of conf/rewards
 NAMED_REWARDS = re.compile(r"(validation\.held_out|evaluation\.rewards)=(?!null$|[{$])")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 LONG_NUMBER = re.compile(r"\d{1000}")
 LISTED = re.compile(r"Error merging override (.+)")
 LISTED_IN = re.compile(r"In '([^']+)': ")
@@ -134,11 +135,17 @@ def _check_options(arguments: Sequence[str]) -> None:
         path = value.strip("'\"") if key in WRITTEN else None
         if options.multirun and key == "hydra.run.dir":
             _end(f"error: {text}: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out", REFUSED)
-        if path == "":
+        if path is not None and not path.strip():
             _end(f"error: {text}: it must name a folder; give {key}=FOLDER, or leave it out", REFUSED)
         if path and path.split("/")[0] == "~":  # in key=value a shell leaves it as it is
             full = typed(key, f"{Path.home()}{path[1:]}")
             _end(f"error: {text}: the folder's name begins with ~; give {full}", REFUSED)
+        if path and path != path.strip():
+            full = typed(key, path.strip())
+            _end(f"error: {text}: the folder's name begins or ends with a blank; give {full}", REFUSED)
+        if path and ADDRESS.match(path):
+            why = "files are written to folders alone, not to an address"
+            _end(f"error: {text}: {why}; give {key}=FOLDER", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
         _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
     if left:

@@ -130,6 +130,12 @@ def test_a_path_that_cannot_be_used_names_the_key_that_gave_it(monkeypatch, argu
      "hydra.run.dir=X: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out"),
     (["hydra.run.dir="], "hydra.run.dir=: it must name a folder; give hydra.run.dir=FOLDER, or leave it out"),
     (["+pool.root=''"], "+pool.root='': it must name a folder; give pool.root=FOLDER, or leave it out"),
+    (["pool.root=' '"], "pool.root=' ': it must name a folder; give pool.root=FOLDER, or leave it out"),
+    (["pool.root='/x/y '"],
+     "pool.root='/x/y ': the folder's name begins or ends with a blank; give pool.root=/x/y"),
+    (["hydra.run.dir=s3://bucket/run"],
+     "hydra.run.dir=s3://bucket/run: files are written to folders alone, not to an address; "
+     "give hydra.run.dir=FOLDER"),
     (["pool.root='~/x'"],
      f"pool.root='~/x': the folder's name begins with ~; give pool.root={Path.home()}/x"),
     (["--cfg", "job", "--foo"], "--foo: there is no such option; `--hydra-help` lists them"),
