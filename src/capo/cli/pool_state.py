@@ -20,6 +20,10 @@ from capo.runtime.outlook import HOUR, Hours, told_time
 from capo.runtime.terminal import Terminal
 
 STATUS = "status.json"
+ROUNDS = (
+    "online.every: pools of rounds stand in the run directory, and are not looked at here; the same train.py "
+    "command completes them, and makes damaged files again"
+)
 LISTED = 20  # files at fault that are named on the console; the log has all of them
 
 
@@ -72,6 +76,8 @@ def show_status(cfg: DictConfig, components: Components, console: Terminal) -> N
         for number, state in enumerate(states):
             table.add_row("" if number else name, *_cells(state))
     console.print(table)
+    if cfg.online.every is not None:
+        console.print(ROUNDS, soft_wrap=True)
     if not any(written.values()):
         console.print(_none_there(cfg), soft_wrap=True)
     path = Path(cfg.run_dir) / STATUS
@@ -104,7 +110,7 @@ def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
 
     Raises Unfinished if a file is at fault and is not made again, and InputError if there is no pool.
     """
-    found, there = 0, bool(cfg.pool.imported)
+    found, there, others = 0, bool(cfg.pool.imported), []
     if cfg.pool.imported:
         place = f"pool.imported={cfg.pool.imported}"
         console.print(
@@ -127,10 +133,14 @@ def verify(cfg: DictConfig, components: Components, console: Terminal) -> None:
             console.print("  made again")
         else:
             found += len(faults)
+            others += [fault.file for fault in faults if fault.file.exists() and not fault.file.is_file()]
+    if cfg.online.every is not None:
+        console.print(ROUNDS, soft_wrap=True)
     if not there:
         raise InputError(_none_there(cfg))
     if found:
+        first = f"move away {others[0]}, which is no ordinary file; then " if others else ""
         raise Unfinished(
-            f"{found} files cannot be used: add repair=true to make them again, or run stage=all, which also "
-            "makes what is missing"
+            f"{found} files cannot be used: {first}add repair=true to make them again, or run stage=all, "
+            "which also makes what is missing"
         )

@@ -134,6 +134,7 @@ def open_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool:
     """
     manifest = _manifest(spec, generator)
     pool = Pool.create(spec.folder(manifest.generator), manifest)
+    pool.require_split(spec.split)
     pool.append_prompts(spec.prompts, spec.split)
     pool.check_latent_shape(generator.backbone.latent_shape)
     return pool
@@ -150,6 +151,7 @@ def view_pool(spec: PoolSpec, generator: ImageGenerator) -> Pool | None:
         return None
     pool = Pool.open(folder)
     pool.require(manifest)
+    pool.require_split(spec.split)
     pool.check_latent_shape(generator.backbone.latent_shape)
     return pool
 
@@ -193,7 +195,8 @@ def fill_pool(
 
     Raises:
         InputError: if a stage is unknown or needs an incomplete stage that is not in `stages`, if there is
-            too little disk space (checked before any work), or if a latent or score is not finite.
+            too little disk space or no place for a file (checked before any work), or if a latent or score is
+            not finite.
     """
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"stage {', '.join(sorted(unknown))} is unknown; choose from {', '.join(STAGES)}")
@@ -204,6 +207,7 @@ def fill_pool(
     for stage in work[: work.index(wanted[-1])] if wanted else ():
         if stage not in wanted and stage.todo():
             raise InputError(lacking(stage, f"stage={COMMANDS[wanted[-1].name]}"))
+    pool.check_replaceable()
     generator.engine.run(wanted, progress)
     return pool
 

@@ -148,8 +148,9 @@ def _not_finite(pool: Pool, stage: Stage, row: int, missing: Sequence[Shard]) ->
 def repair(pool: Pool, stages: Sequence[Stage], faults: Sequence[Fault], engine: Engine) -> None:
     """Remove the files at fault and make them again, with what else their rows lack.
 
-    Raises what `Engine.run` raises.
+    Raises InputError, and removes nothing, if one is no ordinary file, and what `Engine.run` raises.
     """
+    pool.check_replaceable()
     for fault in faults:
         with pool.lock(fault.stage, fault.row, wait=True):
             fault.file.unlink(missing_ok=True)

@@ -55,13 +55,14 @@ def appending(path: Path) -> io.BufferedWriter:
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
 
 
-def check_ordinary(path: Path, key: str = "") -> None:
-    """Raise InputError if something stands at `path`, the value of `key`, that is no ordinary file."""
+def check_ordinary(path: Path, key: str = "", other: str = ", or give another name") -> None:
+    """Raise InputError if something stands at `path`, the value of `key`, that is no ordinary file.
+
+    `other` ends the message: what else can be done.
+    """
     if path.exists() and not path.is_file():
         place = f"{key}={path}" if key else path
-        raise InputError(
-            f"{place} is no ordinary file, which alone is replaced: move it away, or give another name"
-        )
+        raise InputError(f"{place} is no ordinary file, which alone is replaced: move it away{other}")
 
 
 def write_whole(path: str | Path, *parts: str | bytes | memoryview, remedy: str = REMEDY) -> None:

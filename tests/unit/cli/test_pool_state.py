@@ -40,5 +40,8 @@ def test_a_root_without_pools_is_named_and_verifies_nothing(tiny_run, tmp_path, 
         verify(cfg, components, Terminal())
     (tmp_path / "run").mkdir()
     cfg.run_dir = str(tmp_path / "run")
+    cfg.online.every = 1
     show_status(cfg, components, Terminal())
-    assert f"pool.root={tmp_path}/pols: none of the pools" in capsys.readouterr().out.replace("\n", " ")
+    told = capsys.readouterr().out
+    assert "online.every: pools of rounds stand in the run directory, and are not looked at here" in told
+    assert f"pool.root={tmp_path}/pols: none of the pools" in told.replace("\n", " ")

@@ -81,6 +81,56 @@ def test_what_is_no_pool_is_named(spec, generator, use):
         use(spec, generator)
 
 
+@pytest.mark.parametrize("use", [view_pool, lambda *given: fill_pool(*given, progress=False)])
+def test_a_root_that_is_a_pool_is_told_with_its_folder(spec, generator, use):
+    pool = fill_pool(spec, generator, stages=("text",), progress=False)
+    with pytest.raises(InputError, match=rf"is a pool itself: give .* pool.root={spec.root}$"):
+        use(replace(spec, root=pool.folder), generator)
+
+
+@pytest.mark.parametrize("name", ["text", "latents", "scores"])
+def test_a_file_in_place_of_a_folder_of_a_pool_is_told_at_once(spec, generator, name):
+    pool = open_pool(spec, generator)
+    (pool.folder / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} is no folder, but files of a pool should stand there"):
+        view_pool(spec, generator)
+
+
+def test_a_pool_whose_prompts_are_gone_or_of_another_split_is_refused(spec, generator):
+    pool = fill_pool(spec, generator, stages=("text",), progress=False)
+    table = pool.folder / "prompts.parquet"
+    other = open_pool(replace(spec, split="test"), generator).folder / "prompts.parquet"
+    before = contents(pool)
+    table.write_bytes(other.read_bytes())
+    for use in (view_pool, open_pool):
+        with pytest.raises(InputError, match="it holds prompts of split test, not of train"):
+            use(spec, generator)
+    table.unlink()
+    for use in (view_pool, open_pool):
+        with pytest.raises(InputError, match=r"it is not there, but files of its prompts are, such as 0000"):
+            use(replace(spec, prompts=[make_prompt("another")]), generator)
+    assert contents(pool) == {path: data for path, data in before.items() if path != table}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_place_of_a_shard_is_told_before_anything_is_made(spec, generator, make):
+    pool = fill_pool(spec, generator, progress=False)
+    shards = [pool.folder / "latents" / f"0000{row}-00.safetensors" for row in (0, 1)]
+    for shard in shards:
+        shard.unlink()
+    shards[0].write_bytes(b"damaged")
+    make(shards[1])
+    told = r"00001-00.safetensors is no ordinary file, which alone is replaced: move it away$"
+    with pytest.raises(InputError, match=told):
+        fill_pool(spec, generator, progress=False)
+    pool, work = stages(spec, generator)
+    faults = faults_of(pool, work, progress=False)
+    assert {fault.file for fault in faults} == set(shards)
+    with pytest.raises(InputError, match=told):
+        repair(pool, work, faults, LocalEngine())
+    assert shards[0].read_bytes() == b"damaged" and shards[1].exists()
+
+
 def test_a_pool_without_its_manifest_is_not_taken_for_none(spec, generator):
     pool = fill_pool(spec, generator, stages=("text",), progress=False)
     (pool.folder / "manifest.json").unlink()

@@ -14,6 +14,7 @@ from capo.data.pool.manifest import NAME, Manifest, check_folder, check_links
 from capo.data.pool.prompt_table import PromptTable
 from capo.data.prompts import Prompt
 from capo.errors import InputError
+from capo.runtime.files import check_ordinary
 from capo.runtime.locks import file_lock
 
 
@@ -77,6 +78,11 @@ class PoolFolder:
         """Files that were found invalid so far, and why."""
         return dict(self._inspection.faults)
 
+    def check_replaceable(self) -> None:
+        """Raise InputError if a file that was found invalid is no ordinary file: it is not replaced."""
+        for path in self._inspection.faults:
+            check_ordinary(path, other="")
+
     # --- prompts ---
 
     @property
@@ -91,6 +97,10 @@ class PoolFolder:
         """
         self._table.append(prompts, split, self.lock("prompts", wait=True))
         return self.positions(prompts)
+
+    def require_split(self, split: str) -> None:
+        """Raise DamagedFile if the table of prompts is that of a pool of another split."""
+        self._table.require_split(split)
 
     def positions(self, prompts: Iterable[Prompt]) -> list[int]:
         """Position of each prompt. Raises InputError for a prompt that is not in the pool."""

@@ -12,6 +12,7 @@ from capo.errors import DamagedFile, InputError
 from capo.runtime.files import refuse_links
 from capo.runtime.limits import SHARD
 from capo.runtime.reading import read_json
+from capo.runtime.terminal import typed
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -79,17 +80,25 @@ def is_begun(folder: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError if something other than a folder stands at a pool's place, or at that of its root."""
+    """Raise InputError for a pool's place where no pool can stand.
+
+    That is one where something other than a folder is, there or at its root, and one in another pool.
+    """
     for place in (folder.parent, folder):
         if os.path.lexists(place) and not place.is_dir():
             raise InputError(
                 f"{place} is no folder, but {'a pool' if place == folder else 'pools'} should stand there: "
                 "move it away, or use another pool.root"
             )
+    if holds_pool(folder.parent):
+        raise InputError(
+            f"pool.root={folder.parent} is a pool itself: give the folder that it stands in, "
+            f"{typed('pool.root', folder.parent.absolute().parent)}"
+        )
 
 
 def check_links(folder: Path) -> None:
-    """Raise InputError if a folder of the pool in `folder` is a link that leads out of it.
+    """Raise InputError if a folder of the pool in `folder` is a link that leads out of it, or no folder.
 
     Folders of shards are not listed, since they may hold millions: a shard that is a link is replaced, as
     every file that is written whole. Those of scores and of errors are few, and errors are appended.
@@ -98,6 +107,12 @@ def check_links(folder: Path) -> None:
     for name in (SCORES, REFERENCE):
         places += sorted((folder / name).glob("*")) if not (folder / name).is_symlink() else []
     refuse_links(folder, places, own="; pool.root, or the whole folder of a pool, may be a link")
+    for name in (TEXT, LATENTS, SCORES):
+        if os.path.lexists(place := folder / name) and not place.is_dir():
+            raise InputError(
+                f"{place} is no folder, but files of a pool should stand there: move it away, or use another "
+                "pool.root"
+            )
 
 
 def _fault(values: dict[str, Any]) -> str | None:

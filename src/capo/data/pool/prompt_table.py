@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from capo.data.pool.layout import LATENTS, TEXT
 from capo.data.pool.parquet import read_table, write_sealed
 from capo.data.prompts import Prompt
 from capo.data.prompts.identity import entry_id
@@ -26,7 +27,8 @@ class PromptTable:
     Row n consists of the prompts with position // prompts_per_shard = n. Categories are not stored. Since a
     pool may have millions of prompts, only ids and positions become Python objects; texts stay in Arrow's
     memory until they are needed. Raises DamagedFile for a file that cannot be read or was changed, and for
-    rows that are not prompts with their ids at positions that follow each other.
+    rows that are not prompts with their ids at positions that follow each other. A table that is gone while
+    files of its prompts are there is refused too: a new one would give their places to other prompts.
     """
 
     def __init__(self, path: Path, prompts_per_shard: int):
@@ -37,7 +39,11 @@ class PromptTable:
     def _load(self) -> pa.Table:
         try:
             table, _, whole = read_table(self.path, SCHEMA, REMEDY)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            shards = [path for name in (TEXT, LATENTS) for path in (self.path.parent / name).glob("[0-9]*")]
+            if shards and not self.path.exists():  # it is the first file that another process writes
+                fault = f"it is not there, but files of its prompts are, such as {shards[0].name}"
+                raise DamagedFile(self.path, fault, REMEDY) from error
             return SCHEMA.empty_table()
         if fault := _fault(table, self.prompts_per_shard, whole):
             raise DamagedFile(self.path, fault, REMEDY)
@@ -46,6 +52,7 @@ class PromptTable:
     def _read(self) -> None:
         table = self._load()
         self._texts = table["prompt"]
+        self._splits: list[str] = table["split"].unique().to_pylist()
         self._ids: list[str] = table["prompt_id"].to_pylist()
         numbers = table["position"].to_numpy()  # ascending, in order of appending
         self._positions = dict(zip(self._ids, numbers.tolist(), strict=True))
@@ -80,6 +87,11 @@ class PromptTable:
         """Pairs (prompt, position) of all prompts; the list is built at every call."""
         columns = self._ids, self._texts.to_pylist(), self._positions.values()
         return [(Prompt(*pair), position) for *pair, position in zip(*columns, strict=True)]
+
+    def require_split(self, split: str) -> None:
+        """Raise DamagedFile if prompts of another split are in the table: it is that of another pool."""
+        if others := sorted({*self._splits} - {split}):
+            raise DamagedFile(self.path, f"it holds prompts of split {others[0]}, not of {split}", REMEDY)
 
     def holds(self, prompt: Prompt) -> bool:
         """Whether the table has the prompt."""
