@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,6 +12,7 @@ from capo.cli.named_rewards import all_rewards, held_out_rewards
 from capo.cli.rates import REWARD_PLACES
 from capo.cli.readiness import check_draw, check_loggers, check_reward_weights, check_weights
 from capo.cli.values import plain
+from capo.data.pool.manifest import check_root
 from capo.errors import InputError
 from capo.preflight.shortages import Shortage
 from capo.rewards import load_rewards
@@ -39,6 +41,7 @@ def _reward_findings(cfg: DictConfig, place: str) -> list[Shortage]:
 def find_missing(cfg: DictConfig) -> list[Shortage]:
     """All shortages of weights, rewards, extras and device; each is checked by itself."""
     return [
+        *_attempt("disk", lambda: check_root(Path(cfg.pool.root))),
         *_attempt("weights", lambda: check_weights(cfg)),
         *(finding for place in REWARD_PLACES for finding in _reward_findings(cfg, place)),
         *_attempt("rewards", lambda: held_out_rewards(cfg, all_rewards(cfg)[0], [])),

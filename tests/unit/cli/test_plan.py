@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from capo.cli import train as train_script
+from capo.cli.missing import find_missing
 from capo.cli.plan import (
     blueprint_of,
     float32_rewards,
@@ -96,6 +97,15 @@ def test_every_recipe_has_a_plan_without_weights(tmp_path, choice):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"] and not (
         tmp_path / "pools"
     ).exists()
+
+
+def test_a_plan_tells_a_root_where_no_pool_can_stand(tmp_path):
+    root = tmp_path / "root"
+    root.write_text("mine")
+    found = find_missing(composed(f"pool.root={root}"))
+    assert [(finding.kind, finding.message) for finding in found] == [
+        ("disk", f"{root} is no folder, but pools should stand there: move it away, or use another pool.root")
+    ]
 
 
 def test_nothing_is_missing_for_the_shapes(tmp_path):

@@ -134,6 +134,12 @@ def test_a_slip_gets_key_value_and_remedy(override, message):
     assert len(given.splitlines()) <= 2 and len(given) < 600
 
 
+@pytest.mark.parametrize("value", ["nohost", "1.2.3.4:99999", "ray://head:10001", "head:0"])
+def test_an_address_of_ray_is_one_of_three(value):
+    given = told(f"engine.address={value}", "generate", "engine=ray")
+    assert given == f"engine.address={value}: must be local, auto or HOST:PORT"
+
+
 @pytest.mark.parametrize(("override", "message"), [
     ("objective=null", "objective=null: it must name a file of conf/objective/; give objective=NAME"),
     ("trainer=3", "trainer=3: it must name a file of conf/trainer/"),

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from capo.cli.schema.kinds import Count, Positive, Seconds, Text
-from capo.runtime.schema import Picked, Section, key
+from pydantic import AfterValidator
+
+from capo.cli.schema.kinds import Count, Positive, Seconds
+from capo.runtime.schema import Picked, Said, Section, key
+
+ADDRESS = re.compile(r"local|auto|[^\s/]+:(\d{1,5})")
+
+
+def _reachable(value: str) -> str:
+    found = ADDRESS.fullmatch(value)
+    if not found or not 0 < int(found[1] or 1) < 2**16:
+        raise ValueError("no address")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_reachable), Said("local, auto or HOST:PORT")]
 
 
 class LocalEngine(Section):
@@ -25,7 +40,7 @@ class Room(Section):
 class RayEngine(LocalEngine):
     """Keys of engine=ray."""
 
-    address: Text = key("local: a cluster of this machine alone; auto: that of RAY_ADDRESS; or HOST:PORT")
+    address: Address = key("local: a cluster of this machine alone; auto: that of RAY_ADDRESS; or HOST:PORT")
     attempts: Count = key("how often a shard is tried, unless its input is at fault")
     start_limit: Seconds = key("seconds in which a worker must have loaded its models")
     text: Room = key("workers that encode prompts")

@@ -84,16 +84,23 @@ def check_folder(folder: Path) -> None:
 
     That is one where something other than a folder is, there or at its root, and one in another pool.
     """
-    for place in (folder.parent, folder):
-        if os.path.lexists(place) and not place.is_dir():
-            raise InputError(
-                f"{place} is no folder, but {'a pool' if place == folder else 'pools'} should stand there: "
-                "move it away, or use another pool.root"
-            )
-    if holds_pool(folder.parent):
+    check_root(folder.parent)
+    if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(
-            f"pool.root={folder.parent} is a pool itself: give the folder that it stands in, "
-            f"{typed('pool.root', folder.parent.absolute().parent)}"
+            f"{folder} is no folder, but a pool should stand there: move it away, or use another pool.root"
+        )
+
+
+def check_root(root: Path) -> None:
+    """Raise InputError for a root of pools that is no folder, or a pool itself."""
+    if os.path.lexists(root) and not root.is_dir():
+        raise InputError(
+            f"{root} is no folder, but pools should stand there: move it away, or use another pool.root"
+        )
+    if holds_pool(root):
+        raise InputError(
+            f"pool.root={root} is a pool itself: give the folder that it stands in, "
+            f"{typed('pool.root', root.absolute().parent)}"
         )
 
 
