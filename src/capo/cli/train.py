@@ -81,11 +81,12 @@ def check(cfg: DictConfig) -> float:
 
 
 def refuse_early(cfg: DictConfig) -> None:
-    """Raise InputError if `cfg` cannot run, before weights load; of a finished run only its launch counts."""
+    """Raise InputError if `cfg` cannot run, before weights load; of a finished run its launch and the hub."""
     with heavy_imports():
         from capo.cli.build import check_imported, moving_reference
         from capo.cli.plan import require_room
         from capo.cli.readiness import check_loggers, check_ready, check_sharded_guidance
+        from capo.runtime.hub import check_access
         from capo.runtime.optimizers import check_optimizer
         from capo.runtime.processes import check_devices
 
@@ -93,6 +94,8 @@ def refuse_early(cfg: DictConfig) -> None:
     trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
     if not finished:
         check_ready(cfg)
+    elif cfg.push_to_hub:
+        check_access(cfg.push_to_hub)
     check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)
     moving = moving_reference(cfg) is not None
     check_fsdp(trainer.strategy, trainer.precision, trainer.optimizer, trainer.channels_last, moving)

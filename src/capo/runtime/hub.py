@@ -35,12 +35,19 @@ def check_access(repository: str) -> None:
         if is_offline_mode():
             raise InputError(f"{place}: HF_HUB_OFFLINE forbids it; unset it, or leave push_to_hub out")
         HfApi().whoami()
+    except InputError:
+        raise
     except HFValidationError as error:
         raise InputError(f"{place}: not a repository name ({error}); write owner/name") from error
     except (HfHubHTTPError, OSError) as error:
         raise InputError(
             f"{place}: {constants.ENDPOINT} did not accept your login ({first_line(error)}); "
             "hf auth login, with a token that has write access"
+        ) from error
+    except Exception as error:  # the hub client's other errors, of the network, share no base class
+        raise InputError(
+            f"{place}: {constants.ENDPOINT} cannot be reached ({first_line(error)}); run the same command "
+            "with a network, or leave push_to_hub out"
         ) from error
 
 
@@ -55,9 +62,10 @@ def push(folder: Path, repository: str) -> str:
         return str(
             HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="capo policy")
         )
-    except (HfHubHTTPError, OSError, OfflineModeIsEnabled) as error:
+    except Exception as error:  # the hub client's errors share no base class
         raise InputError(
-            f"push_to_hub={repository}: {first_line(error)}; the policy itself is saved in {folder}"
+            f"push_to_hub={repository}: {first_line(error)}; the policy itself is saved in {folder}, and the "
+            "same command uploads it"
         ) from error
 
 

@@ -43,6 +43,19 @@ def test_without_a_token_the_remedy_is_said(online, monkeypatch):
         hub.check_access("me/it")
 
 
+def unreached(*args, **kwargs):
+    raise httpx.ConnectError("Name or service not known")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_before_and_at_the_push(online, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub.HfApi, "whoami", unreached)
+    with pytest.raises(InputError, match=r"cannot be reached \(Name or service .* leave push_to_hub out"):
+        hub.check_access("me/it")
+    monkeypatch.setattr(hub.HfApi, "create_repo", unreached)
+    with pytest.raises(InputError, match=r"Name or service .* and the same command uploads it"):
+        hub.push(tmp_path, "me/it")
+
+
 def test_offline_nothing_can_be_pushed(monkeypatch):
     monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE forbids it"):
