@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from capo.evaluation.stored import read_results
+from capo.evaluation.stored import is_outdated, read_results
 from capo.runtime.run_folder import EVALUATION, OUTCOME, RESULTS, read_outcome
 
 SHARES = ("mean", "low", "high")
@@ -21,7 +21,7 @@ def found_figures(folder: Path) -> dict[str, float]:
     if (folder / OUTCOME).is_file():
         figures |= {name: value for name, value in read_outcome(folder).items() if name.startswith("val/")}
     path = folder / EVALUATION / RESULTS
-    if path.is_file():
+    if path.is_file() and not is_outdated(folder):
         results = read_results(folder)
         for name, rate in results["win_rate"].items():
             column = f"test/win_rate/{name}"
@@ -33,8 +33,8 @@ def found_figures(folder: Path) -> dict[str, float]:
             figures |= {HYPERVOLUME: volume["mean"]} | {
                 f"{HYPERVOLUME}/{end}": volume[end] for end in SHARES[1:]
             }
-        if drift := results.get("drift"):  # which earlier versions did not measure
-            diversity = results["diversity"]
+        drift, diversity = results.get("drift"), results.get("diversity")
+        if drift and diversity:  # which earlier versions did not measure
             figures |= {"test/diversity": diversity["policy"], "test/diversity/base": diversity["base"]}
             figures["test/drift"] = drift["latents"]["mean"]
     return figures

@@ -31,22 +31,14 @@ from capo.data.candidates import Candidates, TrainingData
 from capo.data.dataset import ENCODE, Times
 from capo.data.rounds import Round, rounds_left
 from capo.evaluation.reports.calibration_page import print_warnings
+from capo.evaluation.stored import is_evaluated
 from capo.module import PreferenceModule
 from capo.runtime.hub import push
 from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import Outlook
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
-from capo.runtime.run_folder import (
-    CALIBRATION,
-    EVALUATION,
-    ONLINE,
-    POLICY,
-    RESULTS,
-    VALIDATION,
-    alone,
-    best_win_rate,
-)
+from capo.runtime.run_folder import CALIBRATION, EVALUATION, ONLINE, POLICY, VALIDATION, alone, best_win_rate
 from capo.runtime.terminal import Terminal
 from capo.training.fit import encode_aside, fit, trained_steps
 from capo.training.loader import PreferenceData
@@ -232,9 +224,7 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
         if not cfg.validation.strengths:  # else it is written anew; the report of the evaluation shows it
             read_strength(folder)
     with alone(folder), process_group(cuda=own_device(cfg.trainer.accelerator).type == "cuda"):
-        progress, evaluated = run_on_first_process(
-            lambda: (open_run(folder, cfg), (folder / EVALUATION / RESULTS).is_file())
-        )
+        progress, evaluated = run_on_first_process(lambda: (open_run(folder, cfg), is_evaluated(folder)))
         if progress is Progress.FINISHED:
             console.print(f"{folder} already holds this run, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):

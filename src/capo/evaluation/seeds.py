@@ -51,7 +51,7 @@ def rates_in(folder: Path, remedy: str) -> tuple[list[str], dict[str, Tensor]]:
     """Read the win-rates of the evaluation in `folder`, as `read_by_prompt` does of a run.
 
     Raises FileNotFoundError if there are none, and DamagedFile, with `remedy`, for values that an evaluation
-    does not write, and for win-rates whose means are not those of results.json beside them.
+    does not write, and for columns whose means are not those of results.json beside them.
     """
     path = folder / RATES
     rows = read_rows(path, remedy)
@@ -73,10 +73,12 @@ def rates_in(folder: Path, remedy: str) -> tuple[list[str], dict[str, Tensor]]:
 def _check_means(path: Path, found: Mapping[str, Tensor], remedy: str) -> None:
     """Raise DamagedFile if a column's mean is not that of results.json, where the evaluation has one."""
     try:
-        told = read_record(path.with_name(RESULTS), Results, remedy)["win_rate"]
+        told = read_record(path.with_name(RESULTS), Results, remedy)
     except FileNotFoundError:
         return
-    means = {f"{COLUMN}{name}": rate["mean"] for name, rate in told.items()}
+    means = {f"{COLUMN}{name}": rate["mean"] for name, rate in told["win_rate"].items()}
+    if (drift := told.get("drift")) and DRIFT in found:  # which earlier versions did not measure
+        means[DRIFT] = drift["latents"]["mean"]
     for name in dict.fromkeys([*means, *(name for name in found if name != DRIFT)]):
         if name not in found or name not in means:
             holder, other = (RESULTS, RATES) if name in means else (RATES, RESULTS)

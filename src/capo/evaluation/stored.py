@@ -10,7 +10,17 @@ from pydantic import AfterValidator, Field
 from capo.errors import InputError
 from capo.runtime.limits import IMAGES
 from capo.runtime.names import MUST, is_name
-from capo.runtime.run_folder import EVALUATION, RESULTS, SETTINGS
+from capo.runtime.run_folder import (
+    CONFIG,
+    EVALUATION,
+    OUTCOME,
+    POLICY,
+    RATES,
+    REPORT,
+    RESULTS,
+    SETTINGS,
+    read_outcome,
+)
 from capo.runtime.schema import Said, Section, key
 from capo.runtime.stored import Record, read_record
 from capo.runtime.terminal import typed
@@ -28,12 +38,27 @@ def _named(name: str) -> str:
     return name
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Interval(Record):
     """A win-rate in 0-1 with its 95 % interval."""
 
+    mean: Share = key("mean over the prompts")
+    low: Share = key("lower end of the interval")
+    high: Share = key("upper end of the interval")
+
+
+class Distance(Record):
+    """A mean distance of images."""
+
     mean: float = key("mean over the prompts")
-    low: float = key("lower end of the interval")
-    high: float = key("upper end of the interval")
+
+
+class Drift(Record):
+    """Distances of the policy from the base."""
+
+    latents: Distance = key("of images with the same seed")
 
 
 class Scores(Record):
@@ -56,6 +81,9 @@ class Results(Record):
     zero: dict[str, Interval] = key("win-rates of the base against itself by reward", {})
     score: dict[str, Scores] = key("scores by reward")
     oracle: dict[str, Moves] = key("measures by name", {})
+    hypervolume: Interval | None = key("volume that the win-rates span", None)
+    diversity: Moves | None = key("mean distance of two images of a prompt", None)
+    drift: Drift | None = key("distances from the base", None)
     policy: str = key("fingerprint of the policy")
     base: str = key("fingerprint of the base")
 
@@ -75,8 +103,38 @@ class Settings(Record):
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read `evaluation/results.json` of a run; InputError if it is not there or damaged."""
+    """Read `evaluation/results.json` of a run.
+
+    Raises InputError if it is not there or damaged, or of another policy than the run's.
+    """
+    if is_outdated(folder):
+        raise InputError(
+            f"runs: {folder / EVALUATION / RESULTS} is of another policy than {folder / OUTCOME}, which was "
+            f"written after it; run evaluate.py {typed('run', folder)}"
+        )
     return _read(folder, RESULTS, Results)
+
+
+def is_evaluated(folder: Path) -> bool:
+    """Whether the evaluation of the run in `folder` is whole, and of its policy."""
+    place = folder / EVALUATION
+    try:
+        read_results(folder)
+        read_settings(folder)  # written last
+    except InputError:
+        return False
+    return all((place / name).is_file() for name in (RATES, REPORT))
+
+
+def is_outdated(folder: Path) -> bool:
+    """Whether the results of the run in `folder` are of another policy than its outcome names, if it does.
+
+    So they are where training went on, or the policy was exported anew, without an evaluation.
+    """
+    found = _read(folder, RESULTS, Results)
+    own = read_outcome(folder).get("policy") if (folder / OUTCOME).is_file() else None
+    # of a negative model the results name the base, which is sampled
+    return own is not None and found["policy"] not in (own, found["base"])
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -89,4 +147,20 @@ def _read(folder: Path, name: str, schema: type[Section]) -> dict[str, Any]:
     try:
         return read_record(path, schema, f"remove it and {again}")
     except FileNotFoundError as error:
-        raise InputError(f"runs: {folder} has not been evaluated ({path} does not exist); {again}") from error
+        raise InputError(
+            f"runs: {folder} has not been evaluated ({path} does not exist); {_remedy(folder)}"
+        ) from error
+
+
+def _remedy(folder: Path) -> str:
+    """What makes a directory without results one that has them."""
+    if (folder / OUTCOME).is_file():
+        return f"run evaluate.py {typed('run', folder)}"
+    if (folder / CONFIG).is_file():
+        return "finish its training first: it has no outcome.json"
+    if (folder / POLICY).is_dir():  # of a soup, say
+        own = f"{typed('policy', folder / POLICY)} {typed('hydra.run.dir', folder / EVALUATION)}"
+        return f"run evaluate.py {own}, with the values of its merge"
+    if (folder.parent / CONFIG).is_file():
+        return f"give the run's own directory, {folder.parent}"
+    return "give the directory of a finished run, which train.py printed"

@@ -77,7 +77,7 @@ class Outcome(Record):
 class FinishedOutcome(Outcome):
     """Outcome of a training run."""
 
-    best: float = Field(alias=MONITOR, description="best validation win-rate")
+    best: float = Field(alias=MONITOR, ge=0, le=1, description="best validation win-rate")
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:

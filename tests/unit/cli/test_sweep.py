@@ -76,7 +76,7 @@ def make_job(
     if error:
         (folder / "error.txt").write_text(error)
     elif win_rate is not None:
-        (folder / "outcome.json").write_text(json.dumps({"val/win_rate": win_rate, "policy": "x"}))
+        (folder / "outcome.json").write_text(json.dumps({"val/win_rate": win_rate, "policy": "p"}))
         (folder / "evaluation").mkdir()
         (folder / "evaluation" / "results.json").write_text(json.dumps(RESULTS))
 

@@ -10,11 +10,13 @@ from capo.data.pool import Manifest, Pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, head_to_head, run_folders
+from capo.evaluation.stored import is_evaluated, is_outdated
 
 PROMPTS = [make_prompt(text) for text in ("a circle", "a square", "a star")]
 KEYS = {"alignment": "alignment-00000000", "looks": "looks-11111111"}
 
 REST = {"score": {}, "policy": "p", "base": "b"}  # of results.json, which is read whole
+GIVEN = REST | {"win_rate": {}}
 
 
 def policy_pool(folder, generator, scores, seed=0, order=(0, 1, 2)):
@@ -181,11 +183,57 @@ def test_more_runs_have_no_duel_and_may_have_other_rewards(tmp_path, runs):
 
 def test_a_run_without_results_is_named(tmp_path, runs):
     (tmp_path / "2").mkdir()
-    with pytest.raises(InputError, match=r"2 has not been evaluated.*run evaluate.py run=.*/2"):
-        printed([*runs, tmp_path / "2"])
+    for held, remedy in (
+        ("policy/", r"run evaluate.py policy=.*/2/policy hydra.run.dir=.*/2/evaluation"),  # of a soup
+        ("config.yaml", "finish its training first"),
+        ("outcome.json", "run evaluate.py run=.*/2"),
+    ):
+        place = tmp_path / "2" / held
+        place.mkdir() if held.endswith("/") else place.write_text("{}")
+        with pytest.raises(InputError, match=f"2 has not been evaluated.*{remedy}"):
+            printed([*runs, tmp_path / "2"])
+    for name, remedy in (("2/policy", "give the run's own directory, .*/2"), ("3", "which train.py printed")):
+        with pytest.raises(InputError, match=f"{name} has not been evaluated.*{remedy}"):
+            printed([*runs, tmp_path / name])
     (runs[1] / "evaluation" / "results.json").write_text("{")
     with pytest.raises(InputError, match=r"1/evaluation/results.json cannot be read"):
         printed(runs)
+
+
+def test_results_of_an_earlier_policy_are_not_those_of_the_run(runs):
+    outcome = runs[0] / "outcome.json"
+    for own in ("p", "b"):  # that of a negative model, whose results name the base
+        outcome.write_text(json.dumps({"policy": "p"}))
+        (runs[0] / "evaluation" / "results.json").write_text(json.dumps({**GIVEN, "policy": own}))
+        assert not is_outdated(runs[0])
+    outcome.write_text(json.dumps({"policy": "later"}))
+    (runs[0] / "evaluation" / "results.json").write_text(json.dumps(GIVEN))
+    assert is_outdated(runs[0]) and not is_evaluated(runs[0])
+    with pytest.raises(
+        InputError, match=r"0/evaluation/results.json is of another policy than .*outcome.json"
+    ):
+        printed(runs)
+
+
+def test_an_evaluation_counts_only_when_it_is_whole(runs):
+    place = runs[0] / "evaluation"
+    for name in ("win_rates.csv", "report.html"):
+        assert not is_evaluated(runs[0])
+        (place / name).touch()
+    assert is_evaluated(runs[0])
+    rate = {"mean": 2.5, "low": 3, "high": 1}
+    for name, text in (
+        ("results.json", "{"),
+        ("results.json", json.dumps({**GIVEN, "win_rate": {"looks": rate}})),
+        ("results.json", json.dumps({**GIVEN, "drift": 3})),
+        ("settings.json", "{}"),
+    ):
+        before = (place / name).read_text()
+        (place / name).write_text(text)
+        assert not is_evaluated(runs[0])
+        (place / name).write_text(before)
+    (place / "settings.json").unlink()  # of an evaluation that was killed while it wrote
+    assert not is_evaluated(runs[0])
 
 
 # ---- which runs

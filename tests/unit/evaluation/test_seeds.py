@@ -9,7 +9,7 @@ from rich.console import Console
 
 from capo.cli.run_labels import seed_groups
 from capo.errors import DamagedFile, InputError
-from capo.evaluation.seeds import over_seeds, read_rates, seeds_table
+from capo.evaluation.seeds import over_seeds, read_by_prompt, read_rates, seeds_table
 from fixtures.configuration import composed
 
 HEAD = "prompt_id,prompt,category,win_rate/looks\n"
@@ -127,6 +127,22 @@ def test_win_rates_by_prompt_have_the_means_of_the_results(tmp_path):
             read_rates(run)
         assert str(refused.value).startswith(f"{run}/evaluation/win_rates.csv cannot be read ({told}")
         assert str(refused.value).endswith(f"; run evaluate.py run={run}")
+
+
+def test_drift_by_prompt_has_the_mean_of_the_results(tmp_path):
+    run = write_run(tmp_path / "0", 0)
+    file, path = run / "evaluation" / "win_rates.csv", run / "evaluation" / "results.json"
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([f"{head},drift", *(f"{row},{0.25 * n}" for n, row in enumerate(rows))]) + "\n")
+    rate = {"mean": 0.625, "low": 0, "high": 1}  # of 0.5 and 0.75; the drift is (0 + 0.25) / 2
+    results = {"win_rate": {"looks": rate}, "score": {}, "policy": "p", "base": "b"}
+    for mean, damaged in ((0.125, False), (0.5, True)):
+        path.write_text(json.dumps({**results, "drift": {"latents": {"mean": mean}}}))
+        if not damaged:
+            assert read_by_prompt(run)[1]["drift"].tolist() == [0, 0.25]
+            continue
+        with pytest.raises(DamagedFile, match=r"the mean of drift is 0.125000, but 0.500000 in results.json"):
+            read_by_prompt(run)
 
 
 def test_a_reward_may_be_called_as_another_column(tmp_path):
