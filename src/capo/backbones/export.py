@@ -24,6 +24,7 @@ from capo.errors import DamagedFile, InputError, first_line
 from capo.runtime.files import fresh_folder
 from capo.runtime.fingerprints import component_fingerprint, content_fingerprint, safetensors_fingerprint
 from capo.runtime.hub import is_hub_id
+from capo.runtime.run_folder import POLICY
 from capo.runtime.tensor_files import AGAIN, DTYPES, tensor_homes
 
 
@@ -63,6 +64,17 @@ def holds_policy(folder: str | Path, component: str) -> bool:
     return (folder / LORA_FILE).is_file() or (folder / component / "config.json").is_file()
 
 
+def policy_remedy(folder: Path) -> str:
+    """What to give in place of a folder that is no exported policy of the model."""
+    if (folder / POLICY).is_dir():  # of a run
+        return f"give {folder / POLICY}"
+    if (folder / INDEX).is_file():
+        return "it is a pipeline of another model: give model=NAME of the one that it was tuned from"
+    if folder.is_dir() and (folder.parent / INDEX).is_file():
+        return f"give {folder.parent}"
+    return "give the `policy/` folder of a finished run"
+
+
 def find_policy(source: str, component: str) -> Path:
     """Return the folder of a policy: `source` itself, or what that hub id (`owner/name@revision`) has of one.
 
@@ -98,7 +110,7 @@ def load_policy(backbone: Backbone, folder: str | Path, drawing: Drawing = PLAIN
     if not holds_policy(folder, component):
         raise InputError(
             f"policy '{folder.absolute()}': neither '{component}/config.json' nor '{LORA_FILE}' is there; "
-            "give the `policy/` folder of a finished run"
+            f"{policy_remedy(folder)}"
         )
     if (folder / LORA_FILE).is_file():
         _check_base(backbone, folder)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from capo.backbones.export import policy_remedy
 from capo.backbones.family import Family
 from capo.backbones.lora import BASE_FILE, LORA_FILE, read_base
 from capo.backbones.merging_adapters import merge_adapters
@@ -54,10 +55,14 @@ class Exported:
             base = read_base(folder)
         except (FileNotFoundError, DamagedFile) as error:
             reason = error.reason if isinstance(error, DamagedFile) else "it is not there"
+            remedy = policy_remedy(folder)
+            if any((folder / name).is_file() for name in (INDEX, LORA_FILE)):
+                remedy = (
+                    "restore it, or export the policy again: evaluate.py run=DIR validation.strengths=[1]"
+                )
             raise InputError(
                 f"policies: {folder.absolute() / BASE_FILE}, which names the policy's base, cannot be read "
-                f"({reason}); give the `policy/` folders of finished runs (one of an earlier version is "
-                "exported again by evaluate.py run=DIR validation.strengths=[1])"
+                f"({reason}); {remedy}"
             ) from error
         return cls(folder, base)
 
@@ -241,7 +246,13 @@ def _merged_tensor(
     numbers = coefficients(gram, method, weights)
     for span in spans(shapes[0]):
         base, *tuned = (read(file, name, span) for file in files)
-        yield combined(base, tuned, numbers).to(DTYPES[dtypes[1]])
+        found = combined(base, tuned, numbers).to(DTYPES[dtypes[1]])
+        if not found.isfinite().all():
+            raise InputError(
+                f"weights={list(weights)}: '{name}' of the soup would be beyond what {dtypes[1]}, the first "
+                "policy's dtype, can hold; give smaller weights"
+            )
+        yield found
 
 
 def _equal_parts(

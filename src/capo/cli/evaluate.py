@@ -18,6 +18,7 @@ from capo.cli.frontiers import compare_methods
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_both, refuse_plans
+from capo.cli.run_changes import EXPORT
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.schema import Evaluating, check_group_choices, check_values
@@ -31,9 +32,10 @@ from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import read_rates, seeds_table
 from capo.evaluation.stored import Results
 from capo.evaluation.tables import Row, RunTable
-from capo.runtime.files import put_back
+from capo.runtime.files import led_to, lies_in, own_places, put_back
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import (
+    CONFIG,
     EVALUATION,
     METRICS,
     OUTCOME,
@@ -43,6 +45,7 @@ from capo.runtime.run_folder import (
     REPORT,
     RESULTS,
     SETTINGS,
+    check_policy,
     read_outcome,
 )
 from capo.runtime.schema import shown
@@ -138,13 +141,21 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
     """
     folder = Path(str(cfg.run))
     own = run_config(folder, cfg, overrides)
+    asked = any(override.startswith("validation.strengths=") for override in overrides)
+    chosen_anew = asked and bool(own.validation.strengths)
+    if not chosen_anew:
+        if export := [override for override in overrides if override.split("=")[0] in EXPORT]:
+            raise InputError(
+                f"{' '.join(export)} beside run={folder}: its policy is evaluated as it is; to export it "
+                "anew, add validation.strengths=[1]"
+            )
+        check_policy(folder)
     with complete(folder):
         check_ready(own, watching=False)
         prepare_process(own.threads)
         components = build_components(own, watching=False)
     card_of(folder)  # is read again when the images are drawn, which may take hours
-    asked = any(override.startswith("validation.strengths=") for override in overrides)
-    if asked and own.validation.strengths:
+    if chosen_anew:
         choose_again(own, components, folder)
     return evaluate_own(own, components, folder)
 
@@ -190,6 +201,15 @@ def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dic
     return found
 
 
+def check_inner(run: Path, folder: Path) -> None:
+    """Raise InputError for another output directory than the run's own, in which its results would not be."""
+    if (run / CONFIG).is_file() and not lies_in(led_to(folder), own_places(run)):
+        raise InputError(
+            f"{typed('hydra.run.dir', folder)} beside {typed('run', run)}: a run is evaluated into its own "
+            f"directory: leave it out, or evaluate its policy alone: {typed('policy', run / POLICY)}"
+        )
+
+
 def check_place(folder: Path) -> None:
     """Raise InputError if `folder` holds files that an evaluation would replace, but no evaluation."""
     held = [name for name in (RESULTS, REPORT, SETTINGS) if os.path.lexists(folder / name)]
@@ -210,6 +230,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     """
     check_values(cfg, Evaluating)
     refuse_plans(cfg)
+    if not cfg.evaluate:
+        raise InputError("evaluate=false: evaluate.py does nothing but evaluate; leave it out")
     refuse_both(cfg)
     console.quiet = not launch().first
     if cfg.runs is not None:
@@ -234,4 +256,7 @@ def main(cfg: DictConfig) -> None:
         check_group_choices(cfg, hydra_config)
         if launch().world_size > 1 and cfg.get("run") is None:
             check_common_folder(launch().world_size, hydra_config.overrides.hydra)
-        run(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
+        folder = Path(hydra_config.runtime.output_dir)
+        if cfg.get("run") is not None and cfg.get("benchmark") is None:
+            check_inner(Path(str(cfg.run)), folder)
+        run(cfg, list(hydra_config.overrides.task), folder)

@@ -19,8 +19,9 @@ from capo.cli.readiness import check_ready, check_weights, refuse_plans
 from capo.cli.schema import Merging, check_group_choices, check_values
 from capo.cli.values import plain
 from capo.errors import InputError
+from capo.runtime.files import led_to
 from capo.runtime.launch import launch
-from capo.runtime.run_folder import CONFIG, EVALUATION, POLICY
+from capo.runtime.run_folder import CONFIG, EVALUATION, POLICY, RESULTS
 from capo.runtime.terminal import Terminal
 
 console = Terminal()
@@ -60,8 +61,27 @@ def soup_of(
     return policy
 
 
-def check_place(folder: Path, policies: Sequence[str]) -> None:
-    """Raise InputError if the soup would take the place of a run's policy, or be in one that is merged."""
+def check_named(policies: Sequence[str]) -> None:
+    """Raise InputError for a policy that is named twice."""
+    named: dict[Path, int] = {}
+    for number, policy in enumerate(policies):
+        if (first := named.setdefault(led_to(Path(policy)), number)) != number:
+            also = "" if policies[first] == policy else f" and as {policies[first]}"
+            raise InputError(
+                f"policies: {policy} is named twice{also}: name it once, with a larger share by weights"
+            )
+
+
+def check_place(folder: Path, policies: Sequence[str], evaluate: bool) -> None:
+    """Raise InputError if the soup would take the place of a run's policy, or be in one that is merged.
+
+    So for one beside results of another soup, which would stay unless it is evaluated.
+    """
+    if not evaluate and (folder / EVALUATION / RESULTS).exists():
+        raise InputError(
+            f"evaluate=false: {folder / EVALUATION} holds the results of the soup that is there; leave "
+            "evaluate=false out, or choose another hydra.run.dir"
+        )
     own = folder / POLICY
     if (folder / CONFIG).exists() or any(
         own.resolve().is_relative_to(Path(policy).resolve()) for policy in policies
@@ -85,8 +105,10 @@ def run(cfg: DictConfig, folder: Path) -> Path:
             "torchrun evaluate.py policy=FOLDER"
         )
     weights = None if cfg.weights is None else list(cfg.weights)
-    check_place(folder, list(map(str, named)))
-    return soup_of(cfg, list(map(str, named)), cfg.method, weights, folder)
+    policies = list(map(str, named))
+    check_named(policies)
+    check_place(folder, policies, cfg.evaluate)
+    return soup_of(cfg, policies, cfg.method, weights, folder)
 
 
 def main(cfg: DictConfig) -> None:

@@ -1,16 +1,26 @@
-"""Refuse links in output directories, through which files of a command would be written elsewhere."""
+"""Refuse output directories of something else, and links in them through which files would be elsewhere."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from capo.cli.run_config import FILLED
-from capo.runtime.files import check_inside, refuse_links
-from capo.runtime.run_folder import SAMPLES, WORKERS
+from capo.cli.run_config import FILLED, check_files, read_config
+from capo.errors import InputError
+from capo.runtime.files import check_inside, led_to, refuse_links
+from capo.runtime.run_folder import CONFIG, OUTCOME, SAMPLES, TRAINED, WORKERS, WRITTEN
+from capo.runtime.terminal import typed
 
 MULTIRUN = "multirun.yaml"  # of Hydra, in the directory of a sweep
+# files by which a folder of something else is known, in which no run is made
+OTHERS = {
+    "model_index.json": "a pipeline",
+    "pytorch_lora_weights.safetensors": "an adapter",
+    "manifest.json": "a pool",
+    MULTIRUN: "a sweep, of which each job has a folder",
+}
 
 
 def check_output(config: DictConfig) -> None:
@@ -44,3 +54,33 @@ def _written(folder: Path, config: DictConfig) -> list[Path]:
     places = [(settings, "*.yaml"), (folder / WORKERS, "*"), (folder / SAMPLES, "*")]
     held = [path for place, names in places if not place.is_symlink() for path in sorted(place.glob(names))]
     return [*(place for place, _ in places), *held, folder / f"{config.hydra.job.name}.log"]
+
+
+def check_place(folder: Path) -> None:
+    """Raise InputError if `folder` holds what a run would replace but no run, or one that writes outside."""
+    _check_free(folder)
+    check_inside(folder, TRAINED)
+    check_files(folder)
+    if (folder / CONFIG).exists():
+        read_config(folder)
+    elif held := [name for name in WRITTEN if os.path.lexists(folder / name)]:
+        raise InputError(
+            f"{folder} has no config.yaml of a run, but holds {', '.join(held)}, which a run would replace: "
+            f"move {'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
+        )
+
+
+def _check_free(folder: Path) -> None:
+    """Raise InputError for the folder of something else, and for one that a run about it writes anew."""
+    found = next(((name, what) for name, what in OTHERS.items() if (folder / name).is_file()), None)
+    if found and not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{typed('hydra.run.dir', folder)} is the folder of {found[1]} ({found[0]}): choose another one"
+        )
+    place = led_to(folder)
+    for inner, outer in zip((place, *place.parents), place.parents, strict=False):
+        if inner.name in {*TRAINED, *FILLED} and (outer / CONFIG).is_file() and (outer / OUTCOME).is_file():
+            raise InputError(
+                f"{typed('hydra.run.dir', folder)} is in {inner.name}/ of the run {outer}, which is written "
+                f"anew by that run: choose another one, or {typed('hydra.run.dir', outer)} for that run"
+            )

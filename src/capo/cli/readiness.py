@@ -144,7 +144,12 @@ def check_pairs(cfg: DictConfig, sources: int) -> None:
 
 
 def refuse_plans(cfg: DictConfig) -> None:
-    """Raise InputError for plan=true and check=true, which only train.py supports."""
+    """Raise InputError for plan=true, check=true and push_to_hub, which only train.py supports."""
+    if cfg.get("push_to_hub"):
+        raise InputError(
+            f"push_to_hub={cfg.push_to_hub} belongs to train.py: give it there with the run's values and its "
+            f"hydra.run.dir, or upload a folder by `hf upload {cfg.push_to_hub} FOLDER`"
+        )
     if found := [key for key in ("plan", "check") if cfg.get(key)]:
         raise InputError(
             f"{found[0]}=true belongs to train.py: give it there with the same values; pools and evaluations "

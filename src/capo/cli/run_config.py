@@ -31,8 +31,6 @@ from capo.runtime.run_folder import (
     OUTCOME,
     POLICY,
     STUDY,
-    TRAINED,
-    WRITTEN,
     last_remedy,
 )
 from capo.runtime.schema import shown
@@ -53,7 +51,18 @@ ADDED = {
 DEPTH = "pairs.depth"  # added likewise, to pairs=frs
 VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,50}")  # it becomes a part of a command in a message
 # sections that act on training alone; of `trainer`, all keys but the second line's
-TRAINED_WITH = ("objective", "reference", "pairs", "selection", "calibration", "noise", "anchor", "online")
+TRAINED_WITH = (
+    "seed",
+    "data",
+    "objective",
+    "reference",
+    "pairs",
+    "selection",
+    "calibration",
+    "noise",
+    "anchor",
+    "online",
+)
 LAUNCHED_WITH = ("accelerator", "devices", "num_nodes", "strategy", "precision", "ema")
 # keys of an evaluation, which a run does not have
 ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust", "study")
@@ -117,20 +126,7 @@ def _complete(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, value, force_add=True)
 
 
-def check_place(folder: Path) -> None:
-    """Raise InputError if `folder` holds what a run would replace but no run, or one that writes outside."""
-    check_inside(folder, TRAINED)
-    _check_ordinary(folder)
-    if (folder / CONFIG).exists():
-        read_config(folder)
-    elif held := [name for name in WRITTEN if os.path.lexists(folder / name)]:
-        raise InputError(
-            f"{folder} has no config.yaml of a run, but holds {', '.join(held)}, which a run would replace: "
-            f"move {'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
-        )
-
-
-def _check_ordinary(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Raise DamagedFile if something else stands where a run's configuration or outcome is a file."""
     for path in (folder / CONFIG, folder / OUTCOME):
         if path.exists() and not path.is_file():
@@ -238,7 +234,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
     not, and one of which a folder that is written to leads elsewhere. Keys that act on training alone are
     told.
     """
-    _check_ordinary(folder)
+    check_files(folder)
     if not (folder / CONFIG).is_file():
         policy = folder / POLICY
         remedy = "the directory that train.py printed"
@@ -259,6 +255,12 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
                 f"{override} beside run={folder}: a run is evaluated with its own configuration, of which no "
                 "recipe takes the place; give the single values that are to differ"
             )
+    tuned = OmegaConf.select(own, "model.name")
+    if "model" in given and cfg.model.name != tuned:
+        raise InputError(
+            f"model={cfg.model.name} beside run={folder}: the run tuned {tuned}, whose policy no "
+            "other model can draw; leave model out"
+        )
     keys = [key for key in given if key.split(".")[0] not in ASKING and not key.startswith("hydra")]
     for key in keys:
         section, _, name = key.partition(".")

@@ -12,7 +12,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from capo.cli.messages import plain_errors
-from capo.cli.run_config import check_place, is_finished
+from capo.cli.places import check_place
+from capo.cli.run_config import is_finished
 from capo.cli.schema import check_group_choices, check_values
 from capo.errors import InputError
 from capo.runtime.imports import heavy_imports

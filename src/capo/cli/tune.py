@@ -38,7 +38,16 @@ from capo.runtime.launch import launch
 from capo.runtime.outlook import EVALUATION as EVALUATING
 from capo.runtime.outlook import Outlook
 from capo.runtime.processes import leave_group, own_device, process_group, run_on_first_process
-from capo.runtime.run_folder import CALIBRATION, EVALUATION, ONLINE, POLICY, VALIDATION, alone, best_win_rate
+from capo.runtime.run_folder import (
+    CALIBRATION,
+    EVALUATION,
+    ONLINE,
+    POLICY,
+    VALIDATION,
+    alone,
+    best_win_rate,
+    check_policy,
+)
 from capo.runtime.terminal import Terminal
 from capo.training.fit import encode_aside, fit, trained_steps
 from capo.training.loader import PreferenceData
@@ -226,6 +235,7 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     with alone(folder), process_group(cuda=own_device(cfg.trainer.accelerator).type == "cuda"):
         progress, evaluated = run_on_first_process(lambda: (open_run(folder, cfg), is_evaluated(folder)))
         if progress is Progress.FINISHED:
+            run_on_first_process(lambda: check_policy(folder))
             console.print(f"{folder} already holds this run, finished")
         if progress is not Progress.FINISHED or (cfg.evaluate and not evaluated):
             with trackers(cfg, group, folder) as loggers:  # first: they may refuse, and loading takes long

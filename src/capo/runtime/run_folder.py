@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from capo.errors import DamagedFile, InputError
-from capo.runtime.files import write_json
+from capo.runtime.files import put_back, write_json
 from capo.runtime.launch import launch
 from capo.runtime.locks import file_lock
 from capo.runtime.schema import Section, key
@@ -96,6 +96,14 @@ def _outcome(folder: Path, schema: type[Outcome]) -> dict[str, Any]:
         return read_record(path, schema, remedy)
     except FileNotFoundError as error:
         raise DamagedFile(path, "it is not there", remedy) from error
+
+
+def check_policy(folder: Path) -> None:
+    """Raise DamagedFile if the policy of the finished run in `folder` is gone."""
+    put_back(folder / POLICY)
+    if not (folder / POLICY).is_dir():
+        remedy = f"restore it, or remove {folder / OUTCOME}, and the run's train.py command exports it again"
+        raise DamagedFile(folder / POLICY, "it is not there", remedy)
 
 
 def last_remedy(folder: Path) -> str:

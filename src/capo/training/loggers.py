@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from capo.data.watching import SECONDS
+from capo.errors import DamagedFile
 from capo.runtime.files import write_table
 from capo.runtime.locks import file_lock
 from capo.runtime.reading import cell, read_rows
@@ -104,9 +105,16 @@ def logged_step(folder: Path) -> int:
 
 
 def pool_seconds(folder: Path) -> float:
-    """Seconds of the last row of `folder/pools.csv`, 0 if there is none; DamagedFile if it is no number."""
+    """Seconds of the last row of `folder/pools.csv`, 0 if there is none.
+
+    Raises DamagedFile if it is no number, and for a file of something else, to which rows would be added.
+    """
     path = folder / POOL_CURVES
-    told = [row for row in _rows(path) if SECONDS in row]
+    rows = _rows(path)
+    told = [row for row in rows if SECONDS in row]
+    if rows and not told:
+        remedy = "move it away, or choose another hydra.run.dir"
+        raise DamagedFile(path, f"it has no column {SECONDS}, so no run has written it", remedy)
     return cell(path, told[-1], SECONDS, float, CURVES_REMEDY) if told else 0.0
 
 

@@ -139,11 +139,22 @@ def test_what_does_not_belong_together_is_refused(tiny_backbones, tmp_path):
 
     refused([whole[0], adapters[0]], "policy0' is a LoRA adapter and .* a whole pipeline")
     refused([whole[0], other], "was tuned from 'sd15' .*choose its base as model")
-    refused([whole[0], tmp_path / "nothing"], r"nothing/base\.json.* cannot be read")
+    refused([whole[0], tmp_path / "nothing"], r"nothing/base\.json.* cannot be read .* finished runs?")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(whole[1], tmp_path / "run" / "policy")
+    refused([whole[0], tmp_path / "run"], r"run/base\.json.* cannot be read .*; give .*/run/policy")
+    refused([whole[0], whole[1] / "unet"], r"unet/base\.json.* cannot be read .*; give .*policy1")
     (whole[1] / "base.json").write_text('{"weights": 3, "denoiser": "x"}')
     refused(whole, r"weights is 3, which is no text")
     with pytest.raises(ParameterError, match="must be above 0"):
         merge_policies(base, adapters * 2, tmp_path / "soup", "slerp", [1.0, -1.0])
+
+
+def test_a_soup_that_its_dtype_cannot_hold_is_refused(tiny_backbone, tmp_path):
+    _, folders = exported(tiny_backbone, tmp_path, count=2, dtype="float16")
+    with pytest.raises(InputError, match=r"weights=\[1e\+06, 1e\+06\]|weights=.* beyond what F16"):
+        merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "linear", [1e6, 1e6])
+    assert not (tmp_path / "soup").exists()
 
 
 def test_other_shapes_are_refused_and_leave_nothing(tiny_backbone, tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
 from capo.cli.process import check_common_folder
+from capo.cli.run_config import open_run
 from capo.errors import InputError
 from capo.runtime.launch import Launch
 from fixtures.configuration import composed
@@ -92,6 +93,32 @@ def test_a_policy_that_was_changed_after_its_run_is_not_evaluated_as_the_runs(
     monkeypatch.setattr(evaluate_script, "evaluate", lambda folder, *_, **__: evaluated.append(folder))
     evaluate_script.run(tiny_run("asked", *given, config="evaluate"), given, tmp_path)
     assert evaluated == [run / "evaluation"]
+
+
+def test_what_a_runs_evaluation_would_ignore_is_refused(tmp_path):
+    run = tmp_path / "run"
+    open_run(run, composed())
+    for name in ("outcome.json", "elsewhere"):
+        (run / name).write_text("{}")
+    given = f"run={run}"
+    for asked, told in (
+        ([], r"run/policy cannot be read \(it is not there\); restore it, or remove .*outcome.json, and"),
+        (
+            ["export=full"],
+            "export=full beside run=.*: its policy is evaluated as it is; .* validation.strengths",
+        ),
+        (
+            ["model=shapes_mmdit"],
+            "model=shapes_mmdit beside run=.*: the run tuned shapes_unet, whose policy no",
+        ),
+        (["evaluate=false"], "evaluate=false: evaluate.py does nothing but evaluate; leave it out"),
+    ):
+        asked = [given, *asked]
+        with pytest.raises(InputError, match=told):
+            evaluate_script.run(composed(*asked, name="evaluate"), asked, run)
+    evaluate_script.check_inner(run, run / "evaluation")
+    with pytest.raises(InputError, match=r"hydra.run.dir=.*/x beside run=.*/run: .* policy=.*/run/policy"):
+        evaluate_script.check_inner(run, tmp_path / "x")
 
 
 def test_processes_without_a_common_folder_are_refused():

@@ -3,8 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from capo.cli import generate, merge, train, tune
+from capo.cli import evaluate, generate, merge, train, tune
 from capo.cli.compose import composed
+from capo.cli.places import OTHERS, check_place
 from capo.errors import InputError
 
 
@@ -12,8 +13,52 @@ from capo.errors import InputError
 def test_a_soup_is_not_written_into_a_policy_that_is_merged(tmp_path, inside):
     (tmp_path / "policy" / "unet").mkdir(parents=True)
     with pytest.raises(InputError, match=r"would be replaced by the soup, but .*; choose another"):
-        merge.check_place(tmp_path / inside, [str(tmp_path / "policy"), str(tmp_path / "other")])
-    merge.check_place(tmp_path / "policy-2", [str(tmp_path / "policy"), str(tmp_path / "other")])
+        merge.check_place(tmp_path / inside, [str(tmp_path / "policy"), str(tmp_path / "other")], True)
+    merge.check_place(tmp_path / "policy-2", [str(tmp_path / "policy"), str(tmp_path / "other")], True)
+
+
+def test_a_policy_that_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    merge.check_named(["a", "b"])
+    for policies, told in (
+        (["a", "b", "a"], "policies: a is named twice: name it once, with a larger share by"),
+        ([f"{tmp_path}/a", f"{tmp_path}/link"], "link is named twice and as .*/a: name"),
+    ):
+        with pytest.raises(InputError, match=told):
+            merge.check_named(policies)
+
+
+def test_a_soup_does_not_stand_beside_the_results_of_another_one(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").touch()
+    merge.check_place(tmp_path, ["a", "b"], True)
+    with pytest.raises(InputError, match=r"evaluate=false: .*/evaluation holds the results of the soup"):
+        merge.check_place(tmp_path, ["a", "b"], False)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_run_is_made_in_the_folder_of_something_else(tmp_path, name):
+    check_place(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=rf"hydra.run.dir={tmp_path} is the folder of .* \({name}\)"):
+        check_place(tmp_path)
+
+
+def test_no_run_is_made_in_a_folder_that_another_run_writes_anew(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "outcome.json").touch()
+    check_place(tmp_path / "other")
+    for name in ("policy", "evaluation/x", "checkpoints"):
+        with pytest.raises(InputError, match=rf"is in {name[:6]}.*/ of the run {tmp_path}, which is written"):
+            check_place(tmp_path / name)
+
+
+@pytest.mark.parametrize(("script", "name"), [(merge, "merge"), (evaluate, "evaluate")])
+def test_only_a_training_uploads(tmp_path, script, name):
+    given = ["push_to_hub=me/it", *(["policies=[a,b]"] if name == "merge" else [])]
+    cfg = composed(name, [f"run_dir={tmp_path}", *given])
+    with pytest.raises(InputError, match=r"push_to_hub=me/it belongs to train.py: .*hf upload me/it FOLDER`"):
+        script.run(cfg, *([given] if name == "evaluate" else []), tmp_path)
 
 
 @pytest.mark.parametrize(("stage", "given", "message"), [

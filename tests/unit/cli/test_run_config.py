@@ -3,11 +3,11 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
+from capo.cli.places import check_place
 from capo.cli.run_config import (
     ADDED,
     Progress,
     begin_training,
-    check_place,
     is_finished,
     open_run,
     read_config,

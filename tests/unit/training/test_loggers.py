@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
 from capo.training.loggers import CurvesFile, pool_seconds
 from capo.training.wandb_run import wandb_is_online
 from fixtures.wandb_files import collected, ended_records
@@ -138,6 +138,12 @@ def test_curves_are_kept_and_cut(tmp_path):
     again.log_metrics({"accuracy": 1.0}, 3)
     again.finalize("success")
     assert (tmp_path / "metrics.csv").read_text() == "accuracy,loss,step\n,0.5,1\n,1.0,2\n1.0,,3\n"
+
+
+def test_pools_of_something_else_get_no_rows(tmp_path):
+    (tmp_path / "pools.csv").write_text("pool,depth\nlap,2\n")
+    with pytest.raises(DamagedFile, match=r"no column time/pool/seconds, so no run .*; move it away, or "):
+        pool_seconds(tmp_path)
 
 
 def test_rows_of_pools_are_kept_when_a_run_resumes(tmp_path):
