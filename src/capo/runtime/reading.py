@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -110,6 +110,11 @@ def parse_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it holds no names with values")
     return found
+
+
+def other_separator(columns: Sequence[str], own: str) -> str | None:
+    """What separates the names that a table's first line has, if it is not its `own` separator; else None."""
+    return next((mark for mark in ";\t," if len(columns) == 1 and mark != own and mark in columns[0]), None)
 
 
 def read_rows(path: str | Path, remedy: str) -> list[dict[str, str]]:

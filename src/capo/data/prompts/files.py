@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capo.data.prompts.text import decoded_lines, readable, unreadable
+from capo.data.prompts.text import decoded_lines, prompt_lines, readable, unreadable
 from capo.errors import InputError, first_line
-from capo.runtime.reading import open_ordinary, parse_json
+from capo.runtime.reading import open_ordinary, other_separator, parse_json
 
 BATCH = 2**15  # rows held as Python objects at a time
 Batch = dict[str, list]  # column -> its values, all of one length
@@ -25,7 +26,7 @@ Choose = Callable[
 
 def read_text(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
     """Text file with one prompt per line, column `prompt`."""
-    return _columns(choose(["prompt"]), ((line,) for line in decoded_lines(file, place)))
+    return _columns(choose(["prompt"]), ((line,) for line in prompt_lines(file, place)))
 
 
 def read_folder(folder: Path, place: str, choose: Choose) -> Iterator[Batch]:
@@ -113,7 +114,7 @@ def row_count(file: Path, form: str) -> int | None:
             return None
         with open_ordinary(file, unreadable(str(file))) as whole:
             return pq.read_metadata(whole).num_rows
-    except Exception:
+    except (InputError, OSError, pa.ArrowException):
         return None  # the reader of the file raises the error
 
 
@@ -123,6 +124,11 @@ def _table(file: Path, place: str, choose: Choose, **dialect: Any) -> Iterator[B
         header = next(rows, [])
         if not header:
             raise InputError(f"{place}: the first line is empty; it must name the columns")
+        if mark := other_separator(header, dialect["delimiter"]):
+            raise InputError(
+                f"{place}: its first line has {mark!r} between columns, where {dialect['delimiter']!r} "
+                "should stand; write it as CSV, with commas, or as TSV, with tabs"
+            )
         names = single(choose(header), header, place)
         yield from _columns(names, _cells(rows, header, names, place))
     except csv.Error as error:

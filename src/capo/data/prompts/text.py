@@ -45,8 +45,18 @@ def decoded_lines(file: Path, place: str) -> Iterator[str]:
                 raise InputError(
                     f"{place}: not UTF-8 text (byte {start + error.start}) in line {number}; save it as UTF-8"
                 ) from error
+            if "\0" in text:  # the letters of UTF-16 without its mark are UTF-8 with null bytes between
+                raise InputError(
+                    f"{place}: a null byte in line {number}, which no text has; save it as UTF-8"
+                )
             start += len(line)
             yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def prompt_lines(file: Path, place: str) -> Iterator[str]:
+    """Prompts of a file with one per line, whose ends may be LF, CRLF or CR; errors of `decoded_lines`."""
+    for line in decoded_lines(file, place):
+        yield from line.rstrip("\r\n").split("\r")
 
 
 def text_files(train: str | Path, validation: str | Path, test: str | Path) -> dict[str, list[Prompt]]:
@@ -65,7 +75,7 @@ def text_files(train: str | Path, validation: str | Path, test: str | Path) -> d
 
 
 def _prompts(place: str, file: Path) -> list[Prompt]:
-    prompts = [prompt for line in decoded_lines(file, place) if (prompt := make_prompt(line)).text]
+    prompts = [prompt for line in prompt_lines(file, place) if (prompt := make_prompt(line)).text]
     if not prompts:
         raise InputError(f"{place}: the file has no prompt; write one prompt per line")
     return prompts

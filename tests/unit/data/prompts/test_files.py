@@ -37,10 +37,7 @@ def read(path, *names):
 def test_a_line_a_prompt(tmp_path):
     # U+2028 and form feed end no line; a byte order mark is no text
     path = written(tmp_path, "a.txt", "\ufeffa circle\r\n\na\u2028star\f!\nlast")
-    assert read(path, "prompt") == (
-        {"prompt": ["a circle\r\n", "\n", "a\u2028star\f!\n", "last"]},
-        ["prompt"],
-    )
+    assert read(path, "prompt") == ({"prompt": ["a circle", "", "a\u2028star\f!", "last"]}, ["prompt"])
 
 
 def test_a_file_a_prompt(tmp_path):
@@ -144,3 +141,17 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     assert row_count(tmp_path / name, "parquet") is None
     with pytest.raises(InputError, match=rf"here={name}: cannot be read \(it is no ordinary file\)"):
         read(tmp_path / name, "prompt")
+
+
+def test_old_line_ends_end_a_prompt(tmp_path):
+    assert read(written(tmp_path, "a.txt", "a cat\ra dog\r"), "prompt")[0] == {"prompt": ["a cat", "a dog"]}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.txt", "a cat\n".encode("utf-16-le"), "a null byte in line 1, which no text has; save it as UTF-8"),
+    ("a.csv", "prompt;tag\na cat;x\n", "its first line has ';' between columns, where ',' should stand"),
+    ("a.tsv", "prompt,tag\na cat,x\n", "its first line has ',' between columns"),
+])  # fmt: skip
+def test_what_would_be_read_otherwise_than_meant_is_refused(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message):
+        read(written(tmp_path, name, content), "prompt")
