@@ -10,7 +10,7 @@ from capo.data.prompts import make_prompt
 from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
-from capo.evaluation.benchmarks.reading import means, official_file
+from capo.evaluation.benchmarks.reading import add_figure, means, official_file
 
 WHAT = "DPG-Bench's folder of text files, dpg_bench/prompts (https://github.com/TencentQQGYLab/ELLA)"
 IMAGES = 4  # that the scorer cuts out of a picture
@@ -61,7 +61,8 @@ def dpg(path: str | None = None) -> Benchmark:
 
 def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
     """Read the scorer's --res-path: the mean score of the images in each picture."""
-    key, found = f"results={place}", {}
+    key = f"results={place}"
+    found: dict[int, dict[int, float]] = {}
     numbers = {Path(picture.path).stem: picture.prompt for picture in benchmark.pictures}
     for line in decoded_lines(place, key):
         path, *figures = line.strip().rsplit(", ", IMAGES + 1)
@@ -73,9 +74,11 @@ def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
                 f"{key}: it has a picture '{stem}', but no text file has that name; give this list's results"
             )
         try:
-            found[numbers[stem]] = [float(figure) for figure in figures[:IMAGES]]
+            read = [float(figure) for figure in figures[:IMAGES]]
         except ValueError as error:
             raise InputError(
                 f"{key}: of '{stem}' it has no figures ({error}); run the scorer again"
             ) from error
+        for image, figure in enumerate(read):
+            add_figure(found, numbers[stem], image, figure, f"{key}: '{stem}'")
     return {"dpg": means(found, len(benchmark.prompts), IMAGES, key)}

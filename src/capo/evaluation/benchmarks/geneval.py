@@ -10,12 +10,12 @@ from torch import Tensor
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
-from capo.evaluation.benchmarks.reading import means, official_file, read_records, text_of
+from capo.evaluation.benchmarks.reading import add_figure, means, official_file, read_records, text_of
 from capo.evaluation.categories import groups_of
 
 WHAT = "GenEval's prompts/evaluation_metadata.jsonl (https://github.com/djghosh13/geneval)"
 # end of an image's path in the results
-FOLDER = re.compile(r"\b(\d{1,9})[/\\]samples[/\\]\d+\.png$", re.ASCII)
+FOLDER = re.compile(r"\b(\d{1,9})[/\\]samples[/\\](\d{1,9})\.png$", re.ASCII)
 
 
 def geneval(path: str | None = None, images: int = 4) -> Benchmark:
@@ -64,7 +64,8 @@ def geneval(path: str | None = None, images: int = 4) -> Benchmark:
 
 def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
     """Read results.jsonl of evaluate_images.py: the share of a prompt's images that are correct."""
-    key, found = f"results={place}", {}
+    key = f"results={place}"
+    found: dict[int, dict[int, float]] = {}
     for number, (_, record) in enumerate(read_records(place, key), start=1):
         line = f"{key}: line {number}"
         folder = FOLDER.search(text_of(record, "filename", line))
@@ -80,5 +81,5 @@ def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
                 f"{line}: folder {folder[1]} has the prompt '{record['prompt']}', the list has "
                 f"'{benchmark.prompts[prompt].text}'; give the list with which the images were drawn"
             )
-        found.setdefault(prompt, []).append(float(record["correct"]))
+        add_figure(found, prompt, int(folder[2]), float(record["correct"]), line)
     return {"geneval": means(found, len(benchmark.prompts), benchmark.images, key)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,22 @@ def index_of(value: object, place: str) -> int:
     return int(number)
 
 
-def means(values: Mapping[int, Sequence[float]], prompts: int, images: int, place: str) -> Tensor:
+def add_figure(
+    values: dict[int, dict[int, float]], prompt: int, image: int, figure: float, place: str
+) -> None:
+    """Add the figure of a prompt's image to `values`; InputError, which names `place`, for a second one."""
+    if image in values.setdefault(prompt, {}):
+        raise InputError(
+            f"{place}: image {image} of prompt {prompt} has a figure already; remove one of both"
+        )
+    values[prompt][image] = figure
+
+
+def means(values: Mapping[int, Mapping[int, float]], prompts: int, images: int, place: str) -> Tensor:
     """Mean over its images of each prompt, (P,) float64.
 
     Args:
-        values: number of a prompt -> its images' figures.
+        values: number of a prompt -> number of an image -> its figure (`add_figure`).
         prompts: number of prompts, P.
         images: number of images that each must have.
         place: name of the results in messages.
@@ -131,7 +142,7 @@ def means(values: Mapping[int, Sequence[float]], prompts: int, images: int, plac
             f"{place}: {len(wrong)} of {prompts} prompts do not have figures of {images} images (the first "
             f"is prompt {wrong[0]}, with {len(values.get(wrong[0], ()))}); let the scorer read the whole tree"
         )
-    if any(not math.isfinite(value) for found in values.values() for value in found):
+    if any(not math.isfinite(value) for found in values.values() for value in found.values()):
         raise InputError(f"{place}: a figure is not finite; run the scorer again")
-    rows = [values[number] for number in range(prompts)]
+    rows = [list(values[number].values()) for number in range(prompts)]
     return torch.tensor(rows, dtype=torch.float64).mean(1)

@@ -13,6 +13,7 @@ from capo.data.prompts.text import decoded_lines
 from capo.errors import InputError
 from capo.evaluation.benchmarks.layout import Benchmark, Official, Picture
 from capo.evaluation.benchmarks.reading import (
+    add_figure,
     entries_of,
     index_of,
     means,
@@ -131,12 +132,13 @@ def read_results(place: Path, benchmark: Benchmark) -> dict[str, Tensor]:
     values = torch.zeros(len(benchmark.prompts), dtype=torch.float64)
     for name, numbers in benchmark.groups.items():
         file = place / name / RESULTS[name] / "vqa_result.json"
-        key, found = f"results={file}", {}
+        key = f"results={file}"
+        found: dict[int, dict[int, float]] = {}
         for number, entry in enumerate(entries_of(official_json(file, key), key)):
             here = f"{key}: entry {number}"
             if not isinstance(entry, dict) or not {"question_id", "answer"} <= entry.keys():
                 raise InputError(f"{here} has no question_id with an answer; run the scorer again")
-            row = index_of(entry["question_id"], f"{here}: question_id") // benchmark.images
-            found.setdefault(row, []).append(number_of(entry["answer"], f"{here}: answer"))
+            row, image = divmod(index_of(entry["question_id"], f"{here}: question_id"), benchmark.images)
+            add_figure(found, row, image, number_of(entry["answer"], f"{here}: answer"), here)
         values[list(numbers)] = means(found, len(numbers), benchmark.images, key)
     return {"t2i_compbench": values}

@@ -139,6 +139,9 @@ def test_results_of_geneval(tmp_path):
     ):
         with pytest.raises(InputError, match=says):
             benchmark.read_official(geneval_results(path, wrong))
+    path.write_text(geneval_results(path, correct).read_text() * 2)
+    with pytest.raises(InputError, match="line 5: image 1 of prompt 1 has a figure already; remove one"):
+        benchmark.read_official(path)
     with pytest.raises(InputError, match="folder 00001 has the prompt 'a bird', the list has 'a dog'"):
         benchmark.read_official(geneval_results(path, correct, ("a cat", "a bird")))
     with pytest.raises(InputError, match=r"results=.*nowhere: cannot be read"):
@@ -167,8 +170,9 @@ def test_results_of_dpg(tmp_path):
         ("/images/x.png, 1.0, 1.0, 1.0, 1.0, 1.0", "it has a picture 'x', but no text file"),
         ("/images/0.png, 1.0, a, 1.0, 1.0, 1.0", "of '0' it has no figures"),
         ("/images/0.png, 1.0, nan, 1.0, 1.0, 1.0", "a figure is not finite"),
+        (f"{lines[1]}\n{lines[1]}", "'0': image 0 of prompt 0 has a figure already; remove one of both"),
     ):
-        path.write_text("\n".join([*lines, line]))
+        path.write_text("\n".join([lines[0], line]))
         with pytest.raises(InputError, match=says):
             benchmark.read_official(path)
 
@@ -195,6 +199,10 @@ def test_results_of_t2i_compbench(tmp_path):
     figures = summary(benchmark, [Row("one", values)], 0)["measures"]["t2i_compbench"]
     assert list(figures) == ["color", "spatial"]  # no mean of different scorers
     for text, says in (
+        (
+            '[{"question_id": 0, "answer": 1}, {"question_id": 0, "answer": 1}]',
+            "entry 1: image 0 of prompt 0 has a figure already; remove one of both",
+        ),
         ('[{"question_id": 0}]', "entry 0 has no question_id with an answer"),
         ("[3]", "entry 0 has no question_id with an answer"),
         ("5", "it holds 5, not a list"),
