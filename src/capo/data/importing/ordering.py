@@ -34,6 +34,19 @@ class Entry:
     ranks: tuple[int, ...] | None
 
 
+class Dropped(Counter[str]):
+    """Number of entries left out by reason; `first` has the place of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Place] = {}
+
+    def drop(self, reason: str, place: Place) -> None:
+        """Count an entry that cannot be used."""
+        self[reason] += 1
+        self.first.setdefault(reason, place)
+
+
 def unusable(caption: str, ranks: Sequence[int] | None) -> str | None:
     """Reason why an entry cannot be used, or None if it can."""
     if not caption:
@@ -108,15 +121,16 @@ def dense_ranks(values: Sequence[float], better: str) -> tuple[int, ...]:
     return tuple(places[value] for value in values)
 
 
-def same_size(entries: Sequence[Entry], candidates: int | None, dropped: Counter[str]) -> list[Entry]:
+def same_size(entries: Sequence[Entry], candidates: int | None, dropped: Dropped) -> list[Entry]:
     """Entries with `candidates` images each, by default as many as the smallest entry has.
 
     Smaller entries are dropped and counted in `dropped`, larger ones thinned.
     """
     count = candidates or min((len(entry.places) for entry in entries), default=2)
-    large = [entry for entry in entries if len(entry.places) >= count]
-    dropped[TOO_FEW] += len(entries) - len(large)
-    return [thinned(entry, count) for entry in large]
+    for entry in entries:
+        if len(entry.places) < count:
+            dropped.drop(TOO_FEW, entry.places[0])
+    return [thinned(entry, count) for entry in entries if len(entry.places) >= count]
 
 
 def thinned(entry: Entry, count: int) -> Entry:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from capo.data.importing.ordering import Entry, Place
+from capo.data.importing.ordering import Dropped, Entry, Place
 from capo.data.importing.tables import SHARED, RowCursor, Table
 from capo.errors import InputError
 from capo.runtime.files import led_to, lies_in, own_places
@@ -51,7 +50,7 @@ class Source(ABC):
                 )
 
     @abstractmethod
-    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+    def read(self, dropped: Dropped) -> Iterator[Entry]:
         """Entries in the order of the tables; counts in `dropped` those that cannot be used, by reason."""
 
     @abstractmethod
@@ -95,8 +94,8 @@ class Source(ABC):
         )
 
     @cached_property
-    def _read(self) -> tuple[list[Entry], Counter[str]]:
-        dropped: Counter[str] = Counter()
+    def _read(self) -> tuple[list[Entry], Dropped]:
+        dropped = Dropped()
         return list(self.read(dropped)), dropped
 
     @property
@@ -108,6 +107,12 @@ class Source(ABC):
     def dropped(self) -> dict[str, int]:
         """Reason -> number of entries left out; images are not checked yet."""
         return dict(self._read[1])
+
+    @property
+    def first_dropped(self) -> dict[str, str]:
+        """Reason -> table and row of the first entry left out."""
+        places = self._read[1].first.items()
+        return {reason: f"{self.tables[table].path.name} row {row + 1}" for reason, (table, row, _) in places}
 
     @cached_property
     def fingerprint(self) -> str:

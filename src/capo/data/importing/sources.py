@@ -6,13 +6,13 @@ Each file of the Hydra group `import` names a function that makes a `Source` and
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from capo.data.importing.ordering import (
     TOO_FEW,
     UNEQUAL,
+    Dropped,
     Entry,
     caption_of,
     choice_of,
@@ -33,11 +33,6 @@ class _Pairs(Source):
     """Source in which a row is a comparison of two images."""
 
     def __init__(self, tables, caption: str, image_0: str, image_1: str, label: str, limit: int | None):
-        if image_0 == image_1:
-            raise InputError(
-                f"import.image_1={image_1}: it is import.image_0 too, so that each image would be compared "
-                "with itself; name the other column"
-            )
         for table in tables:
             table.require({"caption": caption, "image_0": image_0, "image_1": image_1, "label": label})
         options = {
@@ -50,7 +45,7 @@ class _Pairs(Source):
         super().__init__(tables, tables[0].path.parent, [image_0, image_1], options)
         self.caption, self.label, self.limit = caption, label, limit
 
-    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+    def read(self, dropped: Dropped) -> Iterator[Entry]:
         """One entry for each usable row, as many as `limit`."""
         found = 0
         for number, table in enumerate(self.tables):
@@ -60,7 +55,7 @@ class _Pairs(Source):
                 caption = caption_of(values.get(self.caption), table.named(row, self.caption))
                 ranks = choice_of(values.get(self.label), table.named(row, self.label))
                 if reason := unusable(caption, ranks):
-                    dropped[reason] += 1
+                    dropped.drop(reason, (number, row, 0))
                     continue
                 found += 1
                 yield Entry(caption, ((number, row, 0), (number, row, 1)), ranks)
@@ -88,10 +83,10 @@ class _Lists(Source):
         super().__init__(tables, images, [column], options)
         self.caption, self.order, self.better, self.candidates = caption, order, better, candidates
 
-    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+    def read(self, dropped: Dropped) -> Iterator[Entry]:
         yield from same_size(list(self._rows(dropped)), self.candidates, dropped)
 
-    def _rows(self, dropped: Counter[str]) -> Iterator[Entry]:
+    def _rows(self, dropped: Dropped) -> Iterator[Entry]:
         for number, table in enumerate(self.tables):
             columns = [
                 self.caption,
@@ -105,7 +100,7 @@ class _Lists(Source):
                 ranks = dense_ranks(numbers, self.better) if numbers else None
                 count = len(_images(values.get(self.columns[0]))) if len(columns) == 3 else len(numbers or ())
                 if reason := unusable(caption, ranks) or (UNEQUAL if count != len(ranks or ()) else None):
-                    dropped[reason] += 1
+                    dropped.drop(reason, (number, row, 0))
                     continue
                 yield Entry(caption, tuple((number, row, item) for item in range(count)), ranks)
 
@@ -147,10 +142,10 @@ class _Files(Source):
         super().__init__([table], images, [column], options)
         self.caption, self.score, self.better, self.candidates = caption, score, better, candidates
 
-    def read(self, dropped: Counter[str]) -> Iterator[Entry]:
+    def read(self, dropped: Dropped) -> Iterator[Entry]:
         yield from same_size(list(self._captions(dropped)), self.candidates, dropped)
 
-    def _captions(self, dropped: Counter[str]) -> Iterator[Entry]:
+    def _captions(self, dropped: Dropped) -> Iterator[Entry]:
         groups: dict[str, list[tuple[int, float | None]]] = {}
         for row, values in self.tables[0].rows([self.caption, *([self.score] if self.score else [])]):
             score = (
@@ -164,7 +159,7 @@ class _Files(Source):
             scores = [score for _, score in members if score is not None]
             ranks = dense_ranks(scores, self.better) if self.score and len(scores) == len(members) else None
             if reason := TOO_FEW if len(members) < 2 else unusable(caption, ranks if self.score else (0, 1)):
-                dropped[reason] += 1
+                dropped.drop(reason, (0, members[0][0], 0))
                 continue
             yield Entry(caption, tuple((0, row, 0) for row, _ in members), ranks)
 
@@ -286,6 +281,11 @@ def _tables(files: str | Sequence[str]) -> list[Table]:
                 f"import.files={name}: {what}; give a table, a folder of parquet files, or a list of them"
             )
         paths += inside
+    own = [path.resolve() for path in paths]
+    if twice := [path for path in own if own.count(path) > 1]:
+        raise InputError(
+            f"import.files: {twice[0]} is named twice, so its rows would count twice; name it once"
+        )
     if not paths:
         raise InputError("import.files is empty; give a table, a folder of parquet files, or a list of them")
     return [Table(path) for path in paths]

@@ -37,7 +37,7 @@ def survey(source: Source, progress: bool = True) -> ImportTable:
     dropped = {reason: count for reason, count in source.dropped.items() if count}
     if lost := len(source.entries) - len(kept):
         dropped[BROKEN] = lost
-    report = {"entries": len(kept), "dropped": dropped, "broken": broken}
+    report = {"entries": len(kept), "dropped": dropped, "broken": broken, "first": source.first_dropped}
     if not kept:
         raise InputError(f"nothing to import: {described(report)}")
     return _table(kept, report)
@@ -71,9 +71,16 @@ def _table(kept: list[Entry], report: Mapping[str, Any]) -> ImportTable:
 
 def described(report: Mapping[str, Any]) -> str:
     """Report in words: number of entries, how many were left out and why, and the first broken images."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report["dropped"].items())) or "none"
+    first = report.get("first", {})  # pools of earlier versions have none
+    reasons = ", ".join(
+        f"{count} {reason}{f' (the first: {first[reason]})' if reason in first else ''}"
+        for reason, count in sorted(report["dropped"].items())
+    )
     captions = f" with {report['captions']} different captions" if "captions" in report else ""
-    lines = [f"{report['entries']} entries{captions}; left out: {reasons}", *report["broken"][:NAMED]]
+    lines = [
+        f"{report['entries']} entries{captions}; left out: {reasons or 'none'}",
+        *report["broken"][:NAMED],
+    ]
     if (more := len(report["broken"]) - NAMED) > 0:
         lines.append(f"and {more} more broken images")
     return "\n  ".join(lines)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capo.errors import DamagedFile, InputError, first_line
-from capo.runtime.reading import open_ordinary, parse_json
+from capo.runtime.reading import open_ordinary, other_separator, parse_json
 
 BATCH = 32  # rows in memory at a time: 64 MB for two images of 1 MB per row
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
@@ -88,10 +88,14 @@ class Table:
         if self.path.suffix in (".csv", ".tsv"):
             delimiter = "\t" if self.path.suffix == ".tsv" else ","
             read = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            _single(read.fieldnames or ())
+            names = _single(read.fieldnames or ())
+            if mark := other_separator(names, delimiter):
+                raise ValueError(f"its first line has {mark!r} between columns, not {delimiter!r}")
             rows = list(read)
-            if any(None in row for row in rows):
-                raise ValueError("a row has more cells than there are columns")
+            for number, row in enumerate(rows, start=1):
+                if None in row or None in row.values():
+                    which = "more" if None in row else "fewer"
+                    raise ValueError(f"row {number} has {which} cells than there are columns")
             return rows
         rows = (
             parse_json(text)
@@ -113,6 +117,13 @@ class Table:
                 raise InputError(
                     f"{self.path} has no column '{name}' (import.{option}); it has "
                     f"{', '.join(self.names) or 'none'}: name the right one with import.{option}=COLUMN"
+                )
+        named = dict[str, str]()
+        for option, name in columns.items():
+            if (other := named.setdefault(name, option)) != option:
+                raise InputError(
+                    f"import.{option}={name}: it is import.{other} too; name the column that holds it with "
+                    f"import.{option}=COLUMN, of {', '.join(self.names)}"
                 )
 
     def holds_paths(self, column: str) -> bool:

@@ -99,6 +99,8 @@ def _entries(table: pa.Table, metadata: Mapping[str, str]) -> ImportTable:
         raise ValueError(f"candidates is {candidates}, but there are {len(table)} rows")
     if not isinstance(report.get("dropped"), dict) or not isinstance(report.get("broken"), list):
         raise ValueError("report lacks dropped or broken")
+    if not isinstance(report.get("first", {}), dict):
+        raise ValueError("first in the report is no mapping")
     for name in SCHEMA.names:
         empty = table[name].null_count
         if empty and (name != "rank" or empty != len(table)):

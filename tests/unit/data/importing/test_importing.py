@@ -22,7 +22,7 @@ from capo.data.importing.chosen import Imported
 from capo.data.importing.filling import import_pool
 from capo.data.importing.images import BrokenImage, picture
 from capo.data.importing.ordering import caption_of, dense_ranks
-from capo.data.importing.survey import entry_id, survey
+from capo.data.importing.survey import described, entry_id, survey
 from capo.data.importing.tables import RowCursor, Table
 from capo.data.labels import HUMAN
 from capo.data.pool import Pool
@@ -110,6 +110,8 @@ def test_what_cannot_be_used_is_counted_and_named(pool):
         "without a caption": 1,
         "with a broken image": 1,
     }
+    assert report["first"].keys() == report["dropped"].keys() - {"with a broken image"}
+    assert f"1 ties (the first: {report['first']['ties']})" in described(report)
     assert len(report["broken"]) == 1 and report["broken"][0].startswith("pairs.parquet row 9, jpg_1: ")
 
 
@@ -183,7 +185,7 @@ def test_nothing_left_says_why(tmp_path):
         tmp_path / "x.parquet",
     )
     said = (
-        r"left out: 1 ties, 1 with a broken image\n"
+        r"left out: 1 ties \(the first: x.parquet row 2\), 1 with a broken image\n"
         r"  x.parquet row 1, jpg_0: .*\n  x.parquet row 1, jpg_1: there is none"
     )
     with pytest.raises(InputError, match=said):
@@ -536,6 +538,10 @@ def test_a_caption_that_no_text_encoder_reads_to_its_end_is_refused():
     ("t.csv", 'caption,score\n"a,1\nb,2\n', r"t.csv cannot be read as csv \(unexpected end of data\)"),
     ("t.csv", "rating,rating\n1,2\n", r"t.csv cannot be read as csv \(several columns are called rating\)"),
     ("t.tsv", "rating\trating\n1\t2\n", "several columns are called rating"),
+    ("t.csv", "a,b\n1,2\n3\n", "row 2 has fewer cells than there are columns"),
+    ("t.csv", "a,b\n1,2,3\n", "row 1 has more cells than there are columns"),
+    ("t.csv", "a;b\n1;2\n", "its first line has ';' between columns, not ','"),
+    ("t.tsv", "a,b\n1,2\n", "its first line has ',' between columns"),
 ])  # fmt: skip
 def test_tables_that_would_lose_something_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
@@ -549,11 +555,18 @@ def test_a_parquet_table_with_two_columns_of_one_name_is_refused(tmp_path):
         Table(tmp_path / "t.parquet")
 
 
-def test_an_image_compared_with_itself_is_refused(parquet):
-    with pytest.raises(
-        InputError, match=r"import.image_1=jpg_0: it is import.image_0 too, so that each image"
-    ):
-        pickapic(str(parquet), image_1="jpg_0")
+@pytest.mark.parametrize(("option", "other", "column"), [
+    ("image_1", "image_0", "jpg_0"),
+    ("label", "caption", "caption"),
+])  # fmt: skip
+def test_a_column_has_one_meaning(parquet, option, other, column):
+    with pytest.raises(InputError, match=f"import.{option}={column}: it is import.{other} too"):
+        pickapic(str(parquet), **{option: column})
+
+
+def test_a_table_that_is_named_twice_is_refused(parquet):
+    with pytest.raises(InputError, match=r"import.files: .*pairs.parquet is named twice"):
+        pickapic([str(parquet), str(parquet.parent / ".." / parquet.parent.name / parquet.name)])
 
 
 def test_a_name_that_no_file_system_takes_is_one_broken_image(tmp_path):
