@@ -19,6 +19,18 @@ Size = Annotated[int, Field(ge=1, le=2**16)]
 Sizes = Annotated[
     Size | list[Size | None] | None, Said("a whole number from 1 to 65536, a list of them, or null")
 ]
+Depths = Annotated[int, Field(ge=1, le=1024)]
+Layers = Annotated[
+    Depths | list[Depths | list[Depths]] | None,
+    Said("a whole number from 1 to 1024, a list of them, or null"),
+]
+# far beyond what any model has: images and times would not be finite
+Factor = Annotated[float, Field(gt=0, le=10000)]
+Offset = Annotated[float, Field(ge=-10000, le=10000)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Statistics = Annotated[
+    Annotated[list[Offset], Field(min_length=1)] | None, Said("a list of a number for each channel, or null")
+]
 Count = Annotated[int, Field(ge=1, le=2**24)]  # of tokens
 
 
@@ -29,16 +41,21 @@ class Network(Record):
         Side | Annotated[list[Side], Field(min_length=2, max_length=2)],
         Said("a whole number from 1 on, or two of them"),
     ] = key("sides of its latents or images", 1)
-    scaling_factor: Annotated[float, Field(gt=0)] = key("factor of a VAE's latents", 1.0)
-    shift_factor: float | None = key("shift of a VAE's latents", None)
+    scaling_factor: Factor = key("factor of a VAE's latents", 1.0)
+    shift_factor: Offset | None = key("shift of a VAE's latents", None)
+    latents_mean: Statistics = key("mean of a VAE's latents by channel", None)
+    latents_std: Statistics = key("standard deviation of a VAE's latents by channel", None)
+    norm_eps: Share = key("what a normalization adds to the variance", 1e-5)
+    freq_shift: Offset = key("shift of the frequencies of an embedded time", 0)
     addition_time_embed_dim: Annotated[int, Field(ge=1)] | None = key("width of an embedded size", None)
     in_channels: Sizes = key("channels of the input", None)
     out_channels: Sizes = key("channels of the output", None)
     latent_channels: Sizes = key("channels of a VAE's latents", None)
     block_out_channels: Sizes = key("channels of its blocks", None)
-    layers_per_block: Sizes = key("layers of a block", None)
+    layers_per_block: Layers = key("layers of a block", None)
+    transformer_layers_per_block: Layers = key("transformers of a block", None)
     norm_num_groups: Sizes = key("groups of a normalization", None)
-    num_layers: Sizes = key("layers", None)
+    num_layers: Layers = key("layers", None)
     num_attention_heads: Sizes = key("heads of an attention layer", None)
     attention_head_dim: Sizes = key("width of a head, or their number", None)
     cross_attention_dim: Sizes = key("width of the text", None)
@@ -54,14 +71,15 @@ class Encoder(Record):
 
     hidden_size: Size = key("width", 1)
     intermediate_size: Size = key("width of a layer's inner part", 1)
-    num_hidden_layers: Size = key("layers", 1)
+    num_hidden_layers: Depths = key("layers", 1)
     num_attention_heads: Size = key("heads of an attention layer", 1)
     projection_dim: Size = key("width of the projected text", 1)
     d_model: Size = key("width", 1)
     d_ff: Size = key("width of a layer's inner part", 1)
     d_kv: Size = key("width of a head", 1)
-    num_layers: Size = key("layers", 1)
+    num_layers: Depths = key("layers", 1)
     num_heads: Size = key("heads of an attention layer", 1)
+    layer_norm_eps: Share = key("what a normalization adds to the variance", 1e-5)
     vocab_size: Count = key("tokens that it knows", 1)
     max_position_embeddings: Count = key("tokens of a prompt", 1)
 
@@ -70,6 +88,13 @@ class Scheduler(Record):
     """What is read of a scheduler_config.json, where it is there."""
 
     num_train_timesteps: Size = key("times of the training", 1)
+    beta_start: Share = key("variance that the first time adds", 1e-4)
+    beta_end: Share = key("variance that the last time adds", 0.02)
+    trained_betas: Annotated[list[float] | None, Said("a list of numbers, or null")] = key("variances", None)
+    steps_offset: Annotated[int, Field(ge=0, le=2**16)] = key("offset of the times of sampling", 0)
+    clip_sample_range: Factor = key("bound of a latent", 1.0)
+    shift: Factor = key("shift of a flow's times", 1.0)
+    flow_shift: Factor = key("shift of a flow's times", 1.0)
 
 
 class Tokenizer(Record):

@@ -9,6 +9,7 @@ from torch import Tensor
 from capo.backbones.lora import ATTENTION
 from capo.errors import InputError
 from capo.noise import DRAWN, PRIOR
+from capo.runtime.reading import FOLDER_REMEDY
 
 # What `predict` needs beside latents and time, each tensor with a leading batch dimension.
 Text = Mapping[str, Tensor]
@@ -64,6 +65,13 @@ class Family(ABC):
                 f"{cls.__name__}; choose the model group that fits the weights, or correct denoiser_class or "
                 "denoiser_component of that family"
             )
+        spare = cls.unused_parts(**options)
+        for name, entry in index.items():
+            if name.startswith(("text_encoder", "tokenizer")) and name not in spare and entry == [None, None]:
+                raise InputError(
+                    f"weights '{weights}': model_index.json has no class for '{name}', which encodes "
+                    f"prompts; {FOLDER_REMEDY}"
+                )
 
     @classmethod
     def shape_of_latent(cls, configs: Configs, **options: object) -> tuple[int, int, int]:

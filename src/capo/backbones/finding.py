@@ -154,6 +154,13 @@ def pipeline_index(folder: Path, known: tuple[str, ...]) -> dict:
             f"weights '{folder}' hold a {index.get('_class_name')}; this backbone loads {', '.join(known)}: "
             "choose the model group that fits the weights"
         )
+    for name, entry in index.items():
+        fine = not is_component(name, entry) or (
+            len(entry) == 2 and (entry == [None, None] or all(isinstance(part, str) for part in entry))
+        )
+        if not fine:
+            told = f"{name}={entry}: must be [library, class], or [null, null]"
+            raise DamagedFile(path, told, FOLDER_REMEDY)
     return index
 
 

@@ -1,5 +1,6 @@
 """Load a pipeline or VAE from a folder or hub id: safetensors only, which run no code."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,11 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from capo.backbones.component_configs import check_configs
-from capo.backbones.finding import PICKLES, VAE_FILES, is_component, no_vae, pipeline_index
+from capo.backbones.finding import PICKLES, VAE_FILES, is_component, lacking_parts, no_vae, pipeline_index
 from capo.backbones.finite import check_finite
-from capo.errors import InputError, first_line
+from capo.errors import DamagedFile, InputError, first_line
 from capo.runtime.reading import FOLDER_REMEDY, read_json
+from capo.runtime.tensor_files import tensor_homes
 from capo.runtime.weight_files import weight_files
 
 AGAIN = "get the folder again, or give its variant (model.backbone.variant, null for files without one)"
@@ -76,11 +78,22 @@ def load_pipeline(
     filled = {name: entry for name, entry in parts.items() if name not in empty}
     refuse_code(folder, filled)
     refuse_pickles(folder, {name: entry for name, entry in index.items() if name not in empty}, variant)
+    if lacking := lacking_parts(folder, variant, empty):
+        raise InputError(f"weights '{folder}' lack {', '.join(lacking)}; {AGAIN}")
     check_configs(*(folder / name for name in filled))
+    for name, entry in filled.items():
+        config = folder / name / "config.json"
+        kind = read_json(config, FOLDER_REMEDY).get("_class_name") if config.is_file() else None
+        if kind not in (None, entry[1]):
+            told = f"_class_name={kind}, and model_index.json has {entry[1]} for '{name}'"
+            raise DamagedFile(config, told, FOLDER_REMEDY)
     with loaded(f"weights '{folder}' (variant {variant or 'none'})"):
         pipeline = DiffusionPipeline.from_pretrained(
             folder, variant=variant, dtype=dtype, use_safetensors=True, **given
         )
+    for name in filled.keys() - given.keys():
+        check_complete(folder / name, pipeline.components[name], variant)
+    check_tokens(folder, pipeline.components)
     check_finite(str(folder / "vae"), pipeline.components.get("vae"))  # its images would be black, unnoticed
     pipeline.watermark = None  # SDXL would watermark images wherever invisible-watermark is installed
     pipeline.set_progress_bar_config(disable=True)
@@ -88,6 +101,38 @@ def load_pipeline(
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
     return pipeline
+
+
+def check_complete(folder: Path, module: object, variant: str | None) -> None:
+    """InputError if a network of `folder` has more weights than its files: libraries make up the rest."""
+    if not isinstance(module, nn.Module):
+        return
+    held = sum(math.prod(shape) for _, _, shape in tensor_homes(folder, variant).values())
+    asked = sum(weight.numel() for weight in module.parameters())
+    if asked > held or any(weight.is_meta for weight in module.parameters()):
+        raise InputError(
+            f"weights '{folder}': the files do not hold all weights of its config.json ({asked:,} numbers of "
+            f"a {type(module).__name__}; there are {held:,}, some maybe of another network); {FOLDER_REMEDY}"
+        )
+
+
+def check_tokens(folder: Path, components: Mapping[str, Any]) -> None:
+    """Raise InputError for a tokenizer with more tokens, or longer prompts, than its text encoder takes."""
+    for name, encoder in components.items():
+        tokenizer = components.get(name.replace("text_encoder", "tokenizer"))
+        if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
+            continue
+        longest = getattr(encoder.config, "max_position_embeddings", None)  # a T5 takes any number
+        found = {
+            "vocab_size": (len(tokenizer), encoder.config.vocab_size),
+            "max_position_embeddings": (tokenizer.model_max_length, longest),
+        }
+        for key, (wanted, there) in found.items():
+            if there is not None and wanted > there:
+                raise InputError(
+                    f"weights '{folder}': the tokenizer of '{name}' makes up to {wanted} tokens, and {key}="
+                    f"{there} in {name}/config.json; {FOLDER_REMEDY}"
+                )
 
 
 def load_component(

@@ -13,6 +13,7 @@ from capo.backbones.lora import JOINT_ATTENTION
 from capo.backbones.models import Scheduler
 from capo.backbones.schedulers import options_of
 from capo.errors import InputError, ParameterError
+from capo.runtime.reading import FOLDER_REMEDY
 
 USUAL = 256  # T5 tokens, the pipeline's default
 LONGEST = 512  # T5 tokens that the pipeline accepts at most
@@ -54,12 +55,12 @@ class MMDiTBackbone(Backbone):
     def check_index(
         cls, index: Mapping[str, Any], weights: str = "", t5: bool = True, **options: object
     ) -> None:
-        super().check_index(index, weights, **options)
         if t5 and "text_encoder_3" not in named_parts(index):
             raise InputError(
                 f"weights '{weights}' have no text_encoder_3 (T5): set model.backbone.t5=false, "
                 "or choose weights with it"
             )
+        super().check_index(index, weights, t5=t5, **options)
 
     @classmethod
     def unused_parts(cls, t5: bool = True, **options: object) -> dict[str, None]:
@@ -108,6 +109,19 @@ class MMDiTBackbone(Backbone):
                 f"{place}: prediction_type '{prediction}' is not supported, only the flow's velocity "
                 "('flow_prediction')"
             )
+
+    @classmethod
+    def shape_of_latent(cls, configs: Configs, **options: object) -> tuple[int, int, int]:
+        config = configs[cls.denoiser_component]
+        channels, *sides = super().shape_of_latent(configs, **options)
+        side, most = config.get("patch_size", 1), config.get("pos_embed_max_size")
+        if any(size % side for size in sides) or (most and max(sides) > most * side):
+            raise InputError(
+                f"sample_size={config['sample_size']} in {cls.denoiser_component}/config.json: must be a "
+                f"multiple of patch_size={side}, and at most pos_embed_max_size={most} times that; "
+                f"{FOLDER_REMEDY}"
+            )
+        return channels, sides[0], sides[1]
 
     @property
     def _scale(self) -> int:

@@ -15,6 +15,7 @@ from capo.backbones.drawing import Drawing
 from capo.backbones.family import Text
 from capo.backbones.models import Scheduler
 from capo.backbones.precision import AUTOCAST
+from capo.backbones.schedulers import started
 from capo.errors import InputError
 from capo.runtime.threads import BATCHES, OPERATIONS, map_batches
 
@@ -141,7 +142,7 @@ def sample(
             f"noise {tuple(noise.shape)} does not fit latents {backbone.latent_shape} and the text's batch "
             f"of {[len(value) for value in text.values()]}"
         )
-    scheduler = _started(backbone, settings.steps)
+    scheduler = started(backbone.scheduler(), settings.steps, backbone.device)
     step = _step_of(scheduler, generators)
     conditions = _conditions(backbone, text, len(noise), settings.guidance)
     # Flow schedulers have neither scale_model_input nor init_noise_sigma.
@@ -161,16 +162,6 @@ def sample(
             if progress is not None:
                 progress(len(noise))
     return latents.clone()  # cloned outside inference mode, so that autograd accepts it
-
-
-def _started(backbone: Backbone, steps: int) -> Scheduler:
-    """Build a scheduler with its timesteps set; InputError where it refuses that number of steps."""
-    scheduler = backbone.scheduler()
-    try:
-        scheduler.set_timesteps(steps, device=backbone.device)
-    except ValueError as error:
-        raise InputError(f"sampling.steps {steps}: {type(scheduler).__name__} refuses: {error}") from error
-    return scheduler
 
 
 def _conditions(backbone: Backbone, text: Text, count: int, guidance: float) -> Text:

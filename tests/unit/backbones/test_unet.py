@@ -244,7 +244,7 @@ def test_channels_last_changes_rounding_only(tiny_backbone, tiny_folder):
 
 
 def test_unknown_scheduler_and_dtype_are_refused(tiny_folder):
-    with pytest.raises(InputError, match=r"model scheduler 'AutoencoderKL'.*DDIMScheduler"):
+    with pytest.raises(InputError, match=r"model.backbone.scheduler=AutoencoderKL: .*DDIMScheduler"):
         UNetBackbone(str(tiny_folder), scheduler="AutoencoderKL")
     with pytest.raises(InputError, match=r"model dtype 'fp16'.*float16"):
         UNetBackbone(str(tiny_folder), dtype="fp16")

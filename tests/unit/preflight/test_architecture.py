@@ -40,9 +40,7 @@ def test_sizes_that_no_network_has_are_refused_where_the_folder_is_read(edited):
         from_folder(edited("text_encoder", hidden_size=-64))
 
 
-@pytest.mark.parametrize(
-    "change", [{"transformer_layers_per_block": "x"}, {"down_block_types": ["None"] * 2}]
-)
+@pytest.mark.parametrize("change", [{"act_fn": "nope"}, {"down_block_types": ["None"] * 2}])
 def test_what_a_library_cannot_build_names_the_component(edited, change):
     blueprint = from_folder(edited("unet", **change))
     with pytest.raises(InputError, match=r"the sizes and classes in unet/config.json do not load: .* again"):

@@ -66,7 +66,15 @@ def test_exchanged_text_encoders_are_named(broken):
     (broken / "text_encoder").rename(broken / "kept")
     (broken / "text_encoder_2").rename(broken / "text_encoder")
     (broken / "kept").rename(broken / "text_encoder_2")
-    vae, denoising = looked_at(UNetBackbone(str(broken)), known_scenes())
+    with pytest.raises(InputError, match=r"text_encoder_2': the files do not hold all weights"):
+        UNetBackbone(str(broken))
+
+
+def test_another_text_encoder_is_named():
+    backbone = UNetBackbone(WEIGHTS)
+    words = backbone.text_encoders[0].get_input_embeddings().weight
+    words.data = words.flip(0)
+    vae, denoising = looked_at(backbone, known_scenes())
     assert vae.passed and not denoising.passed and "text_encoder" in denoising.remedy
 
 
