@@ -79,7 +79,7 @@ def applied(spec, sweep, monkeypatch, capsys):
     monkeypatch.setattr(reports.interface, "_get_api", lambda: None)
     found = {"project": {"internalId": "7"}}
     monkeypatch.setattr(reports.interface, "execute_graphql", lambda *asked: found)
-    monkeypatch.setattr(dashboard, "wandb_is_online", lambda: True)
+    monkeypatch.setattr(dashboard, "wandb_mode", lambda: "online")
     assert dashboard.main([str(sweep), "--entity", "team"]) == 0
     assert "https://wandb.example/4" in capsys.readouterr().out
     *views, report = saved

@@ -23,7 +23,7 @@ from capo.runtime.files import check_ordinary, write_json
 from capo.runtime.reading import read_json, read_text
 from capo.runtime.run_folder import CONFIG, METRICS, VALIDATION
 from capo.runtime.terminal import printable
-from capo.training.wandb_run import wandb_is_online
+from capo.training.wandb_run import ONLINE, wandb_mode
 
 PROJECT = "capo"  # of conf/logger/wandb.yaml
 FILE, RECORD = "dashboard.json", "wandb.json"
@@ -182,7 +182,7 @@ def main(command: Sequence[str] | None = None) -> int:
         check_target(path)
         write_json(path, spec)
         print(printable(f"specification: {path}, {len(spec['views'])} views and a report"))
-        if not wandb_is_online():
+        if wandb_mode() != ONLINE:
             print(
                 printable(
                     "no key of W&B, or WANDB_MODE=offline: nothing was sent. `wandb login`, then "

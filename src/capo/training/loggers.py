@@ -129,7 +129,7 @@ def tensorboard_logger(folder: str | Path) -> Logger:
 
 
 def wandb_logger(folder: str | Path, project: str, **options: Any) -> Logger:
-    """Return a W&B logger, online if `wandb_is_online()`, else offline under `folder/wandb/`.
+    """Return a W&B logger, online, offline under `folder/wandb/`, or disabled (`wandb_mode`).
 
     An offline run prints one line that says how to upload it. `options` (entity, group, name, notes, ...) are
     passed to `wandb.init` and take precedence over the values of `RunIdentity`.

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning.pytorch.loggers import WandbLogger
 
@@ -19,6 +19,10 @@ from capo.runtime.reading import read_json
 
 # arguments of wandb.init that follow from the run directory, and from WANDB_MODE
 GIVEN = ("project", "dir", "mode", "resume", "reinit")
+
+Mode = Literal["online", "offline", "disabled"]  # of wandb.init; disabled: it keeps nothing
+ONLINE: Mode = "online"
+OFFLINE: Mode = "offline"
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class WandbRun(WandbLogger):
         import wandb
 
         check_options(self._options)
-        online = wandb_is_online()
-        if not online:
+        mode = wandb_mode()
+        if mode == OFFLINE:
             print(
                 "W&B: offline (no API key found, or set by WANDB_MODE); "
                 f"`wandb sync {self.save_dir}/wandb/offline-*` uploads the run"
@@ -78,12 +82,12 @@ class WandbRun(WandbLogger):
         # before the server is contacted: if this process ends early, the next one resumes under the same id
         self._write()
         given = {key: self._record[key] for key in ("id", "group", "job_type", "tags", "config")}
-        if not online:
+        if mode == OFFLINE:
             given["settings"] = wandb.Settings(silent=True)  # the line printed above says it
         self._experiment = wandb.init(
             project=self.name,
             dir=self.save_dir,
-            mode="online" if online else "offline",
+            mode=mode,
             resume="allow",
             reinit="create_new",
             **(given | self._options),
@@ -134,12 +138,18 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
 
 
-def wandb_is_online() -> bool:
-    """Whether runs go to the W&B server: WANDB_MODE decides if it is set, else the presence of an API key."""
-    mode = os.environ.get("WANDB_MODE", "").lower()
+def wandb_mode() -> Mode:
+    """Return WANDB_MODE if it is set, else online if there is an API key. InputError for any other."""
+    mode: Any = os.environ.get("WANDB_MODE", "").strip().lower()
+    modes = get_args(Mode)
+    if mode in modes:
+        return mode
     if mode:
-        return mode == "online"
+        raise InputError(
+            f"the environment variable WANDB_MODE={mode}: must be one of {', '.join(modes)}; set one, or "
+            "unset it"
+        )
     os.environ.pop("WANDB_MODE", None)  # wandb would refuse the empty string as an unknown mode
     import wandb
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    return ONLINE if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else OFFLINE

@@ -40,7 +40,7 @@ def test_a_record_says_where_its_run_went(tmp_path):
 def send(tmp_path, monkeypatch, capsys):
     """Runs the command with a key on a sweep with this logger; its exit code, errors, and where it sent."""
     sent = []
-    monkeypatch.setattr(dashboard, "wandb_is_online", lambda: True)
+    monkeypatch.setattr(dashboard, "wandb_mode", lambda: "online")
     monkeypatch.setattr(dashboard, "apply", lambda spec, entity: sent.append((entity, spec["project"])) or [])
     monkeypatch.setattr(dashboard, "sweep_rows", lambda jobs: (["job"], [{"job": 0}]))
     monkeypatch.setattr(dashboard, "read_jobs", lambda folder: [Job(folder, {}, "finished")])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from capo.errors import DamagedFile, InputError
-from capo.training.loggers import CurvesFile, pool_seconds
-from capo.training.wandb_run import wandb_is_online
+from capo.training.loggers import CurvesFile, pool_seconds, wandb_logger
+from capo.training.wandb_run import RunIdentity, wandb_mode
 from fixtures.wandb_files import collected, ended_records
 
 
@@ -115,17 +115,37 @@ def test_a_run_that_goes_on_keeps_its_id(typed, tmp_path, offline):
 
 
 def test_only_a_key_goes_online(monkeypatch):
-    for mode, key, online in (
-        ("", None, False),
-        ("", "x" * 40, True),
-        ("offline", "x" * 40, False),
-        ("online", None, True),
+    for mode, key, told in (
+        ("", None, "offline"),
+        ("", "x" * 40, "online"),
+        ("offline", "x" * 40, "offline"),
+        ("Online", None, "online"),
+        ("disabled", "x" * 40, "disabled"),
     ):
         monkeypatch.setenv("WANDB_MODE", mode)
         monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv(
             "WANDB_API_KEY", raising=False
         )
-        assert wandb_is_online() is online
+        assert wandb_mode() == told
+
+
+def test_a_misspelt_mode_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "plane")
+    with pytest.raises(InputError, match=r"variable WANDB_MODE=plane: must be one of online, offline, "):
+        wandb_logger(tmp_path, "capo").begin(RunIdentity({}, {}))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disabled_run_keeps_nothing_of_wandbs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = wandb_logger(tmp_path, "capo")
+    run.begin(RunIdentity({}, {}))
+    run.log_metrics({"loss": 1.0}, 1)
+    run.log_pools({"pool/train/latents": 0.5, "time/pool/seconds": 30.0})
+    run.summarize({"win_rate": 0.5})
+    run.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["wandb.json"]
+    assert "wandb sync" not in capsys.readouterr().out
 
 
 def test_curves_are_kept_and_cut(tmp_path):
