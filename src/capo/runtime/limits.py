@@ -6,6 +6,7 @@ LETTERS = 100_000  # of a prompt: text encoders read 512 tokens at most
 RATE = 1  # learning rate: a step of Adam moves each weight by about as much
 SECONDS = 10**6  # eleven days of waiting for one answer
 RANK = 4096  # of an adapter: no layer that it is added to is wider, so a higher rank adds nothing
+ALPHA = 10**6  # of an adapter: 16 is usual, and far above it gradients overflow
 CORES = 4096  # of a machine, each of which can do the work of a thread or a process
 IMAGES = 10**6  # of a prompt: calibration compares each with each
 PAIRS = 10**6  # of an optimizer step, each of which takes passes of its own

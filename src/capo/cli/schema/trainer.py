@@ -173,7 +173,7 @@ class Lora(Section):
     """Low-rank adapter that is trained in place of all weights."""
 
     rank: Annotated[int, Field(ge=1, le=limits.RANK)] = key("rank of the adapter")
-    alpha: Positive = key("scale of the adapter, times the rank")
+    alpha: Annotated[float, Field(gt=0, le=limits.ALPHA)] = key("scale of the adapter, times the rank")
     seed: Seed = key("seed of its first weights", 0)
 
 
