@@ -127,6 +127,7 @@ def test_each_scripts_defaults_pass_and_every_key_of_the_schema_is_theirs(name):
     ("pool.prompts_per_shard=" + "9" * 12, "pool.prompts_per_shard=999999999999: must be a whole number"),
     ("+rewards.looks.timeout=10000000", "rewards.looks.timeout=10000000: must be a finite number above 0"),
     ("+model.lora={rank: 5000, alpha: 1}", "model.lora.rank=5000: must be a whole number from 1 to 4096"),
+    ("+model.lora={rank: 4, alpha: 1e30}", "model.lora.alpha=1e30: must be a finite number above 0 and"),
 ])  # fmt: skip
 def test_a_slip_gets_key_value_and_remedy(override, message):
     wanted, given = message.split("|"), told(override)
