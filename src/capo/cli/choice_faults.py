@@ -12,7 +12,7 @@ from typing import Any
 from capo.cli.yaml_files import read_yaml, value_at
 from capo.errors import InputError, closest
 
-CHOICE = re.compile(r"\+?(?P<key>(?P<group>[\w/]+)(@[\w.]+)?)=(?P<value>\[.*\]|[A-Za-z_].*)")
+CHOICE = re.compile(r"\+?(?P<key>(?P<group>[\w/]+)(@[\w.]+)?)=(?P<value>\[.*\]|[A-Za-z_./].*)")
 NAME = re.compile(r"[^\[\],\s'\"]+")
 TWICE = re.compile(
     r"(Multiple values for )?(?P<key>[\w/]+(@[\w.]+)?)(\. To override| appears more than once)"
@@ -20,7 +20,7 @@ TWICE = re.compile(
 EXPERIMENT = "experiment"
 MISSING = "???"  # OmegaConf's value that is not given
 LISTED = (EXPERIMENT, "rewards")  # groups of which several files make sense together
-OPTIONAL = (EXPERIMENT, "logger", "import", "benchmark")  # groups of which no file at all may be chosen
+OPTIONAL = (EXPERIMENT, "import", "benchmark")  # groups of which no file at all may be chosen
 LAUNCHER = "hydra/launcher"
 PLUGINS = ("submitit", "joblib")  # launchers that an extra of this name installs
 HELD_OUT = "rewards@validation.held_out", "validation.held_out"  # which `messages.grouped` rewrites
@@ -29,6 +29,16 @@ HELD_OUT = "rewards@validation.held_out", "validation.held_out"  # which `messag
 def unknown_choice(group: str, choice: str, options: Sequence[str], arguments: Sequence[str]) -> str:
     """Message for a name that is no file of a group, under the key of the command line that gave it."""
     given = [found for argument in arguments if (found := CHOICE.fullmatch(argument))]
+    path = next(
+        (found for found in given if f"{found['group']}/{found['value']}" == f"{group}/{choice}"), None
+    )
+    if path and path["group"] != group:
+        key, name = _typed(path["key"]), Path(choice).stem
+        return (
+            f"{key}={path['value']}: a file of conf/{path['group']}/ is named without its folder; give "
+            f"{key}={name}, and --config-dir=FOLDER at the end for a FOLDER with your own "
+            f"{path['group']}/{name}.yaml"
+        )
     own = [found for found in given if found["group"] == group and choice in NAME.findall(found["value"])]
     key = _typed(own[0]["key"]) if own else group
     name = re.compile(rf"(?<![\w./-]){re.escape(choice)}(?![\w./-])")

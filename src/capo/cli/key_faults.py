@@ -17,6 +17,8 @@ UNKNOWN = re.compile(r"Could not override '(.+?)'")
 ABSENT = re.compile(r"Could not delete from config\. '(.+?)' does not exist")
 OTHER_VALUE = re.compile(r"Could not delete from config\. The value of '(.+?)' is (.*) and not (.*)\.$", re.S)
 PRESENT = re.compile(r"Could not append to config\. An item is already at '(.+?)'")
+FORCED = re.compile(r"force-add of config groups is not supported: '\+\+(.+)'")
+UNCHOSEN = re.compile(r"Could not delete '(.+?)=(.+)'\. No match in the defaults list")
 NO_GROUP = re.compile(r"Override (.+) looks like a config group override")
 
 
@@ -41,12 +43,35 @@ def key_fault(error: BaseException, arguments: Sequence[str], conf: Path) -> str
     if found := PRESENT.match(message):
         key, value = found[1], getattr(override, "input_line", "").partition("=")[2] or "VALUE"
         return f"+{key}={value}: {key} has a value already, and + adds a key; give {key}={value}"
+    if found := FORCED.match(message):
+        return f"++{found[1]}: ++ is for keys, and this is a group; give {found[1]}"
+    if found := UNCHOSEN.match(message):
+        group, name = found.groups()
+        return (
+            f"~{group}={name}: conf/{group}/{name}.yaml is not chosen, so it cannot be removed; name "
+            f"those that are to be chosen, {group}=NAME, or remove a key, ~{group}.KEY"
+        )
     if found := NO_GROUP.match(message):
         return (
             f"{found[1]}: @ stands between a folder of conf/ and the key that a file in it fills; give "
             "GROUP@KEY=NAME (rewards@evaluation.rewards=looks, say), or KEY=VALUE without @"
         )
     return absent_group(message, conf)
+
+
+def unreadable(argument: str, reason: str) -> str:
+    """Message for an argument that Hydra cannot read, of which it gives the reason."""
+    if argument[0] in "\u2010\u2011\u2012\u2013\u2014\u2212":
+        return f"'{argument}' begins with a dash of word processors; type the - of the keyboard in its place"
+    if found := re.search("[\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb]", argument):
+        return f"'{argument}' has {found[0]}, which quotes nothing; type \" or ' in place of it"
+    key, equal, value = argument.partition("=")
+    if equal and key != key.rstrip():
+        return f"'{argument}' has a space before =; give {key.rstrip()}={value.lstrip()}"
+    lines = [line for line in reason.splitlines() if not line.startswith(("Error parsing", "See ", "Lexer"))]
+    why = " ".join(line for line in lines if line.strip(" ^") not in ("", argument))
+    remedy = "write key=value, and quote values with brackets, spaces or ~"
+    return f"'{argument}' cannot be read{f' ({why})' if why else ''}; {remedy}"
 
 
 def _unknown(given: str, key: str, cfg: Container, arguments: Sequence[str], conf: Path) -> str:

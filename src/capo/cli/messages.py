@@ -26,8 +26,9 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from capo.cli.choice_faults import local_of, no_names, twice_chosen, unknown_choice
-from capo.cli.key_faults import key_fault
+from capo.cli.key_faults import key_fault, unreadable
 from capo.cli.place_faults import WRITTEN, disk_fault
+from capo.cli.sweep_faults import check_number, sweep_fault
 from capo.cli.values import unresolved
 from capo.errors import InputError, Unfinished, first_line
 from capo.runtime.memory import memory_of, ran_out
@@ -115,6 +116,11 @@ def start(main: Callable[[], object]) -> None:
     hydra_internals.run_and_report = lambda call: report(lambda: explained(call))
     try:
         main()
+    except (ValueError, HydraException) as error:  # Hydra's own, of its options, which it reports as it is
+        if _wants_trace():
+            raise
+        options = f"{str(error).removesuffix('!')}; `--hydra-help` lists the options"
+        _end(f"error: {command_fault(error) or options}", REFUSED)
     except KeyboardInterrupt:  # before the stage has begun, or between the jobs of a sweep
         _end("interrupted; finished work is kept", INTERRUPTED)
     finally:
@@ -146,6 +152,11 @@ def _check_options(arguments: Sequence[str]) -> None:
         if path and ADDRESS.match(path):
             why = "files are written to folders alone, not to an address"
             _end(f"error: {text}: {why}; give {key}=FOLDER", REFUSED)
+    asked = {text.partition("=")[0] for text in options.overrides}
+    if options.shell_completion and not asked & {"install", "uninstall", "query"}:
+        refuse("--shell-completion: what it is to do is missing; add install=SHELL or uninstall=SHELL")
+    if options.multirun and (fault := check_number(options.overrides)) is not None:
+        _end(f"error: {fault}", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
         _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
     if left:
@@ -197,11 +208,7 @@ def command_fault(error: BaseException, arguments: Sequence[str] | None = None) 
                 f"'{error.override}' is no text in the encoding of this system "
                 f"({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or a locale with UTF-8"
             )
-        reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See "))]
-        return (
-            f"'{error.override}' cannot be read ({' '.join(reasons)}); write key=value, and quote values "
-            "with brackets, spaces or ~"
-        )
+        return unreadable(error.override, str(error))
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         if options := error.options or _choices(str(error), group):
@@ -237,7 +244,7 @@ def value_fault(error: BaseException, arguments: Sequence[str]) -> str | None:
         long = next((argument for argument in arguments if LONG_NUMBER.search(argument)), None)
         place = f"{long.partition('=')[0]}={long.partition('=')[2][:20]}..." if long else "a file of conf/"
         return f"{place}: a number has too many digits to be read; give a smaller one"
-    if (fault := no_names(error)) is not None:
+    if (fault := no_names(error) or sweep_fault(text, arguments)) is not None:
         return fault
     if "Cannot merge DictConfig with ListConfig" in f"{text}{error.__cause__}":
         if listed := LISTED.match(text):

@@ -25,5 +25,6 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def unresolved(error: OmegaConfBaseException) -> str:
     """Message for a value that names another by ${...}, which is not there or cannot be had."""
-    key = error.full_key or "the configuration"
-    return f"{key} cannot be resolved ({first_line(error)}); give {key}=VALUE itself"
+    if not error.full_key:
+        return f"a value cannot be resolved ({first_line(error)}); give it itself, in place of its ${{...}}"
+    return f"{error.full_key} cannot be resolved ({first_line(error)}); give {error.full_key}=VALUE itself"

@@ -3,6 +3,7 @@
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from capo.cli.choice_faults import unknown_choice
 from capo.cli.compose import REPOSITORY, composed
@@ -22,6 +23,10 @@ from capo.errors import InputError
      "give one list, experiment=[quick,lora]"),
     ("experiment=null", "experiment=null: it must name a file of conf/experiment/",
      "; leave it out, or give experiment=[] for none"),
+    ("logger=null", "logger=null: it must name a file of conf/logger/", "; give logger=NAME"),
+    ("experiment=conf/experiment/quick.yaml", "experiment=conf/experiment/quick.yaml: a file of conf/",
+     "give experiment=quick, and --config-dir=FOLDER at the end for a FOLDER with your own "
+     "experiment/quick.yaml"),
     ("objective=null", "objective=null: it must name a file of conf/objective/", "; give objective=NAME"),
     ("objective=zzz", "objective=zzz: no such choice; there are capo", ", smpo"),
     ("+experiment=quick", "+experiment=quick: experiment is chosen already", "give experiment=quick alone"),
@@ -85,4 +90,22 @@ def test_the_experiment_that_gives_a_refused_key_is_named(tmp_path, monkeypatch)
     assert {line.strip().partition(": ")[0] for line in lines} == {
         f"{own} has objective.beta=null", "trainer.bacth=3", f"{own} has trainer.batch=7.5", "sed=1",
     }  # fmt: skip
+    own.write_text("# @package _global_\nmodel: sdxl\n")
+    told = r"own.yaml has \(a file of .* by `defaults: \[override /model: NAME\]`\) model=sdxl"
+    with pytest.raises(InputError, match=told):
+        check_values(composed("train", chosen))
     assert any("has objective.beta=null" in line and line.endswith("(model.beta)") for line in lines)
+
+
+@pytest.mark.parametrize("argument", ["model=[]", "~model"])
+def test_a_group_without_a_choice_is_told_before_what_refers_to_it(argument):
+    with pytest.raises(InputError, match=r"^model: nothing is chosen; give model=NAME, a file of"):
+        check_values(composed("train", [argument]))
+
+
+def test_a_dotted_key_in_a_file_is_told_with_the_sections_to_write():
+    cfg = composed("train", ["run_dir=r"])
+    OmegaConf.set_struct(cfg, False)
+    cfg["trainer.lr"] = 3
+    with pytest.raises(InputError, match=r"trainer.lr=3: .*; in a file, .* each other: trainer: \{lr: 3\}$"):
+        check_values(cfg)

@@ -14,6 +14,10 @@ from capo.errors import InputError
     (["~trainer.bacth"],
      "~trainer.bacth: there is no key 'trainer.bacth' to remove; did you mean ~trainer.batch?"),
     (["~zzz.yyy"], "~zzz.yyy: there is no key 'zzz.yyy' to remove; leave it out; `--cfg job` lists all keys"),
+    (["++model=sdxl"], "++model=sdxl: ++ is for keys, and this is a group; give model=sdxl"),
+    (["~rewards=looks"],
+     "~rewards=looks: conf/rewards/looks.yaml is not chosen, so it cannot be removed; name those that are to "
+     "be chosen, rewards=NAME, or remove a key, ~rewards.KEY"),
     (["~seed=7"], "~seed=7: seed is 0, and only that is removed; give ~seed"),
     (["seed@x={a: 1}"],
      "seed@x={a: 1}: @ stands between a folder of conf/ and the key that a file in it fills; give "

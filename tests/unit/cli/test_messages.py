@@ -10,10 +10,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+import train
 from capo.cli import dashboard, study_files
-from capo.cli.compose import composed
+from capo.cli.compose import REPOSITORY, composed
 from capo.cli.messages import command_fault, disk_fault, start
 from capo.cli.schema.border import text_faults
+from capo.cli.sweep_faults import check_number, sweep_fault
 from capo.errors import InputError
 
 
@@ -98,6 +100,48 @@ def test_a_working_directory_that_was_removed_is_said(tmp_path, monkeypatch, cap
 def test_a_sweep_that_is_not_there_is_said(capsys, tmp_path):
     assert dashboard.main([str(tmp_path / "none")]) == 2
     assert "none: no such folder; give the directory of a sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argument", "told"), [
+    ("\u2013m", "'\u2013m' begins with a dash of word processors; type"),
+    ("seed=\u201c1\u201d", "'seed=\u201c1\u201d' has \u201c, which quotes nothing; type \" or ' in place"),
+    ("seed = 1", "'seed = 1' has a space before =; give seed=1"),
+    ("seed='1", "'seed='1' cannot be read; write key=value"),
+    ("seed=1,2", "seed=1,2: several values stand here; for a sweep over them give -m, for a list seed=[1,2]"),
+])  # fmt: skip
+def test_what_the_command_line_cannot_hold_is_told_with_what_to_type(argument, told):
+    with pytest.raises(InputError) as refused:
+        composed("train", [argument])
+    assert str(refused.value).startswith(told) and "Lexer" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["--resolve"], "error: The --resolve flag can only be used in conjunction with --cfg or --help; `--"),
+    (["--run", "-m"], "error: Only one of --run, --multirun, --cfg, --info and --shell_completion can"),
+    (["--experimental-rerun", "nowhere"], "error: File nowhere does not exist; `--hydra-help` lists"),
+    (["--help", "model=nope"], "error: model=nope: no such choice; there are "),
+    (["--shell-completion"], "error: --shell-completion: what it is to do is missing; add install=SHELL"),
+    (["-m", "seed=range(0,1000000000)"], "error: seed=range(0,1000000000): a sweep of 1,000,000,000 jobs; "),
+    (["-m", "seed=range(0,1000)", "threads=range(1,501)"], "error: seed=range(0,1000) threads=range"),
+    (["-m", "seed=range(0,1,0)"], "error: seed=range(0,1,0): a step of 0 never ends; give range(FIRST,END"),
+    (["-m", "objective.beta=interval(0,1)"], "error: objective.beta=interval(0,1): a sweep takes no"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Experimental rerun")
+def test_options_and_sweeps_that_hydra_cannot_do_are_one_message(
+    tmp_path, monkeypatch, capsys, arguments, told
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-path", str(REPOSITORY / "conf"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        start(train.main)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(told)
+
+
+def test_of_a_sweep_all_counts_and_values_are_known_before_it_begins():
+    assert check_number(["seed=range(0,10,3)", "threads=1,2", "objective=glob(*)", "x=1"]) is None
+    assert check_number(["seed=range(0,100001)"]).startswith("seed=range(0,100001): a sweep of 100,001 jobs")
+    assert check_number(["seed=range(0,100000)"]) is check_number(["seed=range(5,0)", "x=(("]) is None
+    assert sweep_fault("n_jobs == 0 in Parallel has no meaning", []).startswith("hydra.launcher.n_jobs=0: ")
 
 
 def test_files_that_name_each_other_are_a_message(monkeypatch):

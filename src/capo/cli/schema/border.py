@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from capo.cli.choice_faults import experiment_with
 from capo.cli.marks import TARGET
 from capo.cli.schema.calls import CALLED, call_faults
 from capo.cli.schema.scripts import Training
 from capo.cli.targets import REWARDS, misplaced
-from capo.cli.values import resolved
+from capo.cli.values import plain, unresolved
 from capo.cli.yaml_files import value_at
 from capo.errors import InputError
 from capo.runtime.schema import Section, dotted, faults, leaves, shown
@@ -34,7 +35,7 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
 
     Mandatory values (`???`) that the code which needs them reports are ignored.
     """
-    values = resolved(cfg)
+    values = _resolved(cfg, schema)
     refuse(dict(nameless(values)))
     wrong = dict(misplaced(values)) | dict(text_faults(values))
     wrong |= {
@@ -44,6 +45,16 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
     }
     refuse({key: f"{_giver(key)}{fault}" for key, fault in wrong.items()})
     check_calls(values)
+
+
+def _resolved(cfg: DictConfig, schema: type[Section]) -> dict[str, Any]:
+    """Resolve `cfg`; of a group without a choice, that is the fault, and not what refers to it by ${...}."""
+    try:
+        return plain(cfg)
+    except OmegaConfBaseException as error:
+        unread = faults(schema, OmegaConf.to_container(cfg, resolve=False))
+        refuse({group: f"{_giver(group)}{unread[group]}" for group in SINGLE if group in unread})
+        raise InputError(unresolved(error)) from error
 
 
 def nameless(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -65,7 +76,8 @@ def _giver(key: str) -> str:
     own: Any = HydraConfig.get()  # typed as the schema, but a DictConfig
     folders = [Path(source.path) for source in own.runtime.config_sources if source.schema == "file"]
     path = experiment_with(key, own.overrides.task, folders)
-    return f"{path} has " if path else ""
+    chosen = f" (a file of conf/{key}/ is chosen there by `defaults: [override /{key}: NAME]`)"
+    return f"{path} has{chosen if key in SINGLE else ''} " if path else ""
 
 
 def check_calls(values: Mapping[str, Any]) -> None:
@@ -107,10 +119,11 @@ def check_group_choices(cfg: DictConfig, own: Any) -> None:
     """
     for group in SINGLE:
         if group in cfg and group not in own.runtime.choices:
-            given = next((text for text in own.overrides.task if text.startswith(f"{group}=")), group)
+            named = [text for text in own.overrides.task if text.lstrip("~").partition("=")[0] == group]
+            given = named[-1] if named else group
             names = given.partition("=")[2].strip("[]")
             sweep = f", or compare several in a sweep: -m {group}={names}" if names else ""
-            raise InputError(f"{given}: one choice of {group} counts; give {group}=NAME{sweep}")
+            raise InputError(f"{given}: one choice of {group} is needed; give {group}=NAME{sweep}")
 
 
 def refuse(found: Mapping[str, str], remedy: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
@@ -67,9 +68,20 @@ def refused(name: str, value: object, kind: Any) -> str:
     near = closest(value, choices(kind)) if isinstance(value, str) else []
     key = shown(name)
     told = f"{key}={shown(value)}: must be {words(kind)}"
+    if isinstance(value, str) and _is_quoted(value, kind):
+        return f"{told}, and '{value}' is text; leave its quotes out, or write ${{oc.decode:${{oc.env:...}}}}"
     if near:
         return f"{told}; did you mean {near[0]}?"
     return f"{told}; leave {key} out, or give {key}.KEY=VALUE" if is_section(kind) else told
+
+
+def _is_quoted(text: str, kind: Any) -> bool:
+    """Whether a value of the type was meant by a text, but for its quotes."""
+    try:
+        value = json.loads(text.lower()) if len(text) <= LONGEST else text
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(value, str) and fault(kind, "", value) is None
 
 
 def _given(values: object) -> tuple[Any, set[tuple]]:
@@ -154,6 +166,12 @@ def _unknown(schema: type[Section], node: Node, path: Sequence[object], part: ob
                 choice = " or ".join(f"{dotted(path)}={owner}" for owner in owners)
                 return f"{what} here, but there is with {choice}; choose that, or leave {name} out"
             return f"{what}, but {listed(owners)} does; choose that, or leave {name} out"
+    if isinstance(part, str) and "." in part and name in every_key(schema):
+        *sections, last = name.split(".")
+        whole = f"{last}: {shown(inside)}"
+        for section in reversed(sections):
+            whole = f"{section}: {{{whole}}}"
+        return f"{what}; in a file, sections stand in each other: {whole}"
     if near:
         return f"{what}; did you mean {' or '.join(near)}?"
     return f"{what}; there are {listed(known) or 'none'} (python -m capo.cli.explain lists all keys)"
