@@ -64,7 +64,7 @@ def stranger(honest, asked, tmp_path, monkeypatch):
         cfg = OmegaConf.create(copy.deepcopy(honest))
         for key, value in values.items():
             OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "policy").mkdir(parents=True)
         OmegaConf.save(cfg, tmp_path / "run" / "config.yaml")
         (tmp_path / "run" / "outcome.json").write_text("{}")
         asked.run, asked.trust = str(tmp_path / "run"), list(trust)
