@@ -50,6 +50,8 @@ def check_weights(method: str, weights: Sequence[float], models: int) -> None:
         raise ParameterError("method", method, f"must be one of {', '.join(METHODS)}")
     if len(weights) != models or not all(math.isfinite(weight) for weight in weights):
         raise ParameterError("weights", list(weights), f"must be {models} finite numbers, one per policy")
+    if not any(weights):
+        raise ParameterError("weights", list(weights), "must not all be 0, which would give the base")
     if method == "slerp" and min(weights) <= 0:
         raise ParameterError("weights", list(weights), "must be above 0 for slerp")
 

@@ -97,6 +97,7 @@ def test_inner_products_of_parts_add_up():
         ("mean", [1, 1], "method must be one of slerp, linear"),
         ("slerp", [1], "weights must be 2 finite numbers"),
         ("linear", [1, math.nan], "weights must be 2 finite numbers"),
+        ("linear", [0, 0], "weights must not all be 0, which would give the base"),
         ("slerp", [1, 0], "must be above 0 for slerp"),
     ],
 )

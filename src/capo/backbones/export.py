@@ -1,7 +1,7 @@
 """Export and load tuned policies: a diffusers pipeline folder or a LoRA file, which diffusers can load."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +167,15 @@ def _take_weights(policy: Denoiser, folder: Path) -> None:
 
 def policy_fingerprint(backbone: Backbone, folder: str | Path) -> str:
     """Hash the content of an exported policy's denoiser, or of its adapter and its base; 64 hex digits."""
+    return stored_fingerprint(folder, backbone.denoiser_component, lambda: backbone.fingerprints["denoiser"])
+
+
+def stored_fingerprint(folder: str | Path, component: str, base: Callable[[], str]) -> str:
+    """`policy_fingerprint` without a backbone: `base` returns that of its denoiser, `component`."""
     adapter = Path(folder) / LORA_FILE
     if adapter.is_file():
-        return content_fingerprint(
-            {"base": backbone.fingerprints["denoiser"], "adapter": safetensors_fingerprint(adapter)}
-        )
-    return component_fingerprint(folder, [backbone.denoiser_component])
+        return content_fingerprint({"base": base(), "adapter": safetensors_fingerprint(adapter)})
+    return component_fingerprint(folder, [component])
 
 
 def _write_adapter(backbone: Backbone, denoiser: Denoiser, folder: Path) -> None:

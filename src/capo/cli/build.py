@@ -200,7 +200,7 @@ def tuned_generator(
     denoiser = load_policy(backbone, policy, settings.drawing)
     fingerprint = policy_fingerprint(backbone, policy)
     if run and launch().first:  # others of a training need not see yet what the first one has written
-        _check_exported(run, fingerprint)
+        check_exported(run, fingerprint)
     if negative:
         network = Unconditional(denoiser, fingerprint)
         return replace(base, unconditional=network, engine=engine or LocalEngine())
@@ -208,7 +208,7 @@ def tuned_generator(
     return ImageGenerator(backbone, denoiser, fingerprint, settings, guide, engine or LocalEngine())
 
 
-def _check_exported(run: Path, fingerprint: str) -> None:
+def check_exported(run: Path, fingerprint: str) -> None:
     """Raise InputError if the outcome of a run names another policy; that of a soup names none."""
     written = read_outcome(run).get("policy") or fingerprint
     if written != fingerprint:

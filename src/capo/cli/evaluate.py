@@ -18,7 +18,7 @@ from capo.cli.frontiers import compare_methods
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready, refuse_both, refuse_plans
-from capo.cli.run_changes import EXPORT
+from capo.cli.run_changes import check_read, given_keys
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.schema import Evaluating, check_group_choices, check_values
@@ -140,15 +140,9 @@ def evaluate_run(cfg: DictConfig, overrides: list[str]) -> dict | None:
     `validation.strengths` among them, the policy's strength is chosen again first.
     """
     folder = Path(str(cfg.run))
-    own = run_config(folder, cfg, overrides)
-    asked = any(override.startswith("validation.strengths=") for override in overrides)
-    chosen_anew = asked and bool(own.validation.strengths)
+    chosen_anew = "validation.strengths" in given_keys(overrides) and bool(cfg.validation.strengths)
+    own = run_config(folder, cfg, overrides, chosen_anew)
     if not chosen_anew:
-        if export := [override for override in overrides if override.split("=")[0] in EXPORT]:
-            raise InputError(
-                f"{' '.join(export)} beside run={folder}: its policy is evaluated as it is; to export it "
-                "anew, add validation.strengths=[1]"
-            )
         check_policy(folder)
     with complete(folder):
         check_ready(own, watching=False)
@@ -201,6 +195,16 @@ def compare(runs: Sequence[Path], overrides: Sequence[str], folder: Path) -> dic
     return found
 
 
+def check_alone(overrides: Sequence[str]) -> None:
+    """Raise InputError for a value beside `runs`, whose results are compared as they are."""
+    given = zip(overrides, given_keys(overrides), strict=True)
+    if unread := " ".join(text for text, key in given if key not in ("runs", "threads", "trust")):
+        raise InputError(
+            f"{unread} beside runs: they are compared by the results that they have; leave it out, or "
+            f"evaluate each of them with it first: evaluate.py run=DIR {unread}"
+        )
+
+
 def check_inner(run: Path, folder: Path) -> None:
     """Raise InputError for another output directory than the run's own, in which its results would not be."""
     if (run / CONFIG).is_file() and not lies_in(led_to(folder), own_places(run)):
@@ -237,7 +241,10 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     if cfg.runs is not None:
         named = plain(cfg)["runs"]
         listed = list(map(str, named)) if isinstance(named, list) else str(named)
+        check_alone(overrides)
         return compare(run_folders(listed), overrides, folder)
+    if cfg.policy is not None:
+        check_read(overrides, typed("policy", cfg.policy), "it is evaluated as it is; leave that out")
     if cfg.get("benchmark") is not None:
         return run_benchmark(cfg, overrides, folder)
     if cfg.results is not None:

@@ -16,6 +16,7 @@ from capo.cli.evaluate import evaluate_policy
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights, refuse_plans
+from capo.cli.run_changes import check_read
 from capo.cli.schema import Merging, check_group_choices, check_values
 from capo.cli.values import plain
 from capo.errors import InputError
@@ -92,8 +93,11 @@ def check_place(folder: Path, policies: Sequence[str], evaluate: bool) -> None:
         )
 
 
-def run(cfg: DictConfig, folder: Path) -> Path:
-    """Merge `cfg.policies` into `folder`/policy, and return that; InputError where nothing can be merged."""
+def run(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Merge `cfg.policies` into `folder`/policy, and return that; InputError where nothing can be merged.
+
+    `overrides` are those of the command line.
+    """
     check_values(cfg, Merging)
     refuse_plans(cfg)
     named = None if OmegaConf.is_missing(cfg, "policies") else plain(cfg)["policies"]
@@ -106,6 +110,11 @@ def run(cfg: DictConfig, folder: Path) -> Path:
         )
     weights = None if cfg.weights is None else list(cfg.weights)
     policies = list(map(str, named))
+    check_read(
+        overrides,
+        f"policies=[{','.join(policies)}]",
+        "a soup is written in the form of the first one; leave that out",
+    )
     check_named(policies)
     check_place(folder, policies, cfg.evaluate)
     return soup_of(cfg, policies, cfg.method, weights, folder)
@@ -116,4 +125,4 @@ def main(cfg: DictConfig) -> None:
     with plain_errors():
         own = HydraConfig.get()
         check_group_choices(cfg, own)
-        run(cfg, Path(own.runtime.output_dir))
+        run(cfg, Path(own.runtime.output_dir), list(own.overrides.task))

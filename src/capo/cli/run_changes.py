@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from capo.errors import InputError
 from capo.runtime.terminal import typed
 
+# sections that act on training alone; of `trainer`, all keys but the second line's
+TRAINED_WITH = (
+    "seed",
+    "data",
+    "objective",
+    "reference",
+    "pairs",
+    "selection",
+    "calibration",
+    "noise",
+    "anchor",
+    "online",
+    "validation",
+    "rewards",
+)
+LAUNCHED_WITH = ("accelerator", "devices", "num_nodes", "strategy", "precision", "ema")
+SWAP = "selection.swap"  # samples a policy as a negative model
+AGAIN = "validation.strengths=[1]"  # of evaluate.py, exports a run's policy anew
 EXPORT = ("export", "export_dtype")  # which may change until the policy is exported
 # keys that may change when a run resumes: paths, loggers and held-out rewards, what follows training,
 # settings that change a step by rounding only, and model.adapter_lr, model.beta and its range, which act only
@@ -58,6 +78,37 @@ MISSING = "(not there)"
 STEPS = "trainer.max_steps"  # may grow
 UNSET = {}, None  # both say that a mapping sets nothing
 
+log = logging.getLogger(__name__)
+
+
+def given_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that the command line gives; of a group, the one at which its choice stands."""
+    return [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
+
+
+def check_read(overrides: Sequence[str], asked: str, kept: str, exports: bool = False) -> None:
+    """Tell what of `overrides` acts on training alone, beside policies that were trained.
+
+    Args:
+        overrides: those of the command line.
+        asked: key and value that name the policies, for the messages.
+        kept: what becomes of their form.
+        exports: whether a policy is chosen and exported anew nevertheless.
+
+    Raises InputError for keys of an export that there is not.
+    """
+    keys = given_keys(overrides)
+    export = [text for text, key in zip(overrides, keys, strict=True) if key in EXPORT]
+    if export and not exports:
+        raise InputError(f"{' '.join(export)} beside {asked}: {kept}")
+    acting = {SWAP, *(("validation", "rewards") if exports else ("rewards",) if "benchmark" in keys else ())}
+    for key in keys:
+        section, _, name = key.partition(".")
+        trains = section in TRAINED_WITH or (section == "trainer" and name and name not in LAUNCHED_WITH)
+        if trains and not {key, section} & acting:
+            more = "; rewards@evaluation.rewards=NAME measures with others" if section == "rewards" else ""
+            log.warning(f"{key} acts on training alone: {asked} stays as it was trained{more}")
+
 
 def _is_free(name: str) -> bool:
     return name in FREE or FREE_WITHIN.fullmatch(name) is not None
@@ -79,7 +130,7 @@ def check_export(folder: Path, old: dict, new: dict) -> None:
     if other := " ".join(f"{key}={new[key]}" for key in EXPORT if old.get(key, new[key]) != new[key]):
         raise InputError(
             f"{other}: {folder} has finished, and its policy is exported otherwise; leave it out, or export "
-            f"the policy anew: evaluate.py {typed('run', folder)} validation.strengths=[1] {other}"
+            f"the policy anew: evaluate.py {typed('run', folder)} {AGAIN} {other}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
-from capo.cli.run_changes import check_export, compared, differences
+from capo.cli.run_changes import AGAIN, check_export, check_read, compared, differences, given_keys
 from capo.cli.schema import check_calls, check_stored
 from capo.cli.values import plain
 from capo.cli.yaml_files import read_yaml, value_at
@@ -50,24 +49,8 @@ ADDED = {
 }
 DEPTH = "pairs.depth"  # added likewise, to pairs=frs
 VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,50}")  # it becomes a part of a command in a message
-# sections that act on training alone; of `trainer`, all keys but the second line's
-TRAINED_WITH = (
-    "seed",
-    "data",
-    "objective",
-    "reference",
-    "pairs",
-    "selection",
-    "calibration",
-    "noise",
-    "anchor",
-    "online",
-)
-LAUNCHED_WITH = ("accelerator", "devices", "num_nodes", "strategy", "precision", "ema")
 # keys of an evaluation, which a run does not have
 ASKING = ("run", "runs", "policy", "base", "benchmark", "results", "trust", "study")
-
-log = logging.getLogger(__name__)
 
 
 class Progress(Enum):
@@ -226,19 +209,23 @@ def _longer(before: object, after: object) -> bool:
     return isinstance(before, int) and isinstance(after, int) and after > before
 
 
-def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str], exports: bool = False) -> DictConfig:
     """Configuration of a finished run, in which the keys of `overrides` have their values from `cfg`.
 
-    What acts outside the run has its values from `cfg` too (`capo.cli.foreign`). Raises InputError for a
-    folder that is not a run directory, a run that has not finished, a run whose config asks for what it may
-    not, and one of which a folder that is written to leads elsewhere. Keys that act on training alone are
-    told.
+    What acts outside the run has its values from `cfg` too (`capo.cli.foreign`). `exports`: whether the
+    strength of the policy is chosen anew, as `validation` says, and the policy exported.
+
+    Raises InputError for a folder that is not a run directory, a run that has not finished, a run whose
+    config asks for what it may not, one of which a folder that is written to leads elsewhere, and for what
+    `check_read` refuses.
     """
     check_files(folder)
     if not (folder / CONFIG).is_file():
         policy = folder / POLICY
         remedy = "the directory that train.py printed"
-        if policy.is_dir():
+        if (folder.parent / CONFIG).is_file():
+            remedy = typed("run", folder.parent)
+        elif policy.is_dir():
             remedy = f"{typed('policy', policy)} instead"
         raise InputError(f"run={folder} is not a run directory: it has no config.yaml; give {remedy}")
     check_inside(folder, FILLED, cfg.trust)
@@ -248,7 +235,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
             f"run={folder} has not finished: it has no outcome.json; finish its training first, by "
             f"`python train.py ... {typed('hydra.run.dir', folder)}` with the values of its start"
         )
-    given = [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
+    given = given_keys(overrides)
     for override in overrides:
         if override.lstrip("+").startswith("experiment=") and not override.endswith("=null"):
             raise InputError(
@@ -262,10 +249,8 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> DictC
             "other model can draw; leave model out"
         )
     keys = [key for key in given if key.split(".")[0] not in ASKING and not key.startswith("hydra")]
-    for key in keys:
-        section, _, name = key.partition(".")
-        if section in TRAINED_WITH or (section == "trainer" and name and name not in LAUNCHED_WITH):
-            log.warning(f"{key} acts on training alone: run={folder} stays as it was trained")
+    kept = f"its policy is taken as it is; to export it anew: evaluate.py {typed('run', folder)} {AGAIN}"
+    check_read(overrides, f"run={folder}", kept, exports)
     stored = without(own, [*OUTSIDE, *keys])
     check_foreign(folder, stored, cfg.trust)
     check_stored(stored, f"run={folder}: its config.yaml")

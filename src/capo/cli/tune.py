@@ -13,11 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from capo.cli.build import Components, build_components, built
+from capo.backbones.export import stored_fingerprint
+from capo.cli.build import Components, build_components, built, check_exported
 from capo.cli.engines import engaged
 from capo.cli.evaluate import check_root, evaluate_own
 from capo.cli.facts import division_of, facts_of
 from capo.cli.finish import best_strength, finish, tell
+from capo.cli.merge import base_of_policies
 from capo.cli.outlook import followed, outlook_line
 from capo.cli.parts import module_of, validation_of
 from capo.cli.pool_state import check_pools
@@ -220,6 +222,12 @@ def train(
     run_on_first_process(lambda: finish(cfg, components, folder, module, win_rate, facts))
 
 
+def check_unchanged(cfg: DictConfig, folder: Path) -> None:
+    """Raise InputError if the policy in `folder` is not the one that its finished run exported."""
+    base = base_of_policies(cfg)
+    check_exported(folder, stored_fingerprint(folder / POLICY, base.component, lambda: base.fingerprint))
+
+
 def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
     """Complete the run in `folder`: tune and export, evaluate if `evaluate` is set, push if `push_to_hub` is.
 
@@ -248,6 +256,8 @@ def complete_run(cfg: DictConfig, group: str | None, folder: Path) -> None:
                     if cfg.evaluate:
                         evaluate_own(cfg, components, folder)
     if cfg.push_to_hub and launch().first:
+        if progress is Progress.FINISHED:
+            check_unchanged(cfg, folder)
         console.print(f"pushed: {push(folder / POLICY, cfg.push_to_hub)}")
     console.print(
         f"best validation win-rate {best_win_rate(folder):.3f}; all files of this run are in {folder}"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from capo.cli import evaluate as evaluate_script
 from capo.cli import train as train_script
+from capo.cli import tune
 from capo.cli.process import check_common_folder
 from capo.cli.run_config import open_run
 from capo.errors import InputError
@@ -88,6 +89,9 @@ def test_a_policy_that_was_changed_after_its_run_is_not_evaluated_as_the_runs(
         with pytest.raises(InputError, match=told + outcome["policy"][:8]):
             evaluate_script.run(asked, [*given, *more], tmp_path)
     assert not (run / "evaluation").exists()
+    with pytest.raises(InputError, match=told):  # before it is pushed
+        tune.check_unchanged(tiny_run("pushed"), run)
+    tune.check_unchanged(tiny_run("pushed"), tiny_run.folder / "finished")
     (run / "outcome.json").write_text(json.dumps({**outcome, "policy": None}))  # as in an earlier version
     evaluated = []
     monkeypatch.setattr(evaluate_script, "evaluate", lambda folder, *_, **__: evaluated.append(folder))
@@ -105,7 +109,7 @@ def test_what_a_runs_evaluation_would_ignore_is_refused(tmp_path):
         ([], r"run/policy cannot be read \(it is not there\); restore it, or remove .*outcome.json, and"),
         (
             ["export=full"],
-            "export=full beside run=.*: its policy is evaluated as it is; .* validation.strengths",
+            r"export=full beside run=.*/run: its policy is taken as it is; .* validation.strengths=\[1\]",
         ),
         (
             ["model=shapes_mmdit"],
@@ -136,7 +140,15 @@ def test_the_folders_of_a_sweeps_jobs_are_numbers(tmp_path, monkeypatch):
         (["runs=[0,1]"], "runs: 0 has not been evaluated"),
         (["runs=0"], "runs=0: no run directory there"),
         (["policy=0"], "policy '.*/0': neither"),
-        (["run=1.5"], r"run=1.5: must be a folder, written with a / where"),
+        (
+            ["run=1.5"],
+            r"run=1.5: must be one folder \(runs=\[A,B\] compares several\), written with a / where",
+        ),
+        (
+            ["runs=[a,b]", "evaluation.seed=3"],
+            "evaluation.seed=3 beside runs: .*: evaluate.py run=DIR evaluat",
+        ),
+        (["policy=a", "export_dtype=float16"], "export_dtype=float16 beside policy=a: it is evaluated as it"),
         (["runs=[true]"], r"runs=\[True\]: must be a folder or a list of folders"),
         (["runs=[]"], r"runs=\[\]: must be a folder or a list"),
         (["trust=elsewhere"], "trust=elsewhere: must be a list of names"),

@@ -3,6 +3,7 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
+from capo.cli import evaluate, merge
 from capo.cli.places import check_place
 from capo.cli.run_config import (
     ADDED,
@@ -87,13 +88,34 @@ def test_a_value_that_acts_on_training_alone_is_told_to_a_run_that_was_trained(t
     open_run(tmp_path, cfg)
     (tmp_path / "outcome.json").write_text("{}")
     asked = OmegaConf.create({**cfg, "trust": []})
-    run_config(tmp_path, asked, ["sampling.batch=4", "trainer.accelerator=auto", "validation.strengths=[1]"])
+    run_config(tmp_path, asked, ["sampling.batch=4", "trainer.accelerator=auto", "selection.swap=false"])
+    run_config(tmp_path, asked, ["validation.strengths=[1]", "export=full", "rewards=looks"], exports=True)
+    run_config(tmp_path, asked, ["rewards=looks", "+benchmark=parti"])  # which may read them
     assert not caplog.messages
     run_config(tmp_path, asked, ["trainer.lr=0.9", "objective=dpo"])
     assert caplog.messages == [
         f"{key} acts on training alone: run={tmp_path} stays as it was trained"
         for key in ("trainer.lr", "objective")
     ]
+
+
+def test_a_value_that_acts_on_training_alone_is_told_beside_policies(tmp_path, caplog):
+    given = ["seed=3", "validation.every=2", "rewards=looks"]
+    for asked, script, name in (("policy=a", evaluate, "evaluate"), ("policies=[a,b]", merge, "merge")):
+        caplog.clear()
+        cfg = composed(*given, asked, f"pool.root={tmp_path}", name=name)
+        with pytest.raises(InputError):  # no such folder
+            script.run(cfg, *([[*given, asked], tmp_path] if script is evaluate else [tmp_path, given]))
+        assert caplog.messages == [
+            f"seed acts on training alone: {asked} stays as it was trained",
+            f"validation.every acts on training alone: {asked} stays as it was trained",
+            f"rewards acts on training alone: {asked} stays as it was trained; "
+            "rewards@evaluation.rewards=NAME measures with others",
+        ]
+        with pytest.raises(InputError, match=r"export=full beside polic.*; leave that out"):
+            script.run(
+                cfg, *([["export=full"], tmp_path] if script is evaluate else [tmp_path, ["export=full"]])
+            )
 
 
 @pytest.mark.parametrize("name", ["calibration", "checkpoints", "online", "validation", "workers"])

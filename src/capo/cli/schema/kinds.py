@@ -37,6 +37,13 @@ Text = Annotated[str, Field(min_length=1)]
 Folder = Annotated[
     Text | int, Said("a folder, written with a / where its name reads as something else (run=./1e3)")
 ]
+Run = Annotated[
+    Text | int,
+    Said(
+        "one folder (runs=[A,B] compares several), written with a / where its name reads as something else "
+        "(run=./1e3)"
+    ),
+]
 Folders = Annotated[
     Text | int | Annotated[list[Text | int], Field(min_length=1)],
     Said(

@@ -9,7 +9,7 @@ from pydantic import Field
 from capo.cli.schema.engines import Engine
 from capo.cli.schema.evaluating import Benchmark, Study
 from capo.cli.schema.groups import Import, Loggers, Objective, Pairs, Prompts
-from capo.cli.schema.kinds import DType, Files, Folder, Folders, Names, Seed, Text
+from capo.cli.schema.kinds import DType, Files, Folder, Folders, Names, Run, Seed, Text
 from capo.cli.schema.pools import Evaluation, PairExport, Planning, Pool, Sampling, Validation
 from capo.cli.schema.rewards import Rewards
 from capo.cli.schema.trainer import Anchor, Data, Model, Noise, Online, Reference, Selection, Trainer
@@ -61,7 +61,7 @@ class Training(Section):
 class Evaluating(Training):
     """Configuration of evaluate.py."""
 
-    run: Folder | None = key("directory of a finished run")
+    run: Run | None = key("directory of a finished run")
     runs: Folders | None = key("several run directories, or a multirun directory, to compare in one table")
     policy: Folder | None = key("folder of an exported policy, in place of a run")
     base: Folder | None = key("folder of the base's weights; null: the model's own")
