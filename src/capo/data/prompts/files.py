@@ -30,12 +30,12 @@ def read_text(file: Path, place: str, choose: Choose) -> Iterator[Batch]:
 
 
 def read_folder(folder: Path, place: str, choose: Choose) -> Iterator[Batch]:
-    """Folder of *.txt files with one prompt each, sorted by name.
+    """Folder of .txt files with one prompt each, sorted by name.
 
     Columns: `prompt`, the whole text of the file, and `name`, its file name without .txt.
     """
     names = choose(["prompt", "name"])
-    files = sorted(folder.glob("*.txt"))
+    files = ended(folder, "text")
     values = {
         "prompt": lambda file: "".join(decoded_lines(file, f"{place}/{file.name}")),
         "name": lambda file: file.stem,
@@ -100,6 +100,11 @@ ENDINGS = {
 }
 
 
+def ended(folder: Path, form: str) -> list[Path]:
+    """What has an ending of the format `form` in a folder, in upper or lower case, sorted by name."""
+    return sorted(path for path in folder.iterdir() if ENDINGS.get(path.suffix.lower()) == form)
+
+
 def single(chosen: Sequence[str], columns: Sequence[str], place: str) -> list[str]:
     """Columns to read; InputError for one whose name several columns have."""
     if twice := [name for name in chosen if list(columns).count(name) > 1]:
@@ -133,7 +138,7 @@ def _table(file: Path, place: str, choose: Choose, **dialect: Any) -> Iterator[B
         yield from _columns(names, _cells(rows, header, names, place))
     except csv.Error as error:
         raise InputError(
-            f"{place}: line {rows.line_num} cannot be read ({error}); write it as CSV or TSV"
+            f"{place}: line {rows.line_num} cannot be read ({error}); correct it, or write the table as JSON Lines"
         ) from error
 
 

@@ -16,6 +16,7 @@ from capo.runtime.limits import LETTERS
 
 FINE, EMPTY, NSFW, UNWANTED, TOO_LONG, DUPLICATE, ELSEWHERE, OVER_LIMIT, KEPT = range(9)  # outcomes of a row
 YES, NO = ("true", "yes", "nsfw"), ("false", "no", "sfw", "safe")  # spellings of a boolean in text files
+HIGHEST = 2.0  # of a score in 0-1: DiffusionDB writes 2 for a blurred picture
 SLOW = 2.0  # seconds after which a progress bar is shown
 
 
@@ -88,6 +89,13 @@ def _judge(
             _is_nsfw, threshold=threshold, place=f"{place}: column '{name}'", split=source.split
         )
         found[list(map(reached, batch[name]))] = NSFW
+        if HIGHEST < threshold < math.inf and not any(
+            map(partial(reached, threshold=math.nextafter(HIGHEST, math.inf)), batch[name])
+        ):
+            raise InputError(
+                f"prompts.{source.split}.nsfw={source.nsfw}: no score of {place}, column '{name}', is above "
+                f"{HIGHEST:.0f}; give a threshold of their scale, such as 0.5, or nsfw=null for no filter"
+            )
     found[np.array(fates) == EMPTY] = EMPTY
     return np.array(ids, np.uint64), found
 

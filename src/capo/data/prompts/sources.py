@@ -9,7 +9,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from capo.data.prompts.files import ENDINGS, READERS
+from capo.data.prompts.files import ENDINGS, READERS, ended
 from capo.errors import InputError
 from capo.runtime.hub import hub_file
 from capo.runtime.limits import LETTERS
@@ -137,7 +137,7 @@ class Source:
 
     def _in_folder(self, folder: Path, place: str) -> list[PromptFile]:
         """The folder itself if it holds text files, else its files, which must have one format."""
-        forms = {form for ending, form in ENDINGS.items() if any(folder.glob(f"*{ending}"))}
+        forms = {form for form in ENDINGS.values() if ended(folder, form)}
         form = self.format or ("folder" if forms <= {"text"} else forms.pop() if len(forms) == 1 else None)
         if form is None:
             found = ", ".join(sorted(forms))
@@ -146,11 +146,11 @@ class Source:
                 f"name one: prompts.{self.split}.format=..."
             )
         if form == "folder":
-            if not any(folder.glob("*.txt")):
+            if not ended(folder, "text"):
                 raise InputError(f"{place}: a folder without prompts; give the path of {self.origin}")
             return [PromptFile(folder, place, form)]
         endings = [ending for ending, ended in ENDINGS.items() if ended == form]
-        files = sorted(file for ending in endings for file in folder.glob(f"*{ending}"))
+        files = ended(folder, form)
         if not files:
             raise InputError(
                 f"{place}: no {' or '.join(endings)} in this folder; give the path of {self.origin}"
@@ -175,7 +175,13 @@ class Source:
 
         Raises InputError, which lists `names`, if a column is missing.
         """
-        text = self.column or next((name for name in names if name.lower() == "prompt"), None)
+        prompts = [name for name in dict.fromkeys(names) if name.lower() == "prompt"]
+        if self.column is None and len(prompts) > 1:
+            raise InputError(
+                f"{place}: columns {' and '.join(prompts)} hold prompts; name one: "
+                f"prompts.{self.split}.column={prompts[0]}"
+            )
+        text = self.column or next(iter(prompts), None)
         if text is None:
             raise InputError(
                 f"{place}: no column is called prompt; name one: prompts.{self.split}.column= one of "
@@ -219,6 +225,12 @@ def _are_names(value: object) -> bool:
     return _is_text(value) or (bool(value) and _are_texts(value))
 
 
+def _are_conditions(value: object) -> bool:
+    return isinstance(value, Mapping) and not any(
+        isinstance(wanted, list | tuple | Mapping) for wanted in value.values()
+    )
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
@@ -237,7 +249,7 @@ RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "format": (f"one of {', '.join(READERS)}, or null", _optional(lambda value: value in tuple(READERS))),
     "nsfw": ("a finite number above 0, or null", _optional(_is_positive)),
     "nsfw_columns": ("a list of columns, or null", _optional(_are_texts)),
-    "where": ("a mapping {column: value}, or null", _optional(lambda value: isinstance(value, Mapping))),
+    "where": ("a mapping {column: value} with one value each, or null", _optional(_are_conditions)),
     "max_length": (
         f"a whole number from 1 to {LETTERS}, or null",
         _optional(lambda value: isinstance(value, int) and _is_count(value) and value <= LETTERS),

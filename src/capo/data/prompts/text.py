@@ -1,12 +1,13 @@
 """UTF-8 text files: reading their lines, and prompt sets with one prompt per line."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from capo.data.prompts.identity import Prompt, check_splits, make_prompt
 from capo.errors import InputError
-from capo.runtime.reading import open_ordinary
+from capo.runtime.reading import open_ordinary, parse_json
 
 
 @contextmanager
@@ -54,9 +55,33 @@ def decoded_lines(file: Path, place: str) -> Iterator[str]:
 
 
 def prompt_lines(file: Path, place: str) -> Iterator[str]:
-    """Prompts of a file with one per line, whose ends may be LF, CRLF or CR; errors of `decoded_lines`."""
-    for line in decoded_lines(file, place):
-        yield from line.rstrip("\r\n").split("\r")
+    """Prompts of a file with one per line, whose ends may be LF, CRLF or CR.
+
+    Raises InputError, as `decoded_lines` does, and for a file that begins as a table does.
+    """
+    for number, line in enumerate(decoded_lines(file, place)):
+        prompts = line.rstrip("\r\n").split("\r")
+        if number == 0 and (form := _table_form(prompts[0])):
+            split = ".".join(re.findall(r"\w+", place)[:2])  # prompts.train
+            raise InputError(
+                f"{place}: its first line is that of a table ({prompts[0][:80]}), and here every line is a "
+                f"prompt; to read the table, give prompts=files and {split}.format={form}"
+            )
+        yield from prompts
+
+
+def _table_form(first: str) -> str | None:
+    """Format of the table whose first line this is: a JSON object, or columns of which one is the prompt."""
+    if first.lstrip().startswith("{"):
+        try:
+            return "jsonl" if isinstance(parse_json(first), dict) else None
+        except ValueError:
+            return None
+    for form, delimiter in (("csv", ","), ("tsv", "\t")):
+        names = [name.strip().strip('"').lower() for name in first.split(delimiter)]
+        if {"prompt", "caption"} & set(names) and all(re.fullmatch(r"\w+", name) for name in names):
+            return form
+    return None
 
 
 def text_files(train: str | Path, validation: str | Path, test: str | Path) -> dict[str, list[Prompt]]:

@@ -155,3 +155,24 @@ def test_old_line_ends_end_a_prompt(tmp_path):
 def test_what_would_be_read_otherwise_than_meant_is_refused(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         read(written(tmp_path, name, content), "prompt")
+
+
+@pytest.mark.parametrize(("first", "form"), [
+    ("prompt,category", "csv"), ('"Prompt"', "csv"), ("id\tcaption", "tsv"), ('{"prompt": "a cat"}', "jsonl"),
+])  # fmt: skip
+def test_a_table_is_not_read_as_lines(tmp_path, first, form):
+    path = written(tmp_path, "a.txt", f"{first}\na dog\n")
+    with pytest.raises(InputError, match=rf"prompts=files and prompts.train.format={form}$"):
+        list(READERS["text"](path, f"prompts.train.path={path}", lambda names: names))
+
+
+@pytest.mark.parametrize("first", ["a cat, a prompt", "{a cat}", "prompt, a red circle", "a caption"])
+def test_a_prompt_is_no_header(tmp_path, first):
+    assert read(written(tmp_path, "a.txt", f"{first}\n"), "prompt")[0] == {"prompt": [first]}
+
+
+def test_endings_count_in_capitals_too(tmp_path):
+    written(tmp_path, "1.txt", "a cat")
+    written(tmp_path, "2.TXT", "a dog")
+    found = [batch["prompt"] for batch in READERS["folder"](tmp_path, "here", lambda names: names)]
+    assert found == [["a cat", "a dog"]]
