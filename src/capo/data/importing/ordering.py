@@ -79,12 +79,16 @@ def caption_of(value: object, where: str) -> str:
 def number_of(value: Any, where: str) -> float | None:
     """Number in a cell, None if it is empty or NaN; `where` names the cell.
 
-    Raises InputError if the cell is not a number.
+    Raises InputError if the cell is not a finite number.
     """
     try:
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # 1_0 is 10 to Python alone
+            raise ValueError
         number = math.nan if value is None or value == "" else float(value)
+        if math.isinf(number):
+            raise OverflowError
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where} is {value!r}, which is not a number; correct it") from error
+        raise InputError(f"{where} is {value!r}, which is not a finite number; correct it") from error
     return None if math.isnan(number) else number
 
 

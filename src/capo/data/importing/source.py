@@ -87,11 +87,13 @@ class Source(ABC):
 
     def where(self, place: Place) -> str:
         """Name of an image in messages: file, row (the first one is 1), and column or number of the image."""
-        table, row, item = place
-        return (
-            f"{self.tables[table].path.name} row {row + 1}, "
-            f"{self.columns[item] if len(self.columns) > 1 else f'image {item + 1}'}"
-        )
+        item = place[2]
+        return f"{self.row_of(place)}, {self.columns[item] if len(self.columns) > 1 else f'image {item + 1}'}"
+
+    def row_of(self, place: Place) -> str:
+        """Name of an image's row in messages."""
+        table, row, _ = place
+        return f"{self.tables[table].path.name} row {row + 1}"
 
     @cached_property
     def _read(self) -> tuple[list[Entry], Dropped]:
@@ -112,7 +114,7 @@ class Source(ABC):
     def first_dropped(self) -> dict[str, str]:
         """Reason -> table and row of the first entry left out."""
         places = self._read[1].first.items()
-        return {reason: f"{self.tables[table].path.name} row {row + 1}" for reason, (table, row, _) in places}
+        return {reason: self.row_of(place) for reason, place in places}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,26 +19,35 @@ from capo.errors import InputError
 
 NAMED = 10  # largest number of broken images named in a message; the report names all
 BROKEN = "with a broken image"
+REPEATED = "with one image twice"
 
 
 def survey(source: Source, progress: bool = True) -> ImportTable:
-    """Decode every image once and leave out entries with a broken image, which the report counts and names.
+    """Decode every image once and leave out entries with a broken image or one image twice.
+
+    The report counts and names them.
 
     Returns the table of the entries kept. Raises InputError if no entry is left.
     """
     kept: list[Entry] = []
     broken: list[str] = []
+    repeated: list[str] = []
     for entry in tqdm(
         source.entries, desc="checking images", unit="entry", disable=not progress, dynamic_ncols=True
     ):
         faults = [fault for place in entry.places if (fault := _fault(source, place))]
         broken += faults
-        if not faults:
+        if not faults and _repeats(source, entry):
+            repeated.append(source.row_of(entry.places[0]))
+        elif not faults:
             kept.append(entry)
     dropped = {reason: count for reason, count in source.dropped.items() if count}
-    if lost := len(source.entries) - len(kept):
+    first = source.first_dropped
+    if repeated:
+        dropped[REPEATED], first[REPEATED] = len(repeated), repeated[0]
+    if lost := len(source.entries) - len(kept) - len(repeated):
         dropped[BROKEN] = lost
-    report = {"entries": len(kept), "dropped": dropped, "broken": broken, "first": source.first_dropped}
+    report = {"entries": len(kept), "dropped": dropped, "broken": broken, "first": first}
     if not kept:
         raise InputError(f"nothing to import: {described(report)}")
     return _table(kept, report)
@@ -49,6 +59,13 @@ def _fault(source: Source, place: tuple[int, int, int]) -> str | None:
     except BrokenImage as error:
         return f"{source.where(place)}: {error}"
     return None
+
+
+def _repeats(source: Source, entry: Entry) -> bool:
+    """Whether two images of an entry have the same bytes or path, between which there is no choice."""
+    cells = [source.cell(place) for place in entry.places]
+    contents = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    return len({Path(image) if isinstance(image, str) else image for image in contents}) < len(contents)
 
 
 def _table(kept: list[Entry], report: Mapping[str, Any]) -> ImportTable:

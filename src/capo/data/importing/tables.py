@@ -17,7 +17,7 @@ from capo.runtime.reading import open_ordinary, other_separator, parse_json
 
 BATCH = 32  # rows in memory at a time: 64 MB for two images of 1 MB per row
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
-REMEDY = "give another file"
+REMEDY = "correct it, or get it again"
 SHARED = "put tables and images in a folder that all machines see under one name, or import with engine=local"
 
 

@@ -138,7 +138,8 @@ def _table(file: Path, place: str, choose: Choose, **dialect: Any) -> Iterator[B
         yield from _columns(names, _cells(rows, header, names, place))
     except csv.Error as error:
         raise InputError(
-            f"{place}: line {rows.line_num} cannot be read ({error}); correct it, or write the table as JSON Lines"
+            f"{place}: line {rows.line_num} cannot be read ({error}); correct it, or write the table as JSON "
+            "Lines"
         ) from error
 
 

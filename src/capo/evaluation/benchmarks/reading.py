@@ -112,7 +112,13 @@ def index_of(value: object, place: str) -> int:
 def add_figure(
     values: dict[int, dict[int, float]], prompt: int, image: int, figure: float, place: str
 ) -> None:
-    """Add the figure of a prompt's image to `values`; InputError, which names `place`, for a second one."""
+    """Add the figure of a prompt's image to `values`.
+
+    Raises InputError, which names `place`, for a second one, and for one that no official scorer gives: all
+    are shares or cosines.
+    """
+    if not -1 <= figure <= 1:
+        raise InputError(f"{place}: the figure {figure:g} is not from -1 to 1; run the scorer again")
     if image in values.setdefault(prompt, {}):
         raise InputError(
             f"{place}: image {image} of prompt {prompt} has a figure already; remove one of both"
@@ -130,7 +136,7 @@ def means(values: Mapping[int, Mapping[int, float]], prompts: int, images: int, 
         place: name of the results in messages.
 
     Raises:
-        InputError: a prompt lacks figures or has more, a prompt is unknown, or a figure is not finite.
+        InputError: a prompt lacks figures or has more, or a prompt is unknown.
     """
     if unknown := sorted(set(values) - set(range(prompts))):
         raise InputError(
@@ -142,7 +148,5 @@ def means(values: Mapping[int, Mapping[int, float]], prompts: int, images: int, 
             f"{place}: {len(wrong)} of {prompts} prompts do not have figures of {images} images (the first "
             f"is prompt {wrong[0]}, with {len(values.get(wrong[0], ()))}); let the scorer read the whole tree"
         )
-    if any(not math.isfinite(value) for found in values.values() for value in found.values()):
-        raise InputError(f"{place}: a figure is not finite; run the scorer again")
     rows = [list(values[number].values()) for number in range(prompts)]
     return torch.tensor(rows, dtype=torch.float64).mean(1)

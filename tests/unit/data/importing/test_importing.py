@@ -21,7 +21,7 @@ from capo.data.importing import folder, pickapic, rankings
 from capo.data.importing.chosen import Imported
 from capo.data.importing.filling import import_pool
 from capo.data.importing.images import BrokenImage, picture
-from capo.data.importing.ordering import caption_of, dense_ranks
+from capo.data.importing.ordering import caption_of, dense_ranks, number_of
 from capo.data.importing.survey import described, entry_id, survey
 from capo.data.importing.tables import RowCursor, Table
 from capo.data.labels import HUMAN
@@ -577,3 +577,25 @@ def test_a_name_that_no_file_system_takes_is_one_broken_image(tmp_path):
     assert source.fingerprint
     found = survey(source, False)
     assert found.texts == ["a"] and "File name too long" in found.report["broken"][0]
+
+
+@pytest.mark.parametrize("value", [True, "1_0", "inf", float("-inf"), "1e999"])
+def test_scores_that_are_no_finite_numbers_are_refused(value):
+    with pytest.raises(
+        InputError, match=r"t.csv row 3: score is .*, which is not a finite number; correct it"
+    ):
+        number_of(value, "t.csv row 3: score")
+
+
+def test_between_an_image_and_itself_there_is_no_choice(tmp_path):
+    write_images(tmp_path, 2)
+    rows = ["a,0.png,./0.png,1", "b,0.png,1.png,0"]
+    (tmp_path / "t.csv").write_text("\n".join(["caption,jpg_0,jpg_1,label_0", *rows]))
+    found = survey(pickapic(str(tmp_path / "t.csv")), False)
+    assert found.texts == ["b"]
+    assert "left out: 1 with one image twice (the first: t.csv row 1)" in described(found.report)
+    same = encoded(colored((1, 2, 3)))
+    columns = {"jpg_0": [same], "jpg_1": [same], "label_0": [1.0], "caption": ["a"]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"nothing to import: .*1 with one image twice"):
+        survey(pickapic(str(tmp_path / "x.parquet")), False)

@@ -140,7 +140,7 @@ def test_switches_and_scores_in_files_of_text(tmp_path):
 
 def test_a_threshold_of_another_scale_is_refused(tmp_path):
     shares = texts(tmp_path / "a.csv", "prompt,nsfw", "a,0.9", "b,0.1")
-    with pytest.raises(InputError, match="prompts.train.nsfw=50: no score of .*'nsfw', is above 2; give"):
+    with pytest.raises(InputError, match=r"prompts.train.nsfw=50: no score of .*'nsfw', is above 2; give"):
         sets(tmp_path, {"path": shares, "nsfw": 50})
     percents = texts(tmp_path / "b.csv", "prompt,nsfw", "a,3", "b,70")
     assert words(sets(tmp_path, {"path": percents, "nsfw": 50})["train"]) == ["a"]

@@ -169,7 +169,8 @@ def test_results_of_dpg(tmp_path):
     for line, says in (
         ("/images/x.png, 1.0, 1.0, 1.0, 1.0, 1.0", "it has a picture 'x', but no text file"),
         ("/images/0.png, 1.0, a, 1.0, 1.0, 1.0", "of '0' it has no figures"),
-        ("/images/0.png, 1.0, nan, 1.0, 1.0, 1.0", "a figure is not finite"),
+        ("/images/0.png, 1.0, nan, 1.0, 1.0, 1.0", "'0': the figure nan is not from -1 to 1"),
+        ("/images/0.png, 1.0, 700, 1.0, 1.0, 1.0", "'0': the figure 700 is not from -1 to 1"),
         (f"{lines[1]}\n{lines[1]}", "'0': image 0 of prompt 0 has a figure already; remove one of both"),
     ):
         path.write_text("\n".join([lines[0], line]))
