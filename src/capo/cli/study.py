@@ -39,6 +39,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+    if sys.argv[1:2] and (sys.argv[1] in COMMANDS or sys.argv[1].isalpha()):  # a word is a command
         sys.exit(files_main(sys.argv[1:]))
     start(main)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capo.cli.messages import refused
+from capo.errors import InputError
 from capo.runtime.options import whole_number
 from capo.runtime.terminal import Terminal, printable
 
@@ -81,18 +82,26 @@ def _serve(options: argparse.Namespace) -> None:
     serve(Study(options.folder), options.host, options.port)
 
 
+def _given_folder(options: argparse.Namespace, default: Path) -> Path:
+    """Folder that --to names, or else `default`. Raises InputError for what is no folder."""
+    if options.to is not None and options.to.exists() and not options.to.is_dir():
+        raise InputError(f"--to {options.to}: it is no folder; give one, or a name that is free")
+    return options.to or default
+
+
 def _results(options: argparse.Namespace) -> None:
     from capo.evaluation.study.analysis import study_results
     from capo.evaluation.study.store import open_studies
     from capo.evaluation.study.tables import console_tables, with_holm, write_studies, write_study
 
+    target = _given_folder(options, options.folders[0])
     with open_studies(options.folders) as studies:
         found = with_holm([study_results(study, options.failures) for study in studies])
     for folder, study in zip(options.folders, found, strict=True):
         write_study(folder, study)
     told = ["results", *map(str, options.folders), "--failures", str(options.failures)]
     command = f"python -m capo.cli.study {shlex.join(told)}"
-    files = write_studies(options.to or options.folders[0], found, command)
+    files = write_studies(target, found, command)
     console = Terminal()
     for table in console_tables(found):
         console.print(table)
@@ -104,7 +113,7 @@ def _export(options: argparse.Namespace) -> None:
     from capo.evaluation.study.turk import export
 
     with Study(options.folder) as study:
-        files = export(study, options.to or options.folder / "mturk", options.images_at)
+        files = export(study, _given_folder(options, options.folder / "mturk"), options.images_at)
     print(printable(f"for Mechanical Turk: {', '.join(map(str, files))}; upload the images first"))
 
 

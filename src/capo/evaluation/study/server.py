@@ -65,6 +65,8 @@ class StudyServer(ThreadingHTTPServer):
             instruction=INSTRUCTION, ties=study.facts.ties, longest=LONGEST
         )
         try:
+            if not host:  # to Python it is every address of this machine
+                raise OSError("it has no name")
             super().__init__((host, port), _Handler)
         except (OSError, UnicodeError, TypeError) as error:  # TypeError: of a name with an empty part
             reason = getattr(error, "strerror", None) or error

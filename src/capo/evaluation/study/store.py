@@ -267,7 +267,10 @@ def _connected(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def open_studies(folders: Sequence[str | Path]) -> Iterator[list[Study]]:
-    """Yield the opened studies; InputError if one cannot be opened."""
+    """Yield the opened studies; InputError if one cannot be opened, or is named twice."""
+    own = [led_to(Path(folder)) for folder in folders]
+    if twice := [folder for folder in own if own.count(folder) > 1]:
+        raise InputError(f"{twice[0]} is named twice, so it would count as two studies; name it once")
     studies: list[Study] = []
     try:
         for folder in folders:

@@ -15,15 +15,16 @@ from capo.evaluation.reports.templating import page_template
 from capo.evaluation.study.server import INSTRUCTION
 from capo.evaluation.study.store import IMAGES, SIDES, Study, Vote
 from capo.evaluation.study.turns import choice_of, left_side, pair_name
-from capo.runtime.files import whole_file, write_table, write_whole
+from capo.runtime.files import led_to, whole_file, write_table, write_whole
 from capo.runtime.reading import read_bytes
 
-ADDRESS = re.compile(r"https://[^\s\"'<>]+")  # it stands in pages, within quotes
+ADDRESS = re.compile(r"https://[^\s\"'<>?#]+")  # names are added to it, and it stands in pages, within quotes
 CSV, TEMPLATE = "pairs.csv", "template.html"
 ALL = ""  # the rater for whom sides are drawn: on Mechanical Turk they are the same for all
 ANSWERS = ("left", "right", "tie")
 NEEDED = ("WorkerId", "AssignmentStatus", "Input.pair", "Input.left")
 REJECTED = "Rejected"
+STATUSES = ("Submitted", "Approved", REJECTED)
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,18 @@ def export(study: Study, folder: Path, images_at: str) -> list[Path]:
         images_at: address under which the content of images/ will stand, `https://...`.
 
     Raises:
-        InputError: `images_at` is no https address, which the workers' browsers require, `folder` cannot be
-            written, or an image of the study cannot be read.
+        InputError: `images_at` is no https address, which the workers' browsers require, `folder` is the
+            study's own or cannot be written, or an image of the study cannot be read.
     """
     if not ADDRESS.fullmatch(images_at):
         raise InputError(
             f"--images-at {images_at}: workers' browsers load images from https:// alone; give the address "
-            "of the folder to which you upload images/"
+            "of the folder to which you upload images/, without ? or #"
+        )
+    if led_to(folder) in (led_to(study.folder), led_to(study.folder / IMAGES)):
+        raise InputError(
+            f"--to {folder}: there the study's own images lie, whose names tell which side they are; give "
+            "another folder"
         )
     rows = []
     for pair in study.pairs.values():
@@ -99,9 +105,20 @@ def import_results(study: Study, path: Path) -> Imported:
         raise InputError(
             f"{path} has no column {', '.join(missing)}; give the CSV that 'Download CSV' of the batch writes"
         )
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise InputError(f"{path}: several columns are called {twice[0]}; remove all but one")
+    if not rows:
+        raise InputError(f"{path} has columns but no row; download the results when workers have answered")
     votes: dict[tuple[str, str], Vote] = {}
     rejected = 0
     for line, row in enumerate(rows, start=2):
+        if None in row:
+            raise InputError(f"{path}, row {line}: it has more cells than there are columns; correct it")
+        if row["AssignmentStatus"] not in STATUSES:
+            raise InputError(
+                f"{path}, row {line}: AssignmentStatus is {row['AssignmentStatus']!r}, not one of "
+                f"{', '.join(STATUSES)}; correct it"
+            )
         if row["AssignmentStatus"] == REJECTED:
             rejected += 1
             continue

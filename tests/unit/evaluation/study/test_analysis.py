@@ -159,6 +159,12 @@ def test_results_of_equal_votes_are_equal_bytes(tmp_path):
     "command, said",
     [
         (["results", "{}/none"], "holds no study"),
+        (["results", "{0}", "{0}/."], "is named twice, so it would count as two studies"),
+        (["results", "{}", "--to", "{}/study.sqlite"], "study.sqlite: it is no folder; give one"),
+        (
+            ["export", "{}", "--images-at", "https://x", "--to", "{}/study.sqlite"],
+            "it is no folder; give one",
+        ),
         (["export", "{}", "--images-at", "http://x"], "load images from https:// alone"),
         (["import", "{}", "{}/none.csv"], "none.csv cannot be read"),
     ],

@@ -151,7 +151,7 @@ def test_a_port_in_use_is_said(study):
         ),
     ):
         StudyServer(study, "127.0.0.1", server.server_address[1])
-    for host in ("no.such.host.invalid", "a..b", "256.1.1.1"):
+    for host in ("no.such.host.invalid", "a..b", "256.1.1.1", ""):
         with pytest.raises(InputError, match=rf"host {host}, port 0: .*give another host, 127.0.0.1 for"):
             StudyServer(study, host, 0)
 

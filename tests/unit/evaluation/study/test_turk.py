@@ -49,9 +49,11 @@ def study(tmp_path):
 
 
 def test_an_export_that_cannot_be_made_is_named(study, tmp_path):
-    for address in ("http://x", 'https://x/"><script>', "https://x y"):
+    for address in ("http://x", 'https://x/"><script>', "https://x y", "https://x/?y=1", "https://x#y"):
         with pytest.raises(InputError, match="workers' browsers load images from https:// alone"):
             export(study, tmp_path / "mturk", address)
+    with pytest.raises(InputError, match=r"--to .*study: there the study's own images lie.* another folder"):
+        export(study, study.folder / ".." / study.folder.name, AT)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"file/images/.* cannot be written"):
         export(study, tmp_path / "file", AT)
@@ -142,6 +144,15 @@ def test_results_that_cannot_be_are_refused_whole(study, tmp_path):
     refused("row 9: .*import the results into the study that exported them")
     write_batch(path, [*rows, rows[1]], [*good, *good[:1]], WorkerId="A1")
     refused("row 10: worker A1 has answered pair .* twice")
+    write_batch(path, rows, good, AssignmentStatus="rejected")
+    refused("row 2: AssignmentStatus is 'rejected', not one of Submitted, Approved, Rejected")
+    header, *lines = write_batch(path, rows, good).read_text().splitlines()
+    path.write_text("\n".join([header, lines[0], f"{lines[1]},x"]))
+    refused("row 3: it has more cells than there are columns")
+    path.write_text("\n".join([header.replace("HITId", "WorkerId"), *lines]))
+    refused("several columns are called WorkerId")
+    path.write_text(header)
+    refused("has columns but no row")
     path.write_text("a,b\n1,2\n")
     refused("has no column WorkerId, AssignmentStatus, Input.pair, Input.left")
     path.write_bytes(b"\xff\xfe")
