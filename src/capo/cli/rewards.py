@@ -24,6 +24,7 @@ from capo.cli.compose import REPOSITORY, composed
 from capo.cli.messages import refused
 from capo.cli.named_rewards import rewards_of
 from capo.cli.schema import check_values
+from capo.cli.schema.rewards import Reward as Entry
 from capo.cli.schema.rewards import RewardsAlone
 from capo.errors import InputError, closest
 from capo.rewards import Reward
@@ -105,6 +106,9 @@ def configured(name: str, overrides: Sequence[str], conf: Path | None) -> list[R
             f"{name}: no such reward; {folder / 'rewards'} has {', '.join(known)}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
+    for override in overrides:
+        if re.split(r"[.=]", OVERRIDE.sub("", override))[0] in Entry.model_fields:
+            raise InputError(f"{override}: say of which reward, as in {name}.{OVERRIDE.sub('', override)}")
     cfg = composed(
         None, [f"+rewards={name}", *(OVERRIDE.sub(r"\1rewards.", override) for override in overrides)], folder
     )
@@ -147,7 +151,7 @@ def recorded(reward: Reward, options: argparse.Namespace) -> dict | None:
     Raises InputError for a file without valid records, which is not written over either, and for a file named
     by the user that lacks scores of this fingerprint.
     """
-    golden = read_golden(golden_places(reward.name, options.golden), reward.fingerprint)
+    golden = read_golden(golden_places(reward.name, options.golden), reward)
     if options.record:
         return None
     if options.golden and golden is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from capo.cli.idle import check_idle
 from capo.cli.messages import plain_errors
 from capo.cli.places import check_place
 from capo.cli.run_config import is_finished
@@ -30,21 +32,22 @@ def main(cfg: DictConfig) -> float:
         if launch().world_size > 1:
             check_places(own)
         if own.mode is not RunMode.MULTIRUN:
-            return run(cfg)
+            return run(cfg, given=own.overrides.task)
         check_sweep(own)
         from capo.cli.sweep import run_job, sweep_name
 
         return run_job(partial(run, cfg, sweep_name(Path(own.sweep.dir))), Path(cfg.run_dir))
 
 
-def run(cfg: DictConfig, group: str | None = None) -> float:
+def run(cfg: DictConfig, group: str | None = None, given: Sequence[str] = ()) -> float:
     """Do a training run, or what is missing of it; return the best validation win-rate.
 
-    `group` names the sweep that the run is a job of. With plan=true or check=true nothing is trained, and NaN
-    is returned. Heavy libraries are imported where they are needed: a plan does without Lightning, and errors
-    in the configuration are found before the import.
+    `group` names the sweep that the run is a job of; `given` are the overrides of a run that is none. With
+    plan=true or check=true nothing is trained, and NaN is returned. Heavy libraries are imported where they
+    are needed: a plan does without Lightning, and errors in the configuration are found before the import.
     """
     check_values(cfg)
+    check_idle(cfg, given)
     if cfg.plan and cfg.check:
         raise InputError(
             "plan=true check=true: a plan loads no weights, and a check does; give them one after the other"

@@ -26,7 +26,7 @@ def load_rewards(
     Raises:
         InputError: there is no reward; a reward has an unknown key or no scorer; a required module is not
             installed (in its environment, for a reward with `python`); `python` is not an interpreter; or
-            weights given as an absolute path do not exist.
+            weights given as a path (/, ./, ../ or ~) do not exist.
     """
     if not config:
         raise InputError(f"{place}: no reward is configured; name at least one, as in rewards=shapes")
@@ -54,6 +54,11 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
         raise InputError(f"{place}.{name}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     if "scorer" not in entry:
         raise InputError(f"{place}.{name}: it has no scorer; add `scorer: {{_target_: module.Class, ...}}`")
+    if "timeout" in entry and not {"python", "isolated"} & set(entry):
+        raise InputError(
+            f"{place}.{name}.timeout={entry['timeout']}: ends a scorer in another process; add isolated: "
+            "true (or python: INTERPRETER), or leave it out"
+        )
     _check_scorer(entry["scorer"], f"{place}.{name}.scorer")
     _check_requires(entry.get("requires", ()), f"{place}.{name}.requires")
     reward = Reward(name, **entry, logs=logs)
@@ -62,7 +67,8 @@ def _load(name: str, entry: Mapping[str, Any], place: str, logs: Path | None) ->
         check_environment(name, reward.python, [*reward.requires, *([] if root == "capo" else [root])])
     elif missing := worker.missing(reward.requires):
         raise InputError(not_installed(name, missing, reward.extra, reward.isolated))
-    if reward.weights and Path(reward.weights).is_absolute() and not Path(reward.weights).exists():
+    given = reward.weights or ""  # a path, or what the scorer knows by this name
+    if given.startswith(("/", "./", "../", "~")) and not Path(given).expanduser().exists():
         raise InputError(
             f"reward '{name}': no weights at {reward.weights}; set {place}.{name}.weights to their location"
         )

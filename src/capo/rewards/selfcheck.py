@@ -234,25 +234,32 @@ def golden_places(name: str, given: Path | None) -> list[Path]:
     )
 
 
-def read_golden(places: Sequence[Path], fingerprint: str) -> dict | None:
-    """Return the first record of this fingerprint, or None; raise InputError for a file that is no record."""
+def read_golden(places: Sequence[Path], reward: Reward) -> dict | None:
+    """Return the first record of the reward's fingerprint, or None.
+
+    Raises InputError for a place that holds no record, or one of another reward.
+    """
+    remedy = "remove it, or name another file: --golden FILE"
     for path in places:
-        if not path.is_file():
+        if not path.exists():
             continue
+        if not path.is_file():
+            raise InputError(f"{path} is no file; {remedy}")
         try:
-            found = read_json(path, "remove it, or name another file: --golden FILE")
+            found = read_json(path, remedy)
+            same, name = found["fingerprint"] == reward.fingerprint, found.get("name", reward.name)
+            if not same and name != reward.name:
+                raise InputError(f"{path} holds scores of the reward {name}, not of {reward.name}; {remedy}")
             if (
                 found["schema"] == SCHEMA
-                and found["fingerprint"] == fingerprint
+                and same
                 and torch.tensor(found["scores"]).shape == (len(PROMPTS), 2)
             ):
                 return {key: found[key] for key in ("scores", "device", "versions")}
         except DamagedFile:
             raise
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{path} holds no recorded scores ({error!r}); remove it, or name another file: --golden FILE"
-            ) from error
+            raise InputError(f"{path} holds no recorded scores ({error!r}); {remedy}") from error
     return None
 
 

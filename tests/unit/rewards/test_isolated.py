@@ -295,7 +295,7 @@ def test_a_scorer_where_torch_is_not_installed(bare, isolated):
 def test_scores_are_those_of_the_scorer_in_this_process(isolated, targets, monkeypatch, pillow_only):
     monkeypatch.syspath_prepend(targets)
     assert isolated("Sees", _args_=["torch", "PIL"])([RED], [""]).tolist() == [10]
-    config = {"scorer": {"_target_": "their_reward.Redness", "factor": 0.3}, "timeout": 60}
+    config = {"scorer": {"_target_": "their_reward.Redness", "factor": 0.3}}
     (here,) = load_rewards({"theirs": config})
     (there,) = load_rewards({"theirs": config | {"python": pillow_only, "requires": ["PIL"]}})
     assert here.key == there.key  # where it runs moves no score

@@ -160,6 +160,18 @@ def test_one_number_an_image():
             "'red': no weights at /nowhere/w; set",
         ),
         (
+            {"red": {"scorer": {"_target_": "x"}, "weights": "./none.pt"}},
+            "'red': no weights at ./none.pt; set",
+        ),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "weights": "~/none.pt"}},
+            "'red': no weights at ~/none.pt; set",
+        ),
+        (
+            {"red": {"scorer": {"_target_": "x"}, "timeout": 3}},
+            r"rewards\.red\.timeout=3: ends a scorer in another process; add isolated: true",
+        ),
+        (
             {"red": {"scorer": {"_target_": "x"}, "requires": ["no_such_module.part", "nor_this"]}},
             "needs no_such_module.part, nor_this, which is not installed: pip install no_such_module.part "
             "nor_this .or the package",

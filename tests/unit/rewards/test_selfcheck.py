@@ -237,8 +237,12 @@ def test_scores_are_recorded_and_compared_afterwards(here, clip, capsys, monkeyp
             r"--golden mine\.json: it has no scores of fingerprint [0-9a-f]{8}; --record",
         ),
         ("{}", r"mine\.json holds no recorded scores"),
+        (
+            json.dumps({"schema": 1, "fingerprint": "0" * 64, "name": "y"}),
+            r"mine\.json holds scores of the reward y, not of x; remove it, or name another file: --golden",
+        ),
     ],
-    ids=["nowhere", "another", "unreadable"],
+    ids=["nowhere", "another", "unreadable", "another reward"],
 )
 def test_a_named_record_that_cannot_be_compared_with_fails_before_weights_are_loaded(
     here, capsys, content, fault
@@ -279,6 +283,9 @@ def test_random_weights_fail_by_order_and_are_not_recorded(here, clip, capsys):
     (["check", "pickscore", "pickscore.weight=x"], "no key 'rewards.pickscore.weight'; did you mean"),
     (["check", "looks", "looks.weights=/nowhere"], "reward 'looks': no weights at /nowhere"),
     (["check", "pickscore", "pickscore.weights=nothing"], "no such file or folder"),
+    (["check", "looks", "weights=x"], "weights=x: say of which reward, as in looks.weights=x"),
+    (["check", "looks", "+rewards.scorer.x=1"], r"say of which reward, as in looks\.scorer\.x=1"),
+    (["check", "looks", "--golden", "conf", "--record"], "conf is no file; remove it, or name another file"),
     (["check", "looks", "--golden", "broken.json"], "broken.json holds no recorded scores"),
     (["check", "shapes", "--golden", "x.json"], "a set of 3 rewards"),
     (["check", "looks", "--device", "gpu"], "--device gpu: must be cuda, cuda:NUMBER or cpu"),
@@ -307,6 +314,10 @@ def test_scores_are_not_recorded_over_another_file(here, capsys):
     assert main(["check", "looks", "--device", "cpu", "--record", "--golden", str(own)]) == 1
     told = capsys.readouterr().out
     assert own.read_text() == "mine" and "nothing was recorded" in told and "notes.txt" in told
+    theirs = json.dumps({"schema": 1, "fingerprint": "0" * 64, "name": "y"})
+    own.write_text(theirs)
+    assert main(["check", "looks", "--device", "cpu", "--record", "--golden", str(own)]) == 1
+    assert own.read_text() == theirs
 
 
 class NoSide:
