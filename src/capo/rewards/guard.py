@@ -131,9 +131,10 @@ def undisturbed():
     generators of Python, numpy and torch, torch's default dtype, default device, gradient mode and number of
     threads, and the permissions of new files. Scorers may work in threads side by side: what all threads
     share is put back once none works.
-    `os._exit` of the block is an error: it would end the process without a word, whatever it was at.
+    `os._exit` of the block is an error: it would end the process without a word, whatever it was at. A process
+    that the block has forked ends with the block, since nothing after it is its own.
     """
-    torch = sys.modules.get("torch")
+    torch, number = sys.modules.get("torch"), os.getpid()
     own = _Thread(torch) if torch else None
     with _lock:
         _working.append(_working[0] if _working else _Process(torch))
@@ -141,6 +142,8 @@ def undisturbed():
     try:
         yield
     finally:
+        if os.getpid() != number:
+            _end(1)
         if own:
             own.put_back()
         with _lock:
@@ -223,6 +226,7 @@ class _Process:
             os.chdir(self.folder)  # last, since it may have been removed
 
 
+_end = os._exit
 _umask = os.umask(0o077)  # there is no way to read it alone: once, when nothing else is at work
 os.umask(_umask)
 _lock = threading.Lock()

@@ -461,3 +461,21 @@ def test_variables_and_handlers_are_as_before(monkeypatch):
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
             signal.signal(number, handler)
         os.environ.pop("CAPO_ADDED", None)
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, None])
+def test_a_process_that_a_scorer_forks_does_not_go_on_as_this_one(error):
+    number = os.getpid()
+
+    def splits(images, prompts):
+        if child := os.fork():
+            return [float(os.WEXITSTATUS(os.waitpid(child, 0)[1]))]
+        if error:
+            raise error
+        return [0.5]
+
+    try:
+        assert scores(splits, TWO[:1], ["a"]) == [1.0]
+    finally:
+        if os.getpid() != number:
+            os._exit(9)
