@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -116,6 +116,17 @@ def check_configs(*components: Path) -> None:
             schema = _schema(path.name, values)
             if schema is not None and (found := faults(schema, values)):
                 raise DamagedFile(path, "; ".join(found.values()), FOLDER_REMEDY)
+            if schema is Network:
+                _check_statistics(path, values)
+
+
+def _check_statistics(path: Path, values: dict[str, Any]) -> None:
+    channels = values.get("latent_channels")
+    for name in ("latents_mean", "latents_std"):
+        given = values.get(name)
+        if given is not None and channels is not None and len(given) != channels:
+            told = f"{name} has {len(given)} numbers, and latent_channels={channels}: must be as many"
+            raise DamagedFile(path, told, FOLDER_REMEDY)
 
 
 def _schema(name: str, values: object) -> type[Section] | None:

@@ -122,6 +122,12 @@ def check_tokens(folder: Path, components: Mapping[str, Any]) -> None:
         tokenizer = components.get(name.replace("text_encoder", "tokenizer"))
         if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
             continue
+        ends, known = encoder.config.eos_token_id, encoder.config.vocab_size
+        if isinstance(ends, int) and ends >= known:  # the pooled text would be that of the first token
+            raise InputError(
+                f"weights '{folder}': eos_token_id={ends} in {name}/config.json: must be below "
+                f"vocab_size={known}; {FOLDER_REMEDY}"
+            )
         longest = getattr(encoder.config, "max_position_embeddings", None)  # a T5 takes any number
         found = {
             "vocab_size": (len(tokenizer), encoder.config.vocab_size),

@@ -1,4 +1,4 @@
-"""What `online.every` goes with, and what it makes of a run."""
+"""What `online.every` and `reference.interval` go with, and what rounds make of a run."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ def check_online(cfg: DictConfig, prompts: int) -> None:
         with under("online"):
             must = f"must be at most {prompts}, the number of prompts to train on, or null for all of them"
             raise ParameterError("prompts", online.prompts, must)
+
+
+def check_reference(cfg: DictConfig) -> None:
+    """InputError for an interval of updates where the reference is not updated."""
+    reference = cfg.get("reference")  # a stored configuration may lack the key
+    if reference and reference.decay is None and reference.interval not in (None, 1):
+        raise InputError(
+            f"reference.interval={reference.interval} with reference.decay=null: the base stays the "
+            f"reference; give reference=ema reference.interval={reference.interval}, or leave it out"
+        )
 
 
 def is_generator(cfg: DictConfig) -> bool:

@@ -28,7 +28,7 @@ from capo.cli.build import (
 )
 from capo.cli.engines import check_engine
 from capo.cli.named_rewards import all_rewards, held_out_rewards
-from capo.cli.online import check_online
+from capo.cli.online import check_online, check_reference
 from capo.cli.schema.calls import under
 from capo.cli.values import plain
 from capo.data.candidates import NO_PRIOR
@@ -79,6 +79,7 @@ def check_ready(cfg: DictConfig, scoring: bool = True, watching: bool = True) ->
     pool_specs(cfg, splits)
     check_objective(cfg)
     check_online(cfg, len(splits["train"]))
+    check_reference(cfg)
     check_pairs(cfg, len(label_sources(cfg, rewards)))
     check_draw(cfg)
     check_export(cfg)

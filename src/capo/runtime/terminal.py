@@ -40,6 +40,8 @@ class Terminal(Console):
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
+        if self.width < 1:
+            self.width = 80  # COLUMNS=0: not a line would be printed
 
     def render_str(self, text: str, **options: Any) -> Text:  # tables call it for their cells too
         return super().render_str(printable(text), **options)

@@ -134,7 +134,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise InputError(
                 f"logger.wandb.{name}={value}: "
                 + (what if name in GIVEN else "wandb.init takes no such option")
-                + (f"; did you mean logger.wandb.{near[0]}?" if near else "; leave it out")
+                + (f"; did you mean +logger.wandb.{near[0]}?" if near else "; leave it out")
             )
 
 

@@ -105,6 +105,8 @@ def changed(path, **values):
     ("tokenizer/tokenizer_config.json", {"model_max_length": 99},
      r"tokenizer of 'text_encoder' makes up to 99 tokens, and max_position_embeddings=12 in text"),
     ("tokenizer_2/tokenizer_config.json", {"eos_token": "new"}, r"of 'text_encoder_2'.*vocab_size="),
+    ("text_encoder/config.json", {"eos_token_id": 99999}, r"eos_token_id=99999 in text_encoder/config.json"),
+    ("vae/config.json", {"latents_mean": [0.0, 0.0]}, r"vae/config.json .*latents_mean has 2 numbers"),
 ])  # fmt: skip
 def test_files_that_contradict_each_other(copied, file, values, told):
     changed(copied / file, **values)

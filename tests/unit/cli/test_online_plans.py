@@ -10,7 +10,7 @@ from capo.cli import rounds
 from capo.cli import train as train_script
 from capo.cli.build import moving_reference
 from capo.cli.facts import facts_of
-from capo.cli.online import check_online
+from capo.cli.online import check_online, check_reference
 from capo.cli.plan import pool_requests, request_of
 from capo.data.labels import HUMAN
 from capo.errors import InputError
@@ -64,6 +64,13 @@ def test_what_belongs_to_rounds_is_not_ignored_without_them(given):
     with pytest.raises(InputError, match=told):
         check_online(composed(given), 4)
     check_online(composed(given, "online.every=2"), 4)
+
+
+def test_an_interval_is_not_ignored_where_the_base_stays_the_reference():
+    with pytest.raises(InputError, match=r"reference.interval=5 with reference.decay=null: .*reference=ema"):
+        check_reference(composed("reference.interval=5"))
+    check_reference(composed())
+    check_reference(composed("reference=ema", "reference.interval=5"))
 
 
 def test_rounds_are_refused_before_anything_is_loaded(tiny_run, monkeypatch):

@@ -55,3 +55,10 @@ def test_an_argument_is_read_as_it_was_meant_by_shell_and_hydra(value):
 
 def test_plain_paths_are_typed_without_quotes():
     assert typed("run", Path("/a/b-1.0_x")) == "run=/a/b-1.0_x"
+
+
+def test_a_terminal_of_no_columns_prints(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    file = io.StringIO()
+    Terminal(file=file).print("a line")
+    assert file.getvalue() == "a line\n"
