@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -24,7 +25,9 @@ OTHERS = {
 
 
 def check_output(config: DictConfig) -> None:
-    """Raise InputError if files that any command writes, or folders of the run that it names, lead elsewhere.
+    """Raise InputError if what any command writes, or folders of the run that it names, lead elsewhere.
+
+    So it does for an output directory that is the folder of a pool, a pipeline or an adapter.
 
     `config` is composed, but its values are not yet checked: what is no path is left to the check of values.
     """
@@ -32,6 +35,8 @@ def check_output(config: DictConfig) -> None:
         trust = OmegaConf.select(config, "trust")
         check_inside(Path(str(run)), FILLED, list(map(str, trust)) if isinstance(trust, ListConfig) else ())
     if (folder := _folder(config, "hydra.run.dir")) is not None:
+        # that of a sweep may get a comparison of its jobs
+        _refuse_others(folder, [name for name in OTHERS if name != MULTIRUN])
         refuse_links(folder, _written(folder, config))
 
 
@@ -56,6 +61,15 @@ def _written(folder: Path, config: DictConfig) -> list[Path]:
     return [*(place for place, _ in places), *held, folder / f"{config.hydra.job.name}.log"]
 
 
+def _refuse_others(folder: Path, names: Sequence[str]) -> None:
+    """Raise InputError if `folder` is that of something else, which one of these files shows."""
+    found = next((name for name in names if (folder / name).is_file()), None)
+    if found and not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{typed('hydra.run.dir', folder)} is the folder of {OTHERS[found]} ({found}): choose another one"
+        )
+
+
 def check_place(folder: Path) -> None:
     """Raise InputError if `folder` holds what a run would replace but no run, or one that writes outside."""
     _check_free(folder)
@@ -72,11 +86,7 @@ def check_place(folder: Path) -> None:
 
 def _check_free(folder: Path) -> None:
     """Raise InputError for the folder of something else, and for one that a run about it writes anew."""
-    found = next(((name, what) for name, what in OTHERS.items() if (folder / name).is_file()), None)
-    if found and not (folder / CONFIG).is_file():
-        raise InputError(
-            f"{typed('hydra.run.dir', folder)} is the folder of {found[1]} ({found[0]}): choose another one"
-        )
+    _refuse_others(folder, [*OTHERS])
     place = led_to(folder)
     for inner, outer in zip((place, *place.parents), place.parents, strict=False):
         if inner.name in {*TRAINED, *FILLED} and (outer / CONFIG).is_file() and (outer / OUTCOME).is_file():

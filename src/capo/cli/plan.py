@@ -19,7 +19,7 @@ from capo.backbones.sampling import BASE, is_guided
 from capo.backbones.sampling import POLICY as ITSELF
 from capo.cli.build import built, family_of, inversion_of, moving_reference, prompt_splits, sampler_settings
 from capo.cli.engines import RAY
-from capo.cli.missing import find_missing
+from capo.cli.missing import find_missing, likely_pools
 from capo.cli.rates import ORACLE, REWARD_PLACES, gpu_name, identity, judges_of, known_rewards, rates_of
 from capo.cli.values import plain
 from capo.data.prompts import expected_sizes
@@ -237,16 +237,10 @@ def room_findings(cfg: DictConfig, request: Request) -> list[Shortage]:
     The disk must hold what is still to be written; the device must hold the model states, whatever the batch.
     """
     root, run, space = Path(cfg.pool.root), Path(cfg.run_dir), disk_space(request)
-    seeds = {
-        "train": (cfg.pool.seed, "train"),
-        "validation": (cfg.evaluation.seed, "validation"),
-        "test": (cfg.evaluation.seed, "test"),
-        "zero": (cfg.evaluation.seed + 1, "test"),
-    }
     pools = 0
-    for name, (seed, split) in seeds.items():
+    for name, folders in likely_pools(cfg).items():
         need = space["pools"].get(name) or 0
-        pools += max(0, need - folder_bytes(*root.glob(f"{cfg.model.name}-*-{seed}-{split}")))
+        pools += max(0, need - folder_bytes(*folders))
     written = folder_bytes(run / CHECKPOINTS, run / POLICY, run / ONLINE)
     own = sum(need or 0 for name, need in space["run"].items() if name != "total")
     found = disk_findings({root: pools, run: max(0, own - written)})

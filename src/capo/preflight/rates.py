@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from capo.errors import InputError
 from capo.runtime.files import refuse_links, write_json
 from capo.runtime.fingerprints import content_fingerprint
 
@@ -39,8 +41,13 @@ class Measurement:
 
 
 def check_folder(root: Path) -> None:
-    """Raise InputError if the folder of rates under the pool root `root` is a link that leads out of it."""
+    """Raise InputError if the folder of rates under the pool root `root` leads out of it, or is no folder."""
     refuse_links(root, [root / FOLDER], own="; pool.root itself may be a link")
+    if os.path.lexists(root / FOLDER) and not (root / FOLDER).is_dir():
+        raise InputError(
+            f"{root / FOLDER} is no folder, but measured rates should stand there: move it away, or use "
+            "another pool.root"
+        )
 
 
 def write_rate(root: Path, measurement: Measurement, per_second: float) -> Path:

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from capo.cli import evaluate, generate, merge, train, tune
 from capo.cli.compose import composed
-from capo.cli.places import OTHERS, check_place
+from capo.cli.places import MULTIRUN, OTHERS, check_output, check_place
 from capo.errors import InputError
 
 
@@ -42,6 +42,18 @@ def test_no_run_is_made_in_the_folder_of_something_else(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=rf"hydra.run.dir={tmp_path} is the folder of .* \({name}\)"):
         check_place(tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_command_has_its_output_in_the_folder_of_a_pool_or_a_policy(tmp_path, name):
+    hydra = {"run": {"dir": str(tmp_path)}, "output_subdir": ".hydra", "job": {"name": "generate"}}
+    config = OmegaConf.create({"hydra": hydra})
+    check_output(config)
+    (tmp_path / name).touch()
+    if name == MULTIRUN:  # of its jobs a comparison may be made there
+        return check_output(config)
+    with pytest.raises(InputError, match=rf"hydra.run.dir={tmp_path} is the folder of .* \({name}\): choose"):
+        check_output(config)
 
 
 def test_no_run_is_made_in_a_folder_that_another_run_writes_anew(tmp_path):

@@ -26,6 +26,7 @@ from capo.cli.plan import (
     training_request,
 )
 from capo.cli.rates import measurements
+from capo.data.pool import Manifest
 from capo.data.prompts import expected_sizes
 from capo.errors import InputError
 from capo.preflight import shortages as lacking
@@ -106,6 +107,20 @@ def test_a_plan_tells_a_root_where_no_pool_can_stand(tmp_path):
     assert [(finding.kind, finding.message) for finding in found] == [
         ("disk", f"{root} is no folder, but pools should stand there: move it away, or use another pool.root")
     ]
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("manifest.json", "manifest.json cannot be read (it is not JSON"),
+    ("text", "text is no folder, but files"),
+])  # fmt: skip
+def test_a_plan_tells_a_pool_that_the_run_would_refuse(tmp_path, name, told):
+    pool = tmp_path / "shapes_unet-1234-0-train"
+    (pool / ".locks").mkdir(parents=True)
+    assert find_missing(composed(f"pool.root={tmp_path}")) == []
+    Manifest(seed=0, generator="g", latent_space="l", text_encoders="t").write(pool)
+    (pool / name).write_text("mine")
+    (found,) = find_missing(composed(f"pool.root={tmp_path}"))
+    assert told in found.message and found.kind == "disk" and not found.certain
 
 
 def test_nothing_is_missing_for_the_shapes(tmp_path):

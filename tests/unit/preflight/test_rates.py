@@ -9,7 +9,7 @@ import torch
 
 from capo.errors import InputError
 from capo.preflight import rates
-from capo.preflight.rates import Measurement, measured_rate, read_rate, write_rate
+from capo.preflight.rates import Measurement, check_folder, measured_rate, read_rate, write_rate
 
 STEP = Measurement("latents", "a card", {"batch": 4, "shape": (1, 2)})
 
@@ -41,7 +41,7 @@ def test_a_file_that_was_changed_is_not_used_and_the_reason_is_said(tmp_path, ch
     assert rate is None and str(path) in fault and reason in fault
 
 
-def test_rates_are_not_written_through_a_link_out_of_the_pool_root(tmp_path):
+def test_rates_are_not_written_through_a_link_out_of_the_pool_root_or_in_place_of_a_file(tmp_path):
     root, outside = tmp_path / "pools", tmp_path / "outside"
     (outside / "real").mkdir(parents=True)
     root.symlink_to(outside / "real")
@@ -51,6 +51,10 @@ def test_rates_are_not_written_through_a_link_out_of_the_pool_root(tmp_path):
     with pytest.raises(InputError, match=f"pools/rates is a link to {outside}, .*: put .*, or remove it"):
         write_rate(root, STEP, 2.0)
     assert [path.name for path in outside.iterdir()] == ["real"]
+    (root / "rates").unlink()
+    (root / "rates").write_text("mine")
+    with pytest.raises(InputError, match=r"pools/rates is no folder, but measured rates .*: move it away"):
+        check_folder(root)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b" " * 1_000_001])

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from capo.data.pool.headers import DTYPES, DamagedShard, parse_header, whole_header
+from capo.data.pool.headers import DTYPES, DamagedShard, opened, parse_header, whole_header
 from capo.runtime.files import write_whole
-from capo.runtime.reading import open_ordinary
 
 REMEDY = "make room, or set pool.root to a folder that can be written"
 
@@ -50,7 +49,7 @@ class TensorFile:
 
     def __init__(self, path: Path, verify: bool):
         # a single open() call: in pools with more files than may stay open, nearly every visit reopens a file
-        with open_ordinary(path, DamagedShard) as file:
+        with opened(path) as file:
             self.status = os.fstat(file.fileno())
             try:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,10 +1,14 @@
 """Headers of safetensors files: what they must say for the data to be read as they describe it."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import numpy as np
 import torch
 
 from capo.data.pool.layout import read_range, write_range
-from capo.errors import DamagedFile
+from capo.errors import DamagedFile, InputError
 from capo.runtime.reading import open_ordinary, parse_object
 
 # safetensors dtype -> NumPy dtype to read it with, torch dtype of the result (NumPy has no bfloat16)
@@ -28,6 +32,8 @@ DTYPES = {
     "U8": (np.uint8, torch.uint8),
     "BOOL": (np.bool_, torch.bool),
 }
+# errors of opening what is no ordinary file: nothing, a folder, a circle of links, a socket
+OTHER = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 MOST_DIMENSIONS = 32  # of an array in NumPy
 
 
@@ -44,6 +50,26 @@ class DamagedShard(DamagedFile):
 
     def __reduce__(self):
         return type(self), (self.path, self.reason)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """Open a file of a pool to read its bytes.
+
+    Raises DamagedShard if it is no ordinary file, FileNotFoundError if there is none, and InputError if the
+    system does not let it be read: it may be whole, and is not to be replaced.
+    """
+    try:
+        with open_ordinary(path, DamagedShard) as file:
+            yield file
+    except (DamagedShard, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DamagedShard) else error
+        if not isinstance(cause, OSError) or cause.errno in OTHER:
+            raise
+        raise InputError(
+            f"{path} cannot be read ({cause.strerror or cause}): let this user read it, or see to the disk, "
+            "and give the same command again; the file was left as it is"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,7 @@ def _checked(name: str, entry: dict, place: int) -> int:
 
 def read_header(path: Path) -> Header:
     """Read a file's header and check its size, not its data. Raises DamagedShard or FileNotFoundError."""
-    with open_ordinary(path, DamagedShard) as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
         start = length + file.read(min(int.from_bytes(length, "little"), size))

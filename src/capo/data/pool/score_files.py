@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capo.data.pool.files import write_file
-from capo.data.pool.headers import DamagedShard
+from capo.data.pool.headers import DamagedShard, opened
 from capo.data.pool.layout import read_range, scores_path, write_range
 from capo.errors import InputError
-from capo.runtime.reading import open_ordinary
 
 
 def write_score_file(
@@ -57,15 +56,16 @@ def read_score_file(path: Path) -> tuple[dict[str, str], np.ndarray]:
 @contextmanager
 def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """Yield an opened Parquet file. Raises DamagedShard for what goes wrong with it, or FileNotFoundError."""
-    with open_ordinary(path, DamagedShard) as file:
-        try:
-            # read into memory first: the files are small, and opening them by path takes a quarter longer
-            with pq.ParquetFile(pa.BufferReader(file.read())) as table:
-                yield table
-        except DamagedShard:
-            raise
-        except Exception as error:  # what pyarrow raises for damaged bytes has no base class of its own
-            raise DamagedShard(path, "it cannot be read as parquet") from error
+    with opened(path) as file:
+        # read into memory first: the files are small, and opening them by path takes a quarter longer
+        data = file.read()
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as table:
+            yield table
+    except DamagedShard:
+        raise
+    except Exception as error:  # what pyarrow raises for damaged bytes has no base class of its own
+        raise DamagedShard(path, "it cannot be read as parquet") from error
 
 
 def holds_rows(path: Path, ids: Sequence[str], candidates: range) -> bool:

@@ -1,5 +1,6 @@
 """Files of a pool that were edited or damaged, or where something else stands, are refused or made again."""
 
+import errno
 import json
 import os
 import pickle
@@ -16,9 +17,10 @@ from capo.data.pool.files import write_tensors
 from capo.data.pool.headers import read_header
 from capo.data.pool.import_table import check_entries, read_import_table
 from capo.data.pool.parquet import ARROW, SEAL
-from capo.data.pool.score_files import write_score_file
+from capo.data.pool.score_files import read_score_file, write_score_file
 from capo.data.prompts import make_prompt
 from capo.errors import DamagedFile, InputError
+from capo.runtime import reading
 from fixtures import ROOT
 
 POOLS = ROOT / "tests" / "fixtures" / "pools"  # of an earlier version, without checksums of whole files
@@ -224,6 +226,38 @@ def test_an_empty_shard_is_called_empty_by_each_way_to_read_it(pool):
     for read in (lambda: PoolReader(pool).latents(0, [0]), lambda: read_header(path)):
         with pytest.raises(DamagedShard, match=r"00000-00\.safetensors is damaged: it is empty; run gener"):
             read()
+
+
+@pytest.mark.parametrize("kind", ["latents", "text", "scores"])
+def test_a_shard_that_the_system_does_not_let_be_read_is_told_and_not_made_again(pool, kind, monkeypatch):
+    path = min((pool.folder / kind).rglob("0000*.*"))
+    opener = reading._without_waiting
+
+    def refuse(place, flags):
+        if place == str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", place)
+        return opener(place, flags)
+
+    shard = pool.shards(2)[0]
+    monkeypatch.setattr(reading, "_without_waiting", refuse)
+    has = {
+        "latents": lambda: pool.has_latents(shard),
+        "text": lambda: pool.has_text(0),
+        "scores": lambda: pool.has_scores("r-0", shard),
+    }
+    with pytest.raises(
+        InputError, match=rf"{path} cannot be read \(Permission denied\): let this user read it"
+    ):
+        has[kind]()
+    assert not pool.faults
+
+
+@pytest.mark.parametrize("read", [read_header, read_score_file])
+def test_a_shard_that_a_disk_does_not_give_back_is_told_and_not_made_again(tmp_path, read):
+    path = tmp_path / "00000-00"
+    path.symlink_to("/proc/self/mem")  # an ordinary file whose first byte cannot be read
+    with pytest.raises(InputError, match=rf"{path} cannot be read \(Input/output error\): let .* was left"):
+        read(path)
 
 
 def test_a_folder_in_place_of_a_shard_is_not_replaced(pool):
