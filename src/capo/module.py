@@ -25,7 +25,7 @@ from capo.errors import InputError
 from capo.metrics import Figures, drift_by_time, largest_margin, training_figures
 from capo.objectives import Anchor, Objective, PairErrors, anchor_penalty, mean_over_times, requirements
 from capo.objectives.averaging import INSIDE, OUTSIDE, check_reduction
-from capo.objectives.base import beta_of, joined
+from capo.objectives.base import beta_of, joined, losses_of
 from capo.objectives.pinned import check_pinned, pinned_loss, pinned_rows, select_rows
 from capo.runtime.launch import launch
 from capo.runtime.optimizers import SkippedSteps, clip_gradients, make_optimizer
@@ -201,7 +201,7 @@ class PreferenceModule(L.LightningModule):
         """Mean loss of the pairs of a batch, pinned ones and the anchor's penalty included; a scalar."""
         if self.reduction == INSIDE and batch.times > 1:
             errors = mean_over_times(errors, batch.times)
-        losses = self.objective(errors)
+        losses = losses_of(self.objective, errors)
         pinned = pinned_rows(batch.u, self.pinned) if self.pinned else None
         if pinned is not None:
             losses = torch.where(pinned, pinned_loss(errors, self.beta), losses)

@@ -73,6 +73,11 @@ def plain_errors(go_on: str | None = None) -> Iterator[None]:
         _end(f"error: {message}", REFUSED)
     except (KeyboardInterrupt, SystemExit) as error:
         ended = type(error).__name__ == "SIGTERMException"  # Lightning's, which is not imported here
+        if type(error) is SystemExit and not error.code:
+            told = "code that this command called ended it by sys.exit(); HYDRA_FULL_ERROR=1 shows where"
+            if _wants_trace():
+                raise RuntimeError(told) from error
+            _end(f"error: {told}", FAILED)
         if not (ended or was_interrupted(error)) or _wants_trace():
             raise
         if ended:

@@ -189,6 +189,18 @@ def try_objective(objective: Objective) -> None:
         raise InputError(f"{what} returned {fault}; correct it, or its arguments")
 
 
+def losses_of(objective: Objective, errors: PairErrors) -> Tensor:
+    """Losses (B,) of an objective; InputError if it raises, or returns another shape."""
+    what, shape = f"the objective {name_of(objective)}", errors.policy_winner.shape
+    with faults_of(what):
+        losses = objective(errors)
+    if losses.shape != shape:
+        raise InputError(
+            f"{what} returned losses of shape {tuple(losses.shape)}: it must return {tuple(shape)}"
+        )
+    return losses
+
+
 def _fault(losses: object, leaves: Sequence[Tensor]) -> str | None:
     """What is wrong with the losses of three pairs, of which `leaves` carry gradients; None if nothing is."""
     if not isinstance(losses, Tensor):

@@ -94,7 +94,7 @@ def pixels_of(known: Known, size: tuple[int, int]) -> Tensor:
     for picture, _ in known:
         short = min(picture.width / width, picture.height / height)
         box = ((picture.width - short * width) / 2, (picture.height - short * height) / 2)
-        part = picture.resize(
+        part = picture.convert("RGB").resize(
             (width, height), Image.Resampling.LANCZOS, (*box, box[0] + short * width, box[1] + short * height)
         )
         parts.append(part)

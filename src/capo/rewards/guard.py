@@ -131,8 +131,8 @@ def undisturbed():
     generators of Python, numpy and torch, torch's default dtype, default device, gradient mode and number of
     threads, and the permissions of new files. Scorers may work in threads side by side: what all threads
     share is put back once none works.
-    `os._exit` of the block is an error: it would end the process without a word, whatever it was at. A process
-    that the block has forked ends with the block, since nothing after it is its own.
+    `os._exit` of the block is an error: it would end the process without a word, whatever it was at. A
+    process that the block has forked ends with the block, since nothing after it is its own.
     """
     torch, number = sys.modules.get("torch"), os.getpid()
     own = _Thread(torch) if torch else None

@@ -35,8 +35,9 @@ def faults_of(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, InputError | OSError) or ran_out(error):
+    except (Exception, SystemExit) as error:
+        ends = isinstance(error, SystemExit) and type(error) is not SystemExit  # Lightning's, on SIGTERM
+        if isinstance(error, InputError | OSError) or ends or ran_out(error):
             raise
         told = traceback.format_exception_only(type(error), error)[-1].strip().splitlines()[0]
         raise InputError(

@@ -13,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError
 import train
 from capo.cli import dashboard, study_files
 from capo.cli.compose import REPOSITORY, composed
-from capo.cli.messages import command_fault, disk_fault, start
+from capo.cli.messages import command_fault, disk_fault, plain_errors, start
 from capo.cli.schema.border import text_faults
 from capo.cli.sweep_faults import check_number, sweep_fault
 from capo.errors import InputError
@@ -201,3 +201,15 @@ def test_options_beside_keys_are_left_to_hydra(monkeypatch):
     called = []
     start(lambda: called.append(sys.argv[1:]))
     assert called == [["-m", "seed=1,2", "~pairs", "a='~/b'", "--cfg=job", "-p", "model"]]
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_code_that_ends_the_command_as_if_it_were_done_is_told(monkeypatch, capsys, code):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as end, plain_errors():
+        sys.exit(code)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("error: code that this command called ended it by sys.exit()")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(RuntimeError, match=r"ended it by sys\.exit"), plain_errors():
+        sys.exit(code)

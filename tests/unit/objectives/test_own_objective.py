@@ -8,7 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from capo.errors import InputError
-from capo.objectives import requires, try_objective
+from capo.objectives import PairErrors, requires, try_objective
+from capo.objectives.base import losses_of
 from fixtures import ROOT
 
 
@@ -36,6 +37,10 @@ def mean(errors):
     return errors.policy_winner.mean()
 
 
+def ends(errors):
+    raise SystemExit(0)
+
+
 def undeclared(errors):
     return errors.policy_winner * errors.kl
 
@@ -49,6 +54,7 @@ def undeclared(errors):
         (steep, "gradient by the policy's .* is not finite where policy = reference"),
         (number, "a float: it must return a tensor, a loss per pair"),
         (mean, r"shape \(\) for 3 pairs: it must return \(3,\)"),
+        (ends, r"on three made-up pairs failed \(SystemExit: 0\)"),
         (undeclared, r"on three made-up pairs failed \(TypeError: .*HYDRA_FULL_ERROR=1 shows where"),
     ],
 )
@@ -93,3 +99,12 @@ def test_none_of_this_package_is_refused(file, beta):
     node.pop("defaults", None)
     node.beta = beta
     try_objective(instantiate(node))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [(mean, r"returned losses of shape \(\): it must return \(2,\)"), (undeclared, "failed")],
+)
+def test_what_an_objective_does_in_a_later_step_is_named_too(objective, message):
+    with pytest.raises(InputError, match=rf"^the objective \S*{objective.__name__} {message}"):
+        losses_of(objective, PairErrors(policy_winner=torch.ones(2)))

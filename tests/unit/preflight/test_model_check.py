@@ -133,11 +133,18 @@ def test_what_is_no_list_of_pictures_with_captions_is_named(known):
     check_known("", known_scenes(2)), check_known("", photograph())
 
 
+WHITE = {"L": 255, "RGB": (255, 255, 255)}
+
+
 def test_pictures_are_cut_to_the_middle():
     wide = np.zeros((4, 8, 3), np.uint8)
     wide[:, 2:6] = 255  # the middle square is white
     [cut] = pixels_of([(Image.fromarray(wide), "")], (4, 4))
     assert cut.shape == (3, 4, 4) and (cut == 1).all()
+    gray, colored = (
+        pixels_of([(Image.new(mode, (4, 4), white), "")], (4, 4)) for mode, white in WHITE.items()
+    )
+    assert torch.equal(gray, colored)
 
 
 def test_possible_targets_by_hand():
