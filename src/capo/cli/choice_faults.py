@@ -86,13 +86,20 @@ def local_of(error: BaseException, name: str) -> Any:
 
 
 def twice_chosen(message: str, arguments: Sequence[str]) -> str | None:
-    """Message for a group of which the command line chooses a file with a + beside another; else None."""
+    """Message for a group of which a + or an experiment chooses a second file; None for any other error."""
     found = TWICE.match(message)
     given = [
         argument for argument in arguments if found and argument.lstrip("+").startswith(f"{found['key']}=")
     ]
     if not found or not any(argument.startswith("+") for argument in given):
-        return None
+        name = message.rstrip("'").rpartition(": ")[2]
+        if not found or not message.endswith("'") or not experiments(arguments):
+            return None
+        return (
+            f"{EXPERIMENT}={','.join(experiments(arguments))}: its defaults choose a second file of "
+            f"{found['key']}; write `override /{found['key']}: {name}` there in place of "
+            f"`/{found['key']}: {name}`"
+        )
     key = _typed(found["key"])
     names = [name for argument in given for name in NAME.findall(argument.partition("=")[2])]
     if len(names) == 1:

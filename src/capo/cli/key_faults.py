@@ -19,6 +19,7 @@ OTHER_VALUE = re.compile(r"Could not delete from config\. The value of '(.+?)' i
 PRESENT = re.compile(r"Could not append to config\. An item is already at '(.+?)'")
 FORCED = re.compile(r"force-add of config groups is not supported: '\+\+(.+)'")
 UNCHOSEN = re.compile(r"Could not delete '(.+?)=(.+)'\. No match in the defaults list")
+KEPT = re.compile(r"Error merging override (~\S+)")
 NO_GROUP = re.compile(r"Override (.+) looks like a config group override")
 
 
@@ -51,6 +52,8 @@ def key_fault(error: BaseException, arguments: Sequence[str], conf: Path) -> str
             f"~{group}={name}: conf/{group}/{name}.yaml is not chosen, so it cannot be removed; name "
             f"those that are to be chosen, {group}=NAME, or remove a key, ~{group}.KEY"
         )
+    if (found := KEPT.match(message)) and "not support deletion" in str(error.__cause__):
+        return f"{found[1]}: this key cannot be removed; leave it out, or give {found[1][1:]}=VALUE"
     if found := NO_GROUP.match(message):
         return (
             f"{found[1]}: @ stands between a folder of conf/ and the key that a file in it fills; give "

@@ -141,10 +141,11 @@ def _check_options(arguments: Sequence[str]) -> None:
     parser = hydra_internals.get_args_parser()
     parser.error = refuse
     options, left = parser.parse_known_args(arguments)
+    many = options.multirun or "hydra.mode=MULTIRUN" in options.overrides
     for text in options.overrides:
         key, _, value = text.lstrip("+").partition("=")
         path = value.strip("'\"") if key in WRITTEN else None
-        if options.multirun and key == "hydra.run.dir":
+        if many and key == "hydra.run.dir":
             _end(f"error: {text}: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out", REFUSED)
         if path is not None and not path.strip():
             _end(f"error: {text}: it must name a folder; give {key}=FOLDER, or leave it out", REFUSED)
@@ -160,7 +161,7 @@ def _check_options(arguments: Sequence[str]) -> None:
     asked = {text.partition("=")[0] for text in options.overrides}
     if options.shell_completion and not asked & {"install", "uninstall", "query"}:
         refuse("--shell-completion: what it is to do is missing; add install=SHELL or uninstall=SHELL")
-    if options.multirun and (fault := check_number(options.overrides)) is not None:
+    if many and (fault := check_number(options.overrides)) is not None:
         _end(f"error: {fault}", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
         _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)

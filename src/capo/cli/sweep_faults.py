@@ -14,6 +14,7 @@ MOST_JOBS = 100_000
 SEVERAL = re.compile(r"Ambiguous value for argument '(.+)'$", re.M)
 INTERVAL = "does not support sweep type"
 NO_STEP = "range() arg 3 must not be zero"
+NO_BATCH = re.compile(r"hydra\.sweeper\.max_batch_size=(0|-\d+)")
 NO_WORKERS = "n_jobs == 0"
 
 
@@ -38,7 +39,9 @@ def sweep_fault(message: str, arguments: Sequence[str]) -> str | None:
 
 
 def check_number(overrides: Sequence[str]) -> str | None:
-    """Message for a sweep of more jobs than can be listed; None for any other, or an unreadable one."""
+    """Message for a sweep of more jobs than can be listed, or of none at a time; None for any other."""
+    if batch := next((text for text in overrides if NO_BATCH.fullmatch(text)), None):
+        return f"{batch}: no job could begin; give a number of jobs from 1 on, or leave it out"
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         swept = [override for override in parsed if override.is_sweep_override()]

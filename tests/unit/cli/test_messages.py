@@ -123,14 +123,22 @@ def test_what_the_command_line_cannot_hold_is_told_with_what_to_type(argument, t
     (["--shell-completion"], "error: --shell-completion: what it is to do is missing; add install=SHELL"),
     (["-m", "seed=range(0,1000000000)"], "error: seed=range(0,1000000000): a sweep of 1,000,000,000 jobs; "),
     (["-m", "seed=range(0,1000)", "threads=range(1,501)"], "error: seed=range(0,1000) threads=range"),
+    (["-m", "seed=0,1", "hydra.sweeper.max_batch_size=0"], "error: hydra.sweeper.max_batch_size=0: no job"),
+    (["hydra.mode=MULTIRUN", "hydra.run.dir=x"], "error: hydra.run.dir=x: the jobs of -m go to hydra.sweep"),
+    (["hydra.searchpath=[nowhere]"], "error: hydra.searchpath: there is no folder nowhere; give one with"),
+    (["~hydra.run.dir"], "error: ~hydra.run.dir: this key cannot be removed; leave it out, or give hydra.ru"),
+    (["experiment=own", "hydra.searchpath=[conf]"], "error: experiment=own: its defaults choose a second fi"),
     (["-m", "seed=range(0,1,0)"], "error: seed=range(0,1,0): a step of 0 never ends; give range(FIRST,END"),
     (["-m", "objective.beta=interval(0,1)"], "error: objective.beta=interval(0,1): a sweep takes no"),
 ])  # fmt: skip
-@pytest.mark.filterwarnings("ignore:Experimental rerun")
+@pytest.mark.filterwarnings("ignore:Experimental rerun", "ignore:provider=hydra.searchpath")
 def test_options_and_sweeps_that_hydra_cannot_do_are_one_message(
     tmp_path, monkeypatch, capsys, arguments, told
 ):
     monkeypatch.chdir(tmp_path)
+    own = tmp_path / "conf" / "experiment" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults: [/model: sdxl, _self_]\n")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config-path", str(REPOSITORY / "conf"), *arguments])
     with pytest.raises(SystemExit) as end:
         start(train.main)

@@ -115,8 +115,14 @@ def check_group_choices(cfg: DictConfig, own: Any) -> None:
     """Raise InputError where several choices of a group are named of which one counts.
 
     Of `objective=[capo,dpo]` Hydra merges both files, and does not record a choice. `own` is Hydra's
-    configuration.
+    configuration. A folder of hydra.searchpath that is not there is refused likewise.
     """
+    for source in own.runtime.config_sources:
+        named = source.schema == "file" and source.provider.startswith("hydra.searchpath")
+        if named and not Path(source.path).is_dir():
+            raise InputError(
+                f"hydra.searchpath: there is no folder {source.path}; give one with groups in it"
+            )
     for group in SINGLE:
         if group in cfg and group not in own.runtime.choices:
             named = [text for text in own.overrides.task if text.lstrip("~").partition("=")[0] == group]
