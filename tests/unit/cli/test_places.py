@@ -26,6 +26,8 @@ def test_a_policy_that_is_named_twice_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=told):
             merge.check_named(policies)
+    with pytest.raises(InputError, match="policies: a is named twice"):
+        merge.run(composed("merge", ["policies=[a,a]", f"run_dir={tmp_path}"]), tmp_path)
 
 
 def test_a_soup_does_not_stand_beside_the_results_of_another_one(tmp_path):
