@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -77,7 +77,7 @@ class Outcome(Record):
 class FinishedOutcome(Outcome):
     """Outcome of a training run."""
 
-    best: float = Field(alias=MONITOR, ge=0, le=1, description="best validation win-rate")
+    best: Annotated[float, Field(ge=0, le=1)] = Field(alias=MONITOR, description="best validation win-rate")
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:

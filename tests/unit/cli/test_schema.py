@@ -322,6 +322,7 @@ def test_what_a_run_stored_goes_through_the_same_door(key, value, message):
     ("[" * 100_000, "outcome.json cannot be read"),
     ("{}", "val/win_rate is not given"),
     ('{"val/win_rate": "high"}', "val/win_rate=high: must be a finite number"),
+    ('{"val/win_rate": 7.5}', "val/win_rate=7.5: must be a finite number from 0 to 1"),
     ('{"val/win_rate": 0.5, "card": {"objective": 3, "data": "d"}}', "card.objective=3: must be text"),
     ('{"val/win_rate": 0.5, "card": {"objective": "o", "data": "d", "new": 1}}', "card.new=1: there is no"),
 ])  # fmt: skip
