@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from lightning.pytorch.loggers import WandbLogger
 
@@ -16,9 +16,13 @@ from capo.data.watching import SECONDS
 from capo.errors import InputError, closest
 from capo.runtime.files import write_json
 from capo.runtime.reading import read_json
+from capo.runtime.schema import fault
 
 # arguments of wandb.init that follow from the run directory, and from WANDB_MODE
 GIVEN = ("project", "dir", "mode", "resume", "reinit")
+
+TAGS = Sequence[str] | None
+PLAIN = str | None, list[str] | None  # types of options; wandb itself names no option where one does not fit
 
 Mode = Literal["online", "offline", "disabled"]  # of wandb.init; disabled: it keeps nothing
 ONLINE: Mode = "online"
@@ -126,6 +130,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raise InputError for an option that `wandb.init` does not take, or that this package gives it."""
     import wandb
 
+    kinds = get_type_hints(wandb.init)
     known = [name for name in inspect.signature(wandb.init).parameters if name not in GIVEN]
     for name, value in options.items():
         if name not in known:
@@ -136,6 +141,9 @@ def check_options(options: Mapping[str, Any]) -> None:
                 + (what if name in GIVEN else "wandb.init takes no such option")
                 + (f"; did you mean +logger.wandb.{near[0]}?" if near else "; leave it out")
             )
+        kind = list[str] | None if kinds[name] == TAGS else kinds[name]
+        if kind in PLAIN and (told := fault(kind, f"logger.wandb.{name}", value)):
+            raise InputError(told)
 
 
 def wandb_mode() -> Mode:

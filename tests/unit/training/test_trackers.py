@@ -107,6 +107,8 @@ def test_a_run_goes_on_without_the_tracker_that_fails_in_it(tiny_run, caplog):
 @pytest.mark.parametrize(("options", "message"), [
     ({"entityy": "me"},
      r"logger.wandb.entityy=me: wandb.init takes no such option; did you mean \+logger.wandb.entity\?"),
+    ({"tags": 5}, r"logger.wandb.tags=5: must be "),
+    ({"group": {"a": 1}}, r"logger.wandb.group={'a': 1}: must be "),
     ({"mode": "online"}, "logger.wandb.mode=online: this package gives it to wandb.init"),
     ({"project": "a/b"},
      r"logger.wandb: WandbRun cannot begin \(UsageError: Invalid project name 'a/b'.*WANDB_MODE=offline"),
