@@ -74,6 +74,8 @@ def check_place(folder: Path) -> None:
     """Raise InputError if `folder` holds what a run would replace but no run, or one that writes outside."""
     _check_free(folder)
     check_inside(folder, TRAINED)
+    if other := next((path for path in (folder / name for name in TRAINED) if path.is_file()), None):
+        raise InputError(f"{other} is a file, but a run has a folder of this name: move it away")
     check_files(folder)
     if (folder / CONFIG).exists():
         read_config(folder)

@@ -67,6 +67,12 @@ def test_no_run_is_made_in_a_folder_that_another_run_writes_anew(tmp_path):
             check_place(tmp_path / name)
 
 
+def test_a_file_where_a_run_has_a_folder_is_refused_before_work(tmp_path):
+    (tmp_path / "online").write_text("")
+    with pytest.raises(InputError, match="online is a file, but a run has a folder of this name: move it"):
+        check_place(tmp_path)
+
+
 @pytest.mark.parametrize(("script", "name"), [(merge, "merge"), (evaluate, "evaluate")])
 def test_only_a_training_uploads(tmp_path, script, name):
     given = ["push_to_hub=me/it", *(["policies=[a,b]"] if name == "merge" else [])]
