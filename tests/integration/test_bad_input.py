@@ -30,8 +30,9 @@ from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.cli.build import built
+from capo.cli.idle import refuse_plans
 from capo.cli.messages import disk_fault, plain_errors, start, was_interrupted
-from capo.cli.readiness import check_export, check_ready, check_weights, refuse_plans
+from capo.cli.readiness import check_export, check_ready, check_weights
 from capo.cli.schema import check_values
 from capo.data.pool.files import TensorFile
 from capo.errors import InputError, Unfinished, alike

@@ -15,9 +15,10 @@ from capo.cli.benchmark import run_benchmark
 from capo.cli.build import Components, build_components, is_negative, tuned_generator, use_base
 from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import compare_methods
+from capo.cli.idle import refuse_both, refuse_plans
 from capo.cli.messages import plain_errors
 from capo.cli.process import check_common_folder, prepare_process
-from capo.cli.readiness import check_ready, refuse_both, refuse_plans
+from capo.cli.readiness import check_ready
 from capo.cli.run_changes import check_read, given_keys
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups

@@ -23,10 +23,11 @@ from capo.cli.build import (
 )
 from capo.cli.engines import PARTS as STAGE_PARTS
 from capo.cli.engines import RAY, check_engine, engaged, engine_of
+from capo.cli.idle import refuse_plans
 from capo.cli.messages import plain_errors
 from capo.cli.pool_state import show_status, verify
 from capo.cli.process import prepare_process
-from capo.cli.readiness import check_loggers, check_ready, check_weights, refuse_plans
+from capo.cli.readiness import check_loggers, check_ready, check_weights
 from capo.cli.report import check_scored, report_pool
 from capo.cli.schema import Generating, check_group_choices, check_values
 from capo.data.generation import COMMANDS, STAGES, fill_pool

@@ -1,4 +1,4 @@
-"""Keys on the command line that another value leaves without effect."""
+"""Keys that would be ignored: beside another value, by another script, or beside another question."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
+from capo.cli.values import plain
 from capo.errors import InputError
+from capo.runtime.schema import shown
 
 # a key, or the beginning of several; whether it has an effect; with which value it has one
 COUNTS: Sequence[tuple[str, Callable[[DictConfig], object], str]] = (
@@ -28,3 +30,36 @@ def check_idle(cfg: DictConfig, given: Sequence[str]) -> None:
         for key, counts, other in COUNTS:
             if override.lstrip("+").startswith(key) and not counts(cfg):
                 raise InputError(f"{override} counts with {other} alone; give that too, or leave it out")
+
+
+def refuse_plans(cfg: DictConfig) -> None:
+    """Raise InputError for plan=true, check=true and push_to_hub, which only train.py supports."""
+    if cfg.get("push_to_hub"):
+        raise InputError(
+            f"push_to_hub={cfg.push_to_hub} belongs to train.py: give it there with the run's values and its "
+            f"hydra.run.dir, or upload a folder by `hf upload {cfg.push_to_hub} FOLDER`"
+        )
+    if found := [key for key in ("plan", "check") if cfg.get(key)]:
+        raise InputError(
+            f"{found[0]}=true belongs to train.py: give it there with the same values; pools and evaluations "
+            "are included"
+        )
+
+
+def refuse_both(cfg: DictConfig) -> None:
+    """Raise InputError for two keys that each name what is evaluated, and for a base that is not used."""
+    keys = ("runs", "run", "policy", "base", "benchmark")
+    given = {key: shown(plain(cfg)[key]).replace("'", "") for key in keys if cfg.get(key) is not None}
+    asked = [f"{key}={given[key]}" for key in ("runs", "run", "policy") if key in given]
+    if "runs" in given and "benchmark" in given:
+        asked.append("benchmark=NAME")
+    if len(asked) > 1:
+        raise InputError(
+            f"{asked[0]} and {asked[1]}: each names what is to be evaluated, and one of them would be "
+            "ignored: leave one out"
+        )
+    if "base" in given and ("runs" in given or ("run" in given and "benchmark" not in given)):
+        raise InputError(
+            f"{asked[0]} and base={given['base']}: a run is compared with the base that its own config.yaml "
+            "names; leave base out"
+        )

@@ -13,9 +13,10 @@ from capo.backbones.merging import Base, merge_policies
 from capo.backbones.model_card import write_win_rates
 from capo.cli.build import build_components, family_of
 from capo.cli.evaluate import evaluate_policy
+from capo.cli.idle import refuse_plans
 from capo.cli.messages import plain_errors
 from capo.cli.process import prepare_process
-from capo.cli.readiness import check_ready, check_weights, refuse_plans
+from capo.cli.readiness import check_ready, check_weights
 from capo.cli.run_changes import check_read
 from capo.cli.schema import Merging, check_group_choices, check_values
 from capo.cli.values import plain

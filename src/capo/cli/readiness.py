@@ -30,7 +30,6 @@ from capo.cli.engines import check_engine
 from capo.cli.named_rewards import all_rewards, held_out_rewards
 from capo.cli.online import check_online, check_reference
 from capo.cli.schema.calls import under
-from capo.cli.values import plain
 from capo.data.candidates import NO_PRIOR
 from capo.data.dataset import check_group, check_shared_prior
 from capo.data.reference_errors import check_reuse
@@ -49,7 +48,6 @@ from capo.rewards.weights import look_for
 from capo.runtime.hub import check_access
 from capo.runtime.launch import FSDP
 from capo.runtime.processes import check_accelerator
-from capo.runtime.schema import shown
 
 # function that makes a logger -> packages of which it needs one, the first with the name of the extra
 PACKAGES = {"tensorboard_logger": ("tensorboard", "tensorboardX")}
@@ -142,39 +140,6 @@ def check_pairs(cfg: DictConfig, sources: int) -> None:
     nothing = torch.zeros(0, cfg.pool.candidates, sources)
     with under("pairs"):
         select(strategy, nothing, nothing)
-
-
-def refuse_plans(cfg: DictConfig) -> None:
-    """Raise InputError for plan=true, check=true and push_to_hub, which only train.py supports."""
-    if cfg.get("push_to_hub"):
-        raise InputError(
-            f"push_to_hub={cfg.push_to_hub} belongs to train.py: give it there with the run's values and its "
-            f"hydra.run.dir, or upload a folder by `hf upload {cfg.push_to_hub} FOLDER`"
-        )
-    if found := [key for key in ("plan", "check") if cfg.get(key)]:
-        raise InputError(
-            f"{found[0]}=true belongs to train.py: give it there with the same values; pools and evaluations "
-            "are included"
-        )
-
-
-def refuse_both(cfg: DictConfig) -> None:
-    """Raise InputError for two keys that each name what is evaluated, and for a base that is not used."""
-    keys = ("runs", "run", "policy", "base", "benchmark")
-    given = {key: shown(plain(cfg)[key]).replace("'", "") for key in keys if cfg.get(key) is not None}
-    asked = [f"{key}={given[key]}" for key in ("runs", "run", "policy") if key in given]
-    if "runs" in given and "benchmark" in given:
-        asked.append("benchmark=NAME")
-    if len(asked) > 1:
-        raise InputError(
-            f"{asked[0]} and {asked[1]}: each names what is to be evaluated, and one of them would be "
-            "ignored: leave one out"
-        )
-    if "base" in given and ("runs" in given or ("run" in given and "benchmark" not in given)):
-        raise InputError(
-            f"{asked[0]} and base={given['base']}: a run is compared with the base that its own config.yaml "
-            "names; leave base out"
-        )
 
 
 def check_loggers(cfg: DictConfig) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from capo.cli.build import build_components, is_negative, prompt_splits, tuned_generator, use_base
+from capo.cli.idle import refuse_both, refuse_plans
 from capo.cli.process import prepare_process
-from capo.cli.readiness import check_ready, refuse_both, refuse_plans
+from capo.cli.readiness import check_ready
 from capo.cli.run_config import complete, run_config
 from capo.cli.schema import Studying, check_values
 from capo.data.generation import ImageGenerator

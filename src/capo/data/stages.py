@@ -70,9 +70,8 @@ class Order:
     @classmethod
     def of(cls, stage: Stage, candidates: int = 0, rewards: Sequence[str] = ()) -> Order:
         """Describe a stage."""
-        pool = stage.pool
-        folder = pool.folder.absolute()
-        return cls(stage.name, folder, pool.manifest, candidates, tuple(rewards), stage.verify)
+        folder, manifest = stage.pool.folder.absolute(), stage.pool.manifest
+        return cls(stage.name, folder, manifest, candidates, tuple(rewards), stage.verify)
 
 
 @dataclass(eq=False)
@@ -111,8 +110,7 @@ class Stage(ABC):
         with self.pool.lock(self.name, shard.row, wait) as mine:
             if not mine:
                 return None
-            missing = shard in self.missing(shard.row)
-            if missing:
+            if missing := shard in self.missing(shard.row):
                 self.run(shard, report)
             return missing
 

@@ -293,8 +293,7 @@ def _build(reward: Reward) -> Scorer:
         try:
             with guard.undisturbed():
                 return lookup.made(scorer)
-        except ModuleNotFoundError as error:
-            if error.name:
-                missing = not_installed(reward.name, [error.name], reward.extra, reward.isolated)
-                raise InputError(missing) from error
-            raise
+        except ModuleNotFoundError as lost:
+            if not lost.name:
+                raise
+            raise InputError(not_installed(reward.name, [lost.name], reward.extra, reward.isolated)) from lost
