@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import compare_methods
 from capo.cli.idle import refuse_both, refuse_plans
 from capo.cli.messages import plain_errors
+from capo.cli.places import check_results
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready
 from capo.cli.run_changes import check_read, given_keys
@@ -26,12 +26,11 @@ from capo.cli.schema import Evaluating, check_group_choices, check_values
 from capo.cli.values import plain
 from capo.data.generation import ImageGenerator
 from capo.data.images import GeneratedImages
-from capo.errors import DamagedFile, InputError
+from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, run_folders
 from capo.evaluation.diversity import SAMPLE
 from capo.evaluation.evaluate import evaluate
 from capo.evaluation.seeds import read_rates, seeds_table
-from capo.evaluation.stored import Results
 from capo.evaluation.tables import Row, RunTable
 from capo.runtime.files import led_to, lies_in, own_places, put_back
 from capo.runtime.launch import launch
@@ -43,14 +42,10 @@ from capo.runtime.run_folder import (
     POLICY,
     POOLS,
     RATES,
-    REPORT,
-    RESULTS,
-    SETTINGS,
     check_policy,
     read_outcome,
 )
 from capo.runtime.schema import shown
-from capo.runtime.stored import read_record
 from capo.runtime.terminal import Terminal, typed
 from capo.training.strength import read_strength
 
@@ -169,7 +164,7 @@ def choose_again(cfg: DictConfig, components: Components, folder: Path) -> None:
 def evaluate_folder(cfg: DictConfig, folder: Path) -> dict | None:
     """Evaluate the exported policy `cfg.policy` into `folder` with the composed configuration."""
     use_base(cfg)
-    check_place(folder)
+    check_results(folder)
     check_ready(cfg, watching=False)
     prepare_process(cfg.threads)
     return evaluate_policy(cfg, build_components(cfg, watching=False), Path(str(cfg.policy)), folder)
@@ -213,19 +208,6 @@ def check_inner(run: Path, folder: Path) -> None:
             f"{typed('hydra.run.dir', folder)} beside {typed('run', run)}: a run is evaluated into its own "
             f"directory: leave it out, or evaluate its policy alone: {typed('policy', run / POLICY)}"
         )
-
-
-def check_place(folder: Path) -> None:
-    """Raise InputError if `folder` holds files that an evaluation would replace, but no evaluation."""
-    held = [name for name in (RESULTS, REPORT, SETTINGS) if os.path.lexists(folder / name)]
-    try:
-        if held:
-            read_record(folder / RESULTS, Results, "move it away")
-    except (FileNotFoundError, DamagedFile) as error:
-        raise InputError(
-            f"{folder} holds {', '.join(held)}, but no results of an evaluation: move "
-            f"{'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
-        ) from error
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:

@@ -15,13 +15,14 @@ from capo.cli.build import build_components, family_of
 from capo.cli.evaluate import evaluate_policy
 from capo.cli.idle import refuse_plans
 from capo.cli.messages import plain_errors
+from capo.cli.places import check_results
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights
 from capo.cli.run_changes import check_read
 from capo.cli.schema import Merging, check_group_choices, check_values
 from capo.cli.values import plain
 from capo.errors import InputError
-from capo.runtime.files import led_to
+from capo.runtime.files import check_inside, led_to
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import CONFIG, EVALUATION, POLICY, RESULTS
 from capo.runtime.terminal import Terminal
@@ -77,9 +78,13 @@ def check_named(policies: Sequence[str]) -> None:
 def check_place(folder: Path, policies: Sequence[str], evaluate: bool) -> None:
     """Raise InputError if the soup would take the place of a run's policy, or be in one that is merged.
 
-    So for one beside results of another soup, which would stay unless it is evaluated.
+    So for one beside results of another soup, which would stay unless it is evaluated, for files of others
+    that the evaluation would replace, and for folders that are links to elsewhere.
     """
-    if not evaluate and (folder / EVALUATION / RESULTS).exists():
+    check_inside(folder, (POLICY, EVALUATION))
+    if evaluate:
+        check_results(folder / EVALUATION)
+    elif (folder / EVALUATION / RESULTS).exists():
         raise InputError(
             f"evaluate=false: {folder / EVALUATION} holds the results of the soup that is there; leave "
             "evaluate=false out, or choose another hydra.run.dir"

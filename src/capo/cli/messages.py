@@ -26,8 +26,9 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from capo.cli.choice_faults import local_of, no_names, twice_chosen, unknown_choice
+from capo.cli.kept import put_back
 from capo.cli.key_faults import key_fault, unreadable
-from capo.cli.place_faults import WRITTEN, disk_fault
+from capo.cli.place_faults import disk_fault, written_fault
 from capo.cli.sweep_faults import check_number, sweep_fault
 from capo.cli.values import unresolved
 from capo.errors import InputError, Unfinished, first_line
@@ -39,7 +40,6 @@ GROUP_CHOICE = re.compile(r"\+?[\w/]+(@[\w.]+)?=[A-Za-z_\[]")
 # null, a mapping and a reference are values; anything else names files of conf/rewards
 NAMED_REWARDS = re.compile(r"(validation\.held_out|evaluation\.rewards)=(?!null$|[{$])")
 SEARCHED = re.compile(r"provider=main, path=file://(\S+)")
-ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 LONG_NUMBER = re.compile(r"\d{1000}")
 LISTED = re.compile(r"Error merging override (.+)")
 LISTED_IN = re.compile(r"In '([^']+)': ")
@@ -128,6 +128,10 @@ def start(main: Callable[[], object]) -> None:
         _end(f"error: {command_fault(error) or options}", REFUSED)
     except KeyboardInterrupt:  # before the stage has begun, or between the jobs of a sweep
         _end("interrupted; finished work is kept", INTERRUPTED)
+    except SystemExit as error:
+        if error.code == REFUSED:
+            put_back()
+        raise
     finally:
         hydra_internals.run_and_report = report
 
@@ -143,28 +147,17 @@ def _check_options(arguments: Sequence[str]) -> None:
     options, left = parser.parse_known_args(arguments)
     many = options.multirun or "hydra.mode=MULTIRUN" in options.overrides
     for text in options.overrides:
-        key, _, value = text.lstrip("+").partition("=")
-        path = value.strip("'\"") if key in WRITTEN else None
-        if many and key == "hydra.run.dir":
-            _end(f"error: {text}: the jobs of -m go to hydra.sweep.dir; give that, or leave -m out", REFUSED)
-        if path is not None and not path.strip():
-            _end(f"error: {text}: it must name a folder; give {key}=FOLDER, or leave it out", REFUSED)
-        if path and path.split("/")[0] == "~":  # in key=value a shell leaves it as it is
-            full = typed(key, f"{Path.home()}{path[1:]}")
-            _end(f"error: {text}: the folder's name begins with ~; give {full}", REFUSED)
-        if path and path != path.strip():
-            full = typed(key, path.strip())
-            _end(f"error: {text}: the folder's name begins or ends with a blank; give {full}", REFUSED)
-        if path and ADDRESS.match(path):
-            why = "files are written to folders alone, not to an address"
-            _end(f"error: {text}: {why}; give {key}=FOLDER", REFUSED)
+        if (fault := written_fault(text, many)) is not None:
+            _end(f"error: {text}: {fault}", REFUSED)
     asked = {text.partition("=")[0] for text in options.overrides}
     if options.shell_completion and not asked & {"install", "uninstall", "query"}:
         refuse("--shell-completion: what it is to do is missing; add install=SHELL or uninstall=SHELL")
     if many and (fault := check_number(options.overrides)) is not None:
         _end(f"error: {fault}", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
-        _end(f"error: {unknown[0]}: there is no such option; `--hydra-help` lists them", REFUSED)
+        key, equal, value = unknown[0].lstrip("-").partition("=")
+        given = typed(key, value) if equal else f"{key}=VALUE"
+        refuse(f"{unknown[0]}: there is no such option; a value is given without dashes, {given}")
     if left:
         _end(
             f"error: {left[0]}: an option stands between it and the other key=value; give all of these in "

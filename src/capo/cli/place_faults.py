@@ -1,11 +1,15 @@
-"""Messages for files and folders that the system refuses: which key of the command line gave them."""
+"""Messages for files and folders that cannot be used: which key of the command line gave them."""
 
 from __future__ import annotations
 
 import errno
+import re
 import sys
+from pathlib import Path
 
 from safetensors import SafetensorError
+
+from capo.runtime.terminal import typed
 
 PLACE_ERRORS = {
     errno.ENOSPC,
@@ -25,9 +29,32 @@ PLACE_ERRORS = {
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WRITING = FULL | {errno.EROFS, errno.EPERM, errno.EEXIST}  # what only a path that is written to can have
 WRITTEN = ("hydra.run.dir", "hydra.sweep.dir", "pool.root")  # keys of places that are written to
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 LONGEST_PATH = 400  # letters of a path in a message
 PLACES = "choose another place (hydra.run.dir, hydra.sweep.dir, pool.root)"
 ROOM, RESTORED = f"make room there, or {PLACES}", f"restore it, or {PLACES}"
+
+
+def written_fault(override: str, many: bool) -> str | None:
+    """Message for a value that names no folder to write to; None for any other, and for other keys.
+
+    `many`: whether the command starts a multirun, whose jobs have no `hydra.run.dir` of their own.
+    """
+    key, _, value = override.lstrip("+").partition("=")
+    if key not in WRITTEN:
+        return None
+    path = value.strip("'\"")
+    if many and key == "hydra.run.dir":
+        return "the jobs of -m go to hydra.sweep.dir; give that, or leave -m out"
+    if not path.strip():
+        return f"it must name a folder; give {key}=FOLDER, or leave it out"
+    if path.split("/")[0] == "~":  # in key=value a shell leaves it as it is
+        return f"the folder's name begins with ~; give {typed(key, f'{Path.home()}{path[1:]}')}"
+    if path != path.strip():
+        return f"the folder's name begins or ends with a blank; give {typed(key, path.strip())}"
+    if ADDRESS.match(path):
+        return f"files are written to folders alone, not to an address; give {key}=FOLDER"
+    return None
 
 
 def disk_fault(error: BaseException | None) -> str | None:

@@ -9,9 +9,21 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from capo.cli.run_config import FILLED, check_files, read_config
-from capo.errors import InputError
+from capo.errors import DamagedFile, InputError
+from capo.evaluation.stored import Results
 from capo.runtime.files import check_inside, led_to, refuse_links
-from capo.runtime.run_folder import CONFIG, OUTCOME, SAMPLES, TRAINED, WORKERS, WRITTEN
+from capo.runtime.run_folder import (
+    CONFIG,
+    OUTCOME,
+    REPORT,
+    RESULTS,
+    SAMPLES,
+    SETTINGS,
+    TRAINED,
+    WORKERS,
+    WRITTEN,
+)
+from capo.runtime.stored import read_record
 from capo.runtime.terminal import typed
 
 MULTIRUN = "multirun.yaml"  # of Hydra, in the directory of a sweep
@@ -96,3 +108,16 @@ def _check_free(folder: Path) -> None:
                 f"{typed('hydra.run.dir', folder)} is in {inner.name}/ of the run {outer}, which is written "
                 f"anew by that run: choose another one, or {typed('hydra.run.dir', outer)} for that run"
             )
+
+
+def check_results(folder: Path) -> None:
+    """Raise InputError if `folder` holds files that an evaluation would replace, but no evaluation."""
+    held = [name for name in (RESULTS, REPORT, SETTINGS) if os.path.lexists(folder / name)]
+    try:
+        if held:
+            read_record(folder / RESULTS, Results, "move it away")
+    except (FileNotFoundError, DamagedFile) as error:
+        raise InputError(
+            f"{folder} holds {', '.join(held)}, but no results of an evaluation: move "
+            f"{'it' if len(held) == 1 else 'them'} away, or choose another hydra.run.dir"
+        ) from error

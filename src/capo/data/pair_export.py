@@ -119,8 +119,13 @@ def export_pairs(
 
 
 def check_target(path: Path, key: str) -> None:
-    """Raise InputError if something other than an export stands at `path`, the value of `key`."""
+    """Raise InputError if something other than an export stands at `path`, the value of `key`.
+
+    So for a name that says another format.
+    """
     check_ordinary(path, key)
+    if path.suffix and path.suffix.lower() != ".parquet":
+        raise InputError(f"{key}={path}: pairs are written as Parquet; give {path.with_suffix('.parquet')}")
     if path.exists() and path.stat().st_size and not _is_export(path):
         raise InputError(
             f"{key}={path} is a file that no export of pairs wrote, and is not replaced: move it away, or "

@@ -18,6 +18,10 @@ from capo.cli.schema.border import text_faults
 from capo.cli.sweep_faults import check_number, sweep_fault
 from capo.errors import InputError
 
+NO_OPTION = (
+    "{}: there is no such option; a value is given without dashes, {}; `--hydra-help` lists the options"
+)
+
 
 def test_a_file_of_the_configuration_that_is_no_text_is_named(tmp_path):
     (tmp_path / "main.yaml").write_text("defaults: [own: x]\n")
@@ -145,6 +149,19 @@ def test_options_and_sweeps_that_hydra_cannot_do_are_one_message(
     assert end.value.code == 2 and capsys.readouterr().err.startswith(told)
 
 
+def test_a_refused_command_leaves_the_record_of_the_run(tmp_path, monkeypatch, capsys):
+    own = tmp_path / "run" / ".hydra"
+    own.mkdir(parents=True)
+    (own / "overrides.yaml").write_text("- seed=1\n")
+    given = [f"hydra.run.dir={own.parent}", "seed=x"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-path", str(REPOSITORY / "conf"), *given])
+    with pytest.raises(SystemExit) as end:
+        start(train.main)
+    assert end.value.code == 2 and "seed=x: must be a whole number" in capsys.readouterr().err
+    assert (own / "config.yaml").is_file()  # Hydra has recorded the command
+    assert (own / "overrides.yaml").read_text() == "- seed=1\n"
+
+
 def test_of_a_sweep_all_counts_and_values_are_known_before_it_begins():
     assert check_number(["seed=range(0,10,3)", "threads=1,2", "objective=glob(*)", "x=1"]) is None
     assert check_number(["seed=range(0,100001)"]).startswith("seed=range(0,100001): a sweep of 100,001 jobs")
@@ -190,7 +207,9 @@ def test_a_path_that_cannot_be_used_names_the_key_that_gave_it(monkeypatch, argu
      "give hydra.run.dir=FOLDER"),
     (["pool.root='~/x'"],
      f"pool.root='~/x': the folder's name begins with ~; give pool.root={Path.home()}/x"),
-    (["--cfg", "job", "--foo"], "--foo: there is no such option; `--hydra-help` lists them"),
+    (["--cfg", "job", "--foo"], NO_OPTION.format("--foo", "foo=VALUE")),
+    (["--objective", "dpo"], NO_OPTION.format("--objective", "objective=VALUE")),
+    (["--trainer.lr=1e-4"], NO_OPTION.format("--trainer.lr=1e-4", "trainer.lr=1e-4")),
     (["seed=1", "-m", "seed=2"], "seed=2: an option stands between it and the other key=value; give all of "
      "these in one place, before or after the options"),
     (["--config-dir"], "argument --config-dir/-cd: expected one argument; `--hydra-help` lists the options"),

@@ -31,11 +31,26 @@ def test_a_policy_that_is_named_twice_is_refused(tmp_path):
 
 
 def test_a_soup_does_not_stand_beside_the_results_of_another_one(tmp_path):
+    merge.check_place(tmp_path, ["a", "b"], False)
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").touch()
-    merge.check_place(tmp_path, ["a", "b"], True)
     with pytest.raises(InputError, match=r"evaluate=false: .*/evaluation holds the results of the soup"):
         merge.check_place(tmp_path, ["a", "b"], False)
+
+
+def test_a_soup_replaces_nothing_of_others_and_follows_no_link(tmp_path):
+    own, other = tmp_path / "out", tmp_path / "else"
+    (own / "evaluation").mkdir(parents=True)
+    other.mkdir()
+    (own / "evaluation" / "report.html").write_text("mine")
+    with pytest.raises(InputError, match=r"evaluation holds report\.html, but no results of an evaluation"):
+        merge.check_place(own, ["a", "b"], True)
+    merge.check_place(own, ["a", "b"], False)
+    for name in ("policy", "evaluation"):
+        (tmp_path / name / "out").mkdir(parents=True)
+        (tmp_path / name / "out" / name).symlink_to(other)
+        with pytest.raises(InputError, match=f"out/{name} is a link to {other}, outside of"):
+            merge.check_place(tmp_path / name / "out", ["a", "b"], True)
 
 
 @pytest.mark.parametrize("name", OTHERS)

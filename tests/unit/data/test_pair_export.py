@@ -58,10 +58,12 @@ def test_only_an_export_is_replaced(pairs, tmp_path):
     (tmp_path / "empty").touch()
     check_target(tmp_path / "empty", "pair_export.file")
     pq.write_table(pq.read_table(pairs).replace_schema_metadata({}), tmp_path / "other.parquet")
-    (tmp_path / "notes.txt").write_text("mine")
-    for name in ("other.parquet", "notes.txt"):
+    (tmp_path / "notes").write_text("mine")
+    for name in ("other.parquet", "notes"):
         with pytest.raises(InputError, match=rf"pair_export.file={tmp_path}/{name} is a file that no export"):
             check_target(tmp_path / name, "pair_export.file")
+    with pytest.raises(InputError, match=rf"are written as Parquet; give {tmp_path}/pairs.parquet"):
+        check_target(tmp_path / "pairs.csv", "pair_export.file")
 
 
 def test_other_trainers_can_load_it(pairs, tmp_path):
