@@ -239,9 +239,11 @@ def _merged_tensor(
         base, *tuned = (read(file, name, span) for file in files)
         gram += inner_products(base, tuned)
     if not gram.isfinite().all():
+        places = [(file, span) for file in files for span in spans(shapes[0])]
+        fault = next(file for file, span in places if not read(file, name, span).isfinite().all())
         raise InputError(
-            f"policies: '{name}' has values that are not finite in one of {', '.join(map(str, files))}; "
-            "leave that policy out"
+            f"policies: '{name}' has values that are not finite in {fault}; restore it, or leave that policy "
+            "out"
         )
     numbers = coefficients(gram, method, weights)
     for span in spans(shapes[0]):

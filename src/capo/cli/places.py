@@ -13,12 +13,18 @@ from capo.errors import DamagedFile, InputError
 from capo.evaluation.stored import Results
 from capo.runtime.files import check_inside, led_to, refuse_links
 from capo.runtime.run_folder import (
+    CHECK,
     CONFIG,
     OUTCOME,
+    PLAN,
+    PLANS,
     REPORT,
     RESULTS,
     SAMPLES,
     SETTINGS,
+    STATUS,
+    SWEEP,
+    TABLES,
     TRAINED,
     WORKERS,
     WRITTEN,
@@ -34,6 +40,9 @@ OTHERS = {
     "manifest.json": "a pool",
     MULTIRUN: "a sweep, of which each job has a folder",
 }
+# what commands write beside the files of a run, and a sweep at its end
+MADE = (PLAN, CHECK, STATUS, *TABLES)
+MADE_OF_JOBS = (*SWEEP, PLANS)
 
 
 def check_output(config: DictConfig) -> None:
@@ -50,6 +59,8 @@ def check_output(config: DictConfig) -> None:
         # that of a sweep may get a comparison of its jobs
         _refuse_others(folder, [name for name in OTHERS if name != MULTIRUN])
         refuse_links(folder, _written(folder, config))
+        if config.hydra.output_subdir:
+            _refuse_own(folder, MADE, config.hydra.output_subdir, "hydra.run.dir")
 
 
 def check_sweep_output(config: DictConfig) -> None:
@@ -58,6 +69,17 @@ def check_sweep_output(config: DictConfig) -> None:
         jobs = [place for place in sorted(folder.glob("*")) if place.is_dir()]
         own = [place for job in jobs for place in (job, *_written(job, config))]
         refuse_links(folder, [folder / MULTIRUN, *own])
+        _refuse_own(folder, MADE_OF_JOBS, MULTIRUN, "hydra.sweep.dir")
+
+
+def _refuse_own(folder: Path, names: Sequence[str], record: str, key: str) -> None:
+    """Raise InputError for files of these names where there is no `record` of a command that made them."""
+    held = [name for name in names if os.path.lexists(folder / name)]
+    if held and not (folder / record).exists():
+        raise InputError(
+            f"{typed(key, folder)} holds files that this command may replace, and that no command was "
+            f"started there to make: move {', '.join(held)} away, or choose another one"
+        )
 
 
 def _folder(config: DictConfig, key: str) -> Path | None:

@@ -17,9 +17,9 @@ from capo.data.stages import Stage
 from capo.errors import InputError, Unfinished
 from capo.runtime.files import write_json
 from capo.runtime.outlook import HOUR, Hours, told_time
+from capo.runtime.run_folder import STATUS
 from capo.runtime.terminal import Terminal
 
-STATUS = "status.json"
 ROUNDS = (
     "online.every: pools of rounds stand in the run directory, and are not looked at here; the same train.py "
     "command completes them, and makes damaged files again"

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from capo.cli.messages import refused
 from capo.errors import InputError
+from capo.runtime.files import check_inside
 from capo.runtime.options import whole_number
 from capo.runtime.terminal import Terminal, printable
 
 COMMANDS = ("serve", "results", "export", "import")
+MTURK = "mturk"  # in a study's folder, what is exported for Mechanical Turk
 HOST, PORT = "127.0.0.1", 7860
 FAILURES = 1  # attention checks that a rater may fail
 
@@ -112,8 +114,10 @@ def _export(options: argparse.Namespace) -> None:
     from capo.evaluation.study.store import Study
     from capo.evaluation.study.turk import export
 
+    if options.to is None:
+        check_inside(options.folder, [MTURK])
     with Study(options.folder) as study:
-        files = export(study, _given_folder(options, options.folder / "mturk"), options.images_at)
+        files = export(study, _given_folder(options, options.folder / MTURK), options.images_at)
     print(printable(f"for Mechanical Turk: {', '.join(map(str, files))}; upload the images first"))
 
 

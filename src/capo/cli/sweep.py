@@ -36,13 +36,12 @@ from capo.evaluation.seeds import seeds_table
 from capo.preflight.plan_tables import HOLDS, TAKES, plan_cell, plan_figures
 from capo.runtime.files import write_table, write_whole
 from capo.runtime.reading import read_json, read_text
-from capo.runtime.run_folder import CONFIG, ERROR, OUTCOME, PLAN
+from capo.runtime.run_folder import CONFIG, ERROR, OUTCOME, PLAN, PLANS, SWEEP
 from capo.runtime.terminal import Terminal, printable
 
 FINISHED, PLANNED, FAILED, UNFINISHED = "finished", "planned", "failed", "unfinished"
-TABLE, PICTURE, PAGE = "sweep.csv", "sweep.png", "sweep.html"
+TABLE, PICTURE, PAGE = SWEEP
 EARLIER = "the results in this directory are those of an earlier start"  # last line of such an error.txt
-PLANS = "plans.csv"  # table of a multirun with plan=true; sweep.csv of the runs may lie beside it
 
 
 def sweep_name(folder: Path) -> str:

@@ -13,10 +13,11 @@ from capo.evaluation.reports.templating import page_template
 from capo.evaluation.seeds import COLUMN, read_rates
 from capo.evaluation.statistics import paired_tests
 from capo.runtime.files import write_table, write_whole
+from capo.runtime.run_folder import TABLES
 from capo.runtime.terminal import printable
 
 SIGNIFICANT = 0.05  # of the paired tests, after Holm, by which a value is called the best
-CSV, HTML, LATEX = "table.csv", "table.html", "table.tex"
+CSV, HTML, LATEX = TABLES
 SPECIAL = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

@@ -54,6 +54,9 @@ LOCK = ".lock"  # while a command trains there
 PATIENCE = 10.0  # seconds for what a killed command had started to end, since it holds the lock too
 # written by plan=true and check=true, which start no run; the last is the folder of pictures of check=true
 PLAN, CHECK, SAMPLES = "plan.json", "check.json", "check"
+STATUS = "status.json"  # of pools
+TABLES = "table.csv", "table.html", "table.tex"  # of runs that are compared
+SWEEP, PLANS = ("sweep.csv", "sweep.png", "sweep.html"), "plans.csv"  # of a sweep's jobs, or their plans
 
 
 class Card(Section):

@@ -270,7 +270,7 @@ def test_weights_that_are_not_finite_and_a_readme_that_is_no_text_are_named(tiny
     tensors = load(file.read_bytes())
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name] * float("inf")}, file)
-    with pytest.raises(InputError, match=f"'{name}' has values that are not finite"):
+    with pytest.raises(InputError, match=f"'{name}' has values that are not finite in .*{file}'?"):
         merge_policies(base_of(tiny_backbone), folders, tmp_path / "soup", "slerp", [1.0, 1.0])
     assert not (tmp_path / "soup").exists()
 

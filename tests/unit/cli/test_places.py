@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from capo.cli import evaluate, generate, merge, train, tune
 from capo.cli.compose import composed
-from capo.cli.places import MULTIRUN, OTHERS, check_output, check_place
+from capo.cli.places import MULTIRUN, OTHERS, check_output, check_place, check_sweep_output
 from capo.errors import InputError
 
 
@@ -71,6 +71,21 @@ def test_no_command_has_its_output_in_the_folder_of_a_pool_or_a_policy(tmp_path,
         return check_output(config)
     with pytest.raises(InputError, match=rf"hydra.run.dir={tmp_path} is the folder of .* \({name}\): choose"):
         check_output(config)
+
+
+@pytest.mark.parametrize(("key", "name", "record", "check"), [
+    ("run", "table.csv", ".hydra", check_output),
+    ("run", "status.json", ".hydra", check_output),
+    ("sweep", "sweep.csv", MULTIRUN, check_sweep_output),
+])  # fmt: skip
+def test_files_that_no_command_made_are_not_replaced(tmp_path, key, name, record, check):
+    own = {"output_subdir": ".hydra", "job": {"name": "train"}, key: {"dir": str(tmp_path)}}
+    config = OmegaConf.create({"hydra": own})
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=rf"hydra.{key}.dir={tmp_path} holds files .*: move {name} away"):
+        check(config)
+    (tmp_path / record).touch()
+    check(config)
 
 
 def test_no_run_is_made_in_a_folder_that_another_run_writes_anew(tmp_path):

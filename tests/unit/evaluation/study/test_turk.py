@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from capo.cli import study_files
 from capo.errors import InputError
 from capo.evaluation.study.store import FIRST, SECOND, TIE, image_path
 from capo.evaluation.study.turk import export, import_results
@@ -46,6 +47,14 @@ def write_batch(path, rows, answers, **columns):
 def study(tmp_path):
     with make_fake_study(tmp_path / "study") as study:
         yield study
+
+
+def test_an_export_follows_no_link_out_of_the_study(study, tmp_path):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "study" / "mturk").symlink_to(tmp_path / "else")
+    options = study_files.arguments(["export", str(tmp_path / "study"), "--images-at", AT])
+    with pytest.raises(InputError, match=rf"study/mturk is a link to {tmp_path}/else, outside of"):
+        study_files._export(options)
 
 
 def test_an_export_that_cannot_be_made_is_named(study, tmp_path):
