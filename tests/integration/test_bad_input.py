@@ -518,6 +518,7 @@ def test_a_place_that_no_file_system_takes_is_one_message(number):
 
 def test_a_terminal_that_cannot_show_a_character_ends_no_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("MPLBACKEND", "agg")  # is put back after the command has replaced it
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
     start(lambda: print("win-rate \u2502 ü"))
@@ -569,6 +570,7 @@ def test_slips_that_hydra_finds(tmp_path, monkeypatch, capsys, arguments, messag
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["generate.py", "--config-path", str(ROOT / "conf"), *arguments])
+    monkeypatch.setenv("MPLBACKEND", "agg")  # is put back after the command has replaced it
     with pytest.raises(SystemExit) as end:
         start(generate.main)
     error = capsys.readouterr().err

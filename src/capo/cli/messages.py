@@ -100,6 +100,7 @@ def start(main: Callable[[], object]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = grouped(sys.argv[1:])
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; the user's may need a window, or be unknown
     try:
         os.getcwd()
     except OSError as error:

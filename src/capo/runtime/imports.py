@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ def heavy_imports() -> Iterator[None]:
     """
     was_on, known = gc.isenabled(), len(sys.modules)
     gc.disable()
-    os.environ["MPLBACKEND"] = "agg"  # the user's may need a window, or be unknown
     try:
         yield
     finally:

@@ -23,6 +23,12 @@ NO_OPTION = (
 )
 
 
+@pytest.fixture(autouse=True)
+def odd_backend(monkeypatch):
+    """Commands replace it; it is put back for what other tests start."""
+    monkeypatch.setenv("MPLBACKEND", "nope")
+
+
 def test_a_file_of_the_configuration_that_is_no_text_is_named(tmp_path):
     (tmp_path / "main.yaml").write_text("defaults: [own: x]\n")
     (tmp_path / "own").mkdir()
@@ -219,6 +225,12 @@ def test_an_option_that_cannot_be_read_is_one_line(monkeypatch, capsys, argument
     with pytest.raises(SystemExit) as end:
         start(lambda: pytest.fail("nothing can be done"))
     assert end.value.code == 2 and capsys.readouterr().err == f"error: {told}\n"
+
+
+def test_a_command_draws_into_files_whatever_backend_the_user_has(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    start(lambda: None)
+    assert os.environ["MPLBACKEND"] == "agg"
 
 
 def test_options_beside_keys_are_left_to_hydra(monkeypatch):
