@@ -38,7 +38,6 @@ OTHERS = {
     "model_index.json": "a pipeline",
     "pytorch_lora_weights.safetensors": "an adapter",
     "manifest.json": "a pool",
-    MULTIRUN: "a sweep, of which each job has a folder",
 }
 # what commands write beside the files of a run, and a sweep at its end
 MADE = (PLAN, CHECK, STATUS, *TABLES)
@@ -56,16 +55,22 @@ def check_output(config: DictConfig) -> None:
         trust = OmegaConf.select(config, "trust")
         check_inside(Path(str(run)), FILLED, list(map(str, trust)) if isinstance(trust, ListConfig) else ())
     if (folder := _folder(config, "hydra.run.dir")) is not None:
-        # that of a sweep may get a comparison of its jobs
-        _refuse_others(folder, [name for name in OTHERS if name != MULTIRUN])
+        _refuse_others(folder, typed("hydra.run.dir", folder))
         refuse_links(folder, _written(folder, config))
         if config.hydra.output_subdir:
             _refuse_own(folder, MADE, config.hydra.output_subdir, "hydra.run.dir")
 
 
 def check_sweep_output(config: DictConfig) -> None:
-    """Raise InputError if such files of a sweep, or of a job that its directory holds, lead elsewhere."""
+    """Raise InputError if such files of a sweep, or of a job that its directory holds, lead elsewhere.
+
+    So it does for a directory that is that of a run, or the folder of a pool, a pipeline or an adapter.
+    """
     if (folder := _folder(config, "hydra.sweep.dir")) is not None:
+        given = typed("hydra.sweep.dir", folder)
+        if (folder / CONFIG).is_file() and not (folder / MULTIRUN).is_file():
+            raise InputError(f"{given} is the directory of a run ({CONFIG}): choose another one")
+        _refuse_others(folder, given)
         jobs = [place for place in sorted(folder.glob("*")) if place.is_dir()]
         own = [place for job in jobs for place in (job, *_written(job, config))]
         refuse_links(folder, [folder / MULTIRUN, *own])
@@ -95,13 +100,11 @@ def _written(folder: Path, config: DictConfig) -> list[Path]:
     return [*(place for place, _ in places), *held, folder / f"{config.hydra.job.name}.log"]
 
 
-def _refuse_others(folder: Path, names: Sequence[str]) -> None:
-    """Raise InputError if `folder` is that of something else, which one of these files shows."""
-    found = next((name for name in names if (folder / name).is_file()), None)
+def _refuse_others(folder: Path, given: str) -> None:
+    """Raise InputError if `folder`, `given` on the command line, is that of something else."""
+    found = next((name for name in OTHERS if (folder / name).is_file()), None)
     if found and not (folder / CONFIG).is_file():
-        raise InputError(
-            f"{typed('hydra.run.dir', folder)} is the folder of {OTHERS[found]} ({found}): choose another one"
-        )
+        raise InputError(f"{given} is the folder of {OTHERS[found]} ({found}): choose another one")
 
 
 def check_place(folder: Path) -> None:
@@ -122,13 +125,15 @@ def check_place(folder: Path) -> None:
 
 def _check_free(folder: Path) -> None:
     """Raise InputError for the folder of something else, and for one that a run about it writes anew."""
-    _refuse_others(folder, [*OTHERS])
+    given = typed("hydra.run.dir", folder)
+    if (folder / MULTIRUN).is_file() and not (folder / CONFIG).is_file():
+        raise InputError(f"{given} is the folder of a sweep, whose jobs have their own: choose another one")
     place = led_to(folder)
     for inner, outer in zip((place, *place.parents), place.parents, strict=False):
         if inner.name in {*TRAINED, *FILLED} and (outer / CONFIG).is_file() and (outer / OUTCOME).is_file():
             raise InputError(
-                f"{typed('hydra.run.dir', folder)} is in {inner.name}/ of the run {outer}, which is written "
-                f"anew by that run: choose another one, or {typed('hydra.run.dir', outer)} for that run"
+                f"{given} is in {inner.name}/ of the run {outer}, which is written anew by that run: choose "
+                f"another one, or {typed('hydra.run.dir', outer)} for that run"
             )
 
 

@@ -9,6 +9,12 @@ from capo.cli.places import MULTIRUN, OTHERS, check_output, check_place, check_s
 from capo.errors import InputError
 
 
+def output_in(folder, key):
+    """Hydra's own settings, as far as they are read, of an output in `folder`."""
+    own = {"output_subdir": ".hydra", "job": {"name": "train"}, key: {"dir": str(folder)}}
+    return OmegaConf.create({"hydra": own})
+
+
 @pytest.mark.parametrize("inside", ["", "policy", "policy/policy", "policy/unet/soup"])
 def test_a_soup_is_not_written_into_a_policy_that_is_merged(tmp_path, inside):
     (tmp_path / "policy" / "unet").mkdir(parents=True)
@@ -53,24 +59,28 @@ def test_a_soup_replaces_nothing_of_others_and_follows_no_link(tmp_path):
             merge.check_place(tmp_path / name / "out", ["a", "b"], True)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_no_run_is_made_in_the_folder_of_something_else(tmp_path, name):
+def test_no_run_is_made_in_the_folder_of_a_sweep(tmp_path):
     check_place(tmp_path)
-    (tmp_path / name).touch()
-    with pytest.raises(InputError, match=rf"hydra.run.dir={tmp_path} is the folder of .* \({name}\)"):
+    (tmp_path / MULTIRUN).touch()
+    check_output(output_in(tmp_path, "run"))  # of its jobs a comparison may be made there
+    with pytest.raises(InputError, match=rf"hydra.run.dir={tmp_path} is the folder of a sweep, whose"):
         check_place(tmp_path)
 
 
+def test_no_sweep_is_made_in_the_directory_of_a_run(tmp_path):
+    check_sweep_output(output_in(tmp_path, "sweep"))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match=rf"hydra.sweep.dir={tmp_path} is the directory of a run"):
+        check_sweep_output(output_in(tmp_path, "sweep"))
+
+
+@pytest.mark.parametrize(("key", "check"), [("run", check_output), ("sweep", check_sweep_output)])
 @pytest.mark.parametrize("name", OTHERS)
-def test_no_command_has_its_output_in_the_folder_of_a_pool_or_a_policy(tmp_path, name):
-    hydra = {"run": {"dir": str(tmp_path)}, "output_subdir": ".hydra", "job": {"name": "generate"}}
-    config = OmegaConf.create({"hydra": hydra})
-    check_output(config)
+def test_no_command_has_its_output_in_the_folder_of_a_pool_or_a_policy(tmp_path, name, key, check):
+    check(output_in(tmp_path, key))
     (tmp_path / name).touch()
-    if name == MULTIRUN:  # of its jobs a comparison may be made there
-        return check_output(config)
-    with pytest.raises(InputError, match=rf"hydra.run.dir={tmp_path} is the folder of .* \({name}\): choose"):
-        check_output(config)
+    with pytest.raises(InputError, match=rf"hydra.{key}.dir={tmp_path} is the folder of .* \({name}\)"):
+        check(output_in(tmp_path, key))
 
 
 @pytest.mark.parametrize(("key", "name", "record", "check"), [
@@ -79,8 +89,7 @@ def test_no_command_has_its_output_in_the_folder_of_a_pool_or_a_policy(tmp_path,
     ("sweep", "sweep.csv", MULTIRUN, check_sweep_output),
 ])  # fmt: skip
 def test_files_that_no_command_made_are_not_replaced(tmp_path, key, name, record, check):
-    own = {"output_subdir": ".hydra", "job": {"name": "train"}, key: {"dir": str(tmp_path)}}
-    config = OmegaConf.create({"hydra": own})
+    config = output_in(tmp_path, key)
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=rf"hydra.{key}.dir={tmp_path} holds files .*: move {name} away"):
         check(config)
