@@ -48,6 +48,22 @@ class DamagedFile(InputError):
         return type(self), (self.path, self.reason, self.remedy)  # exceptions travel between processes
 
 
+# names of keys in other programs that train diffusion models
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "batch",
+    "train_batch_size": "batch",
+    "max_train_steps": "max_steps",
+    "lr_warmup_steps": "warm_up",
+    "warmup_steps": "warm_up",
+    "max_grad_norm": "gradient_clip",
+    "mixed_precision": "precision",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "beta_dpo": "beta",
+}
+
+
 def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
     """Up to `count` of `words` that are most similar to `word`, ignoring case; an empty list if none is."""
     by_lower = {name.lower(): name for name in words}
@@ -55,16 +71,17 @@ def closest(word: str, words: Sequence[str], count: int = 1) -> list[str]:
 
 
 def alike(key: str, known: Iterable[str], count: int = 2) -> list[str]:
-    """Known keys that were probably meant by `key`: those with the same last part or a similar spelling.
+    """Known keys that were probably meant by `key`: those with the same last part, then a similar spelling.
 
     None for a key that is far longer than any: comparing it would take minutes.
     """
     if len(key) > LONGEST:
         return []
     last = key.rpartition(".")[2]
+    last = ELSEWHERE.get(last, last)
     likeness = {name: difflib.SequenceMatcher(a=key, b=name).ratio() for name in known}
     chosen = [name for name, ratio in likeness.items() if ratio > 0.75 or name.rpartition(".")[2] == last]
-    chosen.sort(key=likeness.__getitem__, reverse=True)
+    chosen.sort(key=lambda name: (name == last, name.endswith(f".{last}"), likeness[name]), reverse=True)
     return [
         name
         for place, name in enumerate(chosen)

@@ -3,7 +3,9 @@
 import pytest
 
 from capo.cli.compose import composed
-from capo.errors import InputError
+from capo.cli.schema import Training
+from capo.errors import ELSEWHERE, InputError
+from capo.runtime.schema.tree import every_key
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
@@ -38,6 +40,8 @@ from capo.errors import InputError
      "there is no key 'model.lora.rank' without experiment=[quick,lora] or "
      "experiment=[quick,sd35_medium_quickstart] or experiment=[quick,sd3_quickstart] or "
      "experiment=[quick,sdxl_quickstart]: give one of them"),
+    (["trainer.seed=1"], "there is no key 'trainer.seed'; did you mean seed or evaluation.seed?"),
+    (["learning_rate=1"], "there is no key 'learning_rate'; did you mean trainer.lr or model.lr?"),
     (["trainer={bacth: 3}"], "there is no key 'trainer.bacth'; did you mean trainer.batch?"),
     (["rewards={a: 1}"],
      "there is no key 'rewards.a'; give rewards=NAME, a file of conf/rewards/, or rewards.KEY=VALUE"),
@@ -48,6 +52,11 @@ def test_the_key_and_what_to_give_are_told(arguments, told):
     with pytest.raises(InputError) as refused:
         composed("train", arguments)
     assert str(refused.value) == told
+
+
+def test_names_of_other_programs_lead_to_keys_that_there_are():
+    last = {key.rpartition(".")[2] for key in every_key(Training)}
+    assert set(ELSEWHERE.values()) <= last and not ELSEWHERE.keys() & last
 
 
 def test_what_the_messages_tell_to_give_composes():
