@@ -81,7 +81,6 @@ def check_place(folder: Path, policies: Sequence[str], evaluate: bool) -> None:
     So for one beside results of another soup, which would stay unless it is evaluated, for files of others
     that the evaluation would replace, and for folders that are links to elsewhere.
     """
-    check_inside(folder, (POLICY, EVALUATION))
     if evaluate:
         check_results(folder / EVALUATION)
     elif (folder / EVALUATION / RESULTS).exists():
@@ -97,6 +96,7 @@ def check_place(folder: Path, policies: Sequence[str], evaluate: bool) -> None:
             f"{own} would be replaced by the soup, but is the policy of a run, or one of policies or in one; "
             "choose another hydra.run.dir"
         )
+    check_inside(folder, (POLICY, EVALUATION))
 
 
 def run(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> Path:
