@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from capo.cli.run_config import WRITER
 from capo.cli.yaml_files import read_yaml
 from capo.runtime.run_folder import CONFIG, EVALUATION, OUTCOME, RATES, read_outcome
 
@@ -63,6 +64,7 @@ def _setting(values: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
     """
     kept = {key: value for key, value in values.items() if key not in OWN}
     model = _part(kept, "model")
+    kept[WRITER] = {key: value for key, value in _part(values, WRITER).items() if key != "run"}
     if adapter := _part(model, "lora"):
         kept["model"] = {**model, "lora": {**adapter, "seed": None}}  # by default the run's own
     if merged:

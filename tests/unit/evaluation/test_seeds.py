@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from capo.cli import run_config
 from capo.cli.run_labels import seed_groups
 from capo.errors import DamagedFile, InputError
 from capo.evaluation.seeds import over_seeds, read_by_prompt, read_rates, seeds_table
@@ -18,7 +19,7 @@ HEAD = "prompt_id,prompt,category,win_rate/looks\n"
 def write_run(folder, seed, rates=(0.5, 0.75), beta=1, lora=None):
     (folder / "evaluation").mkdir(parents=True)
     values = {"seed": seed, "run_dir": str(folder), "objective": {"beta": beta}, "model": {"lora": lora}}
-    OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
+    run_config._write(folder, OmegaConf.create(values))
     rows = "".join(f'p{index},"a, b",single,{rate}\n' for index, rate in enumerate(rates))
     (folder / "evaluation" / "win_rates.csv").write_text(HEAD + rows)
     return folder
