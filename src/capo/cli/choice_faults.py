@@ -85,6 +85,21 @@ def local_of(error: BaseException, name: str) -> Any:
     return next((value for value in reversed(found) if value is not None), None)
 
 
+def repeated(overrides: Sequence[str]) -> str | None:
+    """Message for a group of lists that is given twice, or lists a name twice; None for any other.
+
+    Hydra takes the last without a word, or the name once.
+    """
+    for group in LISTED:
+        given = [text for text in overrides if text.partition("=")[0] == group]
+        names = [name for text in given for name in NAME.findall(text.partition("=")[2])]
+        once = list(dict.fromkeys(names))
+        if len(given) > 1 or (len(names) > len(once) and f"{group}=[" in given[0]):
+            why = "the last alone would count" if len(given) > 1 else "a name stands there twice"
+            return f"{' '.join(given)}: {why}; give one list, {group}=[{','.join(once)}]"
+    return None
+
+
 def twice_chosen(message: str, arguments: Sequence[str]) -> str | None:
     """Message for a group of which a + or an experiment chooses a second file; None for any other error."""
     found = TWICE.match(message)

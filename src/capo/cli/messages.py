@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from yaml import YAMLError
 
-from capo.cli.choice_faults import local_of, no_names, twice_chosen, unknown_choice
+from capo.cli.choice_faults import local_of, no_names, repeated, twice_chosen, unknown_choice
 from capo.cli.kept import put_back
 from capo.cli.key_faults import key_fault, unreadable
 from capo.cli.place_faults import disk_fault, written_fault
@@ -150,6 +150,8 @@ def _check_options(arguments: Sequence[str]) -> None:
     for text in options.overrides:
         if (fault := written_fault(text, many)) is not None:
             _end(f"error: {text}: {fault}", REFUSED)
+    if (fault := repeated(options.overrides)) is not None:
+        _end(f"error: {fault}", REFUSED)
     asked = {text.partition("=")[0] for text in options.overrides}
     if options.shell_completion and not asked & {"install", "uninstall", "query"}:
         refuse("--shell-completion: what it is to do is missing; add install=SHELL or uninstall=SHELL")

@@ -216,6 +216,10 @@ def test_a_path_that_cannot_be_used_names_the_key_that_gave_it(monkeypatch, argu
     (["--cfg", "job", "--foo"], NO_OPTION.format("--foo", "foo=VALUE")),
     (["--objective", "dpo"], NO_OPTION.format("--objective", "objective=VALUE")),
     (["--trainer.lr=1e-4"], NO_OPTION.format("--trainer.lr=1e-4", "trainer.lr=1e-4")),
+    (["experiment=lora", "seed=1", "experiment=quick"],
+     "experiment=lora experiment=quick: the last alone would count; give one list, experiment=[lora,quick]"),
+    (["rewards=[looks,looks]"],
+     "rewards=[looks,looks]: a name stands there twice; give one list, rewards=[looks]"),
     (["seed=1", "-m", "seed=2"], "seed=2: an option stands between it and the other key=value; give all of "
      "these in one place, before or after the options"),
     (["--config-dir"], "argument --config-dir/-cd: expected one argument; `--hydra-help` lists the options"),
@@ -235,11 +239,13 @@ def test_a_command_draws_into_files_whatever_backend_the_user_has(monkeypatch):
 
 def test_options_beside_keys_are_left_to_hydra(monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["train.py", "-m", "seed=1,2", "~pairs", "a='~/b'", "--cfg=job", "-p", "model"]
+        sys,
+        "argv",
+        ["train.py", "-m", "rewards=looks,looks", "~pairs", "a='~/b'", "--cfg=job", "-p", "model"],
     )
     called = []
     start(lambda: called.append(sys.argv[1:]))
-    assert called == [["-m", "seed=1,2", "~pairs", "a='~/b'", "--cfg=job", "-p", "model"]]
+    assert called == [["-m", "rewards=looks,looks", "~pairs", "a='~/b'", "--cfg=job", "-p", "model"]]
 
 
 @pytest.mark.parametrize("code", [0, None])

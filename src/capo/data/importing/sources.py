@@ -99,7 +99,8 @@ class _Lists(Source):
                 numbers = numbers_of(values.get(self.order), where)
                 ranks = dense_ranks(numbers, self.better) if numbers else None
                 count = len(_images(values.get(self.columns[0]))) if len(columns) == 3 else len(numbers or ())
-                if reason := unusable(caption, ranks) or (UNEQUAL if count != len(ranks or ()) else None):
+                unequal = ranks is not None and count != len(ranks)
+                if reason := UNEQUAL if unequal else unusable(caption, ranks):
                     dropped.drop(reason, (number, row, 0))
                     continue
                 yield Entry(caption, tuple((number, row, item) for item in range(count)), ranks)

@@ -323,6 +323,7 @@ def test_rankings_are_thinned_to_the_smallest(tmp_path, tiny_backbone):
         {"prompt": "a tie", "image_path": names[:3], "rank": [1, 1, 1]},
         {"prompt": "unequal", "image_path": names[:2], "rank": [1, 2, 3]},
         {"prompt": "lost", "image_path": ["gone.png", *names[:2]], "rank": [1, 2, 3]},
+        {"prompt": "one rank", "image_path": names[:2], "rank": [1]},
     ]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     source = rankings(str(tmp_path / "test.json"))
@@ -333,7 +334,7 @@ def test_rankings_are_thinned_to_the_smallest(tmp_path, tiny_backbone):
     assert pool.scores([HUMAN.key], 3)[..., 0].tolist() == [[0, 4, 2], [1, 0, 1]]
     assert table.report["dropped"] == {
         "ties": 1,
-        "with more or fewer ranks than images": 1,
+        "with more or fewer ranks than images": 2,
         "with a broken image": 1,
     }
     assert table.report["broken"] == [
