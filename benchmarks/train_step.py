@@ -63,7 +63,7 @@ Steps = Iterator[Tensor]  # each `next` takes an optimizer step and gives its lo
 class Bare(PreferenceModule):
     """Training module that runs without a trainer: it counts its steps itself and does not log."""
 
-    global_step = 0  # pyright: ignore[reportAssignmentType]  # Lightning's is a property that a trainer answers
+    global_step = 0  # pyright: ignore[reportAssignmentType]  # Lightning's is a property
 
     def log(self, *args, **kwargs) -> None:
         """Do nothing."""

@@ -277,6 +277,8 @@ def test_a_scorer_of_ones_own_can_be_named_on_the_command_line():
         "rewards@evaluation.rewards=looks",
     )
     check_ready(cfg)
+    cfg.rewards.light.scorer._target_ = "fixtures.fake_rewards.Absent"
+    assert "fixtures.fake_rewards.Absent" in refusal(check_ready, cfg)
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,9 @@ WORDS = 50  # of a question
 # words between phrases
 BETWEEN = re.compile(
     "about|above|across|after|against|along|alongside|among|and|are|around|as|at|atop|be|been|before|behind|"
-    "being|below|beneath|beside|between|but|by|during|for|from|has|have|in|inside|into|is|it|like|near|nearby|"
-    "next|of|off|on|onto|or|out|over|that|there|they|through|to|toward|towards|under|up|upon|was|were|when|"
-    "where|which|while|who|whose|with|within|without|" + r"[.,;:!?()\"]",
+    "being|below|beneath|beside|between|but|by|during|for|from|has|have|in|inside|into|is|it|like|near|"
+    "nearby|next|of|off|on|onto|or|out|over|that|there|they|through|to|toward|towards|under|up|upon|was|were|"
+    "when|where|which|while|who|whose|with|within|without|" + r"[.,;:!?()\"]",
     re.IGNORECASE,
 )
 # those of them that a phrase follows only if it begins with a word of BEGINNING

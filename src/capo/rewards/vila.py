@@ -52,7 +52,7 @@ class VILA:
 
     def to(self, device):
         """Load the model onto `device`, as torch names it; a tensorflow without GPU stays on the CPU."""
-        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]  # an extra
+        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 
         kind, _, index = str(device).partition(":")
         seen = [gpu for gpu in tf.config.list_physical_devices("GPU") if kind == "cuda"][int(index or 0) :][
@@ -68,7 +68,7 @@ class VILA:
         """Return scores, a list of B floats, of the bytes of B image files."""
         if self.predict is None:
             self.to("cpu")
-        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]  # an extra
+        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 
         # The signature takes one file. Several calls at once decode and resize while another is in the model.
         with ThreadPoolExecutor(AT_ONCE) as threads:

@@ -43,7 +43,7 @@ def make_optimizer(
     """
     if name == ADAMW_8BIT:
         check_optimizer(name)
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # an extra, for CUDA
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # an extra
 
         return AdamW8bit(parameters, lr=lr, weight_decay=0.0)
     fused = not scaled and all(p.device.type in FUSED_ON and p.is_floating_point() for p in parameters)

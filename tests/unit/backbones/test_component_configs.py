@@ -59,3 +59,7 @@ def test_what_libraries_write_passes(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
     check_configs(tmp_path)
+    wrong = {"sample_size": 0} if "_class_name" in values else {"vocab_size": 0}
+    (tmp_path / "config.json").write_text(json.dumps(values | wrong))
+    with pytest.raises(DamagedFile, match=f"{next(iter(wrong))}=0"):
+        check_configs(tmp_path)

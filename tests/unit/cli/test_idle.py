@@ -26,4 +26,7 @@ def test_a_key_without_effect_is_refused_until_the_key_it_counts_with_is_given(t
 
 
 def test_a_penalty_that_is_off_in_words_is_no_fault(tiny_run):
-    check_idle(tiny_run("unused", "anchor.slack=0", "anchor.weight=0"), ["anchor.slack=0", "anchor.weight=0"])
+    off, given = ["anchor.slack=0", "anchor.weight=0"], ["anchor.slack=1", "anchor.weight=0"]
+    check_idle(tiny_run("unused", *off), off)
+    with pytest.raises(InputError, match=r"^anchor\.slack=1 counts with anchor\.weight=WEIGHT above 0 alone"):
+        check_idle(tiny_run("unused", *given), given)

@@ -93,7 +93,7 @@ changes = st.sampled_from(sorted(SCRIPTS)).flatmap(
 )
 
 
-def examined(defaults, change) -> None:
+def assert_told(defaults, change) -> None:
     name, edits = change
     found = defaults[name]
     for key, value in edits:
@@ -108,21 +108,21 @@ def examined(defaults, change) -> None:
 
 def test_long_names_are_shortened_wherever_a_message_has_them(defaults):
     long = "x" * 3000
-    examined(defaults, ("evaluate", [("evaluation.rewards", {long: {}}), ("rewards", {long: 1})]))
-    examined(defaults, ("train", [(long, {"seed": 1})]))
+    assert_told(defaults, ("evaluate", [("evaluation.rewards", {long: {}}), ("rewards", {long: 1})]))
+    assert_told(defaults, ("train", [(long, {"seed": 1})]))
 
 
 @examples(75)
 @given(change=changes)
 def test_any_value_at_any_key_is_fine_or_a_message(defaults, change):
-    examined(defaults, change)
+    assert_told(defaults, change)
 
 
 @pytest.mark.slow
 @examples(1500)
 @given(change=changes)
 def test_many_values_at_any_key_are_fine_or_messages(defaults, change):
-    examined(defaults, change)
+    assert_told(defaults, change)
 
 
 @examples(25)

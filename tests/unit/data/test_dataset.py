@@ -217,7 +217,11 @@ def test_shared_noise_is_shared_at_every_time():
 def test_text_is_encoded_once_for_all_times_of_a_pair():
     data, asked = dataset(), []
     data.times, data.stored_text = Times(per_pair=3), False
-    encode = lambda prompts: asked.append(prompts) or {"prompt_embeds": torch.arange(len(prompts))[:, None]}  # noqa: E731
+
+    def encode(prompts):
+        asked.append(prompts)
+        return {"prompt_embeds": torch.arange(len(prompts))[:, None]}
+
     batch = collate([data[0, 0], data[2, 0]], encode)
     assert asked == [["a", "c"]] and batch.text["prompt_embeds"].flatten().tolist() == [0, 0, 0, 1, 1, 1]
 

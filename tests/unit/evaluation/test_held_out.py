@@ -84,7 +84,8 @@ def test_processes_add_up_to_one():
 def test_steps_of_the_alarm_are_read_from_the_curves(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(
-        "step,train/loss,val/held_out/alarm,val/held_out/alarm/x,val/held_out/alarm/y,val/held_out/score/x,val/held_out/win_rate/x\n"
+        "step,train/loss,val/held_out/alarm,val/held_out/alarm/x,val/held_out/alarm/y,"
+        "val/held_out/score/x,val/held_out/win_rate/x\n"
         "5,0.1,,,,,\n10,,0.0,0.0,0.0,5.0,0.5\n20,,1.0,1.0,0.0,4.0,0.3\n30,,1.0,1.0,1.0,3.0,0.2\n"
     )
     assert alarms(path) == {"x": [20, 30], "y": [30]}

@@ -168,7 +168,7 @@ def adapter_for(backbone: Backbone, lora: dict | None):
     return lora and adapter_of(lora | {"targets": backbone.lora_targets})
 
 
-def compare_held(
+def assert_held(
     blueprint: Blueprint, backbone: Backbone, precision: str, lora: dict | None, half_frozen: bool
 ) -> None:
     """Takes a step, and compares the plan's bytes with those of the tensors that there are then."""
@@ -214,12 +214,12 @@ def compare_held(
 
 @pytest.mark.parametrize(("precision", "lora", "half_frozen"), VARIETIES)
 def test_what_is_held_are_the_bytes_of_the_tensors(unet, backbone, precision, lora, half_frozen):
-    compare_held(unet, backbone, precision, lora, half_frozen)
+    assert_held(unet, backbone, precision, lora, half_frozen)
 
 
 @pytest.mark.parametrize(("precision", "lora", "half_frozen"), VARIETIES)
 def test_an_mmdit_holds_the_bytes_of_its_tensors_too(mmdit, flow, precision, lora, half_frozen):
-    compare_held(mmdit, flow, precision, lora, half_frozen)
+    assert_held(mmdit, flow, precision, lora, half_frozen)
 
 
 def test_eight_bit_moments_and_shards():

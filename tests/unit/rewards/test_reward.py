@@ -323,4 +323,8 @@ def test_the_yamls_have_the_versions_of_their_scorers():
     for path in sorted((ROOT / "conf" / "rewards").glob("*.yaml")):
         entries = OmegaConf.to_container(composed(f"rewards={path.stem}").rewards, resolve=True)
         for name, entry in entries.items():
-            check_version(name, entry["scorer"], entry.get("version", 1))
+            has = entry.get("version", 1)
+            check_version(name, entry["scorer"], has)
+            if entry["scorer"]["_target_"].startswith("capo.rewards."):  # others' versions are their authors'
+                with pytest.raises(InputError, match=rf"version={has} "):
+                    check_version(name, entry["scorer"], has + 1)

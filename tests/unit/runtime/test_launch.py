@@ -68,6 +68,8 @@ def test_processes_that_do_not_fit_are_refused(here, strategy, devices, nodes, r
 def test_processes_that_fit_are_not():
     check_launch(Launch(), "ddp", "auto", 1)
     check_launch(Launch(5, 8, 1, 4), "fsdp", "auto", 2)
+    with pytest.raises(InputError):
+        check_launch(Launch(5, 8, 1, 4), "fsdp", "auto", 1)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,10 @@ def test_check_splits_names_what_is_wrong(splits, message):
 
 
 def test_check_splits_accepts_disjoint_sets():
-    check_splits({"train": [make_prompt("a circle")], "test": [make_prompt("a square")]})
+    disjoint = {"train": [make_prompt("a circle")], "test": [make_prompt("a square")]}
+    check_splits(disjoint)
+    with pytest.raises(InputError, match="a square"):
+        check_splits(disjoint | {"train": disjoint["test"]})
 
 
 @pytest.fixture
