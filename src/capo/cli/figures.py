@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from capo.evaluation.stored import is_outdated, read_results
+from capo.evaluation.stored import current_results
 from capo.runtime.run_folder import EVALUATION, OUTCOME, RESULTS, read_outcome
 
 SHARES = ("mean", "low", "high")
@@ -20,9 +20,8 @@ def found_figures(folder: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     if (folder / OUTCOME).is_file():
         figures |= {name: value for name, value in read_outcome(folder).items() if name.startswith("val/")}
-    path = folder / EVALUATION / RESULTS
-    if path.is_file() and not is_outdated(folder):
-        results = read_results(folder)
+    evaluated = (folder / EVALUATION / RESULTS).is_file()
+    if evaluated and (results := current_results(folder)) is not None:
         for name, rate in results["win_rate"].items():
             column = f"test/win_rate/{name}"
             figures |= {column if share == "mean" else f"{column}/{share}": rate[share] for share in SHARES}

@@ -107,12 +107,12 @@ def read_results(folder: Path) -> dict[str, Any]:
 
     Raises InputError if it is not there or damaged, or of another policy than the run's.
     """
-    if is_outdated(folder):
+    if (found := current_results(folder)) is None:
         raise InputError(
             f"runs: {folder / EVALUATION / RESULTS} is of another policy than {folder / OUTCOME}, which was "
             f"written after it; run evaluate.py {typed('run', folder)}"
         )
-    return _read(folder, RESULTS, Results)
+    return found
 
 
 def is_evaluated(folder: Path) -> bool:
@@ -126,15 +126,15 @@ def is_evaluated(folder: Path) -> bool:
     return all((place / name).is_file() for name in (RATES, REPORT))
 
 
-def is_outdated(folder: Path) -> bool:
-    """Whether the results of the run in `folder` are of another policy than its outcome names, if it does.
+def current_results(folder: Path) -> dict[str, Any] | None:
+    """Read the results of the run in `folder`; None if they are of another policy than its outcome names.
 
     So they are where training went on, or the policy was exported anew, without an evaluation.
     """
     found = _read(folder, RESULTS, Results)
     own = read_outcome(folder).get("policy") if (folder / OUTCOME).is_file() else None
     # of a negative model the results name the base, which is sampled
-    return own is not None and found["policy"] not in (own, found["base"])
+    return found if own in (None, found["policy"]) or found["policy"] == found["base"] else None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

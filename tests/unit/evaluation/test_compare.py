@@ -10,7 +10,7 @@ from capo.data.pool import Manifest, Pool
 from capo.data.prompts import make_prompt
 from capo.errors import InputError
 from capo.evaluation.compare import compare_runs, head_to_head, run_folders
-from capo.evaluation.stored import is_evaluated, is_outdated
+from capo.evaluation.stored import current_results, is_evaluated
 
 PROMPTS = [make_prompt(text) for text in ("a circle", "a square", "a star")]
 KEYS = {"alignment": "alignment-00000000", "looks": "looks-11111111"}
@@ -205,10 +205,10 @@ def test_results_of_an_earlier_policy_are_not_those_of_the_run(runs):
     for own in ("p", "b"):  # that of a negative model, whose results name the base
         outcome.write_text(json.dumps({"policy": "p"}))
         (runs[0] / "evaluation" / "results.json").write_text(json.dumps({**GIVEN, "policy": own}))
-        assert not is_outdated(runs[0])
+        assert current_results(runs[0]) is not None
     outcome.write_text(json.dumps({"policy": "later"}))
     (runs[0] / "evaluation" / "results.json").write_text(json.dumps(GIVEN))
-    assert is_outdated(runs[0]) and not is_evaluated(runs[0])
+    assert current_results(runs[0]) is None and not is_evaluated(runs[0])
     with pytest.raises(
         InputError, match=r"0/evaluation/results.json is of another policy than .*outcome.json"
     ):
