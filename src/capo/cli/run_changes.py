@@ -10,7 +10,7 @@ from pathlib import Path
 from capo.errors import InputError
 from capo.runtime.terminal import typed
 
-# sections that act on training alone; of `trainer`, all keys but the second line's
+# sections that act on training alone; of `trainer`, all keys but those of LAUNCHED_WITH
 TRAINED_WITH = (
     "seed",
     "data",
