@@ -30,7 +30,7 @@ from capo.cli import evaluate as evaluate_script
 from capo.cli import generate as generate_script
 from capo.cli import train as train_script
 from capo.cli.build import built
-from capo.cli.idle import refuse_plans
+from capo.cli.idle import refuse_training_keys
 from capo.cli.messages import disk_fault, plain_errors, start, was_interrupted
 from capo.cli.readiness import check_export, check_ready, check_weights
 from capo.cli.schema import check_values
@@ -277,8 +277,8 @@ def test_a_scorer_of_ones_own_can_be_named_on_the_command_line():
         "rewards@evaluation.rewards=looks",
     )
     check_ready(cfg)
-    cfg.rewards.light.scorer._target_ = "fixtures.fake_rewards.Absent"
-    assert "fixtures.fake_rewards.Absent" in refusal(check_ready, cfg)
+    OmegaConf.update(cfg, "rewards.light.requires", ["nowhere"], force_add=True)
+    assert "reward 'light' needs nowhere, which is not installed" in refusal(check_ready, cfg)
 
 
 @pytest.mark.parametrize(
@@ -739,8 +739,8 @@ def test_ctrl_c_ends_a_sweep(helper, command_line, tmp_path):
 def test_what_only_training_knows_is_refused_elsewhere(plain, key):
     cfg = spoilt(plain, **{key: True})
     with pytest.raises(InputError, match=f"{key}=true belongs to train.py"):
-        refuse_plans(cfg)
-    refuse_plans(plain)
+        refuse_training_keys(cfg, ())
+    refuse_training_keys(plain, ())
 
 
 def test_an_autoencoder_that_is_nowhere_is_missed_before_the_pipeline_loads(monkeypatch):

@@ -14,7 +14,7 @@ from capo.cli.benchmark import run_benchmark
 from capo.cli.build import Components, build_components, is_negative, tuned_generator, use_base
 from capo.cli.engines import engaged, engine_of
 from capo.cli.frontiers import compare_methods
-from capo.cli.idle import refuse_both, refuse_plans
+from capo.cli.idle import refuse_both, refuse_training_keys
 from capo.cli.messages import plain_errors
 from capo.cli.places import check_results
 from capo.cli.process import check_common_folder, prepare_process
@@ -216,8 +216,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
     Raises InputError unless one of them is.
     """
     check_values(cfg, Evaluating)
-    refuse_plans(cfg)
-    if not cfg.evaluate:
+    refuse_training_keys(cfg, overrides)
+    if not cfg.evaluate and "evaluate" in given_keys(overrides):
         raise InputError("evaluate=false: evaluate.py does nothing but evaluate; leave it out")
     refuse_both(cfg)
     console.quiet = not launch().first
@@ -247,6 +247,7 @@ def main(cfg: DictConfig) -> None:
         if launch().world_size > 1 and cfg.get("run") is None:
             check_common_folder(launch().world_size, hydra_config.overrides.hydra)
         folder = Path(hydra_config.runtime.output_dir)
-        if cfg.get("run") is not None and cfg.get("benchmark") is None:
+        placed = "hydra.run.dir" in given_keys(hydra_config.overrides.hydra)
+        if placed and cfg.get("run") is not None and cfg.get("benchmark") is None:
             check_inner(Path(str(cfg.run)), folder)
         run(cfg, list(hydra_config.overrides.task), folder)

@@ -23,7 +23,7 @@ from capo.cli.build import (
 )
 from capo.cli.engines import PARTS as STAGE_PARTS
 from capo.cli.engines import RAY, check_engine, engaged, engine_of
-from capo.cli.idle import refuse_plans
+from capo.cli.idle import refuse_training_keys
 from capo.cli.messages import plain_errors
 from capo.cli.pool_state import show_status, verify
 from capo.cli.process import prepare_process
@@ -151,7 +151,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     `overrides` are those of the command line, which may be for another stage (`check_stage`).
     """
     check_values(cfg, Generating)
-    refuse_plans(cfg)
+    refuse_training_keys(cfg, overrides)
     check_stage(cfg, overrides)
     if cfg.stage in ALONE and launch().world_size > 1:
         raise InputError(f"stage={cfg.stage} is the work of one process: run it without the launcher")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
+from capo.cli.run_changes import given_keys
 from capo.cli.values import plain
 from capo.errors import InputError
 from capo.runtime.schema import shown
@@ -32,9 +33,9 @@ def check_idle(cfg: DictConfig, given: Sequence[str]) -> None:
                 raise InputError(f"{override} counts with {other} alone; give that too, or leave it out")
 
 
-def refuse_plans(cfg: DictConfig) -> None:
-    """Raise InputError for plan=true, check=true and push_to_hub, which only train.py supports."""
-    if cfg.get("push_to_hub"):
+def refuse_training_keys(cfg: DictConfig, given: Sequence[str]) -> None:
+    """Raise InputError for plan=true, check=true and a `given` push_to_hub, which only train.py supports."""
+    if cfg.get("push_to_hub") and "push_to_hub" in given_keys(given):  # a file may be meant for train.py
         raise InputError(
             f"push_to_hub={cfg.push_to_hub} belongs to train.py: give it there with the run's values and its "
             f"hydra.run.dir, or upload a folder by `hf upload {cfg.push_to_hub} FOLDER`"

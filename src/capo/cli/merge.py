@@ -13,7 +13,7 @@ from capo.backbones.merging import Base, merge_policies
 from capo.backbones.model_card import write_win_rates
 from capo.cli.build import build_components, family_of
 from capo.cli.evaluate import evaluate_policy
-from capo.cli.idle import refuse_plans
+from capo.cli.idle import refuse_training_keys
 from capo.cli.messages import plain_errors
 from capo.cli.places import check_results
 from capo.cli.process import prepare_process
@@ -105,7 +105,7 @@ def run(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> Path:
     `overrides` are those of the command line.
     """
     check_values(cfg, Merging)
-    refuse_plans(cfg)
+    refuse_training_keys(cfg, overrides)
     named = None if OmegaConf.is_missing(cfg, "policies") else plain(cfg)["policies"]
     if not isinstance(named, list) or len(named) < 2:
         raise InputError("nothing to merge: give two policies or more, policies=[FOLDER,FOLDER]")

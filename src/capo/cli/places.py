@@ -39,8 +39,8 @@ OTHERS = {
     "pytorch_lora_weights.safetensors": "an adapter",
     "manifest.json": "a pool",
 }
-# what commands write beside the files of a run, and a sweep at its end
-MADE = (PLAN, CHECK, STATUS, *TABLES)
+# what a script writes beside the files of a run, and a sweep at its end
+MADE = {"train": (PLAN, CHECK), "generate": (STATUS,), "evaluate": TABLES}
 MADE_OF_JOBS = (*SWEEP, PLANS)
 
 
@@ -58,7 +58,8 @@ def check_output(config: DictConfig) -> None:
         _refuse_others(folder, typed("hydra.run.dir", folder))
         refuse_links(folder, _written(folder, config))
         if config.hydra.output_subdir:
-            _refuse_own(folder, MADE, config.hydra.output_subdir, "hydra.run.dir")
+            records = (config.hydra.output_subdir, CONFIG)  # a copy of a run may lack the former
+            _refuse_own(folder, MADE.get(config.hydra.job.name, ()), records, "hydra.run.dir")
 
 
 def check_sweep_output(config: DictConfig) -> None:
@@ -74,13 +75,13 @@ def check_sweep_output(config: DictConfig) -> None:
         jobs = [place for place in sorted(folder.glob("*")) if place.is_dir()]
         own = [place for job in jobs for place in (job, *_written(job, config))]
         refuse_links(folder, [folder / MULTIRUN, *own])
-        _refuse_own(folder, MADE_OF_JOBS, MULTIRUN, "hydra.sweep.dir")
+        _refuse_own(folder, MADE_OF_JOBS, [MULTIRUN], "hydra.sweep.dir")
 
 
-def _refuse_own(folder: Path, names: Sequence[str], record: str, key: str) -> None:
-    """Raise InputError for files of these names where there is no `record` of a command that made them."""
+def _refuse_own(folder: Path, names: Sequence[str], records: Sequence[str], key: str) -> None:
+    """Raise InputError for files of these names where no record tells of a command that made them."""
     held = [name for name in names if os.path.lexists(folder / name)]
-    if held and not (folder / record).exists():
+    if held and not any((folder / record).exists() for record in records):
         raise InputError(
             f"{typed(key, folder)} holds files that this command may replace, and that no command was "
             f"started there to make: move {', '.join(held)} away, or choose another one"

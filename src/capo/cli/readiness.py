@@ -28,7 +28,7 @@ from capo.cli.build import (
 )
 from capo.cli.engines import check_engine
 from capo.cli.named_rewards import all_rewards, held_out_rewards
-from capo.cli.online import check_online, check_reference
+from capo.cli.online import check_online
 from capo.cli.schema.calls import under
 from capo.data.candidates import NO_PRIOR
 from capo.data.dataset import check_group, check_shared_prior
@@ -45,7 +45,6 @@ from capo.preflight.architecture import published, published_names
 from capo.preflight.memory import model_states, parameters
 from capo.rewards import Reward
 from capo.rewards.weights import look_for
-from capo.runtime.hub import check_access
 from capo.runtime.launch import FSDP
 from capo.runtime.processes import check_accelerator
 
@@ -77,12 +76,9 @@ def check_ready(cfg: DictConfig, scoring: bool = True, watching: bool = True) ->
     pool_specs(cfg, splits)
     check_objective(cfg)
     check_online(cfg, len(splits["train"]))
-    check_reference(cfg)
     check_pairs(cfg, len(label_sources(cfg, rewards)))
     check_draw(cfg)
     check_export(cfg)
-    if cfg.push_to_hub:
-        check_access(cfg.push_to_hub)
     check_accelerator(cfg.trainer.accelerator)
     check_engine(cfg)
 

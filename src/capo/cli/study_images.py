@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from capo.cli.build import build_components, is_negative, prompt_splits, tuned_generator, use_base
-from capo.cli.idle import refuse_both, refuse_plans
+from capo.cli.idle import refuse_both, refuse_training_keys
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready
 from capo.cli.run_config import complete, run_config
@@ -36,7 +36,7 @@ def build_study(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Stud
     keys that each name a policy, and for values that cannot be used.
     """
     check_values(cfg, Studying)
-    refuse_plans(cfg)
+    refuse_training_keys(cfg, overrides)
     refuse_both(cfg)
     if launch().world_size > 1:
         raise InputError("a study is served by one process: run it without the launcher")

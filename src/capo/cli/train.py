@@ -20,7 +20,7 @@ from capo.cli.schema import check_group_choices, check_values
 from capo.errors import InputError
 from capo.runtime.imports import heavy_imports
 from capo.runtime.launch import check_fsdp, check_launch, divide, launch
-from capo.runtime.run_folder import best_win_rate
+from capo.runtime.run_folder import CONFIG, best_win_rate
 from capo.runtime.terminal import Terminal
 
 
@@ -47,7 +47,8 @@ def run(cfg: DictConfig, group: str | None = None, given: Sequence[str] = ()) ->
     are needed: a plan does without Lightning, and errors in the configuration are found before the import.
     """
     check_values(cfg)
-    check_idle(cfg, given)
+    if not (Path(cfg.run_dir) / CONFIG).is_file():  # a run that has begun keeps its values
+        check_idle(cfg, given)
     if cfg.plan and cfg.check:
         raise InputError(
             "plan=true check=true: a plan loads no weights, and a check does; give them one after the other"
@@ -88,6 +89,7 @@ def refuse_early(cfg: DictConfig) -> None:
     """Raise InputError if `cfg` cannot run, before weights load; of a finished run its launch and the hub."""
     with heavy_imports():
         from capo.cli.build import check_imported, moving_reference
+        from capo.cli.online import check_reference
         from capo.cli.plan import require_room
         from capo.cli.readiness import check_loggers, check_ready, check_sharded_guidance
         from capo.runtime.hub import check_access
@@ -98,7 +100,9 @@ def refuse_early(cfg: DictConfig) -> None:
     trainer, finished = cfg.trainer, is_finished(Path(cfg.run_dir), cfg)
     if not finished:
         check_ready(cfg)
-    elif cfg.push_to_hub:
+    if not (Path(cfg.run_dir) / CONFIG).is_file():
+        check_reference(cfg)
+    if cfg.push_to_hub:
         check_access(cfg.push_to_hub)
     check_launch(launch(), trainer.strategy, trainer.devices, trainer.num_nodes)
     moving = moving_reference(cfg) is not None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from capo.cli import train
 from capo.cli.idle import check_idle
 from capo.errors import InputError
 
@@ -30,3 +31,17 @@ def test_a_penalty_that_is_off_in_words_is_no_fault(tiny_run):
     check_idle(tiny_run("unused", *off), off)
     with pytest.raises(InputError, match=r"^anchor\.slack=1 counts with anchor\.weight=WEIGHT above 0 alone"):
         check_idle(tiny_run("unused", *given), given)
+
+
+def test_a_run_that_has_begun_keeps_such_a_key(tiny_run, monkeypatch):
+    values = ["noise.weighting=constant", "noise.bias=4"]
+    cfg = tiny_run("begun", *values)
+    reached = []
+    monkeypatch.setattr(train, "refuse_early", lambda given: reached.append(given) or 1 / 0)
+    with pytest.raises(InputError, match=r"^noise\.bias=4 counts with"):
+        train.run(cfg, given=values)
+    (tiny_run.folder / "begun").mkdir(exist_ok=True)
+    (tiny_run.folder / "begun" / "config.yaml").touch()
+    with pytest.raises(ZeroDivisionError):
+        train.run(cfg, given=values)
+    assert reached == [cfg]

@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from capo.cli import evaluate, generate, merge, train, tune
 from capo.cli.compose import composed
+from capo.cli.idle import refuse_training_keys
 from capo.cli.places import MULTIRUN, OTHERS, check_output, check_place, check_sweep_output
 from capo.errors import InputError
 
@@ -83,13 +84,16 @@ def test_no_command_has_its_output_in_the_folder_of_a_pool_or_a_policy(tmp_path,
         check(output_in(tmp_path, key))
 
 
-@pytest.mark.parametrize(("key", "name", "record", "check"), [
-    ("run", "table.csv", ".hydra", check_output),
-    ("run", "status.json", ".hydra", check_output),
-    ("sweep", "sweep.csv", MULTIRUN, check_sweep_output),
+@pytest.mark.parametrize(("script", "name", "record", "check"), [
+    ("evaluate", "table.csv", ".hydra", check_output),
+    ("generate", "status.json", ".hydra", check_output),
+    ("train", "plan.json", "config.yaml", check_output),
+    ("train", "sweep.csv", MULTIRUN, check_sweep_output),
 ])  # fmt: skip
-def test_files_that_no_command_made_are_not_replaced(tmp_path, key, name, record, check):
+def test_files_that_no_command_made_are_not_replaced(tmp_path, script, name, record, check):
+    key = "sweep" if record == MULTIRUN else "run"
     config = output_in(tmp_path, key)
+    config.hydra.job.name = script
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=rf"hydra.{key}.dir={tmp_path} holds files .*: move {name} away"):
         check(config)
@@ -116,8 +120,9 @@ def test_a_file_where_a_run_has_a_folder_is_refused_before_work(tmp_path):
 def test_only_a_training_uploads(tmp_path, script, name):
     given = ["push_to_hub=me/it", *(["policies=[a,b]"] if name == "merge" else [])]
     cfg = composed(name, [f"run_dir={tmp_path}", *given])
+    refuse_training_keys(cfg, given[1:])  # an experiment may name the hub for train.py
     with pytest.raises(InputError, match=r"push_to_hub=me/it belongs to train.py: .*hf upload me/it FOLDER`"):
-        script.run(cfg, *([given] if name == "evaluate" else []), tmp_path)
+        script.run(cfg, *([given, tmp_path] if name == "evaluate" else [tmp_path, given]))
 
 
 @pytest.mark.parametrize(("stage", "given", "message"), [

@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 import capo.objectives
 from capo.backbones import Backbone
 from capo.cli import evaluate as evaluate_script
-from capo.cli import readiness
 from capo.cli.build import family_of
 from capo.cli.run_config import run_config
 from capo.cli.schema import check_values
@@ -21,6 +20,7 @@ from capo.cli.targets import PLACES, calls, place_of
 from capo.errors import InputError
 from capo.rewards import load_rewards, lookup
 from capo.rewards.isolated import IsolatedScorer
+from capo.runtime import hub
 from fixtures.configuration import composed
 
 
@@ -58,7 +58,7 @@ def stranger(honest, asked, tmp_path, monkeypatch):
         raise AssertionError("a stranger's configuration was accepted")
 
     monkeypatch.setattr(evaluate_script, "build_components", reached)
-    monkeypatch.setattr(readiness, "check_access", reached)
+    monkeypatch.setattr(hub, "check_access", reached)
 
     def refused(values: dict, trust: tuple[str, ...] = ()) -> str:
         cfg = OmegaConf.create(copy.deepcopy(honest))
