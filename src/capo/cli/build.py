@@ -19,6 +19,7 @@ from capo.backbones.precision import common_half
 from capo.backbones.sampling import SamplerSettings
 from capo.backbones.unconditional import Unconditional, check_negative, unconditional_of
 from capo.cli.named_rewards import all_rewards, held_out_rewards
+from capo.cli.run_changes import AGAIN
 from capo.cli.targets import Place, find, place_of, unusable
 from capo.cli.values import plain
 from capo.data.candidates import TrainingData
@@ -215,8 +216,8 @@ def check_exported(run: Path, fingerprint: str) -> None:
         raise InputError(
             f"run={run}: its {POLICY}/ (fingerprint {fingerprint[:8]}) is not the policy of its {OUTCOME} "
             f"({written[:8]}), so it was changed after the export: restore it, export the best checkpoint "
-            f"again (evaluate.py {typed('run', run)} validation.strengths=[1]), or evaluate it without the "
-            f"run (evaluate.py {typed('policy', run / POLICY)}, with the values of the run)"
+            f"again (evaluate.py {typed('run', run)} {AGAIN}), or evaluate it without the run (evaluate.py "
+            f"{typed('policy', run / POLICY)}, with the values of the run)"
         )
 
 

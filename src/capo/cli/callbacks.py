@@ -40,14 +40,14 @@ class OwnPlaces(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         """Check the directory of the output, and of an evaluated run the folders that are written to."""
-        from capo.cli.kept import keep
+        from capo.cli.hydra_record import remember
         from capo.cli.messages import plain_errors
         from capo.cli.places import check_output
 
         with plain_errors():
             check_output(config)
             if config.hydra.output_subdir:
-                keep(Path(config.hydra.run.dir, config.hydra.output_subdir))
+                remember(Path(config.hydra.run.dir, config.hydra.output_subdir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """Check the sweep's directory, and those of jobs that it holds."""

@@ -19,7 +19,7 @@ from capo.cli.messages import plain_errors
 from capo.cli.places import check_results
 from capo.cli.process import check_common_folder, prepare_process
 from capo.cli.readiness import check_ready
-from capo.cli.run_changes import check_read, given_keys
+from capo.cli.run_changes import check_tuned, given_keys
 from capo.cli.run_config import complete, run_config
 from capo.cli.run_labels import run_labels, seed_groups
 from capo.cli.schema import Evaluating, check_group_choices, check_values
@@ -227,7 +227,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> dict | None:
         check_alone(overrides)
         return compare(run_folders(listed), overrides, folder)
     if cfg.policy is not None:
-        check_read(overrides, typed("policy", cfg.policy), "it is evaluated as it is; leave that out")
+        check_tuned(overrides, typed("policy", cfg.policy), "it is evaluated as it is; leave that out")
     if cfg.get("benchmark") is not None:
         return run_benchmark(cfg, overrides, folder)
     if cfg.results is not None:

@@ -14,6 +14,7 @@ from capo.backbones.export import export_policy, policy_fingerprint
 from capo.backbones.model_card import ModelCard
 from capo.cli.build import Components
 from capo.cli.parts import module_of, validation_of
+from capo.cli.run_config import note_export
 from capo.cli.values import plain
 from capo.errors import InputError
 from capo.evaluation.held_out import alarms
@@ -114,3 +115,4 @@ def export_again(cfg: DictConfig, components: Components, folder: Path, console:
     win_rate, told = best_strength(cfg, module, validation, found[-1], folder, console)
     facts = {**before.settings, **told, "data": before.data, "objective": before.objective}
     finish(cfg, components, folder, module, win_rate, facts)
+    note_export(folder, cfg)

@@ -18,7 +18,7 @@ from capo.cli.messages import plain_errors
 from capo.cli.places import check_results
 from capo.cli.process import prepare_process
 from capo.cli.readiness import check_ready, check_weights
-from capo.cli.run_changes import check_read
+from capo.cli.run_changes import check_tuned
 from capo.cli.schema import Merging, check_group_choices, check_values
 from capo.cli.values import plain
 from capo.errors import InputError
@@ -116,7 +116,7 @@ def run(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> Path:
         )
     weights = None if cfg.weights is None else list(cfg.weights)
     policies = list(map(str, named))
-    check_read(
+    check_tuned(
         overrides,
         f"policies=[{','.join(policies)}]",
         "a soup is written in the form of the first one; leave that out",

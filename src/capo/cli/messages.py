@@ -26,10 +26,10 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from capo.cli.choice_faults import local_of, no_names, repeated, twice_chosen, unknown_choice
-from capo.cli.kept import put_back
+from capo.cli.hydra_record import restore
 from capo.cli.key_faults import key_fault, unreadable
 from capo.cli.place_faults import disk_fault, written_fault
-from capo.cli.sweep_faults import check_number, sweep_fault
+from capo.cli.sweep_faults import number_fault, sweep_fault
 from capo.cli.values import unresolved
 from capo.errors import InputError, Unfinished, first_line
 from capo.runtime.memory import memory_of, ran_out
@@ -131,7 +131,7 @@ def start(main: Callable[[], object]) -> None:
         _end("interrupted; finished work is kept", INTERRUPTED)
     except SystemExit as error:
         if error.code == REFUSED:
-            put_back()
+            restore()
         raise
     finally:
         hydra_internals.run_and_report = report
@@ -147,16 +147,13 @@ def _check_options(arguments: Sequence[str]) -> None:
     parser.error = refuse
     options, left = parser.parse_known_args(arguments)
     many = options.multirun or "hydra.mode=MULTIRUN" in options.overrides
-    for text in options.overrides:
-        if (fault := written_fault(text, many)) is not None:
-            _end(f"error: {text}: {fault}", REFUSED)
-    if (fault := repeated(options.overrides)) is not None:
+    written = (f"{text}: {told}" for text in options.overrides if (told := written_fault(text, many)))
+    numbered = number_fault(options.overrides) if many else None
+    if fault := next(written, None) or repeated(options.overrides) or numbered:
         _end(f"error: {fault}", REFUSED)
     asked = {text.partition("=")[0] for text in options.overrides}
     if options.shell_completion and not asked & {"install", "uninstall", "query"}:
         refuse("--shell-completion: what it is to do is missing; add install=SHELL or uninstall=SHELL")
-    if many and (fault := check_number(options.overrides)) is not None:
-        _end(f"error: {fault}", REFUSED)
     if unknown := [text for text in left if text.startswith("-")]:
         key, equal, value = unknown[0].lstrip("-").partition("=")
         given = typed(key, value) if equal else f"{key}=VALUE"

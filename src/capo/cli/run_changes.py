@@ -86,8 +86,8 @@ def given_keys(overrides: Sequence[str]) -> list[str]:
     return [override.split("=", 1)[0].lstrip("+~").split("@")[-1] for override in overrides]
 
 
-def check_read(overrides: Sequence[str], asked: str, kept: str, exports: bool = False) -> None:
-    """Tell what of `overrides` acts on training alone, beside policies that were trained.
+def check_tuned(overrides: Sequence[str], asked: str, kept: str, exports: bool = False) -> None:
+    """Refuse keys of an export that is not made, and warn of keys that act on training alone.
 
     Args:
         overrides: those of the command line.
@@ -95,13 +95,17 @@ def check_read(overrides: Sequence[str], asked: str, kept: str, exports: bool = 
         kept: what becomes of their form.
         exports: whether a policy is chosen and exported anew nevertheless.
 
-    Raises InputError for keys of an export that there is not.
+    Raises InputError for keys of an export if there is none.
     """
     keys = given_keys(overrides)
     export = [text for text, key in zip(overrides, keys, strict=True) if key in EXPORT]
     if export and not exports:
         raise InputError(f"{' '.join(export)} beside {asked}: {kept}")
-    acting = {SWAP, *(("validation", "rewards") if exports else ("rewards",) if "benchmark" in keys else ())}
+    acting = {SWAP}
+    if exports:
+        acting |= {"validation", "rewards"}
+    elif "benchmark" in keys:
+        acting.add("rewards")
     for key in keys:
         section, _, name = key.partition(".")
         trains = section in TRAINED_WITH or (section == "trainer" and name and name not in LAUNCHED_WITH)
@@ -125,12 +129,14 @@ def compared(values: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def check_export(folder: Path, old: dict, new: dict) -> None:
+def check_same_export(folder: Path, old: dict, new: dict) -> None:
     """Raise InputError if the policy of the finished run in `folder` would be exported in another form."""
     if other := " ".join(f"{key}={new[key]}" for key in EXPORT if old.get(key, new[key]) != new[key]):
+        strengths = (old.get("validation") or {}).get("strengths")  # of which one was chosen
+        anew = f"validation.strengths=[{','.join(map(str, strengths))}]" if strengths else AGAIN
         raise InputError(
             f"{other}: {folder} has finished, and its policy is exported otherwise; leave it out, or export "
-            f"the policy anew: evaluate.py {typed('run', folder)} {AGAIN} {other}"
+            f"the policy anew: evaluate.py {typed('run', folder)} {anew} {other}"
         )
 
 

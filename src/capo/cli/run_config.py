@@ -15,7 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from capo.cli.foreign import OUTSIDE, check_foreign, without_outside
-from capo.cli.run_changes import AGAIN, check_export, check_read, compared, differences, given_keys
+from capo.cli.run_changes import (
+    AGAIN,
+    EXPORT,
+    check_same_export,
+    check_tuned,
+    compared,
+    differences,
+    given_keys,
+)
 from capo.cli.schema import check_calls, check_stored
 from capo.cli.values import plain
 from capo.cli.yaml_files import read_yaml, value_at
@@ -71,9 +79,8 @@ def _read(folder: Path) -> tuple[DictConfig, str]:
     path, here = folder / CONFIG, version("capo")
     try:
         cfg = OmegaConf.create(read_yaml(path, dict, REMEDY))
-        writer = cfg.pop(
-            WRITER, default={"layout": LAYOUT, "capo": here}
-        )  # a file without the key has this layout
+        # a file without the key has this layout
+        writer = cfg.pop(WRITER, default={"layout": LAYOUT, "capo": here})
         layout, capo = writer["layout"], writer["capo"]
         steps = OmegaConf.select(cfg, "trainer.max_steps")
     except FileNotFoundError as error:
@@ -152,7 +159,7 @@ def open_run(folder: Path, cfg: DictConfig) -> Progress:
             _check_last(folder, before, after)
         progress = Progress.FINISHED if (folder / OUTCOME).is_file() and not longer else Progress.BEGUN
         if progress is Progress.FINISHED:
-            check_export(folder, old, new)
+            check_same_export(folder, old, new)
     if not longer:
         _write(folder, cfg)
     return progress
@@ -196,6 +203,14 @@ def _write(folder: Path, cfg: DictConfig) -> None:
     write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True) + written_by)
 
 
+def note_export(folder: Path, cfg: DictConfig) -> None:
+    """Write the form in which the policy of a finished run was exported again into its configuration."""
+    own = read_config(folder)
+    for key in EXPORT:
+        own[key] = cfg[key]
+    _write(folder, own)
+
+
 def is_finished(folder: Path, cfg: DictConfig) -> bool:
     """Whether `folder` holds a run that has trained for as many steps as `cfg` asks for."""
     if not (folder / OUTCOME).is_file():
@@ -217,7 +232,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str], exports:
 
     Raises InputError for a folder that is not a run directory, a run that has not finished, a run whose
     config asks for what it may not, one of which a folder that is written to leads elsewhere, and for what
-    `check_read` refuses.
+    `check_tuned` refuses.
     """
     check_files(folder)
     if not (folder / CONFIG).is_file():
@@ -250,7 +265,7 @@ def run_config(folder: Path, cfg: DictConfig, overrides: Sequence[str], exports:
         )
     keys = [key for key in given if key.split(".")[0] not in ASKING and not key.startswith("hydra")]
     kept = f"its policy is taken as it is; to export it anew: evaluate.py {typed('run', folder)} {AGAIN}"
-    check_read(overrides, f"run={folder}", kept, exports)
+    check_tuned(overrides, f"run={folder}", kept, exports)
     stored = without(own, [*OUTSIDE, *keys])
     check_foreign(folder, stored, cfg.trust)
     check_stored(stored, f"run={folder}: its config.yaml")

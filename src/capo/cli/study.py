@@ -21,7 +21,6 @@ from omegaconf import DictConfig
 
 from capo.cli.compose import REPOSITORY
 from capo.cli.messages import plain_errors, start
-from capo.cli.study_files import COMMANDS
 from capo.cli.study_files import main as files_main
 
 
@@ -39,6 +38,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and (sys.argv[1] in COMMANDS or sys.argv[1].isalpha()):  # a word is a command
+    if sys.argv[1:2] and sys.argv[1].isalpha():  # a word is a command
         sys.exit(files_main(sys.argv[1:]))
     start(main)

@@ -38,7 +38,7 @@ def sweep_fault(message: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def check_number(overrides: Sequence[str]) -> str | None:
+def number_fault(overrides: Sequence[str]) -> str | None:
     """Message for a sweep of more jobs than can be listed, or of none at a time; None for any other."""
     if batch := next((text for text in overrides if NO_BATCH.fullmatch(text)), None):
         return f"{batch}: no job could begin; give a number of jobs from 1 on, or leave it out"

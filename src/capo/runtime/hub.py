@@ -30,15 +30,14 @@ def check_access(repository: str) -> None:
     place = f"push_to_hub={repository}"
     try:
         validate_repo_id(repository)
-        if "/" not in repository:
-            raise InputError(f"{place}: no owner is named; write owner/name")
-        if is_offline_mode():
-            raise InputError(f"{place}: HF_HUB_OFFLINE forbids it; unset it, or leave push_to_hub out")
-        HfApi().whoami()
-    except InputError:
-        raise
     except HFValidationError as error:
         raise InputError(f"{place}: not a repository name ({error}); write owner/name") from error
+    if "/" not in repository:
+        raise InputError(f"{place}: no owner is named; write owner/name")
+    if is_offline_mode():
+        raise InputError(f"{place}: HF_HUB_OFFLINE forbids it; unset it, or leave push_to_hub out")
+    try:
+        HfApi().whoami()
     except (HfHubHTTPError, OSError) as error:
         raise InputError(
             f"{place}: {constants.ENDPOINT} did not accept your login ({first_line(error)}); "

@@ -10,6 +10,7 @@ from capo.cli.run_config import (
     Progress,
     begin_training,
     is_finished,
+    note_export,
     open_run,
     read_config,
     run_config,
@@ -166,3 +167,14 @@ def test_a_finished_run_is_not_exported_in_silence_as_it_was(tmp_path):
         open_run(tmp_path, whole)
     assert read_config(tmp_path).export == "adapter"
     assert open_run(tmp_path, adapter) is Progress.FINISHED
+    note_export(tmp_path, whole)  # evaluate.py has followed the message
+    assert open_run(tmp_path, whole) is Progress.FINISHED
+    with pytest.raises(InputError, match=r"^export=adapter: "):
+        open_run(tmp_path, adapter)
+
+
+def test_a_policy_is_exported_anew_with_a_strength_that_the_run_may_choose(tmp_path):
+    open_run(tmp_path, composed("validation.strengths=[0.5,1]", "export=full"))
+    (tmp_path / "outcome.json").write_text("{}")
+    with pytest.raises(InputError, match=r"validation\.strengths=\[0\.5,1(\.0)?\] export=adapter$"):
+        open_run(tmp_path, composed("validation.strengths=[0.5,1]", "export=adapter"))

@@ -10,14 +10,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from capo.cli.choice_faults import experiment_with
 from capo.cli.marks import TARGET
 from capo.cli.schema.calls import CALLED, call_faults
 from capo.cli.schema.scripts import Training
 from capo.cli.targets import REWARDS, misplaced
-from capo.cli.values import plain, unresolved
+from capo.cli.values import resolved
 from capo.cli.yaml_files import value_at
 from capo.errors import InputError
 from capo.runtime.schema import Section, dotted, faults, leaves, shown
@@ -50,11 +49,11 @@ def check_values(cfg: DictConfig, schema: type[Section] = Training) -> None:
 def _resolved(cfg: DictConfig, schema: type[Section]) -> dict[str, Any]:
     """Resolve `cfg`; of a group without a choice, that is the fault, and not what refers to it by ${...}."""
     try:
-        return plain(cfg)
-    except OmegaConfBaseException as error:
+        return resolved(cfg)
+    except InputError:
         unread = faults(schema, OmegaConf.to_container(cfg, resolve=False))
         refuse({group: f"{_giver(group)}{unread[group]}" for group in SINGLE if group in unread})
-        raise InputError(unresolved(error)) from error
+        raise
 
 
 def nameless(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
