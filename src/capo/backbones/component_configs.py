@@ -19,10 +19,9 @@ Size = Annotated[int, Field(ge=1, le=2**16)]
 Sizes = Annotated[
     Size | list[Size | None] | None, Said("a whole number from 1 to 65536, a list of them, or null")
 ]
-Depths = Annotated[int, Field(ge=1, le=1024)]
+Depth = Annotated[int, Field(ge=1, le=1024)]
 Layers = Annotated[
-    Depths | list[Depths | list[Depths]] | None,
-    Said("a whole number from 1 to 1024, a list of them, or null"),
+    Depth | list[Depth | list[Depth]] | None, Said("a whole number from 1 to 1024, a list of them, or null")
 ]
 # far beyond what any model has: images and times would not be finite
 Factor = Annotated[float, Field(gt=0, le=10000)]
@@ -30,6 +29,10 @@ Offset = Annotated[float, Field(ge=-10000, le=10000)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Statistics = Annotated[
     Annotated[list[Offset], Field(min_length=1)] | None, Said("a list of a number for each channel, or null")
+]
+Deviations = Annotated[  # latents are divided by them
+    Annotated[list[Factor], Field(min_length=1)] | None,
+    Said("a list of a number above 0 for each channel, or null"),
 ]
 Count = Annotated[int, Field(ge=1, le=2**24)]  # of tokens
 
@@ -44,7 +47,7 @@ class Network(Record):
     scaling_factor: Factor = key("factor of a VAE's latents", 1.0)
     shift_factor: Offset | None = key("shift of a VAE's latents", None)
     latents_mean: Statistics = key("mean of a VAE's latents by channel", None)
-    latents_std: Statistics = key("standard deviation of a VAE's latents by channel", None)
+    latents_std: Deviations = key("standard deviation of a VAE's latents by channel", None)
     norm_eps: Share = key("what a normalization adds to the variance", 1e-5)
     freq_shift: Offset = key("shift of the frequencies of an embedded time", 0)
     addition_time_embed_dim: Annotated[int, Field(ge=1)] | None = key("width of an embedded size", None)
@@ -71,13 +74,13 @@ class Encoder(Record):
 
     hidden_size: Size = key("width", 1)
     intermediate_size: Size = key("width of a layer's inner part", 1)
-    num_hidden_layers: Depths = key("layers", 1)
+    num_hidden_layers: Depth = key("layers", 1)
     num_attention_heads: Size = key("heads of an attention layer", 1)
     projection_dim: Size = key("width of the projected text", 1)
     d_model: Size = key("width", 1)
     d_ff: Size = key("width of a layer's inner part", 1)
     d_kv: Size = key("width of a head", 1)
-    num_layers: Depths = key("layers", 1)
+    num_layers: Depth = key("layers", 1)
     num_heads: Size = key("heads of an attention layer", 1)
     layer_norm_eps: Share = key("what a normalization adds to the variance", 1e-5)
     vocab_size: Count = key("tokens that it knows", 1)

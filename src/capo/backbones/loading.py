@@ -91,7 +91,7 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(
             folder, variant=variant, dtype=dtype, use_safetensors=True, **given
         )
-    for name in filled.keys() - given.keys():
+    for name in [name for name in filled if name not in given]:
         check_complete(folder / name, pipeline.components[name], variant)
     check_tokens(folder, pipeline.components)
     check_finite(str(folder / "vae"), pipeline.components.get("vae"))  # its images would be black, unnoticed

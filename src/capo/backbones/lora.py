@@ -44,7 +44,7 @@ def add_lora(
         raise InputError(f"LoRA rank {rank} and alpha {alpha} must both be above 0 (model.lora)")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # any number does
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # peft divides it: any does
         target_modules=list(targets),
         init_lora_weights=True,
     )

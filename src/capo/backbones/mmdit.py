@@ -114,12 +114,13 @@ class MMDiTBackbone(Backbone):
     def shape_of_latent(cls, configs: Configs, **options: object) -> tuple[int, int, int]:
         config = configs[cls.denoiser_component]
         channels, *sides = super().shape_of_latent(configs, **options)
-        side, most = config.get("patch_size", 1), config.get("pos_embed_max_size")
+        side, most = config.get("patch_size", 2), config.get("pos_embed_max_size")  # 2: the library's own
         if any(size % side for size in sides) or (most and max(sides) > most * side):
             raise InputError(
                 f"sample_size={config['sample_size']} in {cls.denoiser_component}/config.json: must be a "
-                f"multiple of patch_size={side}, and at most pos_embed_max_size={most} times that; "
-                f"{FOLDER_REMEDY}"
+                f"multiple of patch_size={side}"
+                + (f", and at most pos_embed_max_size={most} times that" if most else "")
+                + f"; {FOLDER_REMEDY}"
             )
         return channels, sides[0], sides[1]
 

@@ -27,6 +27,10 @@ MARK = b"capo"  # in the metadata of an export
 FORMATS = {"jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0}, "png": {"format": "PNG"}}
 
 
+# endings of files that a reader would take for another format
+OTHER_FORMATS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".arrow", ".zip", ".tar")
+
+
 @dataclass(frozen=True)
 class Pair:
     """Pair of candidates in row `row` of a selection; `side` is the winner's side in the file, 0 or 1."""
@@ -121,10 +125,10 @@ def export_pairs(
 def check_target(path: Path, key: str) -> None:
     """Raise InputError if something other than an export stands at `path`, the value of `key`.
 
-    So for a name that says another format.
+    Raises it for the ending of another format, too; other dots may be those of a version.
     """
     check_ordinary(path, key)
-    if path.suffix and path.suffix.lower() != ".parquet":
+    if path.suffix.lower() in OTHER_FORMATS:
         raise InputError(f"{key}={path}: pairs are written as Parquet; give {path.with_suffix('.parquet')}")
     if path.exists() and path.stat().st_size and not _is_export(path):
         raise InputError(

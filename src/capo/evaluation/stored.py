@@ -129,7 +129,7 @@ def is_evaluated(folder: Path) -> bool:
 def current_results(folder: Path) -> dict[str, Any] | None:
     """Read the results of the run in `folder`; None if they are of another policy than its outcome names.
 
-    So they are where training went on, or the policy was exported anew, without an evaluation.
+    That happens where training went on, or the policy was exported anew, without an evaluation.
     """
     found = _read(folder, RESULTS, Results)
     own = read_outcome(folder).get("policy") if (folder / OUTCOME).is_file() else None

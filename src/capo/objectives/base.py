@@ -194,19 +194,25 @@ def losses_of(objective: Objective, errors: PairErrors) -> Tensor:
     what, shape = f"the objective {name_of(objective)}", errors.policy_winner.shape
     with faults_of(what):
         losses = objective(errors)
-    if losses.shape != shape:
-        raise InputError(
-            f"{what} returned losses of shape {tuple(losses.shape)}: it must return {tuple(shape)}"
-        )
+    if (fault := _form_fault(losses, shape)) is not None:
+        raise InputError(f"{what} returned {fault}")
     return losses
+
+
+def _form_fault(losses: object, shape: Sequence[int]) -> str | None:
+    """What is wrong with the type or shape of losses, which must have `shape`; None if nothing is."""
+    if not isinstance(losses, Tensor):
+        return f"a {type(losses).__name__}: it must return a tensor, a loss per pair"
+    if losses.shape != tuple(shape):
+        return f"losses of shape {tuple(losses.shape)} for {shape[0]} pairs: it must return {tuple(shape)}"
+    return None
 
 
 def _fault(losses: object, leaves: Sequence[Tensor]) -> str | None:
     """What is wrong with the losses of three pairs, of which `leaves` carry gradients; None if nothing is."""
-    if not isinstance(losses, Tensor):
-        return f"a {type(losses).__name__}: it must return a tensor, a loss per pair"
-    if losses.shape != (3,):
-        return f"losses of shape {tuple(losses.shape)} for 3 pairs: it must return (3,)"
+    if (fault := _form_fault(losses, (3,))) is not None:
+        return fault
+    assert isinstance(losses, Tensor)
     start = "where policy = reference, as at the start of training"
     if not losses.isfinite().all():
         return f"losses that are not finite {start}: {losses.tolist()}"

@@ -21,12 +21,13 @@ from capo.runtime.schema import fault
 # arguments of wandb.init that follow from the run directory, and from WANDB_MODE
 GIVEN = ("project", "dir", "mode", "resume", "reinit")
 
-TAGS = Sequence[str] | None
-PLAIN = str | None, list[str] | None  # types of options; wandb itself names no option where one does not fit
+# types that options are checked for; wandb itself names no option where one does not fit
+CHECKED = {str | None: str | None, Sequence[str] | None: list[str] | None}
 
-Mode = Literal["online", "offline", "disabled"]  # of wandb.init; disabled: it keeps nothing
+Mode = Literal["online", "offline", "disabled", "shared"]  # of wandb.init; disabled: it keeps nothing
 ONLINE: Mode = "online"
 OFFLINE: Mode = "offline"
+ALIASES = {"dryrun": OFFLINE, "run": ONLINE}  # of WANDB_MODE
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,15 @@ def check_options(options: Mapping[str, Any]) -> None:
                 + (what if name in GIVEN else "wandb.init takes no such option")
                 + (f"; did you mean +logger.wandb.{near[0]}?" if near else "; leave it out")
             )
-        kind = list[str] | None if kinds[name] == TAGS else kinds[name]
-        if kind in PLAIN and (told := fault(kind, f"logger.wandb.{name}", value)):
+        kind = CHECKED.get(kinds[name])
+        if kind is not None and (told := fault(kind, f"logger.wandb.{name}", value)):
             raise InputError(told)
 
 
 def wandb_mode() -> Mode:
     """Return WANDB_MODE if it is set, else online if there is an API key. InputError for any other."""
     mode: Any = os.environ.get("WANDB_MODE", "").strip().lower()
+    mode = ALIASES.get(mode, mode)
     modes = get_args(Mode)
     if mode in modes:
         return mode

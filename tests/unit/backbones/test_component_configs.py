@@ -24,6 +24,7 @@ from capo.errors import DamagedFile
     ("config.json", "freq_shift", "x", "freq_shift=x: must be"),
     ("config.json", "transformer_layers_per_block", 10**9, "transformer_layers_per_block=1000000000: must"),
     ("config.json", "latents_mean", "abc", "latents_mean=abc: must be a list of a number for each channel"),
+    ("config.json", "latents_std", [1.0, 0.0], "latents_std=[1.0, 0.0]: must be a list of a number above 0"),
     ("scheduler_config.json", "shift", 0, "shift=0: must be"),
     ("scheduler_config.json", "beta_start", None, "beta_start=null: must be"),
     ("scheduler_config.json", "steps_offset", "x", "steps_offset=x: must be a whole number"),

@@ -64,6 +64,7 @@ def test_only_an_export_is_replaced(pairs, tmp_path):
             check_target(tmp_path / name, "pair_export.file")
     with pytest.raises(InputError, match=rf"are written as Parquet; give {tmp_path}/pairs.parquet"):
         check_target(tmp_path / "pairs.csv", "pair_export.file")
+    check_target(tmp_path / "sd1.5-pairs", "pair_export.file")  # a version, and no format
 
 
 def test_other_trainers_can_load_it(pairs, tmp_path):

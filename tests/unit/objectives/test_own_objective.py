@@ -72,6 +72,10 @@ def test_an_object_that_declares_nothing_is_named_by_its_class():
         try_objective(Mine())
 
 
+def number(errors):
+    return 1.0
+
+
 def in_place(errors):
     return errors.policy_winner.sub_(errors.reference_winner)
 
@@ -103,7 +107,11 @@ def test_none_of_this_package_is_refused(file, beta):
 
 @pytest.mark.parametrize(
     ("objective", "message"),
-    [(mean, r"returned losses of shape \(\): it must return \(2,\)"), (undeclared, "failed")],
+    [
+        (mean, r"returned losses of shape \(\) for 2 pairs: it must return \(2,\)"),
+        (number, "returned a float: it must return a tensor, a loss per pair"),
+        (undeclared, "failed"),
+    ],
 )
 def test_what_an_objective_does_in_a_later_step_is_named_too(objective, message):
     with pytest.raises(InputError, match=rf"^the objective \S*{objective.__name__} {message}"):

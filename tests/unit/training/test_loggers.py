@@ -121,6 +121,9 @@ def test_only_a_key_goes_online(monkeypatch):
         ("offline", "x" * 40, "offline"),
         ("Online", None, "online"),
         ("disabled", "x" * 40, "disabled"),
+        ("dryrun", "x" * 40, "offline"),
+        ("run", None, "online"),
+        ("shared", None, "shared"),
     ):
         monkeypatch.setenv("WANDB_MODE", mode)
         monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv(

@@ -40,9 +40,10 @@ class PromptTable:
         try:
             table, _, whole = read_table(self.path, SCHEMA, REMEDY)
         except FileNotFoundError as error:
-            shards = [path for name in (TEXT, LATENTS) for path in (self.path.parent / name).glob("[0-9]*")]
-            if shards and not self.path.exists():  # it is the first file that another process writes
-                fault = f"it is not there, but files of its prompts are, such as {shards[0].name}"
+            shards = (path for name in (TEXT, LATENTS) for path in (self.path.parent / name).glob("[0-9]*"))
+            shard = next(shards, None)
+            if shard and not self.path.exists():  # it is the first file that another process writes
+                fault = f"it is not there, but files of its prompts are, such as {shard.name}"
                 raise DamagedFile(self.path, fault, REMEDY) from error
             return SCHEMA.empty_table()
         if fault := _fault(table, self.prompts_per_shard, whole):

@@ -24,12 +24,22 @@ def scan(source: Source, files: Sequence[PromptFile]) -> tuple[np.ndarray, np.nd
     """Ids (R,) uint64 (0 for an empty prompt) and outcomes (R,) uint8 of all R rows of the files.
 
     The outcome is the first that applies of EMPTY, NSFW, UNWANTED and TOO_LONG, else FINE. A row takes 9
-    bytes, whatever the length of its prompt. Raises InputError for files that cannot be read.
+    bytes, whatever the length of its prompt. Raises InputError for files that cannot be read, and for a
+    threshold above HIGHEST that no score in any of the files is above.
     """
     parts, start = [(np.zeros(0, np.uint64), np.zeros(0, np.uint8))], 0
+    looked, above = "", source.nsfw is None or source.nsfw <= HIGHEST or math.isinf(source.nsfw)
     for place, columns, batch in _batches(source, files, "reading"):
         parts.append(_judge(batch, columns, source, place, start))
         start += len(batch[columns.text])
+        if not above and columns.nsfw:
+            looked = f"{place}, column {', '.join(map(repr, columns.nsfw))},"
+            above = any(_is_above(value, place, source) for name in columns.nsfw for value in batch[name])
+    if looked and not above:
+        raise InputError(
+            f"prompts.{source.split}.nsfw={source.nsfw}: no score of {looked} is above {HIGHEST:.0f}; give a "
+            "threshold of their scale, such as 0.5, or nsfw=null for no filter"
+        )
     ids, fates = zip(*parts, strict=True)
     return np.concatenate(ids), np.concatenate(fates)
 
@@ -89,13 +99,6 @@ def _judge(
             _is_nsfw, threshold=threshold, place=f"{place}: column '{name}'", split=source.split
         )
         found[list(map(reached, batch[name]))] = NSFW
-        if HIGHEST < threshold < math.inf and not any(
-            map(partial(reached, threshold=math.nextafter(HIGHEST, math.inf)), batch[name])
-        ):
-            raise InputError(
-                f"prompts.{source.split}.nsfw={source.nsfw}: no score of {place}, column '{name}', is above "
-                f"{HIGHEST:.0f}; give a threshold of their scale, such as 0.5, or nsfw=null for no filter"
-            )
     found[np.array(fates) == EMPTY] = EMPTY
     return np.array(ids, np.uint64), found
 
@@ -112,6 +115,11 @@ def _clean(text: object, place: str, split: str) -> str:
     if not clean.isascii() and any("\ud800" <= letter <= "\udfff" for letter in clean):
         raise InputError(f"{place}: {clean!a} contains an unpaired surrogate, half a character; correct it")
     return clean
+
+
+def _is_above(value: object, place: str, source: Source) -> bool:
+    """Whether an NSFW score is above HIGHEST, as none in 0-1 is; so is a boolean that is true."""
+    return _is_nsfw(value, math.nextafter(HIGHEST, math.inf), place, source.split)
 
 
 def _is_nsfw(value: object, threshold: float, place: str, split: str) -> bool:

@@ -54,6 +54,9 @@ def decoded_lines(file: Path, place: str) -> Iterator[str]:
             yield text.removeprefix("\ufeff") if number == 1 else text
 
 
+TEXTS = {"prompt", "caption"}  # columns of a table that hold its prompts
+
+
 def prompt_lines(file: Path, place: str) -> Iterator[str]:
     """Prompts of a file with one per line, whose ends may be LF, CRLF or CR.
 
@@ -71,15 +74,16 @@ def prompt_lines(file: Path, place: str) -> Iterator[str]:
 
 
 def _table_form(first: str) -> str | None:
-    """Format of the table whose first line this is: a JSON object, or columns of which one is the prompt."""
+    """Format of the table whose first line this is: keys or columns, of which one is the prompt, or None."""
     if first.lstrip().startswith("{"):
         try:
-            return "jsonl" if isinstance(parse_json(first), dict) else None
+            found = parse_json(first)
         except ValueError:
             return None
+        return "jsonl" if isinstance(found, dict) and TEXTS & {name.lower() for name in found} else None
     for form, delimiter in (("csv", ","), ("tsv", "\t")):
         names = [name.strip().strip('"').lower() for name in first.split(delimiter)]
-        if {"prompt", "caption"} & set(names) and all(re.fullmatch(r"\w+", name) for name in names):
+        if TEXTS & set(names) and all(re.fullmatch(r"\w+", name) for name in names):
             return form
     return None
 

@@ -166,7 +166,9 @@ def test_a_table_is_not_read_as_lines(tmp_path, first, form):
         list(READERS["text"](path, f"prompts.train.path={path}", lambda names: names))
 
 
-@pytest.mark.parametrize("first", ["a cat, a prompt", "{a cat}", "prompt, a red circle", "a caption"])
+@pytest.mark.parametrize(
+    "first", ["a cat, a prompt", "{a cat}", "prompt, a red circle", "a caption", '{"cat": "red"}']
+)
 def test_a_prompt_is_no_header(tmp_path, first):
     assert read(written(tmp_path, "a.txt", f"{first}\n"), "prompt")[0] == {"prompt": [first]}
 

@@ -144,6 +144,11 @@ def test_a_threshold_of_another_scale_is_refused(tmp_path):
         sets(tmp_path, {"path": shares, "nsfw": 50})
     percents = texts(tmp_path / "b.csv", "prompt,nsfw", "a,3", "b,70")
     assert words(sets(tmp_path, {"path": percents, "nsfw": 50})["train"]) == ["a"]
+    (tmp_path / "both").mkdir()  # one file of a set may be clean
+    texts(tmp_path / "both" / "a.csv", "prompt,nsfw", "a,3", "b,70")
+    texts(tmp_path / "both" / "b.csv", "prompt,nsfw", "c,0", "d,1")
+    both = {"path": str(tmp_path / "both"), "nsfw": 50}
+    assert sorted(words(sets(tmp_path, both)["train"])) == ["a", "c", "d"]
 
 
 def test_categories_come_along(tmp_path):
