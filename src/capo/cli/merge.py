@@ -22,7 +22,7 @@ from capo.cli.run_changes import check_tuned
 from capo.cli.schema import Merging, check_group_choices, check_values
 from capo.cli.values import plain
 from capo.errors import InputError
-from capo.runtime.files import check_inside, led_to
+from capo.runtime.files import check_inside, named_twice
 from capo.runtime.launch import launch
 from capo.runtime.run_folder import CONFIG, EVALUATION, POLICY, RESULTS
 from capo.runtime.terminal import Terminal
@@ -66,13 +66,12 @@ def soup_of(
 
 def check_named(policies: Sequence[str]) -> None:
     """Raise InputError for a policy that is named twice."""
-    named: dict[Path, int] = {}
-    for number, policy in enumerate(policies):
-        if (first := named.setdefault(led_to(Path(policy)), number)) != number:
-            also = "" if policies[first] == policy else f" and as {policies[first]}"
-            raise InputError(
-                f"policies: {policy} is named twice{also}: name it once, with a larger share by weights"
-            )
+    if twice := named_twice(map(Path, policies)):
+        policy, first = twice
+        also = "" if first == policy else f" and as {first}"
+        raise InputError(
+            f"policies: {policy} is named twice{also}: name it once, with a larger share by weights"
+        )
 
 
 def check_place(folder: Path, policies: Sequence[str], evaluate: bool) -> None:

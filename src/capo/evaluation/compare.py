@@ -16,7 +16,7 @@ from capo.errors import InputError
 from capo.evaluation.reports.formats import needed, p_value, with_span
 from capo.evaluation.statistics import bootstrap_interval, paired_tests, prompts_needed
 from capo.evaluation.stored import read_results, read_settings
-from capo.runtime.files import led_to
+from capo.runtime.files import named_twice
 from capo.runtime.run_folder import CONFIG, EVALUATION, POOLS, RESULTS
 from capo.runtime.terminal import typed
 from capo.win_rates import win_rate
@@ -45,13 +45,10 @@ def run_folders(runs: str | Sequence[str]) -> list[Path]:
         raise InputError(
             f"runs={runs}: no run directory there (one holds config.yaml and {EVALUATION}/{RESULTS})"
         )
-    named: dict[Path, Path] = {}
-    for folder in folders:
-        if (first := named.setdefault(led_to(folder), folder)) is not folder:
-            also = "" if str(first) == str(folder) else f" and as {first}"
-            raise InputError(
-                f"runs: {folder} is named twice{also}, and would count as two runs: name it once"
-            )
+    if twice := named_twice(folders):
+        folder, first = twice
+        also = "" if first == folder else f" and as {first}"
+        raise InputError(f"runs: {folder} is named twice{also}, and would count as two runs: name it once")
     return folders
 
 

@@ -9,7 +9,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -249,6 +249,17 @@ def own_places(folder: Path) -> list[Path]:
 def led_to(path: Path) -> Path:
     """Where a path leads, without links and `..`."""
     return Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
+
+
+def named_twice(paths: Iterable[Path]) -> tuple[Path, Path] | None:
+    """The first path that leads where an earlier one does, and that one; None if there is none."""
+    named: dict[Path, Path] = {}
+    for path in paths:
+        place = led_to(path)
+        if place in named:
+            return path, named[place]
+        named[place] = path
+    return None
 
 
 def lies_in(path: Path, places: Sequence[Path]) -> bool:

@@ -25,6 +25,7 @@ from capo.data.importing.ordering import (
 from capo.data.importing.source import Source
 from capo.data.importing.tables import Table
 from capo.errors import InputError
+from capo.runtime.files import named_twice
 
 FOLDER_TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 
@@ -282,8 +283,7 @@ def _tables(files: str | Sequence[str]) -> list[Table]:
                 f"import.files={name}: {what}; give a table, a folder of parquet files, or a list of them"
             )
         paths += inside
-    own = [path.resolve() for path in paths]
-    if twice := [path for path in own if own.count(path) > 1]:
+    if twice := named_twice(paths):
         raise InputError(
             f"import.files: {twice[0]} is named twice, so its rows would count twice; name it once"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from capo.data.importing.images import BrokenImage, check
-from capo.data.importing.ordering import Entry
+from capo.data.importing.ordering import Entry, Place
 from capo.data.importing.source import Source
 from capo.data.pool.import_table import ImportTable
 from capo.data.prompts.identity import entry_id
@@ -35,14 +35,15 @@ def survey(source: Source, progress: bool = True) -> ImportTable:
     for entry in tqdm(
         source.entries, desc="checking images", unit="entry", disable=not progress, dynamic_ncols=True
     ):
-        faults = [fault for place in entry.places if (fault := _fault(source, place))]
+        cells = [source.cell(place) for place in entry.places]
+        named = zip(entry.places, cells, strict=True)
+        faults = [fault for place, cell in named if (fault := _fault(source, place, cell))]
         broken += faults
-        if not faults and _repeats(source, entry):
+        if not faults and _repeats(cells):
             repeated.append(source.row_of(entry.places[0]))
         elif not faults:
             kept.append(entry)
-    dropped = {reason: count for reason, count in source.dropped.items() if count}
-    first = source.first_dropped
+    dropped, first = dict(source.dropped), source.first_dropped
     if repeated:
         dropped[REPEATED], first[REPEATED] = len(repeated), repeated[0]
     if lost := len(source.entries) - len(kept) - len(repeated):
@@ -53,17 +54,17 @@ def survey(source: Source, progress: bool = True) -> ImportTable:
     return _table(kept, report)
 
 
-def _fault(source: Source, place: tuple[int, int, int]) -> str | None:
+def _fault(source: Source, place: Place, cell: Any) -> str | None:
+    """Place and fault of an image that cannot be decoded; None for any other."""
     try:
-        check(source.cell(place), source.images)
+        check(cell, source.images)
     except BrokenImage as error:
         return f"{source.where(place)}: {error}"
     return None
 
 
-def _repeats(source: Source, entry: Entry) -> bool:
-    """Whether two images of an entry have the same bytes or path, between which there is no choice."""
-    cells = [source.cell(place) for place in entry.places]
+def _repeats(cells: Sequence[Any]) -> bool:
+    """Whether two of an entry's images have the same bytes or path, between which there is no choice."""
     contents = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
     return len({Path(image) if isinstance(image, str) else image for image in contents}) < len(contents)
 

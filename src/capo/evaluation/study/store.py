@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capo.errors import DamagedFile, InputError
-from capo.runtime.files import led_to, lies_in, own_places, refuse_links, whole_file
+from capo.runtime.files import led_to, lies_in, named_twice, own_places, refuse_links, whole_file
 from capo.runtime.reading import read_bytes
 from capo.runtime.run_folder import STUDY
 
@@ -268,8 +268,7 @@ def _connected(path: Path) -> sqlite3.Connection:
 @contextmanager
 def open_studies(folders: Sequence[str | Path]) -> Iterator[list[Study]]:
     """Yield the opened studies; InputError if one cannot be opened, or is named twice."""
-    own = [led_to(Path(folder)) for folder in folders]
-    if twice := [folder for folder in own if own.count(folder) > 1]:
+    if twice := named_twice(map(Path, folders)):
         raise InputError(f"{twice[0]} is named twice, so it would count as two studies; name it once")
     studies: list[Study] = []
     try:
