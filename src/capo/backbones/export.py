@@ -151,7 +151,10 @@ def _take_adapter(policy: Denoiser, loader: Any, folder: Path, component: str) -
 def _take_weights(policy: Denoiser, folder: Path) -> None:
     check_configs(folder)
     own = policy.state_dict().keys()
-    for name, (file, dtype, _) in tensor_homes(folder).items():
+    homes = tensor_homes(folder)
+    if lacking := sorted(own - homes.keys()):  # the library would make it up
+        raise InputError(f"policy '{folder.absolute()}' lacks {lacking[0]} of the model's tensors; {AGAIN}")
+    for name, (file, dtype, _) in homes.items():
         if name not in own or dtype not in DTYPES:
             told = f"is stored as {dtype}, not as floating point" if name in own else "is none of the model's"
             raise InputError(f"policy '{file}' does not fit the model: its tensor {name} {told}; {AGAIN}")

@@ -193,10 +193,12 @@ def load_vae(weights: str, revision: str | None, dtype: torch.dtype) -> tuple[Au
     try:
         if not folder.is_dir():
             folder = Path(snapshot_download(weights, revision=revision, allow_patterns=VAE_FILES))
+        check_configs(folder)
         vae = AutoencoderKL.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the hub and of diffusers, by what is in the files
         raise InputError(no_vae(weights, revision, first_line(error))) from error
+    check_complete(folder, vae, None)
     check_finite(str(folder), vae)
     return vae.eval().requires_grad_(False), folder

@@ -253,6 +253,17 @@ def test_a_config_that_names_a_repository_is_not_asked_of_the_hub(tiny_backbone,
         load_policy(tiny_backbone, folder)
 
 
+def test_a_policy_that_lacks_a_tensor_is_refused(tiny_backbone, tmp_path):
+    """The library would draw the tensor at random, with a warning."""
+    folder = export_policy(tiny_backbone, tiny_backbone.trainable_copy(), tmp_path / "policy", CARD)
+    path = next((folder / "unet").glob("*.safetensors"))
+    weights = load_file(path)
+    gone = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, path)
+    with pytest.raises(InputError, match=rf"^policy '{folder}/unet' lacks {gone} of the model's tensors; "):
+        load_policy(tiny_backbone, folder)
+
+
 @pytest.mark.parametrize("change", ["whole numbers", "further"])
 def test_a_policy_whose_tensors_are_not_the_models_is_refused(tiny_backbone, tmp_path, change):
     folder = export_policy(tiny_backbone, tiny_backbone.trainable_copy(), tmp_path / "policy", CARD)

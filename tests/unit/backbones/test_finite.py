@@ -1,5 +1,6 @@
 """Weights that are not finite are named, in the place of what they spoil."""
 
+import json
 import shutil
 
 import pytest
@@ -35,6 +36,20 @@ def test_a_vae_is_refused_where_it_is_loaded(spoiled):
         UNetBackbone(str(folder))
     with pytest.raises(InputError, match=f"/vae: its tensor {name} holds"):
         load_vae(str(folder / "vae"), None, torch.float32)
+
+
+def test_another_vae_is_whole_and_its_configuration_is_read(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder / "vae", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"latents_std": [0.0]}))
+    with pytest.raises(InputError, match=r"vae/config\.json cannot be read \(latents_std=\[0\.0\]: must be"):
+        load_vae(str(folder), None, torch.float32)
+    (folder / "config.json").write_text(json.dumps(config))
+    [file] = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensors[name] for name in sorted(tensors)[1:]}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"/vae': the files do not hold all weights of its config\.json"):
+        load_vae(str(folder), None, torch.float32)
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
